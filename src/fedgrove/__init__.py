@@ -1,0 +1,1 @@
+"""Several owners of private text make one large language model smaller and better together."""

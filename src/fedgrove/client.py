@@ -1,0 +1,264 @@
+"""What a client does when it is asked: each handler unpacks, works and packs. Text stays here.
+
+An engine calls :func:`serve`; the kinds of ask are the names in ``HANDLERS``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fedgrove import plugins
+from fedgrove.data import calibration_windows
+from fedgrove.errors import FedgroveError
+from fedgrove.masks import Target
+from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
+from fedgrove.models.calibrate import gather
+from fedgrove.models.perplexity import negative_log_likelihood
+from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
+from fedgrove.rounds import wire
+from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
+
+START = "start/"  # tensors of an ask: the weights that a round starts from, where they are not the client's own copy
+WINDOW = "window/"  # tensors of an ask: token ids to evaluate on
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A client's own side: what it has, and where. None of this is ever sent.
+
+    Attributes:
+        name: the client's name.
+        folder: its own disk, for hidden states between asks.
+        model: its copy of the model.
+        dtype: read the model in this dtype; None: as it is.
+        data: its text files.
+        text: how a record becomes text.
+        card: what it says of itself.
+    """
+
+    name: str
+    folder: Path
+    model: Path
+    dtype: torch.dtype | None
+    data: tuple[Path, ...]
+    text: str | None
+    card: Info
+
+
+def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
+    """Answers one ask: bytes in, bytes out."""
+    tensors, info = wire.unpack(message)
+    with torch.no_grad():
+        return wire.pack(*HANDLERS[kind](tensors, info, site, device))
+
+
+def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Says what this client has, after trying whether its text suffices.
+
+    Ask: ``calibrations``, a list of {samples, length, seed}. Answer: the fields of :class:`~fedgrove.plan.Card`.
+    """
+    for wanted in info["calibrations"]:
+        _windows(site, **wanted)
+    return {}, site.card
+
+
+def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Prunes one block on this client's text and sends what the rule makes of it.
+
+    A client walks through the model once a round: hidden states pass through the blocks that it pruned, as it pruned
+    them, and through its own dense copy of the blocks that it was not given. They wait on its disk between asks; where
+    they are gone, the walk begins anew and comes to the same states.
+
+    Ask:
+        block: the block to prune; blocks: all that this client is given in this round.
+        stage, round, pruner, rule, sparsity, pattern, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
+        keep: keep the pruned block here, to evaluate what this client would have had alone.
+        tensors ``start/<linear>``: (out, in), what to begin with instead of the dense copy.
+
+    Answer:
+        tensors ``change/<linear>`` and ``weight/<linear>``: as the rule says.
+        tokens: the number of calibration tokens.
+    """
+    decoder = _decoder(site.model, site.dtype, device)
+    index = int(info["block"])
+    states = _States(site, {key: value for key, value in info.items() if key != "block"}, decoder)
+    at = states.latest(index)
+    if at is None:
+        windows = _windows(site, info["samples"], info["length"], info["seed"])
+        at = states.write(0, (decoder.embed(ids[None])[0] for ids in windows), len(windows))
+    calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
+    for passed in range(at, index):
+        with decoder.loaded(passed) as block:
+            if passed in info["blocks"]:
+                if info["round"] > 0:
+                    raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again next round")
+                _prune_block(decoder, passed, block, calls[passed], states.read(passed), info, {})
+            states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), info["samples"])
+    with decoder.loaded(index) as block:
+        pruned = _prune_block(decoder, index, block, calls[index], states.read(index), info, tensors)
+        if index < max(info["blocks"]):  # after the last block nobody waits for its hidden states
+            states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), info["samples"])
+    states.forget(before=at)
+
+    rule = plugins.load("rules", info["rule"])
+    tokens = info["samples"] * info["length"]
+    answer: Tensors = {}
+    own: Tensors = {}
+    for name, (before, after, mask) in pruned.items():
+        change, weight = rule.weigh(before, after, mask, tokens)
+        if change is not None:
+            answer[CHANGE + name] = change
+        answer[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
+        own[decoder.block_names(index)[name]] = as_matrix(linears(decoder.blocks[index])[name], after)
+    if info["keep"] and info["round"] == 0:
+        save_tensors(own, _alone(site, info["stage"]) / f"block-{index:04d}.safetensors")
+    return answer, {"tokens": tokens}
+
+
+def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Measures what this client would have had alone, on text that the server sends.
+
+    Ask: ``stage``; ``texts``: {name: number of windows}; tensors ``window/<name>/<i>``: (1, tokens) token ids.
+    Answer: tensors ``change/<name>`` = mean negative log-likelihood and ``weight/<name>`` = number of predicted tokens.
+    """
+    decoder = Decoder(Checkpoint(site.model, site.dtype).over(_alone(site, info["stage"])), device)
+    answer: Tensors = {}
+    for name, number in info["texts"].items():
+        windows = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
+        total, count = negative_log_likelihood(decoder, windows)
+        answer[CHANGE + name] = torch.tensor(total / count, dtype=torch.float64)
+        answer[WEIGHT + name] = torch.tensor(count, dtype=torch.float64)
+    return answer, {}
+
+
+HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] = {
+    "card": card,
+    "prune": prune,
+    "evaluate": evaluate,
+}
+
+
+def _prune_block(
+    decoder: Decoder, index: int, block: nn.Module, call: Call, windows: Iterable[Tensor], info: Info, start: Tensors
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Prunes every linear of a loaded block in place, all on the inputs that the unpruned block gives them.
+
+    Returns:
+        For each linear: before, after (both in the checkpoint's dtype) and mask, as (out, in) on the CPU.
+    """
+    pruner = plugins.load("pruners", info["pruner"])
+    target = Target(info["sparsity"], tuple(info["pattern"]) if info["pattern"] else None)
+    modules = linears(block)
+    before = {name: start.get(START + name, decoder.read_linear(index, name)) for name in modules}
+    for name in modules:
+        if START + name in start:
+            _set(modules[name], start[START + name])
+    inputs = gather(decoder, block, windows, call, pruner.NEEDS)
+    pruned = {}
+    for name, module in modules.items():
+        if inputs[name].total is not None and not torch.isfinite(cast(Tensor, inputs[name].total)).all():
+            raise FedgroveError(f"block {index}: the inputs of {name} are not finite; try model.dtype = \"float32\"")
+        weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
+        after, mask = pruner.prune(weight, inputs[name], target)
+        after = after.to(before[name].dtype)
+        _set(module, after)
+        pruned[name] = (before[name], after.cpu(), mask.cpu())
+    return pruned
+
+
+def _set(module: nn.Module, weight: Tensor) -> None:
+    parameter = cast(nn.Parameter, module.weight)
+    module.weight = nn.Parameter(as_matrix(module, weight).to(parameter.device, parameter.dtype), requires_grad=False)
+
+
+def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
+    tokenizer = _checkpoint(site.model, site.dtype).tokenizer()
+    try:
+        return calibration_windows(site.data, site.text, tokenizer, samples, length, f"{seed}/{site.name}")
+    except FedgroveError as fault:
+        raise FedgroveError(f"client '{site.name}': {fault}") from fault
+
+
+def _alone(site: Site, stage: int) -> Path:
+    return site.folder / f"alone-{stage}"
+
+
+@lru_cache(maxsize=1)
+def _checkpoint(model: Path, dtype: torch.dtype | None) -> Checkpoint:
+    return Checkpoint(model, dtype)
+
+
+@lru_cache(maxsize=1)
+def _decoder(model: Path, dtype: torch.dtype | None, device: str) -> Decoder:
+    return Decoder(_checkpoint(model, dtype), device)
+
+
+class _States:
+    """The hidden states that enter a block, for all calibration windows: on the client's disk, one window in memory.
+
+    Those of the newest block and of the one before it are kept, so that an ask that comes again is answered again.
+    """
+
+    def __init__(self, site: Site, walk: Info, decoder: Decoder):
+        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in site.data]
+        facts = [walk, files, site.text, decoder.checkpoint.fingerprint(), str(decoder.device)]
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = site.folder / f"walk-{key}"
+        self.device = decoder.device
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for other in site.folder.glob("walk-*"):
+            if other != self.folder:
+                for file in other.iterdir():
+                    file.unlink()
+                other.rmdir()
+
+    def latest(self, index: int) -> int | None:
+        """The last block up to ``index`` whose inputs are here."""
+        return max((i for i in self._kept() if i <= index), default=None)
+
+    def write(self, index: int, windows: Iterable[Tensor], number: int) -> int:
+        """Keeps the states that enter block ``index``; they are there whole or not at all."""
+        beside = self._file(index).with_suffix(".partial")
+        iterator = iter(windows)
+        first = next(iterator)
+        specs = {str(i): (first.shape, first.dtype) for i in range(number)}
+
+        def all_windows() -> Iterator[Tensor]:
+            yield first.cpu()
+            for window in iterator:
+                yield window.cpu()
+
+        write_safetensors(beside, specs, all_windows())
+        beside.replace(self._file(index))
+        return index
+
+    def read(self, index: int) -> Iterator[Tensor]:
+        """Window by window, in order."""
+        with safe_open(self._file(index), framework="pt", device=str(self.device)) as file:
+            for i in range(len(list(file.keys()))):
+                yield file.get_tensor(str(i))
+
+    def forget(self, before: int) -> None:
+        """Lets go of the states that no ask can need again."""
+        for index in self._kept():
+            if index < before:
+                self._file(index).unlink()
+
+    def _kept(self) -> list[int]:
+        return [int(path.stem) for path in self.folder.glob("*.safetensors")]
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:04d}.safetensors"
+

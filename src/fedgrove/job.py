@@ -1,0 +1,302 @@
+"""The job file: what somebody wants, as one frozen object. Every complaint names the key."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from fedgrove import plugins
+from fedgrove.errors import FedgroveError
+from fedgrove.masks import Target
+
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def _quantity(unit: str, example: str) -> Any:
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(rf"\s*([\d.]+)\s*([KMGT]i?)?(?:{unit})?\s*", value)
+        if not match or match[1].count(".") > 1:
+            raise ValueError(f"write a quantity such as {example}")
+        return round(float(match[1]) * _SIZES[match[2] or ""])
+
+    return BeforeValidator(parse)
+
+
+def _existing(path: Path, info: ValidationInfo) -> Path:
+    path = (info.context or {}).get("folder", Path()) / path.expanduser()
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return path.resolve()
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _one_of(package: str) -> Any:
+    def check(name: str) -> str:
+        if name not in plugins.names(package):
+            raise ValueError(f"choose one of {', '.join(plugins.names(package))}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _template(value: str | None) -> str | None:
+    from fedgrove.data import template_fields
+
+    if value is not None:
+        template_fields(value)
+    return value
+
+
+Bytes = Annotated[int, Field(gt=0), _quantity("B", '"8GiB"')]
+BitsPerSecond = Annotated[int, Field(gt=0), _quantity("bit(?:/s)?", '"20Mbit"')]
+File = Annotated[Path, AfterValidator(_existing)]
+Files = Annotated[tuple[File, ...], BeforeValidator(_listed), Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Template = Annotated[str | None, AfterValidator(_template)]
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Part(BaseModel):
+    """A table of the job file: frozen, and no key that is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Part):
+    """``[model]``: what is made smaller and better."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class Client(Part):
+    """``[[clients]]``: an owner of text; only for simulation, in a deployment every client brings its own."""
+
+    name: Name
+    data: Files
+    text: Template = None
+    memory: Bytes | None = None
+    speed: Annotated[float, Field(gt=0)] = 1.0
+    uplink: BitsPerSecond | None = None
+    samples: Annotated[int, Field(gt=0)] | None = None
+    sparsity: Sparsity | None = None
+
+
+class LayerSampling(Part):
+    """``layers = { sample = 0.5, cover = 2 }``: each client prunes a share of the blocks."""
+
+    sample: Annotated[float, Field(gt=0, le=1)]
+    cover: Annotated[int, Field(ge=1)] = 2
+
+
+class PruneStage(Part):
+    """``[[stages]]`` of ``kind = "prune"``."""
+
+    kind: Literal["prune"]
+    pruner: Annotated[str, _one_of("pruners")] = "sparsegpt"
+    rule: Annotated[str, _one_of("rules")] = "votes"
+    sparsity: Sparsity | None = None
+    pattern: Annotated[str, Field(pattern=r"^\d{1,3}:\d{1,3}$")] | None = None
+    samples: Annotated[int, Field(gt=0)] = 16
+    length: Annotated[int, Field(gt=1)] = 512
+    layers: Literal["all"] | LayerSampling = "all"
+    rounds: Annotated[int, Field(ge=1)] = 1
+    shrink: Annotated[float, Field(ge=0)] = 0.0
+    expand: bool = True
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PruneStage:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError('give one of sparsity (such as 0.5) and pattern (such as "2:4")')
+        if self.pattern and not 0 < self.kept_of[0] < self.kept_of[1]:
+            raise ValueError(f'pattern "{self.pattern}": N of every M inputs are kept, so 0 < N < M')
+        if self.shrink and self.rule != "votes":
+            raise ValueError('shrink belongs to rule = "votes"')
+        return self
+
+    @property
+    def kept_of(self) -> tuple[int, int]:
+        """(n, m) of the pattern."""
+        assert self.pattern
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def target(self) -> Target:
+        """How sparse the model becomes."""
+        return Target.of(self.sparsity, self.kept_of if self.pattern else None)
+
+
+class Text(Part):
+    """A held-out text to evaluate on."""
+
+    name: Name
+    path: File
+    text: Template = None
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        return {"name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(value).stem), "path": value}
+    return value
+
+
+class Evaluate(Part):
+    """``[evaluate]``: measured before the first stage and after each."""
+
+    data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
+    length: Annotated[int, Field(gt=1)] = 512
+    windows: Annotated[int, Field(ge=1)] | None = None
+    alone: bool = False
+
+    @field_validator("data")
+    @classmethod
+    def _names_differ(cls, data: tuple[Text, ...]) -> tuple[Text, ...]:
+        _unique([text.name for text in data])
+        return data
+
+
+class Rounds(Part):
+    """``[rounds]``: what happens when clients do not answer."""
+
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    retries: Annotated[int, Field(ge=0)] = 0
+
+
+class Job(Part):
+    """The whole job file."""
+
+    name: Name
+    seed: int = 0
+    model: Model
+    clients: Annotated[tuple[Client, ...], Field(min_length=1)]
+    stages: Annotated[tuple[PruneStage, ...], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    rounds: Rounds = Rounds()
+
+    @field_validator("clients")
+    @classmethod
+    def _in_order(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
+        _unique([client.name for client in clients])
+        return tuple(sorted(clients, key=lambda client: client.name))  # so that their order in the file changes nothing
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Job:
+        for i, stage in enumerate(self.stages):
+            if self.evaluate.alone and stage.layers != "all":
+                raise ValueError('evaluate.alone: no client prunes the whole model when layers are sampled; set it to false')
+            if isinstance(stage.layers, LayerSampling) and stage.layers.cover > len(self.clients):
+                raise ValueError(
+                    f"stages.{i}.layers.cover: {stage.layers.cover} clients for each block, but there are {len(self.clients)}"
+                )
+            if stage.sparsity is not None:
+                least = min(stage.sparsity if client.sparsity is None else client.sparsity for client in self.clients)
+                if least > stage.sparsity:
+                    raise ValueError(
+                        f"stages.{i}.sparsity: {stage.sparsity}, but every client prunes to {least} or more; raise it"
+                    )
+        if self.rounds.quorum is not None and self.rounds.quorum > len(self.clients):
+            raise ValueError(f"rounds.quorum: {self.rounds.quorum}, but there are {len(self.clients)} clients")
+        return self
+
+    def dumps(self) -> str:
+        """The job as TOML, defaults filled in, paths absolute: it can be read again from anywhere."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load(path: Path, changes: Sequence[str] = ()) -> Job:
+    """Reads a job file; paths in it are relative to its folder.
+
+    Args:
+        path: the TOML file.
+        changes: such as ``stages.0.sparsity=0.6``, applied before anything is checked.
+
+    Raises:
+        FedgroveError: names the file and the key, and says what would do.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise FedgroveError(f"{path}: no such job file; `fedgrove init` writes one") from fault
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise FedgroveError(f"{path}: not TOML: {fault}") from fault
+    for change in changes:
+        _apply(raw, change)
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        beside = path.parent / Path(model["path"]).expanduser()
+        if beside.is_dir():
+            model["path"] = str(beside.resolve())
+    try:
+        return Job.model_validate(raw, context={"folder": path.parent.resolve()})
+    except ValidationError as fault:
+        raise FedgroveError(f"{path}: {_complaint(fault)}") from fault
+
+
+def _complaint(fault: ValidationError) -> str:
+    first = fault.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("literal['all']", "LayerSampling"))
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        what = "no such key"
+    elif first["type"] == "missing":
+        what = "this key is required"
+    elif first["type"] not in ("value_error", "string_pattern_mismatch") and isinstance(first["input"], str | int | float):
+        what += f", not {first['input']!r}"
+    elif first["type"] == "string_pattern_mismatch":
+        what = f"{first['input']!r} is not of the form {first['ctx']['pattern']}"
+    return f"{where}: {what}" if where else what
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key.strip():
+        raise FedgroveError(f"--set {change}: write KEY=VALUE, for instance stages.0.sparsity=0.6")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    place: Any = raw
+    *path, last = key.strip().split(".")
+    for step in path:
+        if isinstance(place, list) and step.isdigit() and int(step) < len(place):
+            place = place[int(step)]
+        elif isinstance(place, dict) and (step in place or step in Job.model_fields):
+            place = place.setdefault(step, {})
+        else:
+            raise FedgroveError(f"--set {key}: the job has no {step!r} there")
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise FedgroveError(f"--set {key}: the job has no {last!r} there")
+
+
+def _unique(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the name {name!r} is given twice")

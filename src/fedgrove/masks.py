@@ -1,0 +1,114 @@
+"""Which weights go: targets, exact counts and ties that fall the same way on every machine.
+
+Everywhere in fedgrove a mask is a bool tensor shaped like its weight, and True means kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """How sparse a weight shall become.
+
+    Args:
+        sparsity: the fraction of the weights that go, 0 ≤ sparsity < 1.
+        pattern: ``(n, m)``: of every m consecutive inputs of an output row, n are kept; then ``sparsity`` is 1 − n/m.
+    """
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, sparsity: float | None, pattern: tuple[int, int] | None) -> Target:
+        """From the two keys of a job, exactly one of which is given."""
+        if pattern is not None:
+            return cls(1.0 - pattern[0] / pattern[1], pattern)
+        assert sparsity is not None
+        return cls(sparsity)
+
+    def num_pruned(self, numel: int) -> int:
+        """How many of ``numel`` weights go: the nearest whole number, halves up."""
+        return math.floor(self.sparsity * numel + 0.5)
+
+    def __str__(self) -> str:
+        return f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else f"{self.sparsity:g}"
+
+
+def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
+    """Marks exactly ``count`` entries: the lowest by the first key, ties by the next key, then by position.
+
+    Linear time: a threshold by ``kthvalue`` for each key, no sort. NaN is not allowed in a key.
+
+    Args:
+        keys: tensors of one shape, the most important first.
+        count: how many entries to mark, 0 ≤ count ≤ numel.
+
+    Returns:
+        A bool tensor of that shape, True on the marked entries.
+    """
+    shape = keys[0].shape
+    flat = [key.reshape(-1) for key in keys]
+    marked = torch.zeros(flat[0].numel(), dtype=torch.bool, device=flat[0].device)
+    open_: Tensor | None = None  # positions that are still tied; None stands for all of them
+    for key in flat:
+        if count == 0:
+            break
+        values = key if open_ is None else key[open_]
+        if count == values.numel():
+            break
+        threshold = values.kthvalue(count).values
+        below = values < threshold
+        tied = (values == threshold).nonzero().squeeze(1)
+        if open_ is None:
+            marked |= below
+        else:
+            marked[open_[below]] = True
+            tied = open_[tied]
+        count -= int(below.sum())
+        open_ = tied
+    if open_ is None:
+        marked[:count] = True
+    else:
+        marked[open_[:count]] = True
+    return marked.view(shape)
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """Splits ``total`` into ``parts`` whole numbers that differ by at most one, in a fixed order."""
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
+    """The mask that keeps the highest entries of every output row (or of every group of an N:M pattern).
+
+    Every row loses the same number of weights, or one more, so that the whole loses exactly
+    ``target.num_pruned(numel)``. (The published Wanda rounds down in every row and so misses the target.)
+
+    Args:
+        keys: tensors of one shape (out, in), the most important first; ties by the next key, then the later input stays.
+        target: with a pattern (n, m), ``in`` must be a multiple of m.
+
+    Returns:
+        (out, in) bool, True = kept.
+    """
+    num_out, num_in = keys[0].shape
+    device = keys[0].device
+    if target.pattern:
+        n, m = target.pattern
+        rows, width, pruned = num_out * num_in // m, m, torch.tensor([m - n], device=device)
+    else:
+        total = target.num_pruned(num_out * num_in)
+        rows, width, pruned = num_out, num_in, torch.tensor(spread(total, num_out), device=device)
+    order = torch.arange(width, device=device).expand(rows, width)
+    for key in reversed(keys):
+        order = order.gather(1, key.reshape(rows, width).gather(1, order).argsort(dim=1, stable=True))
+    kept_by_rank = torch.arange(width, device=device) >= pruned[:, None]
+    mask = torch.empty(rows, width, dtype=torch.bool, device=device)
+    return mask.scatter_(1, order, kept_by_rank.expand(rows, width)).view(num_out, num_in)

@@ -1,0 +1,1 @@
+"""Language models, block by block: read from disk, run, calibrate, write."""

@@ -1,0 +1,208 @@
+"""A language model's decoder blocks and their linears: the one place that knows architectures.
+
+A :class:`Decoder` is the model of the transformers library with no weights in it. Its ends (embeddings, last norm, head)
+and its blocks are filled from a checkpoint when they are needed, and emptied afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from fedgrove.errors import FedgroveError
+from fedgrove.models.stream import Checkpoint
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
+
+
+class _BlocksReached(Exception):  # noqa: N818 - not an error: it ends a forward pass before the head
+    pass
+
+
+class Decoder:
+    """A causal language model that runs one block at a time.
+
+    Weights are computed with in float32 on a CPU (half precision gains nothing there but rounding) and in the
+    checkpoint's own dtype on a GPU. Hidden states are (1, tokens, width).
+
+    Args:
+        checkpoint: where the weights come from.
+        device: where to compute.
+
+    Raises:
+        FedgroveError: the architecture is unknown, or no decoder blocks are found in it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config)
+        except ValueError as fault:
+            kind = getattr(checkpoint.config, "model_type", "?")
+            raise FedgroveError(f"model: {checkpoint.path} is of type {kind}, which is no causal language model") from fault
+        self.model.eval()
+        self.prefix, self.blocks = find_blocks(self.model)
+        self._ends_loaded = False
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block_names(self, index: int) -> dict[str, str]:
+        """The linears of a block: their name in the block -> the name of their weight in the checkpoint."""
+        return {name: self._stored(f"{self.prefix}.{index}.{name}.weight") for name in linears(self.blocks[index])}
+
+    def read_linear(self, index: int, name: str) -> Tensor:
+        """The weight of a linear as (out, in), in the checkpoint's dtype."""
+        return as_matrix(linears(self.blocks[index])[name], self.checkpoint.read(self.block_names(index)[name]))
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights; they are let go at the end."""
+        block = self.blocks[index]
+        empty = dict(block.state_dict())
+        self._fill(block, f"{self.prefix}.{index}.")
+        try:
+            yield block
+        finally:
+            block.load_state_dict(empty, assign=True)
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """What enters the first block, and what every block is called with besides.
+
+        Masks and positions differ between the blocks of some models (sliding windows), so they are noted for each.
+
+        Args:
+            ids: (1, tokens) token ids.
+        """
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+            if index == 0:
+                first.append(hidden)
+            calls.append(call)
+            if index == len(self.blocks) - 1:
+                raise _BlocksReached
+            return hidden
+
+        with self._stand_ins(note), torch.no_grad():
+            try:
+                self.model(input_ids=ids.to(self.device), use_cache=False)
+            except _BlocksReached:
+                pass
+        return first[0], calls
+
+    def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+        """What leaves a loaded block."""
+        with torch.no_grad():
+            result = block(hidden, *call[0], **call[1])
+        return cast(Tensor, result[0] if isinstance(result, tuple) else result)
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The head on what left the last block: (1, tokens, vocabulary)."""
+
+        def hand_over(index: int, _: Tensor, call: Call) -> Tensor:
+            return hidden
+
+        with self._stand_ins(hand_over), torch.no_grad():
+            return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False).logits)
+
+    @contextmanager
+    def _stand_ins(self, act: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        """Lets ``act`` be called in place of the blocks: the model's own code still prepares masks and positions."""
+        if not self._ends_loaded:
+            self._fill_ends()
+
+        def stand_in(index: int) -> Callable[..., Tensor]:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                return act(index, hidden, (args[1:], kwargs))
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.forward = stand_in(index)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _fill_ends(self) -> None:
+        for name, module in self.model.named_modules():
+            if name != self.prefix and not name.startswith(self.prefix + "."):
+                self._fill(module, f"{name}." if name else "", recurse=False)
+        cast(Any, self.model).tie_weights()
+        self._ends_loaded = True
+
+    def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            stored = self._stored(prefix + name)
+            if stored in self.checkpoint:
+                value = self._read(stored, parameter.shape)
+                self._put(module, name, nn.Parameter(value, requires_grad=False))
+            elif not self._is_tied(prefix + name):
+                raise FedgroveError(f"model: {self.checkpoint.path} lacks the tensor {stored}; the copy is incomplete")
+        for name, buffer in list(module.named_buffers(recurse=recurse)):
+            stored = self._stored(prefix + name)
+            self._put(module, name, self._read(stored, buffer.shape) if stored in self.checkpoint else buffer.to(self.device))
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        value = self.checkpoint.read(name)
+        if value.shape != shape:
+            raise FedgroveError(f"model: {name} has shape {list(value.shape)}, but config.json asks for {list(shape)}")
+        half_on_cpu = self.device.type == "cpu" and value.dtype.is_floating_point
+        return value.to(self.device, torch.float32 if half_on_cpu else value.dtype)
+
+    @staticmethod
+    def _put(module: nn.Module, name: str, value: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, value)
+
+    def _stored(self, name: str) -> str:
+        """A parameter's name in the checkpoint: some were saved from the model without its head, lacking a prefix."""
+        short = name.removeprefix(f"{self.model.base_model_prefix}.")  # type: ignore[operator]
+        return short if name not in self.checkpoint and short in self.checkpoint else name
+
+    def _is_tied(self, name: str) -> bool:
+        head = cast(Any, self.model).get_output_embeddings()
+        tied = bool(getattr(self.checkpoint.config.get_text_config(), "tie_word_embeddings", False))
+        return tied and head is not None and self.model.get_parameter(name) is head.weight
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The decoder blocks of a model and the name of the list that holds them.
+
+    They are the longest list of modules of one class that hold linears.
+
+    Raises:
+        FedgroveError: there is no such list.
+    """
+    found: tuple[str, list[nn.Module]] = ("", [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(found[1]):
+            blocks = list(module)
+            if len({type(block) for block in blocks}) == 1 and linears(blocks[0]):
+                found = (name, blocks)
+    if not found[1]:
+        raise FedgroveError(f"model: no decoder blocks found in {type(model).__name__}; fedgrove prunes decoder-only models")
+    return found
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The prunable linears of a block by name: never norms, embeddings or the head, which lie outside or are no linears."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight as (out, in): GPT-2's Conv1D keeps (in, out). Its own inverse."""
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -1,0 +1,251 @@
+"""A checkpoint on disk, read and written tensor by tensor: the model is never whole in memory.
+
+Safetensors only: a pickle can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from fedgrove.errors import FedgroveError
+
+SAFETENSORS_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+_TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", INDEX)
+
+
+class Checkpoint:
+    """A Hugging Face model directory, and folders of changed tensors laid over it.
+
+    Stages never rewrite a model: they write the blocks that they changed, one file each, into an overlay. Reading
+    prefers the newest overlay; :meth:`write` turns the pile into one plain directory.
+
+    Args:
+        path: a directory with ``config.json`` and safetensors files.
+        dtype: read floating-point tensors in this dtype; None leaves them as they are on disk.
+        overlays: folders of safetensors files that replace tensors of the same name, oldest first.
+
+    Raises:
+        FedgroveError: the directory is no model, has no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None, overlays: Iterable[Path] = ()):
+        self.path = Path(path)
+        self.dtype = dtype
+        self.overlays = tuple(Path(overlay) for overlay in overlays)
+        if not (self.path / "config.json").is_file():
+            raise FedgroveError(f"model: {self.path} has no config.json; give a Hugging Face model directory")
+        self.shards: dict[str, list[str]] = {}  # file name -> its tensors, in file order
+        self._file_of: dict[str, Path] = {}
+        for file in self._weight_files():
+            names = list(_header(file))
+            self.shards[file.name] = names
+            self._file_of.update((name, file) for name in names)
+        for overlay in self.overlays:
+            for file in sorted(overlay.glob("*.safetensors")):
+                self._file_of.update((name, file) for name in _header(file))
+
+    def over(self, *overlays: Path) -> Checkpoint:
+        """The same checkpoint with more overlays on top; those that are already there keep their place."""
+        more = [overlay for overlay in overlays if overlay not in self.overlays]
+        return Checkpoint(self.path, self.dtype, (*self.overlays, *more))
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as fault:
+            raise FedgroveError(f"model: {self.path / 'config.json'} is not understood: {_first_line(fault)}") from fault
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies beside the weights."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as fault:
+            raise FedgroveError(f"model: {self.path} has no tokenizer that loads: {_first_line(fault)}") from fault
+
+    def names(self) -> list[str]:
+        """Every tensor of the checkpoint."""
+        return [name for names in self.shards.values() for name in names]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.to(self._dtype_of(tensor.dtype))
+
+    def spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of :meth:`read`, without reading."""
+        entry = _header(self._file_of[name])[name]
+        return torch.Size(entry["shape"]), self._dtype_of(_TORCH_DTYPES[entry["dtype"]])
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as :meth:`write` would write them."""
+        total = 0
+        for name in self.names():
+            shape, dtype = self.spec(name)
+            total += shape.numel() * dtype.itemsize
+        return total
+
+    def fingerprint(self) -> str:
+        """Tells two checkpoints apart without reading their weights: names, shapes, dtypes, sizes and configuration."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in self._weight_files():
+            digest.update(json.dumps([file.name, file.stat().st_size, _header(file)]).encode())
+        return digest.hexdigest()
+
+    def write(self, out: Path) -> None:
+        """Writes one plain model directory: the same shards, the same order, configuration and tokenizer beside them.
+
+        Memory: one tensor. The folder appears under its name only when it is complete.
+
+        Raises:
+            FedgroveError: ``out`` exists already.
+        """
+        if out.exists():
+            raise FedgroveError(f"{out} exists already; choose another folder or remove it")
+        beside = out.with_name(out.name + ".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        copy_small_files(self.path, beside)
+        for shard, names in self.shards.items():
+            specs = {name: self.spec(name) for name in names}
+            write_safetensors(beside / shard, specs, (self.read(name) for name in names))
+        if (self.path / INDEX).is_file():
+            index = json.loads((self.path / INDEX).read_text())
+            index.setdefault("metadata", {})["total_size"] = self.num_bytes()
+            (beside / INDEX).write_text(json.dumps(index, indent=2))
+        if self.dtype is not None:
+            config = json.loads((beside / "config.json").read_text())
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+            (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        beside.rename(out)
+
+    def _weight_files(self) -> list[Path]:
+        if (self.path / INDEX).is_file():
+            index = json.loads((self.path / INDEX).read_text())
+            files = [self.path / name for name in sorted(set(index["weight_map"].values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise FedgroveError(f"model: {self.path} lacks {missing[0]}, which {INDEX} names; copy it there")
+            return files
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise FedgroveError(
+                f"model: {self.path} has no .safetensors file; convert it with "
+                "transformers: model.save_pretrained(DIR) (pickled weights are not read: they can run code)"
+            )
+        return files
+
+    def _dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a small safetensors file (a block) beside its place, then renames it: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
+    beside.replace(path)
+
+
+def write_safetensors(path: Path, specs: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Iterable[Tensor]) -> None:
+    """Writes a safetensors file of any size with one tensor in memory at a time.
+
+    Args:
+        path: the file.
+        specs: name, shape and dtype of every tensor, in file order.
+        tensors: the tensors, in that order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in specs.items():
+        size = shape.numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its data to eight bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for tensor in tensors:
+            if tensor.numel():
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def copy_small_files(source: Path, out: Path) -> None:
+    """Copies what is not a weight: configuration, tokenizer, model card, licence."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(_NOT_COPIED):
+            shutil.copyfile(file, out / file.name)
+
+
+def find_model(path: str, revision: str | None = None) -> Path:
+    """A local directory, or the local copy of a model of the Hugging Face hub (fetched if it is not there yet).
+
+    Raises:
+        FedgroveError: neither exists, or the hub cannot be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except (HFValidationError, OSError) as fault:
+        raise FedgroveError(
+            f"model.path: {path} is neither a directory here nor a model that the hub gives out ({type(fault).__name__})"
+        ) from fault
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Names, dtypes and shapes of a safetensors file, in file order."""
+    return _headers(file, file.stat().st_mtime_ns if file.is_file() else 0)
+
+
+@lru_cache(maxsize=4096)
+def _headers(file: Path, changed: int) -> dict[str, Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            parts = ((name, opened.get_slice(name)) for name in opened.offset_keys())
+            return {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in parts}
+    except (SafetensorError, OSError) as fault:
+        raise FedgroveError(f"model: {file} is damaged ({_first_line(fault)}); copy it again") from fault
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

@@ -1,0 +1,232 @@
+"""Who does what in a stage: decided before the first round, plain data, on disk, the same whenever it is made again."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+
+from fedgrove.errors import FedgroveError
+from fedgrove.inputs import Needs
+from fedgrove.job import LayerSampling, PruneStage
+from fedgrove.masks import Target
+from fedgrove.models.blocks import Decoder, linears
+from fedgrove.rounds import wire
+
+SPEED = 3e10  # float32 operations a second of a client of speed 1.0: about what two cores of a server do on small blocks
+
+
+class Card(BaseModel):
+    """What a client says of itself before a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    memory: int | None = None  # bytes that the planner may use
+    speed: float = 1.0  # relative to SPEED
+    uplink: int | None = None  # bits a second
+    samples: int | None = None  # calibration windows, where the client wants another number than the stage
+    sparsity: float | None = None  # likewise
+
+
+class Share(BaseModel):
+    """One client's part in a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    blocks: list[list[int]]  # for each round
+    weight: float  # in the sum: the inverse of the probability of being given a block
+    samples: int
+    sparsity: float
+    memory: int  # bytes needed at the peak, besides the program itself
+    upload: int  # bytes, all rounds
+    seconds: float  # computing and uploading, all rounds
+
+
+class Plan(BaseModel):
+    """A stage and who does what in it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: int
+    kind: str
+    num_blocks: int
+    clients: dict[str, Share]
+
+    def contributors(self, round_: int, block: int) -> list[str]:
+        """The clients that are given a block in a round, by name."""
+        return sorted(name for name, share in self.clients.items() if block in share.blocks[round_])
+
+
+def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[str, Card], needs: Needs, seed: int) -> Plan:
+    """Decides a pruning stage: a share of the blocks for each client, by what it can do.
+
+    With layer sampling, shares are proportional to the blocks that a client can prune and upload in a second, so that all finish
+    at about the same time; every block is given to at least ``cover`` clients. Each client's blocks are drawn anew for every
+    round.
+
+    Args:
+        index: the stage's place in the job.
+        cards: what the clients said, by name.
+        needs: what the pruner needs of the inputs.
+        seed: the job's.
+
+    Raises:
+        FedgroveError: the pattern does not fit a linear, or a client has too little memory; names both.
+    """
+    check_pattern(decoder, stage.target)
+    num_blocks = len(decoder)
+    costs = {name: _cost(decoder, stage, card, needs) for name, card in cards.items()}
+    for name, card in sorted(cards.items()):
+        if card.memory is not None and costs[name].memory > card.memory:
+            raise FedgroveError(
+                f"client '{name}': one block needs {_mebibytes(costs[name].memory)} of memory, but it has "
+                f"{_mebibytes(card.memory)} (clients.memory); lower length, use pruner \"wanda\", or leave it out"
+            )
+    if isinstance(stage.layers, LayerSampling):
+        pace = {name: 1 / costs[name].seconds for name in cards}
+        counts = share_blocks(pace, num_blocks, stage.layers.sample, stage.layers.cover)
+        rounds = [
+            draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(stage.rounds)
+        ]
+    else:
+        counts = dict.fromkeys(cards, num_blocks)
+        rounds = [{name: list(range(num_blocks)) for name in cards} for _ in range(stage.rounds)]
+
+    shares = {}
+    for name in sorted(cards):
+        blocks = [drawn[name] for drawn in rounds]
+        asked = sum(len(numbers) for numbers in blocks)
+        shares[name] = Share(
+            blocks=blocks,
+            weight=num_blocks / counts[name],
+            samples=cards[name].samples or stage.samples,
+            sparsity=_target_of(stage, cards[name]).sparsity,
+            memory=costs[name].memory,
+            upload=asked * costs[name].upload,
+            seconds=round(asked * costs[name].seconds, 1),
+        )
+    return Plan(stage=index, kind=stage.kind, num_blocks=num_blocks, clients=shares)
+
+
+def share_blocks(pace: Mapping[str, float], num_blocks: int, sample: float, cover: int) -> dict[str, int]:
+    """How many blocks each client is given: proportional to its pace, at least one, at most all.
+
+    Together they are given ``sample`` of all client-block pairs, or more where ``cover`` clients a block need more.
+
+    Args:
+        pace: blocks a second, by client.
+        sample: the mean share, 0 < sample ≤ 1.
+        cover: clients that every block must have, at most the number of clients.
+    """
+    total = max(math.floor(sample * num_blocks * len(pace) + 0.5), cover * num_blocks, len(pace))
+    exact: dict[str, float] = {}
+    free = dict(pace)
+    while free:  # clients that would get more than all or less than one are set to that; the rest is shared out again
+        rest = total - sum(exact.values())
+        scaled = {name: rest * speed / sum(free.values()) for name, speed in free.items()}
+        over = {name for name, number in scaled.items() if number > num_blocks}
+        fixed = over or {name for name, number in scaled.items() if number < 1}
+        if not fixed:
+            exact |= scaled
+            break
+        for name in fixed:
+            exact[name] = num_blocks if over else 1
+            del free[name]
+    counts = {name: math.floor(number + 1e-9) for name, number in exact.items()}
+    by_remainder = sorted(counts, key=lambda name: (counts[name] - exact[name], name))
+    for name in by_remainder:
+        if sum(counts.values()) >= total:
+            break
+        if counts[name] < num_blocks:
+            counts[name] += 1
+    return counts
+
+
+def draw_blocks(counts: Mapping[str, int], num_blocks: int, seed: str) -> dict[str, list[int]]:
+    """Deals shuffled blocks round and round to shuffled clients.
+
+    Every client gets ``counts[name]`` different blocks, each block with probability counts/num_blocks, and the numbers of
+    clients of any two blocks differ by at most one. (Independent draws, as in an unofficial code for the paper, leave
+    blocks without any client.)
+    """
+    rng = random.Random(seed)
+    blocks = list(range(num_blocks))
+    names = sorted(counts)
+    rng.shuffle(blocks)
+    rng.shuffle(names)
+    dealt, at = {}, 0
+    for name in names:
+        dealt[name] = sorted(blocks[(at + i) % num_blocks] for i in range(counts[name]))
+        at += counts[name]
+    return dealt
+
+
+def check_pattern(decoder: Decoder, target: Target) -> None:
+    """Refuses an N:M pattern that does not fit a linear's number of inputs."""
+    if target.pattern:
+        for name in linears(decoder.blocks[0]):
+            num_in = _shape(decoder, name)[1]
+            if num_in % target.pattern[1]:
+                raise FedgroveError(
+                    f'pattern "{target}": {name} has {num_in} inputs, not a multiple of {target.pattern[1]}; '
+                    "choose another pattern or a sparsity"
+                )
+
+
+class _Cost(BaseModel):
+    memory: int
+    upload: int  # bytes for one block
+    seconds: float  # for one block
+
+
+def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cost:
+    """What one block costs a client: counted, not measured."""
+    shapes = [_shape(decoder, name) for name in linears(decoder.blocks[0])]
+    parameters = sum(rows * columns for rows, columns in shapes)
+    width = decoder.checkpoint.config.get_text_config().hidden_size
+    distinct: list[int] = []  # the widths of the different inputs: the residual stream is read at most three times
+    for _, columns in shapes:
+        if columns != width or distinct.count(width) < 3:
+            distinct.append(columns)
+    widest = max(distinct)
+    tokens = (card.samples or stage.samples) * stage.length
+
+    statistics = {"nothing": 0, "squares": sum(distinct), "gram": sum(w * w for w in distinct)}[needs]
+    workspace = 4 * widest**2 if needs == "gram" else 0  # damped copy, two factors, inverse
+    largest = max(rows * columns for rows, columns in shapes)
+    names = decoder.checkpoint.names()
+    block_numel = sum(p.numel() for p in decoder.blocks[0].parameters())
+    ends = sum(decoder.checkpoint.spec(name)[0].numel() for name in names) - len(decoder) * block_numel
+    window = stage.length * (6 * width + 4 * widest)
+    memory = 8 * (statistics + workspace) + 4 * (block_numel + parameters + 4 * largest + ends + window)
+
+    forward = 2 * 2 * tokens * parameters
+    gram = 2 * tokens * statistics
+    solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
+    dtype = decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1]
+    sparsity = _target_of(stage, card).sparsity
+    upload = sum(wire.estimate(rows * columns, sparsity, dtype) for rows, columns in shapes)
+    if stage.rule == "masks":
+        upload = parameters // 8
+    seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
+    return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
+
+
+def _target_of(stage: PruneStage, card: Card) -> Target:
+    if stage.pattern or card.sparsity is None:
+        return stage.target
+    return Target(card.sparsity)
+
+
+def _shape(decoder: Decoder, linear: str) -> tuple[int, int]:
+    from fedgrove.models.blocks import as_matrix
+
+    module = linears(decoder.blocks[0])[linear]
+    rows, columns = as_matrix(module, module.weight).shape  # type: ignore[arg-type]
+    return rows, columns
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB"

@@ -1,0 +1,18 @@
+"""A method is a file, and its file name is its name in the job: that is the whole registry."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def names(package: str) -> list[str]:
+    """The methods that stand in a package of fedgrove, e.g. ``names("pruners")``; imports none of them."""
+    folder = importlib.import_module(f"fedgrove.{package}").__path__
+    return sorted(module.name for module in pkgutil.iter_modules(folder))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """The file of one method."""
+    return importlib.import_module(f"fedgrove.{package}.{name}")

@@ -1,0 +1,29 @@
+"""Magnitude: the smallest weights of a matrix go. Needs no data: the floor that every other pruner must beat."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedgrove.inputs import Inputs, Needs
+from fedgrove.masks import Target, keep_highest, lowest
+
+NEEDS: Needs = "nothing"
+
+
+def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tensor]:
+    """Zeroes the weights of smallest absolute value, compared over the whole matrix (or inside each N:M group).
+
+    Args:
+        weight: (out, in) float32; overwritten.
+        inputs: not looked at.
+        target: how many weights go.
+
+    Returns:
+        The pruned weight and its mask (True = kept).
+    """
+    score = weight.abs()
+    if target.pattern:
+        mask = keep_highest([score], target)
+    else:
+        mask = ~lowest([score], target.num_pruned(weight.numel()))
+    return weight.masked_fill_(~mask, 0.0), mask

@@ -1,0 +1,29 @@
+"""Wanda (Sun et al., ICLR 2024): weight times the norm of its input, compared inside each output row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedgrove.inputs import Inputs, Needs
+from fedgrove.masks import Target, keep_highest
+
+NEEDS: Needs = "squares"
+
+
+def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tensor]:
+    """Zeroes the weights of lowest score |W_ij|·‖x_j‖₂ in each row; the others keep their value.
+
+    The score and the comparison by row are the paper's. Ours: the number that goes differs by at most one between
+    rows so that the matrix meets its target exactly, where the published code rounds down in every row.
+
+    Args:
+        weight: (out, in) float32; overwritten.
+        inputs: squared norms of the input channels, ``squares`` (in,).
+        target: how many weights go.
+
+    Returns:
+        The pruned weight and its mask (True = kept).
+    """
+    score = weight.abs() * inputs.squares.sqrt().to(weight.dtype)
+    mask = keep_highest([score], target)
+    return weight.masked_fill_(~mask, 0.0), mask

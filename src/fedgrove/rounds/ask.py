@@ -1,0 +1,106 @@
+"""Ask clients, take their answers in a fixed order, name who failed, and go on while the quorum holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from fedgrove.engine import Engine
+from fedgrove.errors import FedgroveError
+from fedgrove.rounds import wire
+from fedgrove.rounds.wire import Info
+from fedgrove.run import Run
+
+Message = tuple[Mapping[str, Tensor], Info]
+Answer = tuple[str, dict[str, Tensor], Info]
+
+
+def ask(
+    engine: Engine,
+    run: Run,
+    kind: str,
+    messages: Mapping[str, Message],
+    *,
+    stage: int,
+    round_: int,
+    check: Callable[[str, dict[str, Tensor], Info], None],
+) -> Iterator[Answer]:
+    """Sends each client its message and yields what came back, by client name, whoever was first.
+
+    An answer that comes before its turn waits on disk, so memory does not grow with the number of clients. A client that
+    raises, does not answer in time or sends what ``check`` refuses is asked again (``rounds.retries``), then left out.
+
+    Args:
+        messages: for each client its tensors and its JSON.
+        check: given client, tensors and JSON; raises :class:`~fedgrove.rounds.wire.WireError` on an answer that is not what
+            was asked for.
+
+    Yields:
+        (client, tensors, JSON).
+
+    Raises:
+        FedgroveError: fewer clients answered well than ``rounds.quorum`` (by default all); names the first that failed and
+            why. It is raised after the last answer, so finish nothing before the iteration ends.
+    """
+    rules = run.job.rounds
+    inbox = run.path / "work" / "inbox"
+    turns = sorted(messages)
+    held: dict[str, bytes | Path | None] = {}  # answers before their turn; None where there is none
+    faults: dict[str, str] = {}  # what was wrong with a client's latest answer
+
+    def send(clients: list[str]) -> Iterator[Answer]:
+        packed = {client: wire.pack(*messages[client]) for client in clients}
+        for client, message in packed.items():
+            run.account(stage, round_, client, "down", kind, len(message))
+        for client, answer, error in engine.ask(kind, packed, rules.timeout):
+            if answer is not None:
+                run.account(stage, round_, client, "up", kind, len(answer))
+            else:
+                faults[client] = error or "it gave no answer"
+            if answer is not None and client != turns[0]:
+                inbox.mkdir(parents=True, exist_ok=True)
+                held[client] = inbox / client
+                (inbox / client).write_bytes(answer)
+            else:
+                held[client] = answer
+            yield from take()
+
+    def take() -> Iterator[Answer]:
+        """Yields those whose turn has come; stops at one that is still out or may be asked again."""
+        while turns and turns[0] in held:
+            client = turns[0]
+            answer = held[client]
+            if isinstance(answer, Path):
+                path, answer = answer, answer.read_bytes()
+                path.unlink()
+            if answer is not None:
+                try:
+                    tensors, info = wire.unpack(answer)
+                    check(client, tensors, info)
+                except wire.WireError as fault:
+                    faults[client] = f"its answer was refused: {fault}"
+                else:
+                    faults.pop(client, None)
+                    del held[client], turns[0]
+                    yield client, tensors, info
+                    continue
+            held[client] = None
+            if attempt < rules.retries:
+                return
+            run.say(f"{client}: {faults[client]}")
+            del held[client], turns[0]
+
+    for attempt in range(rules.retries + 1):
+        unanswered = [client for client in turns if held.get(client) is None]
+        for client in unanswered:
+            held.pop(client, None)
+        yield from send(unanswered)
+    needed = min(rules.quorum or len(messages), len(messages))
+    if len(messages) - len(faults) < needed:
+        client, what = min(faults.items())
+        what = what if what.startswith(f"client '{client}'") else f"client '{client}': {what}"
+        raise FedgroveError(
+            f"{what} ({len(messages) - len(faults)} of {len(messages)} clients answered, {needed} needed: rounds.quorum)"
+        )

@@ -1,0 +1,71 @@
+"""The one sum: Σ weight·change and Σ weight, tensor by tensor. Everything that clients send goes through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sums:
+    """What is known of one tensor once clients have been added, in float64.
+
+    Add clients in a fixed order (the rounds go by name): then a run is the same bit for bit, whoever answered first.
+    Memory does not grow with the number of clients.
+
+    >>> sums = Sums()
+    >>> sums.add(torch.tensor([2.0, 0.0, 6.0]), torch.tensor([True, False, True]))
+    >>> sums.add(torch.tensor([4.0, 8.0, 0.0]), torch.tensor([True, True, False]))
+    >>> sums.mean()                                     # each position over those who kept it
+    tensor([3., 8., 6.], dtype=torch.float64)
+    >>> sums.weight                                     # and the denominator is the votes
+    tensor([2., 1., 1.], dtype=torch.float64)
+
+    Attributes:
+        value: Σ scale·weight·change; None when no client sent a change.
+        weight: Σ scale·weight: a tensor where clients send masks, else one number.
+        clients: Σ scale: what ``weight`` would be if everybody had kept everything.
+    """
+
+    value: Tensor | None = None
+    weight: Tensor | float = 0.0
+    clients: float = 0.0
+
+    def add(self, change: Tensor | None, weight: Tensor | float, scale: float = 1.0) -> Self:
+        """Adds one client.
+
+        Args:
+            change: any shape and float dtype, zero where ``weight`` is; or None.
+            weight: a bool mask of that shape, or one number.
+            scale: multiplies both, for instance by the inverse probability that this client was asked.
+        """
+        if isinstance(weight, Tensor):
+            if not isinstance(self.weight, Tensor):
+                self.weight = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+            self.weight.add_(weight, alpha=scale)
+            factor = scale  # the change is zero outside the mask already
+        else:
+            self.weight += scale * weight
+            factor = scale * weight
+        self.clients += scale
+        if change is not None:
+            if self.value is None:
+                self.value = torch.zeros(change.shape, dtype=torch.float64, device=change.device)
+            self.value.add_(change, alpha=factor)
+        return self
+
+    def mean(self) -> Tensor:
+        """Σ weight·change / Σ weight, float64; 0 where nobody has weight. A rule decides whether 0 is what it wants."""
+        assert self.value is not None, "no client sent a change"
+        if not isinstance(self.weight, Tensor):
+            return self.value / self.weight
+        return torch.where(self.weight > 0, self.value / self.weight, 0.0)
+
+    def weight_like(self, tensor: Tensor) -> Tensor:
+        """Σ weight as a tensor of that shape."""
+        if isinstance(self.weight, Tensor):
+            return self.weight
+        return torch.full(tensor.shape, self.weight, dtype=torch.float64, device=tensor.device)

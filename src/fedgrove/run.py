@@ -1,0 +1,116 @@
+"""The run folder: everything that was decided, measured and sent, written so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+
+from fedgrove.errors import FedgroveError
+from fedgrove.job import Job
+
+
+class Run:
+    """A run folder.
+
+    Args:
+        path: the folder; made if it is not there.
+        job: what is run. It is written to ``job.toml``; an existing run is continued only by the same job.
+        resume: continue what is there.
+        say: gets one line of progress at a time.
+
+    Raises:
+        FedgroveError: the folder holds something else, another job, or a run that is still going on.
+    """
+
+    def __init__(self, path: Path, job: Job, *, resume: bool = False, say: Callable[[str], None] = lambda line: None):
+        self.path = path.resolve()
+        self.job = job
+        self.say = say
+        job_file = self.path / "job.toml"
+        if self.path.is_file():
+            raise FedgroveError(f"--out {path}: this is a file; name a folder")
+        started = job_file.is_file()
+        if started and not resume:
+            raise FedgroveError(f"--out {path}: a run is there already; continue it with --resume or name another folder")
+        if not started and self.path.is_dir() and any(self.path.iterdir()):
+            raise FedgroveError(f"--out {path}: the folder is not empty and holds no run; name another one")
+        if started and job_file.read_text(encoding="utf-8") != job.dumps():
+            raise FedgroveError(f"--resume: the job differs from {job_file}; run that one, or name another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as fault:
+            raise FedgroveError(f"--out {path}: another process is running there; wait for it or name another folder") from fault
+        if started:
+            _mend_lines(self.path / "metrics.jsonl")
+            _mend_lines(self.path / "ledger.jsonl")
+        self.write_text("job.toml", job.dumps())
+
+    def close(self) -> None:
+        """Lets the folder go."""
+        self._lock.release()
+        self._lock_file().unlink(missing_ok=True)
+
+    def _lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file beside its place, then renames it."""
+        beside = self.path / f"{name}.partial"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file, whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def log(self, stage: int | None, round_: int | None, client: str | None, name: str, value: float) -> None:
+        """One line of ``metrics.jsonl``. ``stage`` None: the model as it came."""
+        line = {"time": time.time(), "stage": stage, "round": round_, "client": client, "name": name, "value": value}
+        self._append("metrics.jsonl", line)
+
+    def account(
+        self, stage: int, round_: int, client: str, direction: Literal["up", "down"], kind: str, num_bytes: int
+    ) -> None:
+        """One line of ``ledger.jsonl``: a message as it was sent."""
+        line = {"stage": stage, "round": round_, "client": client, "direction": direction, "kind": kind, "bytes": num_bytes}
+        self._append("ledger.jsonl", line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What :meth:`log` wrote."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def overlay(self, stage: int, round_: int) -> Path:
+        """Where a round's finished blocks lie. A file there is a finished block: this is how a run is continued."""
+        return self.path / "work" / f"stage-{stage}" / f"round-{round_}"
+
+    def finish(self) -> None:
+        """Lets the working files go; the result stays."""
+        shutil.rmtree(self.path / "work", ignore_errors=True)
+        shutil.rmtree(self.path / "clients", ignore_errors=True)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _mend_lines(path: Path) -> None:
+    """Drops a last line that a kill cut short."""
+    if path.is_file():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            path.write_bytes(data[: data.rfind(b"\n") + 1])

@@ -1,0 +1,108 @@
+"""READ THIS FIRST: a whole run, top to bottom.
+
+A job comes in, each stage is planned and carried out by the clients, the model is measured before the first and after
+every stage, and a plain Hugging Face model comes out. Everything that is decided, measured or sent is written to the run
+folder, and what is there already is not done again: that is how a killed run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from fedgrove import plugins
+from fedgrove.client import Site
+from fedgrove.engine import Engine
+from fedgrove.engine.local import LocalEngine
+from fedgrove.job import Job, Model
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.plan import Card, Plan, make_plan
+from fedgrove.report.page import write_report
+from fedgrove.rounds.ask import ask
+from fedgrove.rounds.wire import Info, WireError
+from fedgrove.run import Run
+from fedgrove.stages.evaluate import evaluate
+from fedgrove.stages.prune import calibration, prune
+
+STAGES = {"prune": prune}
+
+
+def main(job: Job, engine: Engine, run: Run) -> None:
+    """Runs a job.
+
+    Args:
+        job: what is wanted.
+        engine: reaches the clients.
+        run: the run folder; an interrupted run continues.
+
+    Raises:
+        FedgroveError: a fault that the user can mend.
+    """
+    model = open_model(job.model)
+    plans = make_plans(job, model, engine, run)  # every client's text is tried before anything is computed
+    evaluate(model, None, engine, run)
+    for stage, plan in zip(job.stages, plans, strict=True):
+        run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))
+        model = STAGES[stage.kind](model, plan, engine, run)
+        evaluate(model, plan.stage, engine, run)
+    if not (run.path / "model").is_dir():
+        run.say("writing the model")
+        model.write(run.path / "model")
+    write_report(run.path)
+    run.finish()
+
+
+def open_model(model: Model) -> Checkpoint:
+    """The model of a job, found here or on the hub; nothing of it is read yet."""
+    dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+    return Checkpoint(find_model(model.path, model.revision), dtype)
+
+
+def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Plan]:
+    """Asks the clients what they have, and plans every stage."""
+    calibrations = {
+        client.name: [
+            calibration(job.seed, index, client.samples or stage.samples, stage.length)
+            for index, stage in enumerate(job.stages)
+        ]
+        for client in job.clients
+    }
+    messages = {name: ({}, {"calibrations": calibrations[name]}) for name in engine.sites()}
+    run.say("asking the clients what they have")
+    answers = ask(engine, run, "card", messages, stage=0, round_=0, check=_check_card)
+    cards = {client: Card(**info) for client, _, info in answers}
+    decoder = Decoder(model)
+    return [
+        make_plan(index, stage, decoder, cards, plugins.load("pruners", stage.pruner).NEEDS, job.seed)
+        for index, stage in enumerate(job.stages)
+    ]
+
+
+def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
+    try:
+        Card(**info)
+    except ValidationError as fault:
+        raise WireError(f"its card is not understood ({fault.errors()[0]['loc']})") from fault
+
+
+def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:
+    """The embedded default: the job's clients on this machine, each with a folder of its own for its working files."""
+    model = open_model(job.model)
+    sites = [
+        Site(
+            name=client.name,
+            folder=folder / client.name,
+            model=model.path,
+            dtype=model.dtype,
+            data=client.data,
+            text=client.text,
+            card=client.model_dump(include=set(Card.model_fields), mode="json"),
+        )
+        for client in job.clients
+    ]
+    return LocalEngine(sites, workers, devices)

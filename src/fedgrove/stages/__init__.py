@@ -1,0 +1,1 @@
+"""Stages: one function each, (model, plan, engine, run) -> model."""

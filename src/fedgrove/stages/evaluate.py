@@ -1,0 +1,56 @@
+"""The stage between stages: measure the model, and what each client would have had alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fedgrove.client import WINDOW
+from fedgrove.data import evaluation_windows
+from fedgrove.engine import Engine
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import perplexity
+from fedgrove.models.stream import Checkpoint
+from fedgrove.rounds.ask import Message, ask
+from fedgrove.rounds.wire import CHANGE, WEIGHT, check
+from fedgrove.run import Run
+
+
+def evaluate(model: Checkpoint, stage: int | None, engine: Engine, run: Run) -> None:
+    """Measures a model on the job's held-out texts and writes ``perplexity/<text>`` to the metrics.
+
+    With ``evaluate.alone`` the clients also measure, after a pruning stage, what each would have had without the others.
+    What the metrics hold already is not measured again.
+
+    Args:
+        model: the model.
+        stage: after which stage; None before the first.
+    """
+    wanted = run.job.evaluate
+    if not wanted.data:
+        return
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics()}
+    tokenizer = model.tokenizer()
+    windows = {
+        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
+    }
+    decoder = Decoder(model)
+    for name, texts in windows.items():
+        if (stage, None, f"perplexity/{name}") not in done:
+            run.say(f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}")
+            run.log(stage, None, None, f"perplexity/{name}", perplexity(decoder, texts))
+    if stage is None or not wanted.alone:
+        return
+    left = [client for client in engine.sites() if (stage, client, f"perplexity/{next(iter(windows))}") not in done]
+    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
+    info = {"stage": stage, "texts": {name: len(texts) for name, texts in windows.items()}}
+    scalar = (torch.Size(()), torch.float64)
+    expected = {f"{part}{name}": scalar for name in windows for part in (CHANGE, WEIGHT)}
+    run.say("evaluate: what each client would have had alone")
+    messages: dict[str, Message] = {client: (tensors, info) for client in left}
+    for client, answer, _ in ask(
+        engine, run, "evaluate", messages, stage=stage, round_=0, check=lambda client, got, info: check(got, expected)
+    ):
+        for name in windows:
+            run.log(stage, None, client, f"perplexity/{name}", math.exp(float(answer[CHANGE + name])))
