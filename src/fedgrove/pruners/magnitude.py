@@ -22,8 +22,5 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
         The pruned weight and its mask (True = kept).
     """
     score = weight.abs()
-    if target.pattern:
-        mask = keep_highest([score], target)
-    else:
-        mask = ~lowest([score], target.num_pruned(weight.numel()))
+    mask = keep_highest([score], target) if target.pattern else ~lowest([score], target.num_pruned(weight.numel()))
     return weight.masked_fill_(~mask, 0.0), mask

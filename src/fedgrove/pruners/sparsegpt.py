@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
     """Zeroes weights of low saliency w²/U_jj² and spreads their error over the columns to their right.
 
     With H = Σ x xᵀ (damped) and U the upper Cholesky factor of H⁻¹ (H⁻¹ = UᵀU), removing w_ij costs w_ij²/U_jj², and
-    the best repair of the later columns subtracts (w_ij/U_jj)·U_j,later. An unstructured mask is chosen for 128 columns at a time
-    over all rows; an N:M mask when its group of m columns is reached. That is the paper's. Ours:
+    the best repair of the later columns subtracts (w_ij/U_jj)·U_j,later. An unstructured mask is chosen for 128 columns
+    at a time over all rows; an N:M mask when its group of m columns is reached. That is the paper's. Ours:
 
     - exact counts (the published threshold takes one weight too many for every 128 columns, and all of them where
       scores are tied);
@@ -108,6 +110,6 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
-                return upper
+                return cast(Tensor, upper)
         damping *= 10
     raise ValueError("the Gram matrix of the inputs cannot be factored")
