@@ -84,7 +84,8 @@ def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
                 pieces[f"{i}.{k}"] = _squeeze(planes[:, k], row)
         rows.append(row)
     header = json.dumps({"info": info, "tensors": rows}, separators=(",", ":"), sort_keys=True).encode()
-    return save({"header": np.frombuffer(header, np.uint8), **pieces})
+    message: bytes = save({"header": np.frombuffer(header, np.uint8), **pieces})
+    return message
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:

@@ -29,8 +29,5 @@ def finish(before: Tensor, sums: Sums, target: Target, options: Options) -> tupl
         The weight in ``before``'s dtype and its mask (True = kept).
     """
     keys = [sums.weight_like(before), before.abs().double()]
-    if target.pattern:
-        mask = keep_highest(keys, target)
-    else:
-        mask = ~lowest(keys, target.num_pruned(before.numel()))
+    mask = keep_highest(keys, target) if target.pattern else ~lowest(keys, target.num_pruned(before.numel()))
     return before.masked_fill(~mask, 0.0), mask
