@@ -87,7 +87,9 @@ def _records(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as fault:
-                    raise FedgroveError(f"{path}, line {number}: not JSON ({fault.msg}); one object a line is expected") from fault
+                    raise FedgroveError(
+                        f"{path}, line {number}: not JSON ({fault.msg}); one object a line is expected"
+                    ) from fault
                 if not isinstance(record, dict):
                     raise FedgroveError(f"{path}, line {number}: not a JSON object; one object a line is expected")
                 yield f"line {number}", record

@@ -7,7 +7,7 @@ and its blocks are filled from a checkpoint when they are needed, and emptied af
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,8 @@ from fedgrove.models.stream import Checkpoint
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
 
 
-class _BlocksReached(Exception):  # noqa: N818 - not an error: it ends a forward pass before the head
-    pass
+class _BlocksReached(Exception):
+    """Not an error: ends a forward pass before the last block would run."""
 
 
 class Decoder:
@@ -48,7 +48,7 @@ class Decoder:
                 self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config)
         except ValueError as fault:
             kind = getattr(checkpoint.config, "model_type", "?")
-            raise FedgroveError(f"model: {checkpoint.path} is of type {kind}, which is no causal language model") from fault
+            raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from fault
         self.model.eval()
         self.prefix, self.blocks = find_blocks(self.model)
         self._ends_loaded = False
@@ -94,11 +94,8 @@ class Decoder:
                 raise _BlocksReached
             return hidden
 
-        with self._stand_ins(note), torch.no_grad():
-            try:
-                self.model(input_ids=ids.to(self.device), use_cache=False)
-            except _BlocksReached:
-                pass
+        with self._stand_ins(note), torch.no_grad(), suppress(_BlocksReached):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
         return first[0], calls
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -130,7 +127,7 @@ class Decoder:
             return forward
 
         for index, block in enumerate(self.blocks):
-            block.forward = stand_in(index)  # type: ignore[method-assign]
+            block.forward = stand_in(index)
         try:
             yield
         finally:
@@ -170,7 +167,7 @@ class Decoder:
 
     def _stored(self, name: str) -> str:
         """A parameter's name in the checkpoint: some were saved from the model without its head, lacking a prefix."""
-        short = name.removeprefix(f"{self.model.base_model_prefix}.")  # type: ignore[operator]
+        short = name.removeprefix(f"{self.model.base_model_prefix}.")
         return short if name not in self.checkpoint and short in self.checkpoint else name
 
     def _is_tied(self, name: str) -> bool:

@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES = {
 }
 _TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", INDEX)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 class Checkpoint:
@@ -138,7 +138,8 @@ class Checkpoint:
         beside = out.with_name(out.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        copy_small_files(self.path, beside)
+        for file in small_files(self.path):
+            shutil.copyfile(file, beside / file.name)
         for shard, names in self.shards.items():
             specs = {name: self.spec(name) for name in names}
             write_safetensors(beside / shard, specs, (self.read(name) for name in names))
@@ -202,14 +203,17 @@ def write_safetensors(path: Path, specs: Mapping[str, tuple[torch.Size, torch.dt
         file.write(text)
         for tensor in tensors:
             if tensor.numel():
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                file.write(raw_bytes(tensor))
 
 
-def copy_small_files(source: Path, out: Path) -> None:
-    """Copies what is not a weight: configuration, tokenizer, model card, licence."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_NOT_COPIED):
-            shutil.copyfile(file, out / file.name)
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they lie in memory, without a copy."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def small_files(folder: Path) -> list[Path]:
+    """What is not a weight: configuration, index, tokenizer, model card, licence."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.endswith(_WEIGHTS)]
 
 
 def find_model(path: str, revision: str | None = None) -> Path:
