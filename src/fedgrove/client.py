@@ -169,7 +169,7 @@ def _prune_block(
     pruned = {}
     for name, module in modules.items():
         if inputs[name].total is not None and not torch.isfinite(cast(Tensor, inputs[name].total)).all():
-            raise FedgroveError(f"block {index}: the inputs of {name} are not finite; try model.dtype = \"float32\"")
+            raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
         weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
         after, mask = pruner.prune(weight, inputs[name], target)
         after = after.to(before[name].dtype)
@@ -261,4 +261,3 @@ class _States:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:04d}.safetensors"
-

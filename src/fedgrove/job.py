@@ -207,7 +207,7 @@ class Job(Part):
     def _fits_together(self) -> Job:
         for i, stage in enumerate(self.stages):
             if self.evaluate.alone and stage.layers != "all":
-                raise ValueError('evaluate.alone: no client prunes the whole model when layers are sampled; set it to false')
+                raise ValueError("evaluate.alone: no client prunes the whole model when layers are sampled; set it to false")
             if isinstance(stage.layers, LayerSampling) and stage.layers.cover > len(self.clients):
                 raise ValueError(
                     f"stages.{i}.layers.cover: {stage.layers.cover} clients for each block, but there are {len(self.clients)}"

@@ -62,9 +62,9 @@ class Plan(BaseModel):
 def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[str, Card], needs: Needs, seed: int) -> Plan:
     """Decides a pruning stage: a share of the blocks for each client, by what it can do.
 
-    With layer sampling, shares are proportional to the blocks that a client can prune and upload in a second, so that all finish
-    at about the same time; every block is given to at least ``cover`` clients. Each client's blocks are drawn anew for every
-    round.
+    With layer sampling, shares are proportional to the blocks that a client can prune and upload in a second, so that all
+    finish at about the same time; every block is given to at least ``cover`` clients. Each client's blocks are drawn anew
+    for every round.
 
     Args:
         index: the stage's place in the job.
@@ -82,14 +82,12 @@ def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[st
         if card.memory is not None and costs[name].memory > card.memory:
             raise FedgroveError(
                 f"client '{name}': one block needs {_mebibytes(costs[name].memory)} of memory, but it has "
-                f"{_mebibytes(card.memory)} (clients.memory); lower length, use pruner \"wanda\", or leave it out"
+                f'{_mebibytes(card.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
             )
     if isinstance(stage.layers, LayerSampling):
         pace = {name: 1 / costs[name].seconds for name in cards}
         counts = share_blocks(pace, num_blocks, stage.layers.sample, stage.layers.cover)
-        rounds = [
-            draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(stage.rounds)
-        ]
+        rounds = [draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(stage.rounds)]
     else:
         counts = dict.fromkeys(cards, num_blocks)
         rounds = [{name: list(range(num_blocks)) for name in cards} for _ in range(stage.rounds)]

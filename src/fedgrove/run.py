@@ -47,7 +47,9 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as fault:
-            raise FedgroveError(f"--out {path}: another process is running there; wait for it or name another folder") from fault
+            raise FedgroveError(
+                f"--out {path}: another process is running there; wait for it or name another folder"
+            ) from fault
         if started:
             _mend_lines(self.path / "metrics.jsonl")
             _mend_lines(self.path / "ledger.jsonl")
@@ -56,10 +58,7 @@ class Run:
     def close(self) -> None:
         """Lets the folder go."""
         self._lock.release()
-        self._lock_file().unlink(missing_ok=True)
-
-    def _lock_file(self) -> Path:
-        return self.path / ".lock"
+        (self.path / ".lock").unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file beside its place, then renames it."""
@@ -99,6 +98,11 @@ class Run:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def unfinished(run: Path) -> str:
+    """What to say of a run that has not ended."""
+    return f"{run}: this run has not ended; continue it: fedgrove run {run / 'job.toml'} --out {run} --resume"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

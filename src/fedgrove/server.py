@@ -23,7 +23,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.plan import Card, Plan, make_plan
 from fedgrove.report.page import write_report
-from fedgrove.rounds.ask import ask
+from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate
@@ -72,7 +72,7 @@ def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Pl
         ]
         for client in job.clients
     }
-    messages = {name: ({}, {"calibrations": calibrations[name]}) for name in engine.sites()}
+    messages: dict[str, Message] = {name: ({}, {"calibrations": calibrations[name]}) for name in engine.sites()}
     run.say("asking the clients what they have")
     answers = ask(engine, run, "card", messages, stage=0, round_=0, check=_check_card)
     cards = {client: Card(**info) for client, _, info in answers}

@@ -55,7 +55,7 @@ class LocalEngine:
             return
         ends = time.monotonic() + timeout if timeout is not None else None
         waiting = deque(sorted(messages))
-        busy: dict[connection.Connection, tuple[_Worker, str]] = {}
+        busy: dict[Any, tuple[_Worker, str]] = {}
         try:
             while waiting or busy:
                 for worker in self._workers:
@@ -66,7 +66,7 @@ class LocalEngine:
                 left = None if ends is None else max(0.0, ends - time.monotonic())
                 ready = connection.wait(list(busy), left)
                 for pipe in ready:
-                    worker, client = busy.pop(pipe)  # type: ignore[index]
+                    worker, client = busy.pop(pipe)
                     yield client, *worker.receive()
                 if not ready:
                     late = [client for _, client in busy.values()] + list(waiting)

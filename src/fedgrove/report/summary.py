@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.errors import FedgroveError
-from fedgrove.run import read_lines
+from fedgrove.run import read_lines, unfinished
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Summary:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros among all pruned tensors."""
-        return sum(row["pruned"] for row in self.tensors) / max(1, sum(row["numel"] for row in self.tensors))
+        pruned: int = sum(row["pruned"] for row in self.tensors)
+        numel: int = sum(row["numel"] for row in self.tensors)
+        return pruned / max(1, numel)
 
     def mean(self, values: dict[str, float]) -> float:
         """The geometric mean over the texts."""
@@ -53,6 +55,10 @@ class Summary:
         if not self.alone:
             return None
         return sum(self.mean(values) for values in self.alone.values()) / len(self.alone)
+
+    def perplexities(self) -> dict[str, Any]:
+        """Perplexity by model and text: dense, alone by client, federated."""
+        return {"dense": self.dense, "alone": self.alone, "federated": self.federated}
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -69,7 +75,7 @@ def read(run: Path) -> Summary:
     if not (run / "job.toml").is_file():
         raise FedgroveError(f"{run}: no run folder (it has no job.toml)")
     if not (run / "pruning.json").is_file():
-        raise FedgroveError(f"{run}: this run has not ended; continue it with `fedgrove run {run / 'job.toml'} --out {run} --resume`")
+        raise FedgroveError(unfinished(run))
     job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
     metrics = [line for line in read_lines(run / "metrics.jsonl") if line["name"].startswith("perplexity/")]
     last = len(job["stages"]) - 1

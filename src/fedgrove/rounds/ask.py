@@ -87,12 +87,13 @@ def ask(
                     yield client, tensors, info
                     continue
             held[client] = None
-            if attempt < rules.retries:
+            if not last_try:
                 return
             run.say(f"{client}: {faults[client]}")
             del held[client], turns[0]
 
     for attempt in range(rules.retries + 1):
+        last_try = attempt == rules.retries
         unanswered = [client for client in turns if held.get(client) is None]
         for client in unanswered:
             held.pop(client, None)

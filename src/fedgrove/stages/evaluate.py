@@ -48,7 +48,7 @@ def evaluate(model: Checkpoint, stage: int | None, engine: Engine, run: Run) -> 
     scalar = (torch.Size(()), torch.float64)
     expected = {f"{part}{name}": scalar for name in windows for part in (CHANGE, WEIGHT)}
     run.say("evaluate: what each client would have had alone")
-    messages: dict[str, Message] = {client: (tensors, info) for client in left}
+    messages: dict[str, Message] = dict.fromkeys(left, (tensors, info))
     for client, answer, _ in ask(
         engine, run, "evaluate", messages, stage=stage, round_=0, check=lambda client, got, info: check(got, expected)
     ):

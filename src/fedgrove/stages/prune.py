@@ -1,4 +1,4 @@
-"""The stage ``prune``: clients prune a block on their own text, the server makes one block of theirs, block after block."""
+"""The stage ``prune``: block after block, clients prune it on their own text and the server makes one of theirs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedgrove.engine import Engine
 from fedgrove.job import PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
 from fedgrove.plan import Plan
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
@@ -71,9 +71,7 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
     ):
         for name in names:
             weight = tensors[WEIGHT + name]
-            sums[name].add(
-                tensors.get(CHANGE + name), weight if weight.dim() else float(weight), plan.clients[client].weight
-            )
+            sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), plan.clients[client].weight)
 
     after, records = {}, []
     for name in names:
@@ -94,7 +92,7 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
                 "pattern": stage.pattern,
                 "clients": clients,
                 "agreement": _agreement(sums[name]),
-                "sha256": hashlib.sha256(after[names[name]].view(torch.uint8).numpy()).hexdigest(),
+                "sha256": hashlib.sha256(raw_bytes(after[names[name]])).hexdigest(),
             }
         )
     save_tensors(after, file, {"records": json.dumps(records)})
@@ -135,7 +133,7 @@ def _checker(before: dict[str, Tensor], stage: PruneStage, plan: Plan) -> Callab
                 expected[CHANGE + name] = (weight.shape, weight.dtype)
         check_tensors(tensors, expected)
         target = Target(share.sparsity, stage.kept_of if stage.pattern else None)
-        for name, weight in before.items():
+        for name in before:
             if masks:
                 kept = tensors[WEIGHT + name]
                 pruned = kept.numel() - int(kept.sum())

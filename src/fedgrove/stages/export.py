@@ -1,0 +1,128 @@
+"""Give a model away: as a plain Hugging Face directory, or packed to a fraction of its bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.errors import FedgroveError
+from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
+from fedgrove.rounds import wire
+from fedgrove.run import unfinished
+
+PACKED = "packed.json"
+FILES = "files.packed"
+PART = 2**28  # bytes of tensors in one packed file: what packing and unpacking hold in memory
+
+
+def export(source: Path, to: str, out: Path) -> Path:
+    """Writes the model of a run, of a model directory or of a packed model in another form.
+
+    Args:
+        source: a run folder, a Hugging Face model directory, or what ``to="packed"`` wrote.
+        to: "hf" or "packed".
+        out: a folder that does not exist yet.
+
+    Raises:
+        FedgroveError: the source is none of these, or ``out`` exists.
+    """
+    if out.exists():
+        raise FedgroveError(f"{out} exists already; choose another folder or remove it")
+    source = find_result(source)
+    if to == "packed":
+        return pack_model(source, out)
+    if (source / PACKED).is_file():
+        return unpack_model(source, out)
+    Checkpoint(source).write(out)
+    return out
+
+
+def find_result(path: Path) -> Path:
+    """The model directory of a run folder, or the path itself.
+
+    Raises:
+        FedgroveError: the run has not ended.
+    """
+    if not (path / "job.toml").is_file():
+        return path
+    if not (path / "model").is_dir():
+        raise FedgroveError(unfinished(path))
+    return path / "model"
+
+
+def pack_model(source: Path, out: Path) -> Path:
+    """Packs a model directory: zeros cost one bit, the bytes of values that compress are compressed; nothing is lost."""
+    if (source / PACKED).is_file():
+        raise FedgroveError(f"{source} is packed already")
+    checkpoint = Checkpoint(source)
+    beside = _beside(out)
+    parts: list[list[str]] = [[]]
+    room = PART
+    for name in checkpoint.names():
+        shape, dtype = checkpoint.spec(name)
+        size = shape.numel() * dtype.itemsize
+        if parts[-1] and size > room:
+            parts.append([])
+            room = PART
+        parts[-1].append(name)
+        room -= size
+    for number, names in enumerate(parts):
+        wire_bytes = wire.pack({name: checkpoint.read(name) for name in names}, {})
+        (beside / _part(number)).write_bytes(wire_bytes)
+    files = {file.name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in small_files(source)}
+    (beside / FILES).write_bytes(wire.pack(files, {}))
+    (beside / PACKED).write_text(json.dumps({"format": 1, "shards": checkpoint.shards, "parts": parts}) + "\n")
+    beside.rename(out)
+    return out
+
+
+def unpack_model(source: Path, out: Path) -> Path:
+    """The inverse of :func:`pack_model`: the same tensors, bit for bit, in the same files.
+
+    Raises:
+        FedgroveError: a part is missing or damaged.
+    """
+    layout: dict[str, Any] = json.loads((source / PACKED).read_text(encoding="utf-8"))
+    part_of = {name: number for number, names in enumerate(layout["parts"]) for name in names}
+
+    @lru_cache(maxsize=1)
+    def part(number: int) -> dict[str, Tensor]:
+        return _open_packed(source / _part(number))
+
+    beside = _beside(out)
+    for file, content in _open_packed(source / FILES).items():
+        (beside / Path(file).name).write_bytes(raw_bytes(content))
+    for shard, names in layout["shards"].items():
+        specs = {name: (part(part_of[name])[name].shape, part(part_of[name])[name].dtype) for name in names}
+        write_safetensors(beside / Path(shard).name, specs, (part(part_of[name])[name] for name in names))
+    beside.rename(out)
+    return out
+
+
+def _open_packed(file: Path) -> dict[str, Tensor]:
+    try:
+        return wire.unpack(file.read_bytes())[0]
+    except (OSError, wire.WireError) as fault:
+        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _beside(out: Path) -> Path:
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+def _part(number: int) -> str:
+    return f"model-{number + 1:05d}.packed"
