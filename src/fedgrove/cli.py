@@ -1,0 +1,313 @@
+"""The command line. Results go to standard output, progress and faults to standard error."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedgrove.errors import FedgroveError
+
+app = typer.Typer(
+    name="fedgrove",
+    help="Several owners of private text make one large language model smaller and better together.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: stages.0.sparsity=0.6")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clients' work is done in this process.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
+
+
+class Form(StrEnum):
+    """What ``export`` writes."""
+
+    hf = "hf"
+    packed = "packed"
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose mendable faults are one line and status 2, and whose interruption is status 130."""
+
+    @app.command()
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except FedgroveError as fault:
+            _fail(str(fault), 2)
+        except KeyboardInterrupt:
+            _fail("interrupted; a run continues with --resume", 130)
+        except OSError as fault:
+            if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+                _fail(
+                    f"the disk is full ({fault.filename or 'while writing'}); free some space, then continue with --resume", 2
+                )
+            if fault.filename is None:
+                raise
+            _fail(f"{fault.filename}: {fault.strerror}", 2)
+
+    return run
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("fedgrove-demo"),
+    workers: Workers = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Four owners prune the shipped model together: the whole job in a minute, no network, no GPU.
+
+    Example: fedgrove demo --out my-first-run
+    """
+    from fedgrove.job import load
+
+    with _progress(quiet) as say:
+        _run(load(Path(str(files("fedgrove") / "demo" / "job.toml"))), out, False, workers, say)
+    _show(out)
+
+
+@command
+def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> None:
+    """Writes a commented job file to edit.
+
+    Example: fedgrove init my-job
+    """
+    file = folder / "job.toml"
+    if file.exists():
+        raise FedgroveError(f"{file} exists already; edit it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text((files("fedgrove") / "template.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"Wrote {file}. Edit it, then: fedgrove plan {file}; fedgrove run {file}")
+
+
+@command
+def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = None, as_json: AsJson = False) -> None:
+    """Shows what each client would do, send, and need in memory and time. Runs nothing.
+
+    Example: fedgrove plan job.toml --set stages.0.samples=64
+    """
+    from fedgrove.job import load
+    from fedgrove.plan import SPEED
+    from fedgrove.run import Run
+    from fedgrove.server import local_engine, make_plans, open_model
+
+    wanted = load(job, set_ or [])
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", wanted)
+        plans = make_plans(wanted, open_model(wanted.model), local_engine(wanted, run.path / "clients"), run)
+    if as_json:
+        print(json.dumps([plan.model_dump(mode="json") for plan in plans], indent=2))
+        return
+    console = Console()
+    for plan, stage in zip(plans, wanted.stages, strict=True):
+        table = Table(title=f"stage {plan.stage}: {plan.kind}, {stage.pruner}, rule {stage.rule}", title_justify="left")
+        for heading in ("client", "blocks", "windows", "target", "memory", "upload", "time"):
+            table.add_column(heading, justify="left" if heading in ("client", "blocks") else "right")
+        for name, share in plan.clients.items():
+            blocks = "; ".join(_ranges(numbers) for numbers in share.blocks)
+            target = stage.pattern or f"{share.sparsity:.0%}"
+            table.add_row(
+                name, f"{blocks} of {plan.num_blocks}", str(share.samples), target, f"{share.memory / 2**20:,.0f} MiB",
+                f"{share.upload / 1e6:,.1f} MB", f"{share.seconds:,.0f} s",
+            )  # fmt: skip
+        console.print(table)
+    console.print(
+        "Memory is the peak besides the program itself (about 500 MiB). "
+        f"Time is what a client of speed 1.0 ({SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."
+    )
+
+
+@command
+def run(
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    set_: Set = None,
+    workers: Workers = 0,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Runs a job; the model is in RUN/model.
+
+    Example: fedgrove run job.toml --out runs/first --set stages.0.sparsity=0.6
+    """
+    import torch
+
+    from fedgrove.job import load
+
+    if threads:
+        torch.set_num_threads(threads)
+    wanted = load(job, set_ or [])
+    out = out or Path("runs") / wanted.name
+    with _progress(quiet) as say:
+        _run(wanted, out, resume, workers, say)
+    _show(out, as_json)
+
+
+@command
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a run folder or a hub id.")],
+    data: Annotated[list[Path], typer.Option(help="A text, jsonl, csv or parquet file; may be given again.")],
+    text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of a model on texts.
+
+    The text is cut into consecutive windows of --length tokens that do not overlap (stride = length). Every token but the
+    first of a window is predicted from those before it; perplexity is exp of the mean negative log-likelihood of all
+    predicted tokens.
+
+    Example: fedgrove evaluate runs/first --data heldout.txt
+    """
+    import math
+
+    from fedgrove.data import evaluation_windows
+    from fedgrove.models.blocks import Decoder
+    from fedgrove.models.perplexity import negative_log_likelihood
+    from fedgrove.models.stream import Checkpoint, find_model
+    from fedgrove.stages.export import find_result
+
+    _hush()
+    checkpoint = Checkpoint(find_model(str(find_result(Path(model))) if Path(model).is_dir() else model))
+    tokenizer, decoder = checkpoint.tokenizer(), Decoder(checkpoint)
+    results = {}
+    with _progress(quiet) as say:
+        for file in data:
+            windows = evaluation_windows(file, text, tokenizer, length)
+            say(f"evaluate: {file}, {len(windows)} windows")
+            total, count = negative_log_likelihood(decoder, windows)
+            results[str(file)] = {"perplexity": math.exp(total / count), "tokens": count, "windows": len(windows)}
+    if as_json:
+        print(json.dumps({"length": length, "texts": results}, indent=2))
+    else:
+        for name, result in results.items():
+            print(f"{name}: perplexity {result['perplexity']:.3f} ({result['tokens']} tokens, windows of {length})")
+
+
+@command
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a model directory or a packed model.")],
+    to: Annotated[Form, typer.Option(help="hf: a plain model directory; packed: the fewest bytes.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/FORM.")] = None,
+) -> None:
+    """Writes the result in another form; a packed model becomes a plain one again with --to hf.
+
+    Example: fedgrove export runs/first --to packed
+    """
+    from fedgrove.stages import export as exporting
+
+    if not source.is_dir():
+        raise FedgroveError(f"{source}: no such folder")
+    out = out or source / to.value
+    exporting.export(source, to.value, out)
+    before, after = (exporting.folder_bytes(folder) for folder in (exporting.find_result(source), out))
+    print(f"Wrote {out}: {after / 1e6:.1f} MB, {after / before:.3f} of {before / 1e6:.1f} MB")
+
+
+@command
+def report(source: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Writes RUN/report.html anew, from the run folder alone.
+
+    Example: fedgrove report runs/first
+    """
+    from fedgrove.report.page import write_report
+
+    print(f"Wrote {write_report(source)}")
+
+
+def main() -> None:
+    """The entry point of the ``fedgrove`` command."""
+    app()
+
+
+def _run(job: Any, out: Path, resume: bool, workers: int, say: Callable[[str], None]) -> None:
+    from fedgrove import server
+    from fedgrove.run import Run
+
+    _hush()
+    folder = Run(out, job, resume=resume, say=say)
+    try:
+        engine = server.local_engine(job, folder.path / "clients", workers)
+        try:
+            server.main(job, engine, folder)
+        finally:
+            engine.close()
+    finally:
+        folder.close()
+
+
+def _show(out: Path, as_json: bool = False) -> None:
+    from fedgrove.report.summary import read
+    from fedgrove.report.table import result_table
+    from fedgrove.stages.export import folder_bytes
+
+    summary = read(out)
+    if as_json:
+        print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
+        return
+    console = Console()
+    console.print(result_table(summary, folder_bytes(out / "model")))
+    console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
+
+
+def _hush() -> None:
+    """Keeps libraries from writing between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Lines of progress on standard error: one that changes on a terminal, plain ones elsewhere."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda line: None
+    elif console.is_terminal:
+        with console.status("") as status:
+            yield lambda line: status.update(line)
+    else:
+        yield lambda line: print(line, file=sys.stderr, flush=True)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"fedgrove: {' '.join(message.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    if status == 130:
+        os._exit(status)  # no thread of a library may hold an interrupted run
+    raise typer.Exit(status)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0–2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
