@@ -22,13 +22,15 @@ from fedgrove.data import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
-from fedgrove.models.calibrate import gather
+from fedgrove.models.calibrate import gather, watching
 from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
+from fedgrove.rules.statistics import Statistic
 
 START = "start/"  # tensors of an ask: the weights that a round starts from, where they are not the client's own copy
+SCALE = "scale/"  # tensors of an ask: what the channels of an input are multiplied by before they are summed
 WINDOW = "window/"  # tensors of an ask: token ids to evaluate on
 
 Tensors = dict[str, Tensor]
@@ -127,6 +129,67 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     return answer, {"tokens": tokens}
 
 
+def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Sums what the server's pruner needs to know of one block's inputs, over this client's text.
+
+    With source ``dense`` hidden states pass through this client's own copy of the model: where working files are gone the
+    walk begins anew, so a client may miss any ask. With ``sequential`` they pass through the pruned blocks that the server
+    made, which come with each ask: a client whose states are gone cannot go on.
+
+    Ask:
+        block: whose inputs are summed. stage, samples, length, seed, source: see :class:`~fedgrove.job.PruneStage`.
+        run: any string; hidden states of another run are not used.
+        readers: for each linear of the block the input that it reads.
+        products: the inputs whose products are wanted, not just their squares.
+        limit: the largest number that may be sent.
+        tensors ``scale/<input>``: (in,) float32 powers of two.
+        tensors ``start/<linear>``: (out, in), the block before this one, pruned; only with ``sequential``.
+
+    Answer:
+        tensors ``change/<input>/squares`` and ``change/<input>/products``: see :class:`~fedgrove.rules.statistics.Statistic`.
+        tokens: the number of calibration tokens.
+    """
+    decoder = _decoder(site.model, site.dtype, device)
+    index, samples = int(info["block"]), int(info["samples"])
+    walk = {key: info[key] for key in ("run", "stage", "samples", "length", "seed", "source")}
+    states = _States(site, walk, decoder)
+    calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
+    started = [name for name in tensors if name.startswith(START)]
+    at = states.latest(index - 1 if started else index)
+    if at is None and (index <= 1 or not started):
+        windows = _windows(site, samples, info["length"], info["seed"])
+        at = states.write(0, (decoder.embed(ids[None])[0] for ids in windows), samples)
+    if at is None or (started and at != index - 1):
+        raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again with source = \"dense\"")
+    for passed in range(at, index):
+        with decoder.loaded(passed) as block:
+            modules = linears(block)
+            for name in started:
+                _set(modules[name.removeprefix(START)], tensors[name])
+            states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), samples)
+
+    readers: dict[str, str] = info["readers"]
+    limit = int(info["limit"])
+
+    def begin(name: str) -> Statistic:
+        if readers.get(name) != name:
+            raise FedgroveError(f"client '{site.name}': its model reads the inputs of {name} in another way than the server's")
+        scale = tensors[SCALE + name].to(decoder.device)
+        return Statistic(name, scale, name in info["products"], limit)
+
+    with decoder.loaded(index) as block, watching(block, begin) as inputs:
+        if info["source"] == "dense" and index < len(decoder) - 1:
+            states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), samples)
+        else:
+            for h in states.read(index):
+                decoder.run(block, h, calls[index])
+    states.forget(before=index - 1)
+    answer: Tensors = {}
+    for first in sorted(set(readers.values())):
+        answer |= inputs[first].answer()
+    return answer, {"tokens": inputs[first].tokens}
+
+
 def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Measures what this client would have had alone, on text that the server sends.
 
@@ -146,6 +209,7 @@ def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Ten
 HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] = {
     "card": card,
     "prune": prune,
+    "statistics": statistics,
     "evaluate": evaluate,
 }
 

@@ -125,6 +125,9 @@ class PruneStage(Part):
     rounds: Annotated[int, Field(ge=1)] = 1
     shrink: Annotated[float, Field(ge=0)] = 0.0
     expand: bool = True
+    source: Literal["dense", "sequential"] = "dense"
+    mixed: bool = False
+    protect_first_block: bool = False
 
     @model_validator(mode="after")
     def _one_target(self) -> PruneStage:
@@ -134,7 +137,22 @@ class PruneStage(Part):
             raise ValueError(f'pattern "{self.pattern}": N of every M inputs are kept, so 0 < N < M')
         if self.shrink and self.rule != "votes":
             raise ValueError('shrink belongs to rule = "votes"')
+        if self.rule == "statistics":
+            self._check_statistics()
+        elif self.source != "dense" or self.mixed or self.protect_first_block:
+            raise ValueError('source, mixed and protect_first_block belong to rule = "statistics"')
         return self
+
+    def _check_statistics(self) -> None:
+        needs = plugins.load("pruners", self.pruner).NEEDS
+        if needs == "nothing":
+            raise ValueError(f'rule "statistics": pruner "{self.pruner}" needs nothing to be summed; use wanda or sparsegpt')
+        if self.mixed and needs != "gram":
+            raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt')
+        if self.rounds != 1:
+            raise ValueError('rounds: rule "statistics" is exact in one; set it to 1')
+        if self.layers != "all" and self.source == "sequential":
+            raise ValueError('layers: every client walks through every block with source = "sequential"; use "dense", or "all"')
 
     @property
     def kept_of(self) -> tuple[int, int]:
@@ -212,6 +230,10 @@ class Job(Part):
                 raise ValueError(
                     f"stages.{i}.layers.cover: {stage.layers.cover} clients for each block, but there are {len(self.clients)}"
                 )
+            if stage.rule == "statistics" and self.evaluate.alone:
+                raise ValueError(f'evaluate.alone: with rule "statistics" (stages.{i}) no client prunes; set it to false')
+            if stage.rule == "statistics" and any(client.sparsity is not None for client in self.clients):
+                raise ValueError(f'clients.sparsity: with rule "statistics" (stages.{i}) the server prunes; leave it out')
             if stage.sparsity is not None:
                 least = min(stage.sparsity if client.sparsity is None else client.sparsity for client in self.clients)
                 if least > stage.sparsity:

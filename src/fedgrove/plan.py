@@ -108,6 +108,11 @@ def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[st
     return Plan(stage=index, kind=stage.kind, num_blocks=num_blocks, clients=shares)
 
 
+def calibration(seed: int, stage: int, samples: int, length: int) -> dict[str, int | str]:
+    """Which calibration windows a client draws."""
+    return {"samples": samples, "length": length, "seed": f"{seed}/{stage}"}
+
+
 def share_blocks(pace: Mapping[str, float], num_blocks: int, sample: float, cover: int) -> dict[str, int]:
     """How many blocks each client is given: proportional to its pace, at least one, at most all.
 

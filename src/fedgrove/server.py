@@ -21,13 +21,13 @@ from fedgrove.engine.local import LocalEngine
 from fedgrove.job import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
-from fedgrove.plan import Card, Plan, make_plan
+from fedgrove.plan import Card, Plan, calibration, make_plan
 from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate
-from fedgrove.stages.prune import calibration, prune
+from fedgrove.stages.prune import prune
 
 STAGES = {"prune": prune}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Sums:
-    """What is known of one tensor once clients have been added, in float64.
+    """What is known of one tensor once clients have been added, in float64; changes that are integers, in int64.
 
     Add clients in a fixed order (the rounds go by name): then a run is the same bit for bit, whoever answered first.
     Memory does not grow with the number of clients.
@@ -25,7 +25,8 @@ class Sums:
     tensor([2., 1., 1.], dtype=torch.float64)
 
     Attributes:
-        value: Σ scale·weight·change; None when no client sent a change.
+        value: Σ scale·weight·change; None when no client sent a change. A sum of integers is exact, so it does not even
+            depend on the order, nor on which client held what.
         weight: Σ scale·weight: a tensor where clients send masks, else one number.
         clients: Σ scale: what ``weight`` would be if everybody had kept everything.
     """
@@ -38,7 +39,7 @@ class Sums:
         """Adds one client.
 
         Args:
-            change: any shape and float dtype, zero where ``weight`` is; or None.
+            change: any shape and dtype, zero where ``weight`` is; or None. Integers are added as they are: weight and scale 1.
             weight: a bool mask of that shape, or one number.
             scale: multiplies both, for instance by the inverse probability that this client was asked.
         """
@@ -52,9 +53,11 @@ class Sums:
             factor = scale * weight
         self.clients += scale
         if change is not None:
+            dtype = torch.float64 if change.is_floating_point() else torch.int64
+            assert dtype == torch.float64 or factor == 1, "a sum of integers knows no weights"
             if self.value is None:
-                self.value = torch.zeros(change.shape, dtype=torch.float64, device=change.device)
-            self.value.add_(change, alpha=factor)
+                self.value = torch.zeros(change.shape, dtype=dtype, device=change.device)
+            self.value.add_(change, alpha=factor if dtype == torch.float64 else 1)
         return self
 
     def mean(self) -> Tensor:

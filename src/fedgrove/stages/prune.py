@@ -19,13 +19,14 @@ from fedgrove.job import PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
-from fedgrove.plan import Plan
+from fedgrove.plan import Plan, calibration
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules import Options
 from fedgrove.run import Run
+from fedgrove.stages.prune_statistics import Inlet, Pruned, from_statistics, probe, without_data
 
 
 def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint:
@@ -42,44 +43,42 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
     for round_ in range(stage.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model)
+        inlets = probe(decoder, stage, run.job.seed) if stage.rule == "statistics" else []
         for block in range(plan.num_blocks):
             file = overlay / f"block-{block:04d}.safetensors"
             if not file.is_file():
                 run.say(f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}")
-                _prune_block(decoder, block, round_, plan, engine, run, file)
+                _prune_block(decoder, block, round_, inlets, plan, engine, run, file)
         records = _records(overlay) or records
         model = model.over(overlay)
     run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": records})
     return model
 
 
-def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: Engine, run: Run, file: Path) -> None:
+def _prune_block(
+    decoder: Decoder,
+    block: int,
+    round_: int,
+    inlets: list[dict[str, Inlet]],
+    plan: Plan,
+    engine: Engine,
+    run: Run,
+    file: Path,
+) -> None:
     stage = run.job.stages[plan.stage]
-    rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
-    before = {name: decoder.read_linear(block, name) for name in names}
-    start = {START + name: weight.contiguous() for name, weight in before.items()} if round_ > 0 else {}
-    clients = plan.contributors(round_, block)
-    messages: dict[str, Message] = {
-        client: (start, prune_info(run.job.seed, stage, plan, client, round_, block, run.job.evaluate.alone))
-        for client in clients
-    }
-
-    sums = {name: Sums() for name in names}
-    for client, tensors, _ in ask(
-        engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan)
-    ):
-        for name in names:
-            weight = tensors[WEIGHT + name]
-            sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), plan.clients[client].weight)
-
+    if stage.protect_first_block and block == 0:
+        made = without_data(decoder, block, stage.target)
+    elif stage.rule == "statistics":
+        previous = file.with_name(f"block-{block - 1:04d}.safetensors")
+        made = from_statistics(decoder, block, inlets[block], plan, engine, run, previous)
+    else:
+        made = _from_solutions(decoder, block, round_, plan, engine, run)
     after, records = {}, []
-    for name in names:
-        if sums[name].clients == 0:
-            continue  # nobody sent it: it stays as it was
-        weight, mask = rule.finish(before[name], sums[name], stage.target, Options(stage.shrink, stage.expand))
+    for name, pruned in made.items():
         module = linears(decoder.blocks[block])[name]
-        after[names[name]] = as_matrix(module, weight).contiguous()
+        after[names[name]] = as_matrix(module, pruned.weight).contiguous()
+        mask = pruned.mask
         records.append(
             {
                 "name": names[name],
@@ -90,12 +89,43 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
                 "pruned": mask.numel() - int(mask.sum()),
                 "numel": mask.numel(),
                 "pattern": stage.pattern,
-                "clients": clients,
-                "agreement": _agreement(sums[name]),
+                "clients": pruned.clients,
+                "agreement": pruned.agreement,
                 "sha256": hashlib.sha256(raw_bytes(after[names[name]])).hexdigest(),
             }
         )
     save_tensors(after, file, {"records": json.dumps(records)})
+
+
+def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engine: Engine, run: Run) -> dict[str, Pruned]:
+    """The clients prune the block, and the rule makes one of theirs."""
+    stage = run.job.stages[plan.stage]
+    rule = plugins.load("rules", stage.rule)
+    names = decoder.block_names(block)
+    before = {name: decoder.read_linear(block, name) for name in names}
+    start = {START + name: weight.contiguous() for name, weight in before.items()} if round_ > 0 else {}
+    messages: dict[str, Message] = {
+        client: (start, prune_info(run.job.seed, stage, plan, client, round_, block, run.job.evaluate.alone))
+        for client in plan.contributors(round_, block)
+    }
+
+    clients = []
+    sums = {name: Sums() for name in names}
+    for client, tensors, _ in ask(
+        engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan)
+    ):
+        clients.append(client)
+        for name in names:
+            weight = tensors[WEIGHT + name]
+            sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), plan.clients[client].weight)
+
+    made = {}
+    for name in names:
+        if sums[name].clients == 0:
+            continue  # nobody sent it: it stays as it was
+        weight, mask = rule.finish(before[name], sums[name], stage.target, Options(stage.shrink, stage.expand))
+        made[name] = Pruned(weight, mask, clients, _agreement(sums[name]))
+    return made
 
 
 def prune_info(seed: int, stage: PruneStage, plan: Plan, client: str, round_: int, block: int, keep: bool) -> Info:
@@ -113,11 +143,6 @@ def prune_info(seed: int, stage: PruneStage, plan: Plan, client: str, round_: in
         "keep": keep,
         **calibration(seed, plan.stage, share.samples, stage.length),
     }
-
-
-def calibration(seed: int, stage: int, samples: int, length: int) -> Info:
-    """Which calibration windows a client draws."""
-    return {"samples": samples, "length": length, "seed": f"{seed}/{stage}"}
 
 
 def _checker(before: dict[str, Tensor], stage: PruneStage, plan: Plan) -> Callable[[str, dict[str, Tensor], Info], None]:

@@ -1,0 +1,164 @@
+"""Pruning by summed statistics: the clients send sums over their text, the server prunes (rule ``statistics``)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedgrove import plugins
+from fedgrove.client import SCALE, START
+from fedgrove.engine import Engine
+from fedgrove.inputs import Inputs
+from fedgrove.job import PruneStage
+from fedgrove.masks import Target
+from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.calibrate import watching
+from fedgrove.plan import Plan, calibration
+from fedgrove.pruners import magnitude
+from fedgrove.rounds.ask import Message, ask
+from fedgrove.rounds.fold import Sums
+from fedgrove.rounds.wire import CHANGE, Info, WireError
+from fedgrove.rules import statistics
+from fedgrove.run import Run
+
+PROBE = 512  # random tokens at most that the model is run over to see how large its inputs are
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was made of a linear: weight and mask (out, in), who contributed, and how far clients' masks agreed."""
+
+    weight: Tensor
+    mask: Tensor
+    clients: list[str]
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Inlet:
+    """An input that one or several linears of a block read.
+
+    Attributes:
+        readers: the linears; the first gives the input its name.
+        scale: (in,) what clients multiply by, see :func:`fedgrove.rules.statistics.scale_of`.
+        products: whether Σ xᵢxⱼ is asked for, besides Σ x².
+    """
+
+    readers: list[str]
+    scale: Tensor
+    products: bool
+
+
+def probe(decoder: Decoder, stage: PruneStage, seed: int) -> list[dict[str, Inlet]]:
+    """The inputs of every block and how large they are: one pass over random tokens, nobody's text.
+
+    Returns:
+        For each block its inputs by name.
+    """
+    vocabulary = decoder.checkpoint.config.get_text_config().vocab_size
+    length = min(stage.length, PROBE)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (1, length), generator=generator)
+    hidden, calls = decoder.embed(ids)
+    width = hidden.shape[-1]
+    blocks = []
+    for index in range(len(decoder)):
+        with decoder.loaded(index) as block, watching(block, lambda name: Inputs("squares")) as inputs:
+            hidden = decoder.run(block, hidden, calls[index])
+        readers: dict[int, list[str]] = {}
+        for name, shared in inputs.items():
+            readers.setdefault(id(shared), []).append(name)
+        inlets = {}
+        for names in readers.values():
+            scale = statistics.scale_of(inputs[names[0]]).cpu()
+            inlets[names[0]] = Inlet(names, scale, products=_wants_products(stage, len(scale), width))
+        blocks.append(inlets)
+    return blocks
+
+
+def _wants_products(stage: PruneStage, num_in: int, width: int) -> bool:
+    return plugins.load("pruners", stage.pruner).NEEDS == "gram" and not (stage.mixed and num_in > width)
+
+
+def without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
+    """Prunes a block by magnitude: nobody is asked anything."""
+    made = {}
+    for name in decoder.block_names(block):
+        before = decoder.read_linear(block, name)
+        weight, mask = magnitude.prune(before.float().contiguous().clone(), Inputs("nothing"), target)
+        made[name] = Pruned(weight.to(before.dtype), mask, [])
+    return made
+
+
+def from_statistics(
+    decoder: Decoder, block: int, inlets: Mapping[str, Inlet], plan: Plan, engine: Engine, run: Run, previous: Path
+) -> dict[str, Pruned]:
+    """The clients sum, the server prunes with what the sums say.
+
+    Args:
+        decoder: the model as the stage began.
+        inlets: the block's inputs, from :func:`probe`.
+        previous: the file of the block before this one, pruned; ``sequential`` clients walk on through it.
+    """
+    stage = run.job.stages[plan.stage]
+    contributors = plan.contributors(0, block)
+    tensors: dict[str, Tensor] = {SCALE + name: inlet.scale for name, inlet in inlets.items()}
+    if stage.source == "sequential" and block > 0:
+        stored = load_file(previous)
+        for name, key in decoder.block_names(block - 1).items():
+            tensors[START + name] = as_matrix(linears(decoder.blocks[block - 1])[name], stored[key]).contiguous()
+    messages: dict[str, Message] = {
+        client: (tensors, statistics_info(run, stage, plan, client, block, inlets)) for client in contributors
+    }
+    scales = {name: inlet.scale for name, inlet in inlets.items()}
+    products = {name: inlet.products for name, inlet in inlets.items()}
+    limit = statistics.LARGEST // len(contributors)
+
+    def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
+        samples = plan.clients[client].samples
+        if info.get("tokens") != samples * stage.length:
+            raise WireError(f"it claims {info.get('tokens')!r} tokens, not {samples * stage.length}")
+        statistics.check_sums(answer, scales, products, samples, limit)
+
+    sums = {name: Sums() for name in statistics.expected(scales, products)}
+    clients, tokens = [], 0
+    for client, answer, info in ask(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check):
+        clients.append(client)
+        tokens += info["tokens"]
+        for name, total in sums.items():
+            total.add(answer[name], 1.0)
+
+    made = {}
+    for first, inlet in inlets.items():
+        squares, upper = sums[f"{CHANGE}{first}/squares"].value, None
+        assert squares is not None
+        if inlet.products:
+            upper = sums[f"{CHANGE}{first}/products"].value
+        inputs = statistics.finish(squares, upper, inlet.scale, tokens)
+        pruner = plugins.load("pruners", stage.pruner if inputs.needs != "squares" else "wanda")
+        for name in inlet.readers:
+            before = decoder.read_linear(block, name)
+            weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
+            weight, mask = pruner.prune(weight, inputs, stage.target)
+            made[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), clients)
+    return {name: made[name] for name in decoder.block_names(block)}
+
+
+def statistics_info(run: Run, stage: PruneStage, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet]) -> Info:
+    """The JSON of an ask of kind ``statistics``: see :func:`fedgrove.client.statistics`."""
+    return {
+        "run": hashlib.sha256(run.job.dumps().encode()).hexdigest(),
+        "stage": plan.stage,
+        "block": block,
+        "source": stage.source,
+        "readers": {name: first for first, inlet in inlets.items() for name in inlet.readers},
+        "products": [first for first, inlet in inlets.items() if inlet.products],
+        "limit": statistics.LARGEST // len(plan.contributors(0, block)),
+        **calibration(run.job.seed, plan.stage, plan.clients[client].samples, stage.length),
+    }
