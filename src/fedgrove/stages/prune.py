@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,7 +37,7 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
         The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor.
     """
     stage = run.job.stages[plan.stage]
-    records: list[Info] = []
+    records: dict[str, Info] = {}
     for round_ in range(stage.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model)
@@ -47,9 +46,9 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
             if not file.is_file():
                 run.say(f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}")
                 _prune_block(decoder, block, round_, plan, engine, run, file)
-        records = _records(overlay) or records
+        records |= {record["name"]: record for record in _records(overlay)}
         model = model.over(overlay)
-    run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": records})
+    run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": list(records.values())})
     return model
 
 
@@ -66,9 +65,11 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
     }
 
     sums = {name: Sums() for name in names}
+    contributors = []
     for client, tensors, _ in ask(
         engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan)
     ):
+        contributors.append(client)
         for name in names:
             weight = tensors[WEIGHT + name]
             sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), plan.clients[client].weight)
@@ -90,7 +91,7 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
                 "pruned": mask.numel() - int(mask.sum()),
                 "numel": mask.numel(),
                 "pattern": stage.pattern,
-                "clients": clients,
+                "clients": contributors,
                 "agreement": _agreement(sums[name]),
                 "sha256": hashlib.sha256(raw_bytes(after[names[name]])).hexdigest(),
             }
@@ -155,8 +156,8 @@ def _agreement(sums: Sums) -> float | None:
     return float(alike.double().mean())
 
 
-def _records(overlay: Path) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
+def _records(overlay: Path) -> list[Info]:
+    records: list[Info] = []
     for file in sorted(overlay.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             records += json.loads(opened.metadata()["records"])
