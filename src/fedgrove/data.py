@@ -7,11 +7,12 @@ with no other special tokens.
 from __future__ import annotations
 
 import csv
+import heapq
 import json
 import random
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fedgrove.errors import FedgroveError
 
 DEFAULT_TEMPLATE = "{text}"
+CHARACTERS = 16  # of text held for each token that is wanted
 PASSAGE = 4096  # characters; a plain text file is cut into passages of about this size, at ends of lines
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 
@@ -132,7 +134,8 @@ def calibration_windows(
 ) -> Tensor:
     """Windows to calibrate on, drawn from all files alike.
 
-    Records are shuffled by the seed and packed until there is enough, so a large file is read but not tokenised whole.
+    Records are drawn by the seed and packed until there is enough: a large file is read through, but neither held in
+    memory nor tokenised whole.
 
     Args:
         samples: number of windows.
@@ -148,15 +151,18 @@ def calibration_windows(
     parts = [samples * (i + 1) // len(paths) - samples * i // len(paths) for i in range(len(paths))]
     windows = []
     for path, part in zip(paths, parts, strict=True):
-        texts = list(read_texts(path, template))
-        random.Random(f"{seed}/{path.name}").shuffle(texts)
         ids: list[int] = []
-        for text in texts:
-            ids += _encode(text, tokenizer)
+        for budget in (CHARACTERS * part * length, None):  # a language with longer tokens needs the second, unbounded try
+            texts = _draw(read_texts(path, template), random.Random(f"{seed}/{path.name}"), budget)
+            ids = []
+            for text in texts:
+                ids += _encode(text, tokenizer)
+                if len(ids) >= part * length:
+                    break
             if len(ids) >= part * length:
                 break
         else:
-            if not texts:
+            if not ids:
                 raise FedgroveError(f"{path}: it holds no text")
             raise FedgroveError(
                 f"{path}: {len(ids)} tokens, but {part} windows of {length} need {part * length}; "
@@ -195,6 +201,18 @@ def evaluation_windows(
     if not windows:
         raise FedgroveError(f"{path}: it holds fewer than two tokens of text")
     return windows
+
+
+def _draw(texts: Iterable[str], rng: random.Random, budget: int | None) -> list[str]:
+    """The texts in random order, cut off where they exceed ``budget`` characters; no more than that is ever held."""
+    drawn: list[tuple[float, int, str]] = []  # a heap, the last of the order on top
+    held = 0
+    for number, text in enumerate(texts):
+        heapq.heappush(drawn, (-rng.random(), number, text))
+        held += len(text)
+        while budget is not None and held - len(drawn[0][2]) >= budget:
+            held -= len(heapq.heappop(drawn)[2])
+    return [text for _, _, text in sorted(drawn, reverse=True)]
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, end: bool = True) -> list[int]:

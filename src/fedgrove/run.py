@@ -90,6 +90,10 @@ class Run:
         """Where a round's finished blocks lie. A file there is a finished block: this is how a run is continued."""
         return self.path / "work" / f"stage-{stage}" / f"round-{round_}"
 
+    def has_model(self) -> bool:
+        """Whether the result is there already."""
+        return (self.path / "model").is_dir()
+
     def finish(self) -> None:
         """Lets the working files go; the result stays."""
         shutil.rmtree(self.path / "work", ignore_errors=True)

@@ -27,6 +27,7 @@ from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate
+from fedgrove.stages.export import model_card
 from fedgrove.stages.prune import prune
 
 STAGES = {"prune": prune}
@@ -43,6 +44,14 @@ def main(job: Job, engine: Engine, run: Run) -> None:
     Raises:
         FedgroveError: a fault that the user can mend.
     """
+    if not run.has_model():
+        make_model(job, engine, run)
+    write_report(run.path)
+    run.finish()
+
+
+def make_model(job: Job, engine: Engine, run: Run) -> None:
+    """Everything up to the finished model in the run folder."""
     model = open_model(job.model)
     plans = make_plans(job, model, engine, run)  # every client's text is tried before anything is computed
     evaluate(model, None, engine, run)
@@ -50,11 +59,8 @@ def main(job: Job, engine: Engine, run: Run) -> None:
         run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))
         model = STAGES[stage.kind](model, plan, engine, run)
         evaluate(model, plan.stage, engine, run)
-    if not (run.path / "model").is_dir():
-        run.say("writing the model")
-        model.write(run.path / "model")
-    write_report(run.path)
-    run.finish()
+    run.say("writing the model")
+    model.write(run.path / "model", {"README.md": model_card(job, model.path)})
 
 
 def open_model(model: Model) -> Checkpoint:

@@ -125,10 +125,14 @@ class Checkpoint:
             digest.update(json.dumps([file.name, file.stat().st_size, _header(file)]).encode())
         return digest.hexdigest()
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Path, texts: Mapping[str, str] | None = None) -> None:
         """Writes one plain model directory: the same shards, the same order, configuration and tokenizer beside them.
 
         Memory: one tensor. The folder appears under its name only when it is complete.
+
+        Args:
+            out: the folder.
+            texts: small files to write as well, or instead of those that lie beside the weights: name -> content.
 
         Raises:
             FedgroveError: ``out`` exists already.
@@ -140,6 +144,8 @@ class Checkpoint:
         beside.mkdir(parents=True)
         for file in small_files(self.path):
             shutil.copyfile(file, beside / file.name)
+        for name, text in (texts or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
         for shard, names in self.shards.items():
             specs = {name: self.spec(name) for name in names}
             write_safetensors(beside / shard, specs, (self.read(name) for name in names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fedgrove.inputs import Inputs, Needs
@@ -23,7 +24,13 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
 
     Returns:
         The pruned weight and its mask (True = kept).
+
+    Raises:
+        ValueError: the statistics hold NaN or infinity.
     """
-    score = weight.abs() * inputs.squares.sqrt().to(weight.dtype)
+    norms = inputs.squares.sqrt().to(weight.dtype)
+    if not torch.isfinite(norms).all():
+        raise ValueError("the statistics of the inputs are not finite")
+    score = weight.abs() * norms
     mask = keep_highest([score], target)
     return weight.masked_fill_(~mask, 0.0), mask

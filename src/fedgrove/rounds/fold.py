@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Sums:
     weight: Tensor | float = 0.0
     clients: float = 0.0
 
-    def add(self, change: Tensor | None, weight: Tensor | float, scale: float = 1.0) -> Self:
+    def add(self, change: Tensor | None, weight: Tensor | float, scale: float = 1.0) -> None:
         """Adds one client.
 
         Args:
@@ -58,7 +57,6 @@ class Sums:
             if self.value is None:
                 self.value = torch.zeros(change.shape, dtype=dtype, device=change.device)
             self.value.add_(change, alpha=factor if dtype == torch.float64 else 1)
-        return self
 
     def mean(self) -> Tensor:
         """Σ weight·change / Σ weight, float64; 0 where nobody has weight. A rule decides whether 0 is what it wants."""

@@ -167,7 +167,7 @@ def finish(squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int)
 
 
 def _whole(value: Tensor) -> Tensor:
-    return (value.double() * 2**BITS).round_().long()
+    return (value.double() * float(2**BITS)).round_().long()
 
 
 def _above(scale: Tensor) -> Tensor:

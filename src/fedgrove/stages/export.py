@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job import Job
 from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
 from fedgrove.rounds import wire
 from fedgrove.run import unfinished
@@ -110,6 +111,26 @@ def _open_packed(file: Path) -> dict[str, Tensor]:
         return wire.unpack(file.read_bytes())[0]
     except (OSError, wire.WireError) as fault:
         raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+
+
+def model_card(job: Job, base: Path) -> str:
+    """The README.md of a result in the Hugging Face form: what was done, by whom, then the card of the model it came from."""
+    card = (base / "README.md").read_text(encoding="utf-8") if (base / "README.md").is_file() else ""
+    front = "library_name: transformers\npipeline_tag: text-generation\n"
+    if card.startswith("---\n") and "\n---\n" in card[4:]:
+        front, card = card[4:].split("\n---\n", 1)
+        front += "\n"
+    owners = ", ".join(client.name for client in job.clients)
+    done = "\n".join(
+        f"- {stage.kind}: {stage.pruner}, rule {stage.rule}, sparsity {stage.target} of every linear, {stage.samples} windows "
+        f"of {stage.length} tokens from each client, rounds: {stage.rounds}"
+        for stage in job.stages
+    )
+    return (
+        f"---\n{front}---\n# {job.name}\n\nMade with fedgrove by {len(job.clients)} owners of text together ({owners}); "
+        f"no text left its owner.\n\n{done}\n\nPruned weights are exact zeros in dense safetensors: any program that loads "
+        f"the model it came from loads this one.\n\nThe card of that model follows.\n\n{card.strip()}\n"
+    )
 
 
 def folder_bytes(folder: Path) -> int:

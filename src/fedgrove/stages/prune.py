@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,7 +38,7 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
         The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor.
     """
     stage = run.job.stages[plan.stage]
-    records: list[Info] = []
+    records: dict[str, Info] = {}
     for round_ in range(stage.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model)
@@ -49,9 +48,9 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
             if not file.is_file():
                 run.say(f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}")
                 _prune_block(decoder, block, round_, inlets, plan, engine, run, file)
-        records = _records(overlay) or records
+        records |= {record["name"]: record for record in _records(overlay)}
         model = model.over(overlay)
-    run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": records})
+    run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": list(records.values())})
     return model
 
 
@@ -180,8 +179,8 @@ def _agreement(sums: Sums) -> float | None:
     return float(alike.double().mean())
 
 
-def _records(overlay: Path) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
+def _records(overlay: Path) -> list[Info]:
+    records: list[Info] = []
     for file in sorted(overlay.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             records += json.loads(opened.metadata()["records"])

@@ -1,0 +1,141 @@
+"""Eight owners of very different text prune one model: every rule beside stand-alone and pooled data.
+
+    .venv/bin/python bench/owners.py --data ../shared/data --write
+
+Owners: medical questions, research abstracts, newsgroup posts, a programming book, plays, restaurant descriptions, an
+encyclopaedia, novels. Each calibrates on its own training text and all are measured on held-out text of every owner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import page
+import torch
+from transformers.utils import logging
+
+from fedgrove import server
+from fedgrove.data import read_texts
+from fedgrove.job import Job
+from fedgrove.report.summary import read
+from fedgrove.run import Run
+
+QUESTION = "{question}\n{answer}"
+ABSTRACT = "{question}\n{context}\n{answer}"
+OWNERS = {
+    "medquad": ("medquad/train.jsonl", "medquad/test.jsonl", QUESTION),
+    "pubmedqa": ("pubmedqa/train.jsonl", "pubmedqa/test.jsonl", ABSTRACT),
+    "newsgroups": ("newsgroups/train.jsonl", "newsgroups/test.jsonl", "{text}"),
+    "rust": ("text/rustbook-train.txt", "text/rustbook-test.txt", None),
+    "shakespeare": ("text/shakespeare-train.txt", "text/shakespeare-test.txt", None),
+    "e2e": ("e2e/train.jsonl", "e2e/test.jsonl", "{mr}\n{ref}"),
+    "wikitext": ("text/wikitext2-valid.txt", "text/wikitext2-test.txt", None),
+    "novels": (
+        "books/Edith_Nesbit_The_Railway_Children.txt",
+        "books/G_K_Chesterton_The_Club_of_Queer_Trades.txt",
+        None,
+    ),
+}
+RULES: dict[str, dict[str, Any]] = {
+    "FedSpaLLM (votes)": {},
+    "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
+    "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
+    "plain averaging (mean)": {"rule": "mean"},
+    "FedPrLLM (masks)": {"rule": "masks"},
+}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--model", default=str(Path(server.__file__).parent / "demo" / "grove-6m"))
+    arguments.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--samples", type=int, default=8)
+    arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner")
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    logging.set_verbosity_error()
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = dict(plain_files(given.data, Path(folder)))
+        table = []
+        for name, changes in {
+            **RULES,
+            "stand-alone, mean of the eight models": {},
+            "pooled data (one client has it all)": {},
+        }.items():
+            cells = []
+            for sparsity in given.sparsities:
+                found = []
+                for seed in given.seeds:
+                    found.append(measure(name, changes, sparsity, seed, files, given, Path(folder)))
+                    print(f"{name}, {sparsity:.0%}, seed {seed}: {found[-1][0]:.1f}", flush=True)
+                values = [value for value, _ in found]
+                achieved = statistics.mean(reached for _, reached in found)
+                cell = f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
+                cells.append(cell if abs(achieved - sparsity) < 1e-3 else f"{cell} at {achieved:.0%}")
+            table.append(f"| {name} | {' | '.join(cells)} |")
+    head = " | ".join(f"{sparsity:.0%}" for sparsity in given.sparsities)
+    text = "\n".join([f"| | {head} |", f"|---|{'---|' * len(given.sparsities)}", *table])
+    print(text)
+    if given.write:
+        page.write("owners", text)
+
+
+def measure(
+    name: str, changes: dict[str, Any], sparsity: float, seed: int, files: dict[str, Path], given: Any, folder: Path
+) -> tuple[float, float]:
+    """Perplexity (geometric mean over the owners' held-out texts) and the sparsity that was reached."""
+    alone = name.startswith("stand-alone")
+    clients: list[dict[str, Any]] = [{"name": owner, "data": str(files[owner])} for owner in OWNERS]
+    samples = given.samples
+    if name.startswith("pooled"):
+        clients = [{"name": "pooled", "data": [str(files[owner]) for owner in OWNERS]}]
+        samples *= len(OWNERS)
+    job = Job.model_validate(
+        {
+            "name": "owners",
+            "seed": seed,
+            "model": {"path": given.model},
+            "clients": clients,
+            "stages": [{"kind": "prune", "sparsity": sparsity, "samples": samples, **changes}],
+            "evaluate": {
+                "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in OWNERS],
+                "windows": given.windows,
+                "alone": alone,
+            },
+        }
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        run = Run(Path(out) / "run", job)
+        server.main(job, server.local_engine(job, run.path / "clients"), run)
+        run.close()
+        summary = read(run.path)
+    if alone:
+        assert summary.alone_mean is not None
+        return summary.alone_mean, summary.sparsity
+    return summary.mean(summary.federated), summary.sparsity
+
+
+def plain_files(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every owner's text as records {"text"}, so that pooled data need one template only."""
+    for owner, (train, heldout, template) in OWNERS.items():
+        for name, source in ((owner, train), (f"{owner}-heldout", heldout)):
+            file = folder / f"{name}.jsonl"
+            with file.open("w", encoding="utf-8") as out:
+                for text in read_texts(data / source, template):
+                    out.write(json.dumps({"text": text}) + "\n")
+            yield name, file
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What several tests need: the shipped model, real statistics of it, and one thread so that small products stay fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from small import Small
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The folder of the demo: a job, texts of four owners and a small trained Llama."""
+    return Path(str(files("fedgrove") / "demo"))
+
+
+@pytest.fixture(scope="session")
+def grove(demo: Path) -> Path:
+    """The shipped model's directory."""
+    return demo / "grove-6m"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A federation that runs in a second."""
+    return Small(tmp_path_factory.mktemp("small"))

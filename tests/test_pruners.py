@@ -1,0 +1,304 @@
+"""Pruners against the published algorithms, on the shipped model and on matrices made to be awkward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from fedgrove import plugins
+from fedgrove.data import calibration_windows
+from fedgrove.inputs import Inputs
+from fedgrove.masks import Target
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.calibrate import gather
+from fedgrove.models.stream import Checkpoint
+from fedgrove.pruners import magnitude, sparsegpt, wanda
+
+PRUNERS = plugins.names("pruners")
+TARGETS = [Target(0.5), Target(0.7), Target.of(None, (2, 4)), Target.of(None, (4, 8))]
+
+
+class Linear(NamedTuple):
+    name: str
+    weight: Tensor  # float32
+    inputs: Inputs
+
+
+@pytest.fixture(scope="module")
+def linears(demo: Path, grove: Path) -> list[Linear]:
+    """Every linear of the shipped model's first and fifth block, with the statistics of real text."""
+    decoder = Decoder(Checkpoint(grove))
+    windows = calibration_windows([demo / "texts" / "theatre.txt"], None, decoder.checkpoint.tokenizer(), 8, 512, "seed")
+    states = [decoder.embed(ids[None])[0] for ids in windows]
+    calls = decoder.embed(windows[:1])[1]
+    found = []
+    for index in range(5):
+        with decoder.loaded(index) as block:
+            if index in (0, 4):
+                for name, inputs in gather(decoder, block, states, calls[index], "gram").items():
+                    found.append(Linear(f"{index}.{name}", decoder.read_linear(index, name).float(), inputs))
+            states = [decoder.run(block, hidden, calls[index]) for hidden in states]
+    return found
+
+
+def made_up(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[Tensor, Inputs]:
+    """A random weight and statistics of random inputs of very different scale."""
+    random = torch.Generator().manual_seed(seed)
+    inputs = Inputs("gram")
+    inputs.add(torch.randn(tokens, columns, generator=random) * torch.rand(columns, generator=random).add(0.01))
+    return torch.randn(rows, columns, generator=random), inputs
+
+
+def is_plus_zero(values: Tensor) -> bool:
+    return not values.view(torch.int32).any()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_sparsegpt_is_the_published_one_but_for_the_counts(linears: list[Linear], target: Target) -> None:
+    assert len(linears) == 14
+    for name, weight, inputs in linears:
+        expected, expected_mask = reference.sparsegpt(
+            weight, inputs.gram, target.sparsity, target.pattern, exact=True, factor=torch.float64
+        )
+        got, mask = sparsegpt.prune(weight.clone(), inputs, target)
+        assert torch.equal(mask, expected_mask), name
+        assert (got - expected).abs().max() <= 1e-5 * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_sparsegpt_differs_from_the_published_one_in_its_extra_entries_and_what_follows(
+    linears: list[Linear], target: Target
+) -> None:
+    for name, weight, inputs in linears:
+        expected, expected_mask = reference.sparsegpt(
+            weight, inputs.gram, target.sparsity, target.pattern, factor=torch.float64
+        )
+        got, mask = sparsegpt.prune(weight.clone(), inputs, target)
+        # the first block of columns has no past: there the extra entries differ, all tied at the threshold, and no other
+        extra = mask[:, :128] & ~expected_mask[:, :128]
+        assert torch.equal(mask[:, :128] & ~extra, expected_mask[:, :128]), name
+        if target.pattern:
+            assert torch.equal(mask, expected_mask), name
+        elif extra.any():
+            assert extra.any(0).sum() == 1, name
+            assert weight[:, :128][extra].abs().unique().numel() == 1, name
+        assert int((mask != expected_mask).sum()) <= 1e-3 * mask.numel(), name
+        alike = (mask == expected_mask).all(1)  # rows do not touch each other: one mask, one result
+        assert alike.sum() > 0.5 * len(alike), name
+        assert (got - expected)[alike].abs().max() <= 1e-5 * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_sparsegpt_stays_close_to_the_published_one_in_its_own_float32(linears: list[Linear], target: Target) -> None:
+    for name, weight, inputs in linears:
+        expected_mask = reference.sparsegpt(weight, inputs.gram, target.sparsity, target.pattern)[1]
+        mask = sparsegpt.prune(weight.clone(), inputs, target)[1]
+        assert int((mask != expected_mask).sum()) <= 1e-3 * mask.numel(), name
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_wanda_is_the_published_one_but_for_rounding_down_in_every_row(linears: list[Linear], target: Target) -> None:
+    for name, weight, inputs in linears:
+        expected, expected_mask = reference.wanda(weight, inputs.squares, target.sparsity, target.pattern)
+        got, mask = wanda.prune(weight.clone(), inputs, target)
+        if target.pattern or (target.sparsity * weight.shape[1]).is_integer():
+            assert torch.equal(mask, expected_mask), name
+            assert torch.equal(got, expected), name
+        else:
+            assert not (mask & ~expected_mask).any(), name  # what the published one prunes, ours prunes
+            assert set((expected_mask & ~mask).sum(1).tolist()) <= {0, 1}, name
+        assert torch.equal(got[mask], weight[mask]), name
+
+
+def test_wanda_at_half_is_the_published_one_bit_for_bit(linears: list[Linear]) -> None:
+    for name, weight, inputs in linears:
+        expected, expected_mask = reference.wanda(weight, inputs.squares, 0.5)
+        got, mask = wanda.prune(weight.clone(), inputs, Target(0.5))
+        assert torch.equal(mask, expected_mask), name
+        assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("target", [Target(0.7), Target.of(None, (2, 4)), Target.of(None, (4, 8))], ids=str)
+def test_the_tile_of_sparsegpt_changes_nothing(linears: list[Linear], target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, weight, inputs in linears[::3]:
+        expected, expected_mask = sparsegpt.prune(weight.clone(), inputs, target)
+        for tile in (8, 32, 128):
+            monkeypatch.setattr(sparsegpt, "TILE", tile)
+            got, mask = sparsegpt.prune(weight.clone(), inputs, target)
+            assert torch.equal(mask, expected_mask), (name, tile)
+            assert (got - expected).abs().max() <= 1e-5 * weight.abs().max(), (name, tile)
+
+
+def test_sparsegpt_does_not_depend_on_the_scale_of_the_statistics(linears: list[Linear]) -> None:
+    _, weight, inputs = linears[0]
+    scaled = Inputs("gram", inputs.tokens, inputs.gram * 1024)
+    expected = sparsegpt.prune(weight.clone(), inputs, Target(0.6))
+    got = sparsegpt.prune(weight.clone(), scaled, Target(0.6))
+    assert torch.equal(got[1], expected[1])
+    assert torch.allclose(got[0], expected[0], rtol=0, atol=1e-6)
+
+
+def test_sparsegpt_repairs_what_magnitude_breaks(linears: list[Linear]) -> None:
+    for name, weight, inputs in linears:
+        losses = {}
+        for pruner in (sparsegpt, wanda, magnitude):
+            change = pruner.prune(weight.clone(), inputs, Target(0.6))[0] - weight
+            losses[pruner] = float((change @ inputs.gram.float() * change).sum())
+        assert losses[sparsegpt] < losses[wanda] < losses[magnitude], name
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.99])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (37, 200), (64, 129), (3, 128), (129, 64)], ids=str)
+def test_exactly_as_many_weights_go_as_were_asked_for(name: str, sparsity: float, shape: tuple[int, int]) -> None:
+    weight, inputs = made_up(*shape, tokens=64)
+    pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(sparsity))
+    assert mask.dtype == torch.bool
+    assert mask.shape == pruned.shape == weight.shape
+    assert int((~mask).sum()) == int(sparsity * weight.numel() + 0.5)
+    assert is_plus_zero(pruned[~mask])
+    assert pruned[mask].all()
+    if sparsity == 0:
+        assert torch.equal(pruned, weight)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 4), (3, 4), (1, 3), (5, 20)], ids=str)
+@pytest.mark.parametrize("groups", [1, 7, 11])
+def test_a_pattern_keeps_n_of_every_m(name: str, pattern: tuple[int, int], groups: int) -> None:
+    n, m = pattern
+    weight, inputs = made_up(13, groups * m, tokens=64)
+    pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target.of(None, pattern))
+    assert (mask.view(13, groups, m).sum(2) == n).all()
+    assert is_plus_zero(pruned[~mask])
+    assert pruned[mask].all()
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_ties_do_not_make_more_weights_go(name: str) -> None:
+    """The published thresholds prune every weight that ties with the last one."""
+    inputs = Inputs("gram")
+    inputs.add(torch.eye(96))
+    weight = torch.where(torch.arange(24 * 96).view(24, 96) % 3 == 0, -1.0, 1.0)
+    for sparsity in (0.3, 0.5, 0.9):
+        pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(sparsity))
+        assert int((~mask).sum()) == int(sparsity * weight.numel() + 0.5)
+        assert is_plus_zero(pruned[~mask])
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize("target", [Target(0.3), Target(0.7), Target.of(None, (2, 4))], ids=str)
+def test_dead_inputs_lose_their_weights_first_and_the_count_holds(name: str, target: Target) -> None:
+    """The published SparseGPT prunes all weights of 100 dead inputs when asked for half: 78 % of the block."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 256, generator=random)
+    dead = torch.zeros(256, dtype=torch.bool)
+    dead[torch.randperm(256, generator=random)[:100]] = True
+    x[:, dead] = 0
+    inputs = Inputs("gram")
+    inputs.add(x)
+    weight = torch.randn(32, 256, generator=random)
+    pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, target)
+    assert int((~mask).sum()) == target.num_pruned(weight.numel())
+    assert is_plus_zero(pruned[~mask])
+    assert torch.isfinite(pruned).all()
+    assert torch.equal(pruned[:, dead][mask[:, dead]], weight[:, dead][mask[:, dead]])  # what stands there is as it was
+    width = 4 if target.pattern else 128 if name == "sparsegpt" else 256
+    groups = [part.flatten() for part in mask.split(width, dim=1)] if width == 128 else mask.view(-1, width)
+    dies = (
+        [part.flatten() for part in dead.expand(32, 256).split(width, dim=1)]
+        if width == 128
+        else dead.repeat(32).view(-1, width)
+    )
+    for kept, dead_here in zip(groups, dies, strict=True):  # weights that were compared with one another
+        assert not kept[dead_here].any() or kept[~dead_here].all(), "a live weight went while a dead one stayed"
+
+
+@pytest.mark.parametrize("target", [Target(0.5), Target.of(None, (2, 4))], ids=str)
+def test_fewer_tokens_than_inputs_raise_the_damping_and_never_become_the_identity(target: Target) -> None:
+    weight, inputs = made_up(48, 256, tokens=5)
+    assert torch.linalg.matrix_rank(inputs.gram, rtol=1e-5) == 5  # the products are float32
+    pruned, mask = sparsegpt.prune(weight.clone(), inputs, target)
+    assert torch.isfinite(pruned).all()
+    assert int((~mask).sum()) == target.num_pruned(weight.numel())
+    by_magnitude = magnitude.prune(weight.clone(), inputs, target)[1]
+    assert not torch.equal(mask, by_magnitude)
+    assert not torch.equal(pruned, weight.masked_fill(~mask, 0.0)), "the columns to the right were not repaired"
+
+
+def test_the_damping_rises_tenfold_until_the_matrix_can_be_factored() -> None:
+    one = torch.eye(6, dtype=torch.float64)
+    gram = one.clone()
+    gram[0, 1] = gram[1, 0] = 1.05  # eigenvalue −0.05: damping 0.01 is too little, 0.1 is enough
+    assert torch.linalg.cholesky_ex(gram + 0.01 * one).info > 0
+    upper = sparsegpt.inverse_factor(gram)
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper.T @ upper @ (gram + 0.1 * one), one, atol=1e-12)
+
+
+def test_all_inputs_dead_still_gives_exact_counts() -> None:
+    inputs = Inputs("gram")
+    inputs.add(torch.zeros(7, 40))
+    weight = torch.randn(8, 40)
+    for name in PRUNERS:
+        pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.5))
+        assert int((~mask).sum()) == 160
+        assert torch.equal(pruned, weight.masked_fill(~mask, 0.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    weight, inputs = made_up(8, 24, tokens=30)
+    assert inputs.total is not None
+    inputs.total[3, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        plugins.load("pruners", name).prune(weight, inputs, Target(0.5))
+
+
+def test_a_matrix_that_no_damping_helps_is_refused() -> None:
+    gram = -torch.eye(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="cannot be factored"):
+        sparsegpt.inverse_factor(gram)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_the_same_numbers_come_out_every_time(name: str) -> None:
+    weight, inputs = made_up(31, 160, tokens=200)
+    first = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.45))
+    second = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.45))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_statistics_of_clients_add_up_to_those_of_the_pooled_text() -> None:
+    random = torch.Generator().manual_seed(1)
+    windows = torch.randn(6, 32, 20, generator=random)
+    for needs in ("gram", "squares"):
+        pooled = Inputs(needs)
+        clients = [Inputs(needs), Inputs(needs)]
+        for i, window in enumerate(windows):
+            pooled.add(window[None])
+            clients[i % 2].add(window)
+        total = clients[0].total + clients[1].total
+        assert torch.allclose(total, pooled.total, rtol=1e-14, atol=0)
+        assert sum(client.tokens for client in clients) == pooled.tokens == 192
+        assert torch.allclose(pooled.squares, windows.double().square().sum((0, 1)), rtol=1e-6)
+
+
+def test_a_gram_matrix_is_not_made_up_by_a_pruner_that_did_not_ask_for_it() -> None:
+    inputs = Inputs("squares")
+    inputs.add(torch.ones(3, 4))
+    with pytest.raises(AssertionError):
+        _ = inputs.gram
+
+
+def test_magnitude_prunes_the_smallest_of_the_whole_matrix() -> None:
+    weight, inputs = made_up(17, 23, tokens=1)
+    mask = magnitude.prune(weight.clone(), inputs, Target(0.6))[1]
+    assert weight[~mask].abs().max() < weight[mask].abs().min()
