@@ -131,6 +131,11 @@ def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = N
                 f"{share.upload / 1e6:,.1f} MB", f"{share.seconds:,.0f} s",
             )  # fmt: skip
         console.print(table)
+        if plan.choices:
+            sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in plan.choices.items())
+            console.print(f"Uplink of a client by what is summed: {sizes}.")
+        for note in plan.notes:
+            console.print(f"Note: {note}")
     console.print(
         "Memory is the peak besides the program itself (about 500 MiB). "
         f"Time is what a client of speed 1.0 ({SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."

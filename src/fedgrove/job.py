@@ -230,8 +230,10 @@ class Job(Part):
                 raise ValueError(
                     f"stages.{i}.layers.cover: {stage.layers.cover} clients for each block, but there are {len(self.clients)}"
                 )
-            if stage.rule == "statistics" and self.evaluate.alone:
-                raise ValueError(f'evaluate.alone: with rule "statistics" (stages.{i}) no client prunes; set it to false')
+            if stage.rule == "statistics" and i > 0:
+                raise ValueError(
+                    f'stages.{i}.rule: "statistics" are of the model that the clients have; make it the first stage'
+                )
             if stage.rule == "statistics" and any(client.sparsity is not None for client in self.clients):
                 raise ValueError(f'clients.sparsity: with rule "statistics" (stages.{i}) the server prunes; leave it out')
             if stage.sparsity is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -53,6 +53,8 @@ class Plan(BaseModel):
     kind: str
     num_blocks: int
     clients: dict[str, Share]
+    choices: dict[str, int] = {}  # what rule "statistics" would upload for a client, in bytes, by what is summed
+    notes: list[str] = []  # what a person should know before it runs
 
     def contributors(self, round_: int, block: int) -> list[str]:
         """The clients that are given a block in a round, by name."""
@@ -102,10 +104,17 @@ def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[st
             samples=cards[name].samples or stage.samples,
             sparsity=_target_of(stage, cards[name]).sparsity,
             memory=costs[name].memory,
-            upload=asked * costs[name].upload,
+            upload=(asked - (stage.protect_first_block and 0 in blocks[0])) * costs[name].upload,
             seconds=round(asked * costs[name].seconds, 1),
         )
-    return Plan(stage=index, kind=stage.kind, num_blocks=num_blocks, clients=shares)
+    return Plan(
+        stage=index,
+        kind=stage.kind,
+        num_blocks=num_blocks,
+        clients=shares,
+        choices=_choices(decoder, stage),
+        notes=_notes(stage),
+    )
 
 
 def calibration(seed: int, stage: int, samples: int, length: int) -> dict[str, int | str]:
@@ -189,10 +198,7 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cos
     shapes = [_shape(decoder, name) for name in linears(decoder.blocks[0])]
     parameters = sum(rows * columns for rows, columns in shapes)
     width = decoder.checkpoint.config.get_text_config().hidden_size
-    distinct: list[int] = []  # the widths of the different inputs: the residual stream is read at most three times
-    for _, columns in shapes:
-        if columns != width or distinct.count(width) < 3:
-            distinct.append(columns)
+    distinct = _inputs(decoder)
     widest = max(distinct)
     tokens = (card.samples or stage.samples) * stage.length
 
@@ -212,10 +218,52 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cos
     upload = sum(wire.estimate(rows * columns, sparsity, dtype) for rows, columns in shapes)
     if stage.rule == "masks":
         upload = parameters // 8
+    elif stage.rule == "statistics":
+        upload = _sum_bytes(distinct, [i for i in distinct if needs == "gram" and not (stage.mixed and i > width)])
+        workspace = solve = 0  # the server prunes
     kept = parameters * (2 * dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
     memory = 8 * (statistics + workspace) + 4 * (block_numel + 6 * largest + ends + window) + kept + 2**24
     seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
+
+
+def _inputs(decoder: Decoder) -> list[int]:
+    """The widths of a block's different inputs: the residual stream is read at most three times."""
+    width = decoder.checkpoint.config.get_text_config().hidden_size
+    distinct: list[int] = []
+    for name in linears(decoder.blocks[0]):
+        columns = _shape(decoder, name)[1]
+        if columns != width or distinct.count(width) < 3:
+            distinct.append(columns)
+    return distinct
+
+
+def _sum_bytes(inputs: Sequence[int], products: Sequence[int]) -> int:
+    """About the bytes of one block's sums: 4.4 for a number of eight (measured on the shipped model), and names."""
+    numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
+    return math.ceil(4.4 * numbers) + 1200 * len(inputs)
+
+
+def _choices(decoder: Decoder, stage: PruneStage) -> dict[str, int]:
+    if stage.rule != "statistics":
+        return {}
+    inputs = _inputs(decoder)
+    width = decoder.checkpoint.config.get_text_config().hidden_size
+    number = len(decoder) - stage.protect_first_block
+    return {
+        "wanda": number * _sum_bytes(inputs, []),
+        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= width]),
+        "sparsegpt": number * _sum_bytes(inputs, inputs),
+    }
+
+
+def _notes(stage: PruneStage) -> list[str]:
+    if stage.rule != "statistics" or stage.protect_first_block:
+        return []
+    return [
+        "What enters block 0 depends on nothing but how often each token occurs, so its sums tell much of a client's word "
+        "counts; protect_first_block = true prunes it by magnitude instead, and nobody sends any."
+    ]
 
 
 def _target_of(stage: PruneStage, card: Card) -> Target:

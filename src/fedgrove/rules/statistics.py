@@ -28,7 +28,7 @@ from fedgrove.inputs import Inputs
 from fedgrove.rounds.wire import CHANGE, WireError, check
 
 BITS = 16  # fractional bits of one token's x², where x is of the size that random tokens give
-QUIET = 2.0**-7  # a channel that random tokens hardly reach is scaled as if it were this part of the others' size
+QUIET = 2.0**-10  # a channel that random tokens hardly reach is scaled as if it were this part of the others' size
 STRIP = 512  # rows of the products that are made at once
 LARGEST = 2**62  # of a sum over all clients
 

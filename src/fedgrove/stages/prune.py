@@ -14,7 +14,7 @@ from torch import Tensor
 from fedgrove import plugins
 from fedgrove.client import START
 from fedgrove.engine import Engine
-from fedgrove.job import PruneStage
+from fedgrove.job import Job, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
@@ -102,10 +102,10 @@ def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engin
     rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
     before = {name: decoder.read_linear(block, name) for name in names}
-    start = {START + name: weight.contiguous() for name, weight in before.items()} if round_ > 0 else {}
+    first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
+    start = {} if first else {START + name: weight.contiguous() for name, weight in before.items()}
     messages: dict[str, Message] = {
-        client: (start, prune_info(run.job.seed, stage, plan, client, round_, block, run.job.evaluate.alone))
-        for client in plan.contributors(round_, block)
+        client: (start, prune_info(run.job, plan, client, round_, block)) for client in plan.contributors(round_, block)
     }
 
     clients = []
@@ -127,9 +127,9 @@ def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engin
     return made
 
 
-def prune_info(seed: int, stage: PruneStage, plan: Plan, client: str, round_: int, block: int, keep: bool) -> Info:
+def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> Info:
     """The JSON of an ask of kind ``prune``: see :func:`fedgrove.client.prune`."""
-    share = plan.clients[client]
+    stage, share = job.stages[plan.stage], plan.clients[client]
     return {
         "block": block,
         "blocks": share.blocks[round_],
@@ -139,8 +139,8 @@ def prune_info(seed: int, stage: PruneStage, plan: Plan, client: str, round_: in
         "rule": stage.rule,
         "sparsity": share.sparsity,
         "pattern": list(stage.kept_of) if stage.pattern else None,
-        "keep": keep,
-        **calibration(seed, plan.stage, share.samples, stage.length),
+        "keep": job.evaluate.alone and plan.stage == 0 and round_ == 0,
+        **calibration(job.seed, plan.stage, share.samples, stage.length),
     }
 
 

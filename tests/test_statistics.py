@@ -1,0 +1,258 @@
+"""The rule ``statistics``: several owners get, bit for bit, the model that one owner of all their text would get."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from fedgrove import server
+from fedgrove.engine.local import LocalEngine
+from fedgrove.inputs import Inputs
+from fedgrove.job import load
+from fedgrove.models.blocks import find_blocks
+from fedgrove.models.calibrate import watching
+from fedgrove.rounds import wire
+from fedgrove.rounds.wire import CHANGE, WireError
+from fedgrove.rules import statistics
+from fedgrove.rules.statistics import Statistic
+from fedgrove.run import Run
+from small import LENGTH, Small, cli, complaint, lines
+
+SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner
+
+
+@pytest.fixture(scope="module")
+def owners(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Records of exactly one window each, so that windows can be dealt to owners in any way."""
+    tokenizer = AutoTokenizer.from_pretrained(small.model)
+    text = "\n".join(path.read_text() for path in small.texts.values())
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    records = []
+    for start in range(0, len(ids) - LENGTH, LENGTH):
+        record = tokenizer.decode(ids[start : start + LENGTH - 1])
+        if len(tokenizer(record, add_special_tokens=False)["input_ids"]) == LENGTH - 1 and record not in records:
+            records.append(record)
+    dealt, at = {}, 0
+    for name, number in SHARES.items():
+        dealt[name] = records[at : at + number]
+        at += number
+    assert at <= len(records)
+    return dealt
+
+
+def prune(
+    small: Small, folder: Path, texts: Mapping[str, list[str]], engine: type[LocalEngine] = LocalEngine, **stage: object
+) -> dict:  # type: ignore[type-arg]
+    """Runs a job of these owners; gives hash and contributors of every tensor."""
+    folder.mkdir()
+    clients = []
+    for name, records in texts.items():
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
+        clients.append({"name": name, "data": str(file), "samples": len(records)})
+    rounds = {"quorum": 1} if engine is not LocalEngine else {}
+    changes = {f"stages__0__{key}": value for key, value in stage.items()}
+    job = small.job(
+        folder.name, clients=clients, evaluate={}, rounds=rounds, stages__0__rule="statistics", stages__0__samples=9, **changes
+    )
+    wanted = load(job)
+    run = Run(folder / "run", wanted)
+    sites = server.local_engine(wanted, run.path / "clients")._sites
+    server.main(wanted, engine(list(sites.values())), run)
+    run.close()
+    tensors = json.loads((run.path / "pruning.json").read_text())["tensors"]
+    return {row["name"]: (row["sha256"], row["pruned"], row["clients"]) for row in tensors}
+
+
+def hashes(tensors: dict) -> dict:  # type: ignore[type-arg]
+    return {name: row[:2] for name, row in tensors.items()}
+
+
+@pytest.mark.parametrize("source", ["dense", "sequential"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_four_unequal_owners_get_the_bits_of_the_pooled_data(
+    small: Small, owners: dict[str, list[str]], tmp_path: Path, source: str, pruner: str
+) -> None:
+    stage = {"source": source, "pruner": pruner, "sparsity": 0.7}
+    apart = prune(small, tmp_path / "apart", owners, **stage)
+    everything = [record for records in owners.values() for record in records]
+    pooled = prune(small, tmp_path / "pooled", {"pool": everything}, **stage)
+    random.Random(0).shuffle(everything)
+    otherwise = prune(small, tmp_path / "otherwise", {"x": everything[:2], "y": everything[2:]}, **stage)
+    assert hashes(apart) == hashes(pooled) == hashes(otherwise)
+    assert all(row[2] == sorted(SHARES) for row in apart.values())
+    less = prune(small, tmp_path / "less", {"pool": everything[:-1]}, **stage)
+    assert hashes(less) != hashes(pooled)  # one window more or less does change the result
+
+
+class Birchless(LocalEngine):
+    """An engine on which one client is never reached again once the run has begun."""
+
+    def ask(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+    ) -> Iterator[tuple[str, bytes | None, str | None]]:
+        for client, answer, error in super().ask(kind, messages, timeout):
+            yield (client, None, "gone") if client == "birch" and kind == "statistics" else (client, answer, error)
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_a_client_that_drops_leaves_the_pooled_result_of_the_rest(
+    small: Small, owners: dict[str, list[str]], tmp_path: Path, pruner: str
+) -> None:
+    dropped = prune(small, tmp_path / "dropped", owners, Birchless, pruner=pruner)
+    rest = [record for name, records in owners.items() if name != "birch" for record in records]
+    pooled = prune(small, tmp_path / "pooled", {"pool": rest}, pruner=pruner)
+    assert hashes(dropped) == hashes(pooled)
+    assert all("birch" not in row[2] for row in dropped.values())
+
+
+def test_mixed_prunes_wide_inputs_with_wanda(small: Small, owners: dict[str, list[str]], tmp_path: Path) -> None:
+    made = {
+        key: hashes(prune(small, tmp_path / key, owners, **stage))
+        for key, stage in {
+            "mixed": {"pruner": "sparsegpt", "mixed": True},
+            "wanda": {"pruner": "wanda"},
+            "full": {"pruner": "sparsegpt"},
+        }.items()
+    }
+    for name in made["mixed"]:
+        assert made["mixed"][name] == made["wanda" if "down_proj" in name else "full"][name]
+        assert made["wanda"][name] != made["full"][name]
+
+
+def test_a_protected_first_block_is_asked_of_nobody(small: Small, owners: dict[str, list[str]], tmp_path: Path) -> None:
+    made = prune(small, tmp_path / "protected", owners, pruner="wanda", protect_first_block=True)
+    for name, (_, pruned, clients) in made.items():
+        assert clients == ([] if ".0." in name else sorted(SHARES))
+        assert pruned > 0
+    ledger = lines(tmp_path / "protected" / "run" / "ledger.jsonl")
+    assert sum(line["kind"] == "statistics" and line["direction"] == "up" for line in ledger) == len(SHARES)
+
+
+def test_fixed_point_agrees_with_floating_point() -> None:
+    torch.manual_seed(0)
+    sizes = torch.logspace(-1.5, 1, 96)
+    probe = Inputs("squares")
+    probe.add(torch.randn(50, 96) * sizes)
+    x = torch.randn(4, 40, 96) * sizes
+    statistic = Statistic("a", statistics.scale_of(probe), products=True)
+    statistic.add(x)
+    answer = statistic.answer()
+    got = statistics.finish(answer["change/a/squares"], answer["change/a/products"], statistic.scale, statistic.tokens)
+    exact = (x.double().reshape(-1, 96).T @ x.double().reshape(-1, 96)) / (sizes[:, None] * sizes).double()
+    torch.testing.assert_close(got.gram / (sizes[:, None] * sizes).double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got.gram, got.gram.T)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e18])
+def test_inputs_that_do_not_fit_are_not_summed(bad: float) -> None:
+    x = torch.ones(1, 4, 3)
+    x[0, 1, 2] = bad
+    with pytest.raises(Exception, match="inputs of a are not finite or far larger"):
+        Statistic("a", torch.ones(3), products=True).add(x)
+
+
+def _answer() -> dict[str, torch.Tensor]:
+    statistic = Statistic("a", torch.ones(5), products=True)
+    statistic.add(torch.randn(2, 8, 5))
+    return statistic.answer()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("squares", -1, "squares is out of range"),
+        ("squares", 2**61, "squares is out of range"),
+        ("products", 2**40, "products is larger than the squares allow"),
+        ("products", -(2**40), "products is larger than the squares allow"),
+    ],
+)
+def test_numbers_that_are_no_sums_of_squares_and_products_are_refused(name: str, value: int, says: str) -> None:
+    answer = _answer()
+    check = ({"a": torch.ones(5)}, {"a": True}, 2, 2**60)
+    statistics.check_sums(answer, *check)
+    answer[f"{CHANGE}a/{name}"][1] = value
+    with pytest.raises(WireError, match=says):
+        statistics.check_sums(answer, *check)
+
+
+def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], tmp_path: Path) -> None:
+    class Liar(LocalEngine):
+        def ask(
+            self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+        ) -> Iterator[tuple[str, bytes | None, str | None]]:
+            for client, answer, error in super().ask(kind, messages, timeout):
+                if client == "cedar" and kind == "statistics" and answer is not None:
+                    tensors, info = wire.unpack(answer)
+                    answer = wire.pack(tensors, {"tokens": 10 * info["tokens"]})
+                yield client, answer, error
+
+    made = prune(small, tmp_path / "liar", owners, Liar, pruner="wanda")
+    rest = [record for name, records in owners.items() if name != "cedar" for record in records]
+    assert hashes(made) == hashes(prune(small, tmp_path / "rest", {"pool": rest}, pruner="wanda"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stages__0__pruner": "magnitude"}, "needs nothing to be summed"),
+        ({"stages__0__rounds": 2}, "rounds: rule"),
+        ({"stages__0__mixed": True}, "mixed: pruner"),
+        ({"clients__0__sparsity": 0.6}, "clients.sparsity: with rule"),
+        ({"stages__0__rule": "votes", "stages__0__source": "sequential"}, "belong to rule"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(small: Small, changes: dict[str, object], says: str) -> None:
+    spec = {"stages__0__rule": "statistics", **changes}
+    assert says in complaint("plan", small.job("refused", **spec))
+
+
+def test_the_plan_shows_the_bytes_of_each_choice_and_what_leaks(small: Small) -> None:
+    job = small.job("choices", stages__0__rule="statistics")
+    status, out, _ = cli("plan", job)
+    assert status == 0
+    for words in ("wanda", "sparsegpt, mixed", "protect_first_block"):
+        assert words in out
+    status, out, _ = cli("plan", job, "--json")
+    choices = json.loads(out)[0]["choices"]
+    assert choices["wanda"] < choices["sparsegpt, mixed"] < choices["sparsegpt"]
+    _, out, _ = cli("plan", job, "--json", "--set", "stages.0.protect_first_block=true")
+    assert json.loads(out)[0]["notes"] == []
+    run = small.folder / "choices-run"
+    assert cli("run", job, "--out", run, "--quiet")[0] == 0
+    sent = sum(
+        row["bytes"]
+        for row in lines(run / "ledger.jsonl")
+        if row["client"] == "ash" and row["kind"] == "statistics" and row["direction"] == "up"
+    )
+    assert sent == pytest.approx(choices["wanda"], rel=0.4)  # little data: names and headers are a good part of it
+
+
+def test_wanda_takes_a_thousandth_of_a_160m_llama() -> None:
+    config = LlamaConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000
+    )
+    with init_empty_weights():
+        model = LlamaForCausalLM(config)
+    dense = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert 150e6 < dense / 2 < 170e6
+    block = find_blocks(model)[1][0]
+    sums = {}
+    with watching(block, lambda name: Inputs("nothing")) as inputs, init_empty_weights():
+        hidden = torch.empty(1, 4, 768, device="meta")
+        block(hidden, position_embeddings=(hidden[..., :64], hidden[..., :64]))
+    torch.manual_seed(0)
+    for name in {id(shared): name for name, shared in inputs.items()}.values():
+        statistic = Statistic(name, torch.ones(3072 if name == "mlp.down_proj" else 768), products=False)
+        for _ in range(16):
+            statistic.add(torch.randn(1, 512, statistic.scale.numel()))
+        sums |= statistic.answer()
+    assert len(sums) == 4
+    assert 12 * len(wire.pack(sums, {"tokens": 8192})) <= dense / 1000
