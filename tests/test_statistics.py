@@ -48,7 +48,12 @@ def owners(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def prune(
-    small: Small, folder: Path, texts: Mapping[str, list[str]], engine: type[LocalEngine] = LocalEngine, **stage: object
+    small: Small,
+    folder: Path,
+    texts: Mapping[str, list[str]],
+    engine: type[LocalEngine] = LocalEngine,
+    privacy: object = None,
+    **stage: object,
 ) -> dict:  # type: ignore[type-arg]
     """Runs a job of these owners; gives hash and contributors of every tensor."""
     folder.mkdir()
@@ -60,7 +65,14 @@ def prune(
     rounds = {"quorum": 1} if engine is not LocalEngine else {}
     changes = {f"stages__0__{key}": value for key, value in stage.items()}
     job = small.job(
-        folder.name, clients=clients, evaluate={}, rounds=rounds, stages__0__rule="statistics", stages__0__samples=9, **changes
+        folder.name,
+        clients=clients,
+        evaluate={},
+        rounds=rounds,
+        privacy=privacy or {},
+        stages__0__rule="statistics",
+        stages__0__samples=9,
+        **changes,
     )
     wanted = load(job)
     run = Run(folder / "run", wanted)

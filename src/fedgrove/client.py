@@ -25,6 +25,7 @@ from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
 from fedgrove.models.calibrate import gather, watching
 from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
+from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.rules.statistics import Statistic
@@ -48,6 +49,8 @@ class Site:
         data: its text files.
         text: how a record becomes text.
         card: what it says of itself.
+        credentials: its key and the roster for secure aggregation. A client that has them sends nothing of its text but
+            masked, whatever it is asked.
     """
 
     name: str
@@ -57,13 +60,20 @@ class Site:
     data: tuple[Path, ...]
     text: str | None
     card: Info
+    credentials: Credentials | None = None
 
 
 def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
     """Answers one ask: bytes in, bytes out."""
     tensors, info = wire.unpack(message)
+    secure = info.pop(SECURE, None)
+    if site.credentials is not None and secure is None and kind in ("prune", "statistics"):
+        raise FedgroveError(f"client '{site.name}': it answers '{kind}' only under secure aggregation")
     with torch.no_grad():
-        return wire.pack(*HANDLERS[kind](tensors, info, site, device))
+        answer, told = HANDLERS[kind](tensors, info, site, device)
+    if secure is not None:
+        answer = mask_answer(site, secure, answer)
+    return wire.pack(answer, told)
 
 
 def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -215,6 +225,7 @@ HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] 
     "prune": prune,
     "statistics": statistics,
     "evaluate": evaluate,
+    **{kind: serve_secure(kind) for kind in KINDS},
 }
 
 

@@ -204,6 +204,13 @@ class Rounds(Part):
     retries: Annotated[int, Field(ge=0)] = 0
 
 
+class Privacy(Part):
+    """``[privacy]``: what the server may learn."""
+
+    secure_aggregation: bool = False
+    smallest: Annotated[int, Field(ge=2)] = 3
+
+
 class Job(Part):
     """The whole job file."""
 
@@ -214,6 +221,7 @@ class Job(Part):
     stages: Annotated[tuple[PruneStage, ...], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
     rounds: Rounds = Rounds()
+    privacy: Privacy = Privacy()
 
     @field_validator("clients")
     @classmethod
@@ -242,9 +250,24 @@ class Job(Part):
                     raise ValueError(
                         f"stages.{i}.sparsity: {stage.sparsity}, but every client prunes to {least} or more; raise it"
                     )
+        if self.privacy.secure_aggregation:
+            self._check_secure()
         if self.rounds.quorum is not None and self.rounds.quorum > len(self.clients):
             raise ValueError(f"rounds.quorum: {self.rounds.quorum}, but there are {len(self.clients)} clients")
         return self
+
+    def _check_secure(self) -> None:
+        if len(self.clients) < self.privacy.smallest:
+            raise ValueError(
+                f"privacy.smallest: {self.privacy.smallest} clients in a sum, but there are {len(self.clients)}; lower it"
+            )
+        for i, stage in enumerate(self.stages):
+            if stage.rule != "statistics":
+                raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "{stage.rule}" is no sum; use "statistics"')
+            if stage.layers != "all":
+                raise ValueError(
+                    f'privacy.secure_aggregation: stages.{i}.layers: every client is in every sum; set it to "all"'
+                )
 
     def dumps(self) -> str:
         """The job as TOML, defaults filled in, paths absolute: it can be read again from anywhere."""

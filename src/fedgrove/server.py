@@ -22,6 +22,7 @@ from fedgrove.job import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.plan import Card, Plan, calibration, make_plan
+from fedgrove.privacy.secure import Credentials, make_credentials
 from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
@@ -99,6 +100,9 @@ def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
 def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:
     """The embedded default: the job's clients on this machine, each with a folder of its own for its working files."""
     model = open_model(job.model)
+    credentials: dict[str, Credentials] = {}
+    if job.privacy.secure_aggregation:
+        credentials = make_credentials((client.name for client in job.clients), job.privacy.smallest)
     sites = [
         Site(
             name=client.name,
@@ -108,6 +112,7 @@ def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str
             data=client.data,
             text=client.text,
             card=client.model_dump(include=set(Card.model_fields), mode="json"),
+            credentials=credentials.get(client.name),
         )
         for client in job.clients
     ]

@@ -14,16 +14,19 @@ from torch import Tensor
 from fedgrove import plugins
 from fedgrove.client import SCALE, START
 from fedgrove.engine import Engine
+from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Inputs
 from fedgrove.job import PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.calibrate import watching
 from fedgrove.plan import Plan, calibration
+from fedgrove.privacy.secure import sum_securely
 from fedgrove.pruners import magnitude
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, Info, WireError
+from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules import statistics
 from fedgrove.run import Run
 
@@ -119,27 +122,10 @@ def from_statistics(
     scales = {name: inlet.scale for name, inlet in inlets.items()}
     products = {name: inlet.products for name, inlet in inlets.items()}
     limit = statistics.LARGEST // len(contributors)
-
-    def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
-        samples = plan.clients[client].samples
-        if info.get("tokens") != samples * stage.length:
-            raise WireError(f"it claims {info.get('tokens')!r} tokens, not {samples * stage.length}")
-        statistics.check_sums(answer, scales, products, samples, limit)
-
-    sums = {name: Sums() for name in statistics.expected(scales, products)}
-    clients, tokens = [], 0
-    for client, answer, info in ask(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check):
-        clients.append(client)
-        tokens += info["tokens"]
-        for name, total in sums.items():
-            total.add(answer[name], 1.0)
-
+    clients, tokens, sums = _collect(engine, run, plan, messages, scales, products, limit)
     made = {}
     for first, inlet in inlets.items():
-        squares, upper = sums[f"{CHANGE}{first}/squares"].value, None
-        assert squares is not None
-        if inlet.products:
-            upper = sums[f"{CHANGE}{first}/products"].value
+        squares, upper = sums[f"{CHANGE}{first}/squares"], sums.get(f"{CHANGE}{first}/products")
         inputs = statistics.finish(squares, upper, inlet.scale, tokens)
         pruner = plugins.load("pruners", stage.pruner if inputs.needs != "squares" else "wanda")
         for name in inlet.readers:
@@ -148,6 +134,49 @@ def from_statistics(
             weight, mask = pruner.prune(weight, inputs, stage.target)
             made[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), clients)
     return {name: made[name] for name in decoder.block_names(block)}
+
+
+def _collect(
+    engine: Engine,
+    run: Run,
+    plan: Plan,
+    messages: Mapping[str, Message],
+    scales: Mapping[str, Tensor],
+    products: Mapping[str, bool],
+    limit: int,
+) -> tuple[list[str], int, dict[str, Tensor]]:
+    """Who is in the sum, of how many tokens, and the sum: the server sees each answer, or with secure aggregation none."""
+    stage, secure = run.job.stages[plan.stage], run.job.privacy.secure_aggregation
+
+    def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
+        samples = plan.clients[client].samples
+        if info.get("tokens") != samples * stage.length:
+            raise WireError(f"it claims {info.get('tokens')!r} tokens, not {samples * stage.length}")
+        if secure:  # no value can be told from random
+            check_tensors(answer, statistics.expected(scales, products))
+        else:
+            statistics.check_sums(answer, scales, products, samples, limit)
+
+    if secure:
+        infos, sums = sum_securely(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check)
+        windows = sum(plan.clients[client].samples for client in infos)
+        try:
+            statistics.check_sums(sums, scales, products, windows, limit * len(messages))
+        except WireError as fault:
+            raise FedgroveError(
+                f"the clients' sum: {fault}; one of them sent no statistics, and secure aggregation hides which. "
+                "Leave clients out until it holds"
+            ) from fault
+        return sorted(infos), sum(info["tokens"] for info in infos.values()), sums
+
+    totals = {name: Sums() for name in statistics.expected(scales, products)}
+    clients, tokens = [], 0
+    for client, answer, info in ask(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check):
+        clients.append(client)
+        tokens += info["tokens"]
+        for name, total in totals.items():
+            total.add(answer[name], 1.0)
+    return clients, tokens, {name: total.value for name, total in totals.items() if total.value is not None}
 
 
 def statistics_info(run: Run, stage: PruneStage, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet]) -> Info:
