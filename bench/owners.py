@@ -48,6 +48,8 @@ RULES: dict[str, dict[str, Any]] = {
     "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
     "plain averaging (mean)": {"rule": "mean"},
     "FedPrLLM (masks)": {"rule": "masks"},
+    "summed statistics of the dense model, one round (statistics)": {"rule": "statistics"},
+    "summed statistics, a round a block (statistics, source sequential)": {"rule": "statistics", "source": "sequential"},
 }
 
 

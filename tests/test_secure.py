@@ -22,7 +22,8 @@ from fedgrove.job import load
 from fedgrove.privacy import secure
 from fedgrove.privacy.secure import Credentials, Memory, Opening, SecureError, Session, as_rings, new_session
 from fedgrove.rounds import wire
-from small import Small, complaint
+from fedgrove.rules import statistics
+from small import LENGTH, Small, complaint
 from test_statistics import hashes, prune
 
 PHASES = ("keys", "shares", "masked", "check", "open")
@@ -54,6 +55,9 @@ class Federation:
     def reveal(self, name: str, signatures: Mapping[str, str]) -> dict[str, Any]:
         return secure.reveal(self.session, name, self.credentials[name], self.memory[name], signatures)
 
+    def near(self, name: str) -> dict[str, str]:
+        return {peer: self.signatures[peer] for peer in self.session.holders(name) if peer in self.signatures}
+
     def run(self, inputs: Mapping[str, Mapping[str, torch.Tensor]], silent: Mapping[str, Sequence[str]] | None = None) -> Any:
         """The whole protocol; gives the survivors and the opened sum."""
         gone: set[str] = set()
@@ -70,7 +74,7 @@ class Federation:
             self.masked[name] = self.mask(name, self.sealed, inputs[name])
             opening.add(name, self.masked[name])
         self.signatures = {name: self.confirm(name, opening.survivors) for name in left("check", opening.survivors)}
-        self.revealed = {name: self.reveal(name, self.signatures) for name in left("open", list(self.signatures))}
+        self.revealed = {name: self.reveal(name, self.near(name)) for name in left("open", list(self.signatures))}
         return opening.survivors, opening.open(self.revealed)
 
 
@@ -102,6 +106,17 @@ def test_the_sum_is_the_plain_sum_bit_for_bit(tmp_path: Path, number: int) -> No
     survivors, opened = federation.run(inputs)
     assert survivors == federation.names
     assert same(opened, total(inputs, survivors))
+
+
+@pytest.mark.parametrize("bits", [56, 48, 40])
+def test_a_narrower_ring_gives_the_same_sum_in_fewer_bytes(tmp_path: Path, bits: int) -> None:
+    federation = Federation(tmp_path, 3)
+    federation.session = new_session(federation.names, bits)
+    top = 2 ** (bits - 1) - 1
+    inputs = {name: {"x": torch.tensor([-(top // 3), top // 3, -1, 0] * 500)} for name in federation.names}
+    _, opened = federation.run(inputs)
+    assert same(opened, total(inputs, federation.names))
+    assert len(wire.pack(federation.masked["c000"], {})) < 2000 * (bits + 8) / 8 + 1500
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -213,6 +228,12 @@ def test_fewer_shares_than_the_threshold_open_nothing(tmp_path: Path) -> None:
     assert secret not in guesses
 
 
+def test_interpolation_agrees_with_the_library() -> None:
+    secret = 2**128 - 1
+    shares = shamirs.shares(secret, 9, modulus=secure.PRIME, threshold=5)
+    assert secure.at_zero({share.index: share.value for share in shares[2:7]}) == shamirs.interpolate(shares[:5]) == secret
+
+
 def test_too_many_drops_open_nothing(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 6)
     with pytest.raises(SecureError, match=r"too small to be opened|of too few|shares of client"):
@@ -307,7 +328,7 @@ def test_survivors_that_did_not_sign_open_nothing(tmp_path: Path) -> None:
     signatures = {name: federation.confirm(name, federation.names if name == "c004" else five) for name in five}
     with pytest.raises(SecureError, match="'c004' did not sign this list"):
         federation.reveal("c000", signatures)
-    few = {name: signatures[name] for name in five[: federation.session.quorum - 1]}
+    few = {name: signatures[name] for name in five[: federation.session.threshold - 1]}
     with pytest.raises(SecureError, match="3 clients signed the list, 4 must"):
         federation.reveal("c000", few)
     with pytest.raises(SecureError, match="too small to be opened"):
@@ -394,8 +415,10 @@ def test_a_job_gives_the_same_bits_with_and_without(
     answers = [wire.unpack(message)[0] for _, kind, message in Engine.seen if kind == "statistics"]
     assert len(answers) == 2 * len(OWNERS)
     for tensors in answers:
-        joined = np.concatenate([ring.view(np.uint8) for ring in as_rings(tensors)])
-        assert uniform(joined)
+        joined = np.concatenate([ring.view(np.uint8).reshape(-1, 8) for ring in as_rings(tensors)])
+        used = statistics.ring_bits(LENGTH * len(OWNERS)) // 8
+        assert uniform(np.ascontiguousarray(joined[:, :used]).reshape(-1))
+        assert not joined[:, used:].any()
 
 
 @pytest.mark.parametrize("kind", ["secure-keys", "secure-shares", "statistics", "secure-check", "secure-open"])

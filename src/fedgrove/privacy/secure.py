@@ -18,8 +18,8 @@ signs the session's parameters together with its keys, so that a server cannot t
 survivors' self-masks are committed to, so that a wrong share is noticed; the neighbours are drawn from the session's
 name, which the server chooses: that part holds only against a server that follows the protocol.
 
-Sums are taken in the ring of the tensor's dtype: integers modulo 2⁸, 2³² or 2⁶⁴. Whoever sends has to see to it that the
-true sum fits. Nothing here hides the sum itself, nor who took part, nor the shapes.
+Sums are taken in the ring of the tensor's dtype: integers modulo 2⁸, 2³² or, for int64, 2 to the session's bits. Whoever
+sends has to see to it that the true sum fits. Nothing here hides the sum itself, nor who took part, nor the shapes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +102,9 @@ class Session:
         name: fresh for every sum.
         clients: who is asked, sorted.
         degree: how many neighbours each has; even, or all others.
-        threshold: how many shares open a secret, of ``degree`` + 1.
-        quorum: how many clients at least must survive, and sign the list of survivors.
+        threshold: how many shares open a secret, of ``degree`` + 1, and how many of them must have signed the survivors.
+        quorum: how many clients at least must survive.
+        bits: of an int64 tensor's ring: no more than the sum needs, for masked numbers do not compress.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Session:
     degree: int
     threshold: int
     quorum: int
+    bits: int = 64
 
     def __post_init__(self) -> None:
         number = len(self.clients)
@@ -122,6 +124,8 @@ class Session:
             raise SecureError("secure aggregation: fewer than half of the shares would open a secret")
         if not number < 2 * self.quorum <= 2 * number:
             raise SecureError("secure aggregation: fewer than half of the clients would open a sum")
+        if self.bits not in range(8, 65, 8):
+            raise SecureError("secure aggregation: a ring is of whole bytes, eight at most")
 
     @classmethod
     def of(cls, facts: Any) -> Session:
@@ -131,7 +135,7 @@ class Session:
         except (TypeError, KeyError) as fault:
             raise SecureError("secure aggregation: a session that is not understood") from fault
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """All of it in 32 bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
@@ -162,7 +166,7 @@ def _read_roster(operator: bytes, signature: bytes, roster: bytes) -> dict[str, 
     return known
 
 
-def new_session(clients: Iterable[str]) -> Session:
+def new_session(clients: Iterable[str], bits: int = 64) -> Session:
     """The facts of the next sum: everybody neighbours everybody up to about forty clients, then 8·log₂ n neighbours each.
 
     Among few clients, two thirds (rounded up) have to survive. Among many, two thirds of all and half of each
@@ -175,8 +179,8 @@ def new_session(clients: Iterable[str]) -> Session:
     quorum = max(number - number // 3, number // 2 + 1)
     degree = 8 * math.ceil(math.log2(number))
     if degree >= number - 1:
-        return Session(secrets.token_hex(16), names, number - 1, quorum, quorum)
-    return Session(secrets.token_hex(16), names, degree, (degree + 1) // 2 + 1, quorum)
+        return Session(secrets.token_hex(16), names, number - 1, quorum, quorum, bits)
+    return Session(secrets.token_hex(16), names, degree, degree // 2 + 2, quorum, bits)
 
 
 # What a client does
@@ -230,8 +234,9 @@ def share(session: Session, client: str, credentials: Credentials, memory: Memor
             }
             own["kept"] = {secret: value.hex() for secret, value in of[client].items()}
             own["ciphertexts"] = {}
+            private = _private(own["channel"], "channel", session)
             for peer in peers:
-                cipher = ChaCha20Poly1305(_channel(own, adverts[peer], session, client, peer))
+                cipher = ChaCha20Poly1305(_agree(private, adverts[peer]["channel"], "channel", session, client, peer))
                 plain = of[peer]["seed"] + of[peer]["self"]
                 own["ciphertexts"][peer] = cipher.encrypt(_nonce(client, peer), plain, _between(session, client, peer)).hex()
         ciphertexts: Info = own["ciphertexts"]
@@ -255,7 +260,10 @@ def mask(
         peers = sorted(ciphertexts)
         if not set(peers) <= set(own["adverts"]) or len(peers) + 1 < session.threshold:
             raise SecureError("secure aggregation: shares of others than the neighbours, or of too few of them")
-        own["held"] = {peer: _decrypted(own, session, client, peer, ciphertexts[peer]) for peer in peers}
+        channel = _private(own["channel"], "channel", session)
+        own["held"] = {
+            peer: _decrypted(channel, own["adverts"][peer], session, client, peer, ciphertexts[peer]) for peer in peers
+        }
         own["answered"] = True
     hidden = {name: tensors[name].detach().cpu().contiguous().clone() for name in tensors}
     rings = as_rings(hidden)
@@ -263,6 +271,9 @@ def mask(
     private = _private(own["seed"], "mask", session)
     for peer in peers:
         add_keystream(rings, _pair_key(private, own["adverts"][peer]["mask"], session, client, peer), _sign_of(client, peer))
+    for ring in rings:
+        if ring.itemsize == 8:
+            ring &= np.uint64(2**session.bits - 1)
     return hidden
 
 
@@ -284,18 +295,20 @@ def reveal(session: Session, client: str, credentials: Credentials, memory: Memo
     Which of the two follows from the list that this client signed itself, so it never gives out both of one client.
 
     Args:
-        signatures: of that list, by ``quorum`` survivors at least.
+        signatures: of that list, by ``threshold`` of this client and its neighbours at least. Two neighbourhoods that lie
+            side by side on the ring cannot both have so many for different lists.
     """
     with memory.opened(session) as own:
         if "survivors" not in own:
             raise SecureError("secure aggregation: nothing was confirmed in this session; refused")
         survivors = own["survivors"]
     signed = _survivors_bytes(session, survivors)
+    near = set(session.holders(client)) & set(survivors)
     for name, signature in signatures.items():
-        if name not in survivors or not _verified(credentials.public_key(name), bytes.fromhex(signature), signed):
+        if name not in near or not _verified(credentials.public_key(name), bytes.fromhex(signature), signed):
             raise SecureError(f"secure aggregation: client '{name}' did not sign this list of survivors; refused")
-    if len(signatures) < session.quorum:
-        raise SecureError(f"secure aggregation: {len(signatures)} clients signed the list, {session.quorum} must; refused")
+    if len(signatures) < session.threshold:
+        raise SecureError(f"secure aggregation: {len(signatures)} clients signed the list, {session.threshold} must; refused")
     held = {**own["held"], client: own["kept"]}
     return {
         owner: {"self": shares["self"]} if owner in survivors else {"seed": shares["seed"]} for owner, shares in held.items()
@@ -357,23 +370,25 @@ class Opening:
             for client in left:
                 key = _pair_key(private, self.adverts[client]["mask"], self.session, dropped, client)
                 add_keystream(rings, key, -_sign_of(client, dropped))
+        for ring in rings:
+            if ring.itemsize == 8:  # the highest bit of the ring is the sign
+                ring <<= np.uint64(64 - self.session.bits)
+                signed = ring.view(np.int64)
+                signed >>= np.int64(64 - self.session.bits)
         return self._sum
 
     def _secret(self, owner: str, which: str, revealed: Mapping[str, Info]) -> str:
-        import shamirs
-
-        holders = self.session.holders(owner)
-        shares: list[Any] = []
-        for holder, given in sorted(revealed.items()):
-            value = given.get(owner, {}).get(which)
-            if value is not None and holder in holders and len(shares) < self.session.threshold:
-                shares.append(shamirs.share(holders.index(holder) + 1, int(value, 16), PRIME))
+        shares: dict[int, int] = {}
+        for i, holder in enumerate(self.session.holders(owner)):
+            value = revealed.get(holder, {}).get(owner, {}).get(which)
+            if value is not None and len(shares) < self.session.threshold:
+                shares[i + 1] = int(value, 16)
         if len(shares) < self.session.threshold:
             raise SecureError(
                 f"secure aggregation: {len(shares)} shares of client '{owner}', {self.session.threshold} needed: "
                 "too many clients dropped; nothing is opened"
             )
-        secret = int(shamirs.interpolate(shares))
+        secret = at_zero(shares)
         return f"{secret % 2 ** (8 * SECRET):0{2 * SECRET}x}"
 
 
@@ -386,6 +401,7 @@ def sum_securely(
     stage: int,
     round_: int,
     check: Callable[[str, dict[str, Tensor], Info], None],
+    bits: int = 64,
 ) -> tuple[dict[str, Info], dict[str, Tensor]]:
     """Asks clients like :func:`fedgrove.rounds.ask.ask`, and learns the sum of their tensors only.
 
@@ -393,6 +409,7 @@ def sum_securely(
         messages: for each client its tensors and its JSON; the session is added to the latter.
         check: given client, masked tensors and JSON. It can tell names, shapes and dtypes, and no value: see to the values
             where they are made, and look at the sum.
+        bits: of the ring of int64 tensors; no sum may be as large as 2 to the bits − 1.
 
     Returns:
         The JSON of each client that is in the sum, and the sum, in the dtypes that clients sent.
@@ -400,7 +417,7 @@ def sum_securely(
     Raises:
         FedgroveError: too few clients answered in one of the five asks; nothing was opened.
     """
-    session = new_session(messages)
+    session = new_session(messages, bits)
     facts = asdict(session)
 
     def collect(ask_kind: str, to: Mapping[str, Info], form: Mapping[str, int] | None = None) -> dict[str, Info]:
@@ -437,8 +454,26 @@ def sum_securely(
     survivors = opening.survivors
     signatures = collect("secure-check", {client: {"survivors": survivors} for client in survivors}, {"signature": 64})
     signed = {client: info["signature"] for client, info in signatures.items()}
-    revealed = collect("secure-open", {client: {"signatures": signed} for client in signed})
+    nearby = {client: {peer: signed[peer] for peer in session.holders(client) if peer in signed} for client in signed}
+    revealed = collect("secure-open", {client: {"signatures": nearby[client]} for client in signed})
     return infos, opening.open(revealed)
+
+
+def at_zero(shares: Mapping[int, int]) -> int:
+    """Lagrange's interpolation at 0 modulo ``PRIME``: the secret of Shamir shares {index: value}.
+
+    ``shamirs.interpolate`` gives the same, with an inversion for every pair of shares where this needs one for each share:
+    a hundred times slower among a hundred clients.
+    """
+    secret = 0
+    for i, value in shares.items():
+        above, below = value, 1
+        for j in shares:
+            if j != i:
+                above = above * j % PRIME
+                below = below * (j - i) % PRIME
+        secret += above * pow(below, -1, PRIME)
+    return secret % PRIME
 
 
 def _is_hex(text: Any, size: int) -> bool:
@@ -607,10 +642,6 @@ def _commitment(secret: str, session: Session) -> str:
     return _derive(bytes.fromhex(secret), "commitment", session).hex()
 
 
-def _channel(own: Info, advert: Info, session: Session, client: str, peer: str) -> bytes:
-    return _agree(_private(own["channel"], "channel", session), advert["channel"], "channel", session, client, peer)
-
-
 def _nonce(sender: str, receiver: str) -> bytes:
     return bytes(11) + bytes([sender < receiver])  # a channel's key is used once each way
 
@@ -619,11 +650,11 @@ def _between(session: Session, sender: str, receiver: str) -> bytes:
     return session.digest + json.dumps([sender, receiver]).encode()
 
 
-def _decrypted(own: Info, session: Session, client: str, peer: str, ciphertext: str) -> dict[str, str]:
+def _decrypted(private: Any, advert: Info, session: Session, client: str, peer: str, ciphertext: str) -> dict[str, str]:
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-    cipher = ChaCha20Poly1305(_channel(own, own["adverts"][peer], session, client, peer))
+    cipher = ChaCha20Poly1305(_agree(private, advert["channel"], "channel", session, client, peer))
     try:
         plain = cipher.decrypt(_nonce(peer, client), bytes.fromhex(ciphertext), _between(session, peer, client))
     except (InvalidTag, ValueError) as fault:

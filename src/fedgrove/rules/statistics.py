@@ -31,6 +31,7 @@ BITS = 16  # fractional bits of one token's x², where x is of the size that ran
 QUIET = 2.0**-10  # a channel that random tokens hardly reach is scaled as if it were this part of the others' size
 STRIP = 512  # rows of the products that are made at once
 LARGEST = 2**62  # of a sum over all clients
+HEADROOM = 14  # bits that secure aggregation leaves for channels that are larger on real text: in all, 128 times
 
 
 @dataclass
@@ -103,6 +104,11 @@ def scale_of(probe: Inputs) -> Tensor:
     if typical == 0 or not torch.isfinite(typical):
         return torch.ones(rms.shape)
     return torch.exp2(-torch.floor(torch.log2(rms.clamp(min=QUIET * float(typical))))).float()
+
+
+def ring_bits(tokens: int) -> int:
+    """How many bits secure aggregation gives a sum over so many tokens, in whole bytes."""
+    return min(64, -(-(BITS + tokens.bit_length() + HEADROOM + 2) // 8) * 8)
 
 
 def expected(scales: Mapping[str, Tensor], products: Mapping[str, bool]) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -117,12 +117,11 @@ def from_statistics(
         for name, key in decoder.block_names(block - 1).items():
             tensors[START + name] = as_matrix(linears(decoder.blocks[block - 1])[name], stored[key]).contiguous()
     messages: dict[str, Message] = {
-        client: (tensors, statistics_info(run, stage, plan, client, block, inlets)) for client in contributors
+        client: (tensors, statistics_info(run, plan, client, block, inlets)) for client in contributors
     }
     scales = {name: inlet.scale for name, inlet in inlets.items()}
     products = {name: inlet.products for name, inlet in inlets.items()}
-    limit = statistics.LARGEST // len(contributors)
-    clients, tokens, sums = _collect(engine, run, plan, messages, scales, products, limit)
+    clients, tokens, sums = _collect(engine, run, plan, messages, scales, products)
     made = {}
     for first, inlet in inlets.items():
         squares, upper = sums[f"{CHANGE}{first}/squares"], sums.get(f"{CHANGE}{first}/products")
@@ -143,10 +142,10 @@ def _collect(
     messages: Mapping[str, Message],
     scales: Mapping[str, Tensor],
     products: Mapping[str, bool],
-    limit: int,
 ) -> tuple[list[str], int, dict[str, Tensor]]:
     """Who is in the sum, of how many tokens, and the sum: the server sees each answer, or with secure aggregation none."""
     stage, secure = run.job.stages[plan.stage], run.job.privacy.secure_aggregation
+    largest, bits = _largest(run, plan)
 
     def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
         samples = plan.clients[client].samples
@@ -155,13 +154,13 @@ def _collect(
         if secure:  # no value can be told from random
             check_tensors(answer, statistics.expected(scales, products))
         else:
-            statistics.check_sums(answer, scales, products, samples, limit)
+            statistics.check_sums(answer, scales, products, samples, largest // len(messages))
 
     if secure:
-        infos, sums = sum_securely(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check)
+        infos, sums = sum_securely(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check, bits=bits)
         windows = sum(plan.clients[client].samples for client in infos)
         try:
-            statistics.check_sums(sums, scales, products, windows, limit * len(messages))
+            statistics.check_sums(sums, scales, products, windows, largest)
         except WireError as fault:
             raise FedgroveError(
                 f"the clients' sum: {fault}; one of them sent no statistics, and secure aggregation hides which. "
@@ -179,8 +178,18 @@ def _collect(
     return clients, tokens, {name: total.value for name, total in totals.items() if total.value is not None}
 
 
-def statistics_info(run: Run, stage: PruneStage, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet]) -> Info:
+def _largest(run: Run, plan: Plan) -> tuple[int, int]:
+    """The largest sum that is allowed, and the bits of the ring that it is taken in."""
+    if not run.job.privacy.secure_aggregation:
+        return statistics.LARGEST, 64
+    tokens = sum(share.samples for share in plan.clients.values()) * run.job.stages[plan.stage].length
+    bits = statistics.ring_bits(tokens)
+    return 2 ** (bits - 2), bits
+
+
+def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet]) -> Info:
     """The JSON of an ask of kind ``statistics``: see :func:`fedgrove.client.statistics`."""
+    stage = run.job.stages[plan.stage]
     return {
         "run": hashlib.sha256(run.job.dumps().encode()).hexdigest(),
         "stage": plan.stage,
@@ -188,6 +197,6 @@ def statistics_info(run: Run, stage: PruneStage, plan: Plan, client: str, block:
         "source": stage.source,
         "readers": {name: first for first, inlet in inlets.items() for name in inlet.readers},
         "products": [first for first, inlet in inlets.items() if inlet.products],
-        "limit": statistics.LARGEST // len(plan.contributors(0, block)),
+        "limit": _largest(run, plan)[0] // len(plan.contributors(0, block)),
         **calibration(run.job.seed, plan.stage, plan.clients[client].samples, stage.length),
     }

@@ -1,0 +1,155 @@
+"""What secure aggregation costs: seconds and bytes of one sum, beside the same sum in the open.
+
+    .venv/bin/python bench/secure.py --write
+
+All clients and the server run in this one process, one after the other, on one thread. A message is counted as it would
+travel: packed, unpacked, then added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import page
+import torch
+from torch import Tensor
+
+from fedgrove.privacy import secure
+from fedgrove.privacy.secure import Memory, Opening, new_session
+from fedgrove.rounds import wire
+from fedgrove.rounds.fold import Sums
+
+
+@dataclass
+class Cost:
+    """Seconds by who spends them, and bytes that all clients send."""
+
+    client: float = 0.0
+    server: float = 0.0
+    sent: int = 0
+    names: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def by(self, who: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        setattr(self, who, getattr(self, who) + time.perf_counter() - start)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--numbers", type=int, default=10_000_000)
+    arguments.add_argument("--clients", type=int, default=16)
+    arguments.add_argument(
+        "--many", type=int, nargs="*", default=[25, 50, 100, 200], help="numbers of clients, 10 000 numbers each"
+    )
+    arguments.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+
+    rows = ["| | client, each | server | all together | sent by a client |", "|---|---|---|---|---|"]
+    plain, expected = in_the_open(given.clients, given.numbers)
+    drops = given.clients // 3
+    for label, silent in (("secure", 0), (f"secure, {drops} drop after sharing keys", drops)):
+        cost, opened = masked(given.clients, given.numbers, silent)
+        if not silent:
+            assert torch.equal(opened, expected), "not the plain sum"
+        if len(rows) == 2:
+            rows.append(row("in the open", plain, plain, given.clients))
+        rows.append(row(label, cost, plain, given.clients - silent))
+        print(rows[-1], flush=True)
+    many = ["| clients | neighbours | all together | a client | server |", "|---|---|---|---|---|"]
+    for number in given.many:
+        cost, _ = masked(number, 10_000, 0)
+        degree = new_session(f"{i}" for i in range(number)).degree
+        together = cost.client + cost.server
+        many.append(f"| {number} | {degree} | {together:.2f} s | {cost.client / number:.3f} s | {cost.server:.2f} s |")
+        print(many[-1], flush=True)
+    text = "\n".join([*rows, "", *many])
+    print(text)
+    if given.write:
+        page.write("secure", text)
+
+
+def row(label: str, cost: Cost, plain: Cost, senders: int) -> str:
+    together = cost.client + cost.server
+    ratio = together / (plain.client + plain.server)
+    return (
+        f"| {label} | {cost.client / senders:.2f} s | {cost.server:.2f} s | {together:.2f} s ({ratio:.2f}×) "
+        f"| {cost.sent / senders / 1e6:.2f} MB ({cost.sent / senders / (plain.sent / len(plain.names)):.3f}×) |"
+    )
+
+
+def numbers_of(client: int, count: int) -> Tensor:
+    """Fixed-point numbers such as statistics are: 27 bits and a sign, near zero more often."""
+    generator = torch.Generator().manual_seed(client)
+    return (torch.randn(count, generator=generator) * 2**24).int()
+
+
+def in_the_open(clients: int, count: int) -> tuple[Cost, Tensor]:
+    cost, total = Cost(names=[f"c{i:03d}" for i in range(clients)]), Sums()
+    for i in range(clients):
+        values = numbers_of(i, count)
+        with cost.by("client"):
+            message = wire.pack({"change/x": values}, {})
+        cost.sent += len(message)
+        with cost.by("server"):
+            total.add(wire.unpack(message)[0]["change/x"], 1.0)
+    assert total.value is not None
+    return cost, total.value
+
+
+def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
+    cost = Cost(names=[f"c{i:03d}" for i in range(clients)])
+    credentials = secure.make_credentials(cost.names)
+    session = new_session(cost.names)
+    with tempfile.TemporaryDirectory() as folder:
+        memory = {name: Memory(Path(folder) / name) for name in cost.names}
+
+        def said(name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Any:
+            message = wire.pack(tensors, dict(info))
+            cost.sent += len(message)
+            return message
+
+        with cost.by("client"):
+            adverts = {name: secure.keys(session, name, credentials[name], memory[name]) for name in cost.names}
+            for name in cost.names:
+                said(name, {}, adverts[name])
+            sealed = {}
+            for name in cost.names:
+                near = {peer: adverts[peer] for peer in session.neighbours(name)}
+                sealed[name] = secure.share(session, name, credentials[name], memory[name], near)
+                said(name, {}, sealed[name])
+        opening = Opening(session, adverts, sealed)
+        for i, name in enumerate(cost.names[: clients - silent]):
+            values = numbers_of(i, count)
+            with cost.by("client"):
+                mine = {peer: sealed[peer][name] for peer in session.neighbours(name)}
+                message = said(name, secure.mask(session, name, memory[name], mine, {"change/x": values}), {})
+            with cost.by("server"):
+                opening.add(name, wire.unpack(message)[0])
+        with cost.by("client"):
+            survivors: Sequence[str] = opening.survivors
+            confirmed = {
+                name: secure.confirm(session, name, credentials[name], memory[name], list(survivors)) for name in survivors
+            }
+            signed = {name: answer["signature"] for name, answer in confirmed.items()}
+            near = {name: {peer: signed[peer] for peer in session.holders(name) if peer in signed} for name in survivors}
+            revealed = {name: secure.reveal(session, name, credentials[name], memory[name], near[name]) for name in survivors}
+            for name in survivors:
+                said(name, {}, confirmed[name])
+                said(name, {}, revealed[name])
+        with cost.by("server"):
+            opened = opening.open(revealed)["change/x"].long()
+    return cost, opened
+
+
+if __name__ == "__main__":
+    main()
