@@ -99,7 +99,7 @@ class Client(Part):
     data: Files
     text: Template = None
     memory: Bytes | None = None
-    speed: Annotated[float, Field(gt=0)] = 1.0
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     uplink: BitsPerSecond | None = None
     samples: Annotated[int, Field(gt=0)] | None = None
     sparsity: Sparsity | None = None
@@ -124,7 +124,7 @@ class PruneStage(Part):
     length: Annotated[int, Field(gt=1)] = 512
     layers: Literal["all"] | LayerSampling = "all"
     rounds: Annotated[int, Field(ge=1)] = 1
-    shrink: Annotated[float, Field(ge=0)] = 0.0
+    shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     expand: bool = True
 
     @model_validator(mode="after")
@@ -183,7 +183,7 @@ class Rounds(Part):
     """``[rounds]``: what happens when clients do not answer."""
 
     quorum: Annotated[int, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     retries: Annotated[int, Field(ge=0)] = 0
 
 
