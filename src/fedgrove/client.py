@@ -90,6 +90,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     Answer:
         tensors ``change/<linear>`` and ``weight/<linear>``: as the rule says.
         tokens: the number of calibration tokens.
+        stage, round, block: of the ask.
     """
     decoder = _decoder(site.model, site.dtype, device)
     index = int(info["block"])
@@ -124,7 +125,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         own[decoder.block_names(index)[name]] = as_matrix(linears(decoder.blocks[index])[name], after)
     if info["keep"]:
         save_tensors(own, _alone(site, index))
-    return answer, {"tokens": tokens}
+    return answer, {"tokens": tokens, **{key: info[key] for key in ("stage", "round", "block")}}
 
 
 def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
