@@ -73,9 +73,7 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
                 if target.pattern and j % group == 0:
                     score = (columns[j : j + group] * scale[j : j + group, None]).square_()
                     score[dead[j : j + group]] = 0
-                    ranks = score.argsort(dim=0, stable=True)
-                    keeps = torch.arange(group, device=weight.device)[:, None] >= group - target.pattern[0]
-                    kept[j : j + group].scatter_(0, ranks, keeps.expand_as(ranks))
+                    kept[j : j + group] = _highest(score, target.pattern[0])
                 gone = ~kept[j]
                 torch.mul(columns[j], gone, out=errors[j - start]).mul_(scale[j])
                 columns[j].masked_fill_(gone, 0.0)
@@ -84,6 +82,13 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
             columns[right:end].addmm_(rest.T, errors[left - start : right - start], alpha=-1)
         lost[start:end] -= columns[start:end]
     return columns.T.contiguous(), kept.T.contiguous()
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Marks the ``count`` highest of each column, ties for the later row; compares all pairs, which beats sorting a few."""
+    earlier = torch.ones(len(scores), len(scores), dtype=torch.bool, device=scores.device).tril(-1)
+    below = (scores[None] < scores[:, None]) | ((scores[None] == scores[:, None]) & earlier[:, :, None])
+    return below.sum(1) >= len(scores) - count
 
 
 def _invert(upper: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         ValueError: the matrix holds NaN or infinity, or cannot be factored even when it is all damping.
     """
-    if not torch.isfinite(gram).all():
+    if not torch.isfinite(gram.sum()):
         raise ValueError("the statistics of the inputs are not finite")
     damped = gram.flip(0, 1)
     diagonal = damped.diagonal()
