@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 SORTED_AT_ONCE = 2**20  # entries; sorting takes eight times the bytes of what it sorts
 
 
