@@ -203,7 +203,7 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
             for client, answer, error in super().ask(kind, messages, timeout):
                 if client == "cedar" and kind == "statistics" and answer is not None:
                     tensors, info = wire.unpack(answer)
-                    answer = wire.pack(tensors, {"tokens": 10 * info["tokens"]})
+                    answer = wire.pack(tensors, {**info, "tokens": 10 * info["tokens"]})
                 yield client, answer, error
 
     made = prune(small, tmp_path / "liar", owners, Liar, pruner="wanda")

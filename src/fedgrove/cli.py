@@ -267,14 +267,13 @@ def _run(job: Any, out: Path, resume: bool, workers: int, say: Callable[[str], N
 def _show(out: Path, as_json: bool = False) -> None:
     from fedgrove.report.summary import read
     from fedgrove.report.table import result_table
-    from fedgrove.stages.export import folder_bytes
 
     summary = read(out)
     if as_json:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
     console = Console()
-    console.print(result_table(summary, folder_bytes(out / "model")))
+    console.print(result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
 
 

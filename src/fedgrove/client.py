@@ -102,6 +102,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     Answer:
         tensors ``change/<linear>`` and ``weight/<linear>``: as the rule says.
         tokens: the number of calibration tokens.
+        stage, round, block: of the ask.
     """
     decoder = _decoder(site.model, site.dtype, device)
     index = int(info["block"])
@@ -136,7 +137,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         own[decoder.block_names(index)[name]] = as_matrix(linears(decoder.blocks[index])[name], after)
     if info["keep"]:
         save_tensors(own, _alone(site, index))
-    return answer, {"tokens": tokens}
+    return answer, {"tokens": tokens, **{key: info[key] for key in ("stage", "round", "block")}}
 
 
 def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -157,7 +158,7 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
 
     Answer:
         tensors ``change/<input>/squares`` and ``change/<input>/products``: see :class:`~fedgrove.rules.statistics.Statistic`.
-        tokens: the number of calibration tokens.
+        stage, block: of the ask. tokens: the number of calibration tokens.
     """
     decoder = _decoder(site.model, site.dtype, device)
     index, samples = int(info["block"]), int(info["samples"])
@@ -197,7 +198,7 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     answer: Tensors = {}
     for first in sorted(set(readers.values())):
         answer |= inputs[first].answer()
-    return answer, {"tokens": inputs[first].tokens}
+    return answer, {"stage": info["stage"], "block": index, "tokens": inputs[first].tokens}
 
 
 def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:

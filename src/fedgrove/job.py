@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,7 +99,7 @@ class Client(Part):
     data: Files
     text: Template = None
     memory: Bytes | None = None
-    speed: Annotated[float, Field(gt=0)] = 1.0
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     uplink: BitsPerSecond | None = None
     samples: Annotated[int, Field(gt=0)] | None = None
     sparsity: Sparsity | None = None
@@ -123,7 +124,7 @@ class PruneStage(Part):
     length: Annotated[int, Field(gt=1)] = 512
     layers: Literal["all"] | LayerSampling = "all"
     rounds: Annotated[int, Field(ge=1)] = 1
-    shrink: Annotated[float, Field(ge=0)] = 0.0
+    shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     expand: bool = True
     source: Literal["dense", "sequential"] = "dense"
     mixed: bool = False
@@ -200,7 +201,7 @@ class Rounds(Part):
     """``[rounds]``: what happens when clients do not answer."""
 
     quorum: Annotated[int, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     retries: Annotated[int, Field(ge=0)] = 0
 
 
@@ -322,10 +323,10 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key.strip():
         raise FedgroveError(f"--set {change}: write KEY=VALUE, for instance stages.0.sparsity=0.6")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
+    parsed: Any = value  # a bare word is a string
+    with suppress(tomllib.TOMLDecodeError):
+        table = tomllib.loads(f"value = {value}")
+        parsed = table["value"] if len(table) == 1 else value
     place: Any = raw
     *path, last = key.strip().split(".")
     for step in path:

@@ -121,7 +121,7 @@ def from_statistics(
     }
     scales = {name: inlet.scale for name, inlet in inlets.items()}
     products = {name: inlet.products for name, inlet in inlets.items()}
-    clients, tokens, sums = _collect(engine, run, plan, messages, scales, products)
+    clients, tokens, sums = _collect(engine, run, plan, block, messages, scales, products)
     made = {}
     for first, inlet in inlets.items():
         squares, upper = sums[f"{CHANGE}{first}/squares"], sums.get(f"{CHANGE}{first}/products")
@@ -139,6 +139,7 @@ def _collect(
     engine: Engine,
     run: Run,
     plan: Plan,
+    block: int,
     messages: Mapping[str, Message],
     scales: Mapping[str, Tensor],
     products: Mapping[str, bool],
@@ -149,6 +150,8 @@ def _collect(
 
     def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
         samples = plan.clients[client].samples
+        if [info.get(key) for key in ("stage", "block")] != [plan.stage, block]:
+            raise WireError("it answers another ask")
         if info.get("tokens") != samples * stage.length:
             raise WireError(f"it claims {info.get('tokens')!r} tokens, not {samples * stage.length}")
         if secure:  # no value can be told from random
