@@ -16,8 +16,9 @@ import shamirs
 import torch
 
 from fedgrove import server
-from fedgrove.client import serve
+from fedgrove.client import HANDLERS, Site, serve
 from fedgrove.engine.local import LocalEngine
+from fedgrove.errors import FedgroveError
 from fedgrove.job import load
 from fedgrove.privacy import secure
 from fedgrove.privacy.secure import Credentials, Memory, Opening, SecureError, Session, as_rings, new_session
@@ -421,6 +422,31 @@ def test_a_job_gives_the_same_bits_with_and_without(
         assert not joined[:, used:].any()
 
 
+@pytest.mark.parametrize("rule", ["votes", "masks"])
+def test_pruned_weights_and_votes_give_the_same_bits_with_and_without(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, rule: str
+) -> None:
+    stage = {"pruner": "sparsegpt", "rule": rule, "rounds": 2}
+    plain = prune(small, tmp_path / "plain", texts, **stage)
+    assert plain == prune(small, tmp_path / "hidden", texts, privacy={"secure_aggregation": True}, **stage)
+
+
+def test_votes_that_do_not_add_up_are_refused(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = HANDLERS["prune"]
+
+    def poison(tensors: Any, info: Any, site: Site, device: str) -> Any:
+        answer, told = honest(tensors, info, site, device)
+        if site.name == "cedar":  # it votes for everything
+            answer = {name: tensor.clone().fill_(1) for name, tensor in answer.items()}
+        return answer, told
+
+    monkeypatch.setitem(HANDLERS, "prune", poison)
+    with pytest.raises(FedgroveError, match="other votes than they were asked for"):
+        prune(small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, rule="votes", pruner="wanda")
+
+
 @pytest.mark.parametrize("kind", ["secure-keys", "secure-shares", "statistics", "secure-check", "secure-open"])
 def test_a_job_goes_on_when_a_client_drops_in_any_ask(
     small: Small, texts: dict[str, list[str]], tmp_path: Path, kind: str
@@ -440,7 +466,7 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
     job = load(small.job("open", stages__0__rule="statistics", evaluate={}, privacy={"secure_aggregation": True}))
     site = server.local_engine(job, tmp_path)._sites["ash"]
     assert isinstance(site.credentials, Credentials)
-    for kind in ("prune", "statistics"):
+    for kind in ("prune", "statistics", "evaluate"):
         with pytest.raises(Exception, match="only under secure aggregation"):
             serve(kind, wire.pack({}, {}), site, "cpu")
 
@@ -448,7 +474,8 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages__0__rule": "mean"}, "is no sum"),
+        ({"stages__0__rule": "mean"}, 'rule "mean": use'),
+        ({"evaluate__alone": True}, "evaluate.alone: under secure"),
         ({"privacy__smallest": 4}, "privacy.smallest: 4 clients"),
         ({"stages__0__layers": {"sample": 0.5}}, "every client is in every sum"),
     ],

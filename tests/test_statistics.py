@@ -63,6 +63,7 @@ def prune(
         file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
         clients.append({"name": name, "data": str(file), "samples": len(records)})
     rounds = {"quorum": 1} if engine is not LocalEngine else {}
+    stage = {"rule": "statistics", "samples": 9, **stage}
     changes = {f"stages__0__{key}": value for key, value in stage.items()}
     job = small.job(
         folder.name,
@@ -70,8 +71,6 @@ def prune(
         evaluate={},
         rounds=rounds,
         privacy=privacy or {},
-        stages__0__rule="statistics",
-        stages__0__samples=9,
         **changes,
     )
     wanted = load(job)

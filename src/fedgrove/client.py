@@ -28,6 +28,7 @@ from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
 from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
+from fedgrove.rules import to_integers
 from fedgrove.rules.statistics import Statistic
 
 START = "start/"  # tensors of an ask: the weights that a round starts from, where they are not the client's own copy
@@ -67,7 +68,7 @@ def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
     """Answers one ask: bytes in, bytes out."""
     tensors, info = wire.unpack(message)
     secure = info.pop(SECURE, None)
-    if site.credentials is not None and secure is None and kind in ("prune", "statistics"):
+    if site.credentials is not None and secure is None and kind in ("prune", "statistics", "evaluate"):
         raise FedgroveError(f"client '{site.name}': it answers '{kind}' only under secure aggregation")
     with torch.no_grad():
         answer, told = HANDLERS[kind](tensors, info, site, device)
@@ -97,10 +98,11 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         block: the block to prune; blocks: all that this client is given in this round.
         stage, round, pruner, rule, sparsity, pattern, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
         keep: keep the pruned block here, to evaluate what this client would have had alone.
+        units, clients: for secure aggregation, see :func:`fedgrove.rules.to_integers`; None without.
         tensors ``start/<linear>``: (out, in), what to begin with instead of the dense copy.
 
     Answer:
-        tensors ``change/<linear>`` and ``weight/<linear>``: as the rule says.
+        tensors ``change/<linear>`` and ``weight/<linear>``: as the rule says; whole numbers where there are ``units``.
         tokens: the number of calibration tokens.
         stage, round, block: of the ask.
     """
@@ -131,6 +133,8 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     own: Tensors = {}
     for name, (before, after, mask) in pruned.items():
         change, weight = rule.weigh(before, after, mask, tokens)
+        if info.get("units"):
+            change, weight = to_integers(change, weight, info["units"][name], info["clients"])
         if change is not None:
             answer[CHANGE + name] = change
         answer[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)

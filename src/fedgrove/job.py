@@ -258,13 +258,17 @@ class Job(Part):
         return self
 
     def _check_secure(self) -> None:
+        if self.evaluate.alone:
+            raise ValueError("evaluate.alone: under secure aggregation no client tells what it has alone; set it to false")
         if len(self.clients) < self.privacy.smallest:
             raise ValueError(
                 f"privacy.smallest: {self.privacy.smallest} clients in a sum, but there are {len(self.clients)}; lower it"
             )
         for i, stage in enumerate(self.stages):
-            if stage.rule != "statistics":
-                raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "{stage.rule}" is no sum; use "statistics"')
+            if stage.rule == "mean":
+                raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "mean": use "statistics", "votes" or "masks"')
+            if stage.rule != "statistics" and len(self.clients) > 255:
+                raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "{stage.rule}" counts to 255; use "statistics"')
             if stage.layers != "all":
                 raise ValueError(
                     f'privacy.secure_aggregation: stages.{i}.layers: every client is in every sum; set it to "all"'

@@ -15,6 +15,8 @@ from fedgrove.job import LayerSampling, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.rounds import wire
+from fedgrove.rules import VALUE_BITS
+from fedgrove.rules.statistics import ring_bits
 
 SPEED = 3e10  # float32 operations a second of a client of speed 1.0: about what two cores of a server do on small blocks
 
@@ -62,7 +64,9 @@ class Plan(BaseModel):
         return sorted(name for name, share in self.clients.items() if block in share.blocks[round_])
 
 
-def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[str, Card], needs: Needs, seed: int) -> Plan:
+def make_plan(
+    index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[str, Card], needs: Needs, seed: int, secure: bool = False
+) -> Plan:
     """Decides a pruning stage: a share of the blocks for each client, by what it can do.
 
     With layer sampling, shares are proportional to the blocks that a client can prune and upload in a second, so that all
@@ -74,13 +78,15 @@ def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[st
         cards: what the clients said, by name.
         needs: what the pruner needs of the inputs.
         seed: the job's.
+        secure: answers are masked, so they do not compress.
 
     Raises:
         FedgroveError: the pattern does not fit a linear, or a client has too little memory; names both.
     """
     check_pattern(decoder, stage.target)
     num_blocks = len(decoder)
-    costs = {name: _cost(decoder, stage, card, needs) for name, card in cards.items()}
+    masked = _masked_bytes(stage, cards) if secure else None
+    costs = {name: _cost(decoder, stage, card, needs, masked) for name, card in cards.items()}
     for name, card in sorted(cards.items()):
         if card.memory is not None and costs[name].memory > card.memory:
             raise FedgroveError(
@@ -113,8 +119,8 @@ def make_plan(index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[st
         kind=stage.kind,
         num_blocks=num_blocks,
         clients=shares,
-        choices=_choices(decoder, stage),
-        notes=_notes(stage),
+        choices=_choices(decoder, stage, masked),
+        notes=_notes(stage, secure),
     )
 
 
@@ -194,7 +200,7 @@ class _Cost(BaseModel):
     seconds: float  # for one block
 
 
-def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cost:
+def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked: float | None) -> _Cost:
     """What one block costs a client: counted, not measured."""
     shapes = [_shape(decoder, name) for name in linears(decoder.blocks[0])]
     parameters = sum(rows * columns for rows, columns in shapes)
@@ -219,8 +225,10 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cos
     upload = sum(wire.estimate(rows * columns, sparsity, dtype) for rows, columns in shapes)
     if stage.rule == "masks":
         upload = parameters // 8
-    elif stage.rule == "statistics":
-        upload = _sum_bytes(distinct, [i for i in distinct if needs == "gram" and not (stage.mixed and i > width)])
+    if masked is not None:
+        upload = math.ceil(parameters * (1 if stage.rule == "masks" else 1 + masked))
+    if stage.rule == "statistics":
+        upload = _sum_bytes(distinct, [i for i in distinct if needs == "gram" and not (stage.mixed and i > width)], masked)
         workspace = solve = 0  # the server prunes
     kept = parameters * (2 * dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
     memory = 8 * (statistics + workspace) + 4 * (block_numel + 6 * largest + ends + window) + kept + 2**24
@@ -239,31 +247,40 @@ def _inputs(decoder: Decoder) -> list[int]:
     return distinct
 
 
-def _sum_bytes(inputs: Sequence[int], products: Sequence[int]) -> int:
+def _masked_bytes(stage: PruneStage, cards: Mapping[str, Card]) -> float:
+    """Bytes of a masked number of eight on the wire: random ones as they are, the others a bit each."""
+    bits = VALUE_BITS
+    if stage.rule == "statistics":
+        bits = ring_bits(sum(card.samples or stage.samples for card in cards.values()) * stage.length)
+    return bits / 8 + (8 - bits / 8) / 8
+
+
+def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
     """About the bytes of one block's sums: 4.4 for a number of eight (measured on the shipped model), and names."""
     numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
-    return math.ceil(4.4 * numbers) + 1200 * len(inputs)
+    return math.ceil((masked or 4.4) * numbers) + 1200 * len(inputs)
 
 
-def _choices(decoder: Decoder, stage: PruneStage) -> dict[str, int]:
+def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[str, int]:
     if stage.rule != "statistics":
         return {}
     inputs = _inputs(decoder)
     width = decoder.checkpoint.config.get_text_config().hidden_size
     number = len(decoder) - stage.protect_first_block
     return {
-        "wanda": number * _sum_bytes(inputs, []),
-        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= width]),
-        "sparsegpt": number * _sum_bytes(inputs, inputs),
+        "wanda": number * _sum_bytes(inputs, [], masked),
+        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= width], masked),
+        "sparsegpt": number * _sum_bytes(inputs, inputs, masked),
     }
 
 
-def _notes(stage: PruneStage) -> list[str]:
+def _notes(stage: PruneStage, secure: bool) -> list[str]:
     if stage.rule != "statistics" or stage.protect_first_block:
         return []
+    of = "the clients' word counts together" if secure else "a client's word counts"
     return [
-        "What enters block 0 depends on nothing but how often each token occurs, so its sums tell much of a client's word "
-        "counts; protect_first_block = true prunes it by magnitude instead, and nobody sends any."
+        f"What enters block 0 depends on little but how often each token occurs, so its sums tell much of {of}; "
+        "protect_first_block = true prunes it by magnitude instead, and nobody sends any."
     ]
 
 

@@ -85,7 +85,15 @@ def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Pl
     cards = {client: Card(**info) for client, _, info in answers}
     decoder = Decoder(model)
     return [
-        make_plan(index, stage, decoder, cards, plugins.load("pruners", stage.pruner).NEEDS, job.seed)
+        make_plan(
+            index,
+            stage,
+            decoder,
+            cards,
+            plugins.load("pruners", stage.pruner).NEEDS,
+            job.seed,
+            secure=job.privacy.secure_aggregation,
+        )
         for index, stage in enumerate(job.stages)
     ]
 

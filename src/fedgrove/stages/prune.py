@@ -14,16 +14,18 @@ from torch import Tensor
 from fedgrove import plugins
 from fedgrove.client import START
 from fedgrove.engine import Engine
+from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
-from fedgrove.plan import Plan, calibration
+from fedgrove.plan import Plan, Share, calibration
+from fedgrove.privacy.secure import sum_securely
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
-from fedgrove.rules import Options
+from fedgrove.rules import VALUE_BITS, Options, from_integers, unit_of
 from fedgrove.run import Run
 from fedgrove.stages.prune_statistics import Inlet, Pruned, from_statistics, probe, without_data
 
@@ -104,19 +106,25 @@ def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engin
     before = {name: decoder.read_linear(block, name) for name in names}
     first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
     start = {} if first else {START + name: weight.contiguous() for name, weight in before.items()}
-    messages: dict[str, Message] = {
-        client: (start, prune_info(run.job, plan, client, round_, block)) for client in plan.contributors(round_, block)
-    }
-
-    clients = []
-    sums = {name: Sums() for name in names}
-    for client, tensors, _ in ask(
-        engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan, round_, block)
-    ):
-        clients.append(client)
-        for name in names:
-            weight = tensors[WEIGHT + name]
-            sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), plan.clients[client].weight)
+    contributors = plan.contributors(round_, block)
+    infos = {client: prune_info(run.job, plan, client, round_, block) for client in contributors}
+    if run.job.privacy.secure_aggregation:
+        units = {name: unit_of(weight, len(contributors)) for name, weight in before.items()}
+        hidden: dict[str, Message] = {
+            client: (start, {**info, "units": units, "clients": len(contributors)}) for client, info in infos.items()
+        }
+        clients, sums = _add_masked(before, units, hidden, round_, block, plan, engine, run)
+    else:
+        messages: dict[str, Message] = {client: (start, info) for client, info in infos.items()}
+        clients, sums = [], {name: Sums() for name in names}
+        for client, tensors, _ in ask(
+            engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan, round_, block)
+        ):
+            clients.append(client)
+            for name in names:
+                weight = tensors[WEIGHT + name]
+                scale = plan.clients[client].weight
+                sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), scale)
 
     made = {}
     for name in names:
@@ -125,6 +133,42 @@ def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engin
         weight, mask = rule.finish(before[name], sums[name], stage.target, Options(stage.shrink, stage.expand))
         made[name] = Pruned(weight, mask, clients, _agreement(sums[name]))
     return made
+
+
+def _add_masked(
+    before: dict[str, Tensor],
+    units: dict[str, int],
+    messages: dict[str, Message],
+    round_: int,
+    block: int,
+    plan: Plan,
+    engine: Engine,
+    run: Run,
+) -> tuple[list[str], dict[str, Sums]]:
+    """Who is in the sums, and the sums of whole numbers that secure aggregation opens: no answer is seen, only their sum."""
+    stage = run.job.stages[plan.stage]
+    expected = {}
+    for name, weight in before.items():
+        expected[WEIGHT + name] = (weight.shape, torch.uint8)
+        if stage.rule != "masks":
+            expected[CHANGE + name] = (weight.shape, torch.int64)
+
+    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
+        _check_ask(info, plan, round_, block)
+        check_tensors(tensors, expected)
+
+    told, total = sum_securely(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check, bits=VALUE_BITS)
+    sums = {}
+    for name, weight in before.items():
+        votes, value = total[WEIGHT + name], total.get(CHANGE + name)
+        kept = sum(weight.numel() - _target(plan.clients[client], stage).num_pruned(weight.numel()) for client in told)
+        if int(votes.max()) > len(told) or int(votes.long().sum()) != kept or (value is not None and value[votes == 0].any()):
+            raise FedgroveError(
+                f"block {block}, {name}: the clients' sum holds other votes than they were asked for; one of them did not "
+                "prune as it was asked, and secure aggregation hides which. Leave clients out until it holds"
+            )
+        sums[name] = from_integers(value, votes, units[name], len(told))
+    return sorted(told), sums
 
 
 def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> Info:
@@ -150,8 +194,7 @@ def _checker(
     """What an answer must look like: to this ask, names, shapes, dtypes, finite values, the sparsity that was asked for."""
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        if [info.get(key) for key in ("stage", "round", "block")] != [plan.stage, round_, block]:
-            raise WireError("it answers another ask")  # blocks are alike: nothing else would tell
+        _check_ask(info, plan, round_, block)
         share = plan.clients[client]
         masks = stage.rule != "mean"
         expected = {}
@@ -160,7 +203,7 @@ def _checker(
             if stage.rule != "masks":
                 expected[CHANGE + name] = (weight.shape, weight.dtype)
         check_tensors(tensors, expected)
-        target = Target(share.sparsity, stage.kept_of if stage.pattern else None)
+        target = _target(share, stage)
         for name in before:
             if masks:
                 kept = tensors[WEIGHT + name]
@@ -173,6 +216,15 @@ def _checker(
                 raise WireError(f"{WEIGHT}{name} claims {float(tensors[WEIGHT + name]):g} tokens")
 
     return check
+
+
+def _check_ask(info: Info, plan: Plan, round_: int, block: int) -> None:
+    if [info.get(key) for key in ("stage", "round", "block")] != [plan.stage, round_, block]:
+        raise WireError("it answers another ask")  # blocks are alike: nothing else would tell
+
+
+def _target(share: Share, stage: PruneStage) -> Target:
+    return Target(share.sparsity, stage.kept_of if stage.pattern else None)
 
 
 def _agreement(sums: Sums) -> float | None:
