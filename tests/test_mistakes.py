@@ -51,7 +51,7 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"stages__0__sparsity": None, "stages__0__pattern": "4:2"}, ("stages.0", "0 < N < M")),
         ({"stages__0__sparsity": None, "stages__0__pattern": "half"}, ("stages.0.pattern", "half")),
         ({"stages__0__pruner": "sparsegtp"}, ("stages.0.pruner", "magnitude, sparsegpt, wanda")),
-        ({"stages__0__rule": "vote"}, ("stages.0.rule", "masks, mean, votes")),
+        ({"stages__0__rule": "vote"}, ("stages.0.rule", "masks, mean, statistics, votes")),
         ({"stages__0__kind": "prun"}, ("stages.0.kind", "prune")),
         ({"stages__0__shrink": 0.5, "stages__0__rule": "mean"}, ("stages.0", "shrink", "votes")),
         ({"stages__0__sample": 3}, ("stages.0.sample", "no such key")),

@@ -23,7 +23,7 @@ from fedgrove.rounds.wire import CHANGE, WireError
 from fedgrove.rules import statistics
 from fedgrove.rules.statistics import Statistic
 from fedgrove.run import Run
-from small import LENGTH, Small, cli, complaint, lines
+from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
 SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner
 
@@ -267,3 +267,20 @@ def test_wanda_takes_a_thousandth_of_a_160m_llama() -> None:
         sums |= statistic.answer()
     assert len(sums) == 4
     assert 12 * len(wire.pack(sums, {"tokens": 8192})) <= dense / 1000
+
+
+@pytest.mark.parametrize("source", ["dense", "sequential"])
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, source: str, secure: bool) -> None:
+    changes = {"rule": "statistics", "pruner": "sparsegpt", "source": source}
+    job = small.job(
+        f"killed-{source}-{secure}",
+        evaluate={},
+        privacy={"secure_aggregation": secure},
+        **{f"stages__0__{key}": value for key, value in changes.items()},
+    )
+    killed("run", job, "--out", tmp_path / "run", moment=Moment("os.rename", "*/work/*block-0001.safetensors"))
+    assert cli("run", job, "--out", tmp_path / "run", "--resume", "--quiet")[0] == 0
+    assert cli("run", job, "--out", tmp_path / "whole", "--quiet")[0] == 0
+    for file in ("model/model.safetensors", "pruning.json"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

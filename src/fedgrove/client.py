@@ -25,11 +25,12 @@ from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
 from fedgrove.models.calibrate import gather, watching
 from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
+from fedgrove.privacy.noise import add_noise, spend
 from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.rules import to_integers
-from fedgrove.rules.statistics import Statistic
+from fedgrove.rules.statistics import BITS, Statistic
 
 START = "start/"  # tensors of an ask: the weights that a round starts from, where they are not the client's own copy
 SCALE = "scale/"  # tensors of an ask: what the channels of an input are multiplied by before they are summed
@@ -157,6 +158,7 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
         readers: for each linear of the block the input that it reads.
         products: the inputs whose products are wanted, not just their squares.
         limit: the largest number that may be sent.
+        noise: None, or {norms: by input, inputs, clients, epsilon, delta}: see :func:`fedgrove.privacy.noise.add_noise`.
         tensors ``scale/<input>``: (in,) float32 powers of two.
         tensors ``start/<linear>``: (out, in), the block before this one, pruned; only with ``sequential``.
 
@@ -185,12 +187,15 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
 
     readers: dict[str, str] = info["readers"]
     limit = int(info["limit"])
+    noise = info["noise"]
+    if noise:
+        spend(site.folder, f"{info['run']}/{info['stage']}/{index}", site.name)
 
     def begin(name: str) -> Statistic:
         if readers.get(name) != name:
             raise FedgroveError(f"client '{site.name}': its model reads the inputs of {name} in another way than the server's")
         scale = tensors[SCALE + name].to(decoder.device)
-        return Statistic(name, scale, name in info["products"], limit)
+        return Statistic(name, scale, name in info["products"], limit, noise["norms"][name] if noise else None)
 
     with decoder.loaded(index) as block, watching(block, begin) as inputs:
         if info["source"] == "dense" and index < len(decoder) - 1:
@@ -201,7 +206,11 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     states.forget(before=index - 1)
     answer: Tensors = {}
     for first in sorted(set(readers.values())):
-        answer |= inputs[first].answer()
+        statistic = inputs[first]
+        if noise:
+            shared = {key: noise[key] for key in ("inputs", "clients", "epsilon", "delta")}
+            statistic.squares = add_noise(statistic.squares, noise["norms"][first], **shared, bits=BITS)
+        answer |= statistic.answer()
     return answer, {"stage": info["stage"], "block": index, "tokens": inputs[first].tokens}
 
 

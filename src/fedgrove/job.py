@@ -129,6 +129,8 @@ class PruneStage(Part):
     source: Literal["dense", "sequential"] = "dense"
     mixed: bool = False
     protect_first_block: bool = False
+    epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-6
 
     @model_validator(mode="after")
     def _one_target(self) -> PruneStage:
@@ -140,8 +142,8 @@ class PruneStage(Part):
             raise ValueError('shrink belongs to rule = "votes"')
         if self.rule == "statistics":
             self._check_statistics()
-        elif self.source != "dense" or self.mixed or self.protect_first_block:
-            raise ValueError('source, mixed and protect_first_block belong to rule = "statistics"')
+        elif self.source != "dense" or self.mixed or self.protect_first_block or self.epsilon is not None:
+            raise ValueError('source, mixed, protect_first_block and epsilon belong to rule = "statistics"')
         return self
 
     def _check_statistics(self) -> None:
@@ -150,6 +152,8 @@ class PruneStage(Part):
             raise ValueError(f'rule "statistics": pruner "{self.pruner}" needs nothing to be summed; use wanda or sparsegpt')
         if self.mixed and needs != "gram":
             raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt')
+        if self.epsilon is not None and (needs != "squares" or self.source != "dense"):
+            raise ValueError('epsilon: there is noise for pruner "wanda" with source "dense" only')
         if self.rounds != 1:
             raise ValueError('rounds: rule "statistics" is exact in one; set it to 1')
         if self.layers != "all" and self.source == "sequential":
@@ -238,6 +242,10 @@ class Job(Part):
             if isinstance(stage.layers, LayerSampling) and stage.layers.cover > len(self.clients):
                 raise ValueError(
                     f"stages.{i}.layers.cover: {stage.layers.cover} clients for each block, but there are {len(self.clients)}"
+                )
+            if stage.epsilon is not None and not self.privacy.secure_aggregation:
+                raise ValueError(
+                    f"stages.{i}.epsilon: noise protects the sum alone; set privacy.secure_aggregation = true beside it"
                 )
             if stage.rule == "statistics" and i > 0:
                 raise ValueError(

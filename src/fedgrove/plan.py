@@ -14,6 +14,8 @@ from fedgrove.inputs import Needs
 from fedgrove.job import LayerSampling, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, linears
+from fedgrove.privacy import noise
+from fedgrove.privacy.secure import smallest_sum
 from fedgrove.rounds import wire
 from fedgrove.rules import VALUE_BITS
 from fedgrove.rules.statistics import ring_bits
@@ -120,7 +122,7 @@ def make_plan(
         num_blocks=num_blocks,
         clients=shares,
         choices=_choices(decoder, stage, masked),
-        notes=_notes(stage, secure),
+        notes=_notes(stage, secure, len(cards)),
     )
 
 
@@ -274,8 +276,12 @@ def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[
     }
 
 
-def _notes(stage: PruneStage, secure: bool) -> list[str]:
-    if stage.rule != "statistics" or stage.protect_first_block:
+def _notes(stage: PruneStage, secure: bool, clients: int) -> list[str]:
+    if stage.rule != "statistics":
+        return []
+    if stage.epsilon is not None:
+        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(clients))]
+    if stage.protect_first_block:
         return []
     of = "the clients' word counts together" if secure else "a client's word counts"
     return [

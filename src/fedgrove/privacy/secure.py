@@ -176,11 +176,16 @@ def new_session(clients: Iterable[str], bits: int = 64) -> Session:
     number = len(names)
     if number < 2:
         raise SecureError("secure aggregation: a sum of one client is its own; there must be at least two")
-    quorum = max(number - number // 3, number // 2 + 1)
+    quorum = smallest_sum(number)
     degree = 8 * math.ceil(math.log2(number))
     if degree >= number - 1:
         return Session(secrets.token_hex(16), names, number - 1, quorum, quorum, bits)
     return Session(secrets.token_hex(16), names, degree, degree // 2 + 2, quorum, bits)
+
+
+def smallest_sum(clients: int) -> int:
+    """How many of so many clients are in any sum that is opened: two thirds, and more than half."""
+    return max(clients - clients // 3, clients // 2 + 1)
 
 
 # What a client does

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Inputs
+from fedgrove.privacy.noise import clipped
 from fedgrove.rounds.wire import CHANGE, WireError, check
 
 BITS = 16  # fractional bits of one token's x², where x is of the size that random tokens give
@@ -51,6 +52,7 @@ class Statistic:
     scale: Tensor
     products: bool
     limit: int = LARGEST
+    norm: float | None = None  # windows are clipped to it, for differential privacy
     tokens: int = 0
     squares: Tensor = field(init=False)
     upper: Tensor | None = None
@@ -70,6 +72,8 @@ class Statistic:
         for window in x.reshape(-1, x.shape[-2], x.shape[-1]):
             scaled = window.float() * self.scale
             squares = scaled.square().sum(0, dtype=torch.float64)
+            if self.norm is not None:
+                squares = clipped(squares, self.norm)
             if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _whole(squares)).any():
                 raise FedgroveError(
                     f"the inputs of {self.name} are not finite or far larger than the model's on random tokens; "
@@ -123,13 +127,19 @@ def expected(scales: Mapping[str, Tensor], products: Mapping[str, bool]) -> dict
 
 
 def check_sums(
-    tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], products: Mapping[str, bool], windows: int, limit: int
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    products: Mapping[str, bool],
+    windows: int,
+    limit: int,
+    noisy: bool = False,
 ) -> None:
     """Refuses numbers that are no sums of squares and products: of one client, or of all.
 
     Args:
         windows: how many were summed.
         limit: the largest number that is allowed.
+        noisy: noise was added, so a square may be negative.
 
     Raises:
         WireError: names, shapes or dtypes differ, a square is negative or too large, or a product larger than the squares
@@ -138,7 +148,7 @@ def check_sums(
     check(tensors, expected(scales, products))
     for name in scales:
         squares = tensors[f"{CHANGE}{name}/squares"]
-        if (squares < 0).any() or (squares > limit).any():
+        if (squares < (-limit if noisy else 0)).any() or (squares > limit).any():
             raise WireError(f"{CHANGE}{name}/squares is out of range")
         if products[name]:
             roots = (squares.double() + windows).sqrt() * 1.001
@@ -154,12 +164,13 @@ def finish(squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int)
     """The server's half: the sums as a pruner reads them.
 
     Args:
-        squares: (in,) int64, summed over clients.
+        squares: (in,) int64, summed over clients; noise may have made some negative: those count as 0.
         products: (in·(in − 1)/2,) int64, or None.
         scale: (in,), what the clients multiplied by.
         tokens: of all clients.
     """
     unit = 2.0**-BITS
+    squares = squares.clamp(min=0)
     size = 1 / scale.double()
     if products is None:
         return Inputs("squares", tokens, squares.double() * unit * size.square())

@@ -72,7 +72,7 @@ def _prune_block(
         made = without_data(decoder, block, stage.target)
     elif stage.rule == "statistics":
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
-        made = from_statistics(decoder, block, inlets[block], plan, engine, run, previous)
+        made = from_statistics(decoder, block, inlets, plan, engine, run, previous)
     else:
         made = _from_solutions(decoder, block, round_, plan, engine, run)
     after, records = {}, []

@@ -21,7 +21,8 @@ from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.calibrate import watching
 from fedgrove.plan import Plan, calibration
-from fedgrove.privacy.secure import sum_securely
+from fedgrove.privacy import noise
+from fedgrove.privacy.secure import smallest_sum, sum_securely
 from fedgrove.pruners import magnitude
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
@@ -51,11 +52,13 @@ class Inlet:
         readers: the linears; the first gives the input its name.
         scale: (in,) what clients multiply by, see :func:`fedgrove.rules.statistics.scale_of`.
         products: whether Σ xᵢxⱼ is asked for, besides Σ x².
+        norm: what a window's Σ x² is clipped to where it is to be differentially private.
     """
 
     readers: list[str]
     scale: Tensor
     products: bool
+    norm: float
 
 
 def probe(decoder: Decoder, stage: PruneStage, seed: int) -> list[dict[str, Inlet]]:
@@ -79,8 +82,10 @@ def probe(decoder: Decoder, stage: PruneStage, seed: int) -> list[dict[str, Inle
             readers.setdefault(id(shared), []).append(name)
         inlets = {}
         for names in readers.values():
-            scale = statistics.scale_of(inputs[names[0]]).cpu()
-            inlets[names[0]] = Inlet(names, scale, products=_wants_products(stage, len(scale), width))
+            seen = inputs[names[0]]
+            scale = statistics.scale_of(seen).cpu()
+            norm = noise.NORM * stage.length / length * float((seen.squares.cpu() * scale.square()).norm())
+            inlets[names[0]] = Inlet(names, scale, _wants_products(stage, len(scale), width), norm)
         blocks.append(inlets)
     return blocks
 
@@ -100,16 +105,18 @@ def without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Prun
 
 
 def from_statistics(
-    decoder: Decoder, block: int, inlets: Mapping[str, Inlet], plan: Plan, engine: Engine, run: Run, previous: Path
+    decoder: Decoder, block: int, blocks: list[dict[str, Inlet]], plan: Plan, engine: Engine, run: Run, previous: Path
 ) -> dict[str, Pruned]:
     """The clients sum, the server prunes with what the sums say.
 
     Args:
         decoder: the model as the stage began.
-        inlets: the block's inputs, from :func:`probe`.
+        blocks: the inputs of every block, from :func:`probe`.
         previous: the file of the block before this one, pruned; ``sequential`` clients walk on through it.
     """
     stage = run.job.stages[plan.stage]
+    inlets = blocks[block]
+    num_inputs = sum(map(len, blocks[1:] if stage.protect_first_block else blocks))
     contributors = plan.contributors(0, block)
     tensors: dict[str, Tensor] = {SCALE + name: inlet.scale for name, inlet in inlets.items()}
     if stage.source == "sequential" and block > 0:
@@ -117,7 +124,7 @@ def from_statistics(
         for name, key in decoder.block_names(block - 1).items():
             tensors[START + name] = as_matrix(linears(decoder.blocks[block - 1])[name], stored[key]).contiguous()
     messages: dict[str, Message] = {
-        client: (tensors, statistics_info(run, plan, client, block, inlets)) for client in contributors
+        client: (tensors, statistics_info(run, plan, client, block, inlets, num_inputs)) for client in contributors
     }
     scales = {name: inlet.scale for name, inlet in inlets.items()}
     products = {name: inlet.products for name, inlet in inlets.items()}
@@ -163,7 +170,7 @@ def _collect(
         infos, sums = sum_securely(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check, bits=bits)
         windows = sum(plan.clients[client].samples for client in infos)
         try:
-            statistics.check_sums(sums, scales, products, windows, largest)
+            statistics.check_sums(sums, scales, products, windows, largest, noisy=stage.epsilon is not None)
         except WireError as fault:
             raise FedgroveError(
                 f"the clients' sum: {fault}; one of them sent no statistics, and secure aggregation hides which. "
@@ -190,10 +197,20 @@ def _largest(run: Run, plan: Plan) -> tuple[int, int]:
     return 2 ** (bits - 2), bits
 
 
-def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet]) -> Info:
+def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet], num_inputs: int) -> Info:
     """The JSON of an ask of kind ``statistics``: see :func:`fedgrove.client.statistics`."""
     stage = run.job.stages[plan.stage]
+    noisy = None
+    if stage.epsilon is not None:
+        noisy = {
+            "norms": {first: inlet.norm for first, inlet in inlets.items()},
+            "inputs": num_inputs,
+            "clients": smallest_sum(len(plan.clients)),
+            "epsilon": stage.epsilon,
+            "delta": stage.delta,
+        }
     return {
+        "noise": noisy,
         "run": hashlib.sha256(run.job.dumps().encode()).hexdigest(),
         "stage": plan.stage,
         "block": block,
