@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fedgrove import plugins
 from fedgrove.data import calibration_windows
@@ -277,9 +278,8 @@ def _set(module: nn.Module, weight: Tensor) -> None:
 
 
 def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
-    tokenizer = _checkpoint(site.model, site.dtype).tokenizer()
     try:
-        return calibration_windows(site.data, site.text, tokenizer, samples, length, f"{seed}/{site.name}")
+        return calibration_windows(site.data, site.text, _tokenizer(site.model), samples, length, f"{seed}/{site.name}")
     except FedgroveError as fault:
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
 
@@ -291,6 +291,11 @@ def _alone(site: Site, block: int) -> Path:
 @lru_cache(maxsize=1)
 def _checkpoint(model: Path, dtype: torch.dtype | None) -> Checkpoint:
     return Checkpoint(model, dtype)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    return Checkpoint(model).tokenizer()
 
 
 @lru_cache(maxsize=1)
