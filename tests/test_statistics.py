@@ -284,3 +284,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, sou
     assert cli("run", job, "--out", tmp_path / "whole", "--quiet")[0] == 0
     for file in ("model/model.safetensors", "pruning.json"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_report_says_what_was_sent_and_who_could_see_it(small: Small, tmp_path: Path, secure: bool) -> None:
+    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__rule="statistics")
+    assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Every client sent sums of all 2 blocks" in page
+    assert "were not answered" not in page
+    assert "squares of what enters each matrix" in page
+    assert "products of its channels" not in page
+    assert ("whoever ran the server could see what each client sent" in page) is not secure
+    assert ("added up over the clients" in page) is secure
+    assert "protect_first_block = true" in page

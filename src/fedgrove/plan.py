@@ -56,6 +56,7 @@ class Plan(BaseModel):
 
     stage: int
     kind: str
+    ask: str = "prune"  # the kind of ask that brings a client's part
     num_blocks: int
     clients: dict[str, Share]
     choices: dict[str, int] = {}  # what rule "statistics" would upload for a client, in bytes, by what is summed
@@ -104,8 +105,9 @@ def make_plan(
         rounds = [{name: list(range(num_blocks)) for name in cards} for _ in range(stage.rounds)]
 
     shares = {}
+    first = 1 if stage.protect_first_block else 0  # blocks before it are asked of nobody
     for name in sorted(cards):
-        blocks = [drawn[name] for drawn in rounds]
+        blocks = [[block for block in drawn[name] if block >= first] for drawn in rounds]
         asked = sum(len(numbers) for numbers in blocks)
         shares[name] = Share(
             blocks=blocks,
@@ -113,12 +115,13 @@ def make_plan(
             samples=cards[name].samples or stage.samples,
             sparsity=_target_of(stage, cards[name]).sparsity,
             memory=costs[name].memory,
-            upload=(asked - (stage.protect_first_block and 0 in blocks[0])) * costs[name].upload,
+            upload=asked * costs[name].upload,
             seconds=round(asked * costs[name].seconds, 1),
         )
     return Plan(
         stage=index,
         kind=stage.kind,
+        ask="statistics" if stage.rule == "statistics" else "prune",
         num_blocks=num_blocks,
         clients=shares,
         choices=_choices(decoder, stage, masked),

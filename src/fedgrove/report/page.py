@@ -395,7 +395,7 @@ class _Stage:
         self._plan = plan
         self._sent: dict[str, int] = dict.fromkeys(self.clients, 0)
         for row in summary.traffic:
-            if (row.stage, row.direction, row.kind) == (self.number, "up", plan["kind"]):
+            if (row.stage, row.direction, row.kind) == (self.number, "up", plan.get("ask", plan["kind"])):
                 self._sent[row.client] = self._sent.get(row.client, 0) + row.bytes
 
     @property

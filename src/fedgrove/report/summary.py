@@ -185,7 +185,7 @@ class Summary:
         """
         answered: dict[str, int] = {}
         for row in self.traffic:
-            if (row.stage, row.direction, row.kind) == (plan["stage"], "up", plan["kind"]):
+            if (row.stage, row.direction, row.kind) == (plan["stage"], "up", plan.get("ask", plan["kind"])):
                 answered[row.client] = answered.get(row.client, 0) + row.messages
         asked = {client: sum(map(len, share.get("blocks", ()))) for client, share in sorted(plan["clients"].items())}
         missing = {client: number - answered.get(client, 0) for client, number in asked.items()}
