@@ -360,7 +360,9 @@ def test_whoever_is_not_on_the_signed_roster_is_refused(tmp_path: Path) -> None:
         secure.keys(new_session(["c000", "c001"]), "c000", replace(mine, smallest=3), memory)
 
 
-@pytest.mark.parametrize("change", [{"threshold": 3}, {"quorum": 3}, {"degree": 3}, {"clients": ("b", "a")}, {"threshold": 7}])
+@pytest.mark.parametrize(
+    "change", [{"threshold": 3}, {"quorum": 3}, {"degree": 3}, {"clients": ("b", "a")}, {"threshold": 7}, {"bits": 64.0}]
+)
 def test_a_session_that_protects_nobody_is_refused(change: dict[str, Any]) -> None:
     facts = asdict(Session("x", tuple("abcdef"), 5, 4, 4))
     with pytest.raises(SecureError):

@@ -116,6 +116,8 @@ class Session:
 
     def __post_init__(self) -> None:
         number = len(self.clients)
+        if not all(type(fact) is int for fact in (self.degree, self.threshold, self.quorum, self.bits)):
+            raise SecureError("secure aggregation: a session that is not understood")
         if sorted(set(self.clients)) != list(self.clients):
             raise SecureError("secure aggregation: the clients are not sorted, or named twice")
         if not 0 < self.degree < number or (self.degree % 2 and self.degree < number - 1):
