@@ -190,6 +190,8 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     limit = int(info["limit"])
     noise = info["noise"]
     if noise:
+        if info["products"]:
+            raise FedgroveError(f"client '{site.name}': products have no noise; it sends squares alone beside it")
         spend(site.folder, f"{info['run']}/{info['stage']}/{index}", site.name)
 
     def begin(name: str) -> Statistic:
