@@ -433,19 +433,23 @@ def test_pruned_weights_and_votes_give_the_same_bits_with_and_without(
     assert plain == prune(small, tmp_path / "hidden", texts, privacy={"secure_aggregation": True}, **stage)
 
 
-def test_votes_that_do_not_add_up_are_refused(
-    small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["weight/", "change/"])
+def test_votes_and_values_that_do_not_add_up_are_refused(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     honest = HANDLERS["prune"]
 
     def poison(tensors: Any, info: Any, site: Site, device: str) -> Any:
         answer, told = honest(tensors, info, site, device)
-        if site.name == "cedar":  # it votes for everything
-            answer = {name: tensor.clone().fill_(1) for name, tensor in answer.items()}
+        if site.name == "cedar":  # it votes for everything, or sends the largest number that the ring holds
+            lie = 1 if part == "weight/" else 2**46
+            answer = {
+                name: torch.full_like(tensor, lie) if name.startswith(part) else tensor for name, tensor in answer.items()
+            }
         return answer, told
 
     monkeypatch.setitem(HANDLERS, "prune", poison)
-    with pytest.raises(FedgroveError, match="other votes than they were asked for"):
+    with pytest.raises(FedgroveError, match="other votes or values than can be"):
         prune(small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, rule="votes", pruner="wanda")
 
 

@@ -126,6 +126,7 @@ class PruneStage(Part):
     rounds: Annotated[int, Field(ge=1)] = 1
     shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     expand: bool = True
+    bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     source: Literal["dense", "sequential"] = "dense"
     mixed: bool = False
     protect_first_block: bool = False
@@ -140,6 +141,8 @@ class PruneStage(Part):
             raise ValueError(f'pattern "{self.pattern}": N of every M inputs are kept, so 0 < N < M')
         if self.shrink and self.rule != "votes":
             raise ValueError('shrink belongs to rule = "votes"')
+        if self.bound is not None and self.rule not in ("votes", "mean"):
+            raise ValueError('bound belongs to rule = "votes" and "mean"')
         if self.rule == "statistics":
             self._check_statistics()
         elif self.source != "dense" or self.mixed or self.protect_first_block or self.epsilon is not None:

@@ -161,10 +161,15 @@ def _add_masked(
     sums = {}
     for name, weight in before.items():
         votes, value = total[WEIGHT + name], total.get(CHANGE + name)
+        each = 2 ** (VALUE_BITS - 2) // len(messages)  # what an honest client sends at most
         kept = sum(weight.numel() - _target(plan.clients[client], stage).num_pruned(weight.numel()) for client in told)
-        if int(votes.max()) > len(told) or int(votes.long().sum()) != kept or (value is not None and value[votes == 0].any()):
+        if (
+            int(votes.max()) > len(told)
+            or int(votes.long().sum()) != kept
+            or (value is not None and (value.abs() > each * votes.long()).any())
+        ):
             raise FedgroveError(
-                f"block {block}, {name}: the clients' sum holds other votes than they were asked for; one of them did not "
+                f"block {block}, {name}: the clients' sum holds other votes or values than can be; one of them did not "
                 "prune as it was asked, and secure aggregation hides which. Leave clients out until it holds"
             )
         sums[name] = from_integers(value, votes, units[name], len(told))
@@ -204,7 +209,9 @@ def _checker(
                 expected[CHANGE + name] = (weight.shape, weight.dtype)
         check_tensors(tensors, expected)
         target = _target(share, stage)
-        for name in before:
+        for name, weight in before.items():
+            if stage.bound is not None and float(tensors[CHANGE + name].abs().max()) > stage.bound * float(weight.abs().max()):
+                raise WireError(f"{CHANGE}{name} is more than {stage.bound:g} times the largest weight before (bound)")
             if masks:
                 kept = tensors[WEIGHT + name]
                 pruned = kept.numel() - int(kept.sum())
