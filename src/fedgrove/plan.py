@@ -26,6 +26,9 @@ class Card(BaseModel):
     memory: int | None = None  # bytes that the planner may use
     speed: float = 1.0  # relative to SPEED
     uplink: int | None = None  # bits a second
+    downlink: int | None = None  # bits a second
+    bits: tuple[int, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
+    tokens: int = 0  # of its text, where a stage tunes
     samples: int | None = None  # calibration windows, where the client wants another number than the stage
     sparsity: float | None = None  # likewise
 

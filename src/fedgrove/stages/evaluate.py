@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from fedgrove.client import WINDOW
 from fedgrove.data import evaluation_windows
@@ -30,17 +31,14 @@ def evaluate(model: Checkpoint, stage: int | None, engine: Engine, run: Run) -> 
     wanted = run.job.evaluate
     if not wanted.data:
         return
-    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics()}
-    tokenizer = model.tokenizer()
-    windows = {
-        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
-    }
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
+    windows = _windows(model, run)
     decoder = Decoder(model)
     for name, texts in windows.items():
         if (stage, None, f"perplexity/{name}") not in done:
             run.say(f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}")
             run.log(stage, None, None, f"perplexity/{name}", perplexity(decoder, texts))
-    if stage is None or not wanted.alone:
+    if stage is None or not wanted.alone or run.job.stages[stage].kind != "prune":
         return
     left = [client for client in engine.sites() if (stage, client, f"perplexity/{next(iter(windows))}") not in done]
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
@@ -54,3 +52,17 @@ def evaluate(model: Checkpoint, stage: int | None, engine: Engine, run: Run) -> 
     ):
         for name in windows:
             run.log(stage, None, client, f"perplexity/{name}", math.exp(float(answer[CHANGE + name])))
+
+
+def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None:
+    """Likewise, in the middle of a stage: after a round. It is measured anew where a round is."""
+    decoder = Decoder(model)
+    for name, texts in _windows(model, run).items():
+        run.log(stage, round_, None, f"perplexity/{name}", perplexity(decoder, texts))
+
+
+def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
+    wanted, tokenizer = run.job.evaluate, model.tokenizer()
+    return {
+        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
+    }

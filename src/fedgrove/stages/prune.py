@@ -36,7 +36,7 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
     Returns:
         The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor.
     """
-    stage = run.job.stages[plan.stage]
+    stage = cast(PruneStage, run.job.stages[plan.stage])
     records: dict[str, Info] = {}
     for round_ in range(stage.rounds):
         overlay = run.overlay(plan.stage, round_)
@@ -53,7 +53,7 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
 
 
 def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: Engine, run: Run, file: Path) -> None:
-    stage = run.job.stages[plan.stage]
+    stage = cast(PruneStage, run.job.stages[plan.stage])
     rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
     before = {name: decoder.read_linear(block, name) for name in names}
