@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedgrove.errors import FedgroveError
 
@@ -108,6 +107,7 @@ def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = N
     """
     from fedgrove.job import load
     from fedgrove.plan import SPEED
+    from fedgrove.report.plans import plan_table
     from fedgrove.run import Run
     from fedgrove.server import local_engine, make_plans, open_model
 
@@ -120,17 +120,7 @@ def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = N
         return
     console = Console()
     for plan, stage in zip(plans, wanted.stages, strict=True):
-        table = Table(title=f"stage {plan.stage}: {plan.kind}, {stage.pruner}, rule {stage.rule}", title_justify="left")
-        for heading in ("client", "blocks", "windows", "target", "memory", "upload", "time"):
-            table.add_column(heading, justify="left" if heading in ("client", "blocks") else "right")
-        for name, share in plan.clients.items():
-            blocks = "; ".join(_ranges(numbers) for numbers in share.blocks)
-            target = stage.pattern or f"{share.sparsity:.0%}"
-            table.add_row(
-                name, f"{blocks} of {plan.num_blocks}", str(share.samples), target, f"{share.memory / 2**20:,.0f} MiB",
-                f"{share.upload / 1e6:,.1f} MB", f"{share.seconds:,.0f} s",
-            )  # fmt: skip
-        console.print(table)
+        console.print(plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
     console.print(
         "Memory is the peak besides the program itself (about 500 MiB). "
         f"Time is what a client of speed 1.0 ({SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."
@@ -262,14 +252,13 @@ def _run(job: Any, out: Path, resume: bool, workers: int, say: Callable[[str], N
 def _show(out: Path, as_json: bool = False) -> None:
     from fedgrove.report.summary import read
     from fedgrove.report.table import result_table
-    from fedgrove.stages.export import folder_bytes
 
     summary = read(out)
     if as_json:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
     console = Console()
-    console.print(result_table(summary, folder_bytes(out / "model")))
+    console.print(result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
 
 
@@ -300,14 +289,3 @@ def _fail(message: str, status: int) -> None:
     if status == 130:
         os._exit(status)  # no thread of a library may hold an interrupted run
     raise typer.Exit(status)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0–2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

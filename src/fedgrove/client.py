@@ -70,7 +70,8 @@ def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
 def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Says what this client has, after trying whether its text suffices.
 
-    Ask: ``calibrations``, a list of {samples, length, seed}; ``lengths``, of the windows of tuning stages. Answer: the fields of :class:`~fedgrove.plan.Card`.
+    Ask: ``calibrations``, a list of {samples, length, seed}; ``lengths``, of the windows of tuning stages. Answer: the
+    fields of :class:`~fedgrove.plan.Card`.
     """
     for wanted in info["calibrations"]:
         _windows(site, **wanted)
@@ -110,7 +111,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     for passed in range(at, index):
         with decoder.loaded(passed) as block:
             if passed in info["blocks"]:
-                if info["round"] > 0:
+                if tensors:  # those of this block are here, those of the blocks before are not
                     raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again next round")
                 _prune_block(decoder, passed, block, calls[passed], states.read(passed), info, {})
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), info["samples"])
@@ -130,18 +131,22 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
             answer[CHANGE + name] = change
         answer[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
         own[decoder.block_names(index)[name]] = as_matrix(linears(decoder.blocks[index])[name], after)
-    if info["keep"] and info["round"] == 0:
-        save_tensors(own, _alone(site, info["stage"]) / f"block-{index:04d}.safetensors")
+    if info["keep"]:
+        save_tensors(own, _alone(site, index))
     return answer, {"tokens": tokens}
 
 
 def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Measures what this client would have had alone, on text that the server sends.
 
-    Ask: ``stage``; ``texts``: {name: number of windows}; tensors ``window/<name>/<i>``: (1, tokens) token ids.
+    Ask: ``texts``: {name: number of windows}; tensors ``window/<name>/<i>``: (1, tokens) token ids; ``walk``: the JSON of the
+    asks ``prune`` of round one, for blocks that were lost with the client's working files and have to be pruned again.
     Answer: tensors ``change/<name>`` = mean negative log-likelihood and ``weight/<name>`` = number of predicted tokens.
     """
-    decoder = Decoder(Checkpoint(site.model, site.dtype).over(_alone(site, info["stage"])), device)
+    for index in range(len(_decoder(site.model, site.dtype, device))):
+        if not _alone(site, index).is_file():
+            prune({}, {**info["walk"], "block": index}, site, device)
+    decoder = Decoder(Checkpoint(site.model, site.dtype).over(_alone(site, 0).parent), device)
     answer: Tensors = {}
     for name, number in info["texts"].items():
         windows = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
@@ -350,8 +355,8 @@ def _base(site: Site, stage: int) -> Path:
     return site.folder / f"base-{stage}"
 
 
-def _alone(site: Site, stage: int) -> Path:
-    return site.folder / f"alone-{stage}"
+def _alone(site: Site, block: int) -> Path:
+    return site.folder / "alone" / f"block-{block:04d}.safetensors"
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SORTED_AT_ONCE = 2**20  # entries; sorting takes eight times the bytes of what it sorts
+
 
 @dataclass(frozen=True)
 class Target:
@@ -102,13 +104,17 @@ def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
     device = keys[0].device
     if target.pattern:
         n, m = target.pattern
-        rows, width, pruned = num_out * num_in // m, m, torch.tensor([m - n], device=device)
+        rows, width, pruned = num_out * num_in // m, m, torch.full((num_out * num_in // m,), m - n, device=device)
     else:
         total = target.num_pruned(num_out * num_in)
         rows, width, pruned = num_out, num_in, torch.tensor(spread(total, num_out), device=device)
-    order = torch.arange(width, device=device).expand(rows, width)
-    for key in reversed(keys):
-        order = order.gather(1, key.reshape(rows, width).gather(1, order).argsort(dim=1, stable=True))
-    kept_by_rank = torch.arange(width, device=device) >= pruned[:, None]
+    ranks = torch.arange(width, device=device)
     mask = torch.empty(rows, width, dtype=torch.bool, device=device)
-    return mask.scatter_(1, order, kept_by_rank.expand(rows, width)).view(num_out, num_in)
+    at_once = max(1, SORTED_AT_ONCE // width)
+    for start in range(0, rows, at_once):
+        part = slice(start, start + at_once)
+        order = ranks.expand(mask[part].shape)
+        for key in reversed(keys):
+            order = order.gather(1, key.reshape(rows, width)[part].gather(1, order).argsort(dim=1, stable=True))
+        mask[part].scatter_(1, order, ranks >= pruned[part, None])
+    return mask.view(num_out, num_in)

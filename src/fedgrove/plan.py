@@ -195,13 +195,12 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cos
     tokens = (card.samples or stage.samples) * stage.length
 
     statistics = {"nothing": 0, "squares": sum(distinct), "gram": sum(w * w for w in distinct)}[needs]
-    workspace = 4 * widest**2 if needs == "gram" else 0  # damped copy, two factors, inverse
+    workspace = 3 * widest**2 if needs == "gram" else 0  # the damped matrix, its inverse, a factor
     largest = max(rows * columns for rows, columns in shapes)
     names = decoder.checkpoint.names()
     block_numel = sum(p.numel() for p in decoder.blocks[0].parameters())
     ends = sum(decoder.checkpoint.spec(name)[0].numel() for name in names) - len(decoder) * block_numel
     window = stage.length * (6 * width + 4 * widest)
-    memory = 8 * (statistics + workspace) + 4 * (block_numel + parameters + 4 * largest + ends + window)
 
     forward = 2 * 2 * tokens * parameters
     gram = 2 * tokens * statistics
@@ -211,6 +210,8 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs) -> _Cos
     upload = sum(wire.estimate(rows * columns, sparsity, dtype) for rows, columns in shapes)
     if stage.rule == "masks":
         upload = parameters // 8
+    kept = parameters * (2 * dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
+    memory = 8 * (statistics + workspace) + 4 * (block_numel + 6 * largest + ends + window) + kept + 2**24
     seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
 

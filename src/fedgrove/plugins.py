@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from fedgrove.errors import FedgroveError
+
 
 def names(package: str) -> list[str]:
     """The methods that stand in a package of fedgrove, e.g. ``names("pruners")``; imports none of them."""
@@ -14,5 +16,11 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """The file of one method."""
+    """The file of one method.
+
+    Raises:
+        FedgroveError: there is no such method; the name may come from the network, so nothing else is imported by it.
+    """
+    if name not in names(package):
+        raise FedgroveError(f"{package}: there is no {name!r} here; choose one of {', '.join(names(package))}")
     return importlib.import_module(f"fedgrove.{package}.{name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,8 @@ class Run:
 
     Args:
         path: the folder; made if it is not there.
-        job: what is run. It is written to ``job.toml``; an existing run is continued only by the same job.
+        job: what is run. It is written to ``job.toml``; an existing run is continued only by the same
+            job (``rounds`` may differ).
         resume: continue what is there.
         say: gets one line of progress at a time.
 
@@ -38,9 +40,10 @@ class Run:
         started = job_file.is_file()
         if started and not resume:
             raise FedgroveError(f"--out {path}: a run is there already; continue it with --resume or name another folder")
-        if not started and self.path.is_dir() and any(self.path.iterdir()):
+        begun = {".lock", "job.toml.partial"}  # what a run leaves that was killed before it had said what it is
+        if not started and self.path.is_dir() and {file.name for file in self.path.iterdir()} - begun:
             raise FedgroveError(f"--out {path}: the folder is not empty and holds no run; name another one")
-        if started and job_file.read_text(encoding="utf-8") != job.dumps():
+        if started and _what(job_file.read_text(encoding="utf-8")) != _what(job.dumps()):
             raise FedgroveError(f"--resume: the job differs from {job_file}; run that one, or name another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.path / ".lock")
@@ -57,8 +60,8 @@ class Run:
 
     def close(self) -> None:
         """Lets the folder go."""
+        (self.path / ".lock").unlink(missing_ok=True)  # while it is held: nobody else's lock may be removed
         self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file beside its place, then renames it."""
@@ -102,6 +105,11 @@ class Run:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _what(job: str) -> dict[str, Any]:
+    """The part of a job that decides what comes out; how long to wait for whom may change when a run is continued."""
+    return {key: value for key, value in tomllib.loads(job).items() if key != "rounds"}
 
 
 def unfinished(run: Path) -> str:

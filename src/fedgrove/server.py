@@ -61,7 +61,7 @@ def make_model(job: Job, engine: Engine, run: Run) -> None:
     for stage, plan in zip(job.stages, plans, strict=True):
         run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))
         model = STAGES[stage.kind](model, plan, engine, run)
-        evaluate(model, plan.stage, engine, run)
+        evaluate(model, plan, engine, run)
     run.say("writing the model")
     model.write(run.path / "model", {"README.md": model_card(job, model.path)})
 

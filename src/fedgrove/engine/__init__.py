@@ -24,7 +24,8 @@ class Engine(Protocol):
 
         Args:
             kind: a name in :data:`fedgrove.client.HANDLERS`.
-            messages: for each client the bytes of :func:`fedgrove.rounds.wire.pack`.
+            messages: for each client the bytes of :func:`fedgrove.rounds.wire.pack`. They are packed when they are taken:
+                take each one once, when it is sent.
             timeout: seconds until a client that has not answered counts as failed; None waits.
         """
         ...

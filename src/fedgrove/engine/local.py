@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _try(kind: str, message: bytes, site: Site, device: str) -> Reply:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         if isinstance(fault, OSError) and fault.strerror:
-            return None, f"{fault.strerror}: {fault.filename or site.folder}"
+            return None, f"{fault.strerror}: {fault.filename or site.folder}; mend that, then continue with --resume"
         if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
             return None, "out of memory; lower samples or length, or give its work to a larger machine"
         return None, f"{type(fault).__name__} in its handler; the trace is in {log}"
@@ -117,7 +118,11 @@ class _Worker:
         self._process = spawn.Process(
             target=_work, args=(theirs, self._device, torch.get_num_threads()), name="fedgrove-client", daemon=True
         )
-        self._process.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until it says what an interrupt shall do
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
     def send(self, kind: str, message: bytes, site: Site) -> None:
@@ -149,6 +154,8 @@ class _Worker:
 
 def _work(pipe: Any, device: str, threads: int) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent says what is to be said
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)  # as many as without workers: some results of linear algebra depend on it
     while True:
         try:
@@ -156,3 +163,11 @@ def _work(pipe: Any, device: str, threads: int) -> None:
         except (EOFError, OSError):
             return
         pipe.send(_try(kind, message, site, device))
+
+
+def _end_with_parent() -> None:
+    """A run that was killed may be continued at once: nobody else may still be writing to the clients' folders then."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

@@ -43,9 +43,12 @@ class Decoder:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        on_cpu = self.device.type == "cpu"
+        dtype = torch.float32 if on_cpu else checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
         try:
             with init_empty_weights(include_buffers=False):
-                self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config)
+                # the dtype matters to constants that no checkpoint holds, such as the scale of Gemma's embeddings
+                self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
         except ValueError as fault:
             kind = getattr(checkpoint.config, "model_type", "?")
             raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from fault
@@ -182,9 +185,11 @@ class Decoder:
                 self._put(module, name, nn.Parameter(value, requires_grad=False))
             elif not self._is_tied(prefix + name):
                 raise FedgroveError(f"model: {self.checkpoint.path} lacks the tensor {stored}; the copy is incomplete")
+        persistent = module.state_dict().keys()  # old checkpoints hold more: causal masks, in dtypes that no longer fit
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             stored = self._stored(prefix + name)
-            self._put(module, name, self._read(stored, buffer.shape) if stored in self.checkpoint else buffer.to(self.device))
+            read = name in persistent and stored in self.checkpoint
+            self._put(module, name, self._read(stored, buffer.shape) if read else buffer.to(self.device))
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         value = self.checkpoint.read(name)
@@ -199,9 +204,12 @@ class Decoder:
         setattr(module.get_submodule(owner), leaf, value)
 
     def _stored(self, name: str) -> str:
-        """A parameter's name in the checkpoint: some were saved from the model without its head, lacking a prefix."""
-        short = name.removeprefix(f"{self.model.base_model_prefix}.")
-        return short if name not in self.checkpoint and short in self.checkpoint else name
+        """A parameter's name in the checkpoint.
+
+        A model that was saved without its head lacks a prefix, and the head of GPT-NeoX is saved under an older name.
+        """
+        names = (name, name.removeprefix(f"{self.model.base_model_prefix}."), name.replace("lm_head.", "embed_out.", 1))
+        return next((stored for stored in names if stored in self.checkpoint), name)
 
     def _is_tied(self, name: str) -> bool:
         head = cast(Any, self.model).get_output_embeddings()

@@ -166,8 +166,11 @@ class Checkpoint:
 
     def _weight_files(self) -> list[Path]:
         if (self.path / INDEX).is_file():
-            index = json.loads((self.path / INDEX).read_text())
-            files = [self.path / name for name in sorted(set(index["weight_map"].values()))]
+            try:
+                index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+                files = [self.path / name for name in sorted(set(index["weight_map"].values()))]
+            except (ValueError, KeyError, TypeError, AttributeError) as fault:
+                raise FedgroveError(f"model: {self.path / INDEX} is damaged ({_first_line(fault)}); copy it again") from fault
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise FedgroveError(f"model: {self.path} lacks {missing[0]}, which {INDEX} names; copy it there")
@@ -256,9 +259,15 @@ def _headers(file: Path, changed: int) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt") as opened:
             parts = ((name, opened.get_slice(name)) for name in opened.offset_keys())
-            return {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in parts}
+            header = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in parts}
     except (SafetensorError, OSError) as fault:
         raise FedgroveError(f"model: {file} is damaged ({_first_line(fault)}); copy it again") from fault
+    for name, entry in header.items():
+        if entry["dtype"] not in _TORCH_DTYPES:
+            raise FedgroveError(
+                f"model: {file}: {name} has dtype {entry['dtype']}, which fedgrove does not read; convert it to bfloat16 first"
+            )
+    return header
 
 
 def _first_line(fault: BaseException) -> str:

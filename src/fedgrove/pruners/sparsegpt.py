@@ -108,6 +108,7 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
+            del lower  # at 11008 inputs each of these matrices is a gigabyte
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return cast(Tensor, upper)

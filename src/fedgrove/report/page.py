@@ -2,10 +2,590 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import tomli_w
+from markupsafe import Markup
+
+from fedgrove.report import charts, words
+from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
+from fedgrove.report.words import change, plural, ranges, size
+
+MOST_COLUMNS = 5  # more clients than this share three columns: lowest, mean, highest
+LONG = 30  # a table with more rows is folded
+PRIVATE = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
 
 
 def write_report(run: Path) -> Path:
-    out = run / "report.html"
-    out.write_text("")
+    """Writes ``RUN/report.html``, whole or not at all, from the files of the run folder alone.
+
+    Raises:
+        FedgroveError: it is no run folder, or the run has not ended.
+    """
+    beside, out = run / "report.html.partial", run / "report.html"
+    beside.write_text(page(read(run)), encoding="utf-8")
+    beside.replace(out)
     return out
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its heading, and how a value is shown. Without ``show`` it is text."""
+
+    title: str
+    show: Callable[[Any], str] | None = None
+
+    def text(self, value: Any) -> str:
+        """A value as the page shows it; the CSV has it in full."""
+        if value is None:
+            return "–"
+        return self.show(value) if self.show else str(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page and of a CSV file. The first column names the row."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    foot: Sequence[Sequence[Any]] = field(default=())
+
+    @property
+    def folded(self) -> bool:
+        """Whether the page shows it only when asked."""
+        return len(self.rows) > LONG
+
+    @property
+    def link(self) -> str:
+        """The table as a data URI. CSV as in RFC 4180, numbers in full."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(column.title for column in self.columns)
+        writer.writerows([_harmless(value) for value in row] for row in (*self.rows, *self.foot))
+        return "data:text/csv;charset=utf-8," + quote(text.getvalue(), safe="!$&()*+,-./:;=?@_~")
+
+
+def page(summary: Summary) -> str:
+    """The page of a run."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((files("fedgrove.report") / "page.html").read_text(encoding="utf-8"))
+    return template.render(
+        run=summary,
+        methods=[words.method(stage) for stage in summary.job["stages"]],
+        base=_file_name(str(summary.job["model"]["path"])),
+        ended=datetime.fromtimestamp(summary.ended, UTC) if summary.ended is not None else None,
+        verdict=words.verdict(summary),
+        own_texts=words.own_texts(summary),
+        figures=_figures(summary),
+        perplexity_chart=_perplexity_chart(summary),
+        perplexities=_perplexities(summary),
+        alone=_alone(summary),
+        block_chart=_block_chart(summary),
+        agreement_map=_agreement_map(summary),
+        agreement_says=_agreement_says(summary),
+        blocks=_blocks(summary),
+        tensors=_tensors(summary),
+        stages=[_Stage(summary, plan) for plan in summary.plans if plan["kind"] == "prune"],
+        bytes_chart=_bytes_chart(summary),
+        bytes_map=_bytes_map(summary),
+        bytes_by_client=_bytes_by_client(summary),
+        bytes_by_round=_bytes_by_round(summary),
+        model=_model(summary),
+        job=tomli_w.dumps(_without_folders(summary.job)),
+        length=summary.job.get("evaluate", {}).get("length", 512),
+        plural=plural,
+        size=size,
+    )
+
+
+def _figures(summary: Summary) -> list[tuple[str, str, str]]:
+    """(number, what it is, beside what), for the top of the page."""
+    figures = []
+    if summary.tensors:
+        figures.append(
+            (f"{summary.sparsity:.1%}", "of the pruned weights are zero", f"in {plural(len(summary.tensors), 'matrix')}")
+        )
+    if summary.texts:
+        dense, federated = summary.mean(summary.dense), summary.mean(summary.federated)
+        figures.append((f"{federated:.1f}", "perplexity", f"dense {dense:.1f}, {change(federated / dense)}"))
+    if summary.alone_mean is not None:
+        ratio = summary.mean(summary.together) / summary.alone_mean
+        figures.append((change(ratio), "perplexity against a client alone", f"mean of {plural(len(summary.alone), 'client')}"))
+    sent = max(summary.uplink.values(), default=0)
+    if sent:
+        beside = f"{sent / summary.dense_bytes:.2f} of dense weights" if summary.dense_bytes else ""
+        figures.append((size(sent), "sent by a client, at most", beside))
+    packed = (
+        size(summary.packed_bytes) + " packed" if summary.packed_bytes is not None else plural(summary.parameters, "weight")
+    )
+    figures.append((size(summary.model_bytes), "size of the model", packed))
+    return figures
+
+
+def _perplexity_chart(summary: Summary) -> Chart | None:
+    """Each text's perplexities as differences to the dense model's."""
+    if not summary.texts:
+        return None
+    means = {client: summary.mean(of) for client, of in summary.alone.items()}
+    lines = [
+        (text, summary.dense[text], summary.federated[text], {client: of[text] for client, of in summary.alone.items()})
+        for text in summary.texts
+    ]
+    lines.append(("geometric mean", summary.mean(summary.dense), summary.mean(summary.federated), means))
+    scale = Scale.over(100 * (value / dense - 1) for _, dense, fed, alone in lines for value in (fed, *alone.values()))
+    behind = charts.grid(scale)
+    many = len(summary.alone) > 2 * MOST_COLUMNS
+
+    def row(text: str, dense: float, federated: float, alone: dict[str, float]) -> Row:
+        def at(value: float) -> float:
+            return 100 * (value / dense - 1)
+
+        def says(who: str, value: float) -> str:
+            return f"{text}: {who} {value:.2f}, {change(value / dense)} against dense {dense:.2f}"
+
+        marks = [behind]
+        if many:
+            low, high, mean = min(alone.values()), max(alone.values()), sum(alone.values()) / len(alone)
+            marks.append(charts.line(scale, at(low), at(high), "span", f"{text}: alone from {low:.2f} to {high:.2f}"))
+            marks.append(charts.dot(scale, at(mean), "alone", says("alone, mean", mean)))
+        for client, value in alone.items():
+            if client == text:
+                marks.append(charts.square(scale, at(value), "own", says(f"{client} alone", value)))
+            elif not many:
+                marks.append(charts.dot(scale, at(value), "alone", says(f"{client} alone", value)))
+        marks.append(charts.dot(scale, at(federated), "federated", says("federated", federated)))
+        return Row(text, Markup("").join(marks), change(federated / dense))
+
+    rows = [row(*one) for one in lines]
+    legend = [("federated", "federated")]
+    if summary.owned:
+        legend.append(("own", "the text's owner, alone"))
+    if summary.alone:
+        legend.append(
+            ("alone", "clients alone, mean and range" if many else "other clients, alone" if summary.owned else "clients alone")
+        )
+    return Chart(
+        "dots",
+        "Perplexity of the federated model against the dense one: " + "; ".join(f"{r.label} {r.value}" for r in rows) + ".",
+        rows,
+        charts.tick_labels(scale, [f"{value:+g}%".replace("-", "−") if value else "dense" for value in scale.ticks]),
+        legend,
+    )
+
+
+def _perplexities(summary: Summary) -> Table | None:
+    if not summary.texts:
+        return None
+    clients = sorted(summary.alone)
+    few = len(clients) <= MOST_COLUMNS
+    last = max(summary.after)
+
+    def number(value: float) -> str:
+        return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+    columns = [Column("held-out text"), Column("dense", number)]
+    if clients:
+        named = [f"{client} alone" for client in clients] if few else ["alone, lowest", "alone, mean", "alone, highest"]
+        columns += [Column(title, number) for title in named]
+        if summary.owned and not few:
+            columns.append(Column("its owner alone", number))
+    columns += [Column(f"after stage {stage}" if stage != last else "federated", number) for stage in sorted(summary.after)]
+    columns.append(Column("federated against dense", change))
+    if clients:
+        columns.append(Column("against alone, mean", change))
+    if summary.owned:
+        columns.append(Column("against its owner alone", change))
+
+    def row(name: str, take: Callable[[dict[str, float]], float | None], own: Any) -> list[Any]:
+        dense, federated, together = take(summary.dense), take(summary.federated), take(summary.together)
+        alone = [take(summary.alone[client]) or 0.0 for client in clients]
+        values: list[Any] = [name, dense]
+        if clients:
+            values += alone if few else [min(alone), sum(alone) / len(alone), max(alone)]
+            if summary.owned and not few:
+                values.append(own)
+        values += [take(summary.after[stage]) for stage in sorted(summary.after)]
+        values.append(_ratio(federated, dense))
+        if clients:
+            values.append(_ratio(together, sum(alone) / len(alone)))
+        if summary.owned:
+            values.append(_ratio(together, own))
+        return values
+
+    def of_text(text: str) -> list[Any]:
+        owner = summary.owned.get(text)
+        return row(text, lambda values: values.get(text), summary.alone[owner][text] if owner else None)
+
+    def mean(values: dict[str, float]) -> float | None:
+        return summary.mean(values) if values.keys() >= set(summary.texts) else None
+
+    owned = [summary.alone[client][text] for text, client in summary.owned.items()]
+    all_owned = len(owned) == len(summary.texts)
+    return Table(
+        "perplexity",
+        "Perplexity on text that nobody pruned with; lower is better",
+        columns,
+        [of_text(text) for text in summary.texts],
+        [row("geometric mean", mean, geometric_mean(owned) if all_owned else None)],
+    )
+
+
+def _alone(summary: Summary) -> Table | None:
+    """Every client alone on every text, where the table of perplexities has no room for it: only as CSV."""
+    if len(summary.alone) <= MOST_COLUMNS:
+        return None
+    clients = sorted(summary.alone)
+    rows = [[text, *(summary.alone[client][text] for client in clients)] for text in summary.texts]
+    return Table("alone", "", [Column("held-out text"), *map(Column, clients)], rows)
+
+
+def _by_block(summary: Summary) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in summary.tensors:
+        found.setdefault(row["block"], []).append(row)
+    return dict(sorted(found.items()))
+
+
+def _agreement(rows: list[dict[str, Any]]) -> float | None:
+    voted = [row for row in rows if row.get("agreement") is not None]
+    numel = sum(row["numel"] for row in voted)
+    return sum(row["agreement"] * row["numel"] for row in voted) / numel if voted else None
+
+
+def _blocks(summary: Summary) -> Table | None:
+    if not summary.tensors:
+        return None
+    rows = []
+    for block, tensors in _by_block(summary).items():
+        numel = sum(row["numel"] for row in tensors)
+        pruned = sum(row["pruned"] for row in tensors)
+        target = sum(row["target"] * row["numel"] for row in tensors) / numel
+        clients = len(set[str]().union(*(row["clients"] for row in tensors)))
+        rows.append([block, len(tensors), numel, pruned, target, pruned / numel, _agreement(tensors), clients])
+    whole, percent = "{:,}".format, "{:.2%}".format
+    columns = [
+        Column("block"),
+        Column("matrices", whole),
+        Column("weights", whole),
+        Column("zeros", whole),
+        Column("target", percent),
+        Column("achieved", percent),
+        Column("agreement", percent),
+        Column("clients", whole),
+    ]
+    return Table("blocks", "Sparsity of each block, and how far its clients agreed", columns, rows)
+
+
+def _block_chart(summary: Summary) -> Chart | None:
+    table = _blocks(summary)
+    if table is None:
+        return None
+    scale = Scale(0.0, 1.0, [0.0, 0.25, 0.5, 0.75, 1.0])
+    rows = []
+    for block, _, _, _, target, achieved, agreement, clients in table.rows:
+        marks = [
+            charts.grid(scale),
+            charts.bar(scale, achieved, "quiet", f"block {block}: {achieved:.2%} of the weights are zero"),
+            charts.tick(scale, target, "target", f"block {block}: target {target:.2%}"),
+        ]
+        if agreement is not None:
+            says = f"block {block}: {plural(clients, 'client')} agreed on {agreement:.2%} of the weights"
+            marks.append(charts.dot(scale, agreement, "federated", says))
+        rows.append(Row(f"block {block}", Markup("").join(marks), f"{achieved:.1%}"))
+    legend = [("quiet", "zeros"), ("target", "target")]
+    alt = f"Sparsity of {plural(len(rows), 'block')}: {', '.join(f'{row.label} {row.value}' for row in rows[:LONG])}."
+    agreements = [row[6] for row in table.rows if row[6] is not None]
+    if agreements:
+        legend.append(("federated", "agreement of the clients"))
+        alt += f" Clients agreed on {min(agreements):.1%} to {max(agreements):.1%} of the weights."
+    return Chart("bars", alt, rows, charts.tick_labels(scale, [f"{value:.0%}" for value in scale.ticks]), legend)
+
+
+def _agreement_map(summary: Summary) -> Chart | None:
+    """Agreement of each linear (rows) in each block (columns)."""
+    voted = {(row["block"], _linear(row)): row["agreement"] for row in summary.tensors if row.get("agreement") is not None}
+    if not voted:
+        return None
+    blocks = sorted({block for block, _ in voted})
+    low, high = min(voted.values()), max(voted.values())
+    linears = list(dict.fromkeys(linear for _, linear in voted))
+    rows = []
+    for linear in linears:
+        found = {
+            column: (
+                0.15 + 0.85 * ((voted[block, linear] - low) / (high - low or 1)),
+                f"block {block}, {linear}: {voted[block, linear]:.2%}",
+            )
+            for column, block in enumerate(blocks)
+            if (block, linear) in voted
+        }
+        of = [voted[block, linear] for block in blocks if (block, linear) in voted]
+        rows.append(Row(linear, charts.cells(len(blocks), found), f"{sum(of) / len(of):.1%}"))
+    alt = "Mean agreement over the blocks: " + ", ".join(f"{row.label} {row.value}" for row in rows) + "."
+    return Chart("heat", alt, rows, charts.column_labels([str(block) for block in blocks]))
+
+
+def _agreement_says(summary: Summary) -> str:
+    voted = [row["agreement"] for row in summary.tensors if row.get("agreement") is not None]
+    if not voted:
+        return ""
+    return (
+        f"Agreement by matrix (rows) and block (columns), from {min(voted):.1%} (faintest) to {max(voted):.1%} (strongest); "
+        "the number is the mean."
+    )
+
+
+def _linear(row: dict[str, Any]) -> str:
+    """The linear's name without its block: "self_attn.q_proj" of "model.layers.0.self_attn.q_proj.weight"."""
+    name: str = row["name"].removesuffix(".weight")
+    return name.rpartition(f".{row['block']}.")[2]
+
+
+def _tensors(summary: Summary) -> Table | None:
+    if not summary.tensors:
+        return None
+    whole, percent = "{:,}".format, "{:.2%}".format
+    columns = [
+        Column("matrix"),
+        Column("weights", whole),
+        Column("zeros", whole),
+        Column("target", percent),
+        Column("achieved", percent),
+        Column("agreement", percent),
+        Column("clients", whole),
+        Column("SHA-256"),
+    ]
+    rows = [
+        [r["name"], r["numel"], r["pruned"], r["target"], r["sparsity"], r.get("agreement"), len(r["clients"]), r["sha256"]]
+        for r in summary.tensors
+    ]
+    return Table("matrices", "Every pruned matrix, as pruning.json tells it", columns, rows)
+
+
+class _Stage:
+    """Who did what in a stage of pruning."""
+
+    def __init__(self, summary: Summary, plan: dict[str, Any]):
+        self.number: int = plan["stage"]
+        self.rounds = num_rounds(plan)
+        self.num_blocks: int = plan["num_blocks"]
+        self.clients = sorted(plan["clients"])
+        self.unanswered = summary.unanswered(plan)
+        self._by_round: list[dict[str, list[int]]] = [{client: [] for client in self.clients} for _ in range(self.rounds)]
+        for (stage, round_, block), clients in sorted(summary.contributors.items()):
+            if stage == self.number:
+                for client in clients:
+                    self._by_round[round_].setdefault(client, []).append(block)
+        self.everybody_everything = all(
+            len(blocks) == self.num_blocks for by_client in self._by_round for blocks in by_client.values()
+        )
+        self._plan = plan
+        self._sent: dict[str, int] = dict.fromkeys(self.clients, 0)
+        for row in summary.traffic:
+            if (row.stage, row.direction, row.kind) == (self.number, "up", plan["kind"]):
+                self._sent[row.client] = self._sent.get(row.client, 0) + row.bytes
+
+    @property
+    def table(self) -> Table:
+        columns = [
+            Column("client"),
+            Column("blocks" if self.rounds == 1 else "blocks, all rounds", "{:,}".format),
+            Column("weight in the sum", "{:.3g}".format),
+            Column("windows", "{:,}".format),
+            Column("own target", "{:.0%}".format),
+            Column("upload planned", size),
+            Column("upload", size),
+            Column("memory planned", size),
+        ]
+        rows = []
+        for client in self.clients:
+            share = self._plan["clients"][client]
+            blocks = sum(len(by_client.get(client, ())) for by_client in self._by_round)
+            wanted = [share.get(key) for key in ("weight", "samples", "sparsity", "upload")]
+            rows.append([client, blocks, *wanted, self._sent[client], share.get("memory")])
+        caption = f"Who did what in stage {self.number}"
+        return Table(f"stage-{self.number}-clients", caption, columns, rows)
+
+    @property
+    def by_round(self) -> Table:
+        """Every client's blocks in every round: only as CSV."""
+        rows = [
+            [client, *(";".join(map(str, by_client.get(client, ()))) for by_client in self._by_round)]
+            for client in self.clients
+        ]
+        columns = [Column("client"), *(Column(f"round {round_}") for round_ in range(self.rounds))]
+        return Table(f"stage-{self.number}-blocks", "", columns, rows)
+
+    @property
+    def map(self) -> Chart:
+        """Client × block: in how many rounds."""
+        rows = []
+        for client in self.clients:
+            found: dict[int, tuple[float, str]] = {}
+            for block in range(self.num_blocks):
+                rounds = [round_ for round_, by_client in enumerate(self._by_round) if block in by_client.get(client, ())]
+                if rounds:
+                    says = f"{_short(client)}, block {block}"
+                    says += f": {plural(len(rounds), 'round')} ({ranges(rounds)})" if self.rounds > 1 else ""
+                    found[block] = (0.15 + 0.85 * len(rounds) / self.rounds, says)
+            number = sum(len(by_client.get(client, ())) for by_client in self._by_round)
+            rows.append(Row(client, charts.cells(self.num_blocks, found), f"{number:,}"))
+        alt = f"Blocks (columns, 0 to {self.num_blocks - 1}) that each client (rows) pruned; the table below counts them."
+        return Chart("heat", alt, rows, charts.column_labels([str(block) for block in range(self.num_blocks)]))
+
+    @property
+    def small_maps(self) -> list[tuple[str, str]]:
+        """For each round: (what it shows, its path); rows and columns as in ``map``. None where there is only one round."""
+        if self.rounds == 1:
+            return []
+        return [
+            (f"round {round_}", charts.runs([by_client.get(client, ()) for client in self.clients]))
+            for round_, by_client in enumerate(self._by_round)
+        ]
+
+
+def _bytes_chart(summary: Summary) -> Chart | None:
+    up, down = summary.uplink, summary.downlink
+    if not any(up.values()):
+        return None
+    dense = summary.dense_bytes
+    unit = 1e9 if max(dense, *up.values(), *down.values()) >= 1e9 else 1e6
+    scale = Scale.over(value / unit for value in (dense, *up.values(), *down.values()))
+    rows = []
+    for client in summary.clients:
+        marks = [
+            charts.grid(scale),
+            charts.bar(scale, up[client] / unit, "strong", f"{client} sent {up[client]:,} bytes"),
+            charts.tick(scale, down[client] / unit, "received", f"{client} received {down[client]:,} bytes"),
+        ]
+        if dense:
+            marks.append(charts.tick(scale, dense / unit, "target", f"dense: {dense:,} bytes"))
+        rows.append(Row(client, Markup("").join(marks), size(up[client])))
+    legend = [("strong", "sent"), ("received", "received")]
+    if dense:
+        legend.append(("target", "dense weights, each way"))
+    most = max(up, key=lambda client: up[client])
+    alt = f"Bytes sent by each of {plural(len(rows), 'client')}: {size(min(up.values()))} to {size(up[most])} ({most}); "
+    alt += f"dense weights would be {size(dense)}." if dense else "see the table."
+    name = "GB" if unit == 1e9 else "MB"
+    return Chart("bars", alt, rows, charts.tick_labels(scale, [f"{value:g} {name}" for value in scale.ticks]), legend)
+
+
+def _bytes_map(summary: Summary) -> Chart | None:
+    """Client × round: bytes sent."""
+    sent = summary.sent_by_round("up")
+    most = max((value for by_client in sent.values() for value in by_client.values()), default=0)
+    if len(sent) < 2 or not most:
+        return None
+    rows, total = [], summary.uplink
+    for client in summary.clients:
+        found = {
+            column: (
+                0.1 + 0.9 * by_client[client] / most,
+                f"{_short(client)}, {_round(summary, key)}: {by_client[client]:,} bytes",
+            )
+            for column, (key, by_client) in enumerate(sorted(sent.items()))
+            if by_client.get(client)
+        }
+        rows.append(Row(client, charts.cells(len(sent), found), size(total[client])))
+    alt = f"Bytes that each client (rows) sent in each round (columns), at most {size(most)} in one."
+    many_stages = len({stage for stage, _ in sent}) > 1
+    labels = [f"{stage}/{round_}" if many_stages else str(round_) for stage, round_ in sorted(sent)]
+    return Chart("heat", alt, rows, charts.column_labels(labels))
+
+
+def _short(name: str) -> str:
+    """A name that is said thousands of times."""
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def _round(summary: Summary, key: tuple[int, int]) -> str:
+    return f"stage {key[0]}, round {key[1]}" if len(summary.job["stages"]) > 1 else f"round {key[1]}"
+
+
+def _bytes_by_client(summary: Summary) -> Table | None:
+    if not summary.traffic:
+        return None
+    up, down = summary.uplink, summary.downlink
+    around_up, around_down = summary.sent("up", around=True), summary.sent("down", around=True)
+    around = {client: around_up[client] + around_down[client] for client in summary.clients}
+    columns = [Column("client"), Column("sent", size), Column("received", size)]
+    columns += [Column("dense, each way", size), Column("sent against dense", "{:.3f}".format)] if summary.dense_bytes else []
+    columns += [Column("cards and measurement", size)]
+
+    def row(name: str, up: int, down: int, dense: int, around: int) -> list[Any]:
+        return [name, up, down, *([dense, up / dense] if dense else []), around]
+
+    return Table(
+        "bytes-by-client",
+        "Bytes of each client, counted as they were sent",
+        columns,
+        [row(c, up[c], down[c], summary.dense_bytes, around[c]) for c in summary.clients],
+        [row("all", sum(up.values()), sum(down.values()), summary.dense_bytes * len(summary.clients), sum(around.values()))],
+    )
+
+
+def _bytes_by_round(summary: Summary) -> Table | None:
+    up, down = summary.sent_by_round("up"), summary.sent_by_round("down")
+    keys = sorted(up.keys() | down.keys())
+    if len(keys) < 2:
+        return None
+    dense = summary.dense_round_bytes * len(summary.clients)
+    columns = [Column("round"), Column("clients that sent", "{:,}".format), Column("sent", size), Column("received", size)]
+    columns += [Column("dense, each way", size)] if dense else []
+    rows = []
+    for key in keys:
+        sent = up.get(key, {})
+        values = [len(sent), sum(sent.values()), sum(down.get(key, {}).values())]
+        rows.append([_round(summary, key), *values, *([dense] if dense else [])])
+    return Table("bytes-by-round", "Bytes of all clients in each round", columns, rows)
+
+
+def _model(summary: Summary) -> Table:
+    zeros = sum(row["pruned"] for row in summary.tensors)
+    rows: list[list[Any]] = [["plain safetensors (model/)", summary.model_bytes, 1.0]]
+    if summary.packed_bytes is not None:
+        rows.append(["packed (packed/)", summary.packed_bytes, _ratio(summary.packed_bytes, summary.model_bytes)])
+    caption = f"Size on disk: {summary.parameters:,} weights, {zeros:,} of them pruned to zero"
+    return Table("size", caption, [Column("form"), Column("bytes", "{:,}".format), Column("of plain", "{:.3f}".format)], rows)
+
+
+def _ratio(value: float | None, of: float | None) -> float | None:
+    return value / of if value is not None and of else None
+
+
+def _without_folders(value: Any, key: str = "") -> Any:
+    """A copy of the job whose paths are file names: the page is made to be passed on, and folders tell of their owner."""
+    if isinstance(value, dict):
+        return {name: _without_folders(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part, key) for part in value]
+    return _file_name(value) if key in PRIVATE and isinstance(value, str) else copy.copy(value)
+
+
+def _file_name(path: str) -> str:
+    """The last part of an absolute path; anything else, such as a hub id, as it is."""
+    for flavour in (PurePosixPath(path), PureWindowsPath(path)):
+        if flavour.is_absolute():
+            return flavour.name
+    return path
+
+
+def _harmless(value: Any) -> Any:
+    """Keeps a spreadsheet from taking a name for a formula."""
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -51,10 +51,13 @@ def ask(
     faults: dict[str, str] = {}  # what was wrong with a client's latest answer
 
     def send(clients: list[str]) -> Iterator[Answer]:
-        packed = {client: wire.pack(*messages[client]) for client in clients}
-        for client, message in packed.items():
-            run.account(stage, round_, client, "down", kind, len(message))
-        for client, answer, error in engine.ask(kind, packed, rules.timeout):
+        outbox = _Outbox(
+            {client: messages[client] for client in clients},
+            lambda client, size: run.account(stage, round_, client, "down", kind, size),
+        )
+        for client, answer, error in engine.ask(kind, outbox, rules.timeout):
+            if client not in turns or held.get(client) is not None:
+                continue  # it comes late or twice: this client's part is settled
             if answer is not None:
                 run.account(stage, round_, client, "up", kind, len(answer))
             else:
@@ -98,6 +101,8 @@ def ask(
         for client in unanswered:
             held.pop(client, None)
         yield from send(unanswered)
+    for client in turns:  # an engine that broke its word must not look like a smaller federation
+        faults.setdefault(client, "it gave no answer")
     needed = min(rules.quorum or len(messages), len(messages))
     if len(messages) - len(faults) < needed:
         client, what = min(faults.items())
@@ -105,3 +110,22 @@ def ask(
         raise FedgroveError(
             f"{what} ({len(messages) - len(faults)} of {len(messages)} clients answered, {needed} needed: rounds.quorum)"
         )
+
+
+class _Outbox(Mapping[str, bytes]):
+    """Messages that are packed when the engine takes them, so that memory does not grow with the number of clients."""
+
+    def __init__(self, messages: Mapping[str, Message], sent: Callable[[str, int], None]):
+        self._messages = messages
+        self._sent = sent
+
+    def __getitem__(self, client: str) -> bytes:
+        message = wire.pack(*self._messages[client])
+        self._sent(client, len(message))
+        return message
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._messages)
+
+    def __len__(self) -> int:
+        return len(self._messages)

@@ -3,9 +3,11 @@
 The same code packs the answers of clients and the file of a packed model. A packed message is a safetensors file: a
 ``header`` (JSON) and, for the i-th tensor, ``i.mask`` (its bits) and ``i.0``, ``i.1``, … (the first, second, … byte of every
 value). The bytes of trained weights differ: sign and exponent repeat and shrink to a third, mantissas do not. Kept apart,
-the former compress (zlib, Huffman codes alone, which is both the fastest setting and, on such bytes, the smallest).
+the former compress (zlib, Huffman codes alone, which is both the fastest setting and, on such bytes, the smallest). A
+part that is as long as what it stands for is not compressed. A ``checksum`` (CRC-32) tells a damaged message from a whole one.
 
-On arrival nothing is believed before it is checked: sizes are known from shapes before anything is inflated.
+On arrival nothing is believed before it is checked. Sizes follow from shapes and masks, and no Huffman code is shorter than
+a bit, so a message is refused before it could take more than 512 times its own length in memory.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 DTYPES = {
     "bool": torch.bool,
     "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
     "int32": torch.int32,
     "int64": torch.int64,
     "float16": torch.float16,
@@ -56,35 +60,26 @@ def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
     pieces: dict[str, Bytes] = {}
     rows = []
     for i, name in enumerate(sorted(tensors, key=lambda name: (tensors[name].dtype != torch.bool, name))):
-        tensor = tensors[name]
-        row: Info = {"name": name, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        tensor = tensor.detach().cpu().contiguous()
-        mask = None
+        tensor = tensors[name].detach().cpu()
+        rows.append({"name": name, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)})
+        values = tensor.contiguous().reshape(-1)
         if tensor.dtype == torch.bool:
-            values = None
-            mask = tensor.reshape(-1)
-        else:
-            values = tensor.reshape(-1)
-            under = name.replace(CHANGE, WEIGHT, 1)
-            if name.startswith(CHANGE) and under in tensors and tensors[under].dtype == torch.bool:
-                row["under"] = under
-                values = values[tensors[under].cpu().reshape(-1)]
-            else:
-                bits = _bits(values)
-                if (bits == 0).sum() * bits.element_size() > bits.numel() // 8:  # the mask costs less than the zeros
-                    mask = bits != 0
-                    values = values[mask]
+            pieces[f"{i}.mask"] = _squeeze(_pack_mask(values))
+            continue
+        mask = _mask_of(name, tensors)
         if mask is not None:
-            row["mask"] = True
-            pieces[f"{i}.mask"] = _squeeze(np.packbits(mask.numpy(), bitorder="little"), row)
-        if values is not None:
-            row["count"] = values.numel()
-            planes = _bits(values).numpy().view(np.uint8).reshape(-1, values.element_size())
-            for k in range(planes.shape[1]):
-                pieces[f"{i}.{k}"] = _squeeze(planes[:, k], row)
-        rows.append(row)
+            values = values[mask.cpu().reshape(-1)]
+        else:
+            bits = _bits(values)
+            if (bits == 0).sum() * bits.element_size() > bits.numel() // 8:  # the mask costs less than the zeros
+                pieces[f"{i}.mask"] = _squeeze(_pack_mask(bits != 0))
+                values = values[bits != 0]
+        planes = _bits(values).numpy().view(np.uint8).reshape(-1, values.element_size())
+        for k in range(planes.shape[1]):
+            pieces[f"{i}.{k}"] = _squeeze(planes[:, k])
     header = json.dumps({"info": info, "tensors": rows}, separators=(",", ":"), sort_keys=True).encode()
-    message: bytes = save({"header": np.frombuffer(header, np.uint8), **pieces})
+    pieces["header"] = np.frombuffer(header, np.uint8)
+    message: bytes = save({"checksum": _checksum(pieces), **pieces})
     return message
 
 
@@ -95,45 +90,64 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:
         WireError: the bytes are damaged or do not fit what their header says.
     """
     try:
-        pieces = load(message)
+        pieces: dict[str, Bytes] = load(message)
+        if any(piece.dtype != np.uint8 or piece.ndim != 1 for piece in pieces.values()):
+            raise ValueError("a part that is not bytes")
+        if pieces.pop("checksum").tobytes() != _checksum(pieces).tobytes():
+            raise ValueError("a wrong checksum")
         header = json.loads(pieces.pop("header").tobytes())
         info, rows = header["info"], header["tensors"]
         tensors: dict[str, Tensor] = {}
         for i, row in enumerate(rows):
-            tensors[row["name"]] = _read(i, row, pieces, tensors)
-    except (safetensors.SafetensorError, zlib.error, ValueError, KeyError, TypeError, RuntimeError, IndexError) as fault:
+            name, shape = row["name"], row["shape"]
+            if not isinstance(name, str) or name in tensors:
+                raise ValueError("a tensor without a name of its own")
+            if (
+                len(shape) > 64
+                or not all(type(n) is int and n >= 0 for n in shape)
+                or math.prod(n or 1 for n in shape) >= 2**63
+            ):
+                raise ValueError("a shape that no tensor has")
+            tensors[name] = _read(i, DTYPES[row["dtype"]], math.prod(shape), pieces, _mask_of(name, tensors)).view(shape)
+    except (safetensors.SafetensorError, zlib.error, ValueError, KeyError, TypeError, RuntimeError) as fault:
         raise WireError(f"the message is damaged ({type(fault).__name__})") from fault
     if pieces or not isinstance(info, dict):
         raise WireError("the message is damaged (parts that no tensor owns)")
     return tensors, info
 
 
-def _read(i: int, row: Info, pieces: dict[str, Bytes], tensors: dict[str, Tensor]) -> Tensor:
-    dtype = DTYPES[row["dtype"]]
-    shape = [int(n) for n in row["shape"]]
-    numel = math.prod(shape)
-    squeezed = iter(row["squeezed"])
-    mask = None
-    if row.get("under"):
-        mask = tensors[row["under"]].reshape(-1)
-    elif row.get("mask"):
-        raw = _swell(pieces.pop(f"{i}.mask"), next(squeezed), (numel + 7) // 8)
+def _read(i: int, dtype: torch.dtype, numel: int, pieces: dict[str, Bytes], mask: Tensor | None) -> Tensor:
+    """The i-th tensor, flat; its pieces are taken away. ``mask``: the one that another tensor brought for it."""
+    if mask is not None and dtype != torch.bool:
+        mask = mask.reshape(-1)
+    elif f"{i}.mask" in pieces or dtype == torch.bool:
+        raw = _swell(pieces.pop(f"{i}.mask"), (numel + 7) // 8)
         mask = torch.from_numpy(np.unpackbits(raw, count=numel, bitorder="little")).bool()
-    if dtype == torch.bool:
-        if mask is None or mask.numel() != numel:
-            raise ValueError("a mask without bits")
-        return mask.view(shape)
-    count = numel if mask is None else int(mask.sum())
-    width = torch.empty((), dtype=dtype).element_size()
-    if row["count"] != count or (mask is not None and mask.numel() != numel):
+        if dtype == torch.bool:
+            return mask
+    if mask is not None and mask.numel() != numel:
         raise ValueError("a tensor of another size than its mask")
-    planes = np.empty((count, width), np.uint8)
-    for k in range(width):
-        planes[:, k] = _swell(pieces.pop(f"{i}.{k}"), next(squeezed), count)
+    count = numel if mask is None else int(mask.sum())
+    planes = np.stack([_swell(pieces.pop(f"{i}.{k}"), count) for k in range(dtype.itemsize)], axis=1)
     values = torch.from_numpy(planes.reshape(-1)).view(dtype)
-    if mask is None:
-        return values.view(shape)
-    return torch.zeros(numel, dtype=dtype).masked_scatter_(mask, values).view(shape)
+    return values if mask is None else torch.zeros(numel, dtype=dtype).masked_scatter_(mask, values)
+
+
+def _mask_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The mask ``weight/x`` of a ``change/x``, if there is one."""
+    mask = tensors.get(name.replace(CHANGE, WEIGHT, 1)) if name.startswith(CHANGE) else None
+    return mask if mask is not None and mask.dtype == torch.bool else None
+
+
+def _pack_mask(mask: Tensor) -> Bytes:
+    return np.packbits(mask.numpy(), bitorder="little")
+
+
+def _checksum(pieces: Mapping[str, Bytes]) -> Bytes:
+    crc = 0
+    for name in sorted(pieces):
+        crc = zlib.crc32(pieces[name].data, zlib.crc32(name.encode(), crc))
+    return np.array([crc], dtype="<u4").view(np.uint8)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -141,21 +155,22 @@ def _bits(values: Tensor) -> Tensor:
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
-def _squeeze(raw: Bytes, row: Info) -> Bytes:
-    """The bytes compressed where that helps, else as they are; the row notes which."""
+def _squeeze(raw: Bytes) -> Bytes:
+    """The bytes compressed where that helps, else as they are; the length tells which."""
     data = np.ascontiguousarray(raw).tobytes()
     shrink = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
     packed = shrink.compress(data) + shrink.flush()
-    helps = len(packed) < len(data)
-    row.setdefault("squeezed", []).append(helps)
-    return np.frombuffer(packed if helps else data, np.uint8)
+    return np.frombuffer(packed if len(packed) < len(data) else data, np.uint8)
 
 
-def _swell(piece: Bytes, squeezed: bool, size: int) -> Bytes:
+def _swell(piece: Bytes, size: int) -> Bytes:
     """The bytes of :func:`_squeeze`; never more than ``size`` of them, whatever the sender wrote."""
     data = piece.tobytes()
-    if squeezed:
-        data = zlib.decompressobj(wbits=-15).decompress(data, size + 1)
+    if len(data) < size <= 8 * len(data):
+        grow = zlib.decompressobj(wbits=-15)
+        data = grow.decompress(data, size + 1)
+        if not grow.eof or grow.unused_data:
+            raise ValueError("a part that does not end where it should")
     if len(data) != size:
         raise ValueError("a part of another size than promised")
     return np.frombuffer(data, np.uint8)
@@ -175,7 +190,7 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
         if name not in tensors:
             raise WireError(f"{name} is missing")
         if name not in expected:
-            raise WireError(f"{name} was not asked for")
+            raise WireError(f"{name!a:.80} was not asked for")
         shape, dtype = expected[name]
         tensor = tensors[name]
         if tensor.shape != shape:

@@ -13,21 +13,25 @@ from fedgrove.engine import Engine
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
+from fedgrove.plan import Plan
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import CHANGE, WEIGHT, check
 from fedgrove.run import Run
+from fedgrove.stages.prune import prune_info
+from fedgrove.tuning.plan import TunePlan
 
 
-def evaluate(model: Checkpoint, stage: int | None, engine: Engine, run: Run) -> None:
+def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, run: Run) -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>`` to the metrics.
 
-    With ``evaluate.alone`` the clients also measure, after a pruning stage, what each would have had without the others.
+    With ``evaluate.alone`` the clients also measure, after the first stage, what each would have had without the others.
     What the metrics hold already is not measured again.
 
     Args:
         model: the model.
-        stage: after which stage; None before the first.
+        plan: of the stage that made the model; None before the first.
     """
+    stage = None if plan is None else plan.stage
     wanted = run.job.evaluate
     if not wanted.data:
         return
@@ -38,19 +42,21 @@ def evaluate(model: Checkpoint, stage: int | None, engine: Engine, run: Run) -> 
         if (stage, None, f"perplexity/{name}") not in done:
             run.say(f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}")
             run.log(stage, None, None, f"perplexity/{name}", perplexity(decoder, texts))
-    if stage is None or not wanted.alone or run.job.stages[stage].kind != "prune":
+    if not isinstance(plan, Plan) or plan.stage > 0 or not wanted.alone:
         return
-    left = [client for client in engine.sites() if (stage, client, f"perplexity/{next(iter(windows))}") not in done]
+    left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
-    info = {"stage": stage, "texts": {name: len(texts) for name, texts in windows.items()}}
+    numbers = {name: len(texts) for name, texts in windows.items()}
     scalar = (torch.Size(()), torch.float64)
     expected = {f"{part}{name}": scalar for name in windows for part in (CHANGE, WEIGHT)}
     run.say("evaluate: what each client would have had alone")
-    messages: dict[str, Message] = dict.fromkeys(left, (tensors, info))
+    messages: dict[str, Message] = {
+        client: (tensors, {"texts": numbers, "walk": prune_info(run.job, plan, client, round_=0, block=0)}) for client in left
+    }
     for client, answer, _ in ask(
-        engine, run, "evaluate", messages, stage=stage, round_=0, check=lambda client, got, info: check(got, expected)
+        engine, run, "evaluate", messages, stage=plan.stage, round_=0, check=lambda client, got, info: check(got, expected)
     ):
-        for name in windows:
+        for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
             run.log(stage, None, client, f"perplexity/{name}", math.exp(float(answer[CHANGE + name])))
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def pack_model(source: Path, out: Path) -> Path:
     for number, names in enumerate(parts):
         wire_bytes = wire.pack({name: checkpoint.read(name) for name in names}, {})
         (beside / _part(number)).write_bytes(wire_bytes)
-    files = {file.name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in small_files(source)}
+    files = {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in small_files(source)}
     (beside / FILES).write_bytes(wire.pack(files, {}))
     (beside / PACKED).write_text(json.dumps({"format": 1, "shards": checkpoint.shards, "parts": parts}) + "\n")
     beside.rename(out)
@@ -87,14 +88,17 @@ def unpack_model(source: Path, out: Path) -> Path:
     """The inverse of :func:`pack_model`: the same tensors, bit for bit, in the same files.
 
     Raises:
-        FedgroveError: a part is missing or damaged.
+        FedgroveError: a part is missing or damaged, or a newer fedgrove packed it.
     """
-    layout: dict[str, Any] = json.loads((source / PACKED).read_text(encoding="utf-8"))
+    layout = _layout(source / PACKED)
     part_of = {name: number for number, names in enumerate(layout["parts"]) for name in names}
 
     @lru_cache(maxsize=1)
     def part(number: int) -> dict[str, Tensor]:
-        return _open_packed(source / _part(number))
+        tensors = _open_packed(source / _part(number))
+        if tensors.keys() != set(layout["parts"][number]):
+            raise FedgroveError(f"{source / PACKED}: it does not belong to {_part(number)}; copy it again")
+        return tensors
 
     beside = _beside(out)
     for file, content in _open_packed(source / FILES).items():
@@ -104,6 +108,21 @@ def unpack_model(source: Path, out: Path) -> Path:
         write_safetensors(beside / Path(shard).name, specs, (part(part_of[name])[name] for name in names))
     beside.rename(out)
     return out
+
+
+def _layout(file: Path) -> dict[str, Any]:
+    """Which tensors lie in which part, and in which file of the model."""
+    try:
+        layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if layout["format"] != 1:
+            raise FedgroveError(f"{file}: format {layout['format']} is unknown here; update fedgrove")
+        in_parts = sorted(name for names in layout["parts"] for name in names)
+        in_shards = sorted(name for names in layout["shards"].values() for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+    if in_parts != in_shards:
+        raise FedgroveError(f"{file}: missing or damaged; copy it again")
+    return layout
 
 
 def _open_packed(file: Path) -> dict[str, Tensor]:
@@ -131,7 +150,9 @@ def model_card(job: Job, base: Path) -> str:
 
 def _done(stage: PruneStage | TuneStage) -> str:
     if isinstance(stage, TuneStage):
-        return f"- tune: {stage.method}, rule {stage.rule}, {stage.rounds} rounds of {stage.steps} steps; merged into the weights"
+        return (
+            f"- tune: {stage.method}, rule {stage.rule}, {stage.rounds} rounds of {stage.steps} steps; merged into the weights"
+        )
     return (
         f"- {stage.kind}: {stage.pruner}, rule {stage.rule}, sparsity {stage.target} of every linear, {stage.samples} windows "
         f"of {stage.length} tokens from each client, rounds: {stage.rounds}"

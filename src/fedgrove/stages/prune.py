@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from torch import Tensor
 from fedgrove import plugins
 from fedgrove.client import START
 from fedgrove.engine import Engine
-from fedgrove.job import PruneStage
+from fedgrove.job import Job, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
@@ -57,12 +58,10 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
     rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
     before = {name: decoder.read_linear(block, name) for name in names}
-    start = {START + name: weight.contiguous() for name, weight in before.items()} if round_ > 0 else {}
+    first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
+    start = {} if first else {START + name: weight.contiguous() for name, weight in before.items()}
     clients = plan.contributors(round_, block)
-    messages: dict[str, Message] = {
-        client: (start, prune_info(run.job.seed, stage, plan, client, round_, block, run.job.evaluate.alone))
-        for client in clients
-    }
+    messages: dict[str, Message] = {client: (start, prune_info(run.job, plan, client, round_, block)) for client in clients}
 
     sums = {name: Sums() for name in names}
     contributors = []
@@ -99,9 +98,9 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
     save_tensors(after, file, {"records": json.dumps(records)})
 
 
-def prune_info(seed: int, stage: PruneStage, plan: Plan, client: str, round_: int, block: int, keep: bool) -> Info:
+def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> Info:
     """The JSON of an ask of kind ``prune``: see :func:`fedgrove.client.prune`."""
-    share = plan.clients[client]
+    stage, share = cast(PruneStage, job.stages[plan.stage]), plan.clients[client]
     return {
         "block": block,
         "blocks": share.blocks[round_],
@@ -111,8 +110,8 @@ def prune_info(seed: int, stage: PruneStage, plan: Plan, client: str, round_: in
         "rule": stage.rule,
         "sparsity": share.sparsity,
         "pattern": list(stage.kept_of) if stage.pattern else None,
-        "keep": keep,
-        **calibration(seed, plan.stage, share.samples, stage.length),
+        "keep": job.evaluate.alone and plan.stage == 0 and round_ == 0,
+        **calibration(job.seed, plan.stage, share.samples, stage.length),
     }
 
 

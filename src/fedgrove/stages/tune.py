@@ -289,9 +289,7 @@ def _fold_dense(decoder: Decoder, progress: Progress, answers: Iterator[tuple[st
         progress.dense[name] = (progress.dense[name] + change if name in progress.dense else change).float()
 
 
-def _checker(
-    decoder: Decoder, stage: TuneStage, plan: TunePlan
-) -> Callable[[str, dict[str, Tensor], Info], None]:
+def _checker(decoder: Decoder, stage: TuneStage, plan: TunePlan) -> Callable[[str, dict[str, Tensor], Info], None]:
     """What an answer must look like: names, shapes, dtypes, finite values, and the number of tokens that the card said."""
     dtype = getattr(torch, stage.precision)
 

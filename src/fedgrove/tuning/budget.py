@@ -15,6 +15,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+Row = np.ndarray[tuple[int], np.dtype[np.float64]]
+
 QUANTISATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
 LOGIT = 12  # bytes of a logit at the peak, beside itself: its float32 copy or probability, and two gradients
@@ -232,11 +234,11 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
     added = np.diff([gain(rank, grid.ranks[-1]) for rank in steps])
     worth[first:] = np.concatenate([importance[name] * added for name in names])
 
-    rows: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    rows: list[Row] = []
     upper: list[float] = []
     lower: list[float] = []
 
-    def row(fill: Mapping[int, float], tail: np.ndarray[tuple[int], np.dtype[np.float64]] | None, low: float, high: float) -> None:
+    def row(fill: Mapping[int, float], tail: Row | None, low: float, high: float) -> None:
         values = np.zeros(size)
         for at, number in fill.items():
             values[at] = number
@@ -246,7 +248,7 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
         lower.append(low)
         upper.append(high)
 
-    def when_chosen(at: int, tail: np.ndarray[tuple[int], np.dtype[np.float64]], room: float) -> None:
+    def when_chosen(at: int, tail: Row, room: float) -> None:
         """tail·steps ≤ room where variable ``at`` is 1; where it is 0 the row says nothing."""
         if not math.isfinite(room):
             return
@@ -270,8 +272,8 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
             tail.append(each)
         when_chosen(at, np.concatenate(tail), budget.memory - memory(sizes, grid, Choice(bits, 1, micro, {})))
     for at, batch in enumerate(grid.batches):
-        each = 6.0 * sizes.length * grid.steps * batch / budget.speed + grid.number / budget.uplink
-        tail = [widths * each * sum(sizes.linears[name]) for name in names]
+        number = 6.0 * sizes.length * grid.steps * batch / budget.speed + grid.number / budget.uplink
+        tail = [widths * number * sum(sizes.linears[name]) for name in names]
         room = budget.seconds - seconds(sizes, grid, budget, Choice(grid.bits[0], batch, 1, {}))
         when_chosen(num_held + at, np.concatenate(tail), room)
         fits = {i: -1.0 for i, (_, micro) in enumerate(held) if micro <= batch}  # no more windows at once than there are
@@ -280,7 +282,9 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
     something[::num_steps] = 1.0
     row({}, something, 1.0, np.inf)
 
-    ladder = [(first + i * num_steps + k, first + i * num_steps + k + 1) for i in range(len(names)) for k in range(num_steps - 1)]
+    ladder = [
+        (first + i * num_steps + k, first + i * num_steps + k + 1) for i in range(len(names)) for k in range(num_steps - 1)
+    ]
     order = csr_array(
         (
             np.tile([1.0, -1.0], len(ladder)),

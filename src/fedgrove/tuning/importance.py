@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.tuning.factors import initial_a
-from fedgrove.tuning.lora import Settings, loss_sum
+from fedgrove.tuning.lora import Settings, loss_sum, pieces
 
 RANK = 4  # of the adapters that are only scored
 BETA = 0.85  # AdaLoRA's β₁ and β₂
@@ -61,7 +61,8 @@ class _Adapter(nn.Module):
         self.right = nn.Parameter(initial_a(f"{name}/Q", RANK, num_in, seed).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x.to(self.right.dtype) @ self.right.T) * self.scales) @ self.left.T
+        change: Tensor = ((x.to(self.right.dtype) @ self.right.T) * self.scales) @ self.left.T
+        return change
 
 
 def importance(
@@ -95,7 +96,7 @@ def importance(
         with torch.enable_grad():
             for _ in range(settings.steps):
                 ids, labels = next(batches)
-                for part, wanted in zip(ids.split(settings.micro), labels.split(settings.micro), strict=True):
+                for part, wanted in pieces(ids, labels, settings.micro):
                     loss = loss_sum(model, part, wanted) / max(1, ids.numel())
                     loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -116,7 +117,8 @@ def importance(
 
 def _adding(adapter: _Adapter) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + adapter(args[0]).to(output.dtype)
+        change: Tensor = adapter(args[0])
+        return output + change.to(output.dtype)
 
     return hook
 

@@ -165,7 +165,7 @@ def open_weights(model: nn.Module, names: Sequence[str], masks: Mapping[str, Ten
         weight = cast(nn.Parameter, module.weight).requires_grad_()
         if name in masks:
             mask = as_matrix(module, masks[name]).to(weight.device)
-            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+            weight.register_hook(lambda gradient, mask=mask: gradient * mask)  # type: ignore[no-untyped-call]
 
 
 def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: Settings) -> float:
@@ -183,11 +183,7 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
-    make: Callable[..., torch.optim.Optimizer]
-    if settings.optimizer == "sgd":
-        make = torch.optim.SGD
-    else:
-        make = torch.optim.AdamW
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
     optimizer = make(parameters, lr=settings.learning_rate, weight_decay=0.0)
     model.eval()
     total, count = 0.0, 0
@@ -198,7 +194,7 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
             if not learnt:
                 continue
             loss = 0.0
-            for part, wanted in zip(ids.split(settings.micro), labels.split(settings.micro), strict=True):
+            for part, wanted in pieces(ids, labels, settings.micro):
                 share = loss_sum(model, part, wanted) / learnt
                 share.backward()  # type: ignore[no-untyped-call]
                 loss += float(share.detach())
@@ -214,6 +210,12 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
             optimizer.zero_grad(set_to_none=True)
             total, count = total + loss * learnt, count + learnt
     return total / max(1, count)
+
+
+def pieces(ids: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch, so many windows at a time."""
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size], labels[start : start + size]
 
 
 def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:

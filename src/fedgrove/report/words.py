@@ -1,0 +1,132 @@
+"""Numbers in words: what the terminal and the page say of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fedgrove.report.summary import Summary
+
+NOTHING = 0.005  # a relative difference in perplexity that we do not call a gain or a loss
+
+
+def size(number: float) -> str:
+    """Bytes for people, in powers of 1000: "3.4 MB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if number < 999.95 or (unit == "bytes" and number < 1000):
+            return f"{number:,.0f} bytes" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} GB"
+
+
+def change(ratio: float) -> str:
+    """A ratio as a signed difference: 0.98 -> "−2.0%"."""
+    percent = f"{100 * (ratio - 1):+.1f}%"
+    return percent.replace("-", "−")
+
+
+def compared(ratio: float) -> str:
+    """A ratio in words: 0.98 -> "2.0% lower"."""
+    return f"{abs(ratio - 1):.1%} {'lower' if ratio < 1 else 'higher'}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0–2, 5"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def plural(number: int, noun: str) -> str:
+    """1 -> "1 client", 2 -> "2 clients"; "matrix" has a plural of its own, and only the first word gets one."""
+    one, *rest = noun.split(" ")
+    several = " ".join(["matrices" if one == "matrix" else one + "s", *rest])
+    return f"{number:,} {noun if number == 1 else several}"
+
+
+def verdict(summary: Summary) -> tuple[str, str]:
+    """Two sentences: what was done, and whether working together paid and for whom most and least."""
+    return _done(summary), _paid(summary)
+
+
+def own_texts(summary: Summary) -> str | None:
+    """What the federated model is to the owners on their own kind of text; None where that was not measured."""
+    together = summary.together
+    ratios = {client: together[text] / summary.alone[client][text] for text, client in summary.owned.items()}
+    if not ratios or len(summary.alone) == 1:
+        return None
+    best, worst = min(ratios, key=lambda client: ratios[client]), max(ratios, key=lambda client: ratios[client])
+    better = sum(ratio < 1 for ratio in ratios.values())
+    if better == len(ratios):
+        whom = "every owner is better off with the federated model than alone"
+    elif better == 0:
+        whom = "every owner would have been better off alone"
+    else:
+        whom = f"{better} of {len(ratios)} owners are better off with the federated model than alone"
+    spread = f"the federated model's perplexity there is {compared(ratios[best])} ({best})"
+    if len(ratios) > 1:
+        spread += f" to {compared(ratios[worst])} ({worst})"
+    return f"On its own kind of text, {whom}: {spread}."
+
+
+def method(stage: dict[str, Any]) -> str:
+    """A stage in a few words: "prune with sparsegpt to 50%, rule votes"."""
+    if stage["kind"] != "prune":
+        return str(stage["kind"])
+    target = stage.get("pattern") or f"{100 * stage.get('sparsity', 0):g}%"
+    return f"prune with {stage.get('pruner')} to {target}, rule {stage.get('rule')}"
+
+
+def _done(summary: Summary) -> str:
+    owners = plural(len(summary.clients), "owner of text")
+    if not summary.tensors:
+        return f"{owners} worked on one language model together, and no text left its owner."
+    asked = {row["target"] for row in summary.tensors}
+    wanted = "as asked" if len(asked) > 1 else f"where {asked.pop():.1%} were asked for"
+    exactly = ", in each exactly as asked" if summary.exact else f", {wanted}"
+    return (
+        f"{owners} pruned one language model together: {summary.sparsity:.1%} of the weights in "
+        f"{plural(len(summary.tensors), 'matrix')} are zero{exactly}, and no text left its owner."
+    )
+
+
+def _paid(summary: Summary) -> str:
+    if not summary.texts:
+        return "Its quality was not measured: the job names no held-out text ([evaluate] data)."
+    dense, federated = summary.mean(summary.dense), summary.mean(summary.federated)
+    measured = (
+        f"over {plural(len(summary.texts), 'text')} held out, its perplexity is {federated:.1f} "
+        f"({dense:.1f} before, {change(federated / dense)})"
+    )
+    if summary.alone_mean is None:
+        ratios = {text: summary.federated[text] / summary.dense[text] for text in summary.texts}
+        most = max(ratios, key=lambda text: ratios[text])
+        worst = f", and {change(ratios[most])} on {most}, which changed worst" if len(ratios) > 1 else ""
+        lacking = "what clients have alone was not measured, so whether working together paid is open"
+        return f"{measured.capitalize()}{worst}; {lacking}."
+    if len(summary.alone) == 1:
+        return f"{measured.capitalize()}; with one client there is nobody to work together with."
+    ratio = summary.mean(summary.together) / summary.alone_mean
+    paid = "paid" if ratio < 1 - NOTHING else "did not pay" if ratio > 1 + NOTHING else "made little difference"
+    by_client = {client: summary.mean(summary.together) / summary.mean(alone) for client, alone in summary.alone.items()}
+    best, worst = min(by_client, key=lambda c: by_client[c]), max(by_client, key=lambda c: by_client[c])
+    when = "" if summary.together is summary.federated else f", after stage {summary.alone_stage}"
+    return (
+        f"Working together {paid}: {measured}, {compared(ratio)} than what a client has alone on average{when}; "
+        f"{_most_and_least((best, by_client[best]), (worst, by_client[worst]))}."
+    )
+
+
+def _most_and_least(best: tuple[str, float], worst: tuple[str, float]) -> str:
+    def says(one: tuple[str, float], what: str) -> str:
+        return f"{one[0]} {what} ({change(one[1])})"
+
+    if worst[1] < 1:
+        return f"{says(best, 'gains most')}, {says(worst, 'least')}"
+    if best[1] < 1:
+        return f"{says(best, 'gains most')}, {says(worst, 'loses most')}"
+    return f"{says(worst, 'loses most')}, {says(best, 'least')}"

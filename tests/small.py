@@ -1,0 +1,261 @@
+"""A federation small enough to run in a second, and ways to let real processes die at an exact moment."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "src" / "fedgrove" / "demo"
+CLIENTS = ("ash", "birch", "cedar")
+LENGTH = 16
+SAMPLES = 3
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of two blocks in bfloat16, with the shipped model's tokenizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **{**sizes, "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 64, **changes},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in TOKENIZER:
+        (folder / name).write_bytes((DEMO / "grove-6m" / name).read_bytes())
+    return folder
+
+
+def make_texts(folder: Path, clients: Sequence[str] = CLIENTS) -> dict[str, Path]:
+    """For every client, and for ``held-0`` and ``held-1``, a few hundred words that nobody else has."""
+    words = (DEMO / "texts" / "publisher.txt").read_text(encoding="utf-8").split()
+    texts = {}
+    for i, name in enumerate((*clients, "held-0", "held-1")):
+        texts[name] = folder / f"{name}.txt"
+        texts[name].write_text("\n".join(" ".join(words[j : j + 12]) for j in range(200 * i, 200 * i + 200, 12)) + "\n")
+    return texts
+
+
+class Small:
+    """A folder with a model and texts, and the jobs that are written there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model = make_model(folder / "model")
+        self.texts = make_texts(folder)
+        self._runs: dict[str, Path] = {}
+
+    def spec(self, **changes: Any) -> dict[str, Any]:
+        """A job as plain data; ``changes`` are keys such as ``stages__0__rounds=2``."""
+        job: dict[str, Any] = {
+            "name": "small",
+            "model": {"path": str(self.model)},
+            "clients": [{"name": name, "data": str(self.texts[name])} for name in CLIENTS],
+            "stages": [{"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": SAMPLES, "length": LENGTH}],
+            "evaluate": {
+                "data": [str(self.texts["held-0"]), str(self.texts["held-1"])],
+                "length": 32,
+                "windows": 4,
+                "alone": True,
+            },
+        }
+        for key, value in changes.items():
+            place: Any = job
+            *path, last = (int(step) if step.isdigit() else step for step in key.split("__"))
+            for step in path:
+                place = place[step] if isinstance(step, int) else place.setdefault(step, {})
+            if value is None:
+                place.pop(last)
+            else:
+                place[last] = value
+        return job
+
+    def job(self, name: str = "job", **changes: Any) -> Path:
+        """Writes a job file."""
+        file = self.folder / f"{name}.toml"
+        file.write_text(tomli_w.dumps(self.spec(**changes)), encoding="utf-8")
+        return file
+
+    def undisturbed(self, **changes: Any) -> Path:
+        """The run folder of a job that nothing happened to; the same job is run once."""
+        key = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:12]
+        if key not in self._runs:
+            out = self.folder / f"run-{key}"
+            assert cli("run", self.job(f"job-{key}", **changes), "--out", out)[0] == 0
+            self._runs[key] = out
+        return self._runs[key]
+
+
+def cli(*args: object) -> tuple[int, str, str]:
+    """Calls the command in this process: status, standard output, standard error. A traceback fails the test."""
+    from fedgrove.cli import app
+
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def complaint(*args: object, status: int = 2) -> str:
+    """Runs a command that must fail with one line on standard error and nothing else; gives the line."""
+    quiet = ("--quiet",) if args[0] in ("run", "evaluate", "demo") else ()
+    got, out, err = cli(*args, *quiet)
+    return one_line(got, out, err, status)
+
+
+def one_line(got: int, out: str, err: str, status: int = 2) -> str:
+    """Checks that a command failed with one line and nothing else; gives the line without its ``fedgrove: ``."""
+    assert got == status, (got, err)
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("fedgrove: "), err
+    return err.removeprefix("fedgrove: ").strip()
+
+
+def result(run: Path) -> dict[str, str]:
+    """What a job must give bit for bit: every file of the model, what is told of it, the plan, every measurement."""
+    files = [*sorted((run / "model").iterdir()), run / "pruning.json", *sorted(run.glob("plan-*.json")), run / "job.toml"]
+    hashes = {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return hashes | {f"metric {key}": repr(value) for key, value in measurements(run).items()}
+
+
+def measurements(run: Path) -> dict[tuple[Any, ...], float]:
+    """The metrics by what was measured; nothing may stand there twice."""
+    found: dict[tuple[Any, ...], float] = {}
+    for line in lines(run / "metrics.jsonl"):
+        assert set(line) == {"time", "stage", "round", "client", "name", "value"}
+        key = (line["stage"], line["round"], line["client"], line["name"])
+        assert key not in found, f"{key} is there twice"
+        found[key] = line["value"]
+    return found
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, all of them whole."""
+    text = file.read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What befalls a process, at the ``count``-th of Python's audit events of that name on a path of that pattern.
+
+    The event comes just before the thing happens: ``os.rename`` with the new name, ``open`` with the name and the mode.
+
+    Attributes:
+        does: "kill": SIGKILL. "cut": likewise, with half of what was to be written on the disk. "interrupt": SIGINT.
+            "full": the file that is opened is on a full disk (a link to /dev/full, where the kernel refuses every write).
+    """
+
+    event: str
+    path: str
+    does: str = "kill"
+    count: int = 1
+
+
+def process(*args: object, moment: Moment | None = None, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """Calls the command in a process of its own: status (negative: the signal), standard output, standard error."""
+    context = multiprocessing.get_context("forkserver")  # its children are real processes, and cost no import
+    context.set_forkserver_preload(["warm"])
+    with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the fork server looks for modules there alone
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        child = context.Process(target=_child, args=([str(arg) for arg in args], out, err, moment, dict(env or {})))
+        child.start()
+        child.join(300)
+        assert child.exitcode is not None, "it hangs"
+        return child.exitcode, out.read_text(), err.read_text()
+
+
+def killed(*args: object, moment: Moment) -> None:
+    """Calls the command in a process of its own, which must die at that moment."""
+    status, _, err = process(*args, moment=moment)
+    assert status == -signal.SIGKILL, (status, err)
+
+
+def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: dict[str, str]) -> None:
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if moment:
+        sys.addaudithook(_Fate(moment))
+    sys.argv = ["fedgrove", *args]
+    from fedgrove.cli import main
+
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+
+
+class _Fate:
+    def __init__(self, moment: Moment):
+        self.moment = moment
+        self.left = moment.count
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event != self.moment.event or not self.left:
+            return
+        if event == "open" and (not isinstance(args[1], str) or args[1] in ("r", "rb")):
+            return
+        path = str(args[1] if event == "os.rename" else args[0])
+        if not fnmatch(path, self.moment.path):
+            return
+        self.left -= 1
+        if self.left:
+            return
+        match self.moment.does:
+            case "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+            case "full":
+                fill(Path(path))
+            case "cut" if event == "os.rename":
+                os.truncate(args[0], Path(args[0]).stat().st_size // 2)
+            case "cut":
+                os.write(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), b'{"time": 17')
+        if self.moment.does in ("kill", "cut"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill(path: Path) -> None:
+    """From now on the disk is full for this file."""
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(path.with_name(path.name + ".kept"))
+    path.symlink_to("/dev/full")
+
+
+def free(folder: Path) -> None:
+    """Gives the disk room again."""
+    for link in [path for path in folder.rglob("*") if path.is_symlink()]:
+        link.unlink()
+        kept = link.with_name(link.name + ".kept")
+        if kept.exists():
+            kept.rename(link)

@@ -1,0 +1,59 @@
+"""Every command of the README works as it stands, in order, in a folder with the files that it speaks of."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedgrove.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = ROOT / "src" / "fedgrove" / "demo"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEMO / "grove-6m", "my-model")
+    shutil.copyfile(DEMO / "texts" / "theatre-heldout.txt", "heldout.txt")
+    records = [json.loads(line) for line in (DEMO / "texts" / "hospital.jsonl").read_text(encoding="utf-8").splitlines()]
+    Path("a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    notes = ['"' + record["context"].replace('"', "'") + '"' for record in records]
+    Path("b.csv").write_text("\n".join(["note", *notes]) + "\n", encoding="utf-8")
+    (job,) = blocks("toml")
+    Path("job.toml").write_text(job, encoding="utf-8")
+
+    runner = CliRunner()
+    ran = 0
+    for line in "".join(blocks("sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            assert f"\n{words[1]}: " in (ROOT / "Makefile").read_text(encoding="utf-8")  # CI runs one, the other is its demo
+        elif words[0] == "fedgrove":
+            result = runner.invoke(app, words[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+            ran += 1
+        else:
+            assert words == [".", ".venv/bin/activate"]
+    assert ran >= 8
+    assert tomllib.loads(Path("my-job/job.toml").read_text(encoding="utf-8"))["name"] == "my-job"
+    same = [path.relative_to("unpacked") for path in Path("unpacked").iterdir()]
+    assert all((Path("unpacked") / name).read_bytes() == (Path("runs/first/model") / name).read_bytes() for name in same)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+

@@ -1,0 +1,490 @@
+"""The report: its numbers are the run folder's, it needs nothing but itself, and nothing in a run can break it."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import tomli_w
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from fedgrove.errors import FedgroveError
+from fedgrove.report import charts
+from fedgrove.report.page import write_report
+from fedgrove.report.summary import geometric_mean, read
+from fedgrove.report.table import result_table
+from fedgrove.report.words import change, own_texts, ranges, size, verdict
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+class Page(HTMLParser):
+    """A page taken apart: tags must be balanced, and every id may be there once."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("th", "td"):
+            self.tables[-1][-1][-1] += data
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, name: str) -> list[str]:
+        return [value for _, attrs in self.tags if (value := attrs.get(name)) is not None]
+
+    def csv(self, name: str) -> list[list[str]]:
+        """A table's download."""
+        (link,) = [a["href"] for tag, a in self.tags if tag == "a" and (a.get("download") or "").endswith(f"-{name}.csv")]
+        head, _, data = (link or "").partition(",")
+        assert head == "data:text/csv;charset=utf-8"
+        return list(csv.reader(io.StringIO(unquote(data))))
+
+
+def make_run(
+    folder: Path,
+    clients: Sequence[str] = ("ward", "law"),
+    texts: Sequence[str] = ("ward", "law"),
+    *,
+    num_blocks: int = 2,
+    rounds: int = 1,
+    sample: float = 1.0,
+    alone: bool = True,
+    linears: Sequence[str] = LINEARS[:2],
+) -> Path:
+    """A run folder with the files of a real one and drawn numbers."""
+    rng = random.Random(0)
+    folder.mkdir()
+    job = {
+        "name": "drawn",
+        "seed": 0,
+        "model": {"path": "/home/alice/models/tiny", "dtype": "auto"},
+        "clients": [{"name": name, "data": [f"/home/alice/private/{i}.jsonl"]} for i, name in enumerate(clients)],
+        "stages": [{"kind": "prune", "pruner": "wanda", "rule": "votes", "sparsity": 0.5, "rounds": rounds}],
+        "evaluate": {"length": 64, "alone": alone, "data": [{"name": t, "path": "/home/alice/held.txt"} for t in texts]},
+    }
+    (folder / "job.toml").write_text(tomli_w.dumps(job), encoding="utf-8")
+    number = max(1, round(sample * num_blocks))
+    shares = {
+        client: {
+            "blocks": [sorted(rng.sample(range(num_blocks), number)) for _ in range(rounds)],
+            "weight": num_blocks / number,
+            "samples": 4,
+            "sparsity": 0.5,
+            "memory": 10**6,
+            "upload": 5000 * rounds,
+            "seconds": 0.1,
+        }
+        for client in clients
+    }
+    _write(folder / "plan-0-prune.json", {"stage": 0, "kind": "prune", "num_blocks": num_blocks, "clients": shares})
+    records = [
+        {
+            "name": f"model.layers.{block}.{linear}.weight",
+            "block": block,
+            "round": rounds - 1,
+            "target": 0.5,
+            "sparsity": 0.5,
+            "pruned": 32,
+            "numel": 64,
+            "pattern": None,
+            "clients": [client for client in clients if block in shares[client]["blocks"][-1]],
+            "agreement": rng.random(),
+            "sha256": f"{rng.getrandbits(256):064x}",
+        }
+        for block in range(num_blocks)
+        for linear in linears
+    ]
+    _write(folder / "pruning.json", {"stage": 0, **job["stages"][0], "tensors": records})
+    lines: list[dict[str, Any]] = []
+    for stage, client in [(None, None), (0, None), *((0, client) for client in clients if alone)]:
+        for text in texts:
+            value = 90 + 20 * rng.random() + (0 if stage is None else 5 if client is None else 10)
+            lines.append(_metric(stage, client, text, value))
+    _write_lines(folder / "metrics.jsonl", lines)
+    ledger = [_message(0, 0, client, direction, "card", 100) for client in clients for direction in ("down", "up")]
+    for round_ in range(rounds):
+        for client in clients:
+            for _ in shares[client]["blocks"][round_]:
+                ledger.append(_message(0, round_, client, "down", "prune", 500 if round_ == 0 else 4000))
+                ledger.append(_message(0, round_, client, "up", "prune", 4000 + rng.randrange(1000)))
+    _write_lines(folder / "ledger.jsonl", ledger)
+    (folder / "model").mkdir()
+    save_file({record["name"]: np.zeros((8, 8), np.float16) for record in records}, folder / "model" / "model.safetensors")
+    return folder
+
+
+def _write(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _metric(stage: int | None, client: str | None, text: str, value: float, name: str = "perplexity/") -> dict[str, Any]:
+    return {"time": 1.7e9, "stage": stage, "round": None, "client": client, "name": name + text, "value": value}
+
+
+def _message(stage: int, round_: int, client: str, direction: str, kind: str, size: int) -> dict[str, Any]:
+    return {"stage": stage, "round": round_, "client": client, "direction": direction, "kind": kind, "bytes": size}
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(line) + "\n")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _page(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+def test_perplexities_are_those_of_the_metrics(run: Path) -> None:
+    page = _page(run)
+    head, *rows = page.csv("perplexity")
+    measured = {
+        (m["stage"], m["client"], m["name"].removeprefix("perplexity/")): m["value"] for m in _lines(run / "metrics.jsonl")
+    }
+    for row in rows[:2]:
+        of = dict(zip(head, row, strict=True))
+        text = of["held-out text"]
+        dense, federated = measured[None, None, text], measured[0, None, text]
+        assert float(of["dense"]) == dense
+        assert float(of["federated"]) == federated
+        assert float(of["law alone"]) == measured[0, "law", text]
+        assert float(of["federated against dense"]) == federated / dense
+        assert float(of["against its owner alone"]) == federated / measured[0, text, text]
+    mean = dict(zip(head, rows[2], strict=True))
+    assert float(mean["federated"]) == pytest.approx(math.sqrt(measured[0, None, "ward"] * measured[0, None, "law"]))
+    assert page.tables[0][1][1] == f"{measured[None, None, 'ward']:.1f}"
+    assert f"{geometric_mean([measured[0, None, t] for t in ('ward', 'law')]):.1f}" in page.text
+
+
+def test_bytes_are_those_of_the_ledger(run: Path) -> None:
+    ledger = _lines(run / "ledger.jsonl")
+    head, *rows = _page(run).csv("bytes-by-client")
+    for row in rows[:2]:
+        of = dict(zip(head, row, strict=True))
+        for column, direction in (("sent", "up"), ("received", "down")):
+            of_client = [m["bytes"] for m in ledger if (m["client"], m["direction"]) == (of["client"], direction)]
+            assert int(of[column]) == sum(of_client) - 100  # less the card
+        assert int(of["cards and measurement"]) == 200
+        assert int(of["dense, each way"]) == 4 * 64 * 2  # four matrices in float16
+    assert int(rows[2][1]) == int(rows[0][1]) + int(rows[1][1])
+
+
+def test_blocks_and_matrices_are_those_of_the_pruning_file(run: Path) -> None:
+    records = json.loads((run / "pruning.json").read_text())["tensors"]
+    page = _page(run)
+    head, *rows = page.csv("matrices")
+    assert [(r[0], int(r[2]), float(r[5]), r[7]) for r in rows] == [
+        (r["name"], r["pruned"], r["agreement"], r["sha256"]) for r in records
+    ]
+    head, *rows = page.csv("blocks")
+    for row in rows:
+        of = dict(zip(head, row, strict=True))
+        block = [r for r in records if r["block"] == int(of["block"])]
+        assert int(of["zeros"]) == sum(r["pruned"] for r in block)
+        assert float(of["agreement"]) == pytest.approx(sum(r["agreement"] for r in block) / len(block))
+
+
+def test_every_table_is_also_a_download_with_the_same_rows(run: Path) -> None:
+    page = _page(run)
+    downloads = [page.csv(name) for name in ("perplexity", "blocks", "matrices", "stage-0-clients", "bytes-by-client", "size")]
+    assert [[row[0] for row in table] for table in page.tables] == [[row[0] for row in rows] for rows in downloads]
+    assert [len(table[0]) for table in page.tables] == [len(rows[0]) for rows in downloads]
+
+
+def test_the_page_asks_nothing_of_a_network(run: Path) -> None:
+    page = _page(run)
+    assert "default-src 'none'" in (run / "report.html").read_text()
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe", "object", "embed", "base", "form")]
+    assert not page.attributes("src")
+    assert all(link.startswith("data:text/csv") for link in page.attributes("href"))
+    assert not re.search(r"url\(|@import|https?://", (run / "report.html").read_text())
+
+
+def test_the_page_can_be_read_without_seeing_it(run: Path) -> None:
+    page = _page(run)
+    assert ("html", {"lang": "en"}) in page.tags
+    assert "drawn: fedgrove report" in page.text
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("caption") == tags.count("table") > 3
+    assert all(attrs.get("scope") in ("row", "col") for tag, attrs in page.tags if tag == "th")
+    images = [attrs for tag, attrs in page.tags if attrs.get("role") == "img"]
+    assert len(images) == tags.count("figure") == 4
+    assert all(attrs["aria-label"] for attrs in images)
+    assert len(set(page.attributes("id"))) == len(page.attributes("id"))
+    assert set(page.attributes("aria-labelledby")) <= set(page.attributes("id"))
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    hostile = ['<script>alert("1")</script>', "\"'><img src=x onerror=alert(1)>", "{{ 7 * 7 }}"]
+    page = _page(make_run(tmp_path / "run", hostile, hostile, num_blocks=4, sample=0.5, rounds=2))
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "img"}
+    assert not page.attributes("onerror")
+    assert all(name in page.text for name in hostile)
+    assert [row[0] for row in page.csv("perplexity")][1:4] == hostile
+
+
+def test_a_spreadsheet_takes_no_name_for_a_formula(tmp_path: Path) -> None:
+    page = _page(make_run(tmp_path / "run", ["=1+1", "law"]))
+    assert [row[0] for row in page.csv("bytes-by-client")][1] == "'=1+1"
+
+
+def test_folders_of_the_owner_are_not_passed_on(run: Path) -> None:
+    page = _page(run)
+    assert "alice" not in (run / "report.html").read_text()
+    assert "0.jsonl" in page.text
+    assert "tiny" in page.text
+
+
+def test_a_large_run_stays_small(tmp_path: Path) -> None:
+    clients = [f"{i:03}{'-a-name-as-long-as-a-job-file-lets-one-be':-<61}" for i in range(100)]
+    run = make_run(
+        tmp_path / "run", clients, clients, num_blocks=32, rounds=50, sample=0.5, linears=[*LINEARS, "mlp.down_proj"]
+    )
+    page = _page(run)
+    assert (run / "report.html").stat().st_size < 3_000_000
+    _, *rows = page.csv("stage-0-blocks")
+    plan = json.loads((run / "plan-0-prune.json").read_text())["clients"]
+    assert {row[0]: [[int(b) for b in cell.split(";")] for cell in row[1:]] for row in rows} == {
+        client: share["blocks"] for client, share in plan.items()
+    }
+    assert page.csv("alone")[0][1:] == clients
+    assert len(page.csv("bytes-by-round")) == 51
+
+
+def test_a_run_without_evaluation_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", texts=(), alone=False)
+    page = _page(run)
+    assert "was not measured" in page.text
+    assert "nan" not in page.text
+    (run / "metrics.jsonl").unlink()
+    job = (run / "job.toml").read_text().partition("[evaluate]")[0]
+    (run / "job.toml").write_text(job)
+    assert _page(run).text.count("ot measured") == page.text.count("ot measured")
+
+
+def test_a_run_without_alone_leaves_it_open_whether_it_paid(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", alone=False)
+    assert "whether working together paid is open" in _page(run).text
+    assert own_texts(read(run)) is None
+
+
+def test_of_a_resumed_run_the_last_measurement_counts(run: Path) -> None:
+    _append(run / "metrics.jsonl", _metric(0, None, "ward", 77.25))
+    assert read(run).federated["ward"] == 77.25
+    assert _page(run).csv("perplexity")[1][4] == "77.25"
+
+
+def test_a_line_that_a_kill_cut_short_is_passed_over(run: Path) -> None:
+    whole = read(run)
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        with (run / name).open("a", encoding="utf-8") as file:
+            file.write('{"stage": 0, "cli')
+    assert read(run) == whole
+
+
+def test_a_client_that_was_measured_in_part_is_not_compared(run: Path) -> None:
+    lines = _lines(run / "metrics.jsonl")
+    _write_lines(run / "metrics.jsonl", lines[:-1])
+    assert set(read(run).alone) == {"ward"}
+    _page(run)
+
+
+def test_several_stages_show_what_each_made(run: Path) -> None:
+    job = tomllib.loads((run / "job.toml").read_text())
+    job["stages"].append({"kind": "tune"})
+    (run / "job.toml").write_text(tomli_w.dumps(job))
+    _write(run / "plan-1-tune.json", {"stage": 1, "kind": "tune", "clients": {"ward": {"rank": 8}, "law": {"rank": 4}}})
+    for text, value in (("ward", 60.0), ("law", 61.0)):
+        _append(run / "metrics.jsonl", _metric(1, None, text, value))
+    _append(run / "metrics.jsonl", _metric(1, "law", "loss", 1.5, name=""))
+    _append(run / "ledger.jsonl", _message(1, 0, "law", "up", "something-new", 12345))
+    summary = read(run)
+    head, *rows = _page(run).csv("perplexity")
+    assert [row[head.index("federated")] for row in rows[:2]] == ["60.0", "61.0"]
+    assert [float(row[head.index("after stage 0")]) for row in rows[:2]] == [summary.after[0][t] for t in ("ward", "law")]
+    assert summary.alone_stage == 0
+    assert float(rows[0][head.index("against its owner alone")]) == summary.after[0]["ward"] / summary.alone["ward"]["ward"]
+    assert summary.uplink["law"] > 12345
+
+
+def test_sampled_blocks_are_drawn_by_client_and_round(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["a", "b", "c"], num_blocks=6, rounds=3, sample=0.5)
+    text = html.unescape(write_report(run).read_text(encoding="utf-8"))
+    plan = json.loads((run / "plan-0-prune.json").read_text())["clients"]
+    for client, share in plan.items():
+        for block in range(6):
+            given = [round_ for round_, blocks in enumerate(share["blocks"]) if block in blocks]
+            said = re.search(rf"<title>{client}, block {block}: (\d+) rounds? \((.*?)\)</title>", text)
+            assert (said is not None) == bool(given)
+            if said:
+                assert (int(said[1]), said[2]) == (len(given), ranges(given))
+
+
+def test_who_did_not_answer_is_named(run: Path) -> None:
+    lines = _lines(run / "ledger.jsonl")
+    gone = max(i for i, m in enumerate(lines) if (m["client"], m["direction"], m["kind"]) == ("law", "up", "prune"))
+    _write_lines(run / "ledger.jsonl", lines[:gone] + lines[gone + 1 :])
+    assert "not answered: law (1)" in _page(run).text
+
+
+def test_a_packed_model_is_weighed(run: Path) -> None:
+    shutil.copytree(run / "model", run / "packed")
+    (run / "packed" / "more").write_bytes(bytes(10))
+    _, plain, packed = _page(run).csv("size")
+    assert int(packed[1]) == int(plain[1]) + 10 == read(run).packed_bytes
+
+
+def test_an_unfinished_run_says_how_to_continue_and_nothing_is_left(run: Path) -> None:
+    shutil.rmtree(run / "model")
+    with pytest.raises(FedgroveError, match="--resume"):
+        write_report(run)
+    assert not list(run.glob("report*"))
+    with pytest.raises(FedgroveError, match="no run folder"):
+        write_report(run / "nowhere")
+
+
+def test_the_same_folder_makes_the_same_page(run: Path) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert not (run / "report.html.partial").exists()
+
+
+def test_the_verdict_says_who_gains_and_who_loses(run: Path) -> None:
+    def measure(dense: float, together: float, ward: float, law: float) -> tuple[str, str | None]:
+        lines = []
+        for stage, client, value in ((None, None, dense), (0, None, together), (0, "ward", ward), (0, "law", law)):
+            lines += [_metric(stage, client, text, value) for text in ("ward", "law")]
+        _write_lines(run / "metrics.jsonl", lines)
+        return verdict(read(run))[1], own_texts(read(run))
+
+    paid, own = measure(100, 110, 120, 130)
+    assert paid.startswith("Working together paid")
+    assert "12.0% lower" in paid
+    assert "law gains most (−15.4%), ward least (−8.3%)" in paid
+    assert own
+    assert "every owner is better off" in own
+    mixed, own = measure(100, 110, 105, 130)
+    assert "law gains most (−15.4%), ward loses most (+4.8%)" in mixed
+    assert own
+    assert "1 of 2 owners" in own
+    lost, own = measure(100, 140, 120, 130)
+    assert lost.startswith("Working together did not pay")
+    assert "ward loses most (+16.7%), law least (+7.7%)" in lost
+    assert own
+    assert "every owner would have been better off alone" in own
+    assert measure(100, 120.1, 120, 120.3)[0].startswith("Working together made little difference")
+
+
+def test_the_verdict_does_not_call_a_missed_target_exact(run: Path) -> None:
+    assert "exactly as asked" in verdict(read(run))[0]
+    pruning = json.loads((run / "pruning.json").read_text())
+    pruning["tensors"][0]["pruned"] = 30
+    _write(run / "pruning.json", pruning)
+    assert "where 50.0% were asked for" in verdict(read(run))[0]
+
+
+def test_the_terminal_shows_the_same_numbers(run: Path) -> None:
+    summary = read(run)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table(summary))
+    text = console.export_text()
+    assert f"{summary.mean(summary.federated):.1f}" in text
+    assert verdict(summary)[1] in text
+
+
+def test_reading_a_run_needs_no_torch(run: Path) -> None:
+    code = (
+        "import sys, pathlib, fedgrove.report.table; from fedgrove.report.page import write_report; "
+        "write_report(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("values", [[7.3], [-12.0, 3.0], [0.0], [1e-6], [1e9, 2.5e9], [-0.4]])
+def test_a_scale_holds_its_numbers_between_round_ticks(values: list[float]) -> None:
+    scale = charts.Scale.over(values)
+    assert scale.low <= min(0, *values) <= max(0, *values) <= scale.high
+    assert 2 <= len(scale.ticks) <= 8
+    assert scale.at(scale.low) == "0%"
+    assert scale.at(scale.high) == "100%"
+
+
+def test_words_for_numbers() -> None:
+    assert [size(n) for n in (0, 999, 1000, 999_949, 999_950, 3_362_022, 2.5e9, 1.5e13)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.0 kB",
+        "999.9 kB",
+        "1.0 MB",
+        "3.4 MB",
+        "2.5 GB",
+        "15,000.0 GB",
+    ]
+    assert [change(r) for r in (0.98, 1.0, 1.125)] == ["−2.0%", "+0.0%", "+12.5%"]
+    assert ranges([5, 0, 1, 2]) == "0–2, 5"
+
+
+def test_a_small_map_is_one_path_of_runs() -> None:
+    assert charts.runs([[0, 1, 4], [], [2]]) == "M0 .5h2M4 .5h1M2 2.5h1"
