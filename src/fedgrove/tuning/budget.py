@@ -112,7 +112,8 @@ def activation_bytes(sizes: Sizes, bits: int) -> float:
     """Bytes of one window at the peak, without adapters: what the blocks keep for their backward pass, and the logits."""
     number = 4 if bits == 32 else 2
     logits = sizes.length * sizes.vocabulary * (LOGIT + (0 if bits == 32 else number))
-    return number * sizes.num_blocks * sizes.saved + logits
+    inputs = sum(columns for _, columns in sizes.linears.values()) if bits == 8 else 0  # int8 keeps the input of every linear
+    return number * (sizes.num_blocks * sizes.saved + sizes.length * inputs) + logits
 
 
 def memory(sizes: Sizes, grid: Grid, choice: Choice) -> float:
@@ -223,7 +224,7 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
     check_feasible(sizes, grid, budget)
     names = sorted(sizes.linears)
     steps = [0, *grid.ranks]
-    held = [(bits, micro) for bits in grid.bits for micro in grid.batches]
+    held = [(bits, micro) for bits in grid.bits for micro in micros(grid.batches)]
     num_held, num_batches, num_steps = len(held), len(grid.batches), len(grid.ranks)
     first = num_held + num_batches  # the variables of linear i, step k: first + i * num_steps + k
     size = first + len(names) * num_steps
@@ -306,8 +307,13 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
     return widest(sizes, grid, budget, Choice(bits, batch, micro, ranks))
 
 
+def micros(batches: tuple[int, ...]) -> list[int]:
+    """How many windows may be computed at once: one, or any batch."""
+    return sorted({1, *batches})
+
+
 def widest(sizes: Sizes, grid: Grid, budget: Budget, choice: Choice) -> Choice:
     """The same configuration with as many windows at once as fit: fewer, larger products are faster."""
-    fits = [micro for micro in grid.batches if micro <= choice.batch]
+    fits = [micro for micro in micros(grid.batches) if micro <= choice.batch]
     fits = [m for m in fits if memory(sizes, grid, Choice(choice.bits, choice.batch, m, choice.ranks)) <= budget.memory]
     return Choice(choice.bits, choice.batch, max([choice.micro, *fits]), choice.ranks)

@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
@@ -61,16 +60,17 @@ def measure(decoder: Decoder, length: int, masked: bool) -> Sizes:
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
-    kept: dict[int, int] = {}
+    kept: dict[int, int] = {}  # storage -> its numbers; weights, which are saved too, are there anyway
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
     with decoder.loaded(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
-        del result
+        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
     in_linears = sum(cast(torch.Tensor, m.weight).numel() for m in linears(decoder.blocks[0]).values())
     everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
     return Sizes(
@@ -140,12 +140,12 @@ def make_tune_plan(
         choices, left_out = _uniform(stage, sizes, budgets, cards, number)
     else:
         for name, given in budgets.items():
-            fits = [m for m in stage.batches if budget.full_memory(sizes, m) <= given.memory]
+            fits = [m for m in budget.micros(stage.batches) if budget.full_memory(sizes, m) <= given.memory]
             if fits:
                 choices[name] = Choice(32, stage.batches[-1], max(fits), {})
             else:
                 left_out[name] = (
-                    f"training whole linears needs {math.ceil(budget.full_memory(sizes, stage.batches[0]) / 2**20):,} MiB "
+                    f"training whole linears needs {math.ceil(budget.full_memory(sizes, 1) / 2**20):,} MiB "
                     f"of memory, but it has {given.memory / 2**20:,.0f} MiB (clients.memory)"
                 )
     if not choices:
@@ -232,14 +232,14 @@ def _uniform(
     batch = stage.batches[-1]
 
     def fits(name: str, bits: int, rank: int) -> bool:
-        choice = Choice(bits, batch, stage.batches[0], dict.fromkeys(sizes.linears, rank))
+        choice = Choice(bits, batch, 1, dict.fromkeys(sizes.linears, rank))
         return bits in cards[name].bits and budget.memory(sizes, grid, choice) <= budgets[name].memory
 
     for name in budgets:
         if not any(fits(name, bits, stage.ranks[0]) for bits in stage.bits):
             bits = min(stage.bits)
             need = budget.memory(
-                sizes, grid, Choice(bits, batch, stage.batches[0], dict.fromkeys(sizes.linears, stage.ranks[0]))
+                sizes, grid, Choice(bits, batch, 1, dict.fromkeys(sizes.linears, stage.ranks[0]))
             )
             left_out[name] = (
                 f"rank {stage.ranks[0]} in every linear needs {math.ceil(need / 2**20):,} MiB of memory, but it has "
@@ -249,7 +249,7 @@ def _uniform(
     for bits in sorted(stage.bits, reverse=True):
         for rank in reversed(stage.ranks):
             if able and all(fits(name, bits, rank) for name in able):
-                choice = Choice(bits, batch, stage.batches[0], dict.fromkeys(sizes.linears, rank))
+                choice = Choice(bits, batch, 1, dict.fromkeys(sizes.linears, rank))
                 return {name: budget.widest(sizes, grid, budgets[name], choice) for name in able}, left_out
     if able:
         raise FedgroveError('method "lora": the clients have no bits in common that all can hold; allow more values in bits')
