@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from small import Small
+from small import Small, faulty  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from multiprocessing import forkserver
@@ -23,6 +24,8 @@ import tomli_w
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
+
+import fedgrove.pruners
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "fedgrove" / "demo"
@@ -259,3 +262,71 @@ def free(folder: Path) -> None:
         kept = link.with_name(link.name + ".kept")
         if kept.exists():
             kept.rename(link)
+
+
+FAULTY = '''
+"""Wanda, until a file says otherwise; a client with one window more than the others can be singled out."""
+import os, signal, time
+from pathlib import Path
+from fedgrove.pruners import wanda
+
+NEEDS = "squares"
+FOLDER = Path({folder!r})
+
+
+def prune(weight, inputs, target):
+    does, tokens = (FOLDER / "does").read_text().split()
+    if int(tokens) in (0, inputs.tokens):
+        match does:
+            case "raise":
+                raise RuntimeError("the handler fails")
+            case "raise-once":
+                (FOLDER / "does").write_text("nothing 0")
+                raise RuntimeError("the handler fails")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                (FOLDER / "hangs").write_text(str(os.getpid()))
+                time.sleep(600)
+    return wanda.prune(weight, inputs, target)
+'''
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A pruner ``faulty`` for one test, in this process and in those that it starts: wanda, until it is told to misbehave.
+
+    Call it with "raise", "raise-once", "kill" or "hang", and with the number of calibration tokens of the one client that
+    shall do so (0: everybody); with "nothing" it behaves again.
+    """
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    (folder / "faulty.py").write_text(FAULTY.format(folder=str(tmp_path)))
+    (folder / "sitecustomize.py").write_text(f"import fedgrove.pruners\nfedgrove.pruners.__path__.append({str(folder)!r})\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT / "src")]))
+    monkeypatch.setattr(fedgrove.pruners, "__path__", [*fedgrove.pruners.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "fedgrove.pruners.faulty", raising=False)
+    monkeypatch.delattr(fedgrove.pruners, "faulty", raising=False)
+
+    def tell(does: str = "nothing", tokens: int = 0) -> None:
+        (tmp_path / "does").write_text(f"{does} {tokens}")
+
+    tell()
+    return tell
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for something that must happen; fails where it never does."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never happened")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -69,6 +69,18 @@ def test_keep_highest_keeps_n_of_every_m(pattern: tuple[int, int]) -> None:
             assert torch.equal(~mask[row, part], brute_lowest([key[row, part] for key in keys], m - n))
 
 
+@pytest.mark.parametrize("target", [Target(0.3), Target.of(None, (2, 4))], ids=str)
+def test_keep_highest_of_more_than_is_sorted_at_once(target: Target) -> None:
+    shape = (1100, 1000)
+    keys = keys_with_ties(shape, 2, seed=0)
+    mask = keep_highest(keys, target)
+    width = 4 if target.pattern else 1000
+    value = (keys[0].double() * 10 + keys[1]).view(-1, width)  # one key that says what both say
+    ranks = value.argsort(dim=1, stable=True).argsort(dim=1)
+    counts = torch.full((len(value),), 2) if target.pattern else torch.tensor(spread(330_000, 1100))
+    assert torch.equal(mask.view(-1, width), ranks >= counts[:, None])
+
+
 def test_spread_gives_whole_numbers_that_differ_by_one_at_most() -> None:
     rng = random.Random(0)
     for _ in range(500):

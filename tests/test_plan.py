@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from fedgrove.plan import draw_blocks, share_blocks
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.plan import Card, draw_blocks, share_blocks
 
 
 def test_equal_clients_get_equal_shares() -> None:
@@ -54,3 +60,17 @@ def test_a_block_is_drawn_with_the_probability_that_its_weight_undoes() -> None:
 def test_the_order_of_clients_changes_nothing() -> None:
     assert draw_blocks({"a": 2, "b": 3}, 5, "s") == draw_blocks({"b": 3, "a": 2}, 5, "s")
     assert share_blocks({"a": 1, "b": 2}, 5, 0.5, 1) == share_blocks({"b": 2, "a": 1}, 5, 0.5, 1)
+
+
+def test_a_model_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**small, num_key_value_heads=2, vocab_size=64, num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    with pytest.raises(FedgroveError, match="experts of MixtralForCausalLM are fused"):
+        Decoder(Checkpoint(tmp_path / "moe"))
+
+
+def test_a_card_with_impossible_numbers_is_refused() -> None:
+    for lie in ({"speed": float("inf")}, {"sparsity": float("nan")}, {"memory": -1}, {"samples": 0}, {"secret": 1}):
+        with pytest.raises(ValidationError):
+            Card(**lie)

@@ -318,3 +318,11 @@ def test_sums_keep_what_float32_would_lose() -> None:
         sums.add(torch.tensor([value]), 1.0)
     assert sums.value is not None
     assert sums.value.item() == 1.0
+
+
+def test_shrink_measures_against_all_clients_even_where_none_agree() -> None:
+    before = torch.ones(1, 2)
+    clients = [Client(torch.tensor([[4.0, 0.0]]), torch.tensor([[True, False]]), scale=3.0)]
+    clients.append(Client(torch.tensor([[0.0, 8.0]]), torch.tensor([[False, True]])))
+    weight = finish("votes", before, clients, Target(0.0), Options(shrink=1.0))[0]
+    assert weight.tolist() == [[3.0, 2.0]]  # 4 by 3 votes of 4, 8 by 1 vote of 4

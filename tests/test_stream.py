@@ -256,7 +256,7 @@ def test_a_pruned_model_is_packed_to_less_than_half_and_comes_back_bit_for_bit(h
     dense = sum(t.numel() * 2 for t in linears.values())
     rest = Checkpoint(half).num_bytes() - dense
     assert folder_bytes(packed) < 0.40 * dense + rest + sum(file.stat().st_size for file in half.glob("*.json"))
-    assert folder_bytes(packed) <= 0.55 * folder_bytes(half)  # a fifth of this small model is its embeddings
+    assert folder_bytes(packed) <= 0.45 * folder_bytes(half)  # with its embeddings, which nobody prunes
     assert not list(packed.glob("*.safetensors"))
     assert files_of(export(packed, "hf", tmp_path / "back")) == files_of(half)
     with torch.no_grad():

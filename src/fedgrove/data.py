@@ -124,6 +124,7 @@ def _records(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, in one line
         try:  # streaming, because datasets would otherwise keep a copy of private text in its cache
             table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
             for number, record in enumerate(table, 1):

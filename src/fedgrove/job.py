@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,7 +107,7 @@ class Client(Part):
     prompt: Template = None
     answer: Template = None
     memory: Bytes | None = None
-    speed: Annotated[float, Field(gt=0)] | Literal["measure"] = 1.0
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
     bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
@@ -139,7 +140,7 @@ class PruneStage(Part):
     length: Annotated[int, Field(gt=1)] = 512
     layers: Literal["all"] | LayerSampling = "all"
     rounds: Annotated[int, Field(ge=1)] = 1
-    shrink: Annotated[float, Field(ge=0)] = 0.0
+    shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     expand: bool = True
 
     @model_validator(mode="after")
@@ -259,7 +260,7 @@ class Rounds(Part):
     """``[rounds]``: what happens when clients do not answer."""
 
     quorum: Annotated[int, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     retries: Annotated[int, Field(ge=0)] = 0
 
 
@@ -357,10 +358,10 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key.strip():
         raise FedgroveError(f"--set {change}: write KEY=VALUE, for instance stages.0.sparsity=0.6")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
+    parsed: Any = value  # a bare word is a string
+    with suppress(tomllib.TOMLDecodeError):
+        table = tomllib.loads(f"value = {value}")
+        parsed = table["value"] if len(table) == 1 else value
     place: Any = raw
     *path, last = key.strip().split(".")
     for step in path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Needs
-from fedgrove.job import LayerSampling, PruneStage
+from fedgrove.job import Bits, LayerSampling, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.rounds import wire
@@ -19,18 +20,18 @@ SPEED = 3e10  # float32 operations a second of a client of speed 1.0: about what
 
 
 class Card(BaseModel):
-    """What a client says of itself before a stage."""
+    """What a client says of itself before a stage. It comes over the wire: the bounds are those of the job file."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    memory: int | None = None  # bytes that the planner may use
-    speed: float = 1.0  # relative to SPEED
-    uplink: int | None = None  # bits a second
-    downlink: int | None = None  # bits a second
-    bits: tuple[int, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
-    tokens: int = 0  # of its text, where a stage tunes
-    samples: int | None = None  # calibration windows, where the client wants another number than the stage
-    sparsity: float | None = None  # likewise
+    memory: Annotated[int, Field(gt=0)] | None = None  # bytes that the planner may use
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # relative to SPEED
+    uplink: Annotated[int, Field(gt=0)] | None = None  # bits a second
+    downlink: Annotated[int, Field(gt=0)] | None = None  # bits a second
+    bits: tuple[Bits, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
+    tokens: Annotated[int, Field(ge=0)] = 0  # of its text, where a stage tunes
+    samples: Annotated[int, Field(gt=0)] | None = None  # windows, where the client wants another number than the stage
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None  # likewise
 
 
 class Share(BaseModel):

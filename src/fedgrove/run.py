@@ -37,11 +37,11 @@ class Run:
         job_file = self.path / "job.toml"
         if self.path.is_file():
             raise FedgroveError(f"--out {path}: this is a file; name a folder")
-        started = job_file.is_file()
+        void = _void(self.path)
+        started = job_file.is_file() and not void
         if started and not resume:
             raise FedgroveError(f"--out {path}: a run is there already; continue it with --resume or name another folder")
-        begun = {".lock", "job.toml.partial"}  # what a run leaves that was killed before it had said what it is
-        if not started and self.path.is_dir() and {file.name for file in self.path.iterdir()} - begun:
+        if not started and not void:
             raise FedgroveError(f"--out {path}: the folder is not empty and holds no run; name another one")
         if started and _what(job_file.read_text(encoding="utf-8")) != _what(job.dumps()):
             raise FedgroveError(f"--resume: the job differs from {job_file}; run that one, or name another --out")
@@ -53,10 +53,12 @@ class Run:
             raise FedgroveError(
                 f"--out {path}: another process is running there; wait for it or name another folder"
             ) from fault
-        if started:
+        self.write_text("job.toml", job.dumps())
+        if void:
+            (self.path / "ledger.jsonl").write_text("")
+        else:
             _mend_lines(self.path / "metrics.jsonl")
             _mend_lines(self.path / "ledger.jsonl")
-        self.write_text("job.toml", job.dumps())
 
     def close(self) -> None:
         """Lets the folder go."""
@@ -105,6 +107,16 @@ class Run:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _void(folder: Path) -> bool:
+    """Whether there is nothing in a folder, or what a run left that ended before it had computed anything.
+
+    So a job or a text that was refused can be mended and run again under the same name.
+    """
+    left = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    refused = {"job.toml", "ledger.jsonl"} <= left
+    return left <= {".lock", "job.toml.partial"} | ({"job.toml", "ledger.jsonl", "clients", "work"} if refused else set())
 
 
 def _what(job: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
     try:
         Card(**info)
     except ValidationError as fault:
-        raise WireError(f"its card is not understood ({fault.errors()[0]['loc']})") from fault
+        raise WireError(f"its card is not understood ({fault.errors()[0]['loc'][0]})") from fault
 
 
 def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:

@@ -233,6 +233,8 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
                 found = (name, blocks)
     if not found[1]:
         raise FedgroveError(f"model: no decoder blocks found in {type(model).__name__}; fedgrove prunes decoder-only models")
+    if any(parameter.dim() == 3 for parameter in found[1][0].parameters()):
+        raise FedgroveError(f"model: the experts of {type(model).__name__} are fused; fedgrove prunes models of plain linears")
     return found
 
 

@@ -61,10 +61,12 @@ def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, ru
 
 
 def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None:
-    """Likewise, in the middle of a stage: after a round. It is measured anew where a round is."""
+    """Likewise, in the middle of a stage: after a round."""
+    done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
     decoder = Decoder(model)
     for name, texts in _windows(model, run).items():
-        run.log(stage, round_, None, f"perplexity/{name}", perplexity(decoder, texts))
+        if (stage, round_, f"perplexity/{name}") not in done:
+            run.log(stage, round_, None, f"perplexity/{name}", perplexity(decoder, texts))
 
 
 def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:

@@ -47,6 +47,7 @@ class Progress:
         memories: by linear, the server optimiser's.
         seen: windows that each client was given.
         clock: modelled seconds.
+        metrics: what the latest round measured: (client, name, value).
     """
 
     plan: TunePlan
@@ -55,6 +56,7 @@ class Progress:
     memories: dict[str, Memory] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
     clock: float = 0.0
+    metrics: list[tuple[str | None, str, float]] = field(default_factory=list)
 
 
 def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpoint:
@@ -74,18 +76,20 @@ def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpo
         run.say(f"tune: client '{client}' is left out: {why}")
     done = [r for r in range(stage.rounds) if _file(run, plan.stage, r).is_file()]
     progress = _read(_file(run, plan.stage, done[-1]), plan) if done else Progress(plan)
+    if done:
+        _log(progress, plan.stage, done[-1], run)
+        _measure(model, decoder, progress, done[-1], stage, masked, run)
     if len(done) < stage.rounds:
         parts = _give_base(decoder, model, plan, engine, run)
         for round_ in range(len(done), stage.rounds):
+            progress.metrics.clear()
             if stage.method == "fedpipe" and (round_ == 0 or (stage.refresh and round_ % stage.refresh == 0)):
                 _plan_anew(decoder, progress, round_, stage, parts, masked, engine, run)
             run.say(f"tune: round {round_ + 1} of {stage.rounds}")
             _train_round(decoder, progress, round_, stage, parts, masked, engine, run)
             _write(_file(run, plan.stage, round_), progress)
-            if stage.measure and (round_ + 1) % stage.measure == 0:
-                folder = run.path / "work" / f"stage-{plan.stage}" / "measured"
-                _merge(decoder, progress, masked, folder, run)
-                evaluate_round(model.over(folder), plan.stage, round_, run)
+            _log(progress, plan.stage, round_, run)
+            _measure(model, decoder, progress, round_, stage, masked, run)
     run.write_json(f"plan-{plan.stage}-tune.json", progress.plan.model_dump(mode="json"))
     overlay = run.overlay(plan.stage, stage.rounds)
     _merge(decoder, progress, masked, overlay, run)
@@ -95,6 +99,24 @@ def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpo
         totals = {name: state.total() for name, state in progress.states.items()}
         write_adapter(run.path / "adapter", decoder, totals, run.job, pruned=bool(masked), changed=bool(model.changed()))
     return model.over(overlay)
+
+
+def _measure(
+    model: Checkpoint, decoder: Decoder, progress: Progress, round_: int, stage: TuneStage, masked: list[str], run: Run
+) -> None:
+    """Evaluates the model as it is after a round, where the job asks for it."""
+    if stage.measure and (round_ + 1) % stage.measure == 0:
+        folder = run.path / "work" / f"stage-{progress.plan.stage}" / "measured"
+        _merge(decoder, progress, masked, folder, run)
+        evaluate_round(model.over(folder), progress.plan.stage, round_, run)
+
+
+def _log(progress: Progress, stage: int, round_: int, run: Run) -> None:
+    """Writes what a round measured, after the round is safe: one that is asked anew is not told of twice."""
+    there = {(line["client"], line["name"]) for line in run.metrics() if (line["stage"], line["round"]) == (stage, round_)}
+    for client, name, value in progress.metrics:
+        if (client, name) not in there:
+            run.log(stage, round_, client, name, value)
 
 
 def pruned_linears(decoder: Decoder) -> list[str]:
@@ -156,8 +178,7 @@ def _plan_anew(
     else:
         progress.plan = plan.model_copy(update={"importance": importance})
     progress.clock += warmup_seconds(plan, stage, sizes, plan.cards, scoring.RANK)
-    for name in names:
-        run.log(plan.stage, round_, None, f"importance/{name}", importance[name])
+    progress.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
     run.write_json(f"plan-{plan.stage}-tune.json", progress.plan.model_dump(mode="json"))
 
 
@@ -187,8 +208,8 @@ def _train_round(
         for client, tensors, info in answers:
             heard.append(client)
             losses.add(torch.tensor(info["loss"], dtype=torch.float64), float(plan.clients[client].tokens))
-            run.log(plan.stage, round_, client, "loss", info["loss"])
-            run.log(plan.stage, round_, client, "seconds", plan.clients[client].seconds)
+            progress.metrics.append((client, "loss", info["loss"]))
+            progress.metrics.append((client, "seconds", plan.clients[client].seconds))
             yield client, tensors
 
     if plan.rank:
@@ -198,8 +219,8 @@ def _train_round(
     for client in heard:
         progress.seen[client] = progress.seen.get(client, 0) + stage.steps * plan.clients[client].batch
     progress.clock += max(plan.clients[client].seconds for client in heard)
-    run.log(plan.stage, round_, None, "loss", float(losses.mean()))
-    run.log(plan.stage, round_, None, "clock", progress.clock)
+    progress.metrics.append((None, "loss", float(losses.mean())))
+    progress.metrics.append((None, "clock", progress.clock))
 
 
 def _message(
@@ -361,6 +382,7 @@ def _write(file: Path, progress: Progress) -> None:
         "plan": progress.plan.model_dump(mode="json"),
         "seen": progress.seen,
         "clock": progress.clock,
+        "metrics": progress.metrics,
         "second": {name: memory.second for name, memory in progress.memories.items()},
     }
     save_tensors(tensors, file, {"progress": json.dumps(facts)})
@@ -371,6 +393,7 @@ def _read(file: Path, plan: TunePlan) -> Progress:
         facts: dict[str, Any] = json.loads(opened.metadata()["progress"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     progress = Progress(TunePlan(**facts["plan"]), seen=facts["seen"], clock=facts["clock"])
+    progress.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
 
     def get(kind: str, name: str) -> Factors:
         return Factors(tensors[f"{kind}/b/{name}"], tensors[f"{kind}/a/{name}"])

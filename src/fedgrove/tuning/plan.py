@@ -238,9 +238,7 @@ def _uniform(
     for name in budgets:
         if not any(fits(name, bits, stage.ranks[0]) for bits in stage.bits):
             bits = min(stage.bits)
-            need = budget.memory(
-                sizes, grid, Choice(bits, batch, 1, dict.fromkeys(sizes.linears, stage.ranks[0]))
-            )
+            need = budget.memory(sizes, grid, Choice(bits, batch, 1, dict.fromkeys(sizes.linears, stage.ranks[0])))
             left_out[name] = (
                 f"rank {stage.ranks[0]} in every linear needs {math.ceil(need / 2**20):,} MiB of memory, but it has "
                 f"{budgets[name].memory / 2**20:,.0f} MiB (clients.memory); lower length, or allow fewer bits"
