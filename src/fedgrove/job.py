@@ -179,6 +179,7 @@ class TuneStage(Part):
         ranks: ranks that a linear may be given besides 0. "lora" gives all the largest that everyone can hold.
         bits: of each frozen weight; 32 and 16 are floats, 8 is int8, 4 is NF4.
         learning_rate: of the clients' optimiser; ``decay`` = "linear" lowers it to a tenth over the rounds.
+        clip: the largest norm of a client's gradient; 0: any.
         alpha: LoRA's α, so that an adapter is scaled by α/r; default: twice the rank, whatever it is.
         deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
             for a quarter of the largest batch at the smallest ranks. Only "fedpipe" looks at it.
@@ -204,7 +205,7 @@ class TuneStage(Part):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     decay: Literal["none", "linear"] = "none"
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
     alpha: Annotated[float, Field(gt=0)] | None = None
     deadline: Annotated[float, Field(gt=0)] | None = None
     refresh: Annotated[int, Field(ge=0)] = 0
@@ -345,6 +346,8 @@ def _complaint(fault: ValidationError) -> str:
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "no such key"
+    elif first["type"].startswith("union_tag"):  # a stage of no kind, or of one that there is not
+        where, what = f"{where}.kind", "choose one of prune, tune"
     elif first["type"] == "missing":
         what = "this key is required"
     elif first["type"] not in ("value_error", "string_pattern_mismatch") and isinstance(first["input"], str | int | float):

@@ -35,7 +35,7 @@ class Settings:
         steps: optimiser steps.
         batch: windows of each step; micro: windows that are computed at once (gradients are accumulated).
         optimizer: "adamw" (β 0.9 and 0.999, no weight decay) or "sgd"; its state begins anew in every round.
-        learning_rate, clip: clip is the largest norm of the gradient; None for any.
+        learning_rate, clip: clip is the largest norm of the gradient; 0 for any.
         proximal: FedProx's μ (Li et al., MLSys 2020): μ/2·‖θ − θ₀‖² is added to the loss.
     """
 
@@ -44,7 +44,7 @@ class Settings:
     micro: int
     learning_rate: float
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    clip: float | None = None
+    clip: float = 0.0
     proximal: float = 0.0
 
 
@@ -204,7 +204,7 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal)
-            if settings.clip is not None:
+            if settings.clip:
                 nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -111,6 +111,12 @@ def make_tune_plan(
     Raises:
         FedgroveError: nobody can take part; names one client and the smallest budget that would do.
     """
+    for name, shape in sizes.linears.items():
+        if stage.method != "full" and stage.ranks[-1] > min(shape):
+            raise FedgroveError(
+                f"stages.{index}.ranks: {stage.ranks[-1]} is more than {name} has ({shape[0]}×{shape[1]}); "
+                f"give {min(min(shape) for shape in sizes.linears.values())} at most"
+            )
     left_out: dict[str, str] = {}
     number = wire.estimate(1000, 0.0, getattr(torch, stage.precision)) / 1000
     budgets = {name: _budget(card) for name, card in sorted(cards.items())}
