@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -180,8 +181,22 @@ class Moment:
     count: int = 1
 
 
-def process(*args: object, moment: Moment | None = None, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
-    """Calls the command in a process of its own: status (negative: the signal), standard output, standard error."""
+def process(
+    *args: object,
+    moment: Moment | None = None,
+    env: Mapping[str, str] | None = None,
+    kill_after: Callable[[], None] | None = None,
+    peak: Path | None = None,
+) -> tuple[int, str, str]:
+    """Calls the command in a process of its own: status (negative: the signal), standard output, standard error.
+
+    Args:
+        args: of the command.
+        moment: what befalls the process, and when.
+        env: its environment, besides what there is.
+        kill_after: the process is killed when this returns.
+        peak: a file for the most memory that the process ever held, in KiB.
+    """
     context = multiprocessing.get_context("forkserver")  # its children are real processes, and cost no import
     context.set_forkserver_preload(["warm"])
     with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the fork server looks for modules there alone
@@ -189,8 +204,11 @@ def process(*args: object, moment: Moment | None = None, env: Mapping[str, str] 
         forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        child = context.Process(target=_child, args=([str(arg) for arg in args], out, err, moment, dict(env or {})))
+        child = context.Process(target=_child, args=([str(arg) for arg in args], out, err, moment, dict(env or {}), peak))
         child.start()
+        if kill_after:
+            kill_after()
+            child.kill()
         child.join(300)
         assert child.exitcode is not None, "it hangs"
         return child.exitcode, out.read_text(), err.read_text()
@@ -202,11 +220,12 @@ def killed(*args: object, moment: Moment) -> None:
     assert status == -signal.SIGKILL, (status, err)
 
 
-def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: dict[str, str]) -> None:
+def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: dict[str, str], peak: Path | None) -> None:
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
     os.environ.update(env)
+    fedgrove.pruners.__path__.extend(folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder)
     torch.set_num_threads(1)
     if moment:
         sys.addaudithook(_Fate(moment))
@@ -217,6 +236,8 @@ def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: di
         main()
     finally:
         sys.stdout.flush()
+        if peak:
+            peak.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 class _Fate:

@@ -425,7 +425,7 @@ def test_the_verdict_says_who_gains_and_who_loses(run: Path) -> None:
     assert own
     assert "every owner is better off" in own
     mixed, own = measure(100, 110, 105, 130)
-    assert "law gains most (−15.4%), ward loses most (+4.8%)" in mixed
+    assert "law gains most (−15.4%), ward fares worst (+4.8%)" in mixed
     assert own
     assert "1 of 2 owners" in own
     lost, own = measure(100, 140, 120, 130)

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fedgrove import plugins
 from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, training_windows
@@ -99,6 +100,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     Answer:
         tensors ``change/<linear>`` and ``weight/<linear>``: as the rule says.
         tokens: the number of calibration tokens.
+        stage, round, block: of the ask.
     """
     decoder = _decoder(site.model, site.dtype, device)
     index = int(info["block"])
@@ -133,7 +135,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         own[decoder.block_names(index)[name]] = as_matrix(linears(decoder.blocks[index])[name], after)
     if info["keep"]:
         save_tensors(own, _alone(site, index))
-    return answer, {"tokens": tokens}
+    return answer, {"tokens": tokens, **{key: info[key] for key in ("stage", "round", "block")}}
 
 
 def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -291,9 +293,8 @@ def _set(module: nn.Module, weight: Tensor) -> None:
 
 
 def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
-    tokenizer = _checkpoint(site.model, site.dtype).tokenizer()
     try:
-        return calibration_windows(site.data, site.text, tokenizer, samples, length, f"{seed}/{site.name}")
+        return calibration_windows(site.data, site.text, _tokenizer(site.model), samples, length, f"{seed}/{site.name}")
     except FedgroveError as fault:
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
 
@@ -362,6 +363,11 @@ def _alone(site: Site, block: int) -> Path:
 @lru_cache(maxsize=1)
 def _checkpoint(model: Path, dtype: torch.dtype | None) -> Checkpoint:
     return Checkpoint(model, dtype)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    return Checkpoint(model).tokenizer()
 
 
 @lru_cache(maxsize=1)

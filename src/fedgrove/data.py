@@ -169,6 +169,8 @@ def calibration_windows(
     parts = [samples * (i + 1) // len(paths) - samples * i // len(paths) for i in range(len(paths))]
     windows = []
     for path, part in zip(paths, parts, strict=True):
+        if part == 0:  # there are more files than windows
+            continue
         ids: list[int] = []
         for budget in (CHARACTERS * part * length, None):  # a language with longer tokens needs the second, unbounded try
             texts = _draw(read_texts(path, template), random.Random(f"{seed}/{path.name}"), budget)

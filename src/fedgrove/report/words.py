@@ -128,5 +128,5 @@ def _most_and_least(best: tuple[str, float], worst: tuple[str, float]) -> str:
     if worst[1] < 1:
         return f"{says(best, 'gains most')}, {says(worst, 'least')}"
     if best[1] < 1:
-        return f"{says(best, 'gains most')}, {says(worst, 'loses most')}"
+        return f"{says(best, 'gains most')}, {says(worst, 'fares worst')}"
     return f"{says(worst, 'loses most')}, {says(best, 'least')}"

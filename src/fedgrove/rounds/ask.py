@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -88,6 +90,8 @@ def ask(
                     faults.pop(client, None)
                     del held[client], turns[0]
                     yield client, tensors, info
+                    del answer, tensors
+                    _give_memory_back()
                     continue
             held[client] = None
             if not last_try:
@@ -110,6 +114,13 @@ def ask(
         raise FedgroveError(
             f"{what} ({len(messages) - len(faults)} of {len(messages)} clients answered, {needed} needed: rounds.quorum)"
         )
+
+
+def _give_memory_back() -> None:
+    """Lets the system have what was freed: the C library of Linux keeps it in pieces that the next answer does not fit into,
+    and a server would grow with its clients after all."""
+    with suppress(AttributeError, OSError, TypeError):  # other systems have no such function and no such need
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Outbox(Mapping[str, bytes]):

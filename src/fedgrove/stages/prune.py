@@ -66,7 +66,7 @@ def _prune_block(decoder: Decoder, block: int, round_: int, plan: Plan, engine: 
     sums = {name: Sums() for name in names}
     contributors = []
     for client, tensors, _ in ask(
-        engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan)
+        engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan, round_, block)
     ):
         contributors.append(client)
         for name in names:
@@ -120,10 +120,14 @@ def calibration(seed: int, stage: int, samples: int, length: int) -> Info:
     return {"samples": samples, "length": length, "seed": f"{seed}/{stage}"}
 
 
-def _checker(before: dict[str, Tensor], stage: PruneStage, plan: Plan) -> Callable[[str, dict[str, Tensor], Info], None]:
-    """What an answer must look like: names, shapes, dtypes, finite values, and the sparsity that was asked for."""
+def _checker(
+    before: dict[str, Tensor], stage: PruneStage, plan: Plan, round_: int, block: int
+) -> Callable[[str, dict[str, Tensor], Info], None]:
+    """What an answer must look like: to this ask, names, shapes, dtypes, finite values, the sparsity that was asked for."""
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
+        if [info.get(key) for key in ("stage", "round", "block")] != [plan.stage, round_, block]:
+            raise WireError("it answers another ask")  # blocks are alike: nothing else would tell
         share = plan.clients[client]
         masks = stage.rule != "mean"
         expected = {}
