@@ -64,13 +64,14 @@ def test_the_program_finds_what_trying_everything_finds(given: Budget, masked: b
         return
     got = budget.best(sizes, GRID, given, weight, gap=0.0)
     assert fits(given, GRID, got, sizes)
-    best = max(budget.value(GRID, weight, choice) for choice in possible)
-    assert budget.value(GRID, weight, got) == pytest.approx(best, abs=1e-6)
+    best = max(budget.value(sizes, GRID, weight, choice) for choice in possible)
+    assert budget.value(sizes, GRID, weight, got) == pytest.approx(best, abs=1e-6)
 
 
 def test_with_room_for_everything_everything_is_taken() -> None:
-    got = budget.best(SIZES, GRID, Budget(), even(SIZES))
-    assert got == Choice(16, 4, 4, dict.fromkeys(SHAPES, 8))
+    grid = Grid(GRID.bits, GRID.batches, (1, 2), GRID.steps)  # of so small ranks each is worth its bytes
+    got = budget.best(SIZES, grid, Budget(), even(SIZES))
+    assert got == Choice(16, 4, 4, dict.fromkeys(SHAPES, 2))
 
 
 def test_scarce_ranks_go_where_they_matter() -> None:
@@ -120,7 +121,7 @@ def test_a_model_of_seven_billion_is_solved_to_a_thousandth() -> None:
     got = budget.best(sizes, grid, given, weight)
     assert fits(given, grid, got, sizes)
     tight = budget.best(sizes, grid, given, weight, gap=1e-5)
-    assert budget.value(grid, weight, got) >= (1 - 2e-3) * budget.value(grid, weight, tight)
+    assert budget.value(sizes, grid, weight, got) >= (1 - 2e-3) * budget.value(sizes, grid, weight, tight)
 
 
 MEASURE = """

@@ -290,11 +290,11 @@ def _fold_adapters(
             if a is None:
                 a = fill(rule.begin(old[name], rank).own, rank, name, seed).a
             rule.add(sums[name], Factors(tensors[f"{CHANGE}{name}/b"], a), float(share.tokens))
-    options = Options(plan.rank, stage.partition)
     for name in shapes:
-        new = rule.finish(old[name], sums[name], options)
+        rank = max(ranks[name])
+        new = rule.finish(old[name], sums[name], Options(max(rank, old[name].live.rank), stage.partition))
         memory = progress.memories.get(name, Memory(Factors.none(*shapes[name])))
-        live, memory = step(stage.server, old[name].live, new.live, memory, stage.server_rate, plan.rank)
+        live, memory = step(stage.server, old[name].live, new.live, memory, stage.server_rate, max(rank, old[name].live.rank))
         progress.states[name] = State(live, new.frozen)
         if stage.server != "average":
             progress.memories[name] = memory

@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 Row = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 QUANTISATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
+UPLOAD_PRICE = 0.1  # of all linears at the largest rank: a rank that is worth less than it costs to send is not taken
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
 LOGIT = 12  # bytes of a logit at the peak, beside itself: its float32 copy or probability, and two gradients
 
@@ -175,14 +176,22 @@ def gain(rank: float, largest: int) -> float:
     return math.log2(1 + rank) / math.log2(1 + largest)
 
 
-def value(grid: Grid, importance: Mapping[str, float], choice: Choice) -> float:
-    """What a configuration is worth: Σ importance·gain(rank) + gain(batch) − the price of few bits.
+def value(sizes: Sizes, grid: Grid, importance: Mapping[str, float], choice: Choice) -> float:
+    """What a configuration is worth: Σ importance·gain(rank) + gain(batch) − the price of few bits − the price of bytes.
+
+    The prices are ours. Without the last one a client with room would tune every linear at the largest rank, important or
+    not, and send all of it; with it a linear of mean importance stops at a middle rank.
 
     Args:
         importance: of each linear, not negative, together 1.
     """
     ranks = sum(importance[name] * gain(rank, grid.ranks[-1]) for name, rank in choice.ranks.items())
-    return ranks + gain(choice.batch, grid.batches[-1]) - QUANTISATION_PRICE[choice.bits]
+    sent = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items()) / _largest(sizes, grid)
+    return ranks + gain(choice.batch, grid.batches[-1]) - QUANTISATION_PRICE[choice.bits] - UPLOAD_PRICE * sent
+
+
+def _largest(sizes: Sizes, grid: Grid) -> float:
+    return grid.ranks[-1] * sum(map(sum, sizes.linears.values()))
 
 
 def least(sizes: Sizes, grid: Grid) -> Choice:
@@ -233,7 +242,8 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
     worth[:num_held] = [-QUANTISATION_PRICE[bits] for bits, _ in held]
     worth[num_held:first] = [gain(batch, grid.batches[-1]) for batch in grid.batches]
     added = np.diff([gain(rank, grid.ranks[-1]) for rank in steps])
-    worth[first:] = np.concatenate([importance[name] * added for name in names])
+    price = UPLOAD_PRICE / _largest(sizes, grid) * np.diff(steps)
+    worth[first:] = np.concatenate([importance[name] * added - price * sum(sizes.linears[name]) for name in names])
 
     rows: list[Row] = []
     upper: list[float] = []

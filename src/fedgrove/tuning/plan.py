@@ -43,7 +43,7 @@ class TunePlan(BaseModel):
     kind: str = "tune"
     method: str
     since: int = 0
-    rank: int  # the largest of any client: what the server keeps of each linear; 0: whole linears are trained
+    rank: int  # the largest of any client and linear; 0: whole linears are trained
     deadline: float | None
     clients: dict[str, TuneShare]
     left_out: dict[str, str]  # client -> which budget is too small, and what would do
@@ -158,9 +158,9 @@ def make_tune_plan(
         name, why = min(left_out.items())
         raise FedgroveError(f"client '{name}': {why} (and nobody else can take part either)")
     rank = max((rank for choice in choices.values() for rank in choice.ranks.values()), default=0)
-    tuned = {name for choice in choices.values() for name in choice.ranks}
+    kept = {name: max(choice.ranks.get(name, 0) for choice in choices.values()) for name in sizes.linears}
     grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, rank if stage.method == "fedpipe" else 0, number)
-    down = number * (rank * sum(sum(sizes.linears[name]) for name in tuned) if rank else sizes.parameters)
+    down = number * (sum(kept[name] * sum(shape) for name, shape in sizes.linears.items()) if rank else sizes.parameters)
     shares = {}
     for name, choice in choices.items():
         if rank:
