@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check

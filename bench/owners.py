@@ -2,6 +2,8 @@
 
     .venv/bin/python bench/owners.py --data ../shared/data --write
 
+Every single result is kept in bench/owners.json and not measured again; remove the file to begin anew.
+
 Owners: medical questions, research abstracts, newsgroup posts, a programming book, plays, restaurant descriptions, an
 encyclopaedia, novels. Each calibrates on its own training text and all are measured on held-out text of every owner.
 """
@@ -42,6 +44,7 @@ OWNERS = {
         None,
     ),
 }
+RESULTS = Path(__file__).with_suffix(".json")
 RULES: dict[str, dict[str, Any]] = {
     "FedSpaLLM (votes)": {},
     "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
@@ -67,6 +70,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         files = dict(plain_files(given.data, Path(folder)))
+        kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
         table = []
         for name, changes in {
             **RULES,
@@ -77,8 +81,12 @@ def main() -> None:
             for sparsity in given.sparsities:
                 found = []
                 for seed in given.seeds:
-                    found.append(measure(name, changes, sparsity, seed, files, given, Path(folder)))
-                    print(f"{name}, {sparsity:.0%}, seed {seed}: {found[-1][0]:.1f}", flush=True)
+                    key = f"{name}, {sparsity:.0%}, seed {seed}, {given.samples} samples, {given.windows} windows"
+                    if key not in kept:
+                        kept[key] = measure(name, changes, sparsity, seed, files, given, Path(folder))
+                        RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                    found.append(kept[key])
+                    print(f"{key}: {found[-1][0]:.1f}", flush=True)
                 values = [value for value, _ in found]
                 achieved = statistics.mean(reached for _, reached in found)
                 cell = f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"

@@ -266,6 +266,12 @@ def test_an_out_that_cannot_be_used_is_named(small: Small, tmp_path: Path) -> No
     assert f"--out {done}: a run is there already; continue it with --resume" in complaint("run", job, "--out", done)
 
 
+def test_the_demo_does_not_overwrite_a_run(small: Small) -> None:
+    done = small.undisturbed()
+    assert "a run is there already; continue it with --resume" in complaint("demo", "--out", done)
+    assert "--resume: the job differs" in complaint("demo", "--out", done, "--resume")
+
+
 def test_another_job_does_not_resume_a_run(small: Small) -> None:
     done = small.undisturbed()
     before = result(done)

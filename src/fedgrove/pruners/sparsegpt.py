@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,8 @@ def _highest(scores: Tensor, count: int) -> Tensor:
 
 
 def _invert(upper: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return cast(Tensor, torch.linalg.solve_triangular(upper, identity, upper=True))
 
 
 def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -124,6 +127,6 @@ def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         added = damping
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return lower.flip(0, 1)
+            return cast(Tensor, lower.flip(0, 1))
         damping *= 10
     raise ValueError("the Gram matrix of the inputs cannot be factored")
