@@ -365,3 +365,28 @@ def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None
     clock = [v for (s, r, c, name), v in measurements(run).items() if name == "clock"]
     assert 0 < clock[0] < clock[1]
     assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["rule"] == "ranks"
+
+
+def test_a_run_ends_with_what_each_client_was_given_and_why(small: Small, tmp_path: Path) -> None:
+    spec = small.spec()
+    clients = [{**spec["clients"][0], "memory": "8MiB", "uplink": "1Mbit"}, *spec["clients"][1:]]
+    job = small.job("told", stages=tune(method="fedpipe", ranks=[2, 4], rounds=1), clients=clients)
+    status, out, _ = cli("run", job, "--out", tmp_path / "run")
+    assert status == 0
+    line = next(line for line in out.splitlines() if "ash" in line)
+    assert "8 MiB" in line
+    assert "fedpipe" in out
+
+
+def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: Path) -> None:
+    clients = [{**client, "speed": "measure"} for client in small.spec()["clients"]]
+    job = jobs.load(small.job("measured", stages=tune(), clients=clients))
+    engine = server.local_engine(job, tmp_path / "clients")
+    said = []
+    for _ in range(2):
+        ((_, answer, error),) = engine.ask("card", {"ash": wire.pack({}, {"calibrations": [], "lengths": [16]})})
+        assert error is None
+        said.append(wire.unpack(answer)[1])
+    assert said[0] == said[1]
+    assert said[0]["speed"] > 0
+    assert said[0]["tokens"] % 16 == 0

@@ -76,7 +76,7 @@ def demo(
     workers: Workers = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Four owners prune the shipped model together: the whole job in a minute, no network, no GPU.
+    """Four owners prune the shipped model together, then tune it: the whole job in two minutes, no network, no GPU.
 
     Example: fedgrove demo --out my-first-run
     """
@@ -254,6 +254,7 @@ def _run(job: Any, out: Path, resume: bool, workers: int, say: Callable[[str], N
 
 
 def _show(out: Path, as_json: bool = False) -> None:
+    from fedgrove.report.plans import plan_table
     from fedgrove.report.summary import read
     from fedgrove.report.table import result_table
 
@@ -262,6 +263,8 @@ def _show(out: Path, as_json: bool = False) -> None:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
     console = Console()
+    for file in sorted(out.glob("plan-*-tune.json")):
+        console.print(plan_table(json.loads(file.read_text(encoding="utf-8")), {}))
     console.print(result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
 

@@ -353,7 +353,7 @@ def _measured_speed(site: Site, device: str) -> float:
 
 
 def _base(site: Site, stage: int) -> Path:
-    return site.folder / f"base-{stage}"
+    return site.folder / f"base-{int(stage)}"
 
 
 def _alone(site: Site, block: int) -> Path:
