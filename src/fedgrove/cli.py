@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedgrove.errors import FedgroveError
 
@@ -77,7 +76,7 @@ def demo(
     workers: Workers = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Four owners prune the shipped model together: the whole job in a minute, no network, no GPU.
+    """Four owners prune the shipped model together, then tune it: the whole job in two minutes, no network, no GPU.
 
     Example: fedgrove demo --out my-first-run
     """
@@ -109,7 +108,8 @@ def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = N
     Example: fedgrove plan job.toml --set stages.0.samples=64
     """
     from fedgrove.job import load
-    from fedgrove.plan import SPEED
+    from fedgrove.plan import SPEED, Plan
+    from fedgrove.report.plans import plan_table
     from fedgrove.run import Run
     from fedgrove.server import local_engine, make_plans, open_model
 
@@ -122,22 +122,13 @@ def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = N
         return
     console = Console()
     for plan, stage in zip(plans, wanted.stages, strict=True):
-        table = Table(title=f"stage {plan.stage}: {plan.kind}, {stage.pruner}, rule {stage.rule}", title_justify="left")
-        for heading in ("client", "blocks", "windows", "target", "memory", "upload", "time"):
-            table.add_column(heading, justify="left" if heading in ("client", "blocks") else "right")
-        for name, share in plan.clients.items():
-            blocks = "; ".join(_ranges(numbers) for numbers in share.blocks)
-            target = stage.pattern or f"{share.sparsity:.0%}"
-            table.add_row(
-                name, f"{blocks} of {plan.num_blocks}", str(share.samples), target, f"{share.memory / 2**20:,.0f} MiB",
-                f"{share.upload / 1e6:,.1f} MB", f"{share.seconds:,.0f} s",
-            )  # fmt: skip
-        console.print(table)
-        if plan.choices:
-            sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in plan.choices.items())
-            console.print(f"Uplink of a client by what is summed: {sizes}.")
-        for note in plan.notes:
-            console.print(f"Note: {note}")
+        console.print(plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
+        if isinstance(plan, Plan):
+            if plan.choices:
+                sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in plan.choices.items())
+                console.print(f"Uplink of a client by what is summed: {sizes}.")
+            for note in plan.notes:
+                console.print(f"Note: {note}")
     console.print(
         "Memory is the peak besides the program itself (about 500 MiB). "
         f"Time is what a client of speed 1.0 ({SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."
@@ -269,6 +260,7 @@ def _run(job: Any, out: Path, resume: bool, workers: int, say: Callable[[str], N
 
 
 def _show(out: Path, as_json: bool = False) -> None:
+    from fedgrove.report.plans import plan_table
     from fedgrove.report.summary import read
     from fedgrove.report.table import result_table
 
@@ -277,6 +269,8 @@ def _show(out: Path, as_json: bool = False) -> None:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
     console = Console()
+    for file in sorted(out.glob("plan-*-tune.json")):
+        console.print(plan_table(json.loads(file.read_text(encoding="utf-8")), {}))
     console.print(result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
 
@@ -308,14 +302,3 @@ def _fail(message: str, status: int) -> None:
     if status == 130:
         os._exit(status)  # no thread of a library may hold an interrupted run
     raise typer.Exit(status)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0–2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

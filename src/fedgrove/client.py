@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove import plugins
-from fedgrove.data import calibration_windows
+from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
@@ -54,6 +54,7 @@ class Site:
         card: what it says of itself.
         credentials: its key and the roster for secure aggregation. A client that has them sends nothing of its text but
             masked, whatever it is asked.
+        prompt, answer: instead of ``text`` where a stage tunes: only the answer is learnt.
     """
 
     name: str
@@ -64,13 +65,18 @@ class Site:
     text: str | None
     card: Info
     credentials: Credentials | None = None
+    prompt: str | None = None
+    answer: str | None = None
+
+
+TEXTLESS = frozenset({"card", "base", *KINDS})  # asks whose answers hold nothing of a client's text
 
 
 def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
     """Answers one ask: bytes in, bytes out."""
     tensors, info = wire.unpack(message)
     secure = info.pop(SECURE, None)
-    if site.credentials is not None and secure is None and kind in ("prune", "statistics", "evaluate"):
+    if site.credentials is not None and secure is None and kind not in TEXTLESS:
         raise FedgroveError(f"client '{site.name}': it answers '{kind}' only under secure aggregation")
     with torch.no_grad():
         answer, told = HANDLERS[kind](tensors, info, site, device)
@@ -82,11 +88,17 @@ def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
 def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Says what this client has, after trying whether its text suffices.
 
-    Ask: ``calibrations``, a list of {samples, length, seed}. Answer: the fields of :class:`~fedgrove.plan.Card`.
+    Ask: ``calibrations``, a list of {samples, length, seed}; ``lengths``, of the windows of tuning stages. Answer: the
+    fields of :class:`~fedgrove.plan.Card`.
     """
     for wanted in info["calibrations"]:
         _windows(site, **wanted)
-    return {}, site.card
+    said = dict(site.card)
+    for length in info.get("lengths", []):
+        said["tokens"] = int(_tokens(_training_windows(site, length)[0]))
+    if said.get("speed") == "measure":
+        said["speed"] = _measured_speed(site, device)
+    return {}, said
 
 
 def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -237,12 +249,106 @@ def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Ten
     return answer, {}
 
 
+def base(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Keeps what the model of a tuning stage has that this client's own copy has not: what earlier stages changed.
+
+    Ask: ``stage``; ``part``: a number; tensors by their name in the checkpoint.
+    """
+    save_tensors(tensors, _base(site, info["stage"]) / f"part-{info['part']:05d}.safetensors")
+    return {}, {}
+
+
+def importance(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Scores every linear on this client's text, in a few steps of training that are then forgotten.
+
+    Ask: ``stage``, ``parts`` (see :func:`base`), ``bits``, ``length``, ``seed``, ``settings``.
+    Answer: tensor ``change/importance``: (linears,) float64, in the model's order; ``weight/tokens``.
+    """
+    from fedgrove.tuning import importance as scoring
+    from fedgrove.tuning.lora import Settings, draw, load
+
+    decoder, ids, labels = _to_tune(site, info, device)
+    shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+    settings = Settings(**info["settings"])
+    batches = draw(ids, labels, settings.batch, 0, f"{info['seed']}/{site.name}/importance")
+    scores = scoring.importance(load(decoder, info["bits"]), shapes, batches, settings, info["seed"])
+    return {CHANGE + "importance": scores, WEIGHT + "tokens": _tokens(ids)}, {}
+
+
+def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Trains adapters, or whole linears, on this client's text for one round.
+
+    Ask:
+        stage, parts, bits, length, seed, settings: likewise; seen: windows that this client was given in earlier rounds.
+        ranks: by linear; null: whole linears. scales: by linear. masked: the linears whose zeros stay zero.
+        trains: "ab" or "b"; precision: dtype of the answer.
+        tensors ``own/<linear>/b``, ``own/<linear>/a``, ``rest/<linear>/b``, …: where to start; a missing factor begins anew.
+        With whole linears ``own/<linear>``: the change so far.
+
+    Answer:
+        tensors ``change/<linear>/b`` and ``/a``: the adapter as trained (a whole linear's: ``change/<linear>``, what this round
+        added); ``weight/tokens``; metrics: loss, the mean of the round.
+    """
+    from fedgrove.rules.adapters import Start
+    from fedgrove.tuning import lora
+    from fedgrove.tuning.factors import Factors, fill, initial_a
+
+    decoder, ids, labels = _to_tune(site, info, device)
+    settings = lora.Settings(**info["settings"])
+    batches = lora.draw(ids, labels, settings.batch, info["seen"], f"{info['seed']}/{site.name}")
+    shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+    masks = {name: decoder.read_matrix(name) != 0 for name in info["masked"]}
+    model = lora.load(decoder, info["bits"])
+    dtype = getattr(torch, info["precision"])
+    answer: Tensors = {WEIGHT + "tokens": _tokens(ids)}
+
+    def given(kind: str, name: str) -> Factors:
+        num_out, num_in = shapes[name]
+        b = tensors.get(f"{kind}/{name}/b", torch.zeros(num_out, 0)).float()
+        a = tensors.get(f"{kind}/{name}/a")
+        if a is None:
+            a = initial_a(name, b.shape[1], num_in, info["seed"])
+        return Factors(b, a.float())
+
+    if info["ranks"] is None:
+        before = {}
+        for name in shapes:
+            weight = cast(nn.Parameter, model.get_submodule(name).weight)
+            if f"own/{name}" in tensors:
+                weight.data += as_matrix(model.get_submodule(name), tensors[f"own/{name}"]).to(weight.device, weight.dtype)
+            before[name] = weight.detach().clone()
+        lora.open_weights(model, list(shapes), masks)
+        loss = _train(site, model, batches, settings)
+        for name, start in before.items():
+            module = model.get_submodule(name)
+            change = cast(Tensor, module.weight).detach() - start
+            answer[CHANGE + name] = as_matrix(module, change).to("cpu", dtype).contiguous()
+        return answer, {"loss": loss}
+
+    ranks: dict[str, int] = info["ranks"]
+    starts = {
+        name: Start(fill(given("own", name), ranks.get(name, 0), name, info["seed"]), given("rest", name)) for name in shapes
+    }
+    lora.attach(model, starts, info["scales"], masks)
+    if info["trains"] == "b":
+        lora.hold_a(model)
+    loss = _train(site, model, batches, settings)
+    for name, factors in lora.detach(model, list(ranks)).items():
+        answer[f"{CHANGE}{name}/b"] = factors.b.to(dtype)
+        if "a" in info["trains"]:
+            answer[f"{CHANGE}{name}/a"] = factors.a.to(dtype)
+    return answer, {"loss": loss}
+
+
 HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] = {
     "card": card,
     "prune": prune,
     "statistics": statistics,
     "evaluate": evaluate,
     **{kind: serve_secure(kind) for kind in KINDS},
+    "base": base,
+    "importance": importance,
+    "train": train,
 }
 
 
@@ -284,6 +390,63 @@ def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
         return calibration_windows(site.data, site.text, _tokenizer(site.model), samples, length, f"{seed}/{site.name}")
     except FedgroveError as fault:
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
+
+
+def _to_tune(site: Site, info: Info, device: str) -> tuple[Decoder, Tensor, Tensor]:
+    """The model of a tuning stage with nothing in it yet, and this client's windows."""
+    folder = _base(site, info["stage"])
+    parts = len(list(folder.glob("part-*.safetensors")))
+    if parts < info["parts"]:
+        raise FedgroveError(f"client '{site.name}': its working files are gone; continue the run with --resume")
+    checkpoint = Checkpoint(site.model, site.dtype)
+    return Decoder(checkpoint.over(folder) if info["parts"] else checkpoint, device), *_training_windows(site, info["length"])
+
+
+def _train(site: Site, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: Any) -> float:
+    from fedgrove.tuning.lora import train
+
+    try:
+        return train(model, batches, settings)
+    except FedgroveError as fault:
+        raise FedgroveError(f"client '{site.name}': {fault}") from fault
+
+
+def _tokens(ids: Tensor) -> Tensor:
+    return torch.tensor(ids.numel(), dtype=torch.float64)
+
+
+def _training_windows(site: Site, length: int) -> tuple[Tensor, Tensor]:
+    """All windows of this client's text, tokenised once and kept on its own disk."""
+    templates = {"text": site.text or DEFAULT_TEMPLATE}
+    if site.prompt and site.answer:
+        templates = {"prompt": site.prompt, "answer": site.answer}
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in site.data if path.is_file()]
+    checkpoint = _checkpoint(site.model, site.dtype)
+    facts = json.dumps([files, templates, length, checkpoint.fingerprint()], sort_keys=True)
+    file = site.folder / f"windows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+    if not file.is_file():
+        try:
+            ids, labels = training_windows(site.data, templates, checkpoint.tokenizer(), length)
+        except FedgroveError as fault:
+            raise FedgroveError(f"client '{site.name}': {fault}") from fault
+        save_tensors({"ids": ids.int(), "labels": labels.int()}, file)
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor("ids").long(), opened.get_tensor("labels").long()
+
+
+def _measured_speed(site: Site, device: str) -> float:
+    """Relative to ``SPEED``: how fast this client goes forwards and back through one block. Kept, so that a plan stays."""
+    file = site.folder / "speed.json"
+    if not file.is_file():
+        from fedgrove.tuning.calibrate import block_speed
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(block_speed(Decoder(_checkpoint(site.model, site.dtype), device))), encoding="utf-8")
+    return float(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _base(site: Site, stage: int) -> Path:
+    return site.folder / f"base-{int(stage)}"
 
 
 def _alone(site: Site, block: int) -> Path:

@@ -12,7 +12,7 @@ import json
 import random
 import re
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,18 @@ def read_texts(path: Path, template: str | None = None) -> Iterator[str]:
     Raises:
         FedgroveError: the file is missing or damaged, or a record lacks a field; names file and line.
     """
+    for (text,) in read_fields(path, {"text": template or DEFAULT_TEMPLATE}):
+        if text.strip():
+            yield text
+
+
+def read_fields(path: Path, templates: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+    """Each record of a file by several templates at once; see :func:`read_texts`.
+
+    Args:
+        path: likewise.
+        templates: the job's key -> the template. A plain text file is read by the key ``text`` alone.
+    """
     kind = SUFFIXES.get(path.suffix.lower())
     if not path.is_file():
         raise FedgroveError(f"{path}: no such file")
@@ -63,18 +75,23 @@ def read_texts(path: Path, template: str | None = None) -> Iterator[str]:
         raise FedgroveError(f"{path}: unknown kind of file; use {', '.join(sorted(SUFFIXES))}")
     try:
         if kind == "text":
-            yield from _passages(path)
+            if "text" not in templates:
+                raise FedgroveError(f"{path}: a plain text file has no fields; leave out {' and '.join(templates)}")
+            yield from ((passage,) for passage in _passages(path))
             return
-        template = template or DEFAULT_TEMPLATE
-        fields = template_fields(template)
+        fields = {key: template_fields(template) for key, template in templates.items()}
         for where, record in _records(path, kind):
-            missing = [field for field in fields if field not in record]
-            if missing:
-                have = ", ".join(map(str, record)) or "no field"
-                raise FedgroveError(f"{path}, {where}: no field '{missing[0]}'; it has: {have}. Mend the template (key text)")
-            text = template.format_map({field: "" if record[field] is None else record[field] for field in fields})
-            if text.strip():
-                yield text
+            for key, names in fields.items():
+                missing = [name for name in names if name not in record]
+                if missing:
+                    have = ", ".join(map(str, record)) or "no field"
+                    raise FedgroveError(
+                        f"{path}, {where}: no field '{missing[0]}'; it has: {have}. Mend the template (key {key})"
+                    )
+            yield tuple(
+                template.format_map({name: "" if record[name] is None else record[name] for name in fields[key]})
+                for key, template in templates.items()
+            )
     except UnicodeDecodeError as fault:
         raise FedgroveError(f"{path}: not UTF-8 text (byte {fault.start}); convert it") from fault
 
@@ -173,6 +190,43 @@ def calibration_windows(
             )
         windows.append(torch.tensor(ids[: part * length], dtype=torch.int64).view(part, length))
     return torch.cat(windows)
+
+
+IGNORED = -100  # the label of a token that is not to be learnt
+
+
+def training_windows(
+    paths: Sequence[Path], templates: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[Tensor, Tensor]:
+    """All of a client's text, packed; the tokens that do not fill a window at the end are left out.
+
+    Args:
+        templates: ``text``, of which every token is learnt, or ``prompt`` and ``answer``, of which the answer is.
+        length: tokens per window.
+
+    Returns:
+        (windows, length) int64 token ids, and labels: the same, but ``IGNORED`` on prompts.
+
+    Raises:
+        FedgroveError: a file cannot be read or lacks a field, or there is not one window of text.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for path in paths:
+        for parts in read_fields(path, templates):
+            if not parts[-1].strip():
+                continue
+            prompt = [token for part in parts[:-1] for token in _encode(part, tokenizer, end=False)]
+            answer = _encode(parts[-1], tokenizer)
+            ids += prompt + answer
+            labels += [IGNORED] * len(prompt) + answer
+    number = len(ids) // length
+    if not number:
+        raise FedgroveError(f"{paths[0]}: {len(ids)} tokens, but one window needs {length}; lower length, or add text")
+    return (
+        torch.tensor(ids[: number * length], dtype=torch.int64).view(number, length),
+        torch.tensor(labels[: number * length], dtype=torch.int64).view(number, length),
+    )
 
 
 def evaluation_windows(

@@ -52,6 +52,10 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(values)))
+
+
 def _one_of(package: str) -> Any:
     def check(name: str) -> str:
         if name not in plugins.names(package):
@@ -76,6 +80,8 @@ Files = Annotated[tuple[File, ...], BeforeValidator(_listed), Field(min_length=1
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Template = Annotated[str | None, AfterValidator(_template)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Bits = Literal[32, 16, 8, 4]
+Grid = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class Part(BaseModel):
@@ -98,11 +104,21 @@ class Client(Part):
     name: Name
     data: Files
     text: Template = None
+    prompt: Template = None
+    answer: Template = None
     memory: Bytes | None = None
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
     uplink: BitsPerSecond | None = None
+    downlink: BitsPerSecond | None = None
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
     samples: Annotated[int, Field(gt=0)] | None = None
     sparsity: Sparsity | None = None
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> Client:
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("give both prompt and answer, or neither")
+        return self
 
 
 class LayerSampling(Part):
@@ -175,6 +191,68 @@ class PruneStage(Part):
         return Target.of(self.sparsity, self.kept_of if self.pattern else None)
 
 
+class TuneStage(Part):
+    """``[[stages]]`` of ``kind = "tune"``.
+
+    Attributes:
+        method: "fedpipe" gives each client a configuration of its own; "lora" gives all the one that the weakest can hold;
+            "full" trains the whole linears.
+        rule: what the server makes of the adapters.
+        steps: optimiser steps of each client in a round, the same for all.
+        length: tokens per window.
+        batches: windows per step that a client may be given. "lora" and "full" give the largest to all.
+        ranks: ranks that a linear may be given besides 0. "lora" gives all the largest that everyone can hold.
+        bits: of each frozen weight; 32 and 16 are floats, 8 is int8, 4 is NF4.
+        learning_rate: of the clients' optimiser; ``decay`` = "linear" lowers it to a tenth over the rounds.
+        clip: the largest norm of a client's gradient; 0: any.
+        alpha: LoRA's α, so that an adapter is scaled by α/r; default: twice the rank, whatever it is.
+        deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
+            for a quarter of the largest batch at the smallest ranks. Only "fedpipe" looks at it.
+        refresh: measure the importance and plan again every so many rounds; 0: only before the first.
+        warmup: optimiser steps from which the importance is measured.
+        proximal: FedProx's μ.
+        partition: see :mod:`fedgrove.rules.adapters.ranks`.
+        server: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
+        server_rate: multiplies the change, or is the step of "adam".
+        precision: dtype of the adapters on the wire.
+        measure: the held-out perplexity is measured after every so many rounds; 0: only after the last.
+    """
+
+    kind: Literal["tune"]
+    method: Literal["fedpipe", "lora", "full"] = "fedpipe"
+    rule: Annotated[str, _one_of("rules.adapters")] = "ranks"
+    rounds: Annotated[int, Field(ge=1)] = 10
+    steps: Annotated[int, Field(ge=1)] = 8
+    length: Annotated[int, Field(gt=1)] = 512
+    batches: Grid = (1, 2, 4, 8, 16)
+    ranks: Grid = (2, 4, 8, 16, 32)
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (16, 8, 4)
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    decay: Literal["none", "linear"] = "none"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    refresh: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=1)] = 4
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    partition: bool = True
+    server: Literal["average", "momentum", "adam"] = "average"
+    server_rate: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    measure: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> TuneStage:
+        if self.method == "fedpipe" and self.rule == "residual":
+            raise ValueError('rule "residual" needs equal ranks: use method = "lora", or rule = "ranks"')
+        if self.method == "full" and self.rule != "ranks":
+            raise ValueError('method "full" has no adapters: leave rule out')
+        if self.server != "average" and (self.method == "full" or self.rule != "ranks"):
+            raise ValueError(f'server "{self.server}" works on adapters with rule = "ranks"')
+        return self
+
+
 class Text(Part):
     """A held-out text to evaluate on."""
 
@@ -226,7 +304,7 @@ class Job(Part):
     seed: int = 0
     model: Model
     clients: Annotated[tuple[Client, ...], Field(min_length=1)]
-    stages: Annotated[tuple[PruneStage, ...], Field(min_length=1)]
+    stages: Annotated[tuple[Annotated[PruneStage | TuneStage, Field(discriminator="kind")], ...], Field(min_length=1)]
     evaluate: Evaluate = Evaluate()
     rounds: Rounds = Rounds()
     privacy: Privacy = Privacy()
@@ -240,6 +318,8 @@ class Job(Part):
     @model_validator(mode="after")
     def _fits_together(self) -> Job:
         for i, stage in enumerate(self.stages):
+            if not isinstance(stage, PruneStage):
+                continue
             if self.evaluate.alone and stage.layers != "all":
                 raise ValueError("evaluate.alone: no client prunes the whole model when layers are sampled; set it to false")
             if isinstance(stage.layers, LayerSampling) and stage.layers.cover > len(self.clients):
@@ -276,6 +356,10 @@ class Job(Part):
                 f"privacy.smallest: {self.privacy.smallest} clients in a sum, but there are {len(self.clients)}; lower it"
             )
         for i, stage in enumerate(self.stages):
+            if isinstance(stage, TuneStage):
+                raise ValueError(
+                    f"privacy.secure_aggregation: stages.{i}: adapters are not masked yet; prune and tune in two jobs"
+                )
             if stage.rule == "mean":
                 raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "mean": use "statistics", "votes" or "masks"')
             if stage.rule != "statistics" and len(self.clients) > 255:
@@ -284,6 +368,18 @@ class Job(Part):
                 raise ValueError(
                     f'privacy.secure_aggregation: stages.{i}.layers: every client is in every sum; set it to "all"'
                 )
+
+    def pruning(self, stage: int) -> PruneStage:
+        """A stage that prunes."""
+        found = self.stages[stage]
+        assert isinstance(found, PruneStage)
+        return found
+
+    def tuning(self, stage: int) -> TuneStage:
+        """A stage that tunes."""
+        found = self.stages[stage]
+        assert isinstance(found, TuneStage)
+        return found
 
     def dumps(self) -> str:
         """The job as TOML, defaults filled in, paths absolute: it can be read again from anywhere."""
@@ -319,12 +415,17 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
         raise FedgroveError(f"{path}: {_complaint(fault)}") from fault
 
 
+_ALTERNATIVES = ("literal['all']", "LayerSampling", "prune", "tune")  # pydantic names the member of a union that it tried
+
+
 def _complaint(fault: ValidationError) -> str:
     first = fault.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("literal['all']", "LayerSampling"))
+    where = ".".join(str(part) for part in first["loc"] if part not in _ALTERNATIVES)
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "no such key"
+    elif first["type"].startswith("union_tag"):  # a stage of no kind, or of one that there is not
+        where, what = f"{where}.kind", "choose one of prune, tune"
     elif first["type"] == "missing":
         what = "this key is required"
     elif first["type"] not in ("value_error", "string_pattern_mismatch") and isinstance(first["input"], str | int | float):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Needs
-from fedgrove.job import LayerSampling, PruneStage
+from fedgrove.job import Bits, LayerSampling, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.privacy import noise
@@ -31,6 +31,9 @@ class Card(BaseModel):
     memory: Annotated[int, Field(gt=0)] | None = None  # bytes that the planner may use
     speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # relative to SPEED
     uplink: Annotated[int, Field(gt=0)] | None = None  # bits a second
+    downlink: Annotated[int, Field(gt=0)] | None = None  # bits a second
+    bits: tuple[Bits, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
+    tokens: Annotated[int, Field(ge=0)] = 0  # of its text, where a stage tunes
     samples: Annotated[int, Field(gt=0)] | None = None  # windows, where the client wants another number than the stage
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None  # likewise
 

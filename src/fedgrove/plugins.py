@@ -12,7 +12,7 @@ from fedgrove.errors import FedgroveError
 def names(package: str) -> list[str]:
     """The methods that stand in a package of fedgrove, e.g. ``names("pruners")``; imports none of them."""
     folder = importlib.import_module(f"fedgrove.{package}").__path__
-    return sorted(module.name for module in pkgutil.iter_modules(folder))
+    return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.ispkg)
 
 
 def load(package: str, name: str) -> ModuleType:

@@ -7,8 +7,9 @@ folder, and what is there already is not done again: that is how a killed run go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from fedgrove import plugins
 from fedgrove.client import Site
 from fedgrove.engine import Engine
 from fedgrove.engine.local import LocalEngine
-from fedgrove.job import Job, Model
+from fedgrove.job import Job, Model, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.plan import Card, Plan, calibration, make_plan
@@ -30,8 +31,10 @@ from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate
 from fedgrove.stages.export import model_card
 from fedgrove.stages.prune import prune
+from fedgrove.stages.tune import pruned_linears, tune
+from fedgrove.tuning.plan import TunePlan, even, make_tune_plan, measure
 
-STAGES = {"prune": prune}
+STAGES: dict[str, Callable[[Checkpoint, Any, Engine, Run], Checkpoint]] = {"prune": prune, "tune": tune}
 
 
 def main(job: Job, engine: Engine, run: Run) -> None:
@@ -70,32 +73,35 @@ def open_model(model: Model) -> Checkpoint:
     return Checkpoint(find_model(model.path, model.revision), dtype)
 
 
-def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Plan]:
+def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Plan | TunePlan]:
     """Asks the clients what they have, and plans every stage."""
     calibrations = {
         client.name: [
             calibration(job.seed, index, client.samples or stage.samples, stage.length)
             for index, stage in enumerate(job.stages)
+            if isinstance(stage, PruneStage)
         ]
         for client in job.clients
     }
-    messages: dict[str, Message] = {name: ({}, {"calibrations": calibrations[name]}) for name in engine.sites()}
+    lengths = [stage.length for stage in job.stages if isinstance(stage, TuneStage)]
+    messages: dict[str, Message] = {
+        name: ({}, {"calibrations": calibrations[name], "lengths": lengths}) for name in engine.sites()
+    }
     run.say("asking the clients what they have")
     answers = ask(engine, run, "card", messages, stage=0, round_=0, check=_check_card)
     cards = {client: Card(**info) for client, _, info in answers}
     decoder = Decoder(model)
-    return [
-        make_plan(
-            index,
-            stage,
-            decoder,
-            cards,
-            plugins.load("pruners", stage.pruner).NEEDS,
-            job.seed,
-            secure=job.privacy.secure_aggregation,
-        )
-        for index, stage in enumerate(job.stages)
-    ]
+    plans: list[Plan | TunePlan] = []
+    pruned = False
+    for index, stage in enumerate(job.stages):
+        if isinstance(stage, PruneStage):
+            needs, secure = plugins.load("pruners", stage.pruner).NEEDS, job.privacy.secure_aggregation
+            plans.append(make_plan(index, stage, decoder, cards, needs, job.seed, secure))
+            pruned = True
+        else:
+            sizes = measure(decoder, stage.length, pruned or bool(pruned_linears(decoder)))
+            plans.append(make_tune_plan(index, stage, sizes, cards, even(sizes)))
+    return plans
 
 
 def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
@@ -121,6 +127,8 @@ def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str
             text=client.text,
             card=client.model_dump(include=set(Card.model_fields), mode="json"),
             credentials=credentials.get(client.name),
+            prompt=client.prompt,
+            answer=client.answer,
         )
         for client in job.clients
     ]

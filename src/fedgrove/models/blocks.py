@@ -67,6 +67,39 @@ class Decoder:
         """The weight of a linear as (out, in), in the checkpoint's dtype."""
         return as_matrix(linears(self.blocks[index])[name], self.checkpoint.read(self.block_names(index)[name]))
 
+    def linear_names(self) -> dict[str, str]:
+        """Every linear of every block: its name in the model -> the name of its weight in the checkpoint."""
+        return {
+            f"{self.prefix}.{index}.{name}": stored
+            for index in range(len(self))
+            for name, stored in self.block_names(index).items()
+        }
+
+    def read_matrix(self, linear: str) -> Tensor:
+        """The weight of a linear, by its name in the model, as (out, in), in the checkpoint's dtype."""
+        index, _, name = linear.removeprefix(f"{self.prefix}.").partition(".")
+        return self.read_linear(int(index), name)
+
+    def read_shape(self, linear: str) -> tuple[int, int]:
+        """(out, in) of a linear, by its name in the model."""
+        module = self.model.get_submodule(linear)
+        num_out, num_in = as_matrix(module, cast(Tensor, module.weight)).shape
+        return num_out, num_in
+
+    def whole(self, change: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
+        """The model with all its weights, to be trained; frozen.
+
+        Args:
+            change: is given every part as soon as it is loaded: here a block can be made smaller before the next one comes.
+        """
+        if not self._ends_loaded:
+            self._fill_ends()
+        for index, block in enumerate(self.blocks):
+            self._fill(block, f"{self.prefix}.{index}.")
+            change(block)
+        change(self.model)
+        return self.model
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """A block with its weights; they are let go at the end."""

@@ -96,6 +96,10 @@ class Checkpoint:
         """Every tensor of the checkpoint."""
         return [name for names in self.shards.values() for name in names]
 
+    def changed(self) -> list[str]:
+        """The tensors that an overlay replaces."""
+        return [name for name in self.names() if self._file_of[name].parent in self.overlays]
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from fedgrove.client import WINDOW
 from fedgrove.data import evaluation_windows
@@ -17,9 +18,10 @@ from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import CHANGE, WEIGHT, check
 from fedgrove.run import Run
 from fedgrove.stages.prune import prune_info
+from fedgrove.tuning.plan import TunePlan
 
 
-def evaluate(model: Checkpoint, plan: Plan | None, engine: Engine, run: Run) -> None:
+def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, run: Run) -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>`` to the metrics.
 
     With ``evaluate.alone`` the clients also measure, after the first stage, what each would have had without the others.
@@ -33,17 +35,14 @@ def evaluate(model: Checkpoint, plan: Plan | None, engine: Engine, run: Run) -> 
     wanted = run.job.evaluate
     if not wanted.data:
         return
-    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics()}
-    tokenizer = model.tokenizer()
-    windows = {
-        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
-    }
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
+    windows = _windows(model, run)
     decoder = Decoder(model)
     for name, texts in windows.items():
         if (stage, None, f"perplexity/{name}") not in done:
             run.say(f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}")
             run.log(stage, None, None, f"perplexity/{name}", perplexity(decoder, texts))
-    if plan is None or plan.stage > 0 or not wanted.alone:
+    if not isinstance(plan, Plan) or plan.stage > 0 or not wanted.alone:
         return
     left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
@@ -59,3 +58,19 @@ def evaluate(model: Checkpoint, plan: Plan | None, engine: Engine, run: Run) -> 
     ):
         for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
             run.log(stage, None, client, f"perplexity/{name}", math.exp(float(answer[CHANGE + name])))
+
+
+def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None:
+    """Likewise, in the middle of a stage: after a round."""
+    done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
+    decoder = Decoder(model)
+    for name, texts in _windows(model, run).items():
+        if (stage, round_, f"perplexity/{name}") not in done:
+            run.log(stage, round_, None, f"perplexity/{name}", perplexity(decoder, texts))
+
+
+def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
+    wanted, tokenizer = run.job.evaluate, model.tokenizer()
+    return {
+        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
+    }

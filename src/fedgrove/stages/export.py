@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job
+from fedgrove.job import Job, PruneStage, TuneStage
 from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
 from fedgrove.rounds import wire
 from fedgrove.run import unfinished
@@ -140,15 +140,22 @@ def model_card(job: Job, base: Path) -> str:
         front, card = card[4:].split("\n---\n", 1)
         front += "\n"
     owners = ", ".join(client.name for client in job.clients)
-    done = "\n".join(
-        f"- {stage.kind}: {stage.pruner}, rule {stage.rule}, sparsity {stage.target} of every linear, {stage.samples} windows "
-        f"of {stage.length} tokens from each client, rounds: {stage.rounds}"
-        for stage in job.stages
-    )
+    done = "\n".join(_done(stage) for stage in job.stages)
     return (
         f"---\n{front}---\n# {job.name}\n\nMade with fedgrove by {len(job.clients)} owners of text together ({owners}); "
         f"no text left its owner.\n\n{done}\n\nPruned weights are exact zeros in dense safetensors: any program that loads "
         f"the model it came from loads this one.\n\nThe card of that model follows.\n\n{card.strip()}\n"
+    )
+
+
+def _done(stage: PruneStage | TuneStage) -> str:
+    if isinstance(stage, TuneStage):
+        return (
+            f"- tune: {stage.method}, rule {stage.rule}, {stage.rounds} rounds of {stage.steps} steps; merged into the weights"
+        )
+    return (
+        f"- {stage.kind}: {stage.pruner}, rule {stage.rule}, sparsity {stage.target} of every linear, {stage.samples} windows "
+        f"of {stage.length} tokens from each client, rounds: {stage.rounds}"
     )
 
 

@@ -39,7 +39,7 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
     Returns:
         The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor.
     """
-    stage = run.job.stages[plan.stage]
+    stage = run.job.pruning(plan.stage)
     records: dict[str, Info] = {}
     for round_ in range(stage.rounds):
         overlay = run.overlay(plan.stage, round_)
@@ -66,7 +66,7 @@ def _prune_block(
     run: Run,
     file: Path,
 ) -> None:
-    stage = run.job.stages[plan.stage]
+    stage = run.job.pruning(plan.stage)
     names = decoder.block_names(block)
     if stage.protect_first_block and block == 0:
         made = without_data(decoder, block, stage.target)
@@ -100,7 +100,7 @@ def _prune_block(
 
 def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engine: Engine, run: Run) -> dict[str, Pruned]:
     """The clients prune the block, and the rule makes one of theirs."""
-    stage = run.job.stages[plan.stage]
+    stage = run.job.pruning(plan.stage)
     rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
     before = {name: decoder.read_linear(block, name) for name in names}
@@ -146,7 +146,7 @@ def _add_masked(
     run: Run,
 ) -> tuple[list[str], dict[str, Sums]]:
     """Who is in the sums, and the sums of whole numbers that secure aggregation opens: no answer is seen, only their sum."""
-    stage = run.job.stages[plan.stage]
+    stage = run.job.pruning(plan.stage)
     expected = {}
     for name, weight in before.items():
         expected[WEIGHT + name] = (weight.shape, torch.uint8)
@@ -178,7 +178,7 @@ def _add_masked(
 
 def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> Info:
     """The JSON of an ask of kind ``prune``: see :func:`fedgrove.client.prune`."""
-    stage, share = job.stages[plan.stage], plan.clients[client]
+    stage, share = job.pruning(plan.stage), plan.clients[client]
     return {
         "block": block,
         "blocks": share.blocks[round_],

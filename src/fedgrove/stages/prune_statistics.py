@@ -114,7 +114,7 @@ def from_statistics(
         blocks: the inputs of every block, from :func:`probe`.
         previous: the file of the block before this one, pruned; ``sequential`` clients walk on through it.
     """
-    stage = run.job.stages[plan.stage]
+    stage = run.job.pruning(plan.stage)
     inlets = blocks[block]
     num_inputs = sum(map(len, blocks[1:] if stage.protect_first_block else blocks))
     contributors = plan.contributors(0, block)
@@ -152,7 +152,7 @@ def _collect(
     products: Mapping[str, bool],
 ) -> tuple[list[str], int, dict[str, Tensor]]:
     """Who is in the sum, of how many tokens, and the sum: the server sees each answer, or with secure aggregation none."""
-    stage, secure = run.job.stages[plan.stage], run.job.privacy.secure_aggregation
+    stage, secure = run.job.pruning(plan.stage), run.job.privacy.secure_aggregation
     largest, bits = _largest(run, plan)
 
     def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
@@ -192,14 +192,14 @@ def _largest(run: Run, plan: Plan) -> tuple[int, int]:
     """The largest sum that is allowed, and the bits of the ring that it is taken in."""
     if not run.job.privacy.secure_aggregation:
         return statistics.LARGEST, 64
-    tokens = sum(share.samples for share in plan.clients.values()) * run.job.stages[plan.stage].length
+    tokens = sum(share.samples for share in plan.clients.values()) * run.job.pruning(plan.stage).length
     bits = statistics.ring_bits(tokens)
     return 2 ** (bits - 2), bits
 
 
 def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mapping[str, Inlet], num_inputs: int) -> Info:
     """The JSON of an ask of kind ``statistics``: see :func:`fedgrove.client.statistics`."""
-    stage = run.job.stages[plan.stage]
+    stage = run.job.pruning(plan.stage)
     noisy = None
     if stage.epsilon is not None:
         noisy = {

@@ -1,0 +1,221 @@
+"""Eight unequal clients tune one model: FedPipe beside uniform LoRA, full fine-tuning, stand-alone and centralised.
+
+    .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
+
+A task's training text is dealt to eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the weakest has,
+speed from 1 to 6, in an order of its own. The weakest can hold rank 4 in every linear, one window at once, in 4 bits, and no
+more: so that is what uniform LoRA gives to all. Time is modelled from the cards, bytes are those of the ledger, both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import re
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import page
+import torch
+from transformers.utils import logging
+
+from fedgrove import server
+from fedgrove.job import Job
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.run import Run, read_lines
+from fedgrove.tuning import budget
+from fedgrove.tuning.plan import measure
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
+CLIENTS, ALPHA = 8, 0.3
+SPEEDS = [1.0, 3.1, 5.3, 2.4, 6.0, 1.7, 4.6, 3.9]  # of the clients in the order of their memory
+LENGTH, STEPS, ROUNDS, WINDOWS = 128, 4, 12, 24
+RANKS, BATCHES = [1, 2, 4], [1, 2, 4]
+RATE = {"fedpipe": 4e-3, "lora": 4e-3, "full": 5e-4}
+UPLINK = "10Mbit"
+TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
+
+
+def label(task: str, record: dict[str, Any]) -> str:
+    """By what a task is skewed: topic, type of question, or the kind of food (E2E names it in most records)."""
+    if task == "e2e":
+        found = re.search(r"food\[(.*?)\]", record["mr"])
+        return found[1] if found else "none"
+    return str(record["label" if task == "newsgroups" else "type"])
+
+
+def deal(task: str, data: Path, folder: Path, seed: int) -> list[Path]:
+    """Writes each client's file: every label is dealt by proportions of its own, drawn from Dirichlet(0.3)."""
+    by_label: dict[str, list[str]] = {}
+    for line in (data / task / "train.jsonl").read_text(encoding="utf-8").splitlines():
+        by_label.setdefault(label(task, json.loads(line)), []).append(line)
+    rng = np.random.default_rng(seed)
+    dealt: list[list[str]] = [[] for _ in range(CLIENTS)]
+    for name in sorted(by_label):
+        lines = by_label[name]
+        random.Random(f"{seed}/{name}").shuffle(lines)
+        cuts = (np.cumsum(rng.dirichlet([ALPHA] * CLIENTS))[:-1] * len(lines)).astype(int)
+        for part, (start, end) in zip(dealt, itertools.pairwise([0, *cuts, len(lines)]), strict=True):
+            part += lines[start:end]
+    files = []
+    for i, part in enumerate(dealt):
+        random.Random(f"{seed}/{i}").shuffle(part)
+        files.append(folder / f"client-{i}.jsonl")
+        files[-1].write_text("\n".join(part or dealt[0][:8]) + "\n", encoding="utf-8")
+    return files
+
+
+def weakest_memory() -> int:
+    """Bytes that just hold rank 4 in every linear on 4 bits, one window at once."""
+    sizes = measure(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
+    choice = budget.Choice(4, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
+    rest = budget.Grid((4,), tuple(BATCHES), tuple(RANKS), STEPS, RANKS[-1])
+    return math.ceil(budget.memory(sizes, rest, choice))
+
+
+def job(task: str, method: str, files: list[list[Path]], first: int, data: Path, seed: int, rounds: int) -> Job:
+    """A job of one method; ``files`` of each client, ``first``: the number of the first of them."""
+    least = weakest_memory()
+    links = {"uplink": UPLINK, "downlink": UPLINK}
+    cards = [{"memory": least * (i + 1), "speed": SPEEDS[i], **links} for i in range(CLIENTS)]
+    roomy = [{"speed": card["speed"], **links} for card in cards]  # what the whole linears need, nobody of these has
+    given = roomy if method == "full" or len(files) == 1 else cards
+    kind = "lora" if method in ("alone", "central") else method
+    return Job.model_validate({
+        "name": "bench",
+        "seed": seed,
+        "model": {"path": str(MODEL)},
+        "clients": [
+            {"name": f"client-{first + i}", "data": paths, "text": TEXTS[task], **given[first + i]}
+            for i, paths in enumerate(files)
+        ],
+        "stages": [{
+            "kind": "tune", "method": kind, "rounds": rounds, "steps": STEPS, "length": LENGTH, "ranks": RANKS,
+            "batches": [BATCHES[-1] * (CLIENTS if method == "central" else 1)] if kind != "fedpipe" else BATCHES,
+            "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1,
+        }],
+        "evaluate": {"data": [{"name": task, "path": data / task / "test.jsonl", "text": TEXTS[task]}], "length": 256,
+                     "windows": WINDOWS},
+    })  # fmt: skip
+
+
+def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
+    """Runs a job; after every round: modelled seconds, bytes so far, held-out loss in nats a token."""
+    run = Run(folder / "run", wanted)
+    engine = server.local_engine(wanted, run.path / "clients")
+    try:
+        server.main(wanted, engine, run)
+    finally:
+        engine.close()
+        run.close()
+    metrics, ledger = read_lines(run.path / "metrics.jsonl"), read_lines(run.path / "ledger.jsonl")
+    points = []
+    for round_ in range(wanted.stages[0].rounds):
+        at = {line["name"].split("/")[0]: line["value"] for line in metrics if line["round"] == round_ and not line["client"]}
+        sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "card")
+        points.append((at["clock"], sent, math.log(at["perplexity"])))
+    return points
+
+
+def run_method(task: str, method: str, data: Path, seed: int, rounds: int) -> dict[str, Any]:
+    """The curve of a method; stand-alone: the mean over its clients."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = deal(task, data, Path(folder), seed)
+        if method == "alone":
+            curves = []
+            for i, file in enumerate(files):
+                (Path(folder) / f"{i}").mkdir()
+                curves.append(curve(job(task, method, [[file]], i, data, seed, rounds), Path(folder) / f"{i}"))
+            points = [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)]
+        else:
+            held = [files] if method == "central" else [[file] for file in files]
+            points = curve(
+                job(task, method, held, CLIENTS // 2 if method == "central" else 0, data, seed, rounds), Path(folder)
+            )
+    return {"task": task, "method": method, "seed": seed, "points": points}
+
+
+def reach(points: list[list[float]], loss: float) -> list[float] | None:
+    """The first point at which a loss is reached."""
+    return next((point for point in points if point[2] <= loss), None)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: for each task and method the means over seeds."""
+    names = {"fedpipe": "FedPipe", "lora": "uniform LoRA", "full": "full fine-tuning", "alone": "stand-alone (mean)",
+             "central": "centralised"}  # fmt: skip
+    rows = ["| task | method | loss at the end | time to uniform's best | bytes to uniform's best | time of a round | bits |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    bits = {"fedpipe": "4 or 16", "lora": "4", "full": "32", "alone": "16", "central": "16"}
+    for task in dict.fromkeys(result["task"] for result in results):
+        of_task = [result for result in results if result["task"] == task]
+        uniform = {result["seed"]: result["points"] for result in of_task if result["method"] == "lora"}
+        for method, name in names.items():
+            runs = [result for result in of_task if result["method"] == method]
+            if not runs:
+                continue
+            ends = [run["points"][-1][2] for run in runs]
+            cells = [task, name, f"{statistics.mean(ends):.3f} ({', '.join(f'{end:.3f}' for end in ends)})"]
+            for column, unit in ((0, 1.0), (1, 1e6)):
+                shares = []
+                for run in runs:
+                    points = uniform.get(run["seed"])
+                    if points is None:
+                        continue
+                    best = min(points, key=lambda point: point[2])
+                    at = reach(run["points"], best[2])
+                    shares.append(None if at is None else (at[column] / unit, at[column] / best[column]))
+                reached = [share for share in shares if share is not None]
+                if method == "alone" or not reached:
+                    cells.append("–" if method == "alone" else "never")
+                else:
+                    each = ", ".join("never" if share is None else f"{share[1]:.2f}×" for share in shares)
+                    mean = statistics.mean(share[0] for share in reached)
+                    cells.append(f"{mean:.1f} {'MB' if column else 's'} ({each})")
+            cells.append(f"{statistics.mean(run['points'][-1][0] / len(run['points']) for run in runs):.2f} s")
+            rows.append("| " + " | ".join([*cells, bits[method]]) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Runs what is asked and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups, medquad and e2e")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TEXTS), default=sorted(TEXTS))
+    parser.add_argument("--methods", nargs="+", default=["lora", "fedpipe", "full", "alone", "central"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    results = read_lines(args.results) if args.results else []
+    for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods):
+        if any((r["task"], r["method"], r["seed"]) == (task, method, seed) for r in results):
+            continue
+        rounds = (
+            args.rounds * 3 // 2 if method == "fedpipe" else args.rounds
+        )  # its rounds are shorter; the table compares times
+        results.append(run_method(task, method, args.data, seed, rounds))
+        print(task, seed, method, [round(point[2], 3) for point in results[-1]["points"]], flush=True)
+        if args.results:
+            with args.results.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+    text = table([r for r in results if r["task"] in args.tasks])
+    print(text)
+    if args.write:
+        page.write("tune", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A stage's plan as a table for a terminal: what each client was given, and by what it has, why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+
+def plan_table(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
+    """A plan as it stands in ``RUN/plan-N-KIND.json``, and its stage as it stands in ``RUN/job.toml``."""
+    return _tuning(plan) if plan["kind"] == "tune" else _pruning(plan, stage)
+
+
+def _pruning(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
+    table = _table(f"stage {plan['stage']}: prune, {stage['pruner']}, rule {stage['rule']}")
+    _columns(table, "client", "blocks", "windows", "target", "memory", "upload", "time")
+    for name, share in plan["clients"].items():
+        blocks = "; ".join(_ranges(numbers) for numbers in share["blocks"])
+        target = stage.get("pattern") or f"{share['sparsity']:.0%}"
+        table.add_row(
+            name, f"{blocks} of {plan['num_blocks']}", str(share["samples"]), target, _mebibytes(share["memory"]),
+            _megabytes(share["upload"]), f"{share['seconds']:,.0f} s",
+        )  # fmt: skip
+    return Group(table)
+
+
+def _tuning(plan: Mapping[str, Any]) -> Group:
+    deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
+    table = _table(f"stage {plan['stage']}: tune, {plan['method']}{deadline}; each client, in a round")
+    _columns(table, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
+    for name, share in plan["clients"].items():
+        card = plan["cards"][name]
+        has = [_mebibytes(card["memory"])] if card["memory"] else []
+        has += [f"speed {card['speed']:g}"]
+        has += [f"{card['uplink'] / 1e6:,.0f} Mbit up"] if card["uplink"] else []
+        at_once = f" ({share['micro']} at once)" if share["micro"] < share["batch"] else ""
+        ranks = _ranks(share["ranks"], len(plan["importance"]))
+        table.add_row(
+            name, ", ".join(has), str(share["bits"]), f"{share['batch']}{at_once}", ranks,
+            _mebibytes(share["memory"]), _megabytes(share["upload"]), f"{share['seconds']:,.1f} s",
+        )  # fmt: skip
+    left_out = [Text(f"{name} is left out: {why}") for name, why in sorted(plan["left_out"].items())]
+    return Group(table, *left_out)
+
+
+def _ranks(ranks: Mapping[str, int], linears: int) -> str:
+    """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"."""
+    if not ranks:
+        return "whole linears"
+    values = list(ranks.values())
+    parts = [f"{rank} in {values.count(rank)}" for rank in sorted(set(values), reverse=True)]
+    return ", ".join(parts + ([f"none in {linears - len(values)}"] if len(values) < linears else []))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left")
+
+
+def _columns(table: Table, *headings: str) -> None:
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("client", "blocks", "has", "ranks") else "right")
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB"
+
+
+def _megabytes(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0–2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

@@ -1,0 +1,1 @@
+"""Fine-tuning with low-rank adapters: which weights, within which budget, how they are trained."""

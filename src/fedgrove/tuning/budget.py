@@ -1,0 +1,329 @@
+"""What a configuration costs a client in memory, time and bytes; and the best one that it can afford.
+
+FedPipe (arXiv 2404.06448) chooses batch size, ranks and bits of each client by a mixed-integer linear program. Its text was
+not at hand: that there is such a program over these variables is the paper's, the cost model, the gain and the linear form
+are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+Row = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+QUANTISATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
+UPLOAD_PRICE = 0.1  # of all linears at the largest rank: a rank that is worth less than it costs to send is not taken
+PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
+LOGIT = 12  # bytes of a logit at the peak, beside itself: its float32 copy or probability, and two gradients
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model as far as it costs something; counted, but for ``saved``.
+
+    Attributes:
+        linears: (out, in) of each linear that can be tuned.
+        others: numbers in all other weights.
+        width: of the hidden states; vocabulary: number of logits.
+        num_blocks: decoder blocks.
+        saved: numbers that a block without adapters keeps for its backward pass, for one window; measured.
+        length: tokens of a window.
+        masked: the linears are pruned, so that the products of the factors are formed and masked.
+    """
+
+    linears: Mapping[str, tuple[int, int]]
+    others: int
+    width: int
+    vocabulary: int
+    num_blocks: int
+    saved: int
+    length: int
+    masked: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all linears."""
+        return sum(rows * columns for rows, columns in self.linears.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A client's configuration.
+
+    Attributes:
+        bits: of each frozen weight.
+        batch: windows of an optimiser step; micro: windows computed at once.
+        ranks: by linear; those that are missing are not tuned.
+    """
+
+    bits: int
+    batch: int
+    micro: int
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What may be chosen.
+
+    Attributes:
+        bits, batches, ranks: the values, ascending but for ``bits``; rank 0 is always allowed.
+        steps: optimiser steps of a round.
+        rest: rank of what a client computes with and does not train, in every linear; an upper bound.
+        number: bytes of a factor's number on the wire.
+    """
+
+    bits: tuple[int, ...]
+    batches: tuple[int, ...]
+    ranks: tuple[int, ...]
+    steps: int
+    rest: int = 0
+    number: float = 1.27
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a client has: bytes, seconds a round, operations a second, bytes a second; infinite where it does not say."""
+
+    memory: float = math.inf
+    seconds: float = math.inf
+    speed: float = 3e10
+    uplink: float = math.inf
+
+
+class Infeasible(Exception):
+    """No configuration fits; the message says which budget is too small and what would do."""
+
+
+def weight_bytes(sizes: Sizes, bits: int) -> float:
+    """Bytes of the frozen model: int8 has a scale a row, NF4 one for every 64 weights."""
+    other = 4 if bits == 32 else 2
+    scales = {8: sum(4 * rows for rows, _ in sizes.linears.values()), 4: sizes.parameters / 16}.get(bits, 0)
+    masks = sizes.parameters if sizes.masked else 0
+    return sizes.parameters * bits / 8 + scales + masks + sizes.others * other
+
+
+def activation_bytes(sizes: Sizes, bits: int) -> float:
+    """Bytes of one window at the peak, without adapters: what the blocks keep for their backward pass, and the logits."""
+    number = 4 if bits == 32 else 2
+    logits = sizes.length * sizes.vocabulary * (LOGIT + (0 if bits == 32 else number))
+    inputs = sum(columns for _, columns in sizes.linears.values()) if bits == 8 else 0  # int8 keeps the input of every linear
+    return number * (sizes.num_blocks * sizes.saved + sizes.length * inputs) + logits
+
+
+def memory(sizes: Sizes, grid: Grid, choice: Choice) -> float:
+    """Bytes at the peak of training, besides the program itself.
+
+    A tuned linear keeps its input (in float32: adapters compute in it) and, for each rank, a number for each token.
+    """
+    rest = 4 * grid.rest * sum(map(sum, sizes.linears.values()))
+    total = weight_bytes(sizes, choice.bits) + rest + choice.micro * activation_bytes(sizes, choice.bits)
+    for name, rank in choice.ranks.items():
+        if rank:
+            rows, columns = sizes.linears[name]
+            total += rank * (rows + columns) * PER_TUNED + choice.micro * sizes.length * 4 * (columns + rank)
+    return total
+
+
+def full_memory(sizes: Sizes, micro: int) -> float:
+    """Likewise, when the linears themselves are trained, in float32."""
+    kept = sum(columns for _, columns in sizes.linears.values())
+    tuned = sizes.parameters * (PER_TUNED - 4)
+    return weight_bytes(sizes, 32) + tuned + micro * (activation_bytes(sizes, 32) + 4 * sizes.length * kept)
+
+
+def window_operations(sizes: Sizes, grid: Grid) -> float:
+    """Floating-point operations for one window, forwards and back, without trained adapters.
+
+    Two for each weight and token on the way forwards and two on the way back (frozen weights have no gradient), the same
+    for the head, and the attention's products. Under masks the product of the factors is a second linear, and its gradient
+    a third.
+    """
+    tokens, weights = sizes.length, sizes.parameters + sizes.width * sizes.vocabulary
+    attention = 2 * 2 * sizes.length**2 * sizes.width * sizes.num_blocks
+    rest = 4 * tokens * grid.rest * sum(map(sum, sizes.linears.values()))
+    if sizes.masked:
+        rest = 6 * tokens * sizes.parameters + 8 * grid.rest * sizes.parameters
+    return 4 * tokens * weights + 3 * attention + rest
+
+
+def seconds(sizes: Sizes, grid: Grid, budget: Budget, choice: Choice) -> float:
+    """Seconds of a round: computing, and sending the adapters."""
+    adapters = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items())
+    operations = grid.steps * choice.batch * (window_operations(sizes, grid) + 6 * sizes.length * adapters)
+    return operations / budget.speed + upload(sizes, grid, choice) / budget.uplink
+
+
+def full_seconds(sizes: Sizes, grid: Grid, budget: Budget, batch: int) -> float:
+    """Likewise for whole linears: their gradient takes as much again as going back through them."""
+    operations = grid.steps * batch * (window_operations(sizes, grid) + 2 * sizes.length * sizes.parameters)
+    return operations / budget.speed + sizes.parameters * grid.number / budget.uplink
+
+
+def upload(sizes: Sizes, grid: Grid, choice: Choice) -> float:
+    """Bytes that go up in a round."""
+    return grid.number * sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items())
+
+
+def gain(rank: float, largest: int) -> float:
+    """What a rank is worth, between 0 and 1: concave, for each further direction of change is worth less."""
+    return math.log2(1 + rank) / math.log2(1 + largest)
+
+
+def value(sizes: Sizes, grid: Grid, importance: Mapping[str, float], choice: Choice) -> float:
+    """What a configuration is worth: Σ importance·gain(rank) + gain(batch) − the price of few bits − the price of bytes.
+
+    The prices are ours. Without the last one a client with room would tune every linear at the largest rank, important or
+    not, and send all of it; with it a linear of mean importance stops at a middle rank.
+
+    Args:
+        importance: of each linear, not negative, together 1.
+    """
+    ranks = sum(importance[name] * gain(rank, grid.ranks[-1]) for name, rank in choice.ranks.items())
+    sent = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items()) / _largest(sizes, grid)
+    return ranks + gain(choice.batch, grid.batches[-1]) - QUANTISATION_PRICE[choice.bits] - UPLOAD_PRICE * sent
+
+
+def _largest(sizes: Sizes, grid: Grid) -> float:
+    return grid.ranks[-1] * sum(map(sum, sizes.linears.values()))
+
+
+def least(sizes: Sizes, grid: Grid) -> Choice:
+    """The cheapest configuration: one linear, the smallest rank, one window, the fewest bits."""
+    name = min(sizes.linears, key=lambda name: (sum(sizes.linears[name]), name))
+    bits = min(grid.bits, key=lambda bits: weight_bytes(sizes, bits) + activation_bytes(sizes, bits))
+    return Choice(bits, grid.batches[0], 1, {name: grid.ranks[0]})
+
+
+def check_feasible(sizes: Sizes, grid: Grid, budget: Budget) -> None:
+    """Raises :class:`Infeasible` where even the cheapest configuration does not fit, with the smallest budget that would do."""
+    choice = least(sizes, grid)
+    needed = memory(sizes, grid, choice)
+    if needed > budget.memory:
+        raise Infeasible(
+            f"the least that tunes anything needs {math.ceil(needed / 2**20):,} MiB of memory, but it has "
+            f"{budget.memory / 2**20:,.0f} MiB (clients.memory); lower length, or allow fewer bits"
+        )
+    needed = seconds(sizes, grid, budget, choice)
+    if needed > budget.seconds:
+        raise Infeasible(f"the least that tunes anything takes {needed:.3g} s a round, but deadline is {budget.seconds:.3g} s")
+
+
+def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, float], gap: float = 1e-3) -> Choice:
+    """The configuration of the highest :func:`value` within a budget, by mixed-integer linear programming (HiGHS).
+
+    One binary for each (bits, windows at once) and each batch, one of each to be chosen; for each linear and each step up
+    the grid of ranks one more: a step is taken only after the one below it. The gain is concave, so the steps are its
+    linear pieces. That time is batch × ranks and activations are windows × ranks makes products; they are linear once the
+    batch or the windows are known, so each of these has a row of its own, slack when it is not chosen.
+
+    Args:
+        importance: of each linear, not negative, together 1.
+        gap: how far from the optimum the answer may be, relative.
+
+    Raises:
+        Infeasible: nothing fits.
+    """
+    check_feasible(sizes, grid, budget)
+    names = sorted(sizes.linears)
+    steps = [0, *grid.ranks]
+    held = [(bits, micro) for bits in grid.bits for micro in micros(grid.batches)]
+    num_held, num_batches, num_steps = len(held), len(grid.batches), len(grid.ranks)
+    first = num_held + num_batches  # the variables of linear i, step k: first + i * num_steps + k
+    size = first + len(names) * num_steps
+
+    worth = np.zeros(size)
+    worth[:num_held] = [-QUANTISATION_PRICE[bits] for bits, _ in held]
+    worth[num_held:first] = [gain(batch, grid.batches[-1]) for batch in grid.batches]
+    added = np.diff([gain(rank, grid.ranks[-1]) for rank in steps])
+    price = UPLOAD_PRICE / _largest(sizes, grid) * np.diff(steps)
+    worth[first:] = np.concatenate([importance[name] * added - price * sum(sizes.linears[name]) for name in names])
+
+    rows: list[Row] = []
+    upper: list[float] = []
+    lower: list[float] = []
+
+    def row(fill: Mapping[int, float], tail: Row | None, low: float, high: float) -> None:
+        values = np.zeros(size)
+        for at, number in fill.items():
+            values[at] = number
+        if tail is not None:
+            values[first:] = tail
+        rows.append(values)
+        lower.append(low)
+        upper.append(high)
+
+    def when_chosen(at: int, tail: Row, room: float) -> None:
+        """tail·steps ≤ room where variable ``at`` is 1; where it is 0 the row says nothing."""
+        if not math.isfinite(room):
+            return
+        if room < 0:
+            row({at: 1.0}, None, 0.0, 0.0)
+            return
+        scale = max(room, float(tail.max(initial=0.0)), 1.0)
+        slack = max(0.0, float(tail.sum()) - room)
+        if slack:
+            row({at: slack / scale}, tail / scale, -np.inf, (room + slack) / scale)
+
+    widths = np.diff(steps)
+    row(dict.fromkeys(range(num_held), 1.0), None, 1.0, 1.0)
+    row(dict.fromkeys(range(num_held, first), 1.0), None, 1.0, 1.0)
+    for at, (bits, micro) in enumerate(held):
+        tail = []
+        for name in names:
+            num_out, num_in = sizes.linears[name]
+            each = widths * ((num_out + num_in) * PER_TUNED + micro * sizes.length * 4.0)
+            each[0] += micro * sizes.length * 4.0 * num_in
+            tail.append(each)
+        when_chosen(at, np.concatenate(tail), budget.memory - memory(sizes, grid, Choice(bits, 1, micro, {})))
+    for at, batch in enumerate(grid.batches):
+        number = 6.0 * sizes.length * grid.steps * batch / budget.speed + grid.number / budget.uplink
+        tail = [widths * number * sum(sizes.linears[name]) for name in names]
+        room = budget.seconds - seconds(sizes, grid, budget, Choice(grid.bits[0], batch, 1, {}))
+        when_chosen(num_held + at, np.concatenate(tail), room)
+        fits = {i: -1.0 for i, (_, micro) in enumerate(held) if micro <= batch}  # no more windows at once than there are
+        row({num_held + at: 1.0, **fits}, None, -np.inf, 0.0)
+    something = np.zeros(size - first)
+    something[::num_steps] = 1.0
+    row({}, something, 1.0, np.inf)
+
+    ladder = [
+        (first + i * num_steps + k, first + i * num_steps + k + 1) for i in range(len(names)) for k in range(num_steps - 1)
+    ]
+    order = csr_array(
+        (
+            np.tile([1.0, -1.0], len(ladder)),
+            (np.repeat(np.arange(len(ladder)), 2), np.array(ladder, dtype=int).reshape(-1)),
+        ),
+        shape=(len(ladder), size),
+    )
+    constraints = [LinearConstraint(csr_array(np.array(rows)), lower, upper)]
+    if ladder:
+        constraints.append(LinearConstraint(order, 0.0, np.inf))
+    result = milp(-worth, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options={"mip_rel_gap": gap})
+    if result.x is None:
+        raise Infeasible(f"no configuration fits its memory and its deadline together ({result.message.split('(')[0].strip()})")
+    taken = result.x > 0.5
+    bits, micro = held[int(taken[:num_held].argmax())]
+    batch = grid.batches[int(taken[num_held:first].argmax())]
+    counts = taken[first:].reshape(len(names), num_steps).sum(1)
+    ranks = {name: steps[int(count)] for name, count in zip(names, counts, strict=True) if count}
+    return widest(sizes, grid, budget, Choice(bits, batch, micro, ranks))
+
+
+def micros(batches: tuple[int, ...]) -> list[int]:
+    """How many windows may be computed at once: one, or any batch."""
+    return sorted({1, *batches})
+
+
+def widest(sizes: Sizes, grid: Grid, budget: Budget, choice: Choice) -> Choice:
+    """The same configuration with as many windows at once as fit: fewer, larger products are faster."""
+    fits = [micro for micro in micros(grid.batches) if micro <= choice.batch]
+    fits = [m for m in fits if memory(sizes, grid, Choice(choice.bits, choice.batch, m, choice.ranks)) <= budget.memory]
+    return Choice(choice.bits, choice.batch, max([choice.micro, *fits]), choice.ranks)

@@ -1,0 +1,126 @@
+"""Low-rank changes of a weight, kept as two factors: never as the dense product."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change B·A of a weight (out, in).
+
+    Every scale (LoRA's α/r) is folded into B, so that clients with different ones can be added.
+
+    Attributes:
+        b: (out, rank).
+        a: (rank, in).
+    """
+
+    b: Tensor
+    a: Tensor
+
+    @classmethod
+    def none(cls, num_out: int, num_in: int) -> Factors:
+        """No change: rank 0, float64."""
+        return cls(torch.zeros(num_out, 0, dtype=torch.float64), torch.zeros(0, num_in, dtype=torch.float64))
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of B; the product may have a lower rank."""
+        return self.b.shape[1]
+
+    def product(self) -> Tensor:
+        """B·A, dense (out, in)."""
+        return self.b @ self.a
+
+    def part(self, start: int, end: int) -> Factors:
+        """The rank-one terms from ``start`` to ``end``."""
+        return Factors(self.b[:, start:end], self.a[start:end])
+
+    def scaled(self, scale: float) -> Factors:
+        """scale · B·A."""
+        return Factors(self.b * scale, self.a)
+
+    def plus(self, *others: Factors) -> Factors:
+        """The sum of the products: the factors side by side."""
+        all_ = (self, *others)
+        return Factors(torch.cat([f.b for f in all_], 1), torch.cat([f.a for f in all_]))
+
+    def double(self) -> Factors:
+        """In float64."""
+        return Factors(self.b.double(), self.a.double())
+
+    def norm(self) -> float:
+        """‖B·A‖_F, from the small Gram matrices."""
+        b, a = self.b.double(), self.a.double()
+        return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
+    def compress(self, rank: int | None = None) -> Factors:
+        """The same product (or the nearest one of at most ``rank``), terms in descending order, √S on both sides.
+
+        QR of both factors, then the SVD of the small core R_B·R_Aᵀ: the truncated SVD of the product (Eckart-Young)
+        without forming it. The split √S·√S keeps the gradients of both factors of one size, where S on one side does not.
+        The sign of each term is fixed, so that the result does not depend on the library's choice.
+
+        Args:
+            rank: keep so many terms; None keeps all that are not rounding noise.
+        """
+        q_b, r_b = torch.linalg.qr(self.b.double())
+        q_a, r_a = torch.linalg.qr(self.a.double().T)
+        u, s, v = torch.linalg.svd(r_b @ r_a.T)
+        least = float(s[0]) * 1e-12 if s.numel() else 0.0
+        kept = int((s > least).sum())
+        kept = kept if rank is None else min(kept, rank)
+        b, a, root = q_b @ u[:, :kept], v[:kept] @ q_a.T, s[:kept].sqrt()
+        if kept:
+            sign = b.gather(0, b.abs().argmax(0, keepdim=True))[0].sign()
+            b, a = b * sign, a * sign[:, None]
+        return Factors(b * root, a * root[:, None])
+
+
+def initial_a(name: str, rank: int, num_in: int, seed: str) -> Tensor:
+    """(rank, in) float32: where the A of an adapter starts, the same on every machine; B starts at 0.
+
+    Uniform in ±1/√in, which is what LoRA's reference code and peft draw. Rows do not depend on ``rank``, so clients with
+    different ranks share their first rows.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    rows = [torch.rand(num_in, generator=generator) for _ in range(rank)]
+    bound = 1 / math.sqrt(num_in)
+    return (torch.stack(rows) * 2 - 1) * bound if rows else torch.zeros(0, num_in)
+
+
+def fill(own: Factors, rank: int, name: str, seed: str) -> Factors:
+    """An adapter of exactly ``rank`` terms: those of ``own``, then fresh ones that change nothing yet."""
+    missing = rank - own.rank
+    fresh = initial_a(name, rank, own.a.shape[1], seed)[own.rank :].to(own.a.dtype)
+    return own.part(0, rank) if missing <= 0 else own.plus(Factors(own.b.new_zeros(own.b.shape[0], missing), fresh))
+
+
+class ProductSum:
+    """Σ weight·B·A over clients, exact, as factors.
+
+    The sum of products has at most min(out, in) terms, so whenever the stacked factors grow past that they are compressed
+    without loss: memory does not grow with the number of clients.
+    """
+
+    def __init__(self, num_out: int, num_in: int):
+        self.value = Factors.none(num_out, num_in)
+        self.weight = 0.0
+
+    def add(self, factors: Factors, weight: float) -> None:
+        """Adds one client; ``weight`` is one number."""
+        self.weight += weight
+        self.value = self.value.plus(factors.double().scaled(weight))
+        if self.value.rank > 2 * min(self.value.b.shape[0], self.value.a.shape[1]):
+            self.value = self.value.compress()
+
+    def mean(self) -> Factors:
+        """Σ weight·B·A / Σ weight."""
+        return self.value.scaled(1 / self.weight)

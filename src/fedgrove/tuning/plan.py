@@ -1,0 +1,260 @@
+"""Who tunes what: a configuration for each client, by what it has. Plain data, the same whenever it is made again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from fedgrove.errors import FedgroveError
+from fedgrove.job import TuneStage
+from fedgrove.models.blocks import Decoder, linears
+from fedgrove.plan import SPEED, Card
+from fedgrove.rounds import wire
+from fedgrove.tuning import budget
+from fedgrove.tuning.budget import Budget, Choice, Grid, Infeasible, Sizes
+
+
+class TuneShare(BaseModel):
+    """One client's part in each round of a tuning stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bits: int  # of each frozen weight
+    batch: int  # windows of an optimiser step
+    micro: int  # windows computed at once
+    ranks: dict[str, int]  # by linear; empty: whole linears are trained
+    tokens: int  # of its text: its weight in the sum
+    memory: int  # bytes at the peak, besides the program itself
+    upload: int  # bytes
+    download: int  # bytes
+    seconds: float  # computing and sending, both ways
+
+
+class TunePlan(BaseModel):
+    """A tuning stage and who does what in it, from round ``since`` on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: int
+    kind: str = "tune"
+    method: str
+    since: int = 0
+    rank: int  # the largest of any client and linear; 0: whole linears are trained
+    deadline: float | None
+    clients: dict[str, TuneShare]
+    left_out: dict[str, str]  # client -> which budget is too small, and what would do
+    importance: dict[str, float]  # of each linear, together 1
+    cards: dict[str, Card]  # what the clients said, by name: why each was given what it was given
+
+    def tuned(self) -> list[str]:
+        """The linears that some client tunes, in order."""
+        return [name for name in self.importance if not self.rank or any(name in s.ranks for s in self.clients.values())]
+
+
+def measure(decoder: Decoder, length: int, masked: bool) -> Sizes:
+    """Counts a model, and what one of its blocks keeps for the backward pass of a window."""
+    shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
+    config = decoder.checkpoint.config.get_text_config()
+    hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
+    kept: dict[int, int] = {}  # storage -> its numbers; weights, which are saved too, are there anyway
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with decoder.loaded(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
+    in_linears = sum(cast(torch.Tensor, m.weight).numel() for m in linears(decoder.blocks[0]).values())
+    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
+    return Sizes(
+        linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
+        others=everything - len(decoder) * in_linears,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        num_blocks=len(decoder),
+        saved=sum(kept.values()),
+        length=length,
+        masked=masked,
+    )
+
+
+def even(sizes: Sizes) -> dict[str, float]:
+    """The importance before anything was measured: the same for all linears."""
+    return dict.fromkeys(sizes.linears, 1 / len(sizes.linears))
+
+
+def make_tune_plan(
+    index: int,
+    stage: TuneStage,
+    sizes: Sizes,
+    cards: Mapping[str, Card],
+    importance: Mapping[str, float],
+    since: int = 0,
+) -> TunePlan:
+    """Gives each client a configuration.
+
+    "fedpipe" solves :func:`fedgrove.tuning.budget.best` for each client (once for equal ones). "lora" gives everybody the
+    largest rank and the most bits that every client can hold, which is the baseline of the paper. "full" trains all linears.
+
+    Args:
+        index: the stage's place in the job.
+        cards: what the clients said, by name.
+        importance: of each linear, together 1.
+
+    Raises:
+        FedgroveError: nobody can take part; names one client and the smallest budget that would do.
+    """
+    for name, shape in sizes.linears.items():
+        if stage.method != "full" and stage.ranks[-1] > min(shape):
+            raise FedgroveError(
+                f"stages.{index}.ranks: {stage.ranks[-1]} is more than {name} has ({shape[0]}×{shape[1]}); "
+                f"give {min(min(shape) for shape in sizes.linears.values())} at most"
+            )
+    left_out: dict[str, str] = {}
+    number = wire.estimate(1000, 0.0, getattr(torch, stage.precision)) / 1000
+    budgets = {name: _budget(card) for name, card in sorted(cards.items())}
+    choices: dict[str, Choice] = {}
+    deadline = None
+    if stage.method == "fedpipe":
+        grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, stage.ranks[-1], number)
+        deadline = stage.deadline or _default_deadline(sizes, grid, budgets)
+        solved: dict[tuple[Budget, Grid], Choice | Infeasible] = {}
+        for name, given in budgets.items():
+            given = Budget(given.memory, deadline, given.speed, given.uplink)
+            bits = tuple(b for b in sorted(stage.bits, reverse=True) if b in cards[name].bits)
+            own = Grid(bits, grid.batches, grid.ranks, grid.steps, grid.rest, number)
+            if (given, own) not in solved:
+                try:
+                    if not bits:
+                        raise Infeasible(f"it can hold none of bits = {list(stage.bits)} (clients.bits)")
+                    solved[given, own] = budget.best(sizes, own, given, importance)
+                except Infeasible as fault:
+                    solved[given, own] = fault
+            answer = solved[given, own]
+            if isinstance(answer, Choice):
+                choices[name] = answer
+            else:
+                left_out[name] = str(answer)
+    elif stage.method == "lora":
+        choices, left_out = _uniform(stage, sizes, budgets, cards, number)
+    else:
+        for name, given in budgets.items():
+            fits = [m for m in budget.micros(stage.batches) if budget.full_memory(sizes, m) <= given.memory]
+            if fits:
+                choices[name] = Choice(32, stage.batches[-1], max(fits), {})
+            else:
+                left_out[name] = (
+                    f"training whole linears needs {math.ceil(budget.full_memory(sizes, 1) / 2**20):,} MiB "
+                    f"of memory, but it has {given.memory / 2**20:,.0f} MiB (clients.memory)"
+                )
+    if not choices:
+        name, why = min(left_out.items())
+        raise FedgroveError(f"client '{name}': {why} (and nobody else can take part either)")
+    rank = max((rank for choice in choices.values() for rank in choice.ranks.values()), default=0)
+    kept = {name: max(choice.ranks.get(name, 0) for choice in choices.values()) for name in sizes.linears}
+    grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, rank if stage.method == "fedpipe" else 0, number)
+    down = number * (sum(kept[name] * sum(shape) for name, shape in sizes.linears.items()) if rank else sizes.parameters)
+    shares = {}
+    for name, choice in choices.items():
+        if rank:
+            time = budget.seconds(sizes, grid, budgets[name], choice)
+            need, up = budget.memory(sizes, grid, choice), budget.upload(sizes, grid, choice)
+        else:
+            time = budget.full_seconds(sizes, grid, budgets[name], choice.batch)
+            need, up = budget.full_memory(sizes, choice.micro), number * sizes.parameters
+        downlink = cards[name].downlink
+        shares[name] = TuneShare(
+            bits=choice.bits,
+            batch=choice.batch,
+            micro=choice.micro,
+            ranks={linear: choice.ranks[linear] for linear in sizes.linears if linear in choice.ranks},
+            tokens=cards[name].tokens,
+            memory=math.ceil(need),
+            upload=math.ceil(up),
+            download=math.ceil(down),
+            seconds=round(time + (8 * down / downlink if downlink else 0.0), 3),
+        )
+    return TunePlan(
+        stage=index,
+        method=stage.method,
+        since=since,
+        rank=rank,
+        deadline=deadline,
+        clients=shares,
+        left_out=left_out,
+        importance=dict(importance),
+        cards=dict(sorted(cards.items())),
+    )
+
+
+def worth(plan: TunePlan, stage: TuneStage, importance: Mapping[str, float]) -> float:
+    """What a plan's ranks would be worth under another importance; see :func:`fedgrove.tuning.budget.gain`."""
+    return sum(
+        importance[name] * budget.gain(rank, stage.ranks[-1])
+        for share in plan.clients.values()
+        for name, rank in share.ranks.items()
+    )
+
+
+def warmup_seconds(plan: TunePlan, stage: TuneStage, sizes: Sizes, cards: Mapping[str, Card], rank: int) -> float:
+    """Seconds until the slowest client has measured the importance: ``warmup`` steps of one batch at that rank everywhere."""
+    grid = Grid(stage.bits, stage.batches, stage.ranks, stage.warmup)
+    ranks = dict.fromkeys(sizes.linears, rank)
+    times = [
+        budget.seconds(sizes, grid, Budget(speed=SPEED * cards[name].speed), Choice(32, share.micro, 1, ranks))
+        for name, share in plan.clients.items()
+    ]
+    return max(times)
+
+
+def _budget(card: Card) -> Budget:
+    return Budget(
+        memory=card.memory or math.inf,
+        speed=SPEED * card.speed,
+        uplink=card.uplink / 8 if card.uplink else math.inf,
+    )
+
+
+def _default_deadline(sizes: Sizes, grid: Grid, budgets: Mapping[str, Budget]) -> float:
+    """What the slowest client needs for a quarter of the largest batch at the smallest ranks."""
+    batch = max(grid.batches[0], max(b for b in grid.batches if b <= max(1, grid.batches[-1] // 4) or b == grid.batches[0]))
+    choice = Choice(grid.bits[0], batch, 1, dict.fromkeys(sizes.linears, grid.ranks[0]))
+    return max(budget.seconds(sizes, grid, given, choice) for given in budgets.values())
+
+
+def _uniform(
+    stage: TuneStage, sizes: Sizes, budgets: Mapping[str, Budget], cards: Mapping[str, Card], number: float
+) -> tuple[dict[str, Choice], dict[str, str]]:
+    """The same for all: the most bits, then the largest rank, that the weakest client can hold."""
+    left_out: dict[str, str] = {}
+    grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, 0, number)
+    batch = stage.batches[-1]
+
+    def fits(name: str, bits: int, rank: int) -> bool:
+        choice = Choice(bits, batch, 1, dict.fromkeys(sizes.linears, rank))
+        return bits in cards[name].bits and budget.memory(sizes, grid, choice) <= budgets[name].memory
+
+    for name in budgets:
+        if not any(fits(name, bits, stage.ranks[0]) for bits in stage.bits):
+            bits = min(stage.bits)
+            need = budget.memory(sizes, grid, Choice(bits, batch, 1, dict.fromkeys(sizes.linears, stage.ranks[0])))
+            left_out[name] = (
+                f"rank {stage.ranks[0]} in every linear needs {math.ceil(need / 2**20):,} MiB of memory, but it has "
+                f"{budgets[name].memory / 2**20:,.0f} MiB (clients.memory); lower length, or allow fewer bits"
+            )
+    able = [name for name in budgets if name not in left_out]
+    for bits in sorted(stage.bits, reverse=True):
+        for rank in reversed(stage.ranks):
+            if able and all(fits(name, bits, rank) for name in able):
+                choice = Choice(bits, batch, 1, dict.fromkeys(sizes.linears, rank))
+                return {name: budget.widest(sizes, grid, budgets[name], choice) for name in able}, left_out
+    if able:
+        raise FedgroveError('method "lora": the clients have no bits in common that all can hold; allow more values in bits')
+    return {}, left_out

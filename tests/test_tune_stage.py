@@ -1,0 +1,392 @@
+"""A whole tuning stage, on a federation that runs in seconds."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fedgrove import job as jobs
+from fedgrove import server
+from fedgrove.client import _training_windows
+from fedgrove.engine import Engine
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.rounds import wire
+from fedgrove.rules.adapters import Start
+from fedgrove.run import Run
+from fedgrove.tuning import lora
+from fedgrove.tuning.factors import Factors, fill
+from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, measurements
+
+TUNE = {
+    "kind": "tune", "method": "lora", "rounds": 2, "steps": 2, "length": 16, "batches": [4], "ranks": [4], "bits": [32],
+    "learning_rate": 0.01,
+}  # fmt: skip
+PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 3, "length": 16}
+
+
+def tune(**changes: Any) -> list[dict[str, Any]]:
+    return [{**TUNE, **changes}]
+
+
+def mean_perplexity(run: Path, stage: int | None) -> float:
+    found = [v for (s, r, c, name), v in measurements(run).items() if s == stage and r is None and name.startswith("perpl")]
+    return sum(found) / len(found)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+class Meddling:
+    """An engine between the rounds and a real one, which does something to one client's answers."""
+
+    def __init__(self, engine: Engine, client: str, does: str):
+        self.engine, self.client, self.does = engine, client, does
+
+    def sites(self) -> list[str]:
+        return self.engine.sites()
+
+    def ask(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+        for client, answer, error in self.engine.ask(kind, messages, timeout):
+            if kind != "train" or self.client not in (client, "all") or answer is None:
+                yield client, answer, error
+            elif self.does == "vanish":
+                yield client, None, "its process died (status -9)"
+            else:
+                tensors, info = wire.unpack(answer)
+                name = next(name for name in sorted(tensors) if name.startswith(wire.CHANGE))
+                match self.does:
+                    case "nan":
+                        tensors[name] = tensors[name].index_fill(0, torch.tensor([0]), float("nan"))
+                    case "shape":
+                        tensors[name] = tensors[name][:1]
+                    case "more":
+                        tensors[wire.WEIGHT + "tokens"] = tensors[wire.WEIGHT + "tokens"] * 1000
+                    case "loss":
+                        info["loss"] = "low"
+                yield client, wire.pack(tensors, info), None
+
+
+def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | None) -> list[str]:
+    said: list[str] = []
+    job = jobs.load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
+    run = Run(out, job, say=said.append)
+    try:
+        server.main(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
+    finally:
+        run.close()
+    return said
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "fedpipe"])
+def test_tuning_lowers_perplexity_and_the_result_loads_anywhere(small: Small, method: str) -> None:
+    run = small.undisturbed(stages=tune(method=method, rounds=3, steps=4))
+    assert mean_perplexity(run, 0) < 0.95 * mean_perplexity(run, None)
+    before = load_file(small.model / "model.safetensors")
+    after = weights(run)
+    assert {name: (t.shape, t.dtype) for name, t in before.items()} == {name: (t.shape, t.dtype) for name, t in after.items()}
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert all("proj" not in name for name in same), "every linear was tuned"
+    assert all("proj" in name or name in same for name in before), "nothing else was"
+    AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+@pytest.mark.parametrize("rule", ["mean", "frozen_a", "stacked", "residual"])
+def test_every_rule_tunes(small: Small, rule: str) -> None:
+    run = small.undisturbed(stages=tune(rule=rule))
+    assert mean_perplexity(run, 0) < mean_perplexity(run, None)
+
+
+@pytest.mark.parametrize("optimiser", ["momentum", "adam"])
+def test_every_server_optimiser_tunes(small: Small, optimiser: str) -> None:
+    run = small.undisturbed(stages=tune(server=optimiser))
+    assert mean_perplexity(run, 0) < mean_perplexity(run, None)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_frozen_base_may_have_fewer_bits_and_the_result_has_its_own_precision(small: Small, bits: int) -> None:
+    if bits < 16:
+        pytest.importorskip("bitsandbytes")
+    run = small.undisturbed(stages=tune(bits=[bits]))
+    assert mean_perplexity(run, 0) < mean_perplexity(run, None)
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("change", [{}, {"method": "full"}, {"bits": [4]}, {"rule": "residual"}])
+def test_after_pruning_the_zeros_stay_and_perplexity_falls(small: Small, change: dict[str, Any]) -> None:
+    if change.get("bits") == [4]:
+        pytest.importorskip("bitsandbytes")
+    pruned = weights(small.undisturbed(stages=[PRUNE]))
+    run = small.undisturbed(stages=[PRUNE, {**TUNE, **change}])
+    after = weights(run)
+    for row in json.loads((run / "pruning.json").read_text())["tensors"]:
+        assert torch.equal(pruned[row["name"]] == 0, after[row["name"]] == 0)
+        assert int((after[row["name"]] == 0).sum()) == row["pruned"] == row["numel"] // 2
+        assert not torch.equal(pruned[row["name"]], after[row["name"]])
+    assert mean_perplexity(run, 1) < mean_perplexity(run, 0)
+    if change.get("method") != "full":
+        assert "merged model" in (run / "adapter" / "README.md").read_text()
+
+
+def test_what_was_trained_under_the_mask_is_what_is_merged(small: Small) -> None:
+    """One client, one round: the loss of the adapted pruned model and of the merged one are the same."""
+    torch.manual_seed(0)
+    decoder = Decoder(Checkpoint(small.model))
+    masks = {name: torch.rand(decoder.read_shape(name)) > 0.5 for name in decoder.linear_names()}
+    weights_ = {name: decoder.read_matrix(name).float() * masks[name] for name in masks}
+    model = lora.load(decoder, 32)
+    for name, weight in weights_.items():
+        model.get_submodule(name).weight.data = weight.clone()
+    starts = {}
+    for name, weight in weights_.items():
+        rest = Factors(torch.randn(weight.shape[0], 2) * 0.1, torch.randn(2, weight.shape[1]) * 0.1)
+        starts[name] = Start(fill(Factors.none(*weight.shape), 3, name, "0"), rest)
+    lora.attach(model, starts, dict.fromkeys(starts, 2.0), masks)
+    ids = torch.randint(0, 4000, (4, 16))
+    lora.train(model, lora.draw(ids, ids, 4, 0, "0"), lora.Settings(3, 4, 2, 0.05))
+    adapted = lora.loss_sum(model, ids, ids)
+    trained = lora.detach(model, list(starts))
+    plain = lora.load(Decoder(Checkpoint(small.model)), 32)
+    for name, weight in weights_.items():
+        change = trained[name].product() + starts[name].rest.product()
+        plain.get_submodule(name).weight.data = lora.merge(weight, change * masks[name], masked=True)
+    torch.testing.assert_close(adapted, lora.loss_sum(plain, ids, ids))
+
+
+def test_the_adapter_gives_plain_peft_the_logits_of_the_merged_model(small: Small) -> None:
+    from peft import PeftModel
+
+    run = small.undisturbed(stages=tune(ranks=[2, 4], method="fedpipe"), model__dtype="float32")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32)
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, str(run / "adapter"))(ids).logits
+    assert (merged - before).abs().max() > 0.1
+    assert (merged - adapted).abs().max() < 1e-3
+
+
+def test_one_local_step_is_one_centralised_step_on_the_pooled_text(small: Small) -> None:
+    """Equal ranks, equal data, plain gradient descent: the federation does what one owner of all text would."""
+    rate, rank, number = 0.5, 4, 8
+    stages = tune(rounds=1, steps=1, batches=[number], ranks=[rank], optimizer="sgd", clip=0, learning_rate=rate,
+                  precision="float32")  # fmt: skip
+    job = jobs.load(small.job("one-step", stages=stages, model__dtype="float32"))
+    engine = server.local_engine(job, small.folder / "one-step-clients")
+    windows = [_training_windows(site, 16) for site in engine._sites.values()]
+    least = min(len(ids) for ids, _ in windows)
+    assert least >= number
+    run_folder = small.undisturbed(stages=stages, model__dtype="float32")
+
+    plan = json.loads((run_folder / "plan-0-tune.json").read_text())
+    tokens = {name: share["tokens"] for name, share in plan["clients"].items()}
+    decoder = Decoder(Checkpoint(small.model, torch.float32))
+    shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+    starts = {n: Start(fill(Factors.none(*s), rank, n, "0/0"), Factors.none(*s)) for n, s in shapes.items()}
+    model = lora.load(decoder, 32)
+    lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
+    total = sum(tokens.values())
+    with torch.enable_grad():
+        for (ids, labels), name in zip(windows, CLIENTS, strict=True):
+            drawn, wanted = next(lora.draw(ids, labels, number, 0, f"0/0/{name}"))
+            share = tokens[name] / total / (number * 15)
+            (lora.loss_sum(model, drawn, wanted) * share).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= rate * parameter.grad
+    want = lora.detach(model, list(starts))
+    got = weights(run_folder)
+    before = load_file(small.model / "model.safetensors")
+    for name, factors in want.items():
+        change = got[f"{name}.weight"] - before[f"{name}.weight"].float()
+        assert change.abs().max() > 1e-4
+        assert (change - factors.product()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("moment", [
+    Moment("os.rename", "*/adapters-0001.safetensors"),
+    Moment("os.rename", "*/adapters-0001.safetensors", "cut"),
+    Moment("open", "*/metrics.jsonl", "cut", count=9),
+    Moment("os.rename", "*/stage-1/round-2/block-0001.safetensors"),
+    Moment("os.rename", "*/adapter"),
+])  # fmt: skip
+def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
+    stages = [PRUNE, {**TUNE, "method": "fedpipe", "refresh": 1, "measure": 1, "ranks": [2, 4]}]
+    whole = small.undisturbed(stages=stages)
+    job, out = small.job("resumed", stages=stages), tmp_path / "run"
+    killed("run", job, "--out", out, "--quiet", moment=moment)
+    assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
+    assert measurements(out) == measurements(whole)
+    for name in ("plan-1-tune.json", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_worker_processes_and_the_order_of_clients_change_no_bit(small: Small, tmp_path: Path) -> None:
+    stages = tune(method="fedpipe", ranks=[2, 4])
+    whole = small.undisturbed(stages=stages)
+    spec = small.spec(stages=stages)
+    job = small.job("order", stages=stages, clients=spec["clients"][::-1])
+    assert cli("run", job, "--out", tmp_path / "run", "--workers", 2, "--quiet")[0] == 0
+    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(whole).items())
+
+
+@pytest.mark.parametrize(("does", "why"), [
+    ("nan", "NaN"), ("shape", "shape"), ("more", "tokens"), ("loss", "loss"), ("vanish", "died"),
+])  # fmt: skip
+def test_a_bad_answer_is_refused_by_name_and_the_round_goes_on(small: Small, tmp_path: Path, does: str, why: str) -> None:
+    said = run_meddled(small, tmp_path / "run", "birch", does, quorum=2)
+    line = next(line for line in said if line.startswith("birch"))
+    assert why in line
+    heard = {c for (_, _, c, name) in measurements(tmp_path / "run") if name == "loss"}
+    assert heard == {"ash", "cedar", None}
+    assert mean_perplexity(tmp_path / "run", 0) < mean_perplexity(tmp_path / "run", None)
+
+
+@pytest.mark.parametrize(("client", "quorum"), [("birch", None), ("all", 1)])
+def test_too_few_answers_end_the_run_with_a_line(small: Small, tmp_path: Path, client: str, quorum: int | None) -> None:
+    with pytest.raises(FedgroveError, match=r"client '(ash|birch)': its process died.*quorum"):
+        run_meddled(small, tmp_path / "run", client, "vanish", quorum)
+
+
+def test_a_loss_that_is_not_finite_is_told_on_the_client(small: Small) -> None:
+    decoder = Decoder(Checkpoint(small.model))
+    model = lora.load(decoder, 32)
+    model.get_input_embeddings().weight.data[0] = float("nan")
+    lora.open_weights(model, ["model.layers.0.mlp.up_proj"], {})
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    with pytest.raises(FedgroveError, match="not finite"):
+        lora.train(model, lora.draw(ids, ids, 2, 0, "0"), lora.Settings(1, 2, 2, 0.1))
+
+
+def test_clients_are_given_what_they_can_hold_and_the_rest_are_named(small: Small) -> None:
+    job = small.spec(stages=tune(method="fedpipe", ranks=[2, 4, 8], batches=[1, 2, 4, 8]))
+    memories = {"ash": "2200KiB", "birch": "64MiB", "cedar": "1MiB"}
+    clients = [{**client, "memory": memories[client["name"]]} for client in job["clients"]]
+    run = small.undisturbed(stages=job["stages"], clients=clients)
+    plan = json.loads((run / "plan-0-tune.json").read_text())
+    assert set(plan["clients"]) == {"ash", "birch"}
+    assert "MiB of memory, but it has 1 MiB" in plan["left_out"]["cedar"]
+    ash, birch = plan["clients"]["ash"], plan["clients"]["birch"]
+    assert ash["memory"] <= 2200 * 1024 < birch["memory"]
+    assert sum(ash["ranks"].values()) < sum(birch["ranks"].values())
+    assert abs(sum(plan["importance"].values()) - 1) < 1e-9
+    told = {name for (_, _, _, name) in measurements(run)}
+    assert {f"importance/{name}" for name in plan["importance"]} <= told
+
+
+def test_when_nobody_can_hold_anything_a_line_says_what_would_do(small: Small) -> None:
+    spec = small.spec()
+    clients = [{**client, "memory": "1MiB"} for client in spec["clients"]]
+    for method in ("fedpipe", "lora", "full"):
+        line = complaint("plan", small.job("nobody", stages=tune(method=method), clients=clients))
+        assert "client 'ash'" in line
+        assert "MiB of memory, but it has 1 MiB" in line
+
+
+def test_a_rank_above_a_matrix_names_the_key_and_the_matrix(small: Small) -> None:
+    line = complaint("plan", small.job("rank", stages=tune(ranks=[4, 500])))
+    assert "stages.0.ranks: 500" in line
+    assert "give 32 at most" in line
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"prompt": "{question}", "answer": "{reply}"}, ["no field 'reply'", "key answer", "ash"]),
+    ({"prompt": "{ask}", "answer": "{text}"}, ["no field 'ask'", "key prompt", "ash"]),
+])  # fmt: skip
+def test_a_record_without_the_answers_field_is_named(small: Small, tmp_path: Path, fields: dict, words: list[str]) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"question": "why", "text": "because"}\n')
+    clients = [{"name": "ash", "data": str(data), **fields}, *small.spec()["clients"][1:]]
+    line = complaint("plan", small.job("no-field", stages=tune(), clients=clients))
+    assert all(word in line for word in words), line
+
+
+def test_only_the_answer_is_learnt(small: Small, tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps({"q": f"question {i} ", "a": f"reply {i}"}) + "\n" for i in range(20)))
+    clients = [{"name": "ash", "data": str(data), "prompt": "{q}", "answer": "{a}"}]
+    job = jobs.load(small.job("answers", stages=tune(), clients=clients))
+    (site,) = server.local_engine(job, tmp_path / "clients")._sites.values()
+    ids, labels = _training_windows(site, 16)
+    tokenizer = Checkpoint(small.model).tokenizer()
+    learnt = tokenizer.decode(labels[labels >= 0])
+    assert "reply" in learnt
+    assert "question" not in learnt
+    assert "question" in tokenizer.decode(ids.flatten())
+    assert torch.equal(ids[labels >= 0], labels[labels >= 0])
+
+
+def test_the_order_of_windows_covers_all_of_them_in_every_epoch() -> None:
+    ids = torch.arange(7)[:, None].repeat(1, 3)
+    batches = lora.draw(ids, ids, 2, 0, "0")
+    seen = torch.cat([next(batches)[0][:, 0] for _ in range(7)]).tolist()
+    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
+    assert seen[:7] != seen[7:]
+    later = lora.draw(ids, ids, 2, 4, "0")
+    assert next(later)[0][:, 0].tolist() == seen[4:6]
+
+
+def test_equal_windows_at_once_or_one_by_one_make_no_difference(small: Small) -> None:
+    ids = torch.randint(0, 4000, (6, 16), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5, -100)
+    results = []
+    for micro in (1, 4, 6):
+        decoder = Decoder(Checkpoint(small.model))
+        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        model = lora.load(decoder, 32)
+        starts = {n: Start(fill(Factors.none(*s), 2, n, "0"), Factors.none(*s)) for n, s in shapes.items()}
+        lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
+        loss = lora.train(model, lora.draw(ids, labels, 6, 0, "0"), lora.Settings(2, 6, micro, 0.1, optimizer="sgd"))
+        results.append((loss, lora.detach(model, list(shapes))))
+    for loss, trained in results[1:]:
+        assert abs(loss - results[0][0]) < 1e-4
+        for name, factors in trained.items():
+            torch.testing.assert_close(factors.product(), results[0][1][name].product(), atol=1e-5, rtol=1e-3)
+
+
+def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None:
+    run = small.undisturbed(stages=[PRUNE, TUNE])
+    kinds = [(line["kind"], line["direction"]) for line in lines(run / "ledger.jsonl") if line["stage"] == 1]
+    assert kinds.count(("train", "up")) == kinds.count(("train", "down")) == 2 * len(CLIENTS)
+    assert kinds.count(("base", "down")) == 2 * len(CLIENTS), "the pruned blocks travel once"
+    clock = [v for (s, r, c, name), v in measurements(run).items() if name == "clock"]
+    assert 0 < clock[0] < clock[1]
+    assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["rule"] == "ranks"
+
+
+def test_a_run_ends_with_what_each_client_was_given_and_why(small: Small, tmp_path: Path) -> None:
+    spec = small.spec()
+    clients = [{**spec["clients"][0], "memory": "8MiB", "uplink": "1Mbit"}, *spec["clients"][1:]]
+    job = small.job("told", stages=tune(method="fedpipe", ranks=[2, 4], rounds=1), clients=clients)
+    status, out, _ = cli("run", job, "--out", tmp_path / "run")
+    assert status == 0
+    line = next(line for line in out.splitlines() if "ash" in line)
+    assert "8 MiB" in line
+    assert "fedpipe" in out
+
+
+def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: Path) -> None:
+    clients = [{**client, "speed": "measure"} for client in small.spec()["clients"]]
+    job = jobs.load(small.job("measured", stages=tune(), clients=clients))
+    engine = server.local_engine(job, tmp_path / "clients")
+    said = []
+    for _ in range(2):
+        ((_, answer, error),) = engine.ask("card", {"ash": wire.pack({}, {"calibrations": [], "lengths": [16]})})
+        assert error is None
+        said.append(wire.unpack(answer)[1])
+    assert said[0] == said[1]
+    assert said[0]["speed"] > 0
+    assert said[0]["tokens"] % 16 == 0
