@@ -11,7 +11,7 @@ import torch
 
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy import noise
-from fedgrove.rules.statistics import Statistic
+from fedgrove.rules.statistics import BITS, Statistic
 from small import Small, cli, complaint, lines
 from test_statistics import prune
 
@@ -36,18 +36,18 @@ def test_windows_are_clipped_one_by_one() -> None:
     statistic = Statistic("a", torch.ones(5), products=False, norm=3.0)
     loud, quiet = 100 * torch.randn(1, 8, 5), 0.01 * torch.randn(1, 8, 5)
     statistic.add(loud)
-    assert float(statistic.squares.double().norm()) * 2.0**-16 == pytest.approx(3.0, rel=1e-4)
+    assert float(statistic.squares.double().norm()) * 2.0**-BITS == pytest.approx(3.0, rel=1e-4)
     before = statistic.squares.clone()
     statistic.add(quiet)
-    added = (statistic.squares - before).double() * 2.0**-16
-    torch.testing.assert_close(added, quiet[0].double().square().sum(0), atol=2.0**-16, rtol=0)
+    added = (statistic.squares - before).double() * 2.0**-BITS
+    torch.testing.assert_close(added, quiet[0].double().square().sum(0), atol=2.0**-BITS, rtol=0)
 
 
 def test_the_clients_share_the_noise_of_the_sum() -> None:
     zeros = torch.zeros(20_000, dtype=torch.int64)
-    total = sum(noise.add_noise(zeros, 2.0, inputs=12, clients=4, epsilon=1.0, delta=1e-5, bits=16) for _ in range(4))
-    deviation = float((total.double() * 2.0**-16).std())  # type: ignore[union-attr]
-    sensitivity = 2.0 + 0.5 * math.sqrt(20_000) * 2.0**-16
+    total = sum(noise.add_noise(zeros, 2.0, inputs=12, clients=4, epsilon=1.0, delta=1e-5, bits=BITS) for _ in range(4))
+    deviation = float((total.double() * 2.0**-BITS).std())  # type: ignore[union-attr]
+    sensitivity = 2.0 + 0.5 * math.sqrt(20_000) * 2.0**-BITS
     assert deviation == pytest.approx(noise.multiplier(1.0, 1e-5) * sensitivity * math.sqrt(12), rel=0.04)
 
 

@@ -264,9 +264,9 @@ def _masked_bytes(stage: PruneStage, cards: Mapping[str, Card]) -> float:
 
 
 def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
-    """About the bytes of one block's sums: 4.4 for a number of eight (measured on the shipped model), and names."""
+    """About the bytes of one block's sums: 4.0 for a number of eight (measured on the shipped model), and names."""
     numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
-    return math.ceil((masked or 4.4) * numbers) + 1200 * len(inputs)
+    return math.ceil((masked or 4.0) * numbers) + 1200 * len(inputs)
 
 
 def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[str, int]:

@@ -5,14 +5,14 @@ data, and the result is the one that a single owner of all the data would get. (
 point and its scaling below are ours.)
 
 Bit for bit needs more than algebra, for floating-point sums depend on their order. Here every window of text is rounded
-once to whole multiples of 2⁻¹⁶, and whole numbers are summed in int64: which client holds which window, in what order,
+once to whole multiples of 2⁻¹², and whole numbers are summed in int64: which client holds which window, in what order,
 changes nothing. Rounding needs to know how large numbers are, without a look at anybody's text: the server runs the dense
 model once over random tokens, takes the size of every input channel from that, and sends it rounded to a power of two
-(``scale``). Clients multiply by it, which is exact, and the server divides by it again. Channels may then be 2¹³ times
-larger on real text than on random tokens before a sum of 2²⁰ tokens would overflow (a client refuses long before that).
+(``scale``). Clients multiply by it, which is exact, and the server divides by it again. Channels may then be 2¹⁵ times
+larger on real text than on random tokens before a sum of 2²⁰ tokens would overflow; a client refuses before that.
 
 Other than a first round of diagonals to scale by, this takes one ask a block and no more: a client that drops out leaves a
-sum that is exactly that of the others, and no two sums are ever opened whose difference is one client's.
+sum that is exactly that of the others, and a run needs no two sums whose difference is one client's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedgrove.inputs import Inputs
 from fedgrove.privacy.noise import clipped
 from fedgrove.rounds.wire import CHANGE, WireError, check
 
-BITS = 16  # fractional bits of one token's x², where x is of the size that random tokens give
+BITS = 12  # fractional bits of one token's x², where x is of the size that random tokens give
 QUIET = 2.0**-10  # a channel that random tokens hardly reach is scaled as if it were this part of the others' size
 STRIP = 512  # rows of the products that are made at once
 LARGEST = 2**62  # of a sum over all clients
