@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -390,3 +391,13 @@ def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: P
     assert said[0] == said[1]
     assert said[0]["speed"] > 0
     assert said[0]["tokens"] % 16 == 0
+
+
+def test_without_bitsandbytes_a_client_offers_no_few_bits_and_asking_for_them_is_a_line(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
+    assert "8 and 4 need bitsandbytes" in complaint("plan", small.job("few-bits", stages=tune(method="fedpipe", bits=[4])))
+    with pytest.raises(FedgroveError, match="pip install"):
+        lora.load(Decoder(Checkpoint(small.model)), 4)

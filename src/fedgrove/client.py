@@ -6,6 +6,7 @@ An engine calls :func:`serve`; the kinds of ask are the names in ``HANDLERS``.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors
     said = dict(site.card)
     for length in info.get("lengths", []):
         said["tokens"] = int(_tokens(_training_windows(site, length)[0]))
+    if importlib.util.find_spec("bitsandbytes") is None and "bits" in said:
+        said["bits"] = [bits for bits in said["bits"] if bits >= 16]
     if said.get("speed") == "measure":
         said["speed"] = _measured_speed(site, device)
     return {}, said

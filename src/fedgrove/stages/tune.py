@@ -156,7 +156,7 @@ def _plan_anew(
     names = list(decoder.linear_names())
     messages: dict[str, Message] = {}
     for client, share in plan.clients.items():
-        settings = {"steps": stage.warmup, "batch": share.micro, "micro": share.micro, "learning_rate": stage.learning_rate}
+        settings = {"steps": stage.warmup, "batch": share.micro, "micro": 1, "learning_rate": stage.learning_rate}
         messages[client] = ({}, {**_common(stage, plan, share, parts, run), "settings": settings})
     scalar = (torch.Size(()), torch.float64)
     expected = {CHANGE + "importance": (torch.Size([len(names)]), torch.float64), WEIGHT + "tokens": scalar}

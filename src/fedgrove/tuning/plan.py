@@ -133,7 +133,9 @@ def make_tune_plan(
             if (given, own) not in solved:
                 try:
                     if not bits:
-                        raise Infeasible(f"it can hold none of bits = {list(stage.bits)} (clients.bits)")
+                        raise Infeasible(
+                            f"it can hold none of bits = {list(stage.bits)} (clients.bits; 8 and 4 need bitsandbytes there)"
+                        )
                     solved[given, own] = budget.best(sizes, own, given, importance)
                 except Infeasible as fault:
                     solved[given, own] = fault
