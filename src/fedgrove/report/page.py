@@ -236,7 +236,7 @@ def _perplexities(summary: Summary) -> Table | None:
     all_owned = len(owned) == len(summary.texts)
     return Table(
         "perplexity",
-        "Perplexity on text that nobody pruned with; lower is better",
+        "Perplexity on held-out text; lower is better",
         columns,
         [of_text(text) for text in summary.texts],
         [row("geometric mean", mean, geometric_mean(owned) if all_owned else None)],

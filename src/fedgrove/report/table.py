@@ -21,7 +21,7 @@ def result_table(summary: Summary) -> Group:
 def _perplexities(summary: Summary) -> Table:
     clients = sorted(summary.alone)
     one_column = len(clients) > MOST_COLUMNS
-    table = Table(title="Perplexity on text that nobody pruned with (lower is better)", title_justify="left")
+    table = Table(title="Perplexity on held-out text (lower is better)", title_justify="left")
     table.add_column("held-out text")
     table.add_column("dense", justify="right")
     if one_column:

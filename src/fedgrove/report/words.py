@@ -70,7 +70,8 @@ def own_texts(summary: Summary) -> str | None:
     spread = f"the federated model's perplexity there is {compared(ratios[best])} ({best})"
     if len(ratios) > 1:
         spread += f" to {compared(ratios[worst])} ({worst})"
-    return f"On its own kind of text, {whom}: {spread}."
+    where = f"{_when(summary)}on its own kind of text"
+    return f"{where[0].upper()}{where[1:]}, {whom}: {spread}."
 
 
 def method(stage: dict[str, Any]) -> str:
@@ -114,11 +115,22 @@ def _paid(summary: Summary) -> str:
     paid = "paid" if ratio < 1 - NOTHING else "did not pay" if ratio > 1 + NOTHING else "made little difference"
     by_client = {client: summary.mean(summary.together) / summary.mean(alone) for client, alone in summary.alone.items()}
     best, worst = min(by_client, key=lambda c: by_client[c]), max(by_client, key=lambda c: by_client[c])
-    when = "" if summary.together is summary.federated else f", after stage {summary.alone_stage}"
+    gains = _most_and_least((best, by_client[best]), (worst, by_client[worst]))
+    if summary.together is summary.federated:
+        return f"Working together {paid}: {measured}, {compared(ratio)} than what a client has alone on average; {gains}."
     return (
-        f"Working together {paid}: {measured}, {compared(ratio)} than what a client has alone on average{when}; "
-        f"{_most_and_least((best, by_client[best]), (worst, by_client[worst]))}."
+        f"Working together {paid}: {_when(summary)}perplexity is {compared(ratio)} than what a client has alone on average; "
+        f"{gains}. In the end, {measured}."
     )
+
+
+def _when(summary: Summary) -> str:
+    """After which stage the clients measured what they have alone; nothing to say where that is the last."""
+    if summary.together is summary.federated:
+        return ""
+    kinds = {"prune": "pruning", "tune": "tuning"}
+    kind = summary.job["stages"][summary.alone_stage]["kind"]
+    return f"after {kinds.get(kind, kind)}, "
 
 
 def _most_and_least(best: tuple[str, float], worst: tuple[str, float]) -> str:
