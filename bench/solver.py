@@ -22,11 +22,12 @@ from fedgrove.masks import Target
 from fedgrove.pruners import sparsegpt
 
 T = TypeVar("T")
-SHAPES = [(1024, 1024), (4096, 4096), (4096, 11008)]
+SHAPES = ["1024x1024", "4096x4096", "4096x11008"]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--shapes", nargs="+", default=SHAPES, help="out x in")
     arguments.add_argument("--runs", type=int, default=5)
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -34,7 +35,8 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     rows = ["| out × in | target | published loop, s | fedgrove, s | ratio | masks that differ |", "|---|---|---|---|---|---|"]
-    for num_out, num_in in SHAPES:
+    for shape in given.shapes:
+        num_out, num_in = map(int, shape.split("x"))
         weight, inputs = made_up(num_out, num_in, given.device)
         for target in (Target(0.5), Target.of(None, (2, 4))):
             theirs, ours = [], []
