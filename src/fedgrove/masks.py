@@ -82,6 +82,18 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
     return marked.view(shape)
 
 
+def keep(keys: Sequence[Tensor], target: Target) -> Tensor:
+    """The mask that keeps the highest entries of a whole matrix, or of every group of an N:M pattern.
+
+    Args:
+        keys: tensors of one shape (out, in), the most important first, as in :func:`lowest` and :func:`keep_highest`.
+
+    Returns:
+        (out, in) bool, True = kept; exactly ``target.num_pruned(numel)`` are False.
+    """
+    return keep_highest(keys, target) if target.pattern else ~lowest(keys, target.num_pruned(keys[0].numel()))
+
+
 def spread(total: int, parts: int) -> list[int]:
     """Splits ``total`` into ``parts`` whole numbers that differ by at most one, in a fixed order."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedgrove.inputs import Inputs, Needs
-from fedgrove.masks import Target, keep_highest, lowest
+from fedgrove.masks import Target, keep
 
 NEEDS: Needs = "nothing"
 
@@ -22,5 +22,5 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
         The pruned weight and its mask (True = kept).
     """
     score = weight.abs()
-    mask = keep_highest([score], target) if target.pattern else ~lowest([score], target.num_pruned(weight.numel()))
+    mask = keep([score], target)
     return weight.masked_fill_(~mask, 0.0), mask

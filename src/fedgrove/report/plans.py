@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedgrove.report.words import ranges
+
 
 def plan_table(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
     """A plan as it stands in ``RUN/plan-N-KIND.json``, and its stage as it stands in ``RUN/job.toml``."""
@@ -19,7 +21,7 @@ def _pruning(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
     table = _table(f"stage {plan['stage']}: prune, {stage['pruner']}, rule {stage['rule']}")
     _columns(table, "client", "blocks", "windows", "target", "memory", "upload", "time")
     for name, share in plan["clients"].items():
-        blocks = "; ".join(_ranges(numbers) for numbers in share["blocks"])
+        blocks = "; ".join(ranges(numbers) for numbers in share["blocks"])
         target = stage.get("pattern") or f"{share['sparsity']:.0%}"
         table.add_row(
             name, f"{blocks} of {plan['num_blocks']}", str(share["samples"]), target, _mebibytes(share["memory"]),
@@ -71,14 +73,3 @@ def _mebibytes(number: int) -> str:
 
 def _megabytes(number: int) -> str:
     return f"{number / 1e6:,.1f} MB"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0–2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

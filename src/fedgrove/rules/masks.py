@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedgrove.masks import Target, keep_highest, lowest
+from fedgrove.masks import Target, keep
 from fedgrove.rounds.fold import Sums
 from fedgrove.rules import Options
 
@@ -29,5 +29,5 @@ def finish(before: Tensor, sums: Sums, target: Target, options: Options) -> tupl
         The weight in ``before``'s dtype and its mask (True = kept).
     """
     keys = [sums.weight_like(before), before.abs().double()]
-    mask = keep_highest(keys, target) if target.pattern else ~lowest(keys, target.num_pruned(before.numel()))
+    mask = keep(keys, target)
     return before.masked_fill(~mask, 0.0), mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedgrove.masks import Target, keep_highest, lowest
+from fedgrove.masks import Target, keep
 from fedgrove.rounds.fold import Sums
 from fedgrove.rules import Options
 
@@ -30,8 +30,6 @@ def finish(before: Tensor, sums: Sums, target: Target, options: Options) -> tupl
     """
     mean = sums.mean()
     mask = mean != 0
-    if options.expand and target.pattern:
-        mask &= keep_highest([mean.abs()], target)
-    elif options.expand:
-        mask &= ~lowest([mean.abs()], target.num_pruned(mean.numel()))
+    if options.expand:
+        mask &= keep([mean.abs()], target)
     return mean.masked_fill_(~mask, 0.0).to(before.dtype), mask

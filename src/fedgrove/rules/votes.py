@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedgrove.masks import Target, keep_highest, lowest
+from fedgrove.masks import Target, keep
 from fedgrove.rounds.fold import Sums
 from fedgrove.rules import Options
 
@@ -44,10 +44,8 @@ def finish(before: Tensor, sums: Sums, target: Target, options: Options) -> tupl
     votes = sums.weight_like(before)
     mean = sums.mean()
     mask = votes > 0
-    if options.expand and target.pattern:
-        mask &= keep_highest([votes, mean.abs()], target)
-    elif options.expand:
-        mask &= ~lowest([votes, mean.abs()], target.num_pruned(mean.numel()))
+    if options.expand:
+        mask &= keep([votes, mean.abs()], target)
     if options.shrink:
         mean *= (votes / sums.clients) ** options.shrink
     return mean.masked_fill_(~mask, 0.0).to(before.dtype), mask
