@@ -307,7 +307,8 @@ def prune(weight, inputs, target):
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
-                (FOLDER / "hangs").write_text(str(os.getpid()))
+                (FOLDER / "hangs.partial").write_text(str(os.getpid()))  # whoever waits for the file reads it at once
+                (FOLDER / "hangs.partial").rename(FOLDER / "hangs")
                 time.sleep(600)
     return wanda.prune(weight, inputs, target)
 '''
