@@ -136,6 +136,43 @@ def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = N
 
 
 @command
+def doctor(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where runs are written; default: runs.")] = None,
+    listen: Annotated[list[int] | None, typer.Option(help="A port that a server would listen on here.")] = None,
+    connect: Annotated[list[str] | None, typer.Option(help="HOST:PORT that a client would reach.")] = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Looks at this machine, and at what a job needs of it: model, data, templates, memory. Runs nothing.
+
+    Ends with status 2 where something is to be mended. The first record of every file is shown as the model will see it.
+
+    Example: fedgrove doctor job.toml
+    """
+    from fedgrove import doctor as looking
+    from fedgrove.job import load
+
+    _hush()
+    folder = out or Path("runs")
+    checks = looking.machine(folder, listen or (), connect or ())
+    if job is not None:
+        checks += looking.examine(load(job, set_ or []), folder)
+    if as_json:
+        print(json.dumps([vars(check) for check in checks], indent=2))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'MEND'}  {check.name:<{width}}  {check.text}")
+            if check.remedy:
+                print(f"{'':{width + 8}}{check.remedy}")
+            for line in check.sample.splitlines():
+                print(f"{'':{width + 8}}| {line}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(2)
+
+
+@command
 def run(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml")],
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/NAME.")] = None,

@@ -1,0 +1,399 @@
+"""What a machine, a model and a text are good for, before anything runs: a list of checks, each with its remedy.
+
+Nothing here raises for what is wrong with the machine, the model or a text: that is what the checks say.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from fedgrove import plugins
+from fedgrove.client import Site
+from fedgrove.data import DEFAULT_TEMPLATE, read_fields
+from fedgrove.errors import FedgroveError
+from fedgrove.job import Job, PruneStage
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.plan import Card, Plan, make_plan
+
+SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
+SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
+RANK, LENGTH, WINDOWS = 8, 512, 16  # with which "could hold" is counted: the defaults of a job, and a middling rank
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        ok: whether a run would get past it.
+        text: what was found. It holds nothing of anybody's text, so that it may be sent.
+        remedy: what to do where it is not ok.
+        sample: the owner's own text, to be shown to the owner alone.
+    """
+
+    name: str
+    ok: bool
+    text: str
+    remedy: str = ""
+    sample: str = ""
+
+
+def examine(job: Job, folder: Path) -> list[Check]:
+    """What a job needs of this machine: its model, every client's text, the plan, and room in a run folder."""
+    path, found = find(job.model.path, job.model.revision)
+    checks = [found]
+    dtype = None if job.model.dtype == "auto" else getattr(torch, job.model.dtype)
+    readable = False
+    if path is not None:
+        looked_at = model(path, dtype)
+        readable = all(check.ok for check in looked_at)
+        checks += looked_at
+    for client in job.clients:
+        templates = _templates(client.text, client.prompt, client.answer)
+        checks += [check for file in client.data for check in text(client.name, file, templates, path if readable else None)]
+    for held_out in job.evaluate.data:
+        templates = _templates(held_out.text)
+        checks += text(f"held-out {held_out.name}", held_out.path, templates, path if readable else None)
+    if path is None or not readable:
+        return checks
+    checks.append(_room(job, Checkpoint(path, dtype), folder))
+    if all(check.ok for check in checks):
+        checks += _plans(job)
+        checks.append(could_hold(path, dtype))
+    return checks
+
+
+def site(client: Site) -> list[Check]:
+    """What one client has: its copy of the model, its text, and what its memory could hold.
+
+    ``sample`` of a check is the client's own text: whoever sends the checks on leaves it out.
+    """
+    checks = model(client.model, client.dtype)
+    readable = all(check.ok for check in checks)
+    templates = _templates(client.text, client.prompt, client.answer)
+    for file in client.data:
+        checks += text(client.name, file, templates, client.model if readable else None)
+    if readable:
+        checks.append(could_hold(client.model, client.dtype, client.card.get("memory")))
+    return checks
+
+
+def machine(folder: Path, listen: Sequence[int] = (), connect: Sequence[str] = ()) -> list[Check]:
+    """Versions, devices, memory, disk and ports.
+
+    Args:
+        folder: where runs are written.
+        listen: ports that a server would listen on here; without any, FLARE's own are looked at and none is required.
+        connect: HOST:PORT that a client would reach.
+    """
+    return [*_versions(), _devices(), _memory(), _disk(folder), *_ports(listen), *map(_reaches, connect)]
+
+
+def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
+    """Where a model is. One that is on the hub and not yet here is asked for, not fetched: None, and how much it is."""
+    if Path(path).is_dir():
+        return Path(path), Check("model", True, str(path))
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        here = Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (HFValidationError, OSError, ValueError):
+        pass
+    else:
+        return here, Check("model", True, f"{path}, fetched from the hub to {here}")
+    try:
+        told = HfApi().model_info(path, revision=revision, files_metadata=True, timeout=10)
+    except Exception as fault:  # whatever a network can do
+        return None, Check(
+            "model",
+            False,
+            f"{path} is neither a directory here nor a model that the hub gives out ({type(fault).__name__})",
+            "mend model.path; without a network, copy the model here and name its directory",
+        )
+    size = sum(file.size or 0 for file in told.siblings or [] if file.rfilename.endswith(".safetensors"))
+    return None, Check("model", True, f"{path}: on the hub, {_size(size)} to fetch; a run fetches it, and then it can be tried")
+
+
+def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
+    """Whether a model directory can be used: every header, one tensor of each file, the architecture, the tokenizer."""
+    try:
+        checkpoint = Checkpoint(path, dtype)
+        for names in checkpoint.shards.values():
+            if names and not torch.isfinite(checkpoint.read(names[-1]).float()).all():
+                return [Check("model", False, f"{path}: {names[-1]} is not finite", "copy the model again")]
+        decoder = Decoder(checkpoint)
+        numel = sum(checkpoint.spec(name)[0].numel() for name in checkpoint.names())
+        kind = type(decoder.model).__name__
+        about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {_size(checkpoint.num_bytes())}"
+        checks = [Check("model readable", True, about)]
+    except FedgroveError as fault:
+        return [_refused("model readable", fault)]
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except FedgroveError as fault:
+        return [*checks, _refused("tokenizer", fault)]
+    words = "A text that every tokenizer can take apart."
+    tokens = len(tokenizer(words, add_special_tokens=False)["input_ids"])
+    spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
+    found = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters a token of plain English"
+    return [*checks, Check("tokenizer", tokens > 0, found, "" if tokens else "copy the tokenizer's files again")]
+
+
+def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | None = None) -> list[Check]:
+    """Whether a file can be read to its end by its template; ``sample`` shows the first record as the model will see it.
+
+    Args:
+        owner: whose.
+        templates: see :func:`fedgrove.data.read_fields`.
+        model: whose tokenizer counts; None: nothing is counted.
+    """
+    name = f"{owner}: {file.name}"
+    if "text" not in templates and file.suffix.lower() in (".txt", ".md"):
+        templates = {"text": DEFAULT_TEMPLATE}
+    first: str | None = None
+    records = empty = characters = tokens = counted = 0
+    try:
+        tokenizer = Checkpoint(model).tokenizer() if model is not None else None
+        for parts in read_fields(file, templates):
+            joined = "".join(parts)
+            records += 1
+            if not parts[-1].strip():
+                empty += 1
+                continue
+            if first is None:
+                first = joined
+            characters += len(joined)
+            if tokenizer is not None and counted < 10**6:  # enough to know characters by tokens
+                tokens += len(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+                counted += len(joined)
+    except FedgroveError as fault:
+        return [_refused(name, fault)]
+    if first is None:
+        return [Check(name, False, f"no text in {records} records", "mend the template, or name another field")]
+    said = f"{records:,} records, {characters:,} characters"
+    if tokens:
+        said += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
+    if empty:
+        said += f"; {empty:,} without text are passed over"
+    shown = first[:SAMPLE].splitlines()[:LINES]
+    whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
+    return [Check(name, True, said, sample="\n".join(shown) + ("" if whole else "…"))]
+
+
+def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:
+    """What work on a model would fit into this machine, or into what a client allows: counted, not tried.
+
+    Args:
+        memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
+    """
+    from fedgrove.tuning import budget
+    from fedgrove.tuning.plan import measure
+
+    decoder = Decoder(Checkpoint(path, dtype))
+    free = memory or _free_memory()
+    length = min(LENGTH, getattr(decoder.checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH))
+    needs: dict[str, float] = {}
+    for pruner in ("wanda", "sparsegpt"):
+        stage = PruneStage(kind="prune", pruner=pruner, sparsity=0.5, samples=WINDOWS, length=length)
+        shares = make_plan(0, stage, decoder, {"one": Card()}, plugins.load("pruners", pruner).NEEDS, 0).clients
+        needs[f"prune with {pruner}"] = shares["one"].memory
+    sizes = measure(decoder, length, masked=True)
+    grid = budget.Grid((32, 16, 8, 4), (1,), (RANK,), 1)
+    for bits in grid.bits:
+        rank = min(RANK, *(min(shape) for shape in sizes.linears.values()))
+        choice = budget.Choice(bits, 1, 1, dict.fromkeys(sizes.linears, rank))
+        needs[f"tune in {bits} bits"] = budget.memory(sizes, grid, choice)
+    fits = [f"{what} ({_size(need)})" for what, need in needs.items() if need <= free]
+    more = [f"{what} ({_size(need)})" for what, need in needs.items() if need > free]
+    said = f"of {_size(free)}: {', '.join(fits) or 'nothing'}"
+    if more:
+        said += f"; too large: {', '.join(more)}"
+    return Check("could hold", bool(fits), said, "" if fits else "take a smaller model, or a machine with more memory")
+
+
+def _plans(job: Job) -> list[Check]:
+    """Every client's part in every stage, against this machine's memory: here one client works at a time."""
+    from fedgrove.run import Run
+    from fedgrove.server import local_engine, make_plans, open_model
+
+    free = _free_memory()
+    checks = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", job)
+        try:
+            plans = make_plans(job, open_model(job.model), local_engine(job, run.path / "clients"), run)
+        except FedgroveError as fault:
+            return [_refused("plan", fault)]
+        finally:
+            run.close()
+    for plan, stage in zip(plans, job.stages, strict=True):
+        shares = plan.clients.items()
+        name, most = max(((name, share.memory) for name, share in shares), key=lambda pair: pair[1])
+        upload = sum(share.upload for _, share in shares) * (1 if isinstance(plan, Plan) else stage.rounds)
+        said = f"{len(shares)} clients, at most {_size(most)} of memory ({name}), {_size(upload)} to send in all"
+        left_out = {} if isinstance(plan, Plan) else plan.left_out
+        for client, why in sorted(left_out.items()):
+            said += f"; {client} is left out: {why}"
+        fits = most <= free
+        remedy = "" if fits else f"{_size(free)} are free here; lower samples or length, or close other programs"
+        checks.append(Check(f"stage {plan.stage} ({plan.kind})", fits, said, remedy))
+    return checks
+
+
+def _templates(text: str | None, prompt: str | None = None, answer: str | None = None) -> dict[str, str]:
+    return {"prompt": prompt, "answer": answer} if prompt and answer else {"text": text or DEFAULT_TEMPLATE}
+
+
+def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
+    """Room for the run folder: the result, every stage's changed tensors, and the clients' hidden states of two blocks."""
+    width = checkpoint.config.get_text_config().hidden_size
+    need = checkpoint.num_bytes()
+    for stage in job.stages:
+        need += stage.rounds * checkpoint.num_bytes() if isinstance(stage, PruneStage) else checkpoint.num_bytes()
+        if isinstance(stage, PruneStage):
+            need += sum(3 * 4 * (client.samples or stage.samples) * stage.length * width for client in job.clients)
+    if job.evaluate.alone:
+        need += len(job.clients) * checkpoint.num_bytes()
+    free = _free_disk(folder)
+    said = f"a run needs about {_size(need)} in {folder.resolve()}, {_size(free)} are free"
+    return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or give --out another disk")
+
+
+def _versions() -> list[Check]:
+    wrong: list[str] = []
+    packages: list[str] = []
+    extras: dict[str, bool] = {}
+    for line in importlib.metadata.requires("fedgrove") or []:
+        wanted = Requirement(line)
+        extra = _extra(wanted)
+        if extra == "dev":
+            continue
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if extra is not None:
+            extras[extra] = extras.get(extra, True) and version is not None
+        elif version is None:
+            wrong.append(f"{wanted.name} is missing")
+        elif not wanted.specifier.contains(version, prereleases=True):
+            wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
+        if wanted.name in ("torch", "transformers"):
+            packages.append(f"{wanted.name} {version}")
+    said = f"fedgrove {importlib.metadata.version('fedgrove')}, Python {platform.python_version()}, {', '.join(packages)}"
+    remedy = "" if not wrong else "pip install --upgrade fedgrove"
+    checks = [Check("versions", not wrong, "; ".join([said, *wrong]), remedy)]
+    if extras:
+        have = [name for name, there in sorted(extras.items()) if there]
+        lack = [f'{name} (pip install "fedgrove[{name}]")' for name, there in sorted(extras.items()) if not there]
+        checks.append(
+            Check("extras", True, f"installed: {', '.join(have) or 'none'}; not installed: {', '.join(lack) or 'none'}")
+        )
+    return checks
+
+
+def _extra(wanted: Requirement) -> str | None:
+    """The extra that a requirement belongs to; None: it belongs to everybody."""
+    if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+        return None
+    names = importlib.metadata.metadata("fedgrove").get_all("Provides-Extra") or []
+    return next((name for name in names if wanted.marker.evaluate({"extra": name})), None)
+
+
+def _devices() -> Check:
+    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        gpus.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, {_size(free)} of {_size(total)} free")
+    return Check("devices", True, "; ".join([cpu, *(gpus or ["no GPU"])]))
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    said = f"{_size(memory.available)} of {_size(memory.total)} are free"
+    enough = memory.available >= 2**30  # the libraries alone take half of it
+    return Check("memory", enough, said, "" if enough else "close other programs: fedgrove alone needs about 1 GiB")
+
+
+def _disk(folder: Path) -> Check:
+    free = _free_disk(folder)
+    enough = free >= 2**30
+    return Check("disk", enough, f"{_size(free)} are free in {folder.resolve()}", "" if enough else "free some space")
+
+
+def _free_disk(folder: Path) -> int:
+    at = folder.resolve()
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at).free
+
+
+def _free_memory() -> int:
+    if torch.cuda.is_available():
+        return max(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return int(psutil.virtual_memory().available)
+
+
+def _ports(listen: Iterable[int]) -> list[Check]:
+    listen = list(listen)
+    free = {port: _is_free(port) for port in listen or SERVER_PORTS}
+    said = "; ".join(f"{port} {'free' if is_free else 'taken by another program'}" for port, is_free in free.items())
+    if not listen:
+        return [Check("ports", True, f"{said} (only the server of a deployment listens; a run on one machine uses none)")]
+    ok = all(free.values())
+    return [Check("ports", ok, said, "" if ok else "end the other program, or give the server another port")]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _reaches(address: str) -> Check:
+    host, _, port = address.rpartition(":")
+    name = f"reach {address}"
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        return Check(name, False, "this is no HOST:PORT", "write for instance server.example.org:8002")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            return Check(name, True, "it answers")
+    except OSError as fault:
+        what = str(fault.strerror or fault or type(fault).__name__)
+        return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
+
+
+def _refused(name: str, fault: FedgroveError) -> Check:
+    """A check from an error that a run would end with; its last part is the remedy."""
+    what, _, remedy = " ".join(str(fault).split()).rpartition("; ")
+    return Check(name, False, what or remedy, remedy if what else "")
+
+
+def _size(number: float) -> str:
+    if not math.isfinite(number):
+        return "any"
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= unit:
+            return f"{number / unit:,.1f} {name}"
+    return f"{number:,.0f} bytes"
