@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fedgrove.pruners
+from fedgrove.progress import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "fedgrove" / "demo"
@@ -113,6 +114,19 @@ class Small:
         return self._runs[key]
 
 
+class Heard(Watch):
+    """Keeps the lines of progress."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def step(self, what: str, done: float = 0, of: float = 0) -> None:
+        self.lines.append(what)
+
+
 def cli(*args: object) -> tuple[int, str, str]:
     """Calls the command in this process: status, standard output, standard error. A traceback fails the test."""
     from fedgrove.cli import app
@@ -125,7 +139,7 @@ def cli(*args: object) -> tuple[int, str, str]:
 
 def complaint(*args: object, status: int = 2) -> str:
     """Runs a command that must fail with one line on standard error and nothing else; gives the line."""
-    quiet = ("--quiet",) if args[0] in ("run", "evaluate", "demo") else ()
+    quiet = ("--quiet",) if args[0] in ("run", "evaluate", "demo", "plan") else ()
     got, out, err = cli(*args, *quiet)
     return one_line(got, out, err, status)
 

@@ -19,7 +19,7 @@ from fedgrove.job import load
 from fedgrove.rounds import wire
 from fedgrove.run import Run
 from fedgrove.stages.prune import prune_info
-from small import CLIENTS, LENGTH, SAMPLES, Small, alive, cli, complaint, lines, process, result, wait_until
+from small import CLIENTS, LENGTH, SAMPLES, Heard, Small, alive, cli, complaint, lines, process, result, wait_until
 
 Reply = tuple[str, bytes | None, str | None]
 BIRCH = (SAMPLES + 1) * LENGTH  # the calibration tokens of birch, where it is asked for a window more
@@ -47,14 +47,14 @@ class Wrapped:
 def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Iterable[Reply]], **changes: object) -> list[str]:
     """Runs a job on a wrapped engine; gives the lines of progress."""
     job = load(small.job(**changes))
-    said: list[str] = []
-    run = Run(out, job, say=said.append)
+    heard = Heard()
+    run = Run(out, job, watch=heard)
     try:
         engine: Engine = Wrapped(server.local_engine(job, run.path / "clients"), change)
         server.main(job, engine, run)
     finally:
         run.close()
-    return said
+    return heard.lines
 
 
 def test_workers_give_the_same_bits(small: Small, tmp_path: Path) -> None:

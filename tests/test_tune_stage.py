@@ -26,7 +26,7 @@ from fedgrove.rules.adapters import Start
 from fedgrove.run import Run
 from fedgrove.tuning import lora
 from fedgrove.tuning.factors import Factors, fill
-from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, measurements
+from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 2, "length": 16, "batches": [4], "ranks": [4], "bits": [32],
@@ -79,14 +79,14 @@ class Meddling:
 
 
 def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | None) -> list[str]:
-    said: list[str] = []
+    heard = Heard()
     job = jobs.load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
-    run = Run(out, job, say=said.append)
+    run = Run(out, job, watch=heard)
     try:
         server.main(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
     finally:
         run.close()
-    return said
+    return heard.lines
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "fedpipe"])

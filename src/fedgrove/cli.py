@@ -8,8 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -81,9 +80,10 @@ def demo(
     Example: fedgrove demo --out my-first-run
     """
     from fedgrove.job import load
+    from fedgrove.progress import watch
 
-    with _progress(quiet) as say:
-        _run(load(Path(str(files("fedgrove") / "demo" / "job.toml"))), out, resume, workers, say)
+    with watch(quiet, delay=0) as seen:
+        _run(load(Path(str(files("fedgrove") / "demo" / "job.toml"))), out, resume, workers, seen)
     _show(out)
 
 
@@ -102,20 +102,26 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
 
 
 @command
-def plan(job: Annotated[Path, typer.Argument(metavar="JOB.toml")], set_: Set = None, as_json: AsJson = False) -> None:
+def plan(
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml")],
+    set_: Set = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
     """Shows what each client would do, send, and need in memory and time. Runs nothing.
 
     Example: fedgrove plan job.toml --set stages.0.samples=64
     """
     from fedgrove.job import load
     from fedgrove.plan import SPEED, Plan
+    from fedgrove.progress import watch
     from fedgrove.report.plans import plan_table
     from fedgrove.run import Run
     from fedgrove.server import local_engine, make_plans, open_model
 
     wanted = load(job, set_ or [])
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", wanted)
+    with tempfile.TemporaryDirectory() as folder, watch(quiet) as seen:
+        run = Run(Path(folder) / "run", wanted, watch=seen)
         plans = make_plans(wanted, open_model(wanted.model), local_engine(wanted, run.path / "clients"), run)
     if as_json:
         print(json.dumps([plan.model_dump(mode="json") for plan in plans], indent=2))
@@ -190,13 +196,14 @@ def run(
     import torch
 
     from fedgrove.job import load
+    from fedgrove.progress import watch
 
     if threads:
         torch.set_num_threads(threads)
     wanted = load(job, set_ or [])
     out = out or Path("runs") / wanted.name
-    with _progress(quiet) as say:
-        _run(wanted, out, resume, workers, say)
+    with watch(quiet, delay=0) as seen:
+        _run(wanted, out, resume, workers, seen)
     _show(out, as_json)
 
 
@@ -223,17 +230,20 @@ def evaluate(
     from fedgrove.models.blocks import Decoder
     from fedgrove.models.perplexity import negative_log_likelihood
     from fedgrove.models.stream import Checkpoint, find_model
+    from fedgrove.progress import watch
     from fedgrove.stages.export import find_result
 
     _hush()
     checkpoint = Checkpoint(find_model(str(find_result(Path(model))) if Path(model).is_dir() else model))
     tokenizer, decoder = checkpoint.tokenizer(), Decoder(checkpoint)
     results = {}
-    with _progress(quiet) as say:
-        for file in data:
+    with watch(quiet, delay=0) as seen:
+        for number, file in enumerate(data):
             windows = evaluation_windows(file, text, tokenizer, length)
-            say(f"evaluate: {file}, {len(windows)} windows")
-            total, count = negative_log_likelihood(decoder, windows)
+            what = f"evaluate: {file}, {len(windows)} windows"
+            seen.step(what, number, len(data))
+            told = functools.partial(_part, seen, what, number, len(data))
+            total, count = negative_log_likelihood(decoder, windows, told)
             results[str(file)] = {"perplexity": math.exp(total / count), "tokens": count, "windows": len(windows)}
     if as_json:
         print(json.dumps({"length": length, "texts": results}, indent=2))
@@ -280,12 +290,12 @@ def main() -> None:
     app()
 
 
-def _run(job: Any, out: Path, resume: bool, workers: int, say: Callable[[str], None]) -> None:
+def _run(job: Any, out: Path, resume: bool, workers: int, watch: Any) -> None:
     from fedgrove import server
     from fedgrove.run import Run
 
     _hush()
-    folder = Run(out, job, resume=resume, say=say)
+    folder = Run(out, job, resume=resume, watch=watch)
     try:
         engine = server.local_engine(job, folder.path / "clients", workers)
         try:
@@ -320,17 +330,9 @@ def _hush() -> None:
     logging.disable_progress_bar()
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Lines of progress on standard error: one that changes on a terminal, plain ones elsewhere."""
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda line: None
-    elif console.is_terminal:
-        with console.status("") as status:
-            yield lambda line: status.update(line)
-    else:
-        yield lambda line: print(line, file=sys.stderr, flush=True)
+def _part(watch: Any, what: str, number: int, of: int, done: float, whole: float) -> None:
+    """Tells of a part of the ``number``-th of so many steps."""
+    watch.step(what, number + done / whole, of)
 
 
 def _fail(message: str, status: int) -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import filelock
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job import Job
+from fedgrove.progress import Watch
 
 
 class Run:
@@ -24,16 +24,18 @@ class Run:
         job: what is run. It is written to ``job.toml``; an existing run is continued only by the same
             job (``rounds`` may differ).
         resume: continue what is there.
-        say: gets one line of progress at a time.
+        watch: gets every event of the run.
 
     Raises:
         FedgroveError: the folder holds something else, another job, or a run that is still going on.
     """
 
-    def __init__(self, path: Path, job: Job, *, resume: bool = False, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, path: Path, job: Job, *, resume: bool = False, watch: Watch | None = None):
         self.path = path.resolve()
         self.job = job
-        self.say = say
+        self.watch = watch or Watch()
+        self.say = self.watch.say
+        self.step = self.watch.step
         job_file = self.path / "job.toml"
         if self.path.is_file():
             raise FedgroveError(f"--out {path}: this is a file; name a folder")
@@ -79,6 +81,7 @@ class Run:
         """One line of ``metrics.jsonl``. ``stage`` None: the model as it came."""
         line = {"time": time.time(), "stage": stage, "round": round_, "client": client, "name": name, "value": value}
         self._append("metrics.jsonl", line)
+        self.watch.measured(line)
 
     def account(
         self, stage: int, round_: int, client: str, direction: Literal["up", "down"], kind: str, num_bytes: int
@@ -86,6 +89,7 @@ class Run:
         """One line of ``ledger.jsonl``: a message as it was sent."""
         line = {"stage": stage, "round": round_, "client": client, "direction": direction, "kind": kind, "bytes": num_bytes}
         self._append("ledger.jsonl", line)
+        (self.watch.asked if direction == "down" else self.watch.answered)(client, num_bytes)
 
     def metrics(self) -> list[dict[str, Any]]:
         """What :meth:`log` wrote."""

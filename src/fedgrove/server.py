@@ -63,7 +63,7 @@ def make_model(job: Job, engine: Engine, run: Run) -> None:
         run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))
         model = STAGES[stage.kind](model, plan, engine, run)
         evaluate(model, plan, engine, run)
-    run.say("writing the model")
+    run.step("writing the model")
     model.write(run.path / "model", {"README.md": model_card(job, model.path)})
 
 
@@ -87,7 +87,7 @@ def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Pl
     messages: dict[str, Message] = {
         name: ({}, {"calibrations": calibrations[name], "lengths": lengths}) for name in engine.sites()
     }
-    run.say("asking the clients what they have")
+    run.step("asking the clients what they have")
     answers = ask(engine, run, "card", messages, stage=0, round_=0, check=_check_card)
     cards = {client: Card(**info) for client, _, info in answers}
     decoder = Decoder(model)

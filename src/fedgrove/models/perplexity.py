@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from fedgrove.models.blocks import Decoder
 CHUNK = 65536  # tokens whose hidden states are held at once
 
 
-def negative_log_likelihood(decoder: Decoder, windows: Sequence[Tensor]) -> tuple[float, int]:
+Told = Callable[[float, float], None]  # is given how many windows are done, of how many
+
+
+def negative_log_likelihood(
+    decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda done, of: None
+) -> tuple[float, int]:
     """−Σ log p(token | the tokens before it in its window), in nats, and the number of tokens predicted.
 
     The first token of a window is given, not predicted. Blocks are loaded one after the other.
@@ -21,8 +26,18 @@ def negative_log_likelihood(decoder: Decoder, windows: Sequence[Tensor]) -> tupl
     Args:
         decoder: the model.
         windows: (1, tokens) token ids each.
+        told: is called after every block.
     """
-    total, count, start = 0.0, 0, 0
+    each = negative_log_likelihoods(decoder, windows, told)
+    return sum(total for total, _ in each), sum(count for _, count in each)
+
+
+def negative_log_likelihoods(
+    decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda done, of: None
+) -> list[tuple[float, int]]:
+    """Likewise, window by window: what a confidence interval is made from."""
+    each: list[tuple[float, int]] = []
+    start = 0
     while start < len(windows):
         end, held = start, 0
         while end < len(windows) and (end == start or held + windows[end].numel() <= CHUNK):
@@ -39,16 +54,16 @@ def negative_log_likelihood(decoder: Decoder, windows: Sequence[Tensor]) -> tupl
             with decoder.loaded(index) as block:
                 for i, ids in enumerate(part):
                     states[i] = decoder.run(block, states[i], calls[ids.shape[1]][index])
+            told(start + len(part) * (index + 1) / len(decoder), len(windows))
         for ids, hidden in zip(part, states, strict=True):
             logits = decoder.logits(ids, hidden)[0, :-1].float()
             target = ids[0, 1:].to(logits.device)
-            total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-            count += target.numel()
+            each.append((float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")), target.numel()))
         start = end
-    return total, count
+    return each
 
 
-def perplexity(decoder: Decoder, windows: Sequence[Tensor]) -> float:
+def perplexity(decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda done, of: None) -> float:
     """exp of the mean negative log-likelihood per predicted token: stride = window length, no overlap."""
-    total, count = negative_log_likelihood(decoder, windows)
+    total, count = negative_log_likelihood(decoder, windows, told)
     return math.exp(total / count)

@@ -53,6 +53,7 @@ def ask(
     faults: dict[str, str] = {}  # what was wrong with a client's latest answer
 
     def send(clients: list[str]) -> Iterator[Answer]:
+        run.watch.asking(clients)
         outbox = _Outbox(
             {client: messages[client] for client in clients},
             lambda client, size: run.account(stage, round_, client, "down", kind, size),
@@ -64,6 +65,7 @@ def ask(
                 run.account(stage, round_, client, "up", kind, len(answer))
             else:
                 faults[client] = error or "it gave no answer"
+                run.watch.answered(client, 0)
             if answer is not None and client != turns[0]:
                 inbox.mkdir(parents=True, exist_ok=True)
                 held[client] = inbox / client

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from fedgrove.client import WINDOW
 from fedgrove.data import evaluation_windows
 from fedgrove.engine import Engine
+from fedgrove.job import Evaluate
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
@@ -38,10 +41,10 @@ def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, ru
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
     windows = _windows(model, run)
     decoder = Decoder(model)
-    for name, texts in windows.items():
+    for number, (name, texts) in enumerate(windows.items()):
         if (stage, None, f"perplexity/{name}") not in done:
-            run.say(f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}")
-            run.log(stage, None, None, f"perplexity/{name}", perplexity(decoder, texts))
+            what = f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}"
+            run.log(stage, None, None, f"perplexity/{name}", _perplexity(decoder, texts, what, number, run))
     if not isinstance(plan, Plan) or plan.stage > 0 or not wanted.alone:
         return
     left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
@@ -49,7 +52,7 @@ def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, ru
     numbers = {name: len(texts) for name, texts in windows.items()}
     scalar = (torch.Size(()), torch.float64)
     expected = {f"{part}{name}": scalar for name in windows for part in (CHANGE, WEIGHT)}
-    run.say("evaluate: what each client would have had alone")
+    run.step("evaluate: what each client would have had alone")
     messages: dict[str, Message] = {
         client: (tensors, {"texts": numbers, "walk": prune_info(run.job, plan, client, round_=0, block=0)}) for client in left
     }
@@ -64,13 +67,28 @@ def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None
     """Likewise, in the middle of a stage: after a round."""
     done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
     decoder = Decoder(model)
-    for name, texts in _windows(model, run).items():
+    for number, (name, texts) in enumerate(_windows(model, run).items()):
         if (stage, round_, f"perplexity/{name}") not in done:
-            run.log(stage, round_, None, f"perplexity/{name}", perplexity(decoder, texts))
+            what = f"evaluate: round {round_ + 1} on {name}"
+            run.log(stage, round_, None, f"perplexity/{name}", _perplexity(decoder, texts, what, number, run))
+
+
+def _perplexity(decoder: Decoder, texts: list[Tensor], what: str, number: int, run: Run) -> float:
+    """Of the job's ``number``-th text."""
+    texts_in_all = len(run.job.evaluate.data)
+    run.step(what, number, texts_in_all)
+    return perplexity(decoder, texts, lambda done, of: run.step(what, number + done / of, texts_in_all))
 
 
 def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
-    wanted, tokenizer = run.job.evaluate, model.tokenizer()
+    wanted = run.job.evaluate
+    return _tokenised(model.path, wanted, tuple(text.path.stat().st_mtime_ns for text in wanted.data))
+
+
+@lru_cache(maxsize=1)
+def _tokenised(model: Path, wanted: Evaluate, changed: tuple[int, ...]) -> dict[str, list[Tensor]]:
+    """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
+    tokenizer = Checkpoint(model).tokenizer()
     return {
         text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
     }

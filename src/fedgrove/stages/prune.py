@@ -48,7 +48,8 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
         for block in range(plan.num_blocks):
             file = overlay / f"block-{block:04d}.safetensors"
             if not file.is_file():
-                run.say(f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}")
+                where = f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}"
+                run.step(where, round_ * plan.num_blocks + block, stage.rounds * plan.num_blocks)
                 _prune_block(decoder, block, round_, inlets, plan, engine, run, file)
         records |= {record["name"]: record for record in _records(overlay)}
         model = model.over(overlay)

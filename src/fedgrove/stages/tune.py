@@ -85,7 +85,7 @@ def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpo
             progress.metrics.clear()
             if stage.method == "fedpipe" and (round_ == 0 or (stage.refresh and round_ % stage.refresh == 0)):
                 _plan_anew(decoder, progress, round_, stage, parts, masked, engine, run)
-            run.say(f"tune: round {round_ + 1} of {stage.rounds}")
+            run.step(f"tune: round {round_ + 1} of {stage.rounds}", round_, stage.rounds)
             _train_round(decoder, progress, round_, stage, parts, masked, engine, run)
             _write(_file(run, plan.stage, round_), progress)
             _log(progress, plan.stage, round_, run)
@@ -132,7 +132,7 @@ def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engi
         names = [name for name in decoder.block_names(block).values() if name in changed]
         if not names:
             continue
-        run.say(f"tune: sending the model, block {block + 1} of {len(decoder)}")
+        run.step(f"sending the model: block {block + 1} of {len(decoder)}", block, len(decoder))
         message: Message = ({name: model.read(name) for name in names}, {"stage": plan.stage, "part": parts})
         messages = dict.fromkeys(plan.clients, message)
         list(ask(engine, run, "base", messages, stage=plan.stage, round_=0, check=_nothing))
@@ -151,7 +151,7 @@ def _plan_anew(
     run: Run,
 ) -> None:
     """Asks the clients which linears matter, and gives each a configuration by that."""
-    run.say("tune: asking which weights are worth tuning")
+    run.step("tune: asking which weights are worth tuning", round_, run.job.tuning(progress.plan.stage).rounds)
     plan = progress.plan
     names = list(decoder.linear_names())
     messages: dict[str, Message] = {}
