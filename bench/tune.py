@@ -52,10 +52,21 @@ def label(task: str, record: dict[str, Any]) -> str:
     return str(record["label" if task == "newsgroups" else "type"])
 
 
-def deal(task: str, data: Path, folder: Path, seed: int) -> list[Path]:
+def held_out(task: str, data: Path, folder: Path, validate: bool) -> tuple[list[str], Path]:
+    """The lines to deal, and the file to measure on: the test split, or a tenth of the training text, to choose settings by."""
+    lines = (data / task / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    if not validate:
+        return lines, data / task / "test.jsonl"
+    random.Random("validation").shuffle(lines)
+    file = folder / "validation.jsonl"
+    file.write_text("\n".join(lines[: len(lines) // 10]) + "\n", encoding="utf-8")
+    return lines[len(lines) // 10 :], file
+
+
+def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
     """Writes each client's file: every label is dealt by proportions of its own, drawn from Dirichlet(0.3)."""
     by_label: dict[str, list[str]] = {}
-    for line in (data / task / "train.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in lines:
         by_label.setdefault(label(task, json.loads(line)), []).append(line)
     rng = np.random.default_rng(seed)
     dealt: list[list[str]] = [[] for _ in range(CLIENTS)]
@@ -81,7 +92,7 @@ def weakest_memory() -> int:
     return math.ceil(budget.memory(sizes, rest, choice))
 
 
-def job(task: str, method: str, files: list[list[Path]], first: int, data: Path, seed: int, rounds: int) -> Job:
+def job(task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, rounds: int) -> Job:
     """A job of one method; ``files`` of each client, ``first``: the number of the first of them."""
     least = weakest_memory()
     links = {"uplink": UPLINK, "downlink": UPLINK}
@@ -102,7 +113,7 @@ def job(task: str, method: str, files: list[list[Path]], first: int, data: Path,
             "batches": [BATCHES[-1] * (CLIENTS if method == "central" else 1)] if kind != "fedpipe" else BATCHES,
             "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1,
         }],
-        "evaluate": {"data": [{"name": task, "path": data / task / "test.jsonl", "text": TEXTS[task]}], "length": 256,
+        "evaluate": {"data": [{"name": task, "path": held, "text": TEXTS[task]}], "length": 256,
                      "windows": WINDOWS},
     })  # fmt: skip
 
@@ -125,21 +136,21 @@ def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
     return points
 
 
-def run_method(task: str, method: str, data: Path, seed: int, rounds: int) -> dict[str, Any]:
+def run_method(task: str, method: str, data: Path, seed: int, rounds: int, validate: bool = False) -> dict[str, Any]:
     """The curve of a method; stand-alone: the mean over its clients."""
     with tempfile.TemporaryDirectory() as folder:
-        files = deal(task, data, Path(folder), seed)
+        lines, test = held_out(task, data, Path(folder), validate)
+        files = deal(task, lines, Path(folder), seed)
         if method == "alone":
             curves = []
             for i, file in enumerate(files):
                 (Path(folder) / f"{i}").mkdir()
-                curves.append(curve(job(task, method, [[file]], i, data, seed, rounds), Path(folder) / f"{i}"))
+                curves.append(curve(job(task, method, [[file]], i, test, seed, rounds), Path(folder) / f"{i}"))
             points = [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)]
         else:
-            held = [files] if method == "central" else [[file] for file in files]
-            points = curve(
-                job(task, method, held, CLIENTS // 2 if method == "central" else 0, data, seed, rounds), Path(folder)
-            )
+            clients = [files] if method == "central" else [[file] for file in files]
+            first = CLIENTS // 2 if method == "central" else 0
+            points = curve(job(task, method, clients, first, test, seed, rounds), Path(folder))
     return {"task": task, "method": method, "seed": seed, "points": points}
 
 
@@ -194,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
+    parser.add_argument("--validate", action="store_true", help="choose settings by a tenth of the training text, not the test")
     parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -206,7 +218,7 @@ def main() -> None:
         rounds = (
             args.rounds * 3 // 2 if method == "fedpipe" else args.rounds
         )  # its rounds are shorter; the table compares times
-        results.append(run_method(task, method, args.data, seed, rounds))
+        results.append(run_method(task, method, args.data, seed, rounds, args.validate))
         print(task, seed, method, [round(point[2], 3) for point in results[-1]["points"]], flush=True)
         if args.results:
             with args.results.open("a") as file:

@@ -8,11 +8,14 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedgrove.client import Site, other_devices
+from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
 from fedgrove.plan import Card
 from fedgrove.tuning import budget
@@ -104,6 +107,25 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
     for name, share in plan.clients.items():
         assert share.ranks == plan.clients[f"client-{int(name[-3:]) % 4:03d}"].ranks
         assert share.memory <= cards[name].memory
+
+
+@pytest.mark.parametrize("method", ["fedpipe", "lora", "full"])
+def test_a_client_with_several_devices_shares_a_step_among_them(method: Any) -> None:
+    cards = {f"{number}": Card(devices=number, tokens=100) for number in (1, 3, 4)}
+    stage = TuneStage(kind="tune", method=method, rule="ranks", ranks=(2, 4), batches=(4,), bits=(16,), length=32)
+    given = make_tune_plan(0, stage, SIZES, cards, even(SIZES)).clients
+    assert {name: share.micro for name, share in given.items()} == {"1": 4, "3": 1, "4": 1}
+    assert given["3"].compute == pytest.approx(given["1"].compute / 2, rel=0.1), "the busiest of three has two of four"
+    assert given["4"].compute == pytest.approx(given["1"].compute / 4, rel=0.1), "ranks differ a little"
+
+
+def test_more_devices_than_there_are_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = Site("ash", tmp_path, tmp_path, None, (), None, {"devices": 3})
+    assert other_devices(site, torch.device("cpu")) == [], "on a CPU one copy of the model uses all cores"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert other_devices(site, torch.device("cuda", 1)) == [torch.device("cuda", 2), torch.device("cuda", 3)]
+    with pytest.raises(FedgroveError, match=r"devices = 3, but from cuda:2 on there are 2; mend clients.devices"):
+        other_devices(site, torch.device("cuda", 2))
 
 
 def test_a_model_of_seven_billion_is_solved_to_a_thousandth() -> None:

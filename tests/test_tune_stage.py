@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_is_told_on_the_client(small: Small) -> None:
     decoder = Decoder(Checkpoint(small.model))
     model = lora.load(decoder, 32)
     model.get_input_embeddings().weight.data[0] = float("nan")
-    lora.open_weights(model, ["model.layers.0.mlp.up_proj"], {})
+    lora.open_weights(model, ["model.layers.0.mlp.up_proj"])
     ids = torch.zeros(2, 16, dtype=torch.int64)
     with pytest.raises(FedgroveError, match="not finite"):
         lora.train(model, lora.draw(ids, ids, 2, 0, "0"), lora.Settings(1, 2, 2, 0.1))
@@ -340,22 +340,48 @@ def test_the_order_of_windows_covers_all_of_them_in_every_epoch() -> None:
     assert next(later)[0][:, 0].tolist() == seen[4:6]
 
 
-def test_equal_windows_at_once_or_one_by_one_make_no_difference(small: Small) -> None:
-    ids = torch.randint(0, 4000, (6, 16), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5, -100)
-    results = []
-    for micro in (1, 4, 6):
-        decoder = Decoder(Checkpoint(small.model))
-        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        model = lora.load(decoder, 32)
-        starts = {n: Start(fill(Factors.none(*s), 2, n, "0"), Factors.none(*s)) for n, s in shapes.items()}
-        lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
-        loss = lora.train(model, lora.draw(ids, labels, 6, 0, "0"), lora.Settings(2, 6, micro, 0.1, optimizer="sgd"))
-        results.append((loss, lora.detach(model, list(shapes))))
-    for loss, trained in results[1:]:
-        assert abs(loss - results[0][0]) < 1e-4
-        for name, factors in trained.items():
-            torch.testing.assert_close(factors.product(), results[0][1][name].product(), atol=1e-5, rtol=1e-3)
+def sample(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of so many windows, and labels of which half are not learnt."""
+    ids = torch.randint(0, 4000, (batch, 16), generator=torch.Generator().manual_seed(0))
+    return ids, ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5, -100)
+
+
+def trained(small: Small, settings: lora.Settings, others: int = 0) -> tuple[float, dict[str, Factors]]:
+    decoder = Decoder(Checkpoint(small.model))
+    shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+    model = lora.load(decoder, 32)
+    starts = {n: Start(fill(Factors.none(*s), 2, n, "0"), Factors.none(*s)) for n, s in shapes.items()}
+    lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
+    batches = lora.draw(*sample(settings.batch), settings.batch, 0, "0")
+    loss = lora.train(model, batches, settings, others=[torch.device("cpu")] * others)
+    return loss, lora.detach(model, list(shapes))
+
+
+@pytest.mark.parametrize(("micro", "others"), [(4, 0), (6, 0), (1, 1), (2, 2), (6, 1)])
+def test_windows_at_once_or_one_by_one_or_on_several_devices_make_no_difference(small: Small, micro: int, others: int) -> None:
+    loss, factors = trained(small, lora.Settings(2, 6, micro, 0.1, optimizer="sgd"), others)
+    alone, expected = trained(small, lora.Settings(2, 6, 1, 0.1, optimizer="sgd"))
+    assert abs(loss - alone) < 1e-4
+    for name, pair in factors.items():
+        torch.testing.assert_close(pair.product(), expected[name].product(), atol=1e-5, rtol=1e-3)
+
+
+def test_the_proximal_term_pulls_back_to_where_the_round_began(small: Small) -> None:
+    """Two SGD steps by hand: the second gradient gains μ(θ₁ − θ₀), and nothing else changes."""
+    rate, mu = 0.1, 3.0
+    _, free = trained(small, lora.Settings(1, 6, 6, rate, optimizer="sgd"))
+    _, plain = trained(small, lora.Settings(2, 6, 6, rate, optimizer="sgd"))
+    _, bound = trained(small, lora.Settings(2, 6, 6, rate, optimizer="sgd", proximal=mu))
+    moved = 0.0
+    for name, factors in free.items():
+        begun = fill(Factors.none(factors.b.shape[0], factors.a.shape[1]), 2, name, "0")
+        for after, one, start, two in (
+            (bound[name].b, factors.b, begun.b, plain[name].b),
+            (bound[name].a, factors.a, begun.a, plain[name].a),
+        ):
+            torch.testing.assert_close(after, two - rate * mu * (one - start).float(), atol=1e-6, rtol=1e-4)
+            moved += float((after - two).abs().sum())
+    assert moved > 1e-3
 
 
 def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None:
@@ -366,6 +392,31 @@ def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None
     clock = [v for (s, r, c, name), v in measurements(run).items() if name == "clock"]
     assert 0 < clock[0] < clock[1]
     assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["rule"] == "ranks"
+
+
+@pytest.mark.parametrize("method", ["fedpipe", "lora"])
+def test_the_ledger_tells_modelled_seconds_and_the_plan_foretells_them(small: Small, method: str) -> None:
+    clients = [
+        {**client, "speed": 1.0 + i, "uplink": "10Gbit", "downlink": "20Gbit"}
+        for i, client in enumerate(small.spec()["clients"])
+    ]
+    run = small.undisturbed(stages=tune(method=method), clients=clients)
+    ledger = [line for line in lines(run / "ledger.jsonl") if line["kind"] in ("importance", "train")]
+    for line in ledger:
+        assert line["transfer"] == pytest.approx(8 * line["bytes"] / (1e10 if line["direction"] == "up" else 2e10))
+        assert ("compute" in line) == (line["direction"] == "up")
+    spent: dict[tuple[int, str], dict[str, float]] = {}
+    for line in ledger:
+        of = spent.setdefault((line["round"], line["kind"]), {})
+        of[line["client"]] = of.get(line["client"], 0.0) + line["transfer"] + line.get("compute", 0.0)
+    clock = sum(max(of.values()) for of in spent.values())
+    assert measurements(run)[0, 1, None, "clock"] == pytest.approx(clock), "rounds go on when the slowest has answered"
+    assert measurements(run)[0, 1, "ash", "seconds"] == pytest.approx(spent[1, "train"]["ash"])
+    status, out, _ = cli("plan", run / "job.toml")
+    assert status == 0
+    foretold = json.loads((run / "plan-0-tune.json").read_text())["total"]
+    assert foretold == pytest.approx(clock, rel=0.05, abs=2e-3)
+    assert f"{foretold:,.1f} s of the clients' own time" in " ".join(out.split())
 
 
 def test_a_run_ends_with_what_each_client_was_given_and_why(small: Small, tmp_path: Path) -> None:

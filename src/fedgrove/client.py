@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -320,8 +321,8 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
             if f"own/{name}" in tensors:
                 weight.data += as_matrix(model.get_submodule(name), tensors[f"own/{name}"]).to(weight.device, weight.dtype)
             before[name] = weight.detach().clone()
-        lora.open_weights(model, list(shapes), masks)
-        loss = _train(site, model, batches, settings)
+        lora.open_weights(model, list(shapes))
+        loss = _train(site, model, batches, settings, masks)
         for name, start in before.items():
             module = model.get_submodule(name)
             change = cast(Tensor, module.weight).detach() - start
@@ -405,13 +406,30 @@ def _to_tune(site: Site, info: Info, device: str) -> tuple[Decoder, Tensor, Tens
     return Decoder(checkpoint.over(folder) if info["parts"] else checkpoint, device), *_training_windows(site, info["length"])
 
 
-def _train(site: Site, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: Any) -> float:
+def _train(
+    site: Site,
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    settings: Any,
+    masks: Mapping[str, Tensor] = MappingProxyType({}),
+) -> float:
     from fedgrove.tuning.lora import train
 
     try:
-        return train(model, batches, settings)
+        return train(model, batches, settings, masks, other_devices(site, next(model.parameters()).device))
     except FedgroveError as fault:
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
+
+
+def other_devices(site: Site, first: torch.device) -> list[torch.device]:
+    """The devices after the first that this client's card promises. On a CPU one copy of the model uses all cores."""
+    number = int(site.card.get("devices", 1))
+    if first.type == "cpu":
+        return []
+    start, there = first.index or 0, torch.get_device_module(first).device_count()
+    if start + number > there:
+        raise FedgroveError(f"devices = {number}, but from {first} on there are {there - start}; mend clients.devices")
+    return [torch.device(first.type, start + i) for i in range(1, number)]
 
 
 def _tokens(ids: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class Client(Part):
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
     bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
+    devices: Annotated[int, Field(ge=1, le=64)] = 1
     samples: Annotated[int, Field(gt=0)] | None = None
     sparsity: Sparsity | None = None
 
@@ -205,7 +206,7 @@ class TuneStage(Part):
         bits: of each frozen weight; 32 and 16 are floats, 8 is int8, 4 is NF4.
         learning_rate: of the clients' optimiser; ``decay`` = "linear" lowers it to a tenth over the rounds.
         clip: the largest norm of a client's gradient; 0: any.
-        alpha: LoRA's α, so that an adapter is scaled by α/r; default: twice the rank, whatever it is.
+        alpha: LoRA's α, so that an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
         deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
             for a quarter of the largest batch at the smallest ranks. Only "fedpipe" looks at it.
         refresh: measure the importance and plan again every so many rounds; 0: only before the first.

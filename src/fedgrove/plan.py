@@ -33,6 +33,7 @@ class Card(BaseModel):
     uplink: Annotated[int, Field(gt=0)] | None = None  # bits a second
     downlink: Annotated[int, Field(gt=0)] | None = None  # bits a second
     bits: tuple[Bits, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
+    devices: Annotated[int, Field(ge=1, le=64)] = 1  # alike: memory and speed are those of each
     tokens: Annotated[int, Field(ge=0)] = 0  # of its text, where a stage tunes
     samples: Annotated[int, Field(gt=0)] | None = None  # windows, where the client wants another number than the stage
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None  # likewise

@@ -6,7 +6,9 @@ import json
 import shutil
 import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import filelock
@@ -84,11 +86,18 @@ class Run:
         self.watch.measured(line)
 
     def account(
-        self, stage: int, round_: int, client: str, direction: Literal["up", "down"], kind: str, num_bytes: int
+        self,
+        stage: int,
+        round_: int,
+        client: str,
+        direction: Literal["up", "down"],
+        kind: str,
+        num_bytes: int,
+        modelled: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """One line of ``ledger.jsonl``: a message as it was sent."""
+        """One line of ``ledger.jsonl``: a message as it was sent, with its modelled seconds where a stage has a clock."""
         line = {"stage": stage, "round": round_, "client": client, "direction": direction, "kind": kind, "bytes": num_bytes}
-        self._append("ledger.jsonl", line)
+        self._append("ledger.jsonl", line | dict(modelled))
         (self.watch.asked if direction == "down" else self.watch.answered)(client, num_bytes)
 
     def metrics(self) -> list[dict[str, Any]]:

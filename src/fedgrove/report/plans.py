@@ -46,7 +46,8 @@ def _tuning(plan: Mapping[str, Any]) -> Group:
             _mebibytes(share["memory"]), _megabytes(share["upload"]), f"{share['seconds']:,.1f} s",
         )  # fmt: skip
     left_out = [Text(f"{name} is left out: {why}") for name, why in sorted(plan["left_out"].items())]
-    return Group(table, *left_out)
+    total = Text(f"All rounds together take {plan['total']:,.1f} s of the clients' own time, as modelled from what they say.")
+    return Group(table, total, *left_out)
 
 
 def _ranks(ranks: Mapping[str, int], linears: int) -> str:

@@ -6,12 +6,14 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.rounds import wire
+from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.wire import Info
 from fedgrove.run import Run
 
@@ -28,6 +30,7 @@ def ask(
     stage: int,
     round_: int,
     check: Callable[[str, dict[str, Tensor], Info], None],
+    clock: Clock | None = None,
 ) -> Iterator[Answer]:
     """Sends each client its message and yields what came back, by client name, whoever was first.
 
@@ -38,6 +41,7 @@ def ask(
         messages: for each client its tensors and its JSON.
         check: given client, tensors and JSON; raises :class:`~fedgrove.rounds.wire.WireError` on an answer that is not what
             was asked for.
+        clock: what the messages would take on the clients' own machines; the ledger then tells it.
 
     Yields:
         (client, tensors, JSON).
@@ -52,17 +56,21 @@ def ask(
     held: dict[str, bytes | Path | None] = {}  # answers before their turn; None where there is none
     faults: dict[str, str] = {}  # what was wrong with a client's latest answer
 
+    def account(client: str, direction: Literal["up", "down"], size: int) -> None:
+        modelled = clock.spend(client, direction, size) if clock else {}
+        run.account(stage, round_, client, direction, kind, size, modelled)
+
     def send(clients: list[str]) -> Iterator[Answer]:
         run.watch.asking(clients)
         outbox = _Outbox(
             {client: messages[client] for client in clients},
-            lambda client, size: run.account(stage, round_, client, "down", kind, size),
+            lambda client, size: account(client, "down", size),
         )
         for client, answer, error in engine.ask(kind, outbox, rules.timeout):
             if client not in turns or held.get(client) is not None:
                 continue  # it comes late or twice: this client's part is settled
             if answer is not None:
-                run.account(stage, round_, client, "up", kind, len(answer))
+                account(client, "up", len(answer))
             else:
                 faults[client] = error or "it gave no answer"
                 run.watch.answered(client, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from fedgrove.job import TuneStage
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.rounds.ask import Message, ask
+from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
@@ -80,7 +81,8 @@ def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpo
         _log(progress, plan.stage, done[-1], run)
         _measure(model, decoder, progress, done[-1], stage, masked, run)
     if len(done) < stage.rounds:
-        parts = _give_base(decoder, model, plan, engine, run)
+        parts, took = _give_base(decoder, model, plan, engine, run)
+        progress.clock += 0.0 if done else took
         for round_ in range(len(done), stage.rounds):
             progress.metrics.clear()
             if stage.method == "fedpipe" and (round_ == 0 or (stage.refresh and round_ % stage.refresh == 0)):
@@ -124,10 +126,11 @@ def pruned_linears(decoder: Decoder) -> list[str]:
     return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
 
 
-def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> int:
-    """Sends every client what earlier stages changed, a block at a time; returns the number of parts."""
+def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> tuple[int, float]:
+    """Sends every client what earlier stages changed, a block at a time: the number of parts, and modelled seconds."""
     changed = set(model.changed())
     parts = 0
+    clock = _clock(plan, {})
     for block in range(len(decoder)):
         names = [name for name in decoder.block_names(block).values() if name in changed]
         if not names:
@@ -135,9 +138,9 @@ def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engi
         run.step(f"sending the model: block {block + 1} of {len(decoder)}", block, len(decoder))
         message: Message = ({name: model.read(name) for name in names}, {"stage": plan.stage, "part": parts})
         messages = dict.fromkeys(plan.clients, message)
-        list(ask(engine, run, "base", messages, stage=plan.stage, round_=0, check=_nothing))
+        list(ask(engine, run, "base", messages, stage=plan.stage, round_=0, check=_nothing, clock=clock))
         parts += 1
-    return parts
+    return parts, clock.slowest(clock.spent)
 
 
 def _plan_anew(
@@ -166,20 +169,28 @@ def _plan_anew(
         _check_tokens(client, tensors, plan)
 
     sums = Sums()
-    for client, tensors, _ in ask(engine, run, "importance", messages, stage=plan.stage, round_=round_, check=check):
+    sizes = measure(decoder, stage.length, bool(masked))
+    clock = _clock(plan, warmup_seconds(plan.clients, stage, sizes, plan.cards))
+    answers = ask(engine, run, "importance", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
+    for client, tensors, _ in answers:
         sums.add(tensors[CHANGE + "importance"], float(plan.clients[client].tokens))
     importance = scoring.shares(sums.mean(), names)
     if round_ > 0:
         importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
-    sizes = measure(decoder, stage.length, bool(masked))
     new = make_tune_plan(plan.stage, stage, sizes, plan.cards, importance, round_)
     if round_ == 0 or worth(new, stage, importance) > HYSTERESIS * worth(plan, stage, importance):
         progress.plan = new
     else:
         progress.plan = plan.model_copy(update={"importance": importance})
-    progress.clock += warmup_seconds(plan, stage, sizes, plan.cards, scoring.RANK)
+    progress.clock += clock.slowest(clock.spent)
     progress.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
     run.write_json(f"plan-{plan.stage}-tune.json", progress.plan.model_dump(mode="json"))
+
+
+def _clock(plan: TunePlan, compute: Mapping[str, float]) -> Clock:
+    """Of one exchange with the plan's clients, by their cards."""
+    cards = {client: plan.cards[client] for client in plan.clients}
+    return Clock({client: Pace(compute.get(client, 0.0), card.uplink, card.downlink) for client, card in cards.items()})
 
 
 def _common(stage: TuneStage, plan: TunePlan, share: TuneShare, parts: int, run: Run) -> Info:
@@ -200,7 +211,8 @@ def _train_round(
         client: _message(decoder, client, progress, round_, stage, parts, masked, run) for client in sorted(plan.clients)
     }
     check = _checker(decoder, stage, plan)
-    answers = ask(engine, run, "train", messages, stage=plan.stage, round_=round_, check=check)
+    clock = _clock(plan, {client: share.compute for client, share in plan.clients.items()})
+    answers = ask(engine, run, "train", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
     losses = Sums()
     heard = []
 
@@ -209,7 +221,7 @@ def _train_round(
             heard.append(client)
             losses.add(torch.tensor(info["loss"], dtype=torch.float64), float(plan.clients[client].tokens))
             progress.metrics.append((client, "loss", info["loss"]))
-            progress.metrics.append((client, "seconds", plan.clients[client].seconds))
+            progress.metrics.append((client, "seconds", clock.spent[client]))
             yield client, tensors
 
     if plan.rank:
@@ -218,7 +230,7 @@ def _train_round(
         _fold_dense(decoder, progress, each())
     for client in heard:
         progress.seen[client] = progress.seen.get(client, 0) + stage.steps * plan.clients[client].batch
-    progress.clock += max(plan.clients[client].seconds for client in heard)
+    progress.clock += clock.slowest(heard)
     progress.metrics.append((None, "loss", float(losses.mean())))
     progress.metrics.append((None, "clock", progress.clock))
 
@@ -270,8 +282,11 @@ def _message(
 
 
 def scale(stage: TuneStage, rank: int) -> float:
-    """LoRA's α/r."""
-    return 2.0 if stage.alpha is None else stage.alpha / rank
+    """α/r, or rank-stabilised where the job gives no α: 2 at the largest rank, and ∝ 1/√r (rsLoRA, arXiv 2312.03732).
+
+    So a step of the optimiser moves the weight about as far at any rank, and a client of low rank learns as fast.
+    """
+    return 2.0 * math.sqrt(stage.ranks[-1] / rank) if stage.alpha is None else stage.alpha / rank
 
 
 def _fold_adapters(

@@ -58,7 +58,7 @@ class Choice:
 
     Attributes:
         bits: of each frozen weight.
-        batch: windows of an optimiser step; micro: windows computed at once.
+        batch: windows of an optimiser step; micro: windows computed at once, on each device.
         ranks: by linear; those that are missing are not tuned.
     """
 
@@ -89,12 +89,18 @@ class Grid:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a client has: bytes, seconds a round, operations a second, bytes a second; infinite where it does not say."""
+    """What a client has: infinite where it does not say.
+
+    Attributes:
+        memory: bytes, of each device. seconds: of a round. speed: operations a second, of each device.
+        uplink: bytes a second. devices: that share the windows of a step.
+    """
 
     memory: float = math.inf
     seconds: float = math.inf
     speed: float = 3e10
     uplink: float = math.inf
+    devices: int = 1
 
 
 class Infeasible(Exception):
@@ -153,17 +159,27 @@ def window_operations(sizes: Sizes, grid: Grid) -> float:
     return 4 * tokens * weights + 3 * attention + rest
 
 
+def compute_seconds(sizes: Sizes, grid: Grid, budget: Budget, choice: Choice) -> float:
+    """Seconds of computing in a round."""
+    adapters = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items())
+    windows = grid.steps * each_device(choice.batch, budget)
+    return windows * (window_operations(sizes, grid) + 6 * sizes.length * adapters) / budget.speed
+
+
+def each_device(batch: int, budget: Budget) -> int:
+    """Windows of a step that the busiest device computes."""
+    return -(-batch // budget.devices)
+
+
 def seconds(sizes: Sizes, grid: Grid, budget: Budget, choice: Choice) -> float:
     """Seconds of a round: computing, and sending the adapters."""
-    adapters = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items())
-    operations = grid.steps * choice.batch * (window_operations(sizes, grid) + 6 * sizes.length * adapters)
-    return operations / budget.speed + upload(sizes, grid, choice) / budget.uplink
+    return compute_seconds(sizes, grid, budget, choice) + upload(sizes, grid, choice) / budget.uplink
 
 
-def full_seconds(sizes: Sizes, grid: Grid, budget: Budget, batch: int) -> float:
-    """Likewise for whole linears: their gradient takes as much again as going back through them."""
-    operations = grid.steps * batch * (window_operations(sizes, grid) + 2 * sizes.length * sizes.parameters)
-    return operations / budget.speed + sizes.parameters * grid.number / budget.uplink
+def full_compute_seconds(sizes: Sizes, grid: Grid, budget: Budget, batch: int) -> float:
+    """Seconds of computing for whole linears: their gradient takes as much again as going back through them."""
+    windows = grid.steps * each_device(batch, budget)
+    return windows * (window_operations(sizes, grid) + 2 * sizes.length * sizes.parameters) / budget.speed
 
 
 def upload(sizes: Sizes, grid: Grid, choice: Choice) -> float:
@@ -283,11 +299,12 @@ def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, floa
             tail.append(each)
         when_chosen(at, np.concatenate(tail), budget.memory - memory(sizes, grid, Choice(bits, 1, micro, {})))
     for at, batch in enumerate(grid.batches):
-        number = 6.0 * sizes.length * grid.steps * batch / budget.speed + grid.number / budget.uplink
+        number = 6.0 * sizes.length * grid.steps * each_device(batch, budget) / budget.speed + grid.number / budget.uplink
         tail = [widths * number * sum(sizes.linears[name]) for name in names]
         room = budget.seconds - seconds(sizes, grid, budget, Choice(grid.bits[0], batch, 1, {}))
         when_chosen(num_held + at, np.concatenate(tail), room)
-        fits = {i: -1.0 for i, (_, micro) in enumerate(held) if micro <= batch}  # no more windows at once than there are
+        most = each_device(batch, budget)  # no more windows at once than there are
+        fits = {i: -1.0 for i, (_, micro) in enumerate(held) if micro <= most}
         row({num_held + at: 1.0, **fits}, None, -np.inf, 0.0)
     something = np.zeros(size - first)
     something[::num_steps] = 1.0
@@ -324,6 +341,6 @@ def micros(batches: tuple[int, ...]) -> list[int]:
 
 def widest(sizes: Sizes, grid: Grid, budget: Budget, choice: Choice) -> Choice:
     """The same configuration with as many windows at once as fit: fewer, larger products are faster."""
-    fits = [micro for micro in micros(grid.batches) if micro <= choice.batch]
+    fits = [micro for micro in micros(grid.batches) if micro <= each_device(choice.batch, budget)]
     fits = [m for m in fits if memory(sizes, grid, Choice(choice.bits, choice.batch, m, choice.ranks)) <= budget.memory]
     return Choice(choice.bits, choice.batch, max([choice.micro, *fits]), choice.ranks)

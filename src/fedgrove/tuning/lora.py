@@ -6,13 +6,16 @@ refill the zeros, so there the product of the factors is masked before it is use
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import itertools
 import logging
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -33,7 +36,7 @@ class Settings:
 
     Attributes:
         steps: optimiser steps.
-        batch: windows of each step; micro: windows that are computed at once (gradients are accumulated).
+        batch: windows of each step; micro: windows that a device computes at once (gradients are accumulated).
         optimizer: "adamw" (β 0.9 and 0.999, no weight decay) or "sgd"; its state begins anew in every round.
         learning_rate, clip: clip is the largest norm of the gradient; 0 for any.
         proximal: FedProx's μ (Li et al., MLSys 2020): μ/2·‖θ − θ₀‖² is added to the loss.
@@ -158,22 +161,29 @@ def detach(model: nn.Module, names: Sequence[str]) -> dict[str, Factors]:
     return result
 
 
-def open_weights(model: nn.Module, names: Sequence[str], masks: Mapping[str, Tensor]) -> None:
-    """Lets whole linears be trained; masked weights get no gradient, and so stay zero."""
+def open_weights(model: nn.Module, names: Sequence[str]) -> None:
+    """Lets whole linears be trained."""
     for name in names:
-        module = model.get_submodule(name)
-        weight = cast(nn.Parameter, module.weight).requires_grad_()
-        if name in masks:
-            mask = as_matrix(module, masks[name]).to(weight.device)
-            weight.register_hook(lambda gradient, mask=mask: gradient * mask)  # type: ignore[no-untyped-call]
+        cast(nn.Parameter, model.get_submodule(name).weight).requires_grad_()
 
 
-def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: Settings) -> float:
+def train(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    settings: Settings,
+    masks: Mapping[str, Tensor] = MappingProxyType({}),
+    others: Sequence[torch.device] = (),
+) -> float:
     """Trains what requires a gradient.
+
+    With several devices each holds a copy of the model and computes every so many windows of a step; gradients are summed
+    on the first, which steps, so the result is that of one device but for the order in which floats are added.
 
     Args:
         model: in any state; it is left in that of evaluation, without dropout, so that the same batches give the same bits.
         batches: (ids, labels) of each step, (batch, length) each; labels of ``IGNORED`` are not learnt.
+        masks: of whole linears that are trained, by name, (out, in) bool: where False there is no gradient, so zeros stay.
+        others: devices besides the model's own.
 
     Returns:
         The mean loss a token, over all steps, each measured before its step.
@@ -181,11 +191,17 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
     Raises:
         FedgroveError: the loss is not finite.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = _trained(model)
+    kept = []
+    for name, mask in masks.items():
+        module = model.get_submodule(name)
+        weight = cast(nn.Parameter, module.weight)
+        kept.append((weight, as_matrix(module, mask).to(weight.device)))
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
     optimizer = make(parameters, lr=settings.learning_rate, weight_decay=0.0)
     model.eval()
+    copies = [model, *(copy.deepcopy(model).to(device) for device in others)]
     total, count = 0.0, 0
     with torch.enable_grad():
         for _ in range(settings.steps):
@@ -193,11 +209,19 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
             learnt = int((labels[:, 1:] != IGNORED).sum())
             if not learnt:
                 continue
-            loss = 0.0
-            for part, wanted in pieces(ids, labels, settings.micro):
-                share = loss_sum(model, part, wanted) / learnt
+            shares = []  # not numbers yet: reading one would wait for its device before the next is given work
+            for (part, wanted), one in zip(pieces(ids, labels, settings.micro), itertools.cycle(copies), strict=False):
+                share = loss_sum(one, part, wanted) / learnt
                 share.backward()  # type: ignore[no-untyped-call]
-                loss += float(share.detach())
+                shares.append(share.detach())
+            loss = sum(map(float, shares))
+            for other in copies[1:]:
+                for parameter, its in zip(parameters, _trained(other), strict=True):
+                    if its.grad is not None:  # fewer windows than devices
+                        cast(Tensor, parameter.grad).add_(its.grad.to(parameter.device))
+                        its.grad = None
+            for weight, mask in kept:
+                cast(Tensor, weight.grad).mul_(mask)
             if not math.isfinite(loss):
                 raise FedgroveError("its loss is not finite; lower learning_rate, or look at its data")
             if settings.proximal:
@@ -208,8 +232,15 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], settings: 
                 nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            for other in copies[1:]:
+                for parameter, its in zip(parameters, _trained(other), strict=True):
+                    its.data.copy_(parameter.data)
             total, count = total + loss * learnt, count + learnt
     return total / max(1, count)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def pieces(ids: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -293,7 +324,7 @@ def _masked_layer() -> type[nn.Module]:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in self.active_adapters], 1)
             a = torch.cat([self.lora_A[name].weight for name in self.active_adapters])
-            mask = self.mask if self.mask is not None else torch.ones((), dtype=torch.bool, device=b.device)
+            mask = self.mask.to(b.device) if self.mask is not None else torch.ones((), dtype=torch.bool, device=b.device)
             return result + cast(Tensor, _MaskedProduct.apply(x.to(a.dtype), b, a, mask)).to(result.dtype)  # type: ignore[no-untyped-call]
 
     return MaskedLora

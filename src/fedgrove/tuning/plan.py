@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from fedgrove.plan import SPEED, Card
 from fedgrove.rounds import wire
 from fedgrove.tuning import budget
 from fedgrove.tuning.budget import Budget, Choice, Grid, Infeasible, Sizes
+from fedgrove.tuning.importance import RANK
 
 
 class TuneShare(BaseModel):
@@ -25,13 +27,15 @@ class TuneShare(BaseModel):
 
     bits: int  # of each frozen weight
     batch: int  # windows of an optimiser step
-    micro: int  # windows computed at once
+    micro: int  # windows computed at once, on each device
     ranks: dict[str, int]  # by linear; empty: whole linears are trained
     tokens: int  # of its text: its weight in the sum
     memory: int  # bytes at the peak, besides the program itself
     upload: int  # bytes
     download: int  # bytes
+    compute: float  # seconds
     seconds: float  # computing and sending, both ways
+    devices: int = 1  # that share the windows of a step
 
 
 class TunePlan(BaseModel):
@@ -45,6 +49,7 @@ class TunePlan(BaseModel):
     since: int = 0
     rank: int  # the largest of any client and linear; 0: whole linears are trained
     deadline: float | None
+    total: float  # modelled seconds of all rounds and of measuring the importance, as if this plan stayed in force
     clients: dict[str, TuneShare]
     left_out: dict[str, str]  # client -> which budget is too small, and what would do
     importance: dict[str, float]  # of each linear, together 1
@@ -127,7 +132,7 @@ def make_tune_plan(
         deadline = stage.deadline or _default_deadline(sizes, grid, budgets)
         solved: dict[tuple[Budget, Grid], Choice | Infeasible] = {}
         for name, given in budgets.items():
-            given = Budget(given.memory, deadline, given.speed, given.uplink)
+            given = replace(given, seconds=deadline)
             bits = tuple(b for b in sorted(stage.bits, reverse=True) if b in cards[name].bits)
             own = Grid(bits, grid.batches, grid.ranks, grid.steps, grid.rest, number)
             if (given, own) not in solved:
@@ -148,7 +153,8 @@ def make_tune_plan(
         choices, left_out = _uniform(stage, sizes, budgets, cards, number)
     else:
         for name, given in budgets.items():
-            fits = [m for m in budget.micros(stage.batches) if budget.full_memory(sizes, m) <= given.memory]
+            most = budget.each_device(stage.batches[-1], given)
+            fits = [m for m in budget.micros(stage.batches) if m <= most and budget.full_memory(sizes, m) <= given.memory]
             if fits:
                 choices[name] = Choice(32, stage.batches[-1], max(fits), {})
             else:
@@ -166,12 +172,13 @@ def make_tune_plan(
     shares = {}
     for name, choice in choices.items():
         if rank:
-            time = budget.seconds(sizes, grid, budgets[name], choice)
+            compute = budget.compute_seconds(sizes, grid, budgets[name], choice)
             need, up = budget.memory(sizes, grid, choice), budget.upload(sizes, grid, choice)
         else:
-            time = budget.full_seconds(sizes, grid, budgets[name], choice.batch)
+            compute = budget.full_compute_seconds(sizes, grid, budgets[name], choice.batch)
             need, up = budget.full_memory(sizes, choice.micro), number * sizes.parameters
-        downlink = cards[name].downlink
+        card = cards[name]
+        sending = (8 * up / card.uplink if card.uplink else 0.0) + (8 * down / card.downlink if card.downlink else 0.0)
         shares[name] = TuneShare(
             bits=choice.bits,
             batch=choice.batch,
@@ -181,14 +188,21 @@ def make_tune_plan(
             memory=math.ceil(need),
             upload=math.ceil(up),
             download=math.ceil(down),
-            seconds=round(time + (8 * down / downlink if downlink else 0.0), 3),
+            compute=round(compute, 6),
+            seconds=round(compute + sending, 3),
+            devices=card.devices,
         )
+    measured = 0.0
+    if stage.method == "fedpipe":
+        times = math.ceil(stage.rounds / stage.refresh) if stage.refresh else 1
+        measured = times * max(warmup_seconds(shares, stage, sizes, cards).values())
     return TunePlan(
         stage=index,
         method=stage.method,
         since=since,
         rank=rank,
         deadline=deadline,
+        total=round(stage.rounds * max(share.seconds for share in shares.values()) + measured, 3),
         clients=shares,
         left_out=left_out,
         importance=dict(importance),
@@ -205,15 +219,16 @@ def worth(plan: TunePlan, stage: TuneStage, importance: Mapping[str, float]) -> 
     )
 
 
-def warmup_seconds(plan: TunePlan, stage: TuneStage, sizes: Sizes, cards: Mapping[str, Card], rank: int) -> float:
-    """Seconds until the slowest client has measured the importance: ``warmup`` steps of one batch at that rank everywhere."""
+def warmup_seconds(
+    shares: Mapping[str, TuneShare], stage: TuneStage, sizes: Sizes, cards: Mapping[str, Card]
+) -> dict[str, float]:
+    """Seconds of computing until each client has measured the importance."""
     grid = Grid(stage.bits, stage.batches, stage.ranks, stage.warmup)
-    ranks = dict.fromkeys(sizes.linears, rank)
-    times = [
-        budget.seconds(sizes, grid, Budget(speed=SPEED * cards[name].speed), Choice(32, share.micro, 1, ranks))
-        for name, share in plan.clients.items()
-    ]
-    return max(times)
+    ranks = dict.fromkeys(sizes.linears, RANK)
+    return {
+        name: budget.compute_seconds(sizes, grid, Budget(speed=SPEED * cards[name].speed), Choice(32, share.micro, 1, ranks))
+        for name, share in shares.items()
+    }
 
 
 def _budget(card: Card) -> Budget:
@@ -221,6 +236,7 @@ def _budget(card: Card) -> Budget:
         memory=card.memory or math.inf,
         speed=SPEED * card.speed,
         uplink=card.uplink / 8 if card.uplink else math.inf,
+        devices=card.devices,
     )
 
 
