@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Needs = Literal["nothing", "squares", "gram"]
+STRIP = 512  # columns of a Gram matrix that are computed at once
 
 
 @dataclass
@@ -19,34 +21,58 @@ class Inputs:
     Products are taken in float32 for each window and added in float64: the order of float32 rounding inside a window
     is fixed, and the sum over windows loses nothing that matters.
 
+    Of a Gram matrix only the strips from the diagonal to the right are computed, half of the products; what lies below is
+    their mirror image, put there when it is read.
+
     Attributes:
         needs: what is being summed.
         tokens: number of tokens seen.
-        total: (in,) for "squares": Σ x²; (in, in) for "gram": Σ x xᵀ; None before the first window; float64.
+        total: (in,) for "squares": Σ x²; (in, in) for "gram": Σ x xᵀ, read through ``gram``; None before the first window;
+            float64.
     """
 
     needs: Needs
     tokens: int = 0
     total: Tensor | None = None
+    _mirrored: bool = field(default=True, init=False, repr=False, compare=False)
+    _made: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def add(self, x: Tensor) -> None:
         """Adds one window: x is (..., in), any float dtype."""
         x = x.reshape(-1, x.shape[-1]).float()
         self.tokens += x.shape[0]
+        self._made.clear()
         if self.needs == "nothing":
             return
-        new = x.T @ x if self.needs == "gram" else x.square().sum(0, dtype=torch.float64)
+        width = x.shape[1]
         if self.total is None:
-            self.total = new.double()
-        else:
-            self.total += new
+            shape = (width, width) if self.needs == "gram" else (width,)
+            self.total = torch.zeros(shape, dtype=torch.float64, device=x.device)
+        if self.needs == "squares":
+            self.total += x.square().sum(0, dtype=torch.float64)
+            return
+        for start in range(0, width, STRIP):
+            strip = slice(start, start + STRIP)
+            self.total[strip, start:] += x[:, strip].T @ x[:, start:]
+        self._mirrored = False
 
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ, (in, in) float64."""
         assert self.needs == "gram", "this pruner did not say that it needs the Gram matrix"
         assert self.total is not None, "no window was added"
+        if not self._mirrored:
+            for start in range(0, len(self.total), STRIP):
+                end = start + STRIP
+                self.total[end:, start:end] = self.total[start:end, end:].T
+            self._mirrored = True
         return self.total
+
+    def once(self, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """``make`` of the Gram matrix, kept for the other linears that read this input: q, k and v need one factor."""
+        if make not in self._made:
+            self._made[make] = make(self.gram)
+        return self._made[make]
 
     @property
     def squares(self) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Target:
 def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
     """Marks exactly ``count`` entries: the lowest by the first key, ties by the next key, then by position.
 
-    Linear time: a threshold by ``kthvalue`` for each key, no sort. NaN is not allowed in a key.
+    Linear time: a threshold for each key, no sort. NaN is not allowed in a key.
 
     Args:
         keys: tensors of one shape, the most important first.
@@ -65,7 +66,7 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
         values = key if open_ is None else key[open_]
         if count == values.numel():
             break
-        threshold = values.kthvalue(count).values
+        threshold = _kth_lowest(values, count)
         below = values < threshold
         tied = (values == threshold).nonzero().squeeze(1)
         if open_ is None:
@@ -73,13 +74,21 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
         else:
             marked[open_[below]] = True
             tied = open_[tied]
-        count -= int(below.sum())
+        count -= int(below.count_nonzero())
         open_ = tied
     if open_ is None:
         marked[:count] = True
     else:
         marked[open_[:count]] = True
     return marked.view(shape)
+
+
+def _kth_lowest(values: Tensor, k: int) -> Tensor | float:
+    """NumPy selects with vector instructions, several times faster than torch does on a CPU."""
+    if values.device.type != "cpu":
+        return values.kthvalue(k).values
+    numbers = values.numpy()
+    return float(np.partition(numbers, k - 1)[k - 1])
 
 
 def keep(keys: Sequence[Tensor], target: Target) -> Tensor:
