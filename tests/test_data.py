@@ -11,7 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fedgrove.data import calibration_windows, evaluation_windows, read_texts, template_fields
+from fedgrove.data import (
+    IGNORED,
+    calibration_windows,
+    evaluation_windows,
+    facts_of,
+    read_texts,
+    template_fields,
+    training_windows,
+)
 from fedgrove.errors import FedgroveError
 from small import Small
 
@@ -117,3 +125,140 @@ def test_evaluation_cuts_the_text_as_it_stands(small: Small, tokenizer: PreTrain
     assert torch.cat(windows, dim=1)[0].tolist() == ids[: len(ids) - (len(ids) % 50 == 1)]
     assert [window.shape[1] for window in windows[:-1]] == [50] * (len(windows) - 1)
     assert [window.shape[1] for window in evaluation_windows(file, None, tokenizer, 50, 2)] == [50, 50]
+
+
+# Folders, data sets and chats
+
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "An ash tree."},
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "By the river."},
+]
+
+
+@pytest.fixture
+def talker(small: Small) -> PreTrainedTokenizerBase:
+    """A tokenizer that knows how chats are written."""
+    chatting = AutoTokenizer.from_pretrained(small.model)
+    chatting.chat_template = CHATML
+    return chatting
+
+
+def write_chats(file: Path, *talks: object) -> Path:
+    file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return file
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two.csv").write_text("text\nsecond\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n')
+    (tmp_path / "z.txt").write_text("third\n")
+    (tmp_path / ".hidden.txt").write_text("never\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert list(read_texts(tmp_path)) == ["first", "second", "third\n"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FedgroveError, match="empty: this folder holds no"):
+        list(read_texts(tmp_path / "empty"))
+
+
+def test_a_folder_is_evaluated_file_by_file(tmp_path: Path, small: Small, tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in ("held-0", "held-1"):
+        (tmp_path / f"{name}.txt").write_text(small.texts[name].read_text())
+    ids: list[int] = []
+    for name in ("held-0", "held-1"):
+        ids += tokenizer(small.texts[name].read_text(), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert (
+        torch.cat(evaluation_windows(tmp_path, None, tokenizer, 50), dim=1)[0].tolist()
+        == ids[: len(ids) - (len(ids) % 50 == 1)]
+    )
+
+
+def test_a_saved_data_set_is_read_where_it_lies(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "one")
+    assert list(read_texts(tmp_path / "one", TEMPLATE)) == TEXTS
+    splits = {"train": datasets.Dataset.from_list(RECORDS), "test": datasets.Dataset.from_list(RECORDS[:1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    with pytest.raises(FedgroveError, match=r"it has the splits train, test; name the folder of one: .*two/train"):
+        list(read_texts(tmp_path / "two", TEMPLATE))
+    assert list(read_texts(tmp_path / "two" / "test", TEMPLATE)) == TEXTS[:1]
+    assert facts_of(tmp_path / "two" / "test") != facts_of(tmp_path / "two" / "train")
+
+
+def test_a_data_set_of_the_hub_is_streamed_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"the {split} split"}) + "\n")
+    assert list(read_texts(Path(f"hub:{tmp_path}"))) == ["the train split"], "a directory has the hub's form too"
+    assert list(read_texts(Path(f"hub:{tmp_path}:test"))) == ["the test split"]
+    assert list(read_texts(Path(f"hub:{tmp_path}:default:test"))) == ["the test split"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(FedgroveError, match="hub:nobody/nothing: not a data set that the hub gives out to you here"):
+        list(read_texts(Path("hub:nobody/nothing")))
+    with pytest.raises(FedgroveError, match="write hub:OWNER/NAME"):
+        list(read_texts(Path("hub:a:b:c:d")))
+
+
+def test_a_job_may_name_folders_and_the_hub(small: Small, tmp_path: Path) -> None:
+    from fedgrove.job import load
+
+    data = [str(tmp_path), "hub:owner/name:train"]
+    job = load(small.job("sources", clients=[{"name": "ash", "data": data}], evaluate__alone=False))
+    assert [str(path) for path in job.clients[0].data] == data
+
+
+def test_messages_are_written_by_the_chat_template(tmp_path: Path, talker: PreTrainedTokenizerBase) -> None:
+    file = write_chats(tmp_path / "a.jsonl", TALK[:2])
+    expected = "<|user|>Who are you?</s>\n<|assistant|>An ash tree.</s>\n"
+    assert list(read_texts(file, "{messages}", talker)) == [expected]
+    length = len(talker(expected, add_special_tokens=False)["input_ids"]) + 1
+    windows = calibration_windows([file], "{messages}", talker, 1, length, "s")
+    assert talker.decode(windows[0]) == expected + talker.eos_token
+
+
+def test_only_what_the_assistant_says_is_learnt(tmp_path: Path, talker: PreTrainedTokenizerBase) -> None:
+    file = write_chats(tmp_path / "a.jsonl", TALK)
+    ids, labels = training_windows([file], {"text": "{messages}"}, talker, 8)
+    learnt = talker.decode([int(label) for label in labels.view(-1) if label != IGNORED])
+    assert "An ash tree.</s>" in learnt
+    assert "By the river" in learnt
+    assert "Who" not in learnt
+    assert "Where" not in learnt
+    assert bool(((labels == ids) | (labels == IGNORED)).all())
+
+
+def test_a_turn_that_the_template_rewrites_later_is_not_learnt(tmp_path: Path, talker: PreTrainedTokenizerBase) -> None:
+    talker.chat_template = (  # as Qwen 3 does: only the last turn is written with what was thought
+        "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    _, labels = training_windows([write_chats(tmp_path / "a.jsonl", TALK)], {"text": "{messages}"}, talker, 8)
+    learnt = talker.decode([int(label) for label in labels.view(-1) if label != IGNORED])
+    assert "think" in learnt
+    assert "ash" not in learnt
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "words"),
+    [
+        ("{messages}!", TALK, "line 1: the field 'messages' holds messages; its template is \"{messages}\" and nothing else"),
+        ("{messages}", TALK[:1], "line 1: no turn of the assistant"),
+    ],
+)
+def test_chats_that_cannot_be_used_are_named(
+    tmp_path: Path, talker: PreTrainedTokenizerBase, template: str, talk: object, words: str
+) -> None:
+    with pytest.raises(FedgroveError) as fault:
+        training_windows([write_chats(tmp_path / "a.jsonl", talk)], {"text": template}, talker, 8)
+    assert words in str(fault.value)
+
+
+def test_a_model_that_cannot_chat_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = write_chats(tmp_path / "a.jsonl", TALK)
+    with pytest.raises(FedgroveError, match="line 1: the field holds messages, but the model's tokenizer has no chat template"):
+        list(read_texts(file, "{messages}", tokenizer))

@@ -42,7 +42,7 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"clients__0__data": "nowhere.txt"}, ("clients.0.data", "no such file", "nowhere.txt")),
+        ({"clients__0__data": "nowhere.txt"}, ("clients.0.data", "no such file or folder", "nowhere.txt")),
         ({"evaluate__data": ["nowhere.txt"]}, ("evaluate.data.0.path", "no such file")),
         ({"stages__0__sparsity": 1.2}, ("stages.0.sparsity", "less than 1", "1.2")),
         ({"stages__0__sparsity": float("nan")}, ("stages.0.sparsity",)),

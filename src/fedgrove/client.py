@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove import plugins
-from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, training_windows
+from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
@@ -441,8 +441,11 @@ def _training_windows(site: Site, length: int) -> tuple[Tensor, Tensor]:
     templates = {"text": site.text or DEFAULT_TEMPLATE}
     if site.prompt and site.answer:
         templates = {"prompt": site.prompt, "answer": site.answer}
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in site.data if path.is_file()]
     checkpoint = _checkpoint(site.model, site.dtype)
+    try:
+        files = [facts_of(path) for path in site.data]
+    except FedgroveError as fault:
+        raise FedgroveError(f"client '{site.name}': {fault}") from fault
     facts = json.dumps([files, templates, length, checkpoint.fingerprint()], sort_keys=True)
     file = site.folder / f"windows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
     if not file.is_file():
@@ -496,7 +499,7 @@ class _States:
     """
 
     def __init__(self, site: Site, walk: Info, decoder: Decoder):
-        files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in site.data]
+        files = [facts_of(path) for path in site.data]
         facts = [walk, files, site.text, decoder.checkpoint.fingerprint(), str(decoder.device)]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = site.folder / f"walk-{key}"

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from fedgrove import plugins
 from fedgrove.client import Site
-from fedgrove.data import DEFAULT_TEMPLATE, read_fields
+from fedgrove.data import DEFAULT_TEMPLATE, Chat, as_text, is_hub, read_fields
 from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, PruneStage
 from fedgrove.models.blocks import Decoder
@@ -163,17 +163,17 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
         templates: see :func:`fedgrove.data.read_fields`.
         model: whose tokenizer counts; None: nothing is counted.
     """
-    name = f"{owner}: {file.name}"
-    if "text" not in templates and file.suffix.lower() in (".txt", ".md"):
-        templates = {"text": DEFAULT_TEMPLATE}
+    name = f"{owner}: {file if is_hub(file) else file.name}"
     first: str | None = None
-    records = empty = characters = tokens = counted = 0
+    records = empty = chats = characters = tokens = counted = 0
     try:
         tokenizer = Checkpoint(model).tokenizer() if model is not None else None
         for parts in read_fields(file, templates):
-            joined = "".join(parts)
+            said = [as_text(part, tokenizer) for part in parts]
+            joined = "".join(said)
             records += 1
-            if not parts[-1].strip():
+            chats += isinstance(parts[-1], Chat)
+            if not said[-1].strip():
                 empty += 1
                 continue
             if first is None:
@@ -186,14 +186,14 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
         return [_refused(name, fault)]
     if first is None:
         return [Check(name, False, f"no text in {records} records", "mend the template, or name another field")]
-    said = f"{records:,} records, {characters:,} characters"
+    found = f"{records:,} records{f' ({chats:,} of them chats)' if chats else ''}, {characters:,} characters"
     if tokens:
-        said += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
+        found += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
     if empty:
-        said += f"; {empty:,} without text are passed over"
+        found += f"; {empty:,} without text are passed over"
     shown = first[:SAMPLE].splitlines()[:LINES]
     whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
-    return [Check(name, True, said, sample="\n".join(shown) + ("" if whole else "…"))]
+    return [Check(name, True, found, sample="\n".join(shown) + ("" if whole else "…"))]
 
 
 def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:

@@ -42,9 +42,11 @@ def _quantity(unit: str, example: str) -> Any:
 
 
 def _existing(path: Path, info: ValidationInfo) -> Path:
+    if str(path).startswith("hub:"):
+        return path
     path = (info.context or {}).get("folder", Path()) / path.expanduser()
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}")
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {path}")
     return path.resolve()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.client import WINDOW
-from fedgrove.data import evaluation_windows
+from fedgrove.data import evaluation_windows, facts_of
 from fedgrove.engine import Engine
 from fedgrove.job import Evaluate
 from fedgrove.models.blocks import Decoder
@@ -82,11 +83,11 @@ def _perplexity(decoder: Decoder, texts: list[Tensor], what: str, number: int, r
 
 def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
     wanted = run.job.evaluate
-    return _tokenised(model.path, wanted, tuple(text.path.stat().st_mtime_ns for text in wanted.data))
+    return _tokenised(model.path, wanted, json.dumps([facts_of(text.path) for text in wanted.data]))
 
 
 @lru_cache(maxsize=1)
-def _tokenised(model: Path, wanted: Evaluate, changed: tuple[int, ...]) -> dict[str, list[Tensor]]:
+def _tokenised(model: Path, wanted: Evaluate, facts: str) -> dict[str, list[Tensor]]:
     """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
     tokenizer = Checkpoint(model).tokenizer()
     return {
