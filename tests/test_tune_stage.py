@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from fedgrove import job as jobs
 from fedgrove import server
 from fedgrove.client import _training_windows
+from fedgrove.data import IGNORED
 from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
@@ -26,6 +27,7 @@ from fedgrove.rules.adapters import Start
 from fedgrove.run import Run
 from fedgrove.tuning import lora
 from fedgrove.tuning.factors import Factors, fill
+from fedgrove.tuning.personal import hold_out, mean_loss
 from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 
 TUNE = {
@@ -313,6 +315,46 @@ def test_a_record_without_the_answers_field_is_named(small: Small, tmp_path: Pat
     clients = [{"name": "ash", "data": str(data), **fields}, *small.spec()["clients"][1:]]
     line = complaint("plan", small.job("no-field", stages=tune(), clients=clients))
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("first", [TUNE, PRUNE], ids=["dense", "pruned"])
+def test_a_client_keeps_its_own_adapter_where_that_is_better_on_its_own_text(small: Small, first: dict[str, Any]) -> None:
+    """Fast local steps make every client's own adapter better on its own words than the mean of all."""
+    stage = {**TUNE, "rounds": 2, "steps": 12, "personal": 0.3, "learning_rate": 0.03}
+    run = small.undisturbed(stages=[first, stage] if first is PRUNE else [stage])
+    number = 1 if first is PRUNE else 0
+    losses = measurements(run)
+    gained = []
+    for client in CLIENTS:
+        own, shared = (losses[number, None, client, f"personal/{which}"] for which in ("own", "shared"))
+        folder = run / "clients" / client / "personal" / f"stage-{number}"
+        assert folder.is_dir() == (own < shared)
+        gained += [client] * (own < shared)
+        if first is PRUNE or own >= shared:
+            continue
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32), folder)
+        engine = server.local_engine(jobs.load(run / "job.toml"), small.folder / "again")
+        windows = _training_windows(engine._sites[client], 16)
+        (ids, _), held = hold_out(*windows, 0.3)
+        assert held is not None
+        assert len(ids) + len(held[0]) == len(windows[0])
+        assert mean_loss(model, held, 4) == pytest.approx(own, abs=1e-3), "the kept adapter is the one that was measured"
+    assert gained
+    sent = [line for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("personal", "up")]
+    assert max(line["bytes"] for line in sent) < 1000, "two losses"
+    assert {path.name for path in (run / "clients").glob("*/*")} == {"personal"}, "working files are let go"
+
+
+def test_text_held_out_for_oneself_is_not_trained_on() -> None:
+    ids = torch.arange(40).view(10, 4)
+    (train, _), held = hold_out(ids, ids, 0.3)
+    assert held is not None
+    assert len(held[0]) == 3
+    assert not set(train.flatten().tolist()) & set(held[0].flatten().tolist())
+    assert hold_out(ids[:1], ids[:1], 0.3)[1] is None, "a single window is trained on"
+    assert hold_out(ids, torch.full_like(ids, IGNORED), 0.3)[1] is None, "nothing in it could be measured"
 
 
 def test_only_the_answer_is_learnt(small: Small, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.rules import to_integers
 from fedgrove.rules.statistics import BITS, Statistic
+from fedgrove.tuning.personal import best, hold_out, keep_best, mean_loss
 
 START = "start/"  # tensors of an ask: the weights that a round starts from, where they are not the client's own copy
 SCALE = "scale/"  # tensors of an ask: what the channels of an input are multiplied by before they are summed
@@ -272,18 +274,21 @@ def importance(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     from fedgrove.tuning.lora import Settings, draw, load
 
     decoder, ids, labels = _to_tune(site, info, device)
+    tokens = _tokens(ids)
+    (ids, labels), _ = hold_out(ids, labels, info["personal"])
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
     settings = Settings(**info["settings"])
     batches = draw(ids, labels, settings.batch, 0, f"{info['seed']}/{site.name}/importance")
     scores = scoring.importance(load(decoder, info["bits"]), shapes, batches, settings, info["seed"])
-    return {CHANGE + "importance": scores, WEIGHT + "tokens": _tokens(ids)}, {}
+    return {CHANGE + "importance": scores, WEIGHT + "tokens": tokens}, {}
 
 
 def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Trains adapters, or whole linears, on this client's text for one round.
 
     Ask:
-        stage, parts, bits, length, seed, settings: likewise; seen: windows that this client was given in earlier rounds.
+        stage, parts, bits, length, seed, settings: likewise; personal: the share of windows to hold out; round.
+        seen: windows that this client was given in earlier rounds.
         ranks: by linear; null: whole linears. scales: by linear. masked: the linears whose zeros stay zero.
         trains: "ab" or "b"; precision: dtype of the answer.
         tensors ``own/<linear>/b``, ``own/<linear>/a``, ``rest/<linear>/b``, …: where to start; a missing factor begins anew.
@@ -298,13 +303,15 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     from fedgrove.tuning.factors import Factors, fill, initial_a
 
     decoder, ids, labels = _to_tune(site, info, device)
+    tokens = _tokens(ids)
+    (ids, labels), held = hold_out(ids, labels, info["personal"])
     settings = lora.Settings(**info["settings"])
     batches = lora.draw(ids, labels, settings.batch, info["seen"], f"{info['seed']}/{site.name}")
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
     masks = {name: decoder.read_matrix(name) != 0 for name in info["masked"]}
     model = lora.load(decoder, info["bits"])
     dtype = getattr(torch, info["precision"])
-    answer: Tensors = {WEIGHT + "tokens": _tokens(ids)}
+    answer: Tensors = {WEIGHT + "tokens": tokens}
 
     def given(kind: str, name: str) -> Factors:
         num_out, num_in = shapes[name]
@@ -337,11 +344,51 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     if info["trains"] == "b":
         lora.hold_a(model)
     loss = _train(site, model, batches, settings)
+    if held:
+        own = lora.detach(model, list(ranks))
+        changes = {name: own[name].plus(start.rest) if name in own else start.rest for name, start in starts.items()}
+        keep_best(_best(site, info["stage"]), mean_loss(model, held, settings.micro), changes, begin=info["round"] == 0)
     for name, factors in lora.detach(model, list(ranks)).items():
         answer[f"{CHANGE}{name}/b"] = factors.b.to(dtype)
         if "a" in info["trains"]:
             answer[f"{CHANGE}{name}/a"] = factors.a.to(dtype)
     return answer, {"loss": loss}
+
+
+def personal(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Compares the shared adapter with this client's own best one, on its own held-out text, and keeps what is better.
+
+    Ask: ``stage``, ``parts``, ``bits``, ``length``, ``seed``, ``personal``, ``masked``: as of ``train``; ``micro``; ``base``
+    and ``title``, for the card of what is kept; tensors ``rest/<linear>/b`` and ``/a``: the shared adapter.
+
+    Answer: ``shared`` and ``own``, mean losses of a learnt token; null where there was too little text to hold some out. An
+    own adapter that is better lies in ``personal/stage-N`` of this client's folder; it is never sent.
+    """
+    from fedgrove.rules.adapters import Start
+    from fedgrove.tuning import lora
+    from fedgrove.tuning.adapter import write_adapter
+    from fedgrove.tuning.factors import Factors
+
+    decoder, ids, labels = _to_tune(site, info, device)
+    _, held = hold_out(ids, labels, info["personal"])
+    kept = best(_best(site, info["stage"]))
+    if held is None or kept is None:
+        return {}, {"shared": None, "own": None}
+    own, changes = kept
+    masks = {name: decoder.read_matrix(name) != 0 for name in info["masked"]}
+    model = lora.load(decoder, info["bits"])
+    names = {key.split("/")[1] for key in tensors}
+    starts = {n: Start(Factors(tensors[f"rest/{n}/b"][:, :0], tensors[f"rest/{n}/a"][:0]),
+                       Factors(tensors[f"rest/{n}/b"], tensors[f"rest/{n}/a"])) for n in sorted(names)}  # fmt: skip
+    lora.attach(model, starts, {}, masks)
+    shared = mean_loss(model, held, int(info["micro"]))
+    out = site.folder / "personal" / f"stage-{int(info['stage'])}"
+    if own < shared:
+        plain = Decoder(Checkpoint(site.model, site.dtype))
+        write_adapter(out, plain, changes, info["base"], info["title"], pruned=bool(masks), changed=info["parts"] > 0)
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+    return {}, {"shared": shared, "own": own}
 
 
 HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] = {
@@ -353,6 +400,7 @@ HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] 
     "base": base,
     "importance": importance,
     "train": train,
+    "personal": personal,
 }
 
 
@@ -467,6 +515,10 @@ def _measured_speed(site: Site, device: str) -> float:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(block_speed(Decoder(_checkpoint(site.model, site.dtype), device))), encoding="utf-8")
     return float(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _best(site: Site, stage: int) -> Path:
+    return site.folder / f"best-{int(stage)}"
 
 
 def _base(site: Site, stage: int) -> Path:

@@ -218,6 +218,8 @@ class TuneStage(Part):
         server: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
         server_rate: multiplies the change, or is the step of "adam".
         precision: dtype of the adapters on the wire.
+        personal: the share of its windows that each client does not train on, but chooses by which adapter it keeps for
+            itself: the shared one or the best of its own (on its own disk; see :mod:`fedgrove.tuning.personal`). 0: none.
         measure: the held-out perplexity is measured after every so many rounds; 0: only after the last.
     """
 
@@ -243,6 +245,7 @@ class TuneStage(Part):
     server: Literal["average", "momentum", "adam"] = "average"
     server_rate: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    personal: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     measure: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -251,6 +254,8 @@ class TuneStage(Part):
             raise ValueError('rule "residual" needs equal ranks: use method = "lora", or rule = "ranks"')
         if self.method == "full" and self.rule != "ranks":
             raise ValueError('method "full" has no adapters: leave rule out')
+        if self.method == "full" and self.personal:
+            raise ValueError('method "full" has no adapters: leave personal out')
         if self.server != "average" and (self.method == "full" or self.rule != "ranks"):
             raise ValueError(f'server "{self.server}" works on adapters with rule = "ranks"')
         return self

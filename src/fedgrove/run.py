@@ -7,6 +7,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -113,9 +114,14 @@ class Run:
         return (self.path / "model").is_dir()
 
     def finish(self) -> None:
-        """Lets the working files go; the result stays."""
+        """Lets the working files go; the result stays, and what clients keep for themselves."""
         shutil.rmtree(self.path / "work", ignore_errors=True)
-        shutil.rmtree(self.path / "clients", ignore_errors=True)
+        for file in (self.path / "clients").glob("*/*"):
+            if file.name != "personal":
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        for folder in (self.path / "clients", *(self.path / "clients").glob("*")):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:

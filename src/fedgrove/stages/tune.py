@@ -93,14 +93,50 @@ def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpo
             _log(progress, plan.stage, round_, run)
             _measure(model, decoder, progress, round_, stage, masked, run)
     run.write_json(f"plan-{plan.stage}-tune.json", progress.plan.model_dump(mode="json"))
+    if stage.personal:
+        _keep_personal(decoder, model, progress, stage, masked, engine, run)
     overlay = run.overlay(plan.stage, stage.rounds)
     _merge(decoder, progress, masked, overlay, run)
     if not progress.dense:
         from fedgrove.tuning.adapter import write_adapter
 
         totals = {name: state.total() for name, state in progress.states.items()}
-        write_adapter(run.path / "adapter", decoder, totals, run.job, pruned=bool(masked), changed=bool(model.changed()))
+        base, title = run.job.model.path, f"{run.job.name}: adapter"
+        write_adapter(run.path / "adapter", decoder, totals, base, title, pruned=bool(masked), changed=bool(model.changed()))
     return model.over(overlay)
+
+
+def _keep_personal(
+    decoder: Decoder, model: Checkpoint, progress: Progress, stage: TuneStage, masked: list[str], engine: Engine, run: Run
+) -> None:
+    """Lets every client compare the result with its own best adapter, on its own held-out text, and keep the better one."""
+    plan = progress.plan
+    done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (plan.stage, "personal/shared")}
+    left = {client: share for client, share in plan.clients.items() if client not in done}
+    if not left:
+        return
+    parts, _ = _give_base(decoder, model, plan, engine, run)
+    tensors: dict[str, Tensor] = {}
+    for name, state in progress.states.items():
+        total = state.total().compress()
+        tensors |= {f"rest/{name}/b": total.b.float().contiguous(), f"rest/{name}/a": total.a.float().contiguous()}
+    messages: dict[str, Message] = {}
+    for client, share in left.items():
+        info = {**_common(stage, plan, share, parts, run), "masked": masked, "micro": share.micro}
+        messages[client] = (tensors, {**info, "base": run.job.model.path, "title": f"{run.job.name}: {client}'s own adapter"})
+
+    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
+        check_tensors(tensors, {})
+        losses = [info.get("shared"), info.get("own")]
+        if losses != [None, None] and not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+            raise WireError("its losses are not finite numbers")
+
+    for client, _, info in ask(engine, run, "personal", messages, stage=plan.stage, round_=stage.rounds, check=check):
+        if info["shared"] is None:
+            run.say(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
+            continue
+        run.log(plan.stage, None, client, "personal/own", info["own"])
+        run.log(plan.stage, None, client, "personal/shared", info["shared"])
 
 
 def _measure(
@@ -200,6 +236,7 @@ def _common(stage: TuneStage, plan: TunePlan, share: TuneShare, parts: int, run:
         "bits": share.bits,
         "length": stage.length,
         "seed": f"{run.job.seed}/{plan.stage}",
+        "personal": stage.personal,
     }
 
 
@@ -255,6 +292,7 @@ def _message(
         "ranks": share.ranks if plan.rank else None,
         "scales": {name: scale(stage, rank) for name, rank in share.ranks.items()},
         "masked": masked,
+        "round": round_,
         "seen": progress.seen.get(client, 0),
         "trains": _rule(stage).TRAINS,
         "precision": stage.precision,

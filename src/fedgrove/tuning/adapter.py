@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedgrove.job import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import save_tensors
 from fedgrove.tuning.factors import Factors
 from fedgrove.tuning.lora import hush
 
 
-def write_adapter(out: Path, decoder: Decoder, changes: Mapping[str, Factors], job: Job, pruned: bool, changed: bool) -> None:
+def write_adapter(
+    out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
+) -> None:
     """Writes what tuning changed as a LoRA adapter that plain peft loads.
 
     Each linear keeps the rank that its change has (no approximation), with α = rank, so that peft scales it by 1.
@@ -25,6 +26,7 @@ def write_adapter(out: Path, decoder: Decoder, changes: Mapping[str, Factors], j
     Args:
         out: the folder; replaced if it is there.
         changes: by linear.
+        base: the model that the job names; title: of the adapter's card.
         pruned: the model has zeros that the adapter would refill; its card then says so.
         changed: earlier stages changed the model, so that the base is not the one that the job names.
     """
@@ -41,7 +43,7 @@ def write_adapter(out: Path, decoder: Decoder, changes: Mapping[str, Factors], j
     pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in kept.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=job.model.path,
+        base_model_name_or_path=base,
         r=1,
         lora_alpha=1,
         target_modules=sorted(kept),
@@ -56,7 +58,7 @@ def write_adapter(out: Path, decoder: Decoder, changes: Mapping[str, Factors], j
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
         tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
     save_tensors(tensors, beside / "adapter_model.safetensors", {"format": "pt"})
-    (beside / "README.md").write_text(_card(job, pruned, changed), encoding="utf-8")
+    (beside / "README.md").write_text(_card(base, title, pruned, changed), encoding="utf-8")
     settings = json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
     settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set, in any order
     (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -64,15 +66,15 @@ def write_adapter(out: Path, decoder: Decoder, changes: Mapping[str, Factors], j
     beside.rename(out)
 
 
-def _card(job: Job, pruned: bool, changed: bool) -> str:
+def _card(base: str, title: str, pruned: bool, changed: bool) -> str:
     if pruned:
         use = (
-            "**Do not load this adapter: the result is the merged model in `../model`.** The model was tuned under the mask of "
-            "its pruned weights. A plain adapter adds its whole product, and would refill every zero that pruning made. These "
+            "**Do not load this adapter: the result is the merged model.** The model was tuned under the mask of its "
+            "pruned weights. A plain adapter adds its whole product, and would refill every zero that pruning made. These "
             "are the factors before the mask, for the record."
         )
     elif changed:
         use = "Load it on the model that the stages before tuning made, not on the base model that the job names."
     else:
-        use = f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({job.model.path!r}), DIR)` gives `../model`."
-    return f"---\nlibrary_name: peft\nbase_model: {job.model.path}\n---\n# {job.name}: adapter\n\n{use}\n"
+        use = f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)` gives the tuned model."
+    return f"---\nlibrary_name: peft\nbase_model: {base}\n---\n# {title}\n\n{use}\n"
