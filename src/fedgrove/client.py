@@ -29,11 +29,14 @@ from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
 from fedgrove.models.calibrate import gather, watching
 from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
+from fedgrove.models.width import Width
+from fedgrove.narrowing.gradients import group_products
 from fedgrove.privacy.noise import add_noise, spend
 from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.rules import to_integers
+from fedgrove.rules.groups import fixed_point
 from fedgrove.rules.statistics import BITS, Statistic
 from fedgrove.tuning.personal import best, hold_out, keep_best, mean_loss
 
@@ -235,6 +238,30 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     return answer, {"stage": info["stage"], "block": index, "tokens": inputs[first].tokens}
 
 
+def narrow(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Sums what the loss on this client's text would change, were a channel or a group of heads cut; all of them at once.
+
+    Ask: ``stage``; ``score``, ``samples``, ``length``, ``seed``: see :class:`~fedgrove.job.NarrowStage`; ``limit``: the largest
+    number that may be sent.
+    Answer: tensors ``change/<block>/channels`` and ``change/<block>/heads``: (groups,) int64, see :mod:`fedgrove.rules.groups`;
+    stage, of the ask; tokens: the number of calibration tokens.
+    """
+    rule = plugins.load("rules.groups", info["score"])
+    decoder = _decoder(site.model, site.dtype, device)
+    windows = _windows(site, info["samples"], info["length"], info["seed"])
+    states = _States(site, info, decoder)
+    answer: Tensors = {}
+    try:
+        for index, found in group_products(decoder, windows, states):
+            for kind, products in found.items():
+                answer[f"{CHANGE}{index}/{kind}"] = fixed_point(rule.weigh(products), int(info["limit"]))
+    except FedgroveError as fault:
+        raise FedgroveError(f"client '{site.name}': {fault}") from fault
+    finally:
+        states.forget(before=len(decoder) + 1)  # half of them are gradients by now: no walk may begin with them
+    return answer, {"stage": info["stage"], "tokens": windows.numel()}
+
+
 def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Measures what this client would have had alone, on text that the server sends.
 
@@ -267,7 +294,8 @@ def base(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors
 def importance(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Scores every linear on this client's text, in a few steps of training that are then forgotten.
 
-    Ask: ``stage``, ``parts`` (see :func:`base`), ``bits``, ``length``, ``seed``, ``settings``.
+    Ask: ``stage``, ``parts`` (see :func:`base`), ``width`` (of the blocks, where they are narrower than this client's copy),
+    ``bits``, ``length``, ``seed``, ``settings``.
     Answer: tensor ``change/importance``: (linears,) float64, in the model's order; ``weight/tokens``.
     """
     from fedgrove.tuning import importance as scoring
@@ -287,7 +315,7 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     """Trains adapters, or whole linears, on this client's text for one round.
 
     Ask:
-        stage, parts, bits, length, seed, settings: likewise; personal: the share of windows to hold out; round.
+        stage, parts, width, bits, length, seed, settings: likewise; personal: the share of windows to hold out; round.
         seen: windows that this client was given in earlier rounds.
         ranks: by linear; null: whole linears. scales: by linear. masked: the linears whose zeros stay zero.
         trains: "ab" or "b"; precision: dtype of the answer.
@@ -358,7 +386,7 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
 def personal(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Compares the shared adapter with this client's own best one, on its own held-out text, and keeps what is better.
 
-    Ask: ``stage``, ``parts``, ``bits``, ``length``, ``seed``, ``personal``, ``masked``: as of ``train``; ``micro``; ``base``
+    Ask: ``stage``, ``parts``, ``width``, ``bits``, ``length``, ``seed``, ``personal``, ``masked``: as of ``train``; ``micro``; ``base``
     and ``title``, for the card of what is kept; tensors ``rest/<linear>/b`` and ``/a``: the shared adapter.
 
     Answer: ``shared`` and ``own``, mean losses of a learnt token; null where there was too little text to hold some out. An
@@ -395,6 +423,7 @@ HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] 
     "card": card,
     "prune": prune,
     "statistics": statistics,
+    "narrow": narrow,
     "evaluate": evaluate,
     **{kind: serve_secure(kind) for kind in KINDS},
     "base": base,
@@ -450,8 +479,9 @@ def _to_tune(site: Site, info: Info, device: str) -> tuple[Decoder, Tensor, Tens
     parts = len(list(folder.glob("part-*.safetensors")))
     if parts < info["parts"]:
         raise FedgroveError(f"client '{site.name}': its working files are gone; continue the run with --resume")
-    checkpoint = Checkpoint(site.model, site.dtype)
-    return Decoder(checkpoint.over(folder) if info["parts"] else checkpoint, device), *_training_windows(site, info["length"])
+    width = Width(**info["width"]) if info["width"] else None
+    checkpoint = Checkpoint(site.model, site.dtype, [folder] if info["parts"] else [], width)
+    return Decoder(checkpoint, device), *_training_windows(site, info["length"])
 
 
 def _train(

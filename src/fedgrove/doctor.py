@@ -24,10 +24,11 @@ from fedgrove import plugins
 from fedgrove.client import Site
 from fedgrove.data import DEFAULT_TEMPLATE, Chat, as_text, is_hub, read_fields
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, PruneStage
+from fedgrove.job import Job, NarrowStage, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.plan import Card, Plan, make_plan
+from fedgrove.plan import Card, make_plan
+from fedgrove.tuning.plan import TunePlan, measure
 
 SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
@@ -203,7 +204,6 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
         memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
     """
     from fedgrove.tuning import budget
-    from fedgrove.tuning.plan import measure
 
     decoder = Decoder(Checkpoint(path, dtype))
     free = memory or _free_memory()
@@ -245,9 +245,9 @@ def _plans(job: Job) -> list[Check]:
     for plan, stage in zip(plans, job.stages, strict=True):
         shares = plan.clients.items()
         name, most = max(((name, share.memory) for name, share in shares), key=lambda pair: pair[1])
-        upload = sum(share.upload for _, share in shares) * (1 if isinstance(plan, Plan) else stage.rounds)
+        upload = sum(share.upload for _, share in shares) * (stage.rounds if isinstance(stage, TuneStage) else 1)
         said = f"{len(shares)} clients, at most {_size(most)} of memory ({name}), {_size(upload)} to send in all"
-        left_out = {} if isinstance(plan, Plan) else plan.left_out
+        left_out = plan.left_out if isinstance(plan, TunePlan) else {}
         for client, why in sorted(left_out.items()):
             said += f"; {client} is left out: {why}"
         fits = most <= free
@@ -261,13 +261,14 @@ def _templates(text: str | None, prompt: str | None = None, answer: str | None =
 
 
 def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
-    """Room for the run folder: the result, every stage's changed tensors, and the clients' hidden states of two blocks."""
+    """Room for the run folder: the result, every stage's changed tensors, and the clients' hidden states."""
     width = checkpoint.config.get_text_config().hidden_size
     need = checkpoint.num_bytes()
     for stage in job.stages:
         need += stage.rounds * checkpoint.num_bytes() if isinstance(stage, PruneStage) else checkpoint.num_bytes()
-        if isinstance(stage, PruneStage):
-            need += sum(3 * 4 * (client.samples or stage.samples) * stage.length * width for client in job.clients)
+        if isinstance(stage, PruneStage | NarrowStage):
+            kept = 3 if isinstance(stage, PruneStage) else checkpoint.config.get_text_config().num_hidden_layers + 2
+            need += sum(kept * 4 * (client.samples or stage.samples) * stage.length * width for client in job.clients)
     if job.evaluate.alone:
         need += len(job.clients) * checkpoint.num_bytes()
     free = _free_disk(folder)

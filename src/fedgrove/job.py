@@ -194,6 +194,30 @@ class PruneStage(Part):
         return Target.of(self.sparsity, self.kept_of if self.pattern else None)
 
 
+class NarrowStage(Part):
+    """``[[stages]]`` of ``kind = "narrow"``.
+
+    Attributes:
+        channels: the share of every block's MLP channels that goes, rounded down to whole ones.
+        heads: likewise of its groups of heads: a key-value head with the query heads that share it.
+        score: which of them matter; see :mod:`fedgrove.rules.groups`.
+        samples: windows of text that each client calibrates on; length: tokens in each.
+    """
+
+    kind: Literal["narrow"]
+    channels: Sparsity = 0.25
+    heads: Sparsity = 0.25
+    score: Annotated[str, _one_of("rules.groups")] = "fisher"
+    samples: Annotated[int, Field(gt=0)] = 16
+    length: Annotated[int, Field(gt=1)] = 512
+
+    @model_validator(mode="after")
+    def _cuts_something(self) -> NarrowStage:
+        if self.channels == self.heads == 0:
+            raise ValueError("channels and heads are both 0, so nothing is cut; raise one")
+        return self
+
+
 class TuneStage(Part):
     """``[[stages]]`` of ``kind = "tune"``.
 
@@ -312,7 +336,9 @@ class Job(Part):
     seed: int = 0
     model: Model
     clients: Annotated[tuple[Client, ...], Field(min_length=1)]
-    stages: Annotated[tuple[Annotated[PruneStage | TuneStage, Field(discriminator="kind")], ...], Field(min_length=1)]
+    stages: Annotated[
+        tuple[Annotated[NarrowStage | PruneStage | TuneStage, Field(discriminator="kind")], ...], Field(min_length=1)
+    ]
     evaluate: Evaluate = Evaluate()
     rounds: Rounds = Rounds()
     privacy: Privacy = Privacy()
@@ -326,8 +352,12 @@ class Job(Part):
     @model_validator(mode="after")
     def _fits_together(self) -> Job:
         for i, stage in enumerate(self.stages):
+            if isinstance(stage, NarrowStage) and i > 0:
+                raise ValueError(f'stages.{i}.kind: "narrow" cuts the model that the clients have; make it the first stage')
             if not isinstance(stage, PruneStage):
                 continue
+            if isinstance(self.stages[0], NarrowStage):
+                raise ValueError(f"stages.{i}.kind: clients prune the model that they have; narrow and prune in two jobs")
             if self.evaluate.alone and stage.layers != "all":
                 raise ValueError("evaluate.alone: no client prunes the whole model when layers are sampled; set it to false")
             if isinstance(stage.layers, LayerSampling) and stage.layers.cover > len(self.clients):
@@ -368,6 +398,8 @@ class Job(Part):
                 raise ValueError(
                     f"privacy.secure_aggregation: stages.{i}: adapters are not masked yet; prune and tune in two jobs"
                 )
+            if isinstance(stage, NarrowStage):
+                continue
             if stage.rule == "mean":
                 raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "mean": use "statistics", "votes" or "masks"')
             if stage.rule != "statistics" and len(self.clients) > 255:
@@ -381,6 +413,12 @@ class Job(Part):
         """A stage that prunes."""
         found = self.stages[stage]
         assert isinstance(found, PruneStage)
+        return found
+
+    def narrowing(self, stage: int) -> NarrowStage:
+        """A stage that narrows."""
+        found = self.stages[stage]
+        assert isinstance(found, NarrowStage)
         return found
 
     def tuning(self, stage: int) -> TuneStage:
@@ -423,7 +461,13 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
         raise FedgroveError(f"{path}: {_complaint(fault)}") from fault
 
 
-_ALTERNATIVES = ("literal['all']", "LayerSampling", "prune", "tune")  # pydantic names the member of a union that it tried
+_ALTERNATIVES = (
+    "literal['all']",
+    "LayerSampling",
+    "narrow",
+    "prune",
+    "tune",
+)  # pydantic names the member of a union that it tried
 
 
 def _complaint(fault: ValidationError) -> str:
@@ -433,7 +477,7 @@ def _complaint(fault: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         what = "no such key"
     elif first["type"].startswith("union_tag"):  # a stage of no kind, or of one that there is not
-        where, what = f"{where}.kind", "choose one of prune, tune"
+        where, what = f"{where}.kind", "choose one of narrow, prune, tune"
     elif first["type"] == "missing":
         what = "this key is required"
     elif first["type"] not in ("value_error", "string_pattern_mismatch") and isinstance(first["input"], str | int | float):

@@ -19,9 +19,10 @@ from fedgrove import plugins
 from fedgrove.client import Site
 from fedgrove.engine import Engine
 from fedgrove.engine.local import LocalEngine
-from fedgrove.job import Job, Model, PruneStage, TuneStage
+from fedgrove.job import Job, Model, NarrowStage, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.narrowing.plan import NarrowPlan, make_narrow_plan
 from fedgrove.plan import Card, Plan, calibration, make_plan
 from fedgrove.privacy.secure import Credentials, make_credentials
 from fedgrove.report.page import write_report
@@ -30,11 +31,12 @@ from fedgrove.rounds.wire import Info, WireError
 from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate
 from fedgrove.stages.export import model_card
+from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune
 from fedgrove.stages.tune import pruned_linears, tune
 from fedgrove.tuning.plan import TunePlan, even, make_tune_plan, measure
 
-STAGES: dict[str, Callable[[Checkpoint, Any, Engine, Run], Checkpoint]] = {"prune": prune, "tune": tune}
+STAGES: dict[str, Callable[[Checkpoint, Any, Engine, Run], Checkpoint]] = {"narrow": narrow, "prune": prune, "tune": tune}
 
 
 def main(job: Job, engine: Engine, run: Run) -> None:
@@ -73,13 +75,13 @@ def open_model(model: Model) -> Checkpoint:
     return Checkpoint(find_model(model.path, model.revision), dtype)
 
 
-def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Plan | TunePlan]:
+def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Plan | NarrowPlan | TunePlan]:
     """Asks the clients what they have, and plans every stage."""
     calibrations = {
         client.name: [
             calibration(job.seed, index, client.samples or stage.samples, stage.length)
             for index, stage in enumerate(job.stages)
-            if isinstance(stage, PruneStage)
+            if isinstance(stage, PruneStage | NarrowStage)
         ]
         for client in job.clients
     }
@@ -91,15 +93,19 @@ def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Pl
     answers = ask(engine, run, "card", messages, stage=0, round_=0, check=_check_card)
     cards = {client: Card(**info) for client, _, info in answers}
     decoder = Decoder(model)
-    plans: list[Plan | TunePlan] = []
+    plans: list[Plan | NarrowPlan | TunePlan] = []
     pruned = False
     for index, stage in enumerate(job.stages):
         if isinstance(stage, PruneStage):
             needs, secure = plugins.load("pruners", stage.pruner).NEEDS, job.privacy.secure_aggregation
             plans.append(make_plan(index, stage, decoder, cards, needs, job.seed, secure))
             pruned = True
+        elif isinstance(stage, NarrowStage):
+            narrower = make_narrow_plan(index, stage, decoder, cards, job.privacy.secure_aggregation)
+            plans.append(narrower)
+            decoder = Decoder(model.over(width=narrower.after))  # as later stages will find it; its weights are not there yet
         else:
-            sizes = measure(decoder, stage.length, pruned or bool(pruned_linears(decoder)))
+            sizes = measure(decoder, stage.length, pruned or bool(pruned_linears(Decoder(model))))
             plans.append(make_tune_plan(index, stage, sizes, cards, even(sizes)))
     return plans
 

@@ -111,6 +111,18 @@ class Decoder:
         finally:
             block.load_state_dict(empty, assign=True)
 
+    @contextmanager
+    def hollow(self, index: int) -> Iterator[nn.Module]:
+        """A block with zeros for weights: what it keeps in memory can be counted before there is anything to fill it with."""
+        block = self.blocks[index]
+        empty = dict(block.state_dict())
+        for name, parameter in list(block.named_parameters()):
+            self._put(block, name, nn.Parameter(torch.zeros(parameter.shape, device=self.device), requires_grad=False))
+        try:
+            yield block
+        finally:
+            block.load_state_dict(empty, assign=True)
+
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """What enters the first block, and what every block is called with besides.
 
@@ -135,18 +147,17 @@ class Decoder:
         return first[0], calls
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """What leaves a loaded block."""
-        with torch.no_grad():
-            result = block(hidden, *call[0], **call[1])
+        """What leaves a loaded block; under ``torch.enable_grad`` gradients flow back through it."""
+        result = block(hidden, *call[0], **call[1])
         return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The head on what left the last block: (1, tokens, vocabulary)."""
+        """The head on what left the last block: (1, tokens, vocabulary); gradients flow as in :meth:`run`."""
 
         def hand_over(index: int, _: Tensor, call: Call) -> Tensor:
             return hidden
 
-        with self._stand_ins(hand_over), torch.no_grad():
+        with self._stand_ins(hand_over):
             return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False).logits)
 
     @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
+from fedgrove.models.width import Width, narrowed
 
 SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
@@ -49,14 +50,16 @@ class Checkpoint:
         path: a directory with ``config.json`` and safetensors files.
         dtype: read floating-point tensors in this dtype; None leaves them as they are on disk.
         overlays: folders of safetensors files that replace tensors of the same name, oldest first.
+        width: of its blocks, where the overlays made them narrower than config.json says; None: as that says.
 
     Raises:
         FedgroveError: the directory is no model, has no safetensors, or a file is damaged.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None, overlays: Iterable[Path] = ()):
+    def __init__(self, path: Path, dtype: torch.dtype | None = None, overlays: Iterable[Path] = (), width: Width | None = None):
         self.path = Path(path)
         self.dtype = dtype
+        self.width = width
         self.overlays = tuple(Path(overlay) for overlay in overlays)
         if not (self.path / "config.json").is_file():
             raise FedgroveError(f"model: {self.path} has no config.json; give a Hugging Face model directory")
@@ -70,18 +73,29 @@ class Checkpoint:
             for file in sorted(overlay.glob("*.safetensors")):
                 self._file_of.update((name, file) for name in _header(file))
 
-    def over(self, *overlays: Path) -> Checkpoint:
-        """The same checkpoint with more overlays on top; those that are already there keep their place."""
+    def over(self, *overlays: Path, width: Width | None = None) -> Checkpoint:
+        """The same checkpoint with more overlays on top; those that are already there keep their place.
+
+        Args:
+            width: of the blocks, where these overlays change it.
+        """
         more = [overlay for overlay in overlays if overlay not in self.overlays]
-        return Checkpoint(self.path, self.dtype, (*self.overlays, *more))
+        return Checkpoint(self.path, self.dtype, (*self.overlays, *more), width or self.width)
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         try:
-            return AutoConfig.from_pretrained(self.path)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
         except (ValueError, OSError, KeyError) as fault:
             raise FedgroveError(f"model: {self.path / 'config.json'} is not understood: {_first_line(fault)}") from fault
+        if self.width is not None:
+            config = AutoConfig.for_model(**narrowed(self._raw_config(), config, self.width))
+        return config
+
+    def _raw_config(self) -> dict[str, Any]:
+        raw: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return raw
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the weights."""
@@ -157,10 +171,13 @@ class Checkpoint:
             index = json.loads((self.path / INDEX).read_text())
             index.setdefault("metadata", {})["total_size"] = self.num_bytes()
             (beside / INDEX).write_text(json.dumps(index, indent=2))
+        config = self._raw_config()
+        if self.width is not None:
+            config = narrowed(config, AutoConfig.from_pretrained(self.path), self.width)
         if self.dtype is not None:
-            config = json.loads((beside / "config.json").read_text())
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.width is not None or self.dtype is not None:
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         beside.rename(out)
 

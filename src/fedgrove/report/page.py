@@ -103,6 +103,8 @@ def page(summary: Summary) -> str:
         bytes_map=_bytes_map(summary),
         bytes_by_client=_bytes_by_client(summary),
         bytes_by_round=_bytes_by_round(summary),
+        narrowed=_narrowed(summary),
+        other_type=words.other_type(summary.narrowing["types"]) if summary.narrowing else "",
         model=_model(summary),
         job=tomli_w.dumps(_without_folders(summary.job)),
         length=summary.job.get("evaluate", {}).get("length", 512),
@@ -118,6 +120,9 @@ def _figures(summary: Summary) -> list[tuple[str, str, str]]:
         figures.append(
             (f"{summary.sparsity:.1%}", "of the pruned weights are zero", f"in {plural(len(summary.tensors), 'matrix')}")
         )
+    if summary.narrowing:
+        before, after = summary.narrowing["parameters"]
+        figures.append((f"{after / before:.1%}", "of the weights are left", f"{after:,} of {before:,}"))
     if summary.texts:
         dense, federated = summary.mean(summary.dense), summary.mean(summary.federated)
         figures.append((f"{federated:.1f}", "perplexity", f"dense {dense:.1f}, {change(federated / dense)}"))
@@ -554,12 +559,29 @@ def _bytes_by_round(summary: Summary) -> Table | None:
     return Table("bytes-by-round", "Bytes of all clients in each round", columns, rows)
 
 
+def _narrowed(summary: Summary) -> Table | None:
+    if not summary.narrowing:
+        return None
+    found, whole = summary.narrowing, "{:,}".format
+    before, after, queries = found["before"], found["after"], found["queries"]
+    rows = [
+        ["MLP channels of a block", before["channels"], after["channels"]],
+        ["heads of a block", queries * before["heads"], queries * after["heads"]],
+        ["key-value heads of a block", before["heads"], after["heads"]],
+        ["weights of the model", *found["parameters"]],
+        ["bytes of the model", *found["bytes"]],
+    ]
+    columns = [Column(""), Column("before", whole), Column("after", whole), Column("left", "{:.3f}".format)]
+    return Table("width", "Every block is cut alike", columns, [[*row, _ratio(row[2], row[1])] for row in rows])
+
+
 def _model(summary: Summary) -> Table:
     zeros = sum(row["pruned"] for row in summary.tensors)
     rows: list[list[Any]] = [["plain safetensors (model/)", summary.model_bytes, 1.0]]
     if summary.packed_bytes is not None:
         rows.append(["packed (packed/)", summary.packed_bytes, _ratio(summary.packed_bytes, summary.model_bytes)])
-    caption = f"Size on disk: {summary.parameters:,} weights, {zeros:,} of them pruned to zero"
+    caption = f"Size on disk: {summary.parameters:,} weights"
+    caption += f", {zeros:,} of them pruned to zero" if summary.tensors else ""
     return Table("size", caption, [Column("form"), Column("bytes", "{:,}".format), Column("of plain", "{:.3f}".format)], rows)
 
 

@@ -9,12 +9,27 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fedgrove.report.words import ranges
+from fedgrove.report.words import narrower, other_type, ranges
 
 
 def plan_table(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
     """A plan as it stands in ``RUN/plan-N-KIND.json``, and its stage as it stands in ``RUN/job.toml``."""
+    if plan["kind"] == "narrow":
+        return _narrowing(plan, stage)
     return _tuning(plan) if plan["kind"] == "tune" else _pruning(plan, stage)
+
+
+def _narrowing(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
+    before, after = plan["parameters"]
+    table = _table(f"stage {plan['stage']}: narrow, score {stage['score']}: {narrower(plan)}")
+    _columns(table, "client", "windows", "memory", "disk", "upload", "time")
+    for name, share in plan["clients"].items():
+        table.add_row(
+            name, str(share["samples"]), _mebibytes(share["memory"]), _mebibytes(share["disk"]), _megabytes(share["upload"]),
+            f"{share['seconds']:,.0f} s",
+        )  # fmt: skip
+    says = f"The model goes from {before:,} to {after:,} weights ({after / before:.2f}). {other_type(plan['types'])}"
+    return Group(table, Text(says.strip()))
 
 
 def _pruning(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:

@@ -49,6 +49,7 @@ class Summary:
         plans: ``plan-*.json``, by stage.
         tensors: the records of ``pruning.json``; empty if no stage prunes.
         pruning: the rest of ``pruning.json``.
+        narrowing: ``narrowing.json``; empty if no stage narrows.
         traffic: the ledger, summed by stage, round, client, direction and kind.
         dtype: of the pruned matrices, as safetensors names it.
         parameters: of the result.
@@ -68,6 +69,7 @@ class Summary:
     plans: list[dict[str, Any]]
     tensors: list[dict[str, Any]]
     pruning: dict[str, Any]
+    narrowing: dict[str, Any]
     traffic: list[Traffic]
     dtype: str | None
     parameters: int
@@ -255,6 +257,7 @@ def read(run: Path) -> Summary:
         plans=plans,
         tensors=tensors,
         pruning=pruning,
+        narrowing=_json(run / "narrowing.json") if (run / "narrowing.json").is_file() else {},
         traffic=traffic,
         dtype=dtype,
         parameters=parameters,

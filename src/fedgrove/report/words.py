@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedgrove.report.summary import Summary
@@ -76,14 +76,45 @@ def own_texts(summary: Summary) -> str | None:
 
 def method(stage: dict[str, Any]) -> str:
     """A stage in a few words: "prune with sparsegpt to 50%, rule votes"."""
+    if stage["kind"] == "narrow":
+        return (
+            f"narrow by {stage['channels']:.0%} of the channels and {stage['heads']:.0%} of the heads, score {stage['score']}"
+        )
     if stage["kind"] != "prune":
         return str(stage["kind"])
     target = stage.get("pattern") or f"{100 * stage.get('sparsity', 0):g}%"
     return f"prune with {stage.get('pruner')} to {target}, rule {stage.get('rule')}"
 
 
+def narrower(plan: Mapping[str, Any]) -> str:
+    """What every block of a model lost: "176 of 704 channels and 2 of 8 heads out of every block"."""
+    before, after = plan["before"], plan["after"]
+    parts = []
+    for what, each in (("channels", 1), ("heads", plan["queries"])):
+        if before[what] > after[what]:
+            parts.append(f"{each * (before[what] - after[what]):,} of {each * before[what]:,} {what}")
+    return f"{' and '.join(parts)} out of every block"
+
+
+def other_type(types: Sequence[str]) -> str:
+    """What to say where the result is described as another architecture than the model it came from; else nothing."""
+    before, after = types
+    if before == after:
+        return ""
+    return (
+        f"It is written as type {after}, because a configuration of type {before} cannot say that many heads: the same "
+        "computation, tensor for tensor."
+    )
+
+
 def _done(summary: Summary) -> str:
     owners = plural(len(summary.clients), "owner of text")
+    if summary.narrowing:
+        before, after = summary.narrowing["parameters"]
+        return (
+            f"{owners} narrowed one language model together: {narrower(summary.narrowing)}, which leaves "
+            f"{after / before:.1%} of its weights to store and to compute with; no text left its owner."
+        )
     if not summary.tensors:
         return f"{owners} worked on one language model together, and no text left its owner."
     asked = {row["target"] for row in summary.tensors}
@@ -128,7 +159,7 @@ def _when(summary: Summary) -> str:
     """After which stage the clients measured what they have alone; nothing to say where that is the last."""
     if summary.together is summary.federated:
         return ""
-    kinds = {"prune": "pruning", "tune": "tuning"}
+    kinds = {"narrow": "narrowing", "prune": "pruning", "tune": "tuning"}
     kind = summary.job["stages"][summary.alone_stage]["kind"]
     return f"after {kinds.get(kind, kind)}, "
 

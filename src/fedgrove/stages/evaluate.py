@@ -17,15 +17,17 @@ from fedgrove.job import Evaluate
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
+from fedgrove.narrowing.plan import NarrowPlan
 from fedgrove.plan import Plan
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import CHANGE, WEIGHT, check
 from fedgrove.run import Run
+from fedgrove.stages.narrow import alone as narrowed_alone
 from fedgrove.stages.prune import prune_info
 from fedgrove.tuning.plan import TunePlan
 
 
-def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, run: Run) -> None:
+def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engine: Engine, run: Run) -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>`` to the metrics.
 
     With ``evaluate.alone`` the clients also measure, after the first stage, what each would have had without the others.
@@ -46,9 +48,16 @@ def evaluate(model: Checkpoint, plan: Plan | TunePlan | None, engine: Engine, ru
         if (stage, None, f"perplexity/{name}") not in done:
             what = f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}"
             run.log(stage, None, None, f"perplexity/{name}", _perplexity(decoder, texts, what, number, run))
-    if not isinstance(plan, Plan) or plan.stage > 0 or not wanted.alone:
+    if plan is None or isinstance(plan, TunePlan) or plan.stage > 0 or not wanted.alone:
         return
     left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
+    if isinstance(plan, NarrowPlan):
+        for number, client in enumerate(left):
+            run.step(f"evaluate: what {client} would have had alone", number, len(left))
+            decoder = Decoder(narrowed_alone(Checkpoint(model.path, model.dtype), plan, client, run))
+            for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
+                run.log(stage, None, client, f"perplexity/{name}", perplexity(decoder, windows[name]))
+        return
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
     numbers = {name: len(texts) for name, texts in windows.items()}
     scalar = (torch.Size(()), torch.float64)

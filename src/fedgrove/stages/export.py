@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, PruneStage, TuneStage
+from fedgrove.job import Job, NarrowStage, PruneStage, TuneStage
 from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
 from fedgrove.rounds import wire
 from fedgrove.run import unfinished
@@ -143,12 +143,25 @@ def model_card(job: Job, base: Path) -> str:
     done = "\n".join(_done(stage) for stage in job.stages)
     return (
         f"---\n{front}---\n# {job.name}\n\nMade with fedgrove by {len(job.clients)} owners of text together ({owners}); "
-        f"no text left its owner.\n\n{done}\n\nPruned weights are exact zeros in dense safetensors: any program that loads "
-        f"the model it came from loads this one.\n\nThe card of that model follows.\n\n{card.strip()}\n"
+        f"no text left its owner.\n\n{done}\n\n{_loads(job)}\n\nThe card of that model follows.\n\n{card.strip()}\n"
     )
 
 
-def _done(stage: PruneStage | TuneStage) -> str:
+def _loads(job: Job) -> str:
+    if isinstance(job.stages[0], NarrowStage):
+        return (
+            "Its blocks are narrower than those of the model it came from, all alike, and nothing else is special about them: "
+            "`config.json` says how wide they are, and any program that reads it loads this model."
+        )
+    return "Pruned weights are exact zeros in dense safetensors: any program that loads the model it came from loads this one."
+
+
+def _done(stage: NarrowStage | PruneStage | TuneStage) -> str:
+    if isinstance(stage, NarrowStage):
+        return (
+            f"- narrow: {stage.channels:g} of the MLP channels and {stage.heads:g} of the groups of heads cut out of every "
+            f"block, those of the lowest {stage.score} score; {stage.samples} windows of {stage.length} tokens from each client"
+        )
     if isinstance(stage, TuneStage):
         return (
             f"- tune: {stage.method}, rule {stage.rule}, {stage.rounds} rounds of {stage.steps} steps; merged into the weights"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,7 +122,7 @@ def _keep_personal(
         tensors |= {f"rest/{name}/b": total.b.float().contiguous(), f"rest/{name}/a": total.a.float().contiguous()}
     messages: dict[str, Message] = {}
     for client, share in left.items():
-        info = {**_common(stage, plan, share, parts, run), "masked": masked, "micro": share.micro}
+        info = {**_common(decoder, stage, plan, share, parts, run), "masked": masked, "micro": share.micro}
         messages[client] = (tensors, {**info, "base": run.job.model.path, "title": f"{run.job.name}: {client}'s own adapter"})
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
@@ -164,11 +164,13 @@ def pruned_linears(decoder: Decoder) -> list[str]:
 
 def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> tuple[int, float]:
     """Sends every client what earlier stages changed, a block at a time: the number of parts, and modelled seconds."""
-    changed = set(model.changed())
+    changed = model.changed()
     parts = 0
     clock = _clock(plan, {})
     for block in range(len(decoder)):
-        names = [name for name in decoder.block_names(block).values() if name in changed]
+        weights = decoder.block_names(block).values()
+        biases = {name.removesuffix("weight") + "bias" for name in weights}
+        names = [name for name in changed if name in weights or name in biases]
         if not names:
             continue
         run.step(f"sending the model: block {block + 1} of {len(decoder)}", block, len(decoder))
@@ -196,7 +198,7 @@ def _plan_anew(
     messages: dict[str, Message] = {}
     for client, share in plan.clients.items():
         settings = {"steps": stage.warmup, "batch": share.micro, "micro": 1, "learning_rate": stage.learning_rate}
-        messages[client] = ({}, {**_common(stage, plan, share, parts, run), "settings": settings})
+        messages[client] = ({}, {**_common(decoder, stage, plan, share, parts, run), "settings": settings})
     scalar = (torch.Size(()), torch.float64)
     expected = {CHANGE + "importance": (torch.Size([len(names)]), torch.float64), WEIGHT + "tokens": scalar}
 
@@ -229,10 +231,12 @@ def _clock(plan: TunePlan, compute: Mapping[str, float]) -> Clock:
     return Clock({client: Pace(compute.get(client, 0.0), card.uplink, card.downlink) for client, card in cards.items()})
 
 
-def _common(stage: TuneStage, plan: TunePlan, share: TuneShare, parts: int, run: Run) -> Info:
+def _common(decoder: Decoder, stage: TuneStage, plan: TunePlan, share: TuneShare, parts: int, run: Run) -> Info:
+    width = decoder.checkpoint.width
     return {
         "stage": plan.stage,
         "parts": parts,
+        "width": asdict(width) if width else None,
         "bits": share.bits,
         "length": stage.length,
         "seed": f"{run.job.seed}/{plan.stage}",
@@ -288,7 +292,7 @@ def _message(
     dtype = getattr(torch, stage.precision)
     falling = 1 - 0.9 * round_ / max(1, stage.rounds - 1) if stage.decay == "linear" else 1.0
     info = {
-        **_common(stage, plan, share, parts, run),
+        **_common(decoder, stage, plan, share, parts, run),
         "ranks": share.ranks if plan.rank else None,
         "scales": {name: scale(stage, rank) for name, rank in share.ranks.items()},
         "masked": masked,

@@ -73,11 +73,11 @@ def measure(decoder: Decoder, length: int, masked: bool) -> Sizes:
             kept[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
-    with decoder.loaded(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with decoder.hollow(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
         block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
     in_linears = sum(cast(torch.Tensor, m.weight).numel() for m in linears(decoder.blocks[0]).values())
-    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
+    everything = sum(parameter.numel() for parameter in decoder.model.parameters())
     return Sizes(
         linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
         others=everything - len(decoder) * in_linears,
