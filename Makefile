@@ -3,14 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test federation-test lint clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not federation"
+
+# A server and three sites as processes on this machine, and everything that can go wrong with them.
+federation-test: .venv/installed
+	$(BIN)/pytest tests/test_federation.py
 
 lint: .venv/installed
 	$(BIN)/ruff check

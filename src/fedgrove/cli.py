@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from fedgrove.errors import FedgroveError
+from fedgrove.federation.commands import COMMANDS
 
 app = typer.Typer(
     name="fedgrove",
@@ -44,10 +45,10 @@ class Form(StrEnum):
     packed = "packed"
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """A command whose mendable faults are one line and status 2, and whose interruption is status 130."""
 
-    @app.command()
+    @group.command()
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
@@ -164,16 +165,7 @@ def doctor(
     checks = looking.machine(folder, listen or (), connect or ())
     if job is not None:
         checks += looking.examine(load(job, set_ or []), folder)
-    if as_json:
-        print(json.dumps([vars(check) for check in checks], indent=2))
-    else:
-        width = max(len(check.name) for check in checks)
-        for check in checks:
-            print(f"{'ok  ' if check.ok else 'MEND'}  {check.name:<{width}}  {check.text}")
-            if check.remedy:
-                print(f"{'':{width + 8}}{check.remedy}")
-            for line in check.sample.splitlines():
-                print(f"{'':{width + 8}}| {line}")
+    looking.show(checks, as_json)
     if not all(check.ok for check in checks):
         raise typer.Exit(2)
 
@@ -281,6 +273,14 @@ def report(source: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     from fedgrove.report.page import write_report
 
     print(f"Wrote {write_report(source)}")
+
+
+federation = typer.Typer(
+    name="federation", help="Between organisations, on NVIDIA FLARE.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+for _function in COMMANDS:
+    command(_function, federation)
+app.add_typer(federation)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Nothing here raises for what is wrong with the machine, the model or a text: tha
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -52,6 +53,20 @@ class Check:
     text: str
     remedy: str = ""
     sample: str = ""
+
+
+def show(checks: Sequence[Check], as_json: bool = False) -> None:
+    """Prints checks for a person, or as one JSON document."""
+    if as_json:
+        print(json.dumps([vars(check) for check in checks], indent=2))
+        return
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'MEND'}  {check.name:<{width}}  {check.text}")
+        if check.remedy:
+            print(f"{'':{width + 8}}{check.remedy}")
+        for line in check.sample.splitlines():
+            print(f"{'':{width + 8}}| {line}")
 
 
 def examine(job: Job, folder: Path) -> list[Check]:

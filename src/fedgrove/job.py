@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import (
@@ -432,6 +432,23 @@ class Job(Part):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
+class Owner(Client):
+    """``[[clients]]`` in a federation: a name and nothing else; everything about itself a site says itself."""
+
+    data: tuple[File, ...] = ()
+
+
+class FederatedJob(Job):
+    """A job for the sites of a federation.
+
+    Attributes:
+        result: "server": the model stays there, and operators fetch it; "sites": it also goes to the sites that want it.
+    """
+
+    clients: Annotated[tuple[Owner, ...], Field(min_length=1)]
+    result: Literal["server", "sites"] = "server"
+
+
 def load(path: Path, changes: Sequence[str] = ()) -> Job:
     """Reads a job file; paths in it are relative to its folder.
 
@@ -442,6 +459,30 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
     Raises:
         FedgroveError: names the file and the key, and says what would do.
     """
+    return _load(path, changes, Job, path.parent)
+
+
+def load_federated(
+    path: Path, changes: Sequence[str] = (), sites: Sequence[str] = (), texts: Path | None = None
+) -> FederatedJob:
+    """Reads a job file for a federation. ``model.path`` is a name there: every member says where its own copy is.
+
+    Args:
+        path: the TOML file; where it has no ``[[clients]]`` all sites take part.
+        changes: as for :func:`load`.
+        sites: the names of the federation's sites.
+        texts: where held-out texts lie; default: beside the file.
+
+    Raises:
+        FedgroveError: likewise.
+    """
+    return _load(path, changes, FederatedJob, texts or path.parent, sites)
+
+
+Kind = TypeVar("Kind", bound=Job)
+
+
+def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, sites: Sequence[str] | None = None) -> Kind:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as fault:
@@ -450,15 +491,32 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
         raise FedgroveError(f"{path}: not TOML: {fault}") from fault
     for change in changes:
         _apply(raw, change)
+    if sites is None:
+        _find_model(raw, path.parent)
+    else:
+        _name_owners(raw, path, sites)
+    try:
+        return kind.model_validate(raw, context={"folder": folder.resolve()})
+    except ValidationError as fault:
+        raise FedgroveError(f"{path}: {complaint(fault)}") from fault
+
+
+def _find_model(raw: dict[str, Any], folder: Path) -> None:
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        beside = path.parent / Path(model["path"]).expanduser()
+        beside = folder / Path(model["path"]).expanduser()
         if beside.is_dir():
             model["path"] = str(beside.resolve())
-    try:
-        return Job.model_validate(raw, context={"folder": path.parent.resolve()})
-    except ValidationError as fault:
-        raise FedgroveError(f"{path}: {_complaint(fault)}") from fault
+
+
+def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
+    clients = raw.setdefault("clients", [{"name": site} for site in sites])
+    for i, client in enumerate(clients if isinstance(clients, list) else []):
+        for key in client if isinstance(client, dict) else ():
+            if key != "name":
+                raise FedgroveError(f"{path}: clients.{i}.{key}: in a federation the site's own file says that; leave it out")
+        if sites and isinstance(client, dict) and client.get("name") not in sites:
+            raise FedgroveError(f"{path}: clients.{i}.name: {client.get('name')!r} is no site; there are {', '.join(sites)}")
 
 
 _ALTERNATIVES = (
@@ -470,7 +528,7 @@ _ALTERNATIVES = (
 )  # pydantic names the member of a union that it tried
 
 
-def _complaint(fault: ValidationError) -> str:
+def complaint(fault: ValidationError) -> str:
     first = fault.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in _ALTERNATIVES)
     what = first["msg"].removeprefix("Value error, ")

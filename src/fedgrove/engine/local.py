@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedgrove.client import Site, serve
+from fedgrove.engine.child import Child, ChildDied, Reply
 from fedgrove.errors import FedgroveError
-
-Reply = tuple[bytes | None, str | None]  # an answer or an error
 
 
 class LocalEngine:
@@ -38,9 +34,7 @@ class LocalEngine:
         self._sites = {site.name: site for site in sites}
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         self._devices = list(devices or gpus or ["cpu"])
-        self._workers: list[_Worker] = []
-        for i in range(min(workers, len(sites))):
-            self._workers.append(_Worker(self._devices[i % len(self._devices)]))
+        self._workers = [Child(_try, torch.get_num_threads()) for _ in range(min(workers, len(sites)))]
 
     def sites(self) -> list[str]:
         """The clients, sorted by name."""
@@ -56,19 +50,20 @@ class LocalEngine:
             return
         ends = time.monotonic() + timeout if timeout is not None else None
         waiting = deque(sorted(messages))
-        busy: dict[Any, tuple[_Worker, str]] = {}
+        busy: dict[Any, tuple[Child, str]] = {}
         try:
             while waiting or busy:
-                for worker in self._workers:
+                for i, worker in enumerate(self._workers):
                     if waiting and worker not in [at_work for at_work, _ in busy.values()]:
                         client = waiting.popleft()
-                        worker.send(kind, messages[client], self._sites[client])
+                        device = self._devices[i % len(self._devices)]
+                        worker.send(kind, messages[client], self._sites[client], device)
                         busy[worker.pipe] = (worker, client)
                 left = None if ends is None else max(0.0, ends - time.monotonic())
                 ready = connection.wait(list(busy), left)
                 for pipe in ready:
                     worker, client = busy.pop(pipe)
-                    yield client, *worker.receive()
+                    yield client, *_receive(worker)
                 if not ready:
                     late = [client for _, client in busy.values()] + list(waiting)
                     waiting.clear()
@@ -88,6 +83,13 @@ class LocalEngine:
         self._workers.clear()
 
 
+def _receive(worker: Child) -> Reply:
+    try:
+        return worker.receive()
+    except ChildDied as death:
+        return None, f"its process died (status {death.status}); out of memory? Lower samples or length"
+
+
 def _try(kind: str, message: bytes, site: Site, device: str) -> Reply:
     """Serves an ask; every failure becomes one line, and its trace stays on the client's own disk."""
     try:
@@ -103,71 +105,3 @@ def _try(kind: str, message: bytes, site: Site, device: str) -> Reply:
         if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
             return None, "out of memory; lower samples or length, or give its work to a larger machine"
         return None, f"{type(fault).__name__} in its handler; the trace is in {log}"
-
-
-class _Worker:
-    """A process that serves one ask at a time."""
-
-    def __init__(self, device: str):
-        self._device = device
-        self._start()
-
-    def _start(self) -> None:
-        spawn = get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(
-            target=_work, args=(theirs, self._device, torch.get_num_threads()), name="fedgrove-client", daemon=True
-        )
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until it says what an interrupt shall do
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-
-    def send(self, kind: str, message: bytes, site: Site) -> None:
-        try:
-            self.pipe.send((kind, message, site))
-        except OSError:  # it died between two asks
-            self.restart()
-            self.pipe.send((kind, message, site))
-
-    def receive(self) -> Reply:
-        try:
-            reply: Reply = self.pipe.recv()
-            return reply
-        except (EOFError, OSError):
-            self._process.join()
-            code = self._process.exitcode
-            self.restart()
-            return None, f"its process died (status {code}); out of memory? Lower samples or length"
-
-    def restart(self) -> None:
-        self.stop()
-        self._start()
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self.pipe.close()
-
-
-def _work(pipe: Any, device: str, threads: int) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent says what is to be said
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)  # as many as without workers: some results of linear algebra depend on it
-    while True:
-        try:
-            kind, message, site = pipe.recv()
-        except (EOFError, OSError):
-            return
-        pipe.send(_try(kind, message, site, device))
-
-
-def _end_with_parent() -> None:
-    """A run that was killed may be continued at once: nobody else may still be writing to the clients' folders then."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)

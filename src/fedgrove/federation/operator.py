@@ -1,0 +1,257 @@
+"""What an operator does with a running federation: submit a job, watch it, fetch what came of it, stop it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedgrove.errors import FedgroveError
+from fedgrove.federation import require_flare
+from fedgrove.federation.conduct import JOB, SAID, STATE, TEXTS
+from fedgrove.federation.files import FEDERATION, Federation, read
+from fedgrove.federation.kits import HUB, SEAT
+from fedgrove.federation.node import address, kind_of, reachable
+from fedgrove.job import FederatedJob, load_federated
+from fedgrove.progress import Watch
+
+SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
+ENDED = ("FINISHED", "ABORTED", "FAILED")
+
+
+@contextmanager
+def session(kit: Path) -> Iterator[Any]:
+    """A connection to the server with this operator's certificate.
+
+    Raises:
+        FedgroveError: not an operator's kit, nobody there, or the server does not accept the certificate.
+    """
+    require_flare()
+    if kind_of(kit) != "operator":
+        raise FedgroveError(f"{kit}: this is not an operator's kit; name one with --kit")
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    host, port = address(kit)
+    if not reachable(host, port):
+        raise FedgroveError(f"{host}:{port}: nobody listens there; is the server started, and the firewall open?")
+    settings = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
+    with redirect_stdout(None):  # FLARE writes between our lines
+        try:
+            opened = new_secure_session(settings["username"], str(kit.resolve()), timeout=15)
+        except Exception as fault:  # FLARE raises many kinds
+            raise FedgroveError(f"{host}:{port}: the server does not accept this kit ({type(fault).__name__})") from fault
+    try:
+        yield _Quiet(opened)
+    finally:
+        with redirect_stdout(None):
+            opened.close()
+
+
+class _Quiet:
+    """A FLARE session whose calls write nothing."""
+
+    def __init__(self, flare: Any):
+        self._flare = flare
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._flare, name)
+
+        def quietly(*args: Any, **kwargs: Any) -> Any:
+            with redirect_stdout(None):
+                return call(*args, **kwargs)
+
+        return quietly
+
+
+def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = False) -> str:
+    """Sends a job to the server; gives the run's name.
+
+    Raises:
+        FedgroveError: the job does not hold together, or fewer of its sites are connected than its quorum.
+    """
+    federation = read(kit / FEDERATION, Federation)
+    job = load_federated(file, changes, [site.name for site in federation.sites])
+    with session(kit) as flare:
+        here = {client.name for client in flare.get_system_info().client_info}
+        wanted = [client.name for client in job.clients]
+        away = [name for name in wanted if name not in here]
+        quorum = job.rounds.quorum or len(wanted)
+        if len(wanted) - len(away) < quorum:
+            raise FedgroveError(
+                f"client '{away[0]}': it is not connected ({len(wanted) - len(away)} of {len(wanted)} are, {quorum} needed: "
+                "rounds.quorum); start it there: fedgrove federation start"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            write_flare_job(Path(folder) / job.name, job, resume)
+            _remember(kit, job.name, flare.submit_job(str(Path(folder) / job.name)))
+    return job.name
+
+
+def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
+    """FLARE's three JSON files, which name installed classes and bring no code; our job file and its held-out texts."""
+    hub, seat = folder / "app_server" / "config", folder / "app_site" / "config"
+    hub.mkdir(parents=True)
+    seat.mkdir(parents=True)
+    names = [client.name for client in job.clients]
+    meta = {
+        "name": job.name,
+        "resource_spec": {},
+        "min_clients": min(job.rounds.quorum or len(names), len(names)),
+        "deploy_map": {"app_server": ["server"], "app_site": names},
+    }
+    workflow = {"id": "hub", "path": HUB, "args": {"resume": resume}}
+    server = {
+        "format_version": 2,
+        "server": {"task_request_interval": 0.1},
+        "workflows": [workflow],
+        "components": [],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    executor = {"tasks": ["fedgrove"], "executor": {"path": SEAT, "args": {}}}
+    site = {
+        "format_version": 2,
+        "executors": [executor],
+        "components": [],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    (hub / "config_fed_server.json").write_text(json.dumps(server, indent=2), encoding="utf-8")
+    (seat / "config_fed_client.json").write_text(json.dumps(site, indent=2), encoding="utf-8")
+    plain = job.model_dump(mode="json", exclude_none=True)
+    plain["clients"] = [{"name": name} for name in names]
+    for text in plain["evaluate"]["data"]:
+        source = Path(text["path"])
+        content = source.read_bytes()
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}{source.suffix}"
+        (hub / TEXTS).mkdir(exist_ok=True)
+        (hub / TEXTS / name).write_bytes(content)
+        text["path"] = name
+    (hub / JOB).write_text(tomli_w.dumps(plain), encoding="utf-8")
+
+
+def watch(kit: Path, name: str, seen: Watch, *, planned: bool = False) -> str | None:
+    """Hands the events of a run to a watch, until it ends.
+
+    Args:
+        planned: return as soon as the sites have agreed and the plan is made.
+
+    Returns:
+        None where the run ended well, or the line that says why it did not.
+    """
+    job = sent(kit, name)
+    number = 0
+    with session(kit) as flare:
+        while True:
+            status = str(flare.get_job_status(job))
+            try:
+                events = flare.do_app_command(job, "progress", {"since": number})["events"]
+            except Exception:  # it does not run yet, or no more
+                events = []
+            for kind, arguments in events:
+                number += 1
+                getattr(seen, kind)(*arguments)
+                if planned and kind == "step" and not arguments[0].startswith("asking the"):
+                    return None
+            if status.startswith(ENDED):
+                break
+            time.sleep(0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fetched = _fetch(kit, job, Path(folder))
+        except FedgroveError:
+            return f"{name}: it ended before it began ({status}); the server's log says why"
+        state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
+        if number == 0 and (fetched / SAID).is_file():
+            for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
+                seen.say(line)
+    return None if state["state"] == "ended" else str(state["line"])
+
+
+def fetch(kit: Path, name: str, out: Path) -> Path:
+    """Brings a run's result here: model or adapter, report, plans, measurements.
+
+    Raises:
+        FedgroveError: ``out`` exists, or there is nothing to fetch yet.
+    """
+    if out.exists():
+        raise FedgroveError(f"--out {out}: it exists already; name another folder")
+    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+        shutil.move(_fetch(kit, sent(kit, name), Path(folder)), out)
+    return out
+
+
+def _fetch(kit: Path, job: str, folder: Path) -> Path:
+    with session(kit) as flare:
+        try:
+            place = flare.download_job_result(job, str(folder))
+        except Exception as fault:
+            raise FedgroveError(
+                f"there is nothing to fetch yet ({type(fault).__name__}); `fedgrove federation watch` waits"
+            ) from fault
+    found = sorted(Path(place).rglob(STATE))
+    if not found:
+        raise FedgroveError("the run left nothing; the server's log says why")
+    return found[0].parent
+
+
+def stop(kit: Path, name: str) -> None:
+    """Stops a run; it can be continued."""
+    with session(kit) as flare:
+        try:
+            flare.abort_job(sent(kit, name))
+        except Exception as fault:
+            raise FedgroveError(f"{name}: it does not run ({type(fault).__name__})") from fault
+
+
+def status(kit: Path) -> dict[str, Any]:
+    """The server, the sites and when each was last heard of, the runs."""
+    federation = read(kit / FEDERATION, Federation)
+    with session(kit) as flare:
+        told = flare.get_system_info()
+        heard = {client.name: client.last_connect_time for client in told.client_info}
+        jobs = [
+            {"name": job.get("job_name", job.get("name")), "job": job["job_id"], "status": job["status"]}
+            for job in flare.list_jobs()
+        ]
+    sites = [{"name": site.name, "heard": heard.get(site.name), "card": None} for site in federation.sites]
+    return {"server": told.server_info.status, "sites": sites, "runs": jobs}
+
+
+def sent(kit: Path, name: str | None) -> str:
+    """The FLARE job of a run that this operator submitted."""
+    known = _sent(kit)
+    if name not in known:
+        raise FedgroveError(f"{name}: this kit has submitted no run of that name; there are {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def latest(kit: Path) -> str:
+    """The run that was submitted last."""
+    known = _sent(kit)
+    if not known:
+        raise FedgroveError("nothing was submitted with this kit yet")
+    return list(known)[-1]
+
+
+def _sent(kit: Path) -> dict[str, str]:
+    file = kit / SENT
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return known
+
+
+def _remember(kit: Path, name: str, job: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9-]{8,64}", job):
+        raise FedgroveError("the server did not take the job; its log says why")
+    known = {other: number for other, number in _sent(kit).items() if other != name} | {name: job}
+    (kit / SENT).write_text(json.dumps(known, indent=2), encoding="utf-8")

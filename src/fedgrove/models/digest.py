@@ -1,0 +1,53 @@
+"""One hash for each block of a model: tells where two copies differ, without sending either."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from fedgrove.models.stream import Checkpoint, raw_bytes
+
+ENDS, TOKENIZER = "ends", "tokenizer"
+
+
+def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]:
+    """SHA-256 of every block's tensors as they are read (name, shape, dtype, values), of the rest, and of the tokenizer.
+
+    Args:
+        checkpoint: read tensor by tensor.
+        cache: a file that keeps the result as long as the model's files keep their sizes and times.
+    """
+    watched = [file for file in sorted(checkpoint.path.iterdir()) if file.is_file()]
+    stamp = json.dumps(
+        [str(checkpoint.path.resolve()), str(checkpoint.dtype)]
+        + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in watched]
+    )
+    if cache is not None and cache.is_file():
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        if kept["stamp"] == stamp:
+            found: dict[str, str] = kept["digests"]
+            return found
+    sums: dict[str, hashlib._Hash] = {}
+    for name in sorted(checkpoint.names()):
+        number = re.search(r"\.(\d+)\.", name)
+        part = sums.setdefault(f"block-{int(number[1]):04d}" if number else ENDS, hashlib.sha256())
+        tensor = checkpoint.read(name)
+        part.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        part.update(raw_bytes(tensor))
+    tokenizer = checkpoint.path / "tokenizer.json"
+    if tokenizer.is_file():
+        sums[TOKENIZER] = hashlib.sha256(tokenizer.read_bytes())
+    made = {part: digest.hexdigest() for part, digest in sorted(sums.items())}
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        beside = cache.with_suffix(".partial")
+        beside.write_text(json.dumps({"stamp": stamp, "digests": made}), encoding="utf-8")
+        beside.replace(cache)
+    return made
+
+
+def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
+    """The first part, by name, in which two models differ; None where they are the same."""
+    return next((part for part in sorted(one.keys() | other.keys()) if one.get(part) != other.get(part)), None)

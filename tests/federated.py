@@ -1,0 +1,191 @@
+"""A real federation on this machine: a server and three sites, each a process, mTLS on the loopback address."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tomli_w
+
+from fedgrove.federation import kits, node, operator
+from fedgrove.federation.files import Federation
+from fedgrove.progress import Watch
+from small import CLIENTS, ROOT, Small, wait_until
+
+OPERATOR = "ops@example.org"
+MODEL = "small-model"
+
+
+class Lines(Watch):
+    """Keeps what a run says, and does something at a step."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[str] = []
+        self.at: dict[str, Any] = {}
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def step(self, what: str, done: float = 0, of: float = 0) -> None:
+        self.steps.append(what)
+        if what in self.at:
+            self.at.pop(what)()
+
+
+class Proxy:
+    """A way to the server that can be cut, as a network can: what is open breaks, nothing new gets through."""
+
+    def __init__(self, port: int):
+        self._target = port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._open: list[socket.socket] = []
+        self._up = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._up = False
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def mend(self) -> None:
+        self._up = True
+
+    def close(self) -> None:
+        self._server.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target)) if self._up else None
+                except OSError:
+                    far = None
+                if far is None:
+                    near.close()
+                    continue
+                self._open += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+class Running:
+    """A federation, its kits and its processes."""
+
+    def __init__(self, small: Small, folder: Path, proxied: str | None = None, **server: Any):
+        self.small, self.folder = small, folder
+        self.port = free_port()
+        self.proxy = Proxy(self.port) if proxied else None
+        sites = [{"name": name} for name in CLIENTS]
+        for site in sites:
+            if self.proxy and site["name"] == proxied:
+                site["connect"] = f"localhost:{self.proxy.port}"
+        self.described = Federation.model_validate(
+            {
+                "name": "trial",
+                "server": {"host": "localhost", "port": self.port},
+                "sites": sites,
+                "operators": [{"name": OPERATOR}],
+            }
+        )
+        kits.make_kits(self.described, folder)
+        self.server, self.operator = folder / "server", folder / "operators" / OPERATOR
+        self.sites = {name: folder / "sites" / name for name in CLIENTS}
+        self.write(self.server / "server.toml", threads=1, models={MODEL: str(small.model)}, **server)
+        for name in CLIENTS:
+            self.describe(name)
+
+    def write(self, file: Path, **content: Any) -> None:
+        file.write_text(tomli_w.dumps(content), encoding="utf-8")
+
+    def describe(self, site: str, **changes: Any) -> None:
+        """Writes a site's own file."""
+        content = {"data": [str(self.small.texts[site])], "threads": 1, "models": {MODEL: str(self.small.model)}}
+        self.write(self.sites[site] / "site.toml", **{**content, **changes})
+
+    def start(self) -> None:
+        """Starts everybody, and waits until the server has heard of all."""
+        node.start(self.server)
+        for kit in self.sites.values():
+            node.start(kit)
+        self.wait_for(CLIENTS)
+
+    def wait_for(self, sites: tuple[str, ...]) -> None:
+        wait_until(lambda: all(site["heard"] for site in operator.status(self.operator)["sites"] if site["name"] in sites))
+
+    def job(self, name: str, **changes: Any) -> Path:
+        """Writes a job for the federation."""
+        spec = {**self.small.spec(**{"clients": None, "model__path": MODEL, "evaluate__alone": False, **changes}), "name": name}
+        file = self.folder / f"{name}.toml"
+        self.write(file, **spec)
+        return file
+
+    def run(self, name: str, seen: Lines | None = None, resume: bool = False, **changes: Any) -> str | None:
+        """Submits a job and watches it to its end; None where it ended well, else the line that says why not."""
+        operator.submit(self.operator, self.job(name, **changes), resume=resume)
+        return operator.watch(self.operator, name, seen or Lines())
+
+    def fetch(self, name: str) -> Path:
+        """The run folder of a run, over the network."""
+        return operator.fetch(self.operator, name, self.folder / f"fetched-{name}-{free_port()}")
+
+    def kill(self, kit: Path) -> None:
+        """SIGKILL to a member's process and all that it started: as if its machine lost power."""
+        process = node.running(kit)
+        assert process is not None
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(10)
+
+    def close(self) -> None:
+        """Ends every process, whatever a test left."""
+        for kit in [*self.sites.values(), self.server]:
+            process = node.running(kit)
+            if process is not None:
+                self.kill(kit)
+        for one in psutil.process_iter(["cmdline"]):  # a job's process whose parent was killed
+            if any(str(self.folder) in part for part in one.info["cmdline"] or ()) and one.pid != os.getpid():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        if self.proxy:
+            self.proxy.close()
+
+
+@contextlib.contextmanager
+def environment(**changes: str) -> Iterator[None]:
+    """What the members' processes are started with."""
+    before = dict(os.environ)
+    os.environ.update({"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **changes})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
