@@ -386,8 +386,8 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
 def personal(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Compares the shared adapter with this client's own best one, on its own held-out text, and keeps what is better.
 
-    Ask: ``stage``, ``parts``, ``width``, ``bits``, ``length``, ``seed``, ``personal``, ``masked``: as of ``train``; ``micro``; ``base``
-    and ``title``, for the card of what is kept; tensors ``rest/<linear>/b`` and ``/a``: the shared adapter.
+    Ask: ``stage``, ``parts``, ``width``, ``bits``, ``length``, ``seed``, ``personal``, ``masked``: as of ``train``; ``micro``;
+    ``base`` and ``title``, for the card of what is kept; tensors ``rest/<linear>/b`` and ``/a``: the shared adapter.
 
     Answer: ``shared`` and ``own``, mean losses of a learnt token; null where there was too little text to hold some out. An
     own adapter that is better lies in ``personal/stage-N`` of this client's folder; it is never sent.
