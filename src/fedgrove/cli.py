@@ -45,6 +45,15 @@ class Form(StrEnum):
     packed = "packed"
 
 
+class Deal(StrEnum):
+    """How ``split`` deals."""
+
+    iid = "iid"
+    dirichlet = "dirichlet"
+    field = "field"
+    size = "size"
+
+
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
     """A command whose mendable faults are one line and status 2, and whose interruption is status 130."""
 
@@ -100,6 +109,55 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text((files("fedgrove") / "template.toml").read_text(encoding="utf-8"), encoding="utf-8")
     print(f"Wrote {file}. Edit it, then: fedgrove plan {file}; fedgrove run {file}")
+
+
+@command
+def split(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A file, a folder, a saved data set or hub:OWNER/NAME.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: a file for each client, job.toml, split.html.")],
+    by: Annotated[
+        Deal, typer.Option(help="iid: evenly; dirichlet: uneven by --field; field: a value to one; size.")
+    ] = Deal.iid,
+    clients: Annotated[int | None, typer.Option(help="How many; with --by field default: one for each value.")] = None,
+    field: Annotated[str | None, typer.Option(help="The field that tells the records apart.")] = None,
+    alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution: small makes the clients differ more.")] = 0.3,
+    text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
+    held_out: Annotated[float, typer.Option("--heldout", help="The fraction that nobody gets, to evaluate on.")] = 0.1,
+    seed: int = 0,
+    model: Annotated[str, typer.Option(help="For the job file: a model directory or a hub id.")] = "path/to/model",
+    quiet: Quiet = False,
+) -> None:
+    """Deals one text to several clients, to try a federation; shows who holds what and writes a job file.
+
+    Example: fedgrove split posts.jsonl --clients 8 --by dirichlet --alpha 0.3 --field label --out posts
+    """
+    from fedgrove import split as dealing
+    from fedgrove.progress import watch
+    from fedgrove.report.split import holdings_page, holdings_table
+
+    with watch(quiet) as seen:
+        seen.step(f"reading {source}")
+        if Path(model).is_dir():
+            model = str(Path(model).resolve())
+        made = dealing.split(
+            source,
+            out,
+            by=by.value,
+            clients=clients,
+            field=field,
+            alpha=alpha,
+            text=text,
+            held_out=held_out,
+            seed=seed,
+            model=model,
+        )
+    how = f"by {field}" if by is Deal.field else by.value if by is Deal.iid else f"{by.value}, alpha {alpha:g}"
+    (out / "split.html").write_text(holdings_page(made.holdings, f"{source.name}: {how}, seed {seed}"), encoding="utf-8")
+    Console().print(holdings_table(made.holdings))
+    for name in made.empty:
+        print(f"{name} got no record and is left out; raise --alpha, or lower --clients")
+    kept = f"{made.held_out:,} records are held out; " if made.held_out else ""
+    print(f"{kept}the job is {out / 'job.toml'}, the picture {out / 'split.html'}")
 
 
 @command
