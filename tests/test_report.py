@@ -352,9 +352,9 @@ def test_a_client_that_was_measured_in_part_is_not_compared(run: Path) -> None:
 
 def test_several_stages_show_what_each_made(run: Path) -> None:
     job = tomllib.loads((run / "job.toml").read_text())
-    job["stages"].append({"kind": "tune"})
+    job["stages"].append({"kind": "distil"})
     (run / "job.toml").write_text(tomli_w.dumps(job))
-    _write(run / "plan-1-tune.json", {"stage": 1, "kind": "tune", "clients": {"ward": {"rank": 8}, "law": {"rank": 4}}})
+    _write(run / "plan-1-distil.json", {"stage": 1, "kind": "distil", "clients": {"ward": {"rank": 8}, "law": {"rank": 4}}})
     for text, value in (("ward", 60.0), ("law", 61.0)):
         _append(run / "metrics.jsonl", _metric(1, None, text, value))
     _append(run / "metrics.jsonl", _metric(1, "law", "loss", 1.5, name=""))

@@ -29,6 +29,7 @@ from fedgrove.tuning import lora
 from fedgrove.tuning.factors import Factors, fill
 from fedgrove.tuning.personal import hold_out, mean_loss
 from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
+from test_report import Page
 
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 2, "length": 16, "batches": [4], "ranks": [4], "bits": [32],
@@ -470,6 +471,42 @@ def test_a_run_ends_with_what_each_client_was_given_and_why(small: Small, tmp_pa
     line = next(line for line in out.splitlines() if "ash" in line)
     assert "8 MiB" in line
     assert "fedpipe" in out
+
+
+def test_the_report_draws_what_matters_and_tells_what_each_client_was_given(small: Small) -> None:
+    run = small.undisturbed(stages=tune(method="fedpipe", rounds=3, steps=4))
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    plan = json.loads((run / "plan-0-tune.json").read_text(encoding="utf-8"))
+    metrics = measurements(run)
+    head, *rows = page.csv("stage-0-importance")
+    assert head == ["matrix", "importance", *(f"rank, {client}" for client in CLIENTS)]
+    assert {row[0]: float(row[1]) for row in rows} == plan["importance"]
+    for name, importance in plan["importance"].items():
+        assert metrics[0, 0, None, f"importance/{name}"] == importance, "the scores are saved"
+        block, _, linear = name.removeprefix("model.layers.").partition(".")
+        assert f"block {block}, {linear}: {importance:.2%}, rank 4" in page.text, "each has its place on the map"
+    for row in rows:
+        assert [int(rank) for rank in row[2:]] == [plan["clients"][client]["ranks"].get(row[0], 0) for client in CLIENTS]
+    given = {row[0]: dict(zip(page.csv("stage-0-given")[0], row, strict=True)) for row in page.csv("stage-0-given")[1:]}
+    for client, share in plan["clients"].items():
+        assert [int(given[client][key]) for key in ("bits", "batch", "upload a round")] == [
+            share["bits"], share["batch"], share["upload"]
+        ]  # fmt: skip
+        assert float(given[client]["loss, last round"]) == metrics[0, 2, client, "loss"]
+    rounds = page.csv("stage-0-rounds")
+    assert [float(row[2]) for row in rounds[1:]] == [metrics[0, r, None, "clock"] for r in range(3)]
+    assert "low-rank changes" in page.text
+    assert "keep and their values" not in page.text, "nothing was pruned"
+
+
+def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small) -> None:
+    run = small.undisturbed(stages=[{**TUNE, "rounds": 2, "steps": 12, "personal": 0.3, "learning_rate": 0.03}])
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    metrics = measurements(run)
+    for client, shared, own, keeps in page.csv("stage-0-personal")[1:]:
+        assert [float(shared), float(own)] == [metrics[0, None, client, f"personal/{which}"] for which in ("shared", "own")]
+        assert keeps == ("its own" if float(own) < float(shared) else "the shared one")
+        assert (client in page.text.partition("which it keeps for itself:")[2].partition(".")[0]) == (keeps == "its own")
 
 
 def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: Path) -> None:

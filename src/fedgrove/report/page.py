@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import csv
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
-from urllib.parse import quote
 
 import jinja2
 import tomli_w
@@ -19,11 +15,12 @@ from markupsafe import Markup
 
 from fedgrove.report import charts, words
 from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.sheet import LONG, Column, Table
 from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
+from fedgrove.report.tuning import Tuning
 from fedgrove.report.words import change, plural, ranges, size
 
 MOST_COLUMNS = 5  # more clients than this share three columns: lowest, mean, highest
-LONG = 30  # a table with more rows is folded
 PRIVATE = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
 
 
@@ -37,45 +34,6 @@ def write_report(run: Path) -> Path:
     beside.write_text(page(read(run)), encoding="utf-8")
     beside.replace(out)
     return out
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its heading, and how a value is shown. Without ``show`` it is text."""
-
-    title: str
-    show: Callable[[Any], str] | None = None
-
-    def text(self, value: Any) -> str:
-        """A value as the page shows it; the CSV has it in full."""
-        if value is None:
-            return "–"
-        return self.show(value) if self.show else str(value)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page and of a CSV file. The first column names the row."""
-
-    name: str
-    caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
-    foot: Sequence[Sequence[Any]] = field(default=())
-
-    @property
-    def folded(self) -> bool:
-        """Whether the page shows it only when asked."""
-        return len(self.rows) > LONG
-
-    @property
-    def link(self) -> str:
-        """The table as a data URI. CSV as in RFC 4180, numbers in full."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(column.title for column in self.columns)
-        writer.writerows([_harmless(value) for value in row] for row in (*self.rows, *self.foot))
-        return "data:text/csv;charset=utf-8," + quote(text.getvalue(), safe="!$&()*+,-./:;=?@_~")
 
 
 def page(summary: Summary) -> str:
@@ -99,6 +57,7 @@ def page(summary: Summary) -> str:
         blocks=_blocks(summary),
         tensors=_tensors(summary),
         stages=[_Stage(summary, plan) for plan in summary.plans if plan["kind"] == "prune"],
+        tunings=[Tuning(summary, plan) for plan in summary.plans if plan["kind"] == "tune"],
         bytes_chart=_bytes_chart(summary),
         bytes_map=_bytes_map(summary),
         bytes_by_client=_bytes_by_client(summary),
@@ -604,10 +563,3 @@ def _file_name(path: str) -> str:
         if flavour.is_absolute():
             return flavour.name
     return path
-
-
-def _harmless(value: Any) -> Any:
-    """Keeps a spreadsheet from taking a name for a formula."""
-    if value is None:
-        return ""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -50,6 +50,7 @@ class Summary:
         tensors: the records of ``pruning.json``; empty if no stage prunes.
         pruning: the rest of ``pruning.json``.
         narrowing: ``narrowing.json``; empty if no stage narrows.
+        rounds_measured: the metrics of single rounds and of clients, but perplexities: by (stage, round, client, name).
         traffic: the ledger, summed by stage, round, client, direction and kind.
         dtype: of the pruned matrices, as safetensors names it.
         parameters: of the result.
@@ -70,6 +71,7 @@ class Summary:
     tensors: list[dict[str, Any]]
     pruning: dict[str, Any]
     narrowing: dict[str, Any]
+    rounds_measured: dict[tuple[int | None, int | None, str | None, str], float]
     traffic: list[Traffic]
     dtype: str | None
     parameters: int
@@ -258,6 +260,11 @@ def read(run: Path) -> Summary:
         tensors=tensors,
         pruning=pruning,
         narrowing=_json(run / "narrowing.json") if (run / "narrowing.json").is_file() else {},
+        rounds_measured={
+            (line["stage"], line["round"], line["client"], line["name"]): line["value"]
+            for line in metrics
+            if line["round"] is not None or not line["name"].startswith(PERPLEXITY)
+        },
         traffic=traffic,
         dtype=dtype,
         parameters=parameters,

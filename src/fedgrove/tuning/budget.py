@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 Row = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 QUANTISATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
-UPLOAD_PRICE = 0.1  # of all linears at the largest rank: a rank that is worth less than it costs to send is not taken
+UPLOAD_PRICE = 0.4  # of all linears at the largest rank: a rank that is worth less than it costs to send is not taken
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
 LOGIT = 12  # bytes of a logit at the peak, beside itself: its float32 copy or probability, and two gradients
 
