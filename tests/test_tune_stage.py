@@ -100,7 +100,8 @@ def test_tuning_lowers_perplexity_and_the_result_loads_anywhere(small: Small, me
     after = weights(run)
     assert {name: (t.shape, t.dtype) for name, t in before.items()} == {name: (t.shape, t.dtype) for name, t in after.items()}
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert all("proj" not in name for name in same), "every linear was tuned"
+    if method != "fedpipe":  # which passes over linears that are not worth their bytes
+        assert all("proj" not in name for name in same), "every linear was tuned"
     assert all("proj" in name or name in same for name in before), "nothing else was"
     AutoModelForCausalLM.from_pretrained(run / "model")
 
@@ -484,7 +485,7 @@ def test_the_report_draws_what_matters_and_tells_what_each_client_was_given(smal
     for name, importance in plan["importance"].items():
         assert metrics[0, 0, None, f"importance/{name}"] == importance, "the scores are saved"
         block, _, linear = name.removeprefix("model.layers.").partition(".")
-        assert f"block {block}, {linear}: {importance:.2%}, rank 4" in page.text, "each has its place on the map"
+        assert f"block {block}, {linear}: {importance:.2%}, " in page.text, "each has its place on the map"
     for row in rows:
         assert [int(rank) for rank in row[2:]] == [plan["clients"][client]["ranks"].get(row[0], 0) for client in CLIENTS]
     given = {row[0]: dict(zip(page.csv("stage-0-given")[0], row, strict=True)) for row in page.csv("stage-0-given")[1:]}
