@@ -1,4 +1,4 @@
-"""SparseGPT and Wanda written out as they were published: the oracle of the tests, slow and plain on purpose.
+"""SparseGPT, Wanda and DSnoT written out as they were published: the oracle of the tests, slow and plain on purpose.
 
 Both work on float32 copies and return ``(weight, mask)``, True = kept. They keep the published thresholds, which miss the
 target: SparseGPT prunes ``score <= sorted(score)[int(n·s)]`` and so one weight too many in every block of 128 columns,
@@ -83,3 +83,41 @@ def wanda(
             pruned.scatter_(1, i + score[:, i : i + m].sort(dim=1, stable=True)[1][:, :n], True)
     w[pruned] = 0
     return w, ~pruned
+
+
+def dsnot(weight: Tensor, windows: Tensor, mask: Tensor, group: int | None = None, swaps: int = 50) -> Tensor:
+    """DSnoT row by row, from the activations (windows, tokens, in) themselves: the mended mask.
+
+    Ours, as in the pruner: E[x] over tokens, and a row ends with the first swap that does not help.
+    """
+    mean = windows.double().mean((0, 1)).tolist()
+    variance = windows.double().var(1, correction=0).mean(0).tolist()
+    norm = windows.double().square().sum((0, 1)).sqrt().float().tolist()
+    result = mask.clone()
+    for i, row in enumerate(weight.tolist()):
+        effect = [w * m for w, m in zip(row, mean, strict=True)]
+        kept = {j for j in range(len(row)) if mask[i, j]}
+        pruned = set(range(len(row))) - kept
+        cost = {j: float(abs(torch.tensor(row[j])) * torch.tensor(norm[j])) for j in range(len(row))}
+        error = sum(effect[j] for j in sorted(pruned))
+        touched: set[int] = set()
+        for _ in range(swaps):
+            sign = 1 if error > 0 else -1
+            helps = [j for j in pruned - touched if effect[j] * sign > 0]
+            if not helps:
+                break
+            back = max(helps, key=lambda j: (effect[j] * sign / variance[j], -j))
+            if group:
+                out = [j for j in kept - touched if j // group == back // group]
+            else:
+                out = [j for j in kept - touched if effect[j] * sign < 0]
+            if not out:
+                break
+            gone = min(out, key=lambda j: (cost[j], j))
+            after = error - effect[back] + effect[gone]
+            if abs(after) >= abs(error):
+                break
+            result[i, back], result[i, gone] = True, False
+            touched |= {back, gone}
+            pruned, kept, error = pruned - {back}, kept - {gone}, after
+    return result

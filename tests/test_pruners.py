@@ -17,7 +17,7 @@ from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.calibrate import gather
 from fedgrove.models.stream import Checkpoint
-from fedgrove.pruners import magnitude, sparsegpt, wanda
+from fedgrove.pruners import dsnot, magnitude, sparsegpt, wanda
 
 PRUNERS = plugins.names("pruners")
 TARGETS = [Target(0.5), Target(0.7), Target.of(None, (2, 4)), Target.of(None, (4, 8))]
@@ -46,12 +46,16 @@ def linears(demo: Path, grove: Path) -> list[Linear]:
     return found
 
 
-def made_up(rows: int, columns: int, tokens: int, seed: int = 0) -> tuple[Tensor, Inputs]:
-    """A random weight and statistics of random inputs of very different scale."""
+def made_up(rows: int, columns: int, tokens: int, seed: int = 0, name: str = "sparsegpt") -> tuple[Tensor, Inputs]:
+    """A random weight and statistics of random inputs of very different scale, as the pruner of that name wants them."""
     random = torch.Generator().manual_seed(seed)
-    inputs = Inputs("gram")
+    inputs = inputs_for(name)
     inputs.add(torch.randn(tokens, columns, generator=random) * torch.rand(columns, generator=random).add(0.01))
     return torch.randn(rows, columns, generator=random), inputs
+
+
+def inputs_for(name: str) -> Inputs:
+    return Inputs("moments" if plugins.load("pruners", name).NEEDS == "moments" else "gram")
 
 
 def loss(change: Tensor, inputs: Inputs) -> float:
@@ -179,7 +183,7 @@ def test_sparsegpt_repairs_what_magnitude_breaks(linears: list[Linear]) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.99])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (37, 200), (64, 129), (3, 128), (129, 64)], ids=str)
 def test_exactly_as_many_weights_go_as_were_asked_for(name: str, sparsity: float, shape: tuple[int, int]) -> None:
-    weight, inputs = made_up(*shape, tokens=64)
+    weight, inputs = made_up(*shape, tokens=64, name=name)
     pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(sparsity))
     assert mask.dtype == torch.bool
     assert mask.shape == pruned.shape == weight.shape
@@ -195,7 +199,7 @@ def test_exactly_as_many_weights_go_as_were_asked_for(name: str, sparsity: float
 @pytest.mark.parametrize("groups", [1, 7, 11])
 def test_a_pattern_keeps_n_of_every_m(name: str, pattern: tuple[int, int], groups: int) -> None:
     n, m = pattern
-    weight, inputs = made_up(13, groups * m, tokens=64)
+    weight, inputs = made_up(13, groups * m, tokens=64, name=name)
     pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target.of(None, pattern))
     assert (mask.view(13, groups, m).sum(2) == n).all()
     assert is_plus_zero(pruned[~mask])
@@ -205,7 +209,7 @@ def test_a_pattern_keeps_n_of_every_m(name: str, pattern: tuple[int, int], group
 @pytest.mark.parametrize("name", PRUNERS)
 def test_ties_do_not_make_more_weights_go(name: str) -> None:
     """The published thresholds prune every weight that ties with the last one."""
-    inputs = Inputs("gram")
+    inputs = inputs_for(name)
     inputs.add(torch.eye(96))
     weight = torch.where(torch.arange(24 * 96).view(24, 96) % 3 == 0, -1.0, 1.0)
     for sparsity in (0.3, 0.5, 0.9):
@@ -265,21 +269,21 @@ def test_the_damping_rises_tenfold_until_the_matrix_can_be_factored() -> None:
 
 
 def test_all_inputs_dead_still_gives_exact_counts() -> None:
-    inputs = Inputs("gram")
-    inputs.add(torch.zeros(7, 40))
     weight = torch.randn(8, 40)
     for name in PRUNERS:
+        inputs = inputs_for(name)
+        inputs.add(torch.zeros(7, 40))
         pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.5))
         assert int((~mask).sum()) == 160
         assert torch.equal(pruned, weight.masked_fill(~mask, 0.0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize("name", ["sparsegpt", "wanda", "dsnot"])
 def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> None:
-    weight, inputs = made_up(8, 24, tokens=30)
+    weight, inputs = made_up(8, 24, tokens=30, name=name)
     assert inputs.total is not None
-    inputs.total[3, 3] = bad
+    inputs.total[-1, 23] = bad
     with pytest.raises(ValueError, match="not finite"):
         plugins.load("pruners", name).prune(weight, inputs, Target(0.5))
 
@@ -292,7 +296,7 @@ def test_a_matrix_that_no_damping_helps_is_refused() -> None:
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_the_same_numbers_come_out_every_time(name: str) -> None:
-    weight, inputs = made_up(31, 160, tokens=200)
+    weight, inputs = made_up(31, 160, tokens=200, name=name)
     first = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.45))
     second = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.45))
     assert torch.equal(first[0], second[0])
@@ -302,7 +306,7 @@ def test_the_same_numbers_come_out_every_time(name: str) -> None:
 def test_statistics_of_clients_add_up_to_those_of_the_pooled_text() -> None:
     random = torch.Generator().manual_seed(1)
     windows = torch.randn(6, 32, 20, generator=random)
-    for needs in ("gram", "squares"):
+    for needs in ("gram", "squares", "moments"):
         pooled = Inputs(needs)
         clients = [Inputs(needs), Inputs(needs)]
         for i, window in enumerate(windows):
@@ -312,6 +316,26 @@ def test_statistics_of_clients_add_up_to_those_of_the_pooled_text() -> None:
         assert torch.allclose(total, pooled.total, rtol=1e-14, atol=0)
         assert sum(client.tokens for client in clients) == pooled.tokens == 192
         assert torch.allclose(pooled.squares, windows.double().square().sum((0, 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("target", [Target(0.5), Target(0.7), Target.of(None, (2, 4)), Target.of(None, (4, 8))], ids=str)
+def test_dsnot_mends_masks_as_it_was_written_down(target: Target) -> None:
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(24, 48, generator=random)
+    windows = (
+        torch.randn(5, 32, 48, generator=random) * torch.rand(48, generator=random) + torch.randn(48, generator=random) / 2
+    )
+    inputs = Inputs("moments")
+    for window in windows:
+        inputs.add(window[None])
+    begun = wanda.prune(weight.clone(), inputs, target)[1]
+    pruned, mask = dsnot.prune(weight.clone(), inputs, target)
+    assert torch.equal(mask, reference.dsnot(weight, windows, begun, target.pattern[1] if target.pattern else None))
+    assert torch.equal(pruned, weight.masked_fill(~mask, 0.0))
+    assert torch.equal(mask.sum(1), begun.sum(1))
+    off, mended = (((weight * ~kept).double() @ inputs.means).abs() for kept in (begun, mask))
+    assert (mended <= off).all()
+    assert mended.mean() < 0.5 * off.mean()
 
 
 def test_a_gram_matrix_is_not_made_up_by_a_pruner_that_did_not_ask_for_it() -> None:

@@ -188,12 +188,11 @@ def plan(
     console = Console()
     for plan, stage in zip(plans, wanted.stages, strict=True):
         console.print(plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
-        if isinstance(plan, Plan):
-            if plan.choices:
-                sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in plan.choices.items())
-                console.print(f"Uplink of a client by what is summed: {sizes}.")
-            for note in plan.notes:
-                console.print(f"Note: {note}")
+        if isinstance(plan, Plan) and plan.choices:
+            sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in plan.choices.items())
+            console.print(f"Uplink of a client by what is summed: {sizes}.")
+        for note in getattr(plan, "notes", []):
+            console.print(f"Note: {note}")
     console.print(
         "Memory is the peak besides the program itself (about 500 MiB). "
         f"Time is what a client of speed 1.0 ({SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
 from fedgrove.models.width import Width
 from fedgrove.narrowing.gradients import group_products
-from fedgrove.privacy.noise import add_noise, spend
+from fedgrove.privacy.noise import add_noise, once
 from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
@@ -85,10 +86,14 @@ def serve(kind: str, message: bytes, site: Site, device: str) -> bytes:
     secure = info.pop(SECURE, None)
     if site.credentials is not None and secure is None and kind not in TEXTLESS:
         raise FedgroveError(f"client '{site.name}': it answers '{kind}' only under secure aggregation")
+    release = info.get("release")  # what is noisy is made once
     with torch.no_grad():
-        answer, told = HANDLERS[kind](tensors, info, site, device)
+        if release is None:
+            answer, told = HANDLERS[kind](tensors, info, site, device)
+        else:
+            answer, told = once(site.folder, release, site.name, lambda: HANDLERS[kind](tensors, info, site, device))
     if secure is not None:
-        answer = mask_answer(site, secure, answer)
+        answer = mask_answer(site, secure, answer, release)
     return wire.pack(answer, told)
 
 
@@ -178,14 +183,16 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
         block: whose inputs are summed. stage, samples, length, seed, source: see :class:`~fedgrove.job.PruneStage`.
         run: any string; hidden states of another run are not used.
         readers: for each linear of the block the input that it reads.
-        products: the inputs whose products are wanted, not just their squares.
+        products: the inputs whose products are wanted, not just their squares. moments: whether sums and variances are.
         limit: the largest number that may be sent.
-        noise: None, or {norms: by input, inputs, clients, epsilon, delta}: see :func:`fedgrove.privacy.noise.add_noise`.
+        noise: None, or {norms: by input, inputs, clients, epsilon, delta}: see :func:`fedgrove.privacy.noise.add_noise`;
+        release: with noise, a name for what is released, see :func:`fedgrove.privacy.noise.once`.
         tensors ``scale/<input>``: (in,) float32 powers of two.
         tensors ``start/<linear>``: (out, in), the block before this one, pruned; only with ``sequential``.
 
     Answer:
-        tensors ``change/<input>/squares`` and ``change/<input>/products``: see :class:`~fedgrove.rules.statistics.Statistic`.
+        tensors ``change/<input>/squares`` and ``/products``, ``/sums``, ``/spreads``: see
+            :class:`~fedgrove.rules.statistics.Statistic`.
         stage, block: of the ask. tokens: the number of calibration tokens.
     """
     decoder = _decoder(site.model, site.dtype, device)
@@ -211,15 +218,17 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     limit = int(info["limit"])
     noise = info["noise"]
     if noise:
-        if info["products"]:
-            raise FedgroveError(f"client '{site.name}': products have no noise; it sends squares alone beside it")
-        spend(site.folder, f"{info['run']}/{info['stage']}/{index}", site.name)
+        if info["products"] or info["moments"]:
+            raise FedgroveError(f"client '{site.name}': there is noise for squares alone; it sends nothing else beside it")
+        if not info.get("release"):
+            raise FedgroveError(f"client '{site.name}': noisy sums without a name could be asked for again and again")
 
     def begin(name: str) -> Statistic:
         if readers.get(name) != name:
             raise FedgroveError(f"client '{site.name}': its model reads the inputs of {name} in another way than the server's")
         scale = tensors[SCALE + name].to(decoder.device)
-        return Statistic(name, scale, name in info["products"], limit, noise["norms"][name] if noise else None)
+        norm = noise["norms"][name] if noise else None
+        return Statistic(name, scale, name in info["products"], limit, norm, bool(info["moments"]))
 
     with decoder.loaded(index) as block, watching(block, begin) as inputs:
         if info["source"] == "dense" and index < len(decoder) - 1:
@@ -295,8 +304,9 @@ def importance(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     """Scores every linear on this client's text, in a few steps of training that are then forgotten.
 
     Ask: ``stage``, ``parts`` (see :func:`base`), ``width`` (of the blocks, where they are narrower than this client's copy),
-    ``bits``, ``length``, ``seed``, ``settings``.
-    Answer: tensor ``change/importance``: (linears,) float64, in the model's order; ``weight/tokens``.
+    ``bits``, ``length``, ``seed``, ``settings``; ``whole``, as for :func:`train`.
+    Answer: tensor ``change/importance``: (linears,) float64, in the model's order; ``weight/tokens``. With ``whole`` int32, of
+    scores that add up to one.
     """
     from fedgrove.tuning import importance as scoring
     from fedgrove.tuning.lora import Settings, draw, load
@@ -308,6 +318,11 @@ def importance(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     settings = Settings(**info["settings"])
     batches = draw(ids, labels, settings.batch, 0, f"{info['seed']}/{site.name}/importance")
     scores = scoring.importance(load(decoder, info["bits"]), shapes, batches, settings, info["seed"])
+    if info.get("whole"):
+        from fedgrove.tuning import whole
+
+        shares = torch.tensor(list(scoring.shares(scores, list(shapes)).values()), dtype=torch.float64)
+        return whole.encode({"importance": shares}, info["whole"]["share"]), {}
     return {CHANGE + "importance": scores, WEIGHT + "tokens": tokens}, {}
 
 
@@ -319,12 +334,15 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         seen: windows that this client was given in earlier rounds.
         ranks: by linear; null: whole linears. scales: by linear. masked: the linears whose zeros stay zero.
         trains: "ab" or "b"; precision: dtype of the answer.
+        whole: None, or {share, ranks, noise}: the answer in whole numbers, see :mod:`fedgrove.tuning.whole`.
+        private: None, or {epsilon, delta, noise, steps, bound}: DP-SGD, see :func:`fedgrove.tuning.private.train`.
         tensors ``own/<linear>/b``, ``own/<linear>/a``, ``rest/<linear>/b``, …: where to start; a missing factor begins anew.
         With whole linears ``own/<linear>``: the change so far.
 
     Answer:
         tensors ``change/<linear>/b`` and ``/a``: the adapter as trained (a whole linear's: ``change/<linear>``, what this round
-        added); ``weight/tokens``; metrics: loss, the mean of the round.
+        added); ``weight/tokens``; metrics: loss, the mean of the round. With ``whole`` int32 ``change/<linear>/b``, what this
+        round changed, and ``change/loss``. No loss leaves where there is noise.
     """
     from fedgrove.rules.adapters import Start
     from fedgrove.tuning import lora
@@ -334,7 +352,19 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     tokens = _tokens(ids)
     (ids, labels), held = hold_out(ids, labels, info["personal"])
     settings = lora.Settings(**info["settings"])
-    batches = lora.draw(ids, labels, settings.batch, info["seen"], f"{info['seed']}/{site.name}")
+    whole, private = info.get("whole"), info.get("private")
+    if (private or (whole and whole["noise"])) and not info.get("release"):
+        raise FedgroveError(f"client '{site.name}': noisy answers without a name could be asked for again and again")
+
+    def learn(model: nn.Module, masks: Mapping[str, Tensor] = MappingProxyType({})) -> Info:
+        batches = lora.draw(ids, labels, settings.batch, info["seen"], f"{info['seed']}/{site.name}")
+        if private:
+            from fedgrove.tuning.private import train
+
+            train(model, ids, labels, settings, client=site.name, **private)
+            return {}
+        return {"loss": _train(site, model, batches, settings, masks)}
+
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
     masks = {name: decoder.read_matrix(name) != 0 for name in info["masked"]}
     model = lora.load(decoder, info["bits"])
@@ -345,8 +375,9 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         num_out, num_in = shapes[name]
         b = tensors.get(f"{kind}/{name}/b", torch.zeros(num_out, 0)).float()
         a = tensors.get(f"{kind}/{name}/a")
-        if a is None:
-            a = initial_a(name, b.shape[1], num_in, info["seed"])
+        if a is None:  # all share one A: the rows of the rest come after those of what is trained
+            first = tensors[f"own/{name}/b"].shape[1] if kind == "rest" and f"own/{name}/b" in tensors else 0
+            a = initial_a(name, first + b.shape[1], num_in, info["seed"])[first:]
         return Factors(b, a.float())
 
     if info["ranks"] is None:
@@ -357,12 +388,12 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
                 weight.data += as_matrix(model.get_submodule(name), tensors[f"own/{name}"]).to(weight.device, weight.dtype)
             before[name] = weight.detach().clone()
         lora.open_weights(model, list(shapes))
-        loss = _train(site, model, batches, settings, masks)
+        told = learn(model, masks)
         for name, start in before.items():
             module = model.get_submodule(name)
             change = cast(Tensor, module.weight).detach() - start
             answer[CHANGE + name] = as_matrix(module, change).to("cpu", dtype).contiguous()
-        return answer, {"loss": loss}
+        return answer, told
 
     ranks: dict[str, int] = info["ranks"]
     starts = {
@@ -371,16 +402,18 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     lora.attach(model, starts, info["scales"], masks)
     if info["trains"] == "b":
         lora.hold_a(model)
-    loss = _train(site, model, batches, settings)
+    told = learn(model)
+    trained = lora.detach(model, list(ranks))
     if held:
-        own = lora.detach(model, list(ranks))
-        changes = {name: own[name].plus(start.rest) if name in own else start.rest for name, start in starts.items()}
+        changes = {name: trained[name].plus(start.rest) if name in trained else start.rest for name, start in starts.items()}
         keep_best(_best(site, info["stage"]), mean_loss(model, held, settings.micro), changes, begin=info["round"] == 0)
-    for name, factors in lora.detach(model, list(ranks)).items():
+    if whole:
+        return _whole(site, {name: trained[name].b - starts[name].own.b for name in ranks}, shapes, whole, told), {}
+    for name, factors in trained.items():
         answer[f"{CHANGE}{name}/b"] = factors.b.to(dtype)
         if "a" in info["trains"]:
             answer[f"{CHANGE}{name}/a"] = factors.a.to(dtype)
-    return answer, {"loss": loss}
+    return answer, told
 
 
 def personal(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -508,6 +541,32 @@ def other_devices(site: Site, first: torch.device) -> list[torch.device]:
     if start + number > there:
         raise FedgroveError(f"devices = {number}, but from {first} on there are {there - start}; mend clients.devices")
     return [torch.device(first.type, start + i) for i in range(1, number)]
+
+
+def _whole(site: Site, changes: Tensors, shapes: dict[str, tuple[int, int]], wanted: Info, told: Info) -> dict[str, Tensor]:
+    """What a round changed, as whole numbers: clipped and noisy if a client is to be protected, else with the loss."""
+    from fedgrove.privacy import tuning as dp
+    from fedgrove.tuning import whole
+
+    noise = wanted["noise"]
+    if noise:
+        changes = dp.clipped(changes, noise["bound"])
+    values = {}
+    for name, widest in wanted["ranks"].items():
+        change = changes.get(name)
+        values[f"{name}/b"] = whole.padded(torch.zeros(shapes[name][0], 0) if change is None else change, widest)
+    if told and not noise:
+        values[whole.LOSS] = torch.tensor([min(told["loss"], whole.LARGEST - 1.0)])
+    try:
+        answer = whole.encode(values, wanted["share"])
+    except FedgroveError as fault:
+        raise FedgroveError(f"client '{site.name}': {fault}") from fault
+    if not noise or not noise["adders"]:
+        return answer
+    if not noise["round"] < noise["rounds"]:
+        raise FedgroveError(f"client '{site.name}': round {noise['round'] + 1} of {noise['rounds']}: its budget is spent")
+    sigma = dp.client_noise(noise["epsilon"], noise["delta"], noise["rounds"]) * noise["bound"] * wanted["share"]
+    return dp.add_whole(answer, sigma * 2.0**whole.BITS / math.sqrt(noise["adders"]))
 
 
 def _tokens(ids: Tensor) -> Tensor:

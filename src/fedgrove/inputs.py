@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Needs = Literal["nothing", "squares", "gram"]
+Needs = Literal["nothing", "squares", "gram", "moments"]
 STRIP = 512  # columns of a Gram matrix that are computed at once
 
 
@@ -27,8 +27,8 @@ class Inputs:
     Attributes:
         needs: what is being summed.
         tokens: number of tokens seen.
-        total: (in,) for "squares": Σ x²; (in, in) for "gram": Σ x xᵀ, read through ``gram``; None before the first window;
-            float64.
+        total: (in,) for "squares": Σ x²; (in, in) for "gram": Σ x xᵀ, read through ``gram``; (3, in) for "moments": Σ x², Σ x,
+            and Σ over windows of Σ (x − the window's mean)²; None before the first window; float64.
     """
 
     needs: Needs
@@ -46,10 +46,13 @@ class Inputs:
             return
         width = x.shape[1]
         if self.total is None:
-            shape = (width, width) if self.needs == "gram" else (width,)
-            self.total = torch.zeros(shape, dtype=torch.float64, device=x.device)
+            rows = {"gram": (width,), "moments": (3,)}.get(self.needs, ())
+            self.total = torch.zeros(*rows, width, dtype=torch.float64, device=x.device)
         if self.needs == "squares":
             self.total += x.square().sum(0, dtype=torch.float64)
+            return
+        if self.needs == "moments":
+            self.total += torch.stack(moments(x))
             return
         for start in range(0, width, STRIP):
             strip = slice(start, start + STRIP)
@@ -78,4 +81,26 @@ class Inputs:
     def squares(self) -> Tensor:
         """Σ x², (in,) float64."""
         assert self.total is not None, "no window was added"
+        if self.needs == "moments":
+            return self.total[0]
         return self.total.diagonal() if self.needs == "gram" else self.total
+
+    @property
+    def means(self) -> Tensor:
+        """E[x], (in,) float64."""
+        assert self.needs == "moments", "this pruner did not say that it needs means"
+        assert self.total is not None, "no window was added"
+        return self.total[1] / self.tokens
+
+    @property
+    def variances(self) -> Tensor:
+        """The mean over windows of the variance in a window, (in,) float64."""
+        assert self.needs == "moments", "this pruner did not say that it needs variances"
+        assert self.total is not None, "no window was added"
+        return self.total[2] / self.tokens
+
+
+def moments(window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ x², Σ x and Σ (x − mean)² of one window (tokens, in), each (in,) float64."""
+    wide = window.double()
+    return window.square().sum(0, dtype=torch.float64), wide.sum(0), (wide - wide.mean(0)).square().sum(0)

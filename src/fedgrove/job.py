@@ -171,7 +171,9 @@ class PruneStage(Part):
     def _check_statistics(self) -> None:
         needs = plugins.load("pruners", self.pruner).NEEDS
         if needs == "nothing":
-            raise ValueError(f'rule "statistics": pruner "{self.pruner}" needs nothing to be summed; use wanda or sparsegpt')
+            raise ValueError(
+                f'rule "statistics": pruner "{self.pruner}" needs nothing to be summed; use wanda, dsnot or sparsegpt'
+            )
         if self.mixed and needs != "gram":
             raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt')
         if self.epsilon is not None and (needs != "squares" or self.source != "dense"):
@@ -241,7 +243,11 @@ class TuneStage(Part):
         partition: see :mod:`fedgrove.rules.adapters.ranks`.
         server: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
         server_rate: multiplies the change, or is the step of "adam".
-        precision: dtype of the adapters on the wire.
+        precision: dtype of the adapters on the wire; "fixed" sends up whole numbers, which add up exactly, whoever adds them
+            (see :mod:`fedgrove.tuning.whole`), and float32 down. Secure aggregation needs it.
+        epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.tuning`.
+        protects: what may be there or not without anybody noticing: a whole "client", or one "window" of its text.
+        bound: the largest norm of what it contributes: of a client's change, or of a window's gradient.
         personal: the share of its windows that each client does not train on, but chooses by which adapter it keeps for
             itself: the shared one or the best of its own (on its own disk; see :mod:`fedgrove.tuning.personal`). 0: none.
         measure: the held-out perplexity is measured after every so many rounds; 0: only after the last.
@@ -268,7 +274,11 @@ class TuneStage(Part):
     partition: bool = True
     server: Literal["average", "momentum", "adam"] = "average"
     server_rate: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["float32", "bfloat16", "fixed"] = "bfloat16"
+    epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-6
+    protects: Literal["client", "window"] = "window"
+    bound: Annotated[float, Field(gt=0, le=16)] = 1.0
     personal: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     measure: Annotated[int, Field(ge=0)] = 0
 
@@ -282,7 +292,27 @@ class TuneStage(Part):
             raise ValueError('method "full" has no adapters: leave personal out')
         if self.server != "average" and (self.method == "full" or self.rule != "ranks"):
             raise ValueError(f'server "{self.server}" works on adapters with rule = "ranks"')
+        if self.precision == "fixed" and (self.method == "full" or self.rule != "frozen_a"):
+            raise ValueError('precision "fixed": whole numbers add up where all share one factor; set rule = "frozen_a"')
+        if self.epsilon is not None and self.method != "lora":
+            what = (
+                'the scores by which "fedpipe" plans have no noise'
+                if self.method == "fedpipe"
+                else "there is noise for adapters"
+            )
+            raise ValueError(f'epsilon: {what}; set method = "lora"')
+        if self.epsilon is not None and self.personal:
+            raise ValueError("epsilon: the losses by which adapters are chosen have no noise; leave personal out")
+        if self.epsilon is not None and self.protects == "client" and self.precision != "fixed":
+            raise ValueError(
+                'epsilon: the noise is on a sum of changes; set rule = "frozen_a" and precision = "fixed" beside it'
+            )
         return self
+
+    @property
+    def dtype(self) -> str:
+        """Of the adapters on the wire; with "fixed", on their way down."""
+        return "float32" if self.precision == "fixed" else self.precision
 
 
 class Text(Part):
@@ -354,6 +384,8 @@ class Job(Part):
         for i, stage in enumerate(self.stages):
             if isinstance(stage, NarrowStage) and i > 0:
                 raise ValueError(f'stages.{i}.kind: "narrow" cuts the model that the clients have; make it the first stage')
+            if getattr(stage, "epsilon", None) is not None and self.evaluate.alone:
+                raise ValueError(f"evaluate.alone: what a client has alone has no noise (stages.{i}.epsilon); set it to false")
             if not isinstance(stage, PruneStage):
                 continue
             if isinstance(self.stages[0], NarrowStage):
@@ -395,9 +427,14 @@ class Job(Part):
             )
         for i, stage in enumerate(self.stages):
             if isinstance(stage, TuneStage):
-                raise ValueError(
-                    f"privacy.secure_aggregation: stages.{i}: adapters are not masked yet; prune and tune in two jobs"
-                )
+                if stage.precision != "fixed":
+                    raise ValueError(
+                        f"privacy.secure_aggregation: stages.{i}: only whole numbers can be summed unseen; "
+                        'set rule = "frozen_a" and precision = "fixed"'
+                    )
+                if stage.personal:
+                    raise ValueError(f"privacy.secure_aggregation: stages.{i}.personal: its losses are not summed; set it to 0")
+                continue
             if isinstance(stage, NarrowStage):
                 continue
             if stage.rule == "mean":
@@ -426,6 +463,11 @@ class Job(Part):
         found = self.stages[stage]
         assert isinstance(found, TuneStage)
         return found
+
+    def together(self, clients: int) -> int:
+        """How many of so many clients must add to a number, so that those who may drop leave ``privacy.smallest`` in it."""
+        least = max(min(self.rounds.quorum or clients, clients), clients - clients // 3)
+        return self.privacy.smallest + clients - least
 
     def dumps(self) -> str:
         """The job as TOML, defaults filled in, paths absolute: it can be read again from anywhere."""

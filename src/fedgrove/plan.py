@@ -218,7 +218,8 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     widest = max(distinct)
     tokens = (card.samples or stage.samples) * stage.length
 
-    statistics = {"nothing": 0, "squares": sum(distinct), "gram": sum(w * w for w in distinct)}[needs]
+    sums = {"nothing": 0, "squares": sum(distinct), "gram": sum(w * w for w in distinct), "moments": 3 * sum(distinct)}
+    statistics = sums[needs]
     workspace = 3 * widest**2 if needs == "gram" else 0  # the damped matrix, its inverse, a factor
     largest = max(rows * columns for rows, columns in shapes)
     names = decoder.checkpoint.names()
@@ -237,7 +238,11 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     if masked is not None:
         upload = math.ceil(parameters * (1 if stage.rule == "masks" else 1 + masked))
     if stage.rule == "statistics":
-        upload = _sum_bytes(distinct, [i for i in distinct if needs == "gram" and not (stage.mixed and i > width)], masked)
+        upload = _sum_bytes(
+            distinct if needs != "moments" else 3 * distinct,
+            [i for i in distinct if needs == "gram" and not (stage.mixed and i > width)],
+            masked,
+        )
         workspace = solve = 0  # the server prunes
     kept = parameters * (2 * dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
     memory = 8 * (statistics + workspace) + 4 * (block_numel + 6 * largest + ends + window) + kept + 2**24
@@ -278,6 +283,7 @@ def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[
     number = len(decoder) - stage.protect_first_block
     return {
         "wanda": number * _sum_bytes(inputs, [], masked),
+        "dsnot": number * _sum_bytes(3 * inputs, [], masked),
         "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= width], masked),
         "sparsegpt": number * _sum_bytes(inputs, inputs, masked),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -64,6 +65,11 @@ class Run:
         else:
             _mend_lines(self.path / "metrics.jsonl")
             _mend_lines(self.path / "ledger.jsonl")
+
+    @property
+    def name(self) -> str:
+        """The same for every beginning of the same job, whatever its folder."""
+        return hashlib.sha256(self.job.model_dump_json(exclude={"rounds"}).encode()).hexdigest()  # those may change on the way
 
     def close(self) -> None:
         """Lets the folder go."""

@@ -106,8 +106,29 @@ def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Pl
             decoder = Decoder(model.over(width=narrower.after))  # as later stages will find it; its weights are not there yet
         else:
             sizes = measure(decoder, stage.length, pruned or bool(pruned_linears(Decoder(model))))
-            plans.append(make_tune_plan(index, stage, sizes, cards, even(sizes)))
+            secure = job.privacy.secure_aggregation
+            plan = make_tune_plan(index, stage, sizes, cards, even(sizes), together=job.together, secure=secure)
+            plans.append(plan.model_copy(update={"notes": plan.notes + beside(job, index)}))
     return plans
+
+
+def beside(job: Job, index: int) -> list[str]:
+    """What a stage's promise of privacy does not cover: other stages that use the same text."""
+    if getattr(job.stages[index], "epsilon", None) is None:
+        return []
+    notes = []
+    for other, stage in enumerate(job.stages):
+        if other == index or (isinstance(stage, PruneStage) and stage.pruner == "magnitude"):
+            continue
+        epsilon = getattr(stage, "epsilon", None)
+        if epsilon is None:
+            notes.append(
+                f"Stage {other} uses the same text without noise, and the result holds what it learnt: no privacy is promised "
+                "for the run as a whole. Give it an epsilon too, or run stage {index} in a job of its own on other text."
+            )
+        else:
+            notes.append(f"Stage {other} spends epsilon = {epsilon:g} of the same text besides; the sums of both count.")
+    return notes
 
 
 def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:

@@ -11,15 +11,20 @@ bisection. Clipping by window and the split of the noise over clients are ours.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.models.stream import save_tensors
 
 NORM = 1.5  # a window is clipped at this many times the norm that random tokens have
 
@@ -65,22 +70,60 @@ def add_noise(squares: Tensor, norm: float, inputs: int, clients: int, epsilon: 
     return squares + (noise * 2.0**bits).round().long().to(squares.device)
 
 
-def spend(folder: Path, release: str, client: str) -> None:
-    """Notes on the client's disk that a release was made; called before it is.
+def once(
+    folder: Path, release: str, client: str, make: Callable[[], tuple[dict[str, Tensor], Any]]
+) -> tuple[dict[str, Tensor], Any]:
+    """A noisy answer, made once: asked again for the newest, a client gives the same one. To draw again would spend ε again.
+
+    Args:
+        folder: the client's own disk.
+        release: names what is released; the server chooses it, the same for the same place in the same run.
+        make: makes the answer, tensors and JSON.
 
     Raises:
-        FedgroveError: it was made before. Another one of the same windows would spend ε again.
+        FedgroveError: the release was made before, and others after it.
     """
+    made = _releases(folder)
+    file = folder / f"released-{hashlib.sha256(release.encode()).hexdigest()[:16]}.safetensors"
+    if not file.is_file():
+        if release in made:
+            raise FedgroveError(
+                f"client '{client}': it has released this once, and its budget is spent; a new run spends it again"
+            )
+        tensors, told = make()
+        save_tensors(tensors, file, {"told": json.dumps(told)})
+    if release not in made:
+        _note(folder, {**made, release: None})
+    for older in folder.glob("released-*.safetensors"):
+        if older != file:
+            older.unlink()
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(opened.metadata()["told"])  # noqa: SIM118
+
+
+def agreed(folder: Path, release: str, client: str, survivors: list[str]) -> None:
+    """Notes with whom a release was summed; called before anything of the sum is opened.
+
+    Raises:
+        FedgroveError: it was summed with others before: the difference of the two sums would hold less noise than promised.
+    """
+    made = _releases(folder)
+    if (made.get(release) or survivors) != survivors:
+        raise FedgroveError(f"client '{client}': its noisy answer is in a sum of other clients already; begin a new run")
+    _note(folder, {**made, release: survivors})
+
+
+def _releases(folder: Path) -> dict[str, list[str] | None]:
     file = folder / "released.json"
-    made: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    if release in made:
-        raise FedgroveError(
-            f"client '{client}': it has released these statistics once, and its budget is spent; a new run would spend it again"
-        )
+    made: dict[str, list[str] | None] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return made
+
+
+def _note(folder: Path, made: dict[str, list[str] | None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".partial")
-    beside.write_text(json.dumps([*made, release]), encoding="utf-8")
-    beside.replace(file)
+    beside = folder / "released.partial"
+    beside.write_text(json.dumps(made), encoding="utf-8")
+    beside.replace(folder / "released.json")
 
 
 def statement(epsilon: float, delta: float, length: int, clients: int) -> str:

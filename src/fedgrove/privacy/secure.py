@@ -32,7 +32,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,9 @@ from torch import Tensor
 
 from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.privacy.noise import agreed
 from fedgrove.rounds.ask import Message, ask
+from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.run import Run
 
@@ -251,7 +253,12 @@ def share(session: Session, client: str, credentials: Credentials, memory: Memor
 
 
 def mask(
-    session: Session, client: str, memory: Memory, ciphertexts: Mapping[str, str], tensors: Mapping[str, Tensor]
+    session: Session,
+    client: str,
+    memory: Memory,
+    ciphertexts: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    release: str | None = None,
 ) -> dict[str, Tensor]:
     """Hides an answer: adds this client's own keystream, and for each neighbour one that the neighbour subtracts.
 
@@ -260,6 +267,7 @@ def mask(
     Args:
         ciphertexts: what the neighbours sent to this client; those who did not are left out.
         tensors: dtypes as in ``RINGS``.
+        release: names what is released, where it is noisy; see :func:`fedgrove.privacy.noise.agreed`.
     """
     with memory.opened(session) as own:
         if "adverts" not in own or own.get("answered"):
@@ -271,7 +279,7 @@ def mask(
         own["held"] = {
             peer: _decrypted(channel, own["adverts"][peer], session, client, peer, ciphertexts[peer]) for peer in peers
         }
-        own["answered"] = True
+        own["answered"], own["release"] = True, release
     hidden = {name: tensors[name].detach().cpu().contiguous().clone() for name in tensors}
     rings = as_rings(hidden)
     add_keystream(rings, _self_key(own["self"], session), +1)
@@ -409,6 +417,7 @@ def sum_securely(
     round_: int,
     check: Callable[[str, dict[str, Tensor], Info], None],
     bits: int = 64,
+    clock: Clock | None = None,
 ) -> tuple[dict[str, Info], dict[str, Tensor]]:
     """Asks clients like :func:`fedgrove.rounds.ask.ask`, and learns the sum of their tensors only.
 
@@ -417,6 +426,7 @@ def sum_securely(
         check: given client, masked tensors and JSON. It can tell names, shapes and dtypes, and no value: see to the values
             where they are made, and look at the sum.
         bits: of the ring of int64 tensors; no sum may be as large as 2 to the bits − 1.
+        clock: what the messages would take on the clients' own machines; their work is counted in the ask itself.
 
     Returns:
         The JSON of each client that is in the sum, and the sum, in the dtypes that clients sent.
@@ -426,6 +436,7 @@ def sum_securely(
     """
     session = new_session(messages, bits)
     facts = asdict(session)
+    idle = Clock({name: replace(pace, compute=0.0) for name, pace in clock.paces.items()}, clock.spent) if clock else None
 
     def collect(ask_kind: str, to: Mapping[str, Info], form: Mapping[str, int] | None = None) -> dict[str, Info]:
         """Answers without tensors; ``form``: the bytes of each of their strings, or the clients' names where it is None."""
@@ -441,7 +452,7 @@ def sum_securely(
                 raise WireError(f"it is no answer to {ask_kind}")
 
         sent: dict[str, Message] = {client: ({}, {"session": facts, **info}) for client, info in to.items()}
-        got = ask(engine, run, ask_kind, sent, stage=stage, round_=round_, check=well_formed)
+        got = ask(engine, run, ask_kind, sent, stage=stage, round_=round_, check=well_formed, clock=idle)
         return {client: info for client, _, info in got}
 
     advert = {"mask": 32, "channel": 32, "commitment": 32, "signature": 64}
@@ -455,7 +466,7 @@ def sum_securely(
         ciphertexts = {peer: sealed[peer][client] for peer in near[client] if client in sealed.get(peer, {})}
         asked[client] = (messages[client][0], {**messages[client][1], SECURE: {"session": facts, "ciphertexts": ciphertexts}})
     opening, infos = Opening(session, adverts, sealed), {}
-    for client, tensors, info in ask(engine, run, kind, asked, stage=stage, round_=round_, check=check):
+    for client, tensors, info in ask(engine, run, kind, asked, stage=stage, round_=round_, check=check, clock=clock):
         opening.add(client, tensors)
         infos[client] = info
     survivors = opening.survivors
@@ -574,16 +585,22 @@ def serve_secure(kind: str) -> Callable[[dict[str, Tensor], Info, Site, str], tu
         if kind == "secure-shares":
             return {}, share(session, site.name, credentials, memory, info["adverts"])
         if kind == "secure-check":
-            return {}, confirm(session, site.name, credentials, memory, info["survivors"])
+            signed = confirm(session, site.name, credentials, memory, info["survivors"])
+            with memory.opened(session) as own:
+                release = own["release"]
+            if release is not None:
+                agreed(site.folder, release, site.name, info["survivors"])
+            return {}, signed
         return {}, reveal(session, site.name, credentials, memory, info["signatures"])
 
     return handler
 
 
-def mask_answer(site: Site, secure: Info, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mask_answer(site: Site, secure: Info, tensors: Mapping[str, Tensor], release: str | None) -> dict[str, Tensor]:
     """What a client does with the answer of an ask whose JSON holds ``SECURE``."""
     credentials_of(site)
-    return mask(Session.of(secure["session"]), site.name, Memory(site.folder / "secure"), secure["ciphertexts"], tensors)
+    session, memory = Session.of(secure["session"]), Memory(site.folder / "secure")
+    return mask(session, site.name, memory, secure["ciphertexts"], tensors, release)
 
 
 def credentials_of(site: Site) -> Credentials:

@@ -2,7 +2,7 @@
 
 A pruner's file holds two names:
 
-    NEEDS: "nothing", "squares" or "gram": what it wants to know of the inputs of a linear
+    NEEDS: "nothing", "squares", "moments" or "gram": what it wants to know of the inputs of a linear
     prune(weight, inputs, target) -> (weight, mask)
 
 ``weight`` is (out, in) in float32 and may be overwritten; ``inputs`` is an :class:`~fedgrove.inputs.Inputs`;

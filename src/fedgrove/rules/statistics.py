@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Inputs
+from fedgrove.inputs import moments as moments_of
 from fedgrove.privacy.noise import clipped
 from fedgrove.rounds.wire import CHANGE, WireError, check
 
@@ -42,10 +43,11 @@ class Statistic:
     Attributes:
         name: the input, named after the first linear that reads it.
         scale: (in,) float32 powers of two.
-        products: whether the pruner needs Σ xᵢxⱼ too.
+        products: whether the pruner needs Σ xᵢxⱼ too; moments: whether it needs Σ x and the variance in each window.
         limit: the largest sum that may be sent.
         squares: (in,) int64.
         upper: (in, in) int64, right of the diagonal; what lies left of it has no meaning.
+        sums, spreads: (in,) int64: Σ x, and Σ over windows of Σ (x − the window's mean)².
     """
 
     name: str
@@ -53,13 +55,16 @@ class Statistic:
     products: bool
     limit: int = LARGEST
     norm: float | None = None  # windows are clipped to it, for differential privacy
+    moments: bool = False
     tokens: int = 0
     squares: Tensor = field(init=False)
     upper: Tensor | None = None
+    sums: Tensor = field(init=False)
+    spreads: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         width = self.scale.numel()
-        self.squares = torch.zeros(width, dtype=torch.int64, device=self.scale.device)
+        self.squares, self.sums, self.spreads = torch.zeros(3, width, dtype=torch.int64, device=self.scale.device)
         if self.products:
             self.upper = torch.zeros(width, width, dtype=torch.int64, device=self.scale.device)
 
@@ -84,13 +89,19 @@ class Statistic:
                 for top in range(0, scaled.shape[1], STRIP):
                     strip = scaled[:, top : top + STRIP].T @ scaled[:, top:]
                     self.upper[top : top + STRIP, top:] += _whole(strip)
+            if self.moments:  # |Σ x| is at most (tokens + Σ x²) / 2, so both are as small as the squares
+                _, sums, spreads = moments_of(scaled)
+                self.sums += _whole(sums)
+                self.spreads += _whole(spreads)
             self.tokens += window.shape[0]
 
     def answer(self) -> dict[str, Tensor]:
-        """What is put into the sum: ``squares`` (in,), ``products`` (in·(in − 1)/2,), rows one after the other."""
+        """What is put into the sum: ``squares`` (in,), ``products`` (in·(in − 1)/2,), rows one after the other, ``sums``, …"""
         answer = {f"{CHANGE}{self.name}/squares": self.squares}
         if self.upper is not None:
             answer[f"{CHANGE}{self.name}/products"] = self.upper[_above(self.scale)]
+        if self.moments:
+            answer |= {f"{CHANGE}{self.name}/sums": self.sums, f"{CHANGE}{self.name}/spreads": self.spreads}
         return answer
 
 
@@ -115,7 +126,9 @@ def ring_bits(tokens: int) -> int:
     return min(64, -(-(BITS + tokens.bit_length() + HEADROOM + 2) // 8) * 8)
 
 
-def expected(scales: Mapping[str, Tensor], products: Mapping[str, bool]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def expected(
+    scales: Mapping[str, Tensor], products: Mapping[str, bool], moments: bool = False
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Names, shapes and dtypes of an answer, for :func:`fedgrove.rounds.wire.check`."""
     wanted = {}
     for name, scale in scales.items():
@@ -123,6 +136,8 @@ def expected(scales: Mapping[str, Tensor], products: Mapping[str, bool]) -> dict
         wanted[f"{CHANGE}{name}/squares"] = (torch.Size([width]), torch.int64)
         if products[name]:
             wanted[f"{CHANGE}{name}/products"] = (torch.Size([width * (width - 1) // 2]), torch.int64)
+        if moments:
+            wanted |= {f"{CHANGE}{name}/{part}": (torch.Size([width]), torch.int64) for part in ("sums", "spreads")}
     return wanted
 
 
@@ -133,6 +148,7 @@ def check_sums(
     windows: int,
     limit: int,
     noisy: bool = False,
+    moments: int = 0,
 ) -> None:
     """Refuses numbers that are no sums of squares and products: of one client, or of all.
 
@@ -140,16 +156,22 @@ def check_sums(
         windows: how many were summed.
         limit: the largest number that is allowed.
         noisy: noise was added, so a square may be negative.
+        moments: tokens of a window, where Σ x and the variances are summed too.
 
     Raises:
-        WireError: names, shapes or dtypes differ, a square is negative or too large, or a product larger than the squares
-            allow (Cauchy–Schwarz, with room for the rounding of each window).
+        WireError: names, shapes or dtypes differ, a square is negative or too large, or a product, sum or variance larger than
+            the squares allow (Cauchy–Schwarz, with room for the rounding of each window).
     """
-    check(tensors, expected(scales, products))
+    check(tensors, expected(scales, products, moments > 0))
     for name in scales:
         squares = tensors[f"{CHANGE}{name}/squares"]
         if (squares < (-limit if noisy else 0)).any() or (squares > limit).any():
             raise WireError(f"{CHANGE}{name}/squares is out of range")
+        if moments:
+            sums, spreads = tensors[f"{CHANGE}{name}/sums"], tensors[f"{CHANGE}{name}/spreads"]
+            most = (moments * windows * 2.0**BITS * (squares.double() + windows)).sqrt() * 1.001 + windows
+            if (sums.double().abs() > most).any() or (spreads < 0).any() or (spreads > squares + 2 * windows).any():
+                raise WireError(f"{CHANGE}{name}/sums or spreads are larger than the squares allow")
         if products[name]:
             roots = (squares.double() + windows).sqrt() * 1.001
             at, values = 0, tensors[f"{CHANGE}{name}/products"]
@@ -160,7 +182,9 @@ def check_sums(
                 at += len(row)
 
 
-def finish(squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int) -> Inputs:
+def finish(
+    squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int, moments: tuple[Tensor, Tensor] | None = None
+) -> Inputs:
     """The server's half: the sums as a pruner reads them.
 
     Args:
@@ -168,10 +192,14 @@ def finish(squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int)
         products: (in·(in − 1)/2,) int64, or None.
         scale: (in,), what the clients multiplied by.
         tokens: of all clients.
+        moments: ``sums`` and ``spreads``, summed over clients, where they were asked for.
     """
     unit = 2.0**-BITS
     squares = squares.clamp(min=0)
     size = 1 / scale.double()
+    if moments is not None:
+        rows = [squares.double() * size.square(), moments[0].double() * size, moments[1].double() * size.square()]
+        return Inputs("moments", tokens, torch.stack(rows) * unit)
     if products is None:
         return Inputs("squares", tokens, squares.double() * unit * size.square())
     gram = torch.zeros(len(scale), len(scale), dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,11 @@ def _wants_products(stage: PruneStage, num_in: int, width: int) -> bool:
     return plugins.load("pruners", stage.pruner).NEEDS == "gram" and not (stage.mixed and num_in > width)
 
 
+def wants_moments(stage: PruneStage) -> bool:
+    """Whether the pruner needs means and variances."""
+    return bool(plugins.load("pruners", stage.pruner).NEEDS == "moments")
+
+
 def without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
     """Prunes a block by magnitude: nobody is asked anything."""
     made = {}
@@ -132,7 +136,10 @@ def from_statistics(
     made = {}
     for first, inlet in inlets.items():
         squares, upper = sums[f"{CHANGE}{first}/squares"], sums.get(f"{CHANGE}{first}/products")
-        inputs = statistics.finish(squares, upper, inlet.scale, tokens)
+        moments = None
+        if wants_moments(stage):
+            moments = sums[f"{CHANGE}{first}/sums"], sums[f"{CHANGE}{first}/spreads"]
+        inputs = statistics.finish(squares, upper, inlet.scale, tokens, moments)
         pruner = plugins.load("pruners", stage.pruner if inputs.needs != "squares" else "wanda")
         for name in inlet.readers:
             before = decoder.read_linear(block, name)
@@ -154,6 +161,7 @@ def _collect(
     """Who is in the sum, of how many tokens, and the sum: the server sees each answer, or with secure aggregation none."""
     stage, secure = run.job.pruning(plan.stage), run.job.privacy.secure_aggregation
     largest, bits = _largest(run, plan)
+    moments = stage.length if wants_moments(stage) else 0
 
     def check(client: str, answer: dict[str, Tensor], info: Info) -> None:
         samples = plan.clients[client].samples
@@ -162,15 +170,15 @@ def _collect(
         if info.get("tokens") != samples * stage.length:
             raise WireError(f"it claims {info.get('tokens')!r} tokens, not {samples * stage.length}")
         if secure:  # no value can be told from random
-            check_tensors(answer, statistics.expected(scales, products))
+            check_tensors(answer, statistics.expected(scales, products, moments > 0))
         else:
-            statistics.check_sums(answer, scales, products, samples, largest // len(messages))
+            statistics.check_sums(answer, scales, products, samples, largest // len(messages), moments=moments)
 
     if secure:
         infos, sums = sum_securely(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check, bits=bits)
         windows = sum(plan.clients[client].samples for client in infos)
         try:
-            statistics.check_sums(sums, scales, products, windows, largest, noisy=stage.epsilon is not None)
+            statistics.check_sums(sums, scales, products, windows, largest, noisy=stage.epsilon is not None, moments=moments)
         except WireError as fault:
             raise FedgroveError(
                 f"the clients' sum: {fault}; one of them sent no statistics, and secure aggregation hides which. "
@@ -178,7 +186,7 @@ def _collect(
             ) from fault
         return sorted(infos), sum(info["tokens"] for info in infos.values()), sums
 
-    totals = {name: Sums() for name in statistics.expected(scales, products)}
+    totals = {name: Sums() for name in statistics.expected(scales, products, moments > 0)}
     clients, tokens = [], 0
     for client, answer, info in ask(engine, run, "statistics", messages, stage=plan.stage, round_=0, check=check):
         clients.append(client)
@@ -211,12 +219,14 @@ def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mappi
         }
     return {
         "noise": noisy,
-        "run": hashlib.sha256(run.job.model_dump_json(exclude={"rounds"}).encode()).hexdigest(),  # those may change on the way
+        "release": f"{run.name}/{plan.stage}/{block}" if noisy else None,
+        "run": run.name,
         "stage": plan.stage,
         "block": block,
         "source": stage.source,
         "readers": {name: first for first, inlet in inlets.items() for name in inlet.readers},
         "products": [first for first, inlet in inlets.items() if inlet.products],
+        "moments": wants_moments(stage),
         "limit": _largest(run, plan)[0] // len(plan.contributors(0, block)),
         **calibration(run.job.seed, plan.stage, plan.clients[client].samples, stage.length),
     }

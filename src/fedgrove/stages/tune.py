@@ -27,7 +27,9 @@ from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules.adapters import Options, State
 from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate_round
+from fedgrove.stages.tune_whole import private_facts, sum_whole, whole_facts
 from fedgrove.tuning import importance as scoring
+from fedgrove.tuning import whole
 from fedgrove.tuning.factors import Factors, fill
 from fedgrove.tuning.lora import merge
 from fedgrove.tuning.optimise import Memory, step
@@ -195,10 +197,12 @@ def _plan_anew(
     run.step("tune: asking which weights are worth tuning", round_, run.job.tuning(progress.plan.stage).rounds)
     plan = progress.plan
     names = list(decoder.linear_names())
+    facts = whole_facts(run, plan)
     messages: dict[str, Message] = {}
     for client, share in plan.clients.items():
         settings = {"steps": stage.warmup, "batch": share.micro, "micro": 1, "learning_rate": stage.learning_rate}
-        messages[client] = ({}, {**_common(decoder, stage, plan, share, parts, run), "settings": settings})
+        common = _common(decoder, stage, plan, share, parts, run)
+        messages[client] = ({}, {**common, "settings": settings, "whole": facts.get(client)})
     scalar = (torch.Size(()), torch.float64)
     expected = {CHANGE + "importance": (torch.Size([len(names)]), torch.float64), WEIGHT + "tokens": scalar}
 
@@ -206,16 +210,23 @@ def _plan_anew(
         check_tensors(tensors, expected)
         _check_tokens(client, tensors, plan)
 
-    sums = Sums()
     sizes = measure(decoder, stage.length, bool(masked))
     clock = _clock(plan, warmup_seconds(plan.clients, stage, sizes, plan.cards))
-    answers = ask(engine, run, "importance", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
-    for client, tensors, _ in answers:
-        sums.add(tensors[CHANGE + "importance"], float(plan.clients[client].tokens))
-    importance = scoring.shares(sums.mean(), names)
+    if stage.precision == "fixed":
+        shapes = {"importance": torch.Size([len(names)])}
+        _, means = sum_whole(engine, run, "importance", messages, plan=plan, round_=round_, shapes=shapes, clock=clock)
+        parts_ = means["importance"] / means["importance"].sum()
+        importance = {name: float(part) for name, part in zip(names, parts_, strict=True)}
+    else:
+        sums = Sums()
+        answers = ask(engine, run, "importance", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
+        for client, tensors, _ in answers:
+            sums.add(tensors[CHANGE + "importance"], float(plan.clients[client].tokens))
+        importance = scoring.shares(sums.mean(), names)
     if round_ > 0:
         importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
-    new = make_tune_plan(plan.stage, stage, sizes, plan.cards, importance, round_)
+    secure = run.job.privacy.secure_aggregation
+    new = make_tune_plan(plan.stage, stage, sizes, plan.cards, importance, round_, together=run.job.together, secure=secure)
     if round_ == 0 or worth(new, stage, importance) > HYSTERESIS * worth(plan, stage, importance):
         progress.plan = new
     else:
@@ -251,8 +262,12 @@ def _train_round(
     messages = {
         client: _message(decoder, client, progress, round_, stage, parts, masked, run) for client in sorted(plan.clients)
     }
-    check = _checker(decoder, stage, plan)
     clock = _clock(plan, {client: share.compute for client, share in plan.clients.items()})
+    if stage.precision == "fixed":
+        heard = _add_whole(decoder, progress, round_, stage, messages, clock, engine, run)
+        _count_round(progress, stage, heard, clock)
+        return
+    check = _checker(decoder, stage, plan)
     answers = ask(engine, run, "train", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
     losses = Sums()
     heard = []
@@ -260,8 +275,9 @@ def _train_round(
     def each() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for client, tensors, info in answers:
             heard.append(client)
-            losses.add(torch.tensor(info["loss"], dtype=torch.float64), float(plan.clients[client].tokens))
-            progress.metrics.append((client, "loss", info["loss"]))
+            if stage.epsilon is None:
+                losses.add(torch.tensor(info["loss"], dtype=torch.float64), float(plan.clients[client].tokens))
+                progress.metrics.append((client, "loss", info["loss"]))
             progress.metrics.append((client, "seconds", clock.spent[client]))
             yield client, tensors
 
@@ -269,11 +285,48 @@ def _train_round(
         _fold_adapters(decoder, progress, stage, each(), run)
     else:
         _fold_dense(decoder, progress, each())
+    if stage.epsilon is None:
+        progress.metrics.append((None, "loss", float(losses.mean())))
+    _count_round(progress, stage, heard, clock)
+
+
+def _count_round(progress: Progress, stage: TuneStage, heard: list[str], clock: Clock) -> None:
+    plan = progress.plan
     for client in heard:
         progress.seen[client] = progress.seen.get(client, 0) + stage.steps * plan.clients[client].batch
     progress.clock += clock.slowest(heard)
-    progress.metrics.append((None, "loss", float(losses.mean())))
     progress.metrics.append((None, "clock", progress.clock))
+
+
+def _add_whole(
+    decoder: Decoder,
+    progress: Progress,
+    round_: int,
+    stage: TuneStage,
+    messages: dict[str, Message],
+    clock: Clock,
+    engine: Engine,
+    run: Run,
+) -> list[str]:
+    """A round in whole numbers: what all changed together, on top of where all began; returns who is in the sum."""
+    plan = progress.plan
+    widest = plan.widest()
+    shapes = {f"{name}/b": torch.Size([decoder.read_shape(name)[0], rank]) for name, rank in widest.items()}
+    if stage.epsilon is None:
+        shapes[whole.LOSS] = torch.Size([1])
+    heard, changes = sum_whole(engine, run, "train", messages, plan=plan, round_=round_, shapes=shapes, clock=clock)
+    seed = f"{run.job.seed}/{plan.stage}"
+    for name, rank in widest.items():
+        num_out, num_in = decoder.read_shape(name)
+        old = progress.states.get(name, State(Factors.none(num_out, num_in), Factors.none(num_out, num_in)))
+        own = fill(old.live.part(0, rank), rank, name, seed)
+        began = own.b.to(getattr(torch, stage.dtype)).double()  # as the clients were given it
+        live = Factors(began + changes[f"{name}/b"], own.a.double())
+        progress.states[name] = State(live.plus(old.live.part(rank, old.live.rank)), old.frozen)
+    progress.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
+    if whole.LOSS in changes:
+        progress.metrics.append((None, "loss", float(changes[whole.LOSS])))
+    return heard
 
 
 def _message(
@@ -289,7 +342,7 @@ def _message(
     """What one client is asked to do in a round: see :func:`fedgrove.client.train`."""
     plan = progress.plan
     share = plan.clients[client]
-    dtype = getattr(torch, stage.precision)
+    dtype = getattr(torch, stage.dtype)
     falling = 1 - 0.9 * round_ / max(1, stage.rounds - 1) if stage.decay == "linear" else 1.0
     info = {
         **_common(decoder, stage, plan, share, parts, run),
@@ -299,7 +352,10 @@ def _message(
         "round": round_,
         "seen": progress.seen.get(client, 0),
         "trains": _rule(stage).TRAINS,
-        "precision": stage.precision,
+        "whole": whole_facts(run, plan, round_).get(client),
+        "private": private_facts(run, plan, client),
+        "release": f"{run.name}/{plan.stage}/{round_}" if stage.epsilon is not None else None,
+        "precision": stage.dtype,
         "settings": {
             "steps": stage.steps,
             "batch": share.batch,
@@ -369,7 +425,7 @@ def _fold_dense(decoder: Decoder, progress: Progress, answers: Iterator[tuple[st
 
 def _checker(decoder: Decoder, stage: TuneStage, plan: TunePlan) -> Callable[[str, dict[str, Tensor], Info], None]:
     """What an answer must look like: names, shapes, dtypes, finite values, and the number of tokens that the card said."""
-    dtype = getattr(torch, stage.precision)
+    dtype = getattr(torch, stage.dtype)
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
         expected: dict[str, tuple[torch.Size, torch.dtype]] = {WEIGHT + "tokens": (torch.Size(()), torch.float64)}
@@ -384,6 +440,8 @@ def _checker(decoder: Decoder, stage: TuneStage, plan: TunePlan) -> Callable[[st
         check_tensors(tensors, expected)
         _check_tokens(client, tensors, plan)
         loss = info.get("loss")
+        if stage.epsilon is not None:
+            return
         if not isinstance(loss, float) or not math.isfinite(loss):
             raise WireError("its loss is not a finite number")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -14,8 +14,10 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.plan import SPEED, Card
+from fedgrove.privacy import tuning as dp
+from fedgrove.privacy.secure import smallest_sum
 from fedgrove.rounds import wire
-from fedgrove.tuning import budget
+from fedgrove.tuning import budget, whole
 from fedgrove.tuning.budget import Budget, Choice, Grid, Infeasible, Sizes
 from fedgrove.tuning.importance import RANK
 
@@ -54,6 +56,19 @@ class TunePlan(BaseModel):
     left_out: dict[str, str]  # client -> which budget is too small, and what would do
     importance: dict[str, float]  # of each linear, together 1
     cards: dict[str, Card]  # what the clients said, by name: why each was given what it was given
+    noise: dict[str, float] = {}  # where windows are protected: of each client, in units of the bound
+    notes: list[str] = []  # what a person should know before it runs
+
+    def widest(self) -> dict[str, int]:
+        """The largest rank that any client has of each linear that is tuned."""
+        return {name: max(s.ranks.get(name, 0) for s in self.clients.values()) for name in self.tuned()}
+
+    def weights(self, alike: bool) -> dict[str, float]:
+        """Public weights that add up to one: by the tokens that the cards say, or ``alike`` for all."""
+        if alike:
+            return dict.fromkeys(self.clients, 1 / len(self.clients))
+        everything = sum(share.tokens for share in self.clients.values())
+        return {name: share.tokens / everything for name, share in self.clients.items()}
 
     def tuned(self) -> list[str]:
         """The linears that some client tunes, in order."""
@@ -102,6 +117,8 @@ def make_tune_plan(
     cards: Mapping[str, Card],
     importance: Mapping[str, float],
     since: int = 0,
+    together: Callable[[int], int] = lambda clients: 1,
+    secure: bool = False,
 ) -> TunePlan:
     """Gives each client a configuration.
 
@@ -112,6 +129,8 @@ def make_tune_plan(
         index: the stage's place in the job.
         cards: what the clients said, by name.
         importance: of each linear, together 1.
+        together: of so many clients, how many must train a column of an adapter: its sum shall not be one client's.
+        secure: sums are taken unseen.
 
     Raises:
         FedgroveError: nobody can take part; names one client and the smallest budget that would do.
@@ -123,7 +142,7 @@ def make_tune_plan(
                 f"give {min(min(shape) for shape in sizes.linears.values())} at most"
             )
     left_out: dict[str, str] = {}
-    number = wire.estimate(1000, 0.0, getattr(torch, stage.precision)) / 1000
+    number = wire.estimate(1000, 0.0, getattr(torch, stage.dtype)) / 1000
     budgets = {name: _budget(card) for name, card in sorted(cards.items())}
     choices: dict[str, Choice] = {}
     deadline = None
@@ -165,6 +184,8 @@ def make_tune_plan(
     if not choices:
         name, why = min(left_out.items())
         raise FedgroveError(f"client '{name}': {why} (and nobody else can take part either)")
+    if secure and stage.method != "full":
+        choices = _together(choices, together(len(choices)))
     rank = max((rank for choice in choices.values() for rank in choice.ranks.values()), default=0)
     kept = {name: max(choice.ranks.get(name, 0) for choice in choices.values()) for name in sizes.linears}
     grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, rank if stage.method == "fedpipe" else 0, number)
@@ -177,6 +198,8 @@ def make_tune_plan(
         else:
             compute = budget.full_compute_seconds(sizes, grid, budgets[name], choice.batch)
             need, up = budget.full_memory(sizes, choice.micro), number * sizes.parameters
+        if stage.precision == "fixed":
+            up = 4 * sum(kept[linear] * sizes.linears[linear][0] for linear in kept)
         card = cards[name]
         sending = (8 * up / card.uplink if card.uplink else 0.0) + (8 * down / card.downlink if card.downlink else 0.0)
         shares[name] = TuneShare(
@@ -207,7 +230,54 @@ def make_tune_plan(
         left_out=left_out,
         importance=dict(importance),
         cards=dict(sorted(cards.items())),
+        noise=_noise(stage, shares),
+        notes=_notes(stage, len(shares), secure),
     )
+
+
+def _together(choices: Mapping[str, Choice], enough: int) -> dict[str, Choice]:
+    """Lowers ranks until every column is trained by enough clients: what one alone adds to would not be hidden by the sum."""
+    most: dict[str, int] = {}
+    for name in {name for choice in choices.values() for name in choice.ranks}:
+        ranks = sorted((choice.ranks.get(name, 0) for choice in choices.values()), reverse=True)
+        most[name] = ranks[enough - 1] if len(ranks) >= enough else 0
+    if not any(most.values()):
+        raise FedgroveError(
+            f"privacy.secure_aggregation: {len(choices)} clients can tune, and no linear is given to {enough} of them, which "
+            'it takes to hide one (privacy.smallest); set method = "lora", or lower privacy.smallest'
+        )
+    return {
+        client: replace(
+            choice, ranks={name: min(rank, most[name]) for name, rank in choice.ranks.items() if min(rank, most[name])}
+        )
+        for client, choice in choices.items()
+    }
+
+
+def _noise(stage: TuneStage, shares: Mapping[str, TuneShare]) -> dict[str, float]:
+    if stage.epsilon is None or stage.protects == "client":
+        return {}
+    steps = stage.rounds * stage.steps
+    return {
+        name: dp.window_noise(stage.epsilon, stage.delta, min(1.0, share.batch * stage.length / share.tokens), steps)
+        for name, share in shares.items()
+    }
+
+
+def _notes(stage: TuneStage, clients: int, secure: bool) -> list[str]:
+    if stage.epsilon is None:
+        return []
+    if stage.protects == "window":
+        steps = stage.rounds * stage.steps
+        return [dp.window_statement(stage.epsilon, stage.delta, stage.length, steps, stage.bound)]
+    sigma = dp.client_noise(stage.epsilon, stage.delta, stage.rounds) * stage.bound / clients
+    if sigma > whole.LARGEST / 16:
+        raise FedgroveError(
+            f"epsilon: every number would get noise of {sigma:.3g}, which is more than the sum can hold; raise epsilon, or "
+            "lower bound or rounds"
+        )
+    adders = smallest_sum(clients)
+    return [dp.client_statement(stage.epsilon, stage.delta, stage.rounds, stage.bound, secure, adders)]
 
 
 def worth(plan: TunePlan, stage: TuneStage, importance: Mapping[str, float]) -> float:
