@@ -139,7 +139,7 @@ def cli(*args: object) -> tuple[int, str, str]:
 
 def complaint(*args: object, status: int = 2) -> str:
     """Runs a command that must fail with one line on standard error and nothing else; gives the line."""
-    quiet = ("--quiet",) if args[0] in ("run", "evaluate", "demo", "plan", "split") else ()
+    quiet = ("--quiet",) if args[0] in ("run", "evaluate", "demo", "plan", "split", "export") else ()
     got, out, err = cli(*args, *quiet)
     return one_line(got, out, err, status)
 

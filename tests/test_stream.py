@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedgrove.errors import FedgroveError
+from fedgrove.exports import packed as packing
+from fedgrove.exports.packed import FILES, LAYOUT
 from fedgrove.masks import Target
 from fedgrove.models import stream
 from fedgrove.models.stream import INDEX, Checkpoint, find_model, save_tensors, write_safetensors
 from fedgrove.pruners import magnitude
-from fedgrove.stages import export as exporting
-from fedgrove.stages.export import FILES, PACKED, export, folder_bytes
+from fedgrove.stages.export import export, folder_bytes
 
 SHARD = "model-00002-of-"
 
@@ -267,7 +268,7 @@ def test_a_pruned_model_is_packed_to_less_than_half_and_comes_back_bit_for_bit(h
 def test_a_model_in_several_files_is_packed_in_several_parts_and_comes_back(
     sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    monkeypatch.setattr(exporting, "PART", part)
+    monkeypatch.setattr(packing, "PART", part)
     Checkpoint(sharded).write(tmp_path / "model")
     packed = export(tmp_path / "model", "packed", tmp_path / "packed")
     parts = len(list(packed.glob("model-*.packed")))
@@ -307,7 +308,7 @@ def test_mistakes_in_an_export_are_named(half: Path, grove: Path, tmp_path: Path
         assert "copy it again" in spoiled(part, content)
     for content in (None, b"", b"\0" * 64):
         spoiled(FILES, content)
-    layout = json.loads((packed / PACKED).read_text())
+    layout = json.loads((packed / LAYOUT).read_text())
     for text in ("", "{", "[]", "{}", json.dumps({**layout, "parts": [["x"]]}), json.dumps({**layout, "shards": 3})):
-        assert "copy it again" in spoiled(PACKED, text.encode())
-    assert "format" in spoiled(PACKED, json.dumps({**layout, "format": 99}).encode())
+        assert "copy it again" in spoiled(LAYOUT, text.encode())
+    assert "format" in spoiled(LAYOUT, json.dumps({**layout, "format": 99}).encode())

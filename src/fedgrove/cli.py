@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -36,13 +37,6 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clients' work is done in this process.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
-
-
-class Form(StrEnum):
-    """What ``export`` writes."""
-
-    hf = "hf"
-    packed = "packed"
 
 
 class Deal(StrEnum):
@@ -304,21 +298,43 @@ def evaluate(
 @command
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a model directory or a packed model.")],
-    to: Annotated[Form, typer.Option(help="hf: a plain model directory; packed: the fewest bytes.")],
+    to: Annotated[str, typer.Option(help="hf, packed, adapter, gguf, onnx, int8 or nf4.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/FORM.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text to measure it on; default: the run's held-out texts.")] = None,
+    text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window, with --data.")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    measure: Annotated[bool, typer.Option(help="Reload what was written and measure its perplexity.")] = True,
+    quiet: Quiet = False,
 ) -> None:
-    """Writes the result in another form; a packed model becomes a plain one again with --to hf.
+    """Writes the result in another form, reloads it and measures it: bytes and perplexity.
+
+    **hf**: a plain model directory (also what a packed model becomes again). **packed**: the fewest bytes, nothing lost.
+    **adapter**: for peft, where nothing was pruned. **gguf**: for llama.cpp. **onnx**: a graph in float32. **int8**, **nf4**:
+    8 and 4 bits by bitsandbytes, for transformers.
+
+    What was measured is also in OUT.export.json, and in the run's report when it is made again.
 
     Example: fedgrove export runs/first --to packed
     """
+    from fedgrove.progress import watch
+    from fedgrove.report.exports import export_table, read_exports
     from fedgrove.stages import export as exporting
 
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")
-    out = out or source / to.value
-    exporting.export(source, to.value, out)
-    before, after = (exporting.folder_bytes(folder) for folder in (exporting.find_result(source), out))
-    print(f"Wrote {out}: {after / 1e6:.1f} MB, {after / before:.3f} of {before / 1e6:.1f} MB")
+    _hush()
+    texts = None
+    if data:
+        texts = exporting.Texts(tuple((str(file), file, text) for file in data), length, windows)
+    elif not measure:
+        texts = exporting.Texts()
+    elif windows:
+        texts = replace(exporting.held_out(exporting.find_source(source)), windows=windows, known=())
+    with watch(quiet) as seen:
+        written = exporting.export(source, to, out, texts, seen.step)
+    Console().print(export_table(read_exports(written.parent)))
+    print(f"Wrote {written} ({exporting.folder_bytes(written) / 1e6:.1f} MB) and {written.name}.export.json beside it")
 
 
 @command

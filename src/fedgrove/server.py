@@ -19,18 +19,19 @@ from fedgrove import plugins
 from fedgrove.client import Site
 from fedgrove.engine import Engine
 from fedgrove.engine.local import LocalEngine
+from fedgrove.exports.hf import USE
 from fedgrove.job import Job, Model, NarrowStage, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.narrowing.plan import NarrowPlan, make_narrow_plan
 from fedgrove.plan import Card, Plan, calibration, make_plan
 from fedgrove.privacy.secure import Credentials, make_credentials
+from fedgrove.report.card import card
 from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.run import Run
 from fedgrove.stages.evaluate import evaluate
-from fedgrove.stages.export import model_card
 from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune
 from fedgrove.stages.tune import pruned_linears, tune
@@ -66,7 +67,9 @@ def make_model(job: Job, engine: Engine, run: Run) -> None:
         model = STAGES[stage.kind](model, plan, engine, run)
         evaluate(model, plan, engine, run)
     run.step("writing the model")
-    model.write(run.path / "model", {"README.md": model_card(job, model.path)})
+    base = model.path / "README.md"
+    base_card = base.read_text(encoding="utf-8") if base.is_file() else None
+    model.write(run.path / "model", {"README.md": card(run.path, base_card, USE.replace("FOLDER", "model"))})
 
 
 def open_model(model: Model) -> Checkpoint:

@@ -24,7 +24,7 @@ from fedgrove.progress import Watch
 from fedgrove.rounds.ask import ask
 from fedgrove.rounds.wire import WireError
 from fedgrove.run import Run
-from fedgrove.stages.export import pack_model
+from fedgrove.stages.export import Texts, export
 
 JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
 FETCHED = ("report.html", "metrics.jsonl", "ledger.jsonl", "pruning.json", JOB, SAID, "adapter", "model")
@@ -158,7 +158,7 @@ def give(engine: Engine, run: Run, wants: list[str]) -> None:
     """Sends the finished model, packed, to those who want it."""
     packed = run.path / "work" / "packed"
     shutil.rmtree(packed, ignore_errors=True)
-    pack_model(run.path / "model", packed)
+    export(run.path / "model", "packed", packed, Texts())
     parts = sorted(packed.iterdir())
     for file in parts:
         run.step(f"giving the result to {', '.join(wants) or 'nobody: no site asks for it'}")

@@ -67,3 +67,19 @@ def perplexity(decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda 
     """exp of the mean negative log-likelihood per predicted token: stride = window length, no overlap."""
     total, count = negative_log_likelihood(decoder, windows, told)
     return math.exp(total / count)
+
+
+def of_logits(logits: Callable[[Tensor], Tensor], windows: Sequence[Tensor]) -> tuple[float, int]:
+    """Like :func:`negative_log_likelihood`, of any program that gives logits.
+
+    Args:
+        logits: (1, tokens) token ids -> (1, tokens, vocabulary).
+        windows: (1, tokens) token ids each.
+    """
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids in windows:
+            target = ids[0, 1:].long()
+            total += float(torch.nn.functional.cross_entropy(logits(ids)[0, :-1].float(), target, reduction="sum"))
+            count += target.numel()
+    return total, count

@@ -160,17 +160,22 @@ class Checkpoint:
         beside = out.with_name(out.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
+        self.write_into(beside, texts)
+        beside.rename(out)
+
+    def write_into(self, folder: Path, texts: Mapping[str, str] | None = None) -> None:
+        """What :meth:`write` does, into a folder that is there, file after file."""
         for file in small_files(self.path):
-            shutil.copyfile(file, beside / file.name)
+            shutil.copyfile(file, folder / file.name)
         for name, text in (texts or {}).items():
-            (beside / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
         for shard, names in self.shards.items():
             specs = {name: self.spec(name) for name in names}
-            write_safetensors(beside / shard, specs, (self.read(name) for name in names))
+            write_safetensors(folder / shard, specs, (self.read(name) for name in names))
         if (self.path / INDEX).is_file():
             index = json.loads((self.path / INDEX).read_text())
             index.setdefault("metadata", {})["total_size"] = self.num_bytes()
-            (beside / INDEX).write_text(json.dumps(index, indent=2))
+            (folder / INDEX).write_text(json.dumps(index, indent=2))
         config = self._raw_config()
         if self.width is not None:
             config = narrowed(config, AutoConfig.from_pretrained(self.path), self.width)
@@ -178,8 +183,7 @@ class Checkpoint:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.width is not None or self.dtype is not None:
-            (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        beside.rename(out)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _weight_files(self) -> list[Path]:
         if (self.path / INDEX).is_file():

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.resources import files
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,7 +18,7 @@ from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.sheet import LONG, Column, Table
 from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
 from fedgrove.report.tuning import Tuning
-from fedgrove.report.words import change, plural, ranges, size
+from fedgrove.report.words import change, file_name, plural, ranges, size
 
 MOST_COLUMNS = 5  # more clients than this share three columns: lowest, mean, highest
 PRIVATE = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
@@ -43,7 +43,7 @@ def page(summary: Summary) -> str:
     return template.render(
         run=summary,
         methods=[words.method(stage) for stage in summary.job["stages"]],
-        base=_file_name(str(summary.job["model"]["path"])),
+        base=file_name(str(summary.job["model"]["path"])),
         ended=datetime.fromtimestamp(summary.ended, UTC) if summary.ended is not None else None,
         verdict=words.verdict(summary),
         own_texts=words.own_texts(summary),
@@ -554,12 +554,4 @@ def _without_folders(value: Any, key: str = "") -> Any:
         return {name: _without_folders(part, name) for name, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part, key) for part in value]
-    return _file_name(value) if key in PRIVATE and isinstance(value, str) else copy.copy(value)
-
-
-def _file_name(path: str) -> str:
-    """The last part of an absolute path; anything else, such as a hub id, as it is."""
-    for flavour in (PurePosixPath(path), PureWindowsPath(path)):
-        if flavour.is_absolute():
-            return flavour.name
-    return path
+    return file_name(value) if key in PRIVATE and isinstance(value, str) else copy.copy(value)

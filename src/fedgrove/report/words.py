@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fedgrove.report.summary import Summary
@@ -48,6 +49,14 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else several}"
 
 
+def file_name(path: str) -> str:
+    """The last part of an absolute path, since folders tell of their owner; anything else, such as a hub id, as it is."""
+    for flavour in (PurePosixPath(path), PureWindowsPath(path)):
+        if flavour.is_absolute():
+            return flavour.name
+    return path
+
+
 def verdict(summary: Summary) -> tuple[str, str]:
     """Two sentences: what was done, and whether working together paid and for whom most and least."""
     return _done(summary), _paid(summary)
@@ -74,14 +83,15 @@ def own_texts(summary: Summary) -> str | None:
     return f"{where[0].upper()}{where[1:]}, {whom}: {spread}."
 
 
-def method(stage: dict[str, Any]) -> str:
+def method(stage: Mapping[str, Any]) -> str:
     """A stage in a few words: "prune with sparsegpt to 50%, rule votes"."""
     if stage["kind"] == "narrow":
         return (
             f"narrow by {stage['channels']:.0%} of the channels and {stage['heads']:.0%} of the heads, score {stage['score']}"
         )
     if stage["kind"] != "prune":
-        return str(stage["kind"])
+        by = stage.get("method")
+        return f"{stage['kind']} with {by}, rule {stage.get('rule')}" if by else str(stage["kind"])
     target = stage.get("pattern") or f"{100 * stage.get('sparsity', 0):g}%"
     return f"prune with {stage.get('pruner')} to {target}, rule {stage.get('rule')}"
 

@@ -1,48 +1,123 @@
-"""Give a model away: as a plain Hugging Face directory, or packed to a fraction of its bytes."""
+"""Give a model away in one of the forms of :mod:`fedgrove.exports`, and measure what was given away."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from functools import lru_cache
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from fedgrove import plugins
+from fedgrove.data import evaluation_windows
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, NarrowStage, PruneStage, TuneStage
-from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
-from fedgrove.rounds import wire
-from fedgrove.run import unfinished
+from fedgrove.exports import Source
+from fedgrove.exports.packed import is_packed
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import perplexity
+from fedgrove.models.stream import Checkpoint
+from fedgrove.report.card import card_of_form
+from fedgrove.run import read_lines, unfinished
 
-PACKED = "packed.json"
-FILES = "files.packed"
-PART = 2**28  # bytes of tensors in one packed file: what packing and unpacking hold in memory
+NEAR = 0.01  # how far an exact form's perplexity may lie from the model's, relatively: other programs round differently
 
 
-def export(source: Path, to: str, out: Path) -> Path:
+@dataclass(frozen=True)
+class Texts:
+    """What an export is measured on.
+
+    Attributes:
+        files: (name, file, template) of each text.
+        length: tokens of a window.
+        windows: at most so many of each text; None for all.
+        known: perplexity of the model on texts that a run measured in the same way, by name.
+    """
+
+    files: tuple[tuple[str, Path, str | None], ...] = ()
+    length: int = 512
+    windows: int | None = None
+    known: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An export as it is told in ``OUT.export.json``.
+
+    Attributes:
+        form: its name.
+        bytes: of all its files; of_model: of the model's files.
+        perplexity: by text, after reloading the export; of_perplexity: of the model.
+        length: tokens of a window.
+    """
+
+    form: str
+    bytes: int
+    of_model: int
+    perplexity: dict[str, float]
+    of_perplexity: dict[str, float]
+    length: int
+
+
+def export(
+    source: Path, to: str, out: Path | None = None, texts: Texts | None = None, say: Callable[[str], None] = lambda line: None
+) -> Path:
     """Writes the model of a run, of a model directory or of a packed model in another form.
 
+    What is measured is written to ``OUT.export.json``, beside the folder.
+
     Args:
-        source: a run folder, a Hugging Face model directory, or what ``to="packed"`` wrote.
-        to: "hf" or "packed".
-        out: a folder that does not exist yet.
+        source: a run folder, a Hugging Face model directory, or what the form ``packed`` wrote.
+        to: the form.
+        out: a folder that does not exist yet; default: named as the form, in ``source``.
+        texts: what to measure on; default: the run's held-out texts, as the run measured.
+        say: gets one line of progress at a time.
+
+    Returns:
+        The folder.
 
     Raises:
-        FedgroveError: the source is none of these, or ``out`` exists.
+        FedgroveError: the source is none of these, ``out`` exists, or a form that loses nothing reads back otherwise than the
+            model (nothing is left then).
     """
+    form = plugins.load("exports", to)
+    out = out or source / getattr(form, "FOLDER", to)
     if out.exists():
         raise FedgroveError(f"{out} exists already; choose another folder or remove it")
-    source = find_result(source)
-    if to == "packed":
-        return pack_model(source, out)
-    if (source / PACKED).is_file():
-        return unpack_model(source, out)
-    Checkpoint(source).write(out)
+    given = find_source(source)
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        say(f"export: writing {to}")
+        form.write(given, beside)
+        if to != "hf":
+            (beside / "README.md").write_text(card_of_form(given.model, to, form.USE, given.run, out.name), encoding="utf-8")
+        measured = _measure(form, to, given, beside, held_out(given) if texts is None else texts, say)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    beside.rename(out)
+    out.with_name(f"{out.name}.export.json").write_text(json.dumps(asdict(measured), indent=2) + "\n", encoding="utf-8")
     return out
+
+
+def find_source(path: Path) -> Source:
+    """What a path stands for.
+
+    Raises:
+        FedgroveError: a run that has not ended.
+    """
+    if not (path / "job.toml").is_file():
+        return Source(path)
+    if not (path / "model").is_dir():
+        raise FedgroveError(unfinished(path))
+    return Source(path / "model", path)
 
 
 def find_result(path: Path) -> Path:
@@ -51,125 +126,24 @@ def find_result(path: Path) -> Path:
     Raises:
         FedgroveError: the run has not ended.
     """
-    if not (path / "job.toml").is_file():
-        return path
-    if not (path / "model").is_dir():
-        raise FedgroveError(unfinished(path))
-    return path / "model"
+    return find_source(path).model
 
 
-def pack_model(source: Path, out: Path) -> Path:
-    """Packs a model directory: zeros cost one bit, the bytes of values that compress are compressed; nothing is lost."""
-    if (source / PACKED).is_file():
-        raise FedgroveError(f"{source} is packed already")
-    checkpoint = Checkpoint(source)
-    beside = _beside(out)
-    parts: list[list[str]] = [[]]
-    room = PART
-    for name in checkpoint.names():
-        shape, dtype = checkpoint.spec(name)
-        size = shape.numel() * dtype.itemsize
-        if parts[-1] and size > room:
-            parts.append([])
-            room = PART
-        parts[-1].append(name)
-        room -= size
-    for number, names in enumerate(parts):
-        wire_bytes = wire.pack({name: checkpoint.read(name) for name in names}, {})
-        (beside / _part(number)).write_bytes(wire_bytes)
-    files = {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in small_files(source)}
-    (beside / FILES).write_bytes(wire.pack(files, {}))
-    (beside / PACKED).write_text(json.dumps({"format": 1, "shards": checkpoint.shards, "parts": parts}) + "\n")
-    beside.rename(out)
-    return out
-
-
-def unpack_model(source: Path, out: Path) -> Path:
-    """The inverse of :func:`pack_model`: the same tensors, bit for bit, in the same files.
-
-    Raises:
-        FedgroveError: a part is missing or damaged, or a newer fedgrove packed it.
-    """
-    layout = _layout(source / PACKED)
-    part_of = {name: number for number, names in enumerate(layout["parts"]) for name in names}
-
-    @lru_cache(maxsize=1)
-    def part(number: int) -> dict[str, Tensor]:
-        tensors = _open_packed(source / _part(number))
-        if tensors.keys() != set(layout["parts"][number]):
-            raise FedgroveError(f"{source / PACKED}: it does not belong to {_part(number)}; copy it again")
-        return tensors
-
-    beside = _beside(out)
-    for file, content in _open_packed(source / FILES).items():
-        (beside / Path(file).name).write_bytes(raw_bytes(content))
-    for shard, names in layout["shards"].items():
-        specs = {name: (part(part_of[name])[name].shape, part(part_of[name])[name].dtype) for name in names}
-        write_safetensors(beside / Path(shard).name, specs, (part(part_of[name])[name] for name in names))
-    beside.rename(out)
-    return out
-
-
-def _layout(file: Path) -> dict[str, Any]:
-    """Which tensors lie in which part, and in which file of the model."""
-    try:
-        layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if layout["format"] != 1:
-            raise FedgroveError(f"{file}: format {layout['format']} is unknown here; update fedgrove")
-        in_parts = sorted(name for names in layout["parts"] for name in names)
-        in_shards = sorted(name for names in layout["shards"].values() for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
-    if in_parts != in_shards:
-        raise FedgroveError(f"{file}: missing or damaged; copy it again")
-    return layout
-
-
-def _open_packed(file: Path) -> dict[str, Tensor]:
-    try:
-        return wire.unpack(file.read_bytes())[0]
-    except (OSError, wire.WireError) as fault:
-        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
-
-
-def model_card(job: Job, base: Path) -> str:
-    """The README.md of a result in the Hugging Face form: what was done, by whom, then the card of the model it came from."""
-    card = (base / "README.md").read_text(encoding="utf-8") if (base / "README.md").is_file() else ""
-    front = "library_name: transformers\npipeline_tag: text-generation\n"
-    if card.startswith("---\n") and "\n---\n" in card[4:]:
-        front, card = card[4:].split("\n---\n", 1)
-        front += "\n"
-    owners = ", ".join(client.name for client in job.clients)
-    done = "\n".join(_done(stage) for stage in job.stages)
-    return (
-        f"---\n{front}---\n# {job.name}\n\nMade with fedgrove by {len(job.clients)} owners of text together ({owners}); "
-        f"no text left its owner.\n\n{done}\n\n{_loads(job)}\n\nThe card of that model follows.\n\n{card.strip()}\n"
-    )
-
-
-def _loads(job: Job) -> str:
-    if isinstance(job.stages[0], NarrowStage):
-        return (
-            "Its blocks are narrower than those of the model it came from, all alike, and nothing else is special about them: "
-            "`config.json` says how wide they are, and any program that reads it loads this model."
-        )
-    return "Pruned weights are exact zeros in dense safetensors: any program that loads the model it came from loads this one."
-
-
-def _done(stage: NarrowStage | PruneStage | TuneStage) -> str:
-    if isinstance(stage, NarrowStage):
-        return (
-            f"- narrow: {stage.channels:g} of the MLP channels and {stage.heads:g} of the groups of heads cut out of every "
-            f"block, those of the lowest {stage.score} score; {stage.samples} windows of {stage.length} tokens from each client"
-        )
-    if isinstance(stage, TuneStage):
-        return (
-            f"- tune: {stage.method}, rule {stage.rule}, {stage.rounds} rounds of {stage.steps} steps; merged into the weights"
-        )
-    return (
-        f"- {stage.kind}: {stage.pruner}, rule {stage.rule}, sparsity {stage.target} of every linear, {stage.samples} windows "
-        f"of {stage.length} tokens from each client, rounds: {stage.rounds}"
-    )
+def held_out(source: Source) -> Texts:
+    """The held-out texts of a run that are still there, and what the run measured on them."""
+    if source.run is None:
+        return Texts()
+    job = tomllib.loads((source.run / "job.toml").read_text(encoding="utf-8"))
+    wanted: dict[str, Any] = job.get("evaluate", {})
+    files = [(text["name"], Path(text["path"]), text.get("text")) for text in wanted.get("data", [])]
+    last = len(job["stages"]) - 1
+    known = {
+        line["name"].removeprefix("perplexity/"): line["value"]
+        for line in read_lines(source.run / "metrics.jsonl")
+        if line["stage"] == last and line["round"] is None and line["client"] is None and line["name"].startswith("perplexity/")
+    }
+    there = tuple(text for text in files if text[1].is_file())
+    return Texts(there, wanted.get("length", 512), wanted.get("windows"), tuple(known.items()))
 
 
 def folder_bytes(folder: Path) -> int:
@@ -177,12 +151,27 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _beside(out: Path) -> Path:
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    return beside
+def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Texts, say: Callable[[str], None]) -> Measured:
+    of_model = dict(texts.known)
+    found: dict[str, float] = {}
+    for name, windows in _windows(source, folder, texts):
+        if name not in of_model and not is_packed(source.model):
+            say(f"export: measuring the model on {name}")
+            of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows)
+        say(f"export: measuring {to} on {name}")
+        total, count = form.losses(source, folder, windows)
+        found[name] = math.exp(total / count)
+        if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
+            raise FedgroveError(
+                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has "
+                f"{of_model[name]:.3f}; it was not kept. Export --to hf, and tell us of the model"
+            )
+    of = {name: of_model[name] for name in found if name in of_model}
+    return Measured(to, folder_bytes(folder), folder_bytes(source.model), found, of, texts.length)
 
 
-def _part(number: int) -> str:
-    return f"model-{number + 1:05d}.packed"
+def _windows(source: Source, folder: Path, texts: Texts) -> Iterable[tuple[str, list[Tensor]]]:
+    if texts.files:
+        tokenizer = Checkpoint(folder if is_packed(source.model) else source.model).tokenizer()
+        for name, file, template in texts.files:
+            yield name, evaluation_windows(file, template, tokenizer, texts.length, texts.windows)

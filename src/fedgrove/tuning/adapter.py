@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import save_tensors
+from fedgrove.report.words import file_name
 from fedgrove.tuning.factors import Factors
 from fedgrove.tuning.lora import hush
 
@@ -67,6 +68,7 @@ def write_adapter(
 
 
 def _card(base: str, title: str, pruned: bool, changed: bool) -> str:
+    base = file_name(base)
     if pruned:
         use = (
             "**Do not load this adapter: the result is the merged model.** The model was tuned under the mask of its "

@@ -1,0 +1,81 @@
+"""What tuning changed, as a LoRA adapter for peft, to be loaded on the model that the job began with.
+
+Only where nothing was pruned: a plain adapter adds its whole product, and would refill every zero.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.errors import FedgroveError
+from fedgrove.exports import Source
+from fedgrove.models.perplexity import of_logits
+from fedgrove.models.stream import Checkpoint, find_model, small_files
+from fedgrove.report.words import file_name
+from fedgrove.tuning.lora import hush
+
+WHAT = "LoRA adapter for peft, beside the model that the job began with"
+EXACT = True
+USE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("BASE")
+model, tokenizer = PeftModel.from_pretrained(base, "FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+```"""
+FOLDER = "peft"  # RUN/adapter is what the run itself wrote
+MOST_ZEROS = 0.001  # of a linear that was not pruned
+
+
+def write(source: Source, out: Path) -> None:
+    """Copies the run's adapter, with the tokenizer beside it.
+
+    Raises:
+        FedgroveError: it is no run, no stage trained adapters, or the model was pruned.
+    """
+    if source.run is None:
+        raise FedgroveError("--to adapter: give the run folder; a model directory does not tell what tuning changed")
+    made = source.run / "adapter"
+    if not (made / "adapter_config.json").is_file():
+        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters; export --to hf gives the whole model")
+    config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
+    checkpoint = Checkpoint(source.model)
+    for linear in config["target_modules"]:
+        name = f"{linear}.weight"
+        if name in checkpoint and float((checkpoint.read(name) == 0).double().mean()) > MOST_ZEROS:
+            raise FedgroveError(
+                f"--to adapter: {linear} was pruned, and an adapter would refill its zeros; --to hf gives the merged model"
+            )
+    config["base_model_name_or_path"] = file_name(_base(source)["path"])
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(made / "adapter_model.safetensors", out / "adapter_model.safetensors")
+    for file in small_files(source.model):
+        if file.name not in ("config.json", "generation_config.json") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+
+
+def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
+    """By peft, on the model that the job began with."""
+    hush()
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    wanted = _base(source)
+    base = AutoModelForCausalLM.from_pretrained(find_model(wanted["path"], wanted.get("revision")), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    return of_logits(lambda ids: model(input_ids=ids).logits, windows)
+
+
+def _base(source: Source) -> dict[str, Any]:
+    assert source.run is not None
+    job = tomllib.loads((source.run / "job.toml").read_text(encoding="utf-8"))
+    model: dict[str, Any] = job["model"]
+    return model

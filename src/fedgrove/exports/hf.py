@@ -1,0 +1,36 @@
+"""A plain Hugging Face directory; of a packed model the same files, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from fedgrove.exports import Source
+from fedgrove.exports.packed import is_packed, unpack
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import negative_log_likelihood
+from fedgrove.models.stream import Checkpoint
+
+WHAT = "plain Hugging Face directory"
+EXACT = True
+USE = """```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "FOLDER")
+print(write("The", max_new_tokens=40)[0]["generated_text"])
+```"""
+
+
+def write(source: Source, out: Path) -> None:
+    """Copies the model, or unpacks it."""
+    if is_packed(source.model):
+        unpack(source.model, out)
+    else:
+        Checkpoint(source.model).write_into(out)
+
+
+def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
+    """Block by block: the model need not fit into memory."""
+    return negative_log_likelihood(Decoder(Checkpoint(folder)), windows)

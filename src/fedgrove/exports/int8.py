@@ -1,0 +1,65 @@
+"""Linears in 8 bits (LLM.int8(), Dettmers et al., NeurIPS 2022), by bitsandbytes. Needs the extra ``quantise``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedgrove.exports import Source, need
+from fedgrove.models.perplexity import of_logits
+from fedgrove.models.stream import small_files
+from fedgrove.tuning.lora import hush
+
+WHAT = "linears in 8 bits (LLM.int8)"
+EXACT = False
+USE = """With `pip install bitsandbytes`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+```"""
+
+
+def write(source: Source, out: Path) -> None:
+    """Quantises the linears of the blocks; zeros stay zeros. The model must fit into memory once."""
+    quantise("int8", source, out, {"load_in_8bit": True})
+
+
+def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
+    """By transformers, which calls bitsandbytes."""
+    hush()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    return of_logits(lambda ids: model(ids).logits, windows)
+
+
+def quantise(form: str, source: Source, out: Path, settings: dict[str, object]) -> None:
+    """Writes a model that transformers loads quantised.
+
+    Args:
+        form: what to call it in a complaint.
+        source: the model.
+        out: a folder that is there.
+        settings: of transformers' ``BitsAndBytesConfig``.
+
+    Raises:
+        FedgroveError: bitsandbytes is missing.
+    """
+    need(form, "quantise", "bitsandbytes")
+    hush()
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    # What is not quantised stays bfloat16: the products are computed in it, and int8's in float16 whatever we ask for.
+    model = AutoModelForCausalLM.from_pretrained(
+        source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
+    )
+    model.save_pretrained(out)
+    for file in small_files(source.model):
+        if not (out / file.name).exists() and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,41 @@
+"""Linears in 4 bits (NF4 with double quantisation, QLoRA, Dettmers et al., NeurIPS 2023), by bitsandbytes; see ``int8``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedgrove.errors import FedgroveError
+from fedgrove.exports import Source, need
+from fedgrove.exports.int8 import USE, losses, quantise
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+
+__all__ = ["EXACT", "USE", "WHAT", "losses", "write"]
+
+WHAT = "linears in 4 bits (NF4)"
+EXACT = False
+BLOCK = 64
+
+
+def write(source: Source, out: Path) -> None:
+    """Quantises the linears of the blocks; NF4 has a code for zero, so zeros stay zeros.
+
+    Raises:
+        FedgroveError: bitsandbytes is missing, or a linear's inputs are no multiple of its block of 64, which it computes
+            wrongly or not at all on a CPU.
+    """
+    need("nf4", "quantise", "bitsandbytes")
+    decoder = Decoder(Checkpoint(source.model))
+    for name in decoder.linear_names():
+        num_in = decoder.read_shape(name)[1]
+        if num_in % BLOCK:
+            raise FedgroveError(f"--to nf4: {name} has {num_in} inputs, and bitsandbytes needs a multiple of {BLOCK}; use int8")
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
+    quantise("nf4", source, out, settings)

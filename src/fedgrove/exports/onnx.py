@@ -1,0 +1,89 @@
+"""An ONNX graph for onnxruntime and others, in float32. Needs the extra ``onnx``.
+
+The graph takes token ids and gives the logits of every position. It keeps no cache of keys and values: it is for scoring, and
+for programs that bring their own loop. It is made by torch's exporter: optimum's, which would write a cache, is bound to an
+older transformers than fedgrove's (optimum-onnx 0.1.0 asks for less than 4.58, optimum-intel 2.2.0 for less than 5.6).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.exports import Source, need
+from fedgrove.models.perplexity import of_logits
+from fedgrove.models.stream import Checkpoint, small_files
+
+WHAT = "ONNX graph in float32, without a cache"
+EXACT = True
+USE = """```python
+import onnxruntime
+from transformers import AutoTokenizer
+
+ids = AutoTokenizer.from_pretrained("FOLDER")("The", return_tensors="np")["input_ids"]
+logits = onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"input_ids": ids})[0]  # (batch, tokens, vocabulary)
+```"""
+FILE = "model.onnx"
+
+
+class _Logits(nn.Module):
+    """A model as a function of token ids alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def write(source: Source, out: Path) -> None:
+    """Writes ``model.onnx`` and the tokenizer; the model must fit into memory twice, in float32.
+
+    Raises:
+        FedgroveError: onnx, onnxscript or onnxruntime is missing.
+    """
+    need("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint(source.model)
+    model = AutoModelForCausalLM.from_pretrained(source.model, dtype=torch.float32).eval()
+    most = getattr(checkpoint.config, "max_position_embeddings", None)
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most)}
+    example = torch.ones(2, min(16, most or 16), dtype=torch.int64)
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators of packages that are not there
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Logits(model).eval(),
+                (example,),
+                dynamo=True,
+                verbose=False,
+                input_names=["input_ids"],
+                output_names=["logits"],
+                dynamic_shapes={"input_ids": dynamic},
+            )
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+    assert program is not None
+    program.save(out / FILE)
+    for file in small_files(source.model):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, out / file.name)
+
+
+def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
+    """By onnxruntime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    return of_logits(lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.long().numpy()})[0]), windows)

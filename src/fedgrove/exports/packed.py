@@ -1,0 +1,120 @@
+"""The fewest bytes without losing any: a zero costs one bit, the bytes of values are compressed. `--to hf` undoes it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgrove.errors import FedgroveError
+from fedgrove.exports import Source
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import negative_log_likelihood
+from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
+from fedgrove.rounds import wire
+
+WHAT = "packed: zeros cost one bit, nothing is lost"
+EXACT = True
+USE = """Make it plain again, bit for bit, then load it as any other model:
+
+```sh
+fedgrove export FOLDER --to hf --out plain
+```"""
+LAYOUT = "packed.json"
+FILES = "files.packed"
+PART = 2**28  # bytes of tensors in one packed file: what packing and unpacking hold in memory
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed model."""
+    return (folder / LAYOUT).is_file()
+
+
+def write(source: Source, out: Path) -> None:
+    """Packs a model directory, about 256 MiB at a time.
+
+    Raises:
+        FedgroveError: it is packed already.
+    """
+    if is_packed(source.model):
+        raise FedgroveError(f"{source.model} is packed already")
+    checkpoint = Checkpoint(source.model)
+    parts: list[list[str]] = [[]]
+    room = PART
+    for name in checkpoint.names():
+        shape, dtype = checkpoint.spec(name)
+        size = shape.numel() * dtype.itemsize
+        if parts[-1] and size > room:
+            parts.append([])
+            room = PART
+        parts[-1].append(name)
+        room -= size
+    for number, names in enumerate(parts):
+        wire_bytes = wire.pack({name: checkpoint.read(name) for name in names}, {})
+        (out / _part(number)).write_bytes(wire_bytes)
+    files = {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in small_files(source.model)}
+    (out / FILES).write_bytes(wire.pack(files, {}))
+    (out / LAYOUT).write_text(json.dumps({"format": 1, "shards": checkpoint.shards, "parts": parts}) + "\n")
+
+
+def unpack(source: Path, out: Path) -> None:
+    """The inverse of :func:`write`: the same tensors, bit for bit, in the same files.
+
+    Raises:
+        FedgroveError: a part is missing or damaged, or a newer fedgrove packed it.
+    """
+    layout = _layout(source / LAYOUT)
+    part_of = {name: number for number, names in enumerate(layout["parts"]) for name in names}
+
+    @lru_cache(maxsize=1)
+    def part(number: int) -> dict[str, Tensor]:
+        tensors = _open(source / _part(number))
+        if tensors.keys() != set(layout["parts"][number]):
+            raise FedgroveError(f"{source / LAYOUT}: it does not belong to {_part(number)}; copy it again")
+        return tensors
+
+    for file, content in _open(source / FILES).items():
+        (out / Path(file).name).write_bytes(raw_bytes(content))
+    for shard, names in layout["shards"].items():
+        specs = {name: (part(part_of[name])[name].shape, part(part_of[name])[name].dtype) for name in names}
+        write_safetensors(out / Path(shard).name, specs, (part(part_of[name])[name] for name in names))
+
+
+def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
+    """Of what unpacking gives, in a folder beside it that is removed afterwards."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
+        unpack(folder, Path(plain))
+        return negative_log_likelihood(Decoder(Checkpoint(Path(plain))), windows)
+
+
+def _layout(file: Path) -> dict[str, Any]:
+    """Which tensors lie in which part, and in which file of the model."""
+    try:
+        layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if layout["format"] != 1:
+            raise FedgroveError(f"{file}: format {layout['format']} is unknown here; update fedgrove")
+        in_parts = sorted(name for names in layout["parts"] for name in names)
+        in_shards = sorted(name for names in layout["shards"].values() for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+    if in_parts != in_shards:
+        raise FedgroveError(f"{file}: missing or damaged; copy it again")
+    return layout
+
+
+def _open(file: Path) -> dict[str, Tensor]:
+    try:
+        return wire.unpack(file.read_bytes())[0]
+    except (OSError, wire.WireError) as fault:
+        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+
+
+def _part(number: int) -> str:
+    return f"model-{number + 1:05d}.packed"

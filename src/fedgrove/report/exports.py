@@ -1,0 +1,53 @@
+"""What ``fedgrove export`` measured of each form: the files ``*.export.json`` beside the forms' folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fedgrove.report.words import change, size
+
+
+def read_exports(folder: Path) -> list[dict[str, Any]]:
+    """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
+    found = []
+    for file in sorted(folder.glob("*.export.json")):
+        name = file.name.removesuffix(".export.json")
+        if (folder / name).is_dir():
+            found.append({**json.loads(file.read_text(encoding="utf-8")), "folder": name})
+    return sorted(found, key=lambda one: (one["bytes"], one["folder"]))
+
+
+def mean_ratio(one: Mapping[str, Any]) -> float | None:
+    """The export's perplexity against the model's: geometric mean over the texts that both were measured on."""
+    ratios = [value / one["of_perplexity"][text] for text, value in one["perplexity"].items() if text in one["of_perplexity"]]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def mean_perplexity(one: Mapping[str, Any]) -> float | None:
+    """Geometric mean over the texts."""
+    values = list(one["perplexity"].values())
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def export_table(exports: Sequence[Mapping[str, Any]]) -> Table:
+    """For a terminal: bytes and perplexity of each form after it was reloaded."""
+    table = Table(title="Exports, reloaded and measured", title_justify="left")
+    table.add_column("form")
+    for heading in ("size", "of the model", "perplexity", "against the model"):
+        table.add_column(heading, justify="right")
+    for one in exports:
+        value, ratio = mean_perplexity(one), mean_ratio(one)
+        table.add_row(
+            one["form"],
+            size(one["bytes"]),
+            f"{one['bytes'] / one['of_model']:.3f}",
+            "not measured" if value is None else f"{value:.2f}",
+            "–" if ratio is None else change(ratio),
+        )
+    return table
