@@ -26,7 +26,7 @@ from fedgrove import server
 from fedgrove.data import read_texts
 from fedgrove.job import Job
 from fedgrove.report.summary import read
-from fedgrove.run import Run
+from fedgrove.runs import Run
 
 QUESTION = "{question}\n{answer}"
 ABSTRACT = "{question}\n{context}\n{answer}"

@@ -29,7 +29,7 @@ from fedgrove import server
 from fedgrove.job import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.run import Run, read_lines
+from fedgrove.runs import Run, read_lines
 from fedgrove.tuning import budget
 from fedgrove.tuning.plan import measure
 

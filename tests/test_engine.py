@@ -17,7 +17,7 @@ from fedgrove.engine.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.job import load
 from fedgrove.rounds import wire
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.prune import prune_info
 from small import CLIENTS, LENGTH, SAMPLES, Heard, Small, alive, cli, complaint, lines, process, result, wait_until
 

@@ -282,7 +282,7 @@ def test_another_job_does_not_resume_a_run(small: Small) -> None:
 
 def test_two_processes_do_not_share_a_run_folder(small: Small, tmp_path: Path) -> None:
     from fedgrove.job import load
-    from fedgrove.run import Run
+    from fedgrove.runs import Run
 
     job = small.job()
     first = Run(tmp_path / "run", load(job))

@@ -25,7 +25,7 @@ from fedgrove.narrowing.gradients import group_products
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE
 from fedgrove.rules.groups import LARGEST, fisher, fixed_point, taylor
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.narrow import cut_block
 from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids

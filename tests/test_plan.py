@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.plan import Card, draw_blocks, share_blocks
+from fedgrove.plans import Card, draw_blocks, share_blocks
 
 
 def test_equal_clients_get_equal_shares() -> None:

@@ -99,7 +99,7 @@ def test_a_bar_shows_the_same_on_a_terminal() -> None:
 def test_a_run_tells_its_steps_and_every_client_that_it_asks(small: Small, tmp_path: Path) -> None:
     from fedgrove import server
     from fedgrove.job import load
-    from fedgrove.run import Run
+    from fedgrove.runs import Run
 
     class Clients(Watch):
         asked_of: list[str]

@@ -22,7 +22,7 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WireError
 from fedgrove.rules import statistics
 from fedgrove.rules.statistics import Statistic
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
 SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedgrove.client import Site, other_devices
 from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
-from fedgrove.plan import Card
+from fedgrove.plans import Card
 from fedgrove.tuning import budget
 from fedgrove.tuning.budget import Budget, Choice, Grid, Infeasible, Sizes
 from fedgrove.tuning.importance import BETA, Smoothed, importance, shares, triplet_scores

@@ -27,7 +27,7 @@ from fedgrove.privacy.noise import agreed, multiplier, once
 from fedgrove.privacy.secure import as_rings
 from fedgrove.rounds import wire
 from fedgrove.rules.adapters import Start
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.tuning import lora, private, whole
 from fedgrove.tuning.factors import Factors, initial_a
 from small import CLIENTS, Moment, Small, cli, complaint, killed, measurements

@@ -24,7 +24,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rules.adapters import Start
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.tuning import lora
 from fedgrove.tuning.factors import Factors, fill
 from fedgrove.tuning.personal import hold_out, mean_loss

@@ -166,10 +166,10 @@ def plan(
     Example: fedgrove plan job.toml --set stages.0.samples=64
     """
     from fedgrove.job import load
-    from fedgrove.plan import SPEED, Plan
+    from fedgrove.plans import SPEED, Plan
     from fedgrove.progress import watch
     from fedgrove.report.plans import plan_table
-    from fedgrove.run import Run
+    from fedgrove.runs import Run
     from fedgrove.server import local_engine, make_plans, open_model
 
     wanted = load(job, set_ or [])
@@ -365,7 +365,7 @@ def main() -> None:
 
 def _run(job: Any, out: Path, resume: bool, workers: int, watch: Any) -> None:
     from fedgrove import server
-    from fedgrove.run import Run
+    from fedgrove.runs import Run
 
     _hush()
     folder = Run(out, job, resume=resume, watch=watch)

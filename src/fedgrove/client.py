@@ -101,7 +101,7 @@ def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors
     """Says what this client has, after trying whether its text suffices.
 
     Ask: ``calibrations``, a list of {samples, length, seed}; ``lengths``, of the windows of tuning stages. Answer: the
-    fields of :class:`~fedgrove.plan.Card`.
+    fields of :class:`~fedgrove.plans.Card`.
     """
     for wanted in info["calibrations"]:
         _windows(site, **wanted)

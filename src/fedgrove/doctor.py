@@ -28,7 +28,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, NarrowStage, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.plan import Card, make_plan
+from fedgrove.plans import Card, make_plan
 from fedgrove.tuning.plan import TunePlan, measure
 
 SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
@@ -244,7 +244,7 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
 
 def _plans(job: Job) -> list[Check]:
     """Every client's part in every stage, against this machine's memory: here one client works at a time."""
-    from fedgrove.run import Run
+    from fedgrove.runs import Run
     from fedgrove.server import local_engine, make_plans, open_model
 
     free = _free_memory()

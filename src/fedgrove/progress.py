@@ -40,7 +40,7 @@ class Watch:
         """A client's answer came; 0 bytes: it failed."""
 
     def measured(self, line: Mapping[str, Any]) -> None:
-        """A line of ``metrics.jsonl``; see :meth:`fedgrove.run.Run.log`."""
+        """A line of ``metrics.jsonl``; see :meth:`fedgrove.runs.Run.log`."""
 
     def close(self) -> None:
         """The run ended, well or not."""

@@ -24,13 +24,13 @@ from fedgrove.job import Job, Model, NarrowStage, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.narrowing.plan import NarrowPlan, make_narrow_plan
-from fedgrove.plan import Card, Plan, calibration, make_plan
+from fedgrove.plans import Card, Plan, calibration, make_plan
 from fedgrove.privacy.secure import Credentials, make_credentials
 from fedgrove.report.card import card
 from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.evaluate import evaluate
 from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune

@@ -23,7 +23,7 @@ from fedgrove.models.digest import digests
 from fedgrove.progress import Watch
 from fedgrove.rounds.ask import ask
 from fedgrove.rounds.wire import WireError
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.export import Texts, export
 
 JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"

@@ -28,7 +28,7 @@ from fedgrove.federation.files import SITE, Allow, SiteFile, model_folder, read
 from fedgrove.federation.kits import KEY, ROSTER, SIGNATURE, TRUSTED
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
-from fedgrove.plan import Card
+from fedgrove.plans import Card
 from fedgrove.privacy.secure import Credentials
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import Info

@@ -11,7 +11,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job import NarrowStage
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.width import Width, width_of
-from fedgrove.plan import SPEED, Card
+from fedgrove.plans import SPEED, Card
 from fedgrove.tuning.plan import measure
 
 

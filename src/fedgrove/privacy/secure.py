@@ -47,7 +47,7 @@ from fedgrove.privacy.noise import agreed
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.wire import Info, WireError
-from fedgrove.run import Run
+from fedgrove.runs import Run
 
 if TYPE_CHECKING:
     from fedgrove.client import Site

@@ -218,7 +218,7 @@ def read(run: Path) -> Summary:
     if not (run / "job.toml").is_file():
         raise FedgroveError(f"{run}: no run folder (it has no job.toml)")
     if not (run / "model").is_dir():
-        from fedgrove.run import unfinished  # not above: it brings torch, and a report shall be there at once
+        from fedgrove.runs import unfinished  # not above: it brings torch, and a report shall be there at once
 
         raise FedgroveError(unfinished(run))
     job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))

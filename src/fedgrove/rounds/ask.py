@@ -15,7 +15,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.rounds import wire
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.wire import Info
-from fedgrove.run import Run
+from fedgrove.runs import Run
 
 Message = tuple[Mapping[str, Tensor], Info]
 Answer = tuple[str, dict[str, Tensor], Info]

@@ -18,10 +18,10 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
 from fedgrove.narrowing.plan import NarrowPlan
-from fedgrove.plan import Plan
+from fedgrove.plans import Plan
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import CHANGE, WEIGHT, check
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.narrow import alone as narrowed_alone
 from fedgrove.stages.prune import prune_info
 from fedgrove.tuning.plan import TunePlan

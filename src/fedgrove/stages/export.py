@@ -23,7 +23,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.card import card_of_form
-from fedgrove.run import read_lines, unfinished
+from fedgrove.runs import read_lines, unfinished
 
 NEAR = 0.01  # how far an exact form's perplexity may lie from the model's, relatively: other programs round differently
 

@@ -20,14 +20,14 @@ from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.models.width import cut_columns, cut_rows, family_of, width_of
 from fedgrove.narrowing.plan import NarrowPlan
-from fedgrove.plan import calibration
+from fedgrove.plans import calibration
 from fedgrove.privacy.secure import sum_securely
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules.groups import LARGEST, floating_point
-from fedgrove.run import Run
+from fedgrove.runs import Run
 
 Kept = dict[str, Tensor]  # "channels" and "heads": ascending indices of the groups that stay
 

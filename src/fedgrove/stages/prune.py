@@ -19,14 +19,14 @@ from fedgrove.job import Job, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
-from fedgrove.plan import Plan, Share, calibration
+from fedgrove.plans import Plan, Share, calibration
 from fedgrove.privacy.secure import sum_securely
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules import VALUE_BITS, Options, from_integers, unit_of
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.prune_statistics import Inlet, Pruned, from_statistics, probe, without_data
 
 

@@ -19,7 +19,7 @@ from fedgrove.job import PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.calibrate import watching
-from fedgrove.plan import Plan, calibration
+from fedgrove.plans import Plan, calibration
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum, sum_securely
 from fedgrove.pruners import magnitude
@@ -28,7 +28,7 @@ from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules import statistics
-from fedgrove.run import Run
+from fedgrove.runs import Run
 
 PROBE = 512  # random tokens at most that the model is run over to see how large its inputs are
 

@@ -25,7 +25,7 @@ from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules.adapters import Options, State
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.stages.evaluate import evaluate_round
 from fedgrove.stages.tune_whole import private_facts, sum_whole, whole_facts
 from fedgrove.tuning import importance as scoring

@@ -16,7 +16,7 @@ from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
-from fedgrove.run import Run
+from fedgrove.runs import Run
 from fedgrove.tuning import whole
 from fedgrove.tuning.plan import TunePlan
 

@@ -7,14 +7,14 @@ import time
 import torch
 
 from fedgrove.models.blocks import Decoder, linears
-from fedgrove.plan import SPEED
+from fedgrove.plans import SPEED
 
 TOKENS = 512
 TRIES = 3
 
 
 def block_speed(decoder: Decoder) -> float:
-    """Operations a second through one frozen block, relative to :data:`fedgrove.plan.SPEED`: the best of three tries."""
+    """Operations a second through one frozen block, relative to :data:`fedgrove.plans.SPEED`: the best of three tries."""
     hidden, calls = decoder.embed(torch.zeros(1, TOKENS, dtype=torch.int64))
     fastest = float("inf")
     with decoder.loaded(0) as block, torch.enable_grad():

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
 from fedgrove.models.blocks import Decoder, linears
-from fedgrove.plan import SPEED, Card
+from fedgrove.plans import SPEED, Card
 from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.secure import smallest_sum
 from fedgrove.rounds import wire
