@@ -338,14 +338,23 @@ def export(
 
 
 @command
-def report(source: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
-    """Writes RUN/report.html anew, from the run folder alone.
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several to compare.")],
+    out: Annotated[Path, typer.Option(help="The page, where several runs are compared.")] = Path("compare.html"),
+) -> None:
+    """Writes RUN/report.html anew, from the run folder alone; of several runs one page that puts them side by side.
 
-    Example: fedgrove report runs/first
+    Example: fedgrove report runs/first runs/second --out compare.html
     """
-    from fedgrove.report.page import write_report
+    if len(runs) == 1:
+        from fedgrove.report.page import write_report
 
-    print(f"Wrote {write_report(source)}")
+        print(f"Wrote {write_report(runs[0])}")
+        return
+    from fedgrove.report.compare import comparison_table, write_comparison
+
+    Console().print(comparison_table(write_comparison(runs, out)))
+    print(f"Wrote {out}")
 
 
 federation = typer.Typer(

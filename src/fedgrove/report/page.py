@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tomli_w
 from markupsafe import Markup
 
 from fedgrove.report import charts, words
 from fedgrove.report.charts import Chart, Row, Scale
-from fedgrove.report.sheet import LONG, Column, Table
+from fedgrove.report.sheet import LONG, Column, Table, render
 from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
 from fedgrove.report.tuning import Tuning
 from fedgrove.report.words import change, file_name, plural, ranges, size
@@ -38,9 +36,9 @@ def write_report(run: Path) -> Path:
 
 def page(summary: Summary) -> str:
     """The page of a run."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((files("fedgrove.report") / "page.html").read_text(encoding="utf-8"))
-    return template.render(
+    return render(
+        "page.html",
+        page_name=summary.job["name"],
         run=summary,
         methods=[words.method(stage) for stage in summary.job["stages"]],
         base=file_name(str(summary.job["model"]["path"])),

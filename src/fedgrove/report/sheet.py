@@ -1,4 +1,4 @@
-"""A table of the page: shown, and offered as a CSV file."""
+"""A table of a page: shown, and offered as a CSV file; and the pages' templates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
+
+import jinja2
 
 LONG = 30  # a table with more rows is folded
 
@@ -56,3 +59,12 @@ def _harmless(value: Any) -> Any:
     if value is None:
         return ""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def render(template: str, **values: Any) -> str:
+    """Fills one of the templates that lie beside this file; names of people are escaped."""
+    loader = jinja2.FunctionLoader(lambda name: (files("fedgrove.report") / name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(values)

@@ -56,7 +56,7 @@ class Summary:
         parameters: of the result.
         model_bytes: all files of ``model/``.
         packed_bytes: all files of ``packed/``; None if the model was not exported so.
-        ended: Unix time of the last measurement; None without one.
+        began, ended: Unix times of the first and the last measurement; None without one.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Summary:
     parameters: int
     model_bytes: int
     packed_bytes: int | None
+    began: float | None
     ended: float | None
 
     @property
@@ -270,6 +271,7 @@ def read(run: Path) -> Summary:
         parameters=parameters,
         model_bytes=_folder_bytes(run / "model"),
         packed_bytes=_folder_bytes(run / "packed") if (run / "packed").is_dir() else None,
+        began=min((line["time"] for line in metrics), default=None),
         ended=max((line["time"] for line in metrics), default=None),
     )
 

@@ -1,0 +1,240 @@
+"""Several runs side by side: one HTML page and one table for a terminal, from their run folders alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.table
+from markupsafe import Markup
+from rich.text import Text
+
+from fedgrove.errors import FedgroveError
+from fedgrove.report import charts
+from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.sheet import Column, Table, render
+from fedgrove.report.summary import Summary, geometric_mean, read
+from fedgrove.report.words import change, file_name, size
+
+PATHS = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
+
+
+def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
+    """Writes a page that puts runs side by side, whole or not at all.
+
+    Args:
+        runs: two or more run folders.
+        out: the file.
+
+    Returns:
+        The runs by the names that they have on the page.
+
+    Raises:
+        FedgroveError: a folder is no run, a run has not ended, or a folder is given twice.
+    """
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise FedgroveError("report: a run is given twice; name each folder once")
+    found = dict(zip(names(runs), map(read, runs), strict=True))
+    beside = out.with_name(out.name + ".partial")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(page(found), encoding="utf-8")
+    beside.replace(out)
+    return found
+
+
+def names(runs: Sequence[Path]) -> list[str]:
+    """What to call run folders: their own names, with as many folders above them as it takes to tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return [os.path.join(*part[-depth:]) for part in parts]  # noqa: PTH118 (parts, not a path that is opened)
+
+
+def page(runs: Mapping[str, Summary]) -> str:
+    """The page."""
+    texts = shared_texts(runs)
+    others = sorted({text for run in runs.values() for text in run.texts} - set(texts))
+    says = f"Compared on the {len(texts)} that all of these runs measured." if texts else ""
+    if others:
+        says += f" Left out, for not every run measured them alike: {', '.join(others)}."
+    return render(
+        "compare.html",
+        page_name="runs",
+        runs=list(runs),
+        says=_verdict(runs, texts),
+        texts_say=says.strip(),
+        chart_of_runs=_chart(runs, texts) if texts else None,
+        quality=quality(runs, texts),
+        cost=cost(runs),
+        settings=settings(runs),
+        command="fedgrove report " + " ".join(runs),
+    )
+
+
+def shared_texts(runs: Mapping[str, Summary]) -> list[str]:
+    """The held-out texts that every run measured in the same way: the same file name, template, windows and their length."""
+
+    def measured(run: Summary) -> dict[str, Any]:
+        wanted = run.job.get("evaluate", {})
+        how = (wanted.get("length", 512), wanted.get("windows"))
+        texts = {text["name"]: (file_name(str(text["path"])), text.get("text"), how) for text in wanted.get("data", [])}
+        return {text: texts[text] for text in run.texts}
+
+    first, *others = map(measured, runs.values())
+    return [text for text, how in first.items() if all(other.get(text) == how for other in others)]
+
+
+def quality(runs: Mapping[str, Summary], texts: Sequence[str]) -> Table:
+    """Perplexity by text (rows) and run (columns); the dense model once, where all began with the same."""
+
+    def number(value: float) -> str:
+        return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+    first = next(iter(runs.values()))
+    same = all(run.dense[text] == first.dense[text] for run in runs.values() for text in texts)
+    columns, sources = [Column("held-out text")], []
+    for name, run in runs.items():
+        if not same:
+            columns.append(Column(f"{name}: dense", number))
+            sources.append(run.dense)
+        elif run is first:
+            columns.append(Column("dense", number))
+            sources.append(run.dense)
+        columns.append(Column(name, number))
+        sources.append(run.federated)
+    rows = [[text, *(source[text] for source in sources)] for text in texts]
+    mean = ["geometric mean", *(geometric_mean([source[text] for text in texts]) for source in sources)]
+    return Table("quality", "Perplexity on held-out text; lower is better", columns, rows, [mean] if texts else [])
+
+
+def cost(runs: Mapping[str, Summary]) -> Table:
+    """Size, bytes and time: a row for each run."""
+    percent = "{:.1%}".format
+    columns = [
+        Column("run"),
+        Column("clients", "{:,}".format),
+        Column("weights", "{:,}".format),
+        Column("zeros", percent),
+        Column("model", size),
+        Column("packed", size),
+        Column("sent by a client, at most", size),
+        Column("sent by all", size),
+        Column("received by all", size),
+        Column("time", _seconds),
+        Column("time, modelled", _seconds),
+    ]
+    rows = []
+    for name, run in runs.items():
+        up, down = run.uplink, run.downlink
+        clocks = [value for (_, round_, client, what), value in run.rounds_measured.items()
+                  if what == "clock" and round_ is not None and client is None]  # fmt: skip
+        time = run.ended - run.began if run.ended is not None and run.began is not None else None
+        sent = [max(up.values(), default=0), sum(up.values()), sum(down.values())]
+        rows.append(
+            [name, len(run.clients), run.parameters, run.sparsity if run.tensors else None, run.model_bytes, run.packed_bytes,
+             *sent, time, max(clocks, default=None)]
+        )  # fmt: skip
+    used = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    return Table(
+        "cost",
+        "What the models take, and what making them took",
+        [columns[i] for i in used],
+        [[r[i] for i in used] for r in rows],
+    )
+
+
+def settings(runs: Mapping[str, Summary]) -> Table:
+    """Keys of the jobs (rows) that are not the same in all runs (columns)."""
+    flat = {name: _flat(run.job) for name, run in runs.items()}
+    keys = list(dict.fromkeys(key for of in flat.values() for key in of))
+    rows = []
+    for key in keys:
+        values = [of.get(key) for of in flat.values()]
+        if any(value != values[0] for value in values):
+            rows.append([key, *values])
+    return Table("settings", "Keys of the jobs that differ", [Column("key"), *map(Column, runs)], rows)
+
+
+def comparison_table(runs: Mapping[str, Summary]) -> rich.table.Table:
+    """For a terminal: a row for each run."""
+    texts = shared_texts(runs)
+    table = rich.table.Table(title="Runs side by side (perplexity: lower is better)", title_justify="left")
+    table.add_column("run")
+    for heading in (*texts, "geometric mean", "against dense", "zeros", "model", "sent by all"):
+        table.add_column(Text(heading), justify="right")
+    for name, run in runs.items():
+        after, before = ([of[text] for text in texts] for of in (run.federated, run.dense))
+        mean = geometric_mean(after)
+        table.add_row(
+            Text(name),
+            *(f"{value:.1f}" for value in after),
+            f"{mean:.1f}" if texts else "–",
+            change(mean / geometric_mean(before)) if texts else "–",
+            f"{run.sparsity:.1%}" if run.tensors else "–",
+            size(run.model_bytes),
+            size(sum(run.uplink.values())),
+        )
+    return table
+
+
+def _verdict(runs: Mapping[str, Summary], texts: Sequence[str]) -> str:
+    if not texts:
+        return "These runs share no held-out text that was measured alike, so which model is better is open."
+    means = {name: geometric_mean([run.federated[text] for text in texts]) for name, run in runs.items()}
+    best, worst = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
+    over = "1 held-out text" if len(texts) == 1 else f"{len(texts)} held-out texts"
+    if means[best] == means[worst]:
+        return f"All have the same perplexity over {over}: {means[best]:.1f}."
+    says = f"Over {over}, {best} has the lowest perplexity, {means[best]:.1f}; {worst} the highest, {means[worst]:.1f}"
+    says += f" ({change(means[worst] / means[best])})."
+    lightest = min(runs, key=lambda name: sum(runs[name].uplink.values()))
+    return f"{says} {lightest} sent the fewest bytes, {size(sum(runs[lightest].uplink.values()))} from all clients together."
+
+
+def _chart(runs: Mapping[str, Summary], texts: Sequence[str]) -> Chart:
+    """Each run's perplexities as differences to its dense model's."""
+
+    def at(value: float, dense: float) -> float:
+        return 100 * (value / dense - 1)
+
+    scale = Scale.over(at(run.federated[text], run.dense[text]) for run in runs.values() for text in texts)
+    rows = []
+    for name, run in runs.items():
+        places = {text: at(run.federated[text], run.dense[text]) for text in texts}
+        marks = [charts.grid(scale), charts.line(scale, min(places.values()), max(places.values()), "span")]
+        for text, place in places.items():
+            says = f"{name}: {text} {run.federated[text]:.2f}, {change(1 + place / 100)} against dense {run.dense[text]:.2f}"
+            marks.append(charts.dot(scale, place, "alone", says))
+        ratio = geometric_mean([run.federated[text] / run.dense[text] for text in texts])
+        marks.append(charts.dot(scale, 100 * (ratio - 1), "federated", f"{name}: mean {change(ratio)}"))
+        rows.append(Row(name, Markup("").join(marks), change(ratio)))
+    alt = "Perplexity against the dense model: " + "; ".join(f"{row.label} {row.value}" for row in rows) + "."
+    labels = [f"{value:+g}%".replace("-", "−") if value else "dense" for value in scale.ticks]
+    legend = [("federated", "geometric mean"), ("alone", "each text")]
+    return Chart("dots", alt, rows, charts.tick_labels(scale, labels), legend)
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """A job as dotted keys and text: ``stages.0.sparsity``. Folders are left out."""
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        parts = [(str(i), part) for i, part in enumerate(value)]
+    else:
+        inner = [value] if not isinstance(value, list) else value
+        if key.rpartition(".")[2] in PATHS:
+            inner = [file_name(str(part)) for part in inner]
+        return {key: ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in inner)}
+    found: dict[str, str] = {}
+    for name, part in parts:
+        found |= _flat(part, f"{key}.{name}" if key else name)
+    return found
+
+
+def _seconds(value: float) -> str:
+    if value < 120:
+        return f"{value:,.1f} s"
+    return f"{value / 60:,.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"
