@@ -3,7 +3,7 @@
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
 
 A task's training text is dealt to eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the weakest has,
-speed from 1 to 6, in an order of its own. The weakest can hold rank 4 in every linear, one window at once, in 4 bits, and no
+speed from 1 to 6, in an order of its own. The weakest can hold rank 16 in every linear, one window at once, in 4 bits, and no
 more: so that is what uniform LoRA gives to all. Time is modelled from the cards, bytes are those of the ledger, both ways.
 """
 
@@ -37,9 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
 CLIENTS, ALPHA = 8, 0.3
 SPEEDS = [1.0, 3.1, 5.3, 2.4, 6.0, 1.7, 4.6, 3.9]  # of the clients in the order of their memory
-LENGTH, STEPS, ROUNDS, WINDOWS = 128, 4, 6, 24
-RANKS, BATCHES = [1, 2, 4], [1, 2, 4]
-RATE = {"fedpipe": 4e-3, "lora": 4e-3, "full": 5e-4}
+LENGTH, STEPS, ROUNDS, WINDOWS = 64, 4, 6, 12
+RANKS, BATCHES = [2, 4, 8, 16], [1, 2, 4]
+RATE = {"fedpipe": 2e-3, "lora": 2e-3, "full": 5e-4}
+PRICE = 1.0  # FedPipe's, of bytes
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
@@ -85,7 +86,7 @@ def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
 
 
 def weakest_memory() -> int:
-    """Bytes that just hold rank 4 in every linear on 4 bits, one window at once."""
+    """Bytes that just hold rank 16 in every linear on 4 bits, one window at once."""
     sizes = measure(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
     choice = budget.Choice(4, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
     rest = budget.Grid((4,), tuple(BATCHES), tuple(RANKS), STEPS, RANKS[-1])
@@ -111,7 +112,7 @@ def job(task: str, method: str, files: list[list[Path]], first: int, held: Path,
         "stages": [{
             "kind": "tune", "method": kind, "rounds": rounds, "steps": STEPS, "length": LENGTH, "ranks": RANKS,
             "batches": [BATCHES[-1] * (CLIENTS if method == "central" else 1)] if kind != "fedpipe" else BATCHES,
-            "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1,
+            "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1, "price": PRICE,
         }],
         "evaluate": {"data": [{"name": task, "path": held, "text": TEXTS[task]}], "length": 256,
                      "windows": WINDOWS},

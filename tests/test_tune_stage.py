@@ -224,6 +224,7 @@ def test_one_local_step_is_one_centralised_step_on_the_pooled_text(small: Small)
     Moment("os.rename", "*/adapters-0001.safetensors"),
     Moment("os.rename", "*/adapters-0001.safetensors", "cut"),
     Moment("open", "*/metrics.jsonl", "cut", count=9),
+    Moment("open", "*/ledger.jsonl", count=58),  # the second round, when one client has answered
     Moment("os.rename", "*/stage-1/round-2/block-0001.safetensors"),
     Moment("os.rename", "*/adapter"),
 ])  # fmt: skip
@@ -232,6 +233,9 @@ def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, m
     whole = small.undisturbed(stages=stages)
     job, out = small.job("resumed", stages=stages), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
+    if moment.path == "*/ledger.jsonl":
+        last = lines(out / "ledger.jsonl")[-1]
+        assert (last["kind"], last["round"], last["client"], last["direction"]) == ("train", 1, "ash", "up")
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
     assert measurements(out) == measurements(whole)

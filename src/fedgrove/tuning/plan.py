@@ -147,13 +147,13 @@ def make_tune_plan(
     choices: dict[str, Choice] = {}
     deadline = None
     if stage.method == "fedpipe":
-        grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, stage.ranks[-1], number)
+        grid = Grid(stage.bits, stage.batches, stage.ranks, stage.steps, stage.ranks[-1], number, stage.price)
         deadline = stage.deadline or _default_deadline(sizes, grid, budgets)
         solved: dict[tuple[Budget, Grid], Choice | Infeasible] = {}
         for name, given in budgets.items():
             given = replace(given, seconds=deadline)
             bits = tuple(b for b in sorted(stage.bits, reverse=True) if b in cards[name].bits)
-            own = Grid(bits, grid.batches, grid.ranks, grid.steps, grid.rest, number)
+            own = replace(grid, bits=bits)
             if (given, own) not in solved:
                 try:
                     if not bits:
