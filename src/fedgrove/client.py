@@ -27,7 +27,7 @@ from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, train
 from fedgrove.errors import FedgroveError
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
-from fedgrove.models.calibrate import gather, watching
+from fedgrove.models.calibrate import gather, watching, windows_at_once
 from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
 from fedgrove.models.width import Width
@@ -138,21 +138,24 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     index = int(info["block"])
     states = _States(site, {key: value for key, value in info.items() if key != "block"}, decoder)
     at = states.latest(index)
+    together = windows_at_once(info["samples"], info["length"])
+    number = info["samples"] // together
     if at is None:
         windows = _windows(site, info["samples"], info["length"], info["seed"])
-        at = states.write(0, (decoder.embed(ids[None])[0] for ids in windows), len(windows))
-    calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
+        at = states.write(0, (decoder.embed(ids)[0] for ids in windows.view(number, together, -1)), number)
+    calls = decoder.calls(together, info["length"])
+    decoder.forget_ends()
     for passed in range(at, index):
         with decoder.loaded(passed) as block:
             if passed in info["blocks"]:
                 if tensors:  # those of this block are here, those of the blocks before are not
                     raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again next round")
                 _prune_block(decoder, passed, block, calls[passed], states.read(passed), info, {})
-            states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), info["samples"])
+            states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), number)
     with decoder.loaded(index) as block:
         pruned = _prune_block(decoder, index, block, calls[index], states.read(index), info, tensors)
         if index < max(info["blocks"]):  # after the last block nobody waits for its hidden states
-            states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), info["samples"])
+            states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), number)
     states.forget(before=at)
 
     rule = plugins.load("rules", info["rule"])
@@ -477,17 +480,20 @@ def _prune_block(
     pruner = plugins.load("pruners", info["pruner"])
     target = Target(info["sparsity"], tuple(info["pattern"]) if info["pattern"] else None)
     modules = linears(block)
-    before = {name: start.get(START + name, decoder.read_linear(index, name)) for name in modules}
-    for name in modules:
+    before = {}
+    for name, module in modules.items():
         if START + name in start:
-            _set(modules[name], start[START + name])
+            _set(module, start[START + name])
+        dtype = decoder.checkpoint.spec(decoder.block_names(index)[name])[1]
+        before[name] = as_matrix(module, cast(Tensor, module.weight).detach()).to("cpu", dtype)
     inputs = gather(decoder, block, windows, call, pruner.NEEDS)
     pruned = {}
     for name, module in modules.items():
-        if inputs[name].total is not None and not torch.isfinite(cast(Tensor, inputs[name].total)).all():
+        known = inputs.pop(name)  # let go when the last linear that reads it is done
+        if known.total is not None and not torch.isfinite(known.total.sum()):
             raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
         weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
-        after, mask = pruner.prune(weight, inputs[name], target)
+        after, mask = pruner.prune(weight, known, target)
         after = after.to(before[name].dtype)
         _set(module, after)
         pruned[name] = (before[name], after.cpu(), mask.cpu())

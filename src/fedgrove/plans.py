@@ -14,6 +14,7 @@ from fedgrove.inputs import Needs
 from fedgrove.job import Bits, LayerSampling, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.calibrate import windows_at_once
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum
 from fedgrove.rounds import wire
@@ -216,16 +217,18 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     width = decoder.checkpoint.config.get_text_config().hidden_size
     distinct = _inputs(decoder)
     widest = max(distinct)
-    tokens = (card.samples or stage.samples) * stage.length
+    samples = card.samples or stage.samples
+    tokens = samples * stage.length
 
     sums = {"nothing": 0, "squares": sum(distinct), "gram": sum(w * w for w in distinct), "moments": 3 * sum(distinct)}
     statistics = sums[needs]
-    workspace = 3 * widest**2 if needs == "gram" else 0  # the damped matrix, its inverse, a factor
+    workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
     names = decoder.checkpoint.names()
     block_numel = sum(p.numel() for p in decoder.blocks[0].parameters())
     ends = sum(decoder.checkpoint.spec(name)[0].numel() for name in names) - len(decoder) * block_numel
-    window = stage.length * (6 * width + 4 * widest)
+    together = windows_at_once(samples, stage.length) if stage.rule != "statistics" else 1
+    window = together * stage.length * (6 * width + 4 * widest)
 
     forward = 2 * 2 * tokens * parameters
     gram = 2 * tokens * statistics

@@ -54,7 +54,8 @@ class Decoder:
             raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from fault
         self.model.eval()
         self.prefix, self.blocks = find_blocks(self.model)
-        self._ends_loaded = False
+        self._empty_ends: dict[str, nn.Parameter] = {}  # what stood in the place of the ends that are loaded
+        self._calls: tuple[tuple[int, int], list[Call]] | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -92,8 +93,7 @@ class Decoder:
         Args:
             change: is given every part as soon as it is loaded: here a block can be made smaller before the next one comes.
         """
-        if not self._ends_loaded:
-            self._fill_ends()
+        self._fill_ends(head=True)
         for index, block in enumerate(self.blocks):
             self._fill(block, f"{self.prefix}.{index}.")
             change(block)
@@ -124,12 +124,12 @@ class Decoder:
             block.load_state_dict(empty, assign=True)
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """What enters the first block, and what every block is called with besides.
+        """What enters the first block, (windows, tokens, width), and what every block is called with besides.
 
         Masks and positions differ between the blocks of some models (sliding windows), so they are noted for each.
 
         Args:
-            ids: (1, tokens) token ids.
+            ids: (windows, tokens) token ids.
         """
         calls: list[Call] = []
         first: list[Tensor] = []
@@ -142,9 +142,24 @@ class Decoder:
                 raise _BlocksReached
             return hidden
 
+        self._fill_ends(head=False)
         with self._stand_ins(note), torch.no_grad(), suppress(_BlocksReached):
             self.model(input_ids=ids.to(self.device), use_cache=False)
+        self._calls = (ids.shape[0], ids.shape[1]), calls
         return first[0], calls
+
+    def calls(self, windows: int, tokens: int) -> list[Call]:
+        """What every block is called with besides the hidden states of so many windows of so many tokens."""
+        if self._calls is None or self._calls[0] != (windows, tokens):
+            return self.embed(torch.zeros(windows, tokens, dtype=torch.int64))[1]
+        return self._calls[1]
+
+    def forget_ends(self) -> None:
+        """Lets the weights outside the blocks go; they are read again when they are needed."""
+        for name, empty in self._empty_ends.items():
+            self._put(self.model, name, empty)
+        self._empty_ends.clear()
+        self._tie()
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """What leaves a loaded block; under ``torch.enable_grad`` gradients flow back through it."""
@@ -157,14 +172,13 @@ class Decoder:
         def hand_over(index: int, _: Tensor, call: Call) -> Tensor:
             return hidden
 
+        self._fill_ends(head=True)
         with self._stand_ins(hand_over):
             return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False).logits)
 
     @contextmanager
     def _stand_ins(self, act: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
         """Lets ``act`` be called in place of the blocks: the model's own code still prepares masks and positions."""
-        if not self._ends_loaded:
-            self._fill_ends()
 
         def stand_in(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -181,12 +195,22 @@ class Decoder:
             for block in self.blocks:
                 del block.forward
 
-    def _fill_ends(self) -> None:
+    def _fill_ends(self, head: bool) -> None:
+        """Loads what lies outside the blocks and is not there yet; the head only where it is wanted."""
+        last = cast(Any, self.model).get_output_embeddings()
         for name, module in self.model.named_modules():
-            if name != self.prefix and not name.startswith(self.prefix + "."):
-                self._fill(module, f"{name}." if name else "", recurse=False)
-        cast(Any, self.model).tie_weights()
-        self._ends_loaded = True
+            outside = name != self.prefix and not name.startswith(self.prefix + ".")
+            own = dict(module.named_parameters(recurse=False))
+            if outside and (head or module is not last) and (not own or any(p.is_meta for p in own.values())):
+                prefix = f"{name}." if name else ""
+                self._empty_ends |= {prefix + leaf: cast(nn.Parameter, empty) for leaf, empty in own.items()}
+                self._fill(module, prefix, recurse=False)
+        self._tie()
+
+    def _tie(self) -> None:
+        model = cast(Any, self.model)
+        if self._ties_head():
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
     def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
@@ -223,9 +247,12 @@ class Decoder:
         return next((stored for stored in names if stored in self.checkpoint), name)
 
     def _is_tied(self, name: str) -> bool:
-        head = cast(Any, self.model).get_output_embeddings()
+        return self._ties_head() and self.model.get_parameter(name) is cast(Any, self.model).get_output_embeddings().weight
+
+    def _ties_head(self) -> bool:
+        """Whether the head is the embedding: then a checkpoint need not hold it."""
         tied = bool(getattr(self.checkpoint.config.get_text_config(), "tie_word_embeddings", False))
-        return tied and head is not None and self.model.get_parameter(name) is head.weight
+        return tied and cast(Any, self.model).get_output_embeddings() is not None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

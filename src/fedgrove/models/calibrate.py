@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -16,11 +16,22 @@ class Adds(Protocol):
     """Something that sums over windows."""
 
     def add(self, x: Tensor) -> None:
-        """Adds one window: x is (1, tokens, in)."""
+        """Adds windows: x is (windows, tokens, in)."""
         ...
 
 
 A = TypeVar("A", bound=Adds)
+
+TOKENS_AT_ONCE = 2048  # more are no faster on a CPU
+
+
+class _Seen(Exception):
+    """Not an error: ends a block's run when its last linear has been reached."""
+
+
+def windows_at_once(samples: int, length: int) -> int:
+    """How many windows go through a block together: a divisor of ``samples``, so that all runs are alike."""
+    return max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or n * length <= TOKENS_AT_ONCE))
 
 
 @contextmanager
@@ -56,7 +67,7 @@ def watching(block: nn.Module, new: Callable[[str], A]) -> Iterator[dict[str, A]
         return hook
 
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears(block).items()]
-    hooks.append(block.register_forward_hook(lambda *_: seen.clear()))
+    hooks.append(block.register_forward_pre_hook(lambda *_: seen.clear()))
     try:
         yield inputs
     finally:
@@ -70,14 +81,36 @@ def gather(decoder: Decoder, block: nn.Module, windows: Iterable[Tensor], call: 
     Args:
         decoder: runs the block.
         block: one of its blocks, loaded.
-        windows: hidden states that enter the block, (1, tokens, width) each.
+        windows: hidden states that enter the block, (windows, tokens, width) each.
         call: what the block is called with besides.
         needs: what to sum.
 
     Returns:
         For each linear its inputs' sums; linears with one input hold the same object (see :func:`watching`).
     """
+    reached: list[str] = []  # linears in the order in which they were reached: what comes after the last of them is not needed
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if len(runs) == 1:
+                reached.append(name)
+            elif always and name == reached[-1]:
+                raise _Seen
+
+        return hook
+
+    names = linears(block)
+    runs: list[None] = []
+    always = False
     with watching(block, lambda name: Inputs(needs)) as inputs:
-        for hidden in windows:
-            decoder.run(block, hidden, call)
+        hooks = [module.register_forward_pre_hook(note(name)) for name, module in names.items()]
+        try:
+            for hidden in windows:
+                runs.append(None)
+                with suppress(_Seen):
+                    decoder.run(block, hidden, call)
+                always = sorted(reached) == sorted(names)  # not so where a router sends nothing to some expert
+        finally:
+            for hook in hooks:
+                hook.remove()
     return inputs
