@@ -1,0 +1,175 @@
+"""A quarter of every block's channels and heads cut out: bytes, tokens per second, and what perplexity says.
+
+    .venv/bin/python bench/structured.py speed --write
+    .venv/bin/python bench/structured.py quality --data ../shared/data --write
+
+``speed`` narrows a Llama of random weights, large enough that blocks and not embeddings decide, by a whole job of two clients,
+and times both models in plain transformers on the CPU, in turn. ``quality`` narrows and tunes the shipped model with the eight
+owners of bench/owners.py. Every result of it is kept in bench/structured.json and not measured again; remove the file to begin
+anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import owners
+import page
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import fedgrove.rules.groups
+from fedgrove import server
+from fedgrove.job import Job
+from fedgrove.report.summary import read
+from fedgrove.run import Run
+
+GROVE = Path(server.__file__).parent / "demo" / "grove-6m"
+RESULTS = Path(__file__).with_suffix(".json")
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "vocab_size": 16000, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+PROMPT, NEW = 256, 16
+TUNE = {
+    "kind": "tune", "method": "lora", "rounds": 6, "steps": 4, "length": 256, "batches": [4], "ranks": [16], "bits": [32],
+    "learning_rate": 4e-3, "precision": "float32",
+}  # fmt: skip
+ROWS: dict[str, dict[str, Any] | None] = {
+    "as it came": None,
+    "narrowed together, fisher": {"score": "fisher"},
+    "narrowed together, taylor (LLM-Pruner, vector-wise)": {"score": "taylor"},
+    "narrowed by lot": {"score": "chance"},
+}
+ALONE = "narrowed and tuned alone, mean of the eight models"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("part", choices=["speed", "quality"])
+    arguments.add_argument("--data", type=Path, help="the folder with the owners' texts, for quality")
+    arguments.add_argument("--share", type=float, default=0.25, help="of channels and of heads that goes")
+    arguments.add_argument("--models", type=Path, help="a folder for speed's two models, which are made if they are not there")
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner")
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    fedgrove.rules.groups.__path__.append(str(Path(__file__).parent / "controls"))
+    with tempfile.TemporaryDirectory() as folder:
+        text = speed(given, Path(folder)) if given.part == "speed" else quality(given, Path(folder))
+    print(text)
+    if given.write:
+        page.write(f"structured-{given.part}", text)
+
+
+def speed(given: Any, folder: Path) -> str:
+    """The table of bytes and tokens per second."""
+    folder = given.models or folder
+    models = {"dense": folder / "dense", "narrowed": folder / "run" / "model"}
+    if not models["narrowed"].is_dir():
+        make_models(models["dense"], given.share, folder)
+    loaded = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for name, path in models.items()}
+    prompt = torch.randint(SHAPE["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "write": []} for name in loaded}
+    with torch.no_grad():
+        for attempt in range(given.repeats + 1):  # the first warms up
+            for name, net in loaded.items():
+                began = time.perf_counter()
+                cache = net(prompt, use_cache=True).past_key_values
+                read_in = time.perf_counter()
+                token = prompt[:, -1:]
+                for _ in range(NEW):
+                    out = net(token, past_key_values=cache, use_cache=True)
+                    token = out.logits[:, -1:].argmax(-1)
+                ended = time.perf_counter()
+                if attempt:
+                    seconds[name]["read"].append(read_in - began)
+                    seconds[name]["write"].append(ended - read_in)
+    lines = ["| | dense | narrowed | ratio |", "|---|---|---|---|"]
+
+    def line(what: str, form: str, dense: float, narrowed: float) -> None:
+        lines.append(f"| {what} | {form.format(dense)} | {form.format(narrowed)} | {narrowed / dense:.2f} |")
+
+    weights = [sum(parameter.numel() for parameter in net.parameters()) / 1e6 for net in loaded.values()]
+    line("weights, millions", "{:.0f}", *weights)
+    sizes = [sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e6 for path in models.values()]
+    line("MB on disk (bfloat16)", "{:.0f}", *sizes)
+    for what, key, tokens in ((f"tokens/s, reading {PROMPT}", "read", PROMPT), (f"tokens/s, writing {NEW} more", "write", NEW)):
+        line(what, "{:.1f}", *(tokens / statistics.median(seconds[name][key]) for name in loaded))
+    return "\n".join(lines)
+
+
+def make_models(dense: Path, share: float, folder: Path) -> None:
+    """A Llama of random weights, and what a job makes of it."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(dense)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (dense / name).write_bytes((GROVE / name).read_bytes())
+    texts = GROVE.parent / "texts"
+    clients = [{"name": name, "data": str(texts / f"{name}.txt")} for name in ("publisher", "theatre")]
+    stage = {"kind": "narrow", "channels": share, "heads": share, "samples": 1, "length": 128}
+    carry_out(str(dense), clients, [stage], {}, folder / "run")
+
+
+def quality(given: Any, folder: Path) -> str:
+    """The table of perplexities."""
+    files = dict(owners.plain_files(given.data, folder))
+    kept: dict[str, list[float]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    clients = [{"name": owner, "data": str(files[owner])} for owner in owners.OWNERS]
+    evaluate = {
+        "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in owners.OWNERS],
+        "windows": given.windows,
+    }
+    narrow = {"kind": "narrow", "channels": given.share, "heads": given.share, "samples": 8}
+
+    def measure(name: str, clients: list[dict[str, Any]], changes: dict[str, Any] | None) -> list[float]:
+        """Perplexity before tuning and after it."""
+        key = f"{name}, {given.share:.0%}, {given.windows} windows"
+        if key not in kept:
+            stages = [TUNE] if changes is None else [{**narrow, **changes}, TUNE]
+            out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+            carry_out(str(GROVE), clients, stages, evaluate, out)
+            summary = read(out)
+            before = summary.dense if changes is None else summary.after[0]
+            kept[key] = [summary.mean(before), summary.mean(summary.federated)]
+            RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{key}: {kept[key][0]:.1f}, tuned {kept[key][1]:.1f}", flush=True)
+        return kept[key]
+
+    lines = ["| | before tuning | tuned |", "|---|---|---|"]
+    for name, changes in ROWS.items():
+        before, after = measure(name, clients, changes)
+        lines.append(f"| {name} | {before:.1f} | {after:.1f} |")
+    alone = [measure(f"alone: {client['name']}", [client], {"score": "fisher"}) for client in clients]
+    means = [statistics.mean(values) for values in zip(*alone, strict=True)]
+    lines.append(f"| {ALONE} | {means[0]:.1f} | {means[1]:.1f} |")
+    return "\n".join(lines)
+
+
+def carry_out(
+    model: str, clients: list[dict[str, Any]], stages: list[dict[str, Any]], evaluate: dict[str, Any], out: Path
+) -> None:
+    """Runs a job into a run folder."""
+    job = Job.model_validate(
+        {"name": "structured", "model": {"path": model}, "clients": clients, "stages": stages, "evaluate": evaluate}
+    )
+    run = Run(out, job)
+    try:
+        server.main(job, server.local_engine(job, run.path / "clients"), run)
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    main()
