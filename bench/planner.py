@@ -16,7 +16,7 @@ import time
 import page
 
 from fedgrove.job import TuneStage
-from fedgrove.plan import Card
+from fedgrove.plans import Card
 from fedgrove.tuning.budget import Sizes
 from fedgrove.tuning.plan import TunePlan, make_tune_plan
 

@@ -29,7 +29,7 @@ import fedgrove.rules.groups
 from fedgrove import server
 from fedgrove.job import Job
 from fedgrove.report.summary import read
-from fedgrove.run import Run
+from fedgrove.runs import Run
 
 GROVE = Path(server.__file__).parent / "demo" / "grove-6m"
 RESULTS = Path(__file__).with_suffix(".json")

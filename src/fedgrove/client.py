@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove import plugins
+from fedgrove.allocations import Options
 from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, training_windows
 from fedgrove.errors import FedgroveError
+from fedgrove.inputs import Inputs
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
 from fedgrove.models.calibrate import gather, watching, windows_at_once
@@ -124,7 +126,8 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
 
     Ask:
         block: the block to prune; blocks: all that this client is given in this round.
-        stage, round, pruner, rule, sparsity, pattern, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
+        stage, round, pruner, rule, pattern, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
+        sparsities: of each block of the model.
         keep: keep the pruned block here, to evaluate what this client would have had alone.
         units, clients: for secure aggregation, see :func:`fedgrove.rules.to_integers`; None without.
         tensors ``start/<linear>``: (out, in), what to begin with instead of the dense copy.
@@ -248,6 +251,32 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
             statistic.squares = add_noise(statistic.squares, noise["norms"][first], **shared, bits=BITS)
         answer |= statistic.answer()
     return answer, {"stage": info["stage"], "block": index, "tokens": inputs[first].tokens}
+
+
+def allocate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
+    """Measures every block of this client's copy of the model, to say how much of it may go.
+
+    Ask: ``stage``; ``allocation``, ``outlier``, ``spread``, ``samples``, ``length``, ``seed``: see
+    :class:`~fedgrove.job.PruneStage`.
+    Answer: tensor ``change/measured``: (blocks,) int64, the measure times 2³² times the number of windows; stage, of the ask.
+    """
+    method = plugins.load("allocations", info["allocation"])
+    decoder = _decoder(site.model, site.dtype, device)
+    states = _States(site, info, decoder)
+    windows = _windows(site, info["samples"], info["length"], info["seed"])
+    calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
+    states.write(0, (decoder.embed(ids[None])[0] for ids in windows), len(windows))
+    options = Options(info["outlier"], info["spread"])
+    measured = []
+    for index in range(len(decoder)):
+        with decoder.loaded(index) as block:
+            with watching(block, lambda name: Inputs(method.NEEDS)) as inputs:
+                states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), len(windows))
+            weights = {name: as_matrix(module, cast(Tensor, module.weight)) for name, module in linears(block).items()}
+            measured.append(method.measure(weights, inputs, options))
+        states.forget(before=index + 1)
+    whole = [round(value * 2**32) * len(windows) for value in measured]
+    return {CHANGE + "measured": torch.tensor(whole, dtype=torch.int64)}, {"stage": info["stage"]}
 
 
 def narrow(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -459,6 +488,7 @@ HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] 
     "card": card,
     "prune": prune,
     "statistics": statistics,
+    "allocate": allocate,
     "narrow": narrow,
     "evaluate": evaluate,
     **{kind: serve_secure(kind) for kind in KINDS},
@@ -478,7 +508,7 @@ def _prune_block(
         For each linear: before, after (both in the checkpoint's dtype) and mask, as (out, in) on the CPU.
     """
     pruner = plugins.load("pruners", info["pruner"])
-    target = Target(info["sparsity"], tuple(info["pattern"]) if info["pattern"] else None)
+    target = Target(info["sparsities"][index], tuple(info["pattern"]) if info["pattern"] else None)
     modules = linears(block)
     before = {}
     for name, module in modules.items():

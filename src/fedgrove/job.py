@@ -132,7 +132,12 @@ class LayerSampling(Part):
 
 
 class PruneStage(Part):
-    """``[[stages]]`` of ``kind = "prune"``."""
+    """``[[stages]]`` of ``kind = "prune"``.
+
+    Attributes:
+        allocation: whether every block loses the same ("even") or not; see :mod:`fedgrove.allocations`.
+        outlier, spread: OWL's M and λ.
+    """
 
     kind: Literal["prune"]
     pruner: Annotated[str, _one_of("pruners")] = "sparsegpt"
@@ -146,6 +151,9 @@ class PruneStage(Part):
     shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     expand: bool = True
     bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    allocation: Annotated[str, _one_of("allocations")] = "even"
+    outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
+    spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
     source: Literal["dense", "sequential"] = "dense"
     mixed: bool = False
     protect_first_block: bool = False
@@ -162,11 +170,19 @@ class PruneStage(Part):
             raise ValueError('shrink belongs to rule = "votes"')
         if self.bound is not None and self.rule not in ("votes", "mean"):
             raise ValueError('bound belongs to rule = "votes" and "mean"')
+        if self.allocation != "even":
+            self._check_allocation()
         if self.rule == "statistics":
             self._check_statistics()
         elif self.source != "dense" or self.mixed or self.protect_first_block or self.epsilon is not None:
             raise ValueError('source, mixed, protect_first_block and epsilon belong to rule = "statistics"')
         return self
+
+    def _check_allocation(self) -> None:
+        if self.pattern:
+            raise ValueError(f'allocation: a pattern leaves every block alike; "{self.allocation}" needs sparsity')
+        if self.epsilon is not None:
+            raise ValueError('allocation: the budget of epsilon is spent on one sum of each block; use "even"')
 
     def _check_statistics(self) -> None:
         needs = plugins.load("pruners", self.pruner).NEEDS
@@ -409,6 +425,11 @@ class Job(Part):
                 )
             if stage.rule == "statistics" and any(client.sparsity is not None for client in self.clients):
                 raise ValueError(f'clients.sparsity: with rule "statistics" (stages.{i}) the server prunes; leave it out')
+            if stage.allocation != "even":
+                if any(client.sparsity is not None for client in self.clients):
+                    raise ValueError(f"clients.sparsity: stages.{i}.allocation gives every block its own; leave it out")
+                if i > 0:
+                    raise ValueError(f'stages.{i}.allocation: it is measured in the model that the clients have; use "even"')
             if stage.sparsity is not None:
                 least = min(stage.sparsity if client.sparsity is None else client.sparsity for client in self.clients)
                 if least > stage.sparsity:

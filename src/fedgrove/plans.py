@@ -294,7 +294,9 @@ def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[
 
 def _notes(stage: PruneStage, secure: bool, clients: int) -> list[str]:
     if stage.rule != "statistics":
-        return []
+        if stage.allocation == "even":
+            return []
+        return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
     if stage.epsilon is not None:
         return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(clients))]
     if stage.protect_first_block:

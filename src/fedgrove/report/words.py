@@ -93,7 +93,8 @@ def method(stage: Mapping[str, Any]) -> str:
         by = stage.get("method")
         return f"{stage['kind']} with {by}, rule {stage.get('rule')}" if by else str(stage["kind"])
     target = stage.get("pattern") or f"{100 * stage.get('sparsity', 0):g}%"
-    return f"prune with {stage.get('pruner')} to {target}, rule {stage.get('rule')}"
+    uneven = f" ({stage['allocation']})" if stage.get("allocation", "even") != "even" else ""
+    return f"prune with {stage.get('pruner')} to {target}{uneven}, rule {stage.get('rule')}"
 
 
 def narrower(plan: Mapping[str, Any]) -> str:

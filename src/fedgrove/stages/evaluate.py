@@ -22,6 +22,7 @@ from fedgrove.plans import Plan
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import CHANGE, WEIGHT, check
 from fedgrove.runs import Run
+from fedgrove.stages.allocate import read_sparsities
 from fedgrove.stages.narrow import alone as narrowed_alone
 from fedgrove.stages.prune import prune_info
 from fedgrove.tuning.plan import TunePlan
@@ -63,8 +64,9 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
     scalar = (torch.Size(()), torch.float64)
     expected = {f"{part}{name}": scalar for name in windows for part in (CHANGE, WEIGHT)}
     run.step("evaluate: what each client would have had alone")
+    shares = read_sparsities(run, plan)
     messages: dict[str, Message] = {
-        client: (tensors, {"texts": numbers, "walk": prune_info(run.job, plan, client, round_=0, block=0)}) for client in left
+        client: (tensors, {"texts": numbers, "walk": prune_info(run.job, plan, client, 0, 0, shares)}) for client in left
     }
     for client, answer, _ in ask(
         engine, run, "evaluate", messages, stage=plan.stage, round_=0, check=lambda client, got, info: check(got, expected)

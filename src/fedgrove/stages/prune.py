@@ -19,7 +19,7 @@ from fedgrove.job import Job, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
-from fedgrove.plans import Plan, Share, calibration
+from fedgrove.plans import Plan, calibration
 from fedgrove.privacy.secure import sum_securely
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
@@ -27,6 +27,7 @@ from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules import VALUE_BITS, Options, from_integers, unit_of
 from fedgrove.runs import Run
+from fedgrove.stages.allocate import sparsities
 from fedgrove.stages.prune_statistics import Inlet, Pruned, from_statistics, probe, without_data
 
 
@@ -45,12 +46,14 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model)
         inlets = probe(decoder, stage, run.job.seed) if stage.rule == "statistics" else []
+        if round_ == 0:
+            shares = sparsities(decoder, inlets, plan, engine, run)
         for block in range(plan.num_blocks):
             file = overlay / f"block-{block:04d}.safetensors"
             if not file.is_file():
                 where = f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}"
                 run.step(where, round_ * plan.num_blocks + block, stage.rounds * plan.num_blocks)
-                _prune_block(decoder, block, round_, inlets, plan, engine, run, file)
+                _prune_block(decoder, block, round_, inlets, shares, plan, engine, run, file)
         records |= {record["name"]: record for record in _records(overlay)}
         model = model.over(overlay)
     run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": list(records.values())})
@@ -62,20 +65,22 @@ def _prune_block(
     block: int,
     round_: int,
     inlets: list[dict[str, Inlet]],
+    shares: list[float],
     plan: Plan,
     engine: Engine,
     run: Run,
     file: Path,
 ) -> None:
     stage = run.job.pruning(plan.stage)
+    target = _of_block(stage, shares[block])
     names = decoder.block_names(block)
     if stage.protect_first_block and block == 0:
-        made = without_data(decoder, block, stage.target)
+        made = without_data(decoder, block, target)
     elif stage.rule == "statistics":
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
-        made = from_statistics(decoder, block, inlets, plan, engine, run, previous)
+        made = from_statistics(decoder, block, inlets, target, plan, engine, run, previous)
     else:
-        made = _from_solutions(decoder, block, round_, plan, engine, run)
+        made = _from_solutions(decoder, block, round_, shares, plan, engine, run)
     after, records = {}, []
     for name, pruned in made.items():
         module = linears(decoder.blocks[block])[name]
@@ -86,7 +91,7 @@ def _prune_block(
                 "name": names[name],
                 "block": block,
                 "round": round_,
-                "target": stage.target.sparsity,
+                "target": target.sparsity,
                 "sparsity": 1 - int(mask.sum()) / mask.numel(),
                 "pruned": mask.numel() - int(mask.sum()),
                 "numel": mask.numel(),
@@ -99,7 +104,9 @@ def _prune_block(
     save_tensors(after, file, {"records": json.dumps(records)})
 
 
-def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engine: Engine, run: Run) -> dict[str, Pruned]:
+def _from_solutions(
+    decoder: Decoder, block: int, round_: int, shares: list[float], plan: Plan, engine: Engine, run: Run
+) -> dict[str, Pruned]:
     """The clients prune the block, and the rule makes one of theirs."""
     stage = run.job.pruning(plan.stage)
     rule = plugins.load("rules", stage.rule)
@@ -108,19 +115,19 @@ def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engin
     first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
     start = {} if first else {START + name: weight.contiguous() for name, weight in before.items()}
     contributors = plan.contributors(round_, block)
-    infos = {client: prune_info(run.job, plan, client, round_, block) for client in contributors}
+    targets = {client: _of_block(stage, _asked_of(stage, plan, client, shares)[block]) for client in contributors}
+    infos = {client: prune_info(run.job, plan, client, round_, block, shares) for client in contributors}
     if run.job.privacy.secure_aggregation:
         units = {name: unit_of(weight, len(contributors)) for name, weight in before.items()}
         hidden: dict[str, Message] = {
             client: (start, {**info, "units": units, "clients": len(contributors)}) for client, info in infos.items()
         }
-        clients, sums = _add_masked(before, units, hidden, round_, block, plan, engine, run)
+        clients, sums = _add_masked(before, units, hidden, round_, block, targets, plan, engine, run)
     else:
         messages: dict[str, Message] = {client: (start, info) for client, info in infos.items()}
         clients, sums = [], {name: Sums() for name in names}
-        for client, tensors, _ in ask(
-            engine, run, "prune", messages, stage=plan.stage, round_=round_, check=_checker(before, stage, plan, round_, block)
-        ):
+        check = _checker(before, stage, plan, targets, round_, block)
+        for client, tensors, _ in ask(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check):
             clients.append(client)
             for name in names:
                 weight = tensors[WEIGHT + name]
@@ -128,10 +135,11 @@ def _from_solutions(decoder: Decoder, block: int, round_: int, plan: Plan, engin
                 sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), scale)
 
     made = {}
+    target, options = _of_block(stage, shares[block]), Options(stage.shrink, stage.expand)
     for name in names:
         if sums[name].clients == 0:
             continue  # nobody sent it: it stays as it was
-        weight, mask = rule.finish(before[name], sums[name], stage.target, Options(stage.shrink, stage.expand))
+        weight, mask = rule.finish(before[name], sums[name], target, options)
         made[name] = Pruned(weight, mask, clients, _agreement(sums[name]))
     return made
 
@@ -142,6 +150,7 @@ def _add_masked(
     messages: dict[str, Message],
     round_: int,
     block: int,
+    targets: dict[str, Target],
     plan: Plan,
     engine: Engine,
     run: Run,
@@ -163,7 +172,7 @@ def _add_masked(
     for name, weight in before.items():
         votes, value = total[WEIGHT + name], total.get(CHANGE + name)
         each = 2 ** (VALUE_BITS - 2) // len(messages)  # what an honest client sends at most
-        kept = sum(weight.numel() - _target(plan.clients[client], stage).num_pruned(weight.numel()) for client in told)
+        kept = sum(weight.numel() - targets[client].num_pruned(weight.numel()) for client in told)
         if (
             int(votes.max()) > len(told)
             or int(votes.long().sum()) != kept
@@ -177,8 +186,12 @@ def _add_masked(
     return sorted(told), sums
 
 
-def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> Info:
-    """The JSON of an ask of kind ``prune``: see :func:`fedgrove.client.prune`."""
+def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int, shares: list[float]) -> Info:
+    """The JSON of an ask of kind ``prune``: see :func:`fedgrove.client.prune`.
+
+    Args:
+        shares: the stage's sparsity of each block.
+    """
     stage, share = job.pruning(plan.stage), plan.clients[client]
     return {
         "block": block,
@@ -187,7 +200,7 @@ def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> In
         "round": round_,
         "pruner": stage.pruner,
         "rule": stage.rule,
-        "sparsity": share.sparsity,
+        "sparsities": _asked_of(stage, plan, client, shares),
         "pattern": list(stage.kept_of) if stage.pattern else None,
         "keep": job.evaluate.alone and plan.stage == 0 and round_ == 0,
         **calibration(job.seed, plan.stage, share.samples, stage.length),
@@ -195,7 +208,7 @@ def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int) -> In
 
 
 def _checker(
-    before: dict[str, Tensor], stage: PruneStage, plan: Plan, round_: int, block: int
+    before: dict[str, Tensor], stage: PruneStage, plan: Plan, targets: dict[str, Target], round_: int, block: int
 ) -> Callable[[str, dict[str, Tensor], Info], None]:
     """What an answer must look like: to this ask, names, shapes, dtypes, finite values, the sparsity that was asked for."""
 
@@ -209,7 +222,7 @@ def _checker(
             if stage.rule != "masks":
                 expected[CHANGE + name] = (weight.shape, weight.dtype)
         check_tensors(tensors, expected)
-        target = _target(share, stage)
+        target = targets[client]
         for name, weight in before.items():
             if stage.bound is not None and float(tensors[CHANGE + name].abs().max()) > stage.bound * float(weight.abs().max()):
                 raise WireError(f"{CHANGE}{name} is more than {stage.bound:g} times the largest weight before (bound)")
@@ -231,8 +244,13 @@ def _check_ask(info: Info, plan: Plan, round_: int, block: int) -> None:
         raise WireError("it answers another ask")  # blocks are alike: nothing else would tell
 
 
-def _target(share: Share, stage: PruneStage) -> Target:
-    return Target(share.sparsity, stage.kept_of if stage.pattern else None)
+def _asked_of(stage: PruneStage, plan: Plan, client: str, shares: list[float]) -> list[float]:
+    """The sparsity of each block that a client is asked for: its own, or where blocks differ, the stage's."""
+    return [plan.clients[client].sparsity] * len(shares) if stage.allocation == "even" else shares
+
+
+def _of_block(stage: PruneStage, sparsity: float) -> Target:
+    return Target(sparsity, stage.kept_of if stage.pattern else None)
 
 
 def _agreement(sums: Sums) -> float | None:

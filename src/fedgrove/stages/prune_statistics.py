@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -108,14 +108,38 @@ def without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Prun
     return made
 
 
+def pooled_squares(block: int, blocks: list[dict[str, Inlet]], plan: Plan, engine: Engine, run: Run) -> dict[str, Inputs]:
+    """The clients' sums of squares of a block's inputs in the model as the stage began, by linear.
+
+    Args:
+        blocks: the inputs of every block, from :func:`probe`.
+    """
+    inlets = {first: replace(inlet, products=False) for first, inlet in blocks[block].items()}
+    tensors = {SCALE + name: inlet.scale for name, inlet in inlets.items()}
+    messages: dict[str, Message] = {
+        client: (tensors, {**statistics_info(run, plan, client, block, inlets, 0), "source": "dense"})
+        for client in plan.contributors(0, block)
+    }
+    found = _collect(engine, run, plan, block, messages, inlets)
+    return {name: _inputs(run, plan, first, inlet, found) for first, inlet in inlets.items() for name in inlet.readers}
+
+
 def from_statistics(
-    decoder: Decoder, block: int, blocks: list[dict[str, Inlet]], plan: Plan, engine: Engine, run: Run, previous: Path
+    decoder: Decoder,
+    block: int,
+    blocks: list[dict[str, Inlet]],
+    target: Target,
+    plan: Plan,
+    engine: Engine,
+    run: Run,
+    previous: Path,
 ) -> dict[str, Pruned]:
     """The clients sum, the server prunes with what the sums say.
 
     Args:
         decoder: the model as the stage began.
         blocks: the inputs of every block, from :func:`probe`.
+        target: of this block.
         previous: the file of the block before this one, pruned; ``sequential`` clients walk on through it.
     """
     stage = run.job.pruning(plan.stage)
@@ -130,35 +154,38 @@ def from_statistics(
     messages: dict[str, Message] = {
         client: (tensors, statistics_info(run, plan, client, block, inlets, num_inputs)) for client in contributors
     }
-    scales = {name: inlet.scale for name, inlet in inlets.items()}
-    products = {name: inlet.products for name, inlet in inlets.items()}
-    clients, tokens, sums = _collect(engine, run, plan, block, messages, scales, products)
+    found = _collect(engine, run, plan, block, messages, inlets)
     made = {}
     for first, inlet in inlets.items():
-        squares, upper = sums[f"{CHANGE}{first}/squares"], sums.get(f"{CHANGE}{first}/products")
-        moments = None
-        if wants_moments(stage):
-            moments = sums[f"{CHANGE}{first}/sums"], sums[f"{CHANGE}{first}/spreads"]
-        inputs = statistics.finish(squares, upper, inlet.scale, tokens, moments)
+        inputs = _inputs(run, plan, first, inlet, found)
         pruner = plugins.load("pruners", stage.pruner if inputs.needs != "squares" else "wanda")
         for name in inlet.readers:
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
-            weight, mask = pruner.prune(weight, inputs, stage.target)
-            made[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), clients)
+            weight, mask = pruner.prune(weight, inputs, target)
+            made[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), found[0])
     return {name: made[name] for name in decoder.block_names(block)}
 
 
+Found = tuple[list[str], int, dict[str, Tensor]]  # who is in a sum, of how many tokens, and the sum
+
+
+def _inputs(run: Run, plan: Plan, first: str, inlet: Inlet, found: Found) -> Inputs:
+    """What was summed of one input, as a pruner reads it."""
+    _, tokens, sums = found
+    squares, upper = sums[f"{CHANGE}{first}/squares"], sums.get(f"{CHANGE}{first}/products")
+    moments = None
+    if wants_moments(run.job.pruning(plan.stage)):
+        moments = sums[f"{CHANGE}{first}/sums"], sums[f"{CHANGE}{first}/spreads"]
+    return statistics.finish(squares, upper, inlet.scale, tokens, moments)
+
+
 def _collect(
-    engine: Engine,
-    run: Run,
-    plan: Plan,
-    block: int,
-    messages: Mapping[str, Message],
-    scales: Mapping[str, Tensor],
-    products: Mapping[str, bool],
-) -> tuple[list[str], int, dict[str, Tensor]]:
-    """Who is in the sum, of how many tokens, and the sum: the server sees each answer, or with secure aggregation none."""
+    engine: Engine, run: Run, plan: Plan, block: int, messages: Mapping[str, Message], inlets: Mapping[str, Inlet]
+) -> Found:
+    """Asks for the sums of a block: the server sees each answer, or with secure aggregation none."""
+    scales = {name: inlet.scale for name, inlet in inlets.items()}
+    products = {name: inlet.products for name, inlet in inlets.items()}
     stage, secure = run.job.pruning(plan.stage), run.job.privacy.secure_aggregation
     largest, bits = _largest(run, plan)
     moments = stage.length if wants_moments(stage) else 0
