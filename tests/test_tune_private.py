@@ -120,7 +120,8 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
         raise FedgroveError("seen enough")
 
     info = {
-        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0, "bits": 32, "length": 16, "seed": "s", "seen": 0, "masked": [], "ranks": {name: 2},
+        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0, "bits": 32, "length": 16,
+        "seed": "s", "seen": 0, "masked": [], "ranks": {name: 2},
         "scales": {name: 2.0}, "trains": "b", "precision": "float32", "settings": {"steps": 1, "batch": 1, "micro": 1,
         "learning_rate": 0.0},
     }  # fmt: skip
@@ -312,7 +313,8 @@ def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, mo
     site = server.local_engine(job, tmp_path)._sites["ash"]
     noise = {"epsilon": 8.0, "delta": 1e-6, "bound": 1.0, "round": 2, "rounds": 2, "adders": 2}
     info = {
-        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0, "bits": 32, "length": 16, "seed": "s", "seen": 0, "masked": [], "ranks": {}, "scales": {},
+        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0, "bits": 32, "length": 16,
+        "seed": "s", "seen": 0, "masked": [], "ranks": {}, "scales": {},
         "trains": "b", "precision": "float32", "settings": {"steps": 0, "batch": 1, "micro": 1, "learning_rate": 0.0},
         "whole": {"share": 1 / 3, "ranks": {}, "noise": noise}, "release": "run/0/2",
     }  # fmt: skip
