@@ -3,13 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test federation-test lint clean
+.PHONY: demo test federation-test lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
-test: lint
+test: lint site
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not federation"
 
 # A server and three sites as processes on this machine, and everything that can go wrong with them.
@@ -26,5 +26,13 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# The pages of docs/reference, made from the code and committed; then the site.
+docs: .venv/installed
+	$(BIN)/python docs/site.py
+	$(MAKE) site
+
+site: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv fedgrove-demo runs dist
+	rm -rf .venv fedgrove-demo runs dist site

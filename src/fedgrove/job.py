@@ -93,7 +93,13 @@ class Part(BaseModel):
 
 
 class Model(Part):
-    """``[model]``: what is made smaller and better."""
+    """``[model]``: what is made smaller and better.
+
+    Attributes:
+        path: a Hugging Face model directory with safetensors, or the id of a model on the hub.
+        revision: of a model on the hub: a branch, a tag or a commit.
+        dtype: in which the weights are read and written; "auto": as they are on disk.
+    """
 
     path: str
     revision: str | None = None
@@ -101,7 +107,23 @@ class Model(Part):
 
 
 class Client(Part):
-    """``[[clients]]``: an owner of text; only for simulation, in a deployment every client brings its own."""
+    """``[[clients]]``: an owner of text; only for simulation, in a deployment every client brings its own.
+
+    Attributes:
+        name: up to 64 letters, digits, dots, dashes and underscores; it stands in the report and in the model card.
+        data: where its text is: one source or a list.
+        text: how a record becomes text, such as "{question} {answer}"; default: "{text}".
+        prompt: with ``answer``: how a record becomes a question, where a stage tunes. Of these only the answer is learnt.
+        answer: see ``prompt``.
+        memory: what the planner may use; a block that needs more is refused before anything runs; default: any.
+        speed: compute, relative to the others; "measure": it is measured once.
+        uplink: what it can send; with sampled layers a slow client is given fewer blocks.
+        downlink: what it can receive.
+        bits: in which it can hold frozen weights while it tunes.
+        devices: accelerators that share its work.
+        samples: another number of calibration windows than the stage's.
+        sparsity: prunes harder than the stage asks; the result has the stage's sparsity.
+    """
 
     name: Name
     data: Files
@@ -125,7 +147,12 @@ class Client(Part):
 
 
 class LayerSampling(Part):
-    """``layers = { sample = 0.5, cover = 2 }``: each client prunes a share of the blocks."""
+    """``layers = { sample = 0.5, cover = 2 }``: each client prunes a share of the blocks.
+
+    Attributes:
+        sample: the share, on average; clients that say more of ``speed`` and ``uplink`` are given more.
+        cover: clients that prune each block, at least.
+    """
 
     sample: Annotated[float, Field(gt=0, le=1)]
     cover: Annotated[int, Field(ge=1)] = 2
@@ -135,6 +162,25 @@ class PruneStage(Part):
     """``[[stages]]`` of ``kind = "prune"``.
 
     Attributes:
+        kind: what the stage does.
+        pruner: how a matrix is pruned; see the methods.
+        rule: what clients send and what the server makes of it.
+        sparsity: the share of every matrix that becomes zero; this or ``pattern``.
+        pattern: "2:4" keeps 2 of every 4 inputs; this or ``sparsity``.
+        samples: windows of text that each client calibrates on.
+        length: tokens in each.
+        layers: "all", or a table: which blocks each client prunes.
+        rounds: how often the model is pruned, each time from the round before. With sampled layers more rounds reach more
+            client-block pairs.
+        shrink: weights that few clients kept are multiplied by (share that kept them) to this power; 0 is the paper. Rule
+            "votes" only.
+        expand: prune on by votes until the target holds exactly (the paper's mask expansion); false leaves fewer zeros.
+        bound: refuse a client whose pruned weights exceed the largest one before so many times.
+        source: of rule "statistics": "dense" sums over the model as it came, "sequential" through the pruned blocks.
+        mixed: of rule "statistics" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
+        protect_first_block: prune block 0 by magnitude, so that nobody sends sums of it: they tell much of the word counts.
+        epsilon: differential privacy of one window: noise on wanda's sums; needs secure aggregation.
+        delta: see ``epsilon``.
         allocation: whether every block loses the same ("even") or not; see :mod:`fedgrove.allocations`.
         outlier, spread: OWL's M and λ.
     """
@@ -216,6 +262,7 @@ class NarrowStage(Part):
     """``[[stages]]`` of ``kind = "narrow"``.
 
     Attributes:
+        kind: what the stage does.
         channels: the share of every block's MLP channels that goes, rounded down to whole ones.
         heads: likewise of its groups of heads: a key-value head with the query heads that share it.
         score: which of them matter; see :mod:`fedgrove.rules.groups`.
@@ -240,15 +287,19 @@ class TuneStage(Part):
     """``[[stages]]`` of ``kind = "tune"``.
 
     Attributes:
+        kind: what the stage does.
         method: "fedpipe" gives each client a configuration of its own; "lora" gives all the one that the weakest can hold;
             "full" trains the whole linears.
         rule: what the server makes of the adapters.
+        rounds: how often the clients train and the server makes one adapter of theirs.
         steps: optimiser steps of each client in a round, the same for all.
         length: tokens per window.
         batches: windows per step that a client may be given. "lora" and "full" give the largest to all.
         ranks: ranks that a linear may be given besides 0. "lora" gives all the largest that everyone can hold.
         bits: of each frozen weight; 32 and 16 are floats, 8 is int8, 4 is NF4.
-        learning_rate: of the clients' optimiser; ``decay`` = "linear" lowers it to a tenth over the rounds.
+        learning_rate: of the clients' optimiser.
+        decay: "linear" lowers the learning rate to a tenth over the rounds.
+        optimizer: the clients'; its state begins anew in every round.
         clip: the largest norm of a client's gradient; 0: any.
         alpha: LoRA's α, so that an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
         deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
@@ -258,7 +309,7 @@ class TuneStage(Part):
         refresh: measure the importance and plan again every so many rounds; 0: only before the first.
         warmup: optimiser steps from which the importance is measured.
         proximal: FedProx's μ.
-        partition: see :mod:`fedgrove.rules.adapters.ranks`.
+        partition: of rule "ranks": ranks that only some clients have are the mean over those; false: over everybody, exactly.
         server: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
         server_rate: multiplies the change, or is the step of "adam".
         precision: dtype of the adapters on the wire; "fixed" sends up whole numbers, which add up exactly, whoever adds them
@@ -335,7 +386,13 @@ class TuneStage(Part):
 
 
 class Text(Part):
-    """A held-out text to evaluate on."""
+    """``[[evaluate.data]]``: a held-out text; or its file name alone.
+
+    Attributes:
+        name: what it is called in tables; one that is named as a client counts as that client's own kind of text.
+        path: where it is.
+        text: how a record becomes text.
+    """
 
     name: Name
     path: File
@@ -349,7 +406,14 @@ def _as_text(value: Any) -> Any:
 
 
 class Evaluate(Part):
-    """``[evaluate]``: measured before the first stage and after each."""
+    """``[evaluate]``: measured before the first stage and after each.
+
+    Attributes:
+        data: held-out texts, which the server sees: nobody's private text.
+        length: tokens per window; windows do not overlap.
+        windows: at most so many of each text; default: all.
+        alone: also measure what each client would have had without the others; it tells the server a loss of each text.
+    """
 
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
     length: Annotated[int, Field(gt=1)] = 512
@@ -364,7 +428,13 @@ class Evaluate(Part):
 
 
 class Rounds(Part):
-    """``[rounds]``: what happens when clients do not answer."""
+    """``[rounds]``: what happens when clients do not answer. These keys may change when a run is continued.
+
+    Attributes:
+        quorum: go on while so many clients answer; default: all.
+        timeout: seconds to wait for an answer; default: for ever.
+        retries: how often a client that failed is asked again.
+    """
 
     quorum: Annotated[int, Field(ge=1)] | None = None
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -372,14 +442,30 @@ class Rounds(Part):
 
 
 class Privacy(Part):
-    """``[privacy]``: what the server may learn."""
+    """``[privacy]``: what the server may learn.
+
+    Attributes:
+        secure_aggregation: the server learns sums only, nothing of any one client; see the page on security.
+        smallest: no client takes part in a sum of fewer clients.
+    """
 
     secure_aggregation: bool = False
     smallest: Annotated[int, Field(ge=2)] = 3
 
 
 class Job(Part):
-    """The whole job file."""
+    """The whole job file.
+
+    Attributes:
+        name: of the job; the run folder is ``runs/NAME`` unless ``--out`` says otherwise.
+        seed: same job, same seed, same machine: the same model, bit for bit.
+        model: what is made smaller and better.
+        clients: the owners of text.
+        stages: what is done, one after the other.
+        evaluate: what is measured, and on what.
+        rounds: what happens when clients do not answer.
+        privacy: what the server may learn.
+    """
 
     name: Name
     seed: int = 0

@@ -16,7 +16,7 @@ from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.sheet import Column, Table, render
 from fedgrove.report.summary import Summary, geometric_mean, read
-from fedgrove.report.words import change, file_name, size
+from fedgrove.report.words import change, file_name, plural, size
 
 PATHS = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
 
@@ -57,7 +57,7 @@ def page(runs: Mapping[str, Summary]) -> str:
     """The page."""
     texts = shared_texts(runs)
     others = sorted({text for run in runs.values() for text in run.texts} - set(texts))
-    says = f"Compared on the {len(texts)} that all of these runs measured." if texts else ""
+    says = f"Compared on {plural(len(texts), 'text')} that all of these runs measured." if texts else ""
     if others:
         says += f" Left out, for not every run measured them alike: {', '.join(others)}."
     return render(
@@ -159,18 +159,18 @@ def settings(runs: Mapping[str, Summary]) -> Table:
 
 
 def comparison_table(runs: Mapping[str, Summary]) -> rich.table.Table:
-    """For a terminal: a row for each run."""
+    """For a terminal: a row for each run; single texts are on the page."""
     texts = shared_texts(runs)
-    table = rich.table.Table(title="Runs side by side (perplexity: lower is better)", title_justify="left")
+    over = f"; perplexity, the mean over {len(texts)} held out: lower is better" if texts else ""
+    table = rich.table.Table(title=f"Runs side by side{over}", title_justify="left")
     table.add_column("run")
-    for heading in (*texts, "geometric mean", "against dense", "zeros", "model", "sent by all"):
+    for heading in ("perplexity", "against dense", "zeros", "model", "sent by all"):
         table.add_column(Text(heading), justify="right")
     for name, run in runs.items():
         after, before = ([of[text] for text in texts] for of in (run.federated, run.dense))
         mean = geometric_mean(after)
         table.add_row(
             Text(name),
-            *(f"{value:.1f}" for value in after),
             f"{mean:.1f}" if texts else "–",
             change(mean / geometric_mean(before)) if texts else "–",
             f"{run.sparsity:.1%}" if run.tensors else "–",
@@ -185,13 +185,17 @@ def _verdict(runs: Mapping[str, Summary], texts: Sequence[str]) -> str:
         return "These runs share no held-out text that was measured alike, so which model is better is open."
     means = {name: geometric_mean([run.federated[text] for text in texts]) for name, run in runs.items()}
     best, worst = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
-    over = "1 held-out text" if len(texts) == 1 else f"{len(texts)} held-out texts"
+    over = plural(len(texts), "text") + " held out"
     if means[best] == means[worst]:
         return f"All have the same perplexity over {over}: {means[best]:.1f}."
     says = f"Over {over}, {best} has the lowest perplexity, {means[best]:.1f}; {worst} the highest, {means[worst]:.1f}"
     says += f" ({change(means[worst] / means[best])})."
-    lightest = min(runs, key=lambda name: sum(runs[name].uplink.values()))
-    return f"{says} {lightest} sent the fewest bytes, {size(sum(runs[lightest].uplink.values()))} from all clients together."
+    (lightest, sent), (_, next_sent), *_ = sorted(((name, sum(run.uplink.values())) for name, run in runs.items()), key=_bytes)
+    return f"{says} {lightest} sent the fewest bytes, {size(sent)} from all clients together." if sent < next_sent else says
+
+
+def _bytes(sent: tuple[str, int]) -> int:
+    return sent[1]
 
 
 def _chart(runs: Mapping[str, Summary], texts: Sequence[str]) -> Chart:

@@ -1,0 +1,168 @@
+"""Makes the pages of docs/reference from the code, and takes links to sources out of what becomes the website.
+
+python docs/site.py            writes docs/reference/*.md
+mkdocs build --strict          builds the site; calls on_page_markdown below
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+import typer
+from pydantic.fields import FieldInfo
+
+from fedgrove import job, plugins
+from fedgrove.cli import app
+
+HERE = Path(__file__).parent
+TABLES = (
+    job.Job, job.Model, job.Client, job.PruneStage, job.LayerSampling, job.NarrowStage, job.TuneStage, job.Evaluate, job.Text,
+    job.Rounds, job.Privacy, job.FederatedJob,
+)  # fmt: skip
+METHODS = {"pruner": "pruners", "score": "rules.groups"}  # keys whose values are names of files
+RULES = {job.PruneStage: "rules", job.TuneStage: "rules.adapters"}
+QUANTITIES = {"memory": 'bytes, such as "8GiB"', "uplink": 'bits/s, such as "20Mbit"', "downlink": 'bits/s, such as "20Mbit"'}
+SOURCES = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]+\)")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A hook of mkdocs: a link out of docs/ leads somewhere in the repository, and nowhere on the site."""
+    return SOURCES.sub(r"\1", markdown)
+
+
+def job_page() -> str:
+    """Every key of a job: type, default, meaning."""
+    parts = [
+        "# Every key of a job\n\nMade from `src/fedgrove/job.py` by `make docs`. A key that is not here is refused, by name. "
+        "Paths are relative to the job file. `fedgrove init` writes a job with comments; `--set stages.0.sparsity=0.6` changes "
+        "a key for one run."
+    ]
+    for table in TABLES:
+        doc = inspect.cleandoc(table.__doc__ or "")
+        says = plain(doc.split("\n\nAttributes:")[0])
+        says = re.sub(r"^`[^:]*`: (.)", lambda found: found[1].upper(), says)
+        meaning = meanings(table)
+        rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        inherited = next((base.model_fields for base in table.__mro__[1:] if base in TABLES), {})
+        for key, field in table.model_fields.items():
+            if key not in inherited:
+                rows.append(f"| `{key}` | {kind(table, key, field)} | {default(field)} | {meaning[key]} |")
+        parts.append(f"## {title(table)}\n\n{says}\n\n" + "\n".join(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def title(table: type[job.Part]) -> str:
+    """The heading of a table: how it is written in the file."""
+    found = re.match(r"``+(.+?)``+(?: of ``+(.+?)``+)?", inspect.cleandoc(table.__doc__ or ""))
+    if found:
+        return f"`{found[1]}`" + (f" with `{found[2]}`" if found[2] else "")
+    return table.__name__
+
+
+def meanings(table: type[job.Part]) -> dict[str, str]:
+    """What the docstring says of each key, and of those that it inherits."""
+    found: dict[str, str] = {}
+    for cls in [cls for cls in reversed(table.__mro__) if issubclass(cls, job.Part)]:
+        _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=    \S)", attributes.rstrip()):
+            keys = "|".join(table.model_fields)
+            for part in re.split(rf"; (?=(?:{keys}): )", " ".join(entry.split())):
+                names, colon, text = part.partition(": ")
+                if colon:
+                    found |= dict.fromkeys(names.split(", "), plain(text).replace("|", "\\|"))
+    return found
+
+
+def kind(table: type[job.Part], key: str, field: FieldInfo) -> str:
+    """The type of a key, for people."""
+    if key in QUANTITIES:
+        return QUANTITIES[key]
+    package = RULES.get(table) if key == "rule" else METHODS.get(key)
+    if package:
+        return "one of " + ", ".join(f'`"{name}"`' for name in plugins.names(package))
+    return spell(field.annotation) + limits(field.metadata)
+
+
+def spell(annotation: Any) -> str:
+    """A Python type in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value!r}`".replace("'", '"') for value in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(spell(arg) for arg in args if arg is not type(None))
+    if origin is tuple:
+        return f"list of: {spell(args[0])}"
+    if hasattr(annotation, "__metadata__"):
+        return spell(args[0]) + limits(annotation.__metadata__)
+    if isinstance(annotation, type) and issubclass(annotation, job.Part):
+        return f"a table, {title(annotation)}"
+    words = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "file"}
+    return words.get(annotation, str(annotation))
+
+
+def limits(metadata: Any) -> str:
+    """What a number must be: "> 0"."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    inner = [getattr(one, "metadata", [one]) for one in metadata]
+    found = [f"{sign} {getattr(one, name):g}" for part in inner for one in part for name, sign in signs.items()
+             if getattr(one, name, None) is not None]  # fmt: skip
+    return " " + ", ".join(found) if found else ""
+
+
+def default(field: FieldInfo) -> str:
+    """What holds where a key is left out."""
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None:
+        return "–"
+    if isinstance(value, job.Part):
+        return "its defaults"
+    if isinstance(value, tuple):
+        return f"`{list(value)}`".replace("'", '"')
+    return f"`{str(value).lower() if isinstance(value, bool) else repr(value)}`".replace("'", '"')
+
+
+def commands_page() -> str:
+    """Every command: what it does, its arguments and options."""
+    parts = ["# Every command\n\nMade from the commands' own help by `make docs`; `fedgrove COMMAND --help` shows the same."]
+    root = typer.main.get_command(app)
+    for path, command in walk("fedgrove", root):
+        says = inspect.cleandoc(command.help or "")
+        context = click.Context(command, info_name=path)
+        rows = ["| | |", "|---|---|"]
+        for parameter in command.params:
+            if parameter.name != "help":
+                record = parameter.get_help_record(context) or (parameter.make_metavar(context), getattr(parameter, "help", ""))
+                about = re.sub(r"\s*\[([^\]]*(?:default|required|>=)[^\]]*)\]", r" (\1)", record[1] or "").strip()
+                usage = record[0].replace("|", "\\|")
+                rows.append(f"| `{usage}` | {about} |")
+        example = re.search(r"(?s)Example: (.+)$", says)
+        if example:
+            says = says[: example.start()].rstrip() + f"\n\n```sh\n{' '.join(example[1].split())}\n```"
+        parts.append(f"## {path}\n\n{says}\n\n" + ("\n".join(rows) if len(rows) > 2 else ""))
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def walk(path: str, command: Any) -> list[tuple[str, Any]]:
+    """A command and those below it, leaves only."""
+    if not hasattr(command, "commands"):
+        return [(path, command)]
+    return [leaf for name, part in command.commands.items() for leaf in walk(f"{path} {name}", part)]
+
+
+def plain(text: str) -> str:
+    """Docstring to Markdown: roles and double backticks become code."""
+    return re.sub(r"``(.+?)``", r"`\1`", re.sub(r":\w+:`~?(.+?)`", r"`\1`", text))
+
+
+PAGES = {"job.md": job_page, "commands.md": commands_page}
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (HERE / "reference" / name).write_text(make(), encoding="utf-8")

@@ -1,0 +1,123 @@
+"""The reference is the code's: no key without its meaning, no command without an example, no page that is out of date."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+from fedgrove import job
+from fedgrove.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def site() -> ModuleType:
+    """docs/site.py."""
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "docs" / "site.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tables() -> list[type[job.Part]]:
+    """Every table that a job file can have, found by walking the job's own types."""
+    found: list[type[job.Part]] = []
+
+    def walk(annotation: object) -> None:
+        for part in getattr(annotation, "__args__", ()):
+            walk(part)
+        if isinstance(annotation, type) and issubclass(annotation, job.Part) and annotation not in found:
+            found.append(annotation)
+            for field in annotation.model_fields.values():
+                walk(field.annotation)
+
+    walk(job.Job)
+    return found
+
+
+def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(site: ModuleType) -> None:
+    page = (ROOT / "docs" / "reference" / "job.md").read_text(encoding="utf-8")
+    sections = {text.split("\n", 1)[0]: text for text in page.split("\n## ")[1:]}
+    assert len(tables()) >= 11
+    for table in tables():
+        rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", sections[site.title(table)]))
+        assert rows.keys() == table.model_fields.keys(), table.__name__
+        for key, field in table.model_fields.items():
+            kind, default, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", rows[key]))
+            assert kind
+            assert len(meaning) > 5, f"{table.__name__}.{key} has no meaning"
+            assert (default == "required") == field.is_required()
+            if isinstance(field.default, int | float | str) and not field.is_required():
+                wanted = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+                assert wanted in default, f"{table.__name__}.{key}"
+
+
+def test_no_docstring_tells_of_a_key_that_is_not_there(site: ModuleType) -> None:
+    for table in tables():
+        told = set(site.meanings(table))
+        assert told <= set(table.model_fields), f"{table.__name__}: {told - set(table.model_fields)}"
+
+
+def test_the_reference_pages_are_those_that_the_code_makes(site: ModuleType) -> None:
+    for name, make in site.PAGES.items():
+        assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == make(), f"run: make docs ({name})"
+
+
+def test_every_command_has_an_example(site: ModuleType) -> None:
+    for path, command in site.walk("fedgrove", typer.main.get_command(app)):
+        assert f"Example: {path}" in " ".join((command.help or "").split()), path
+
+
+def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:
+    keys = {table: set(table.model_fields) for table in tables()}
+    known = set().union(*keys.values())
+
+    def check(page: Path, value: object) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                assert key in known, f"{page.name}: {key}"
+                check(page, part)
+        elif isinstance(value, list):
+            for part in value:
+                check(page, part)
+
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    blocks = [
+        (page, text) for page in pages for text in re.findall(r"(?ms)^```toml\n(.*?)^```", page.read_text(encoding="utf-8"))
+    ]
+    assert len(blocks) > 5
+    for page, text in blocks:
+        if page.name != "federation.md":  # it shows other files too
+            check(page, tomllib.loads(text))
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in nav, f"mkdocs.yml: {page.name} is missing"
+
+
+def test_every_method_is_on_the_methods_page() -> None:
+    from fedgrove import plugins
+
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for package in ("pruners", "rules", "rules.adapters", "rules.groups"):
+        for name in plugins.names(package):
+            assert f"| `{name}` |" in text, f"methods.md: {name}"
+    export = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in export for name in plugins.names("exports"))
+
+
+def test_links_out_of_the_docs_become_text_on_the_site(site: ModuleType) -> None:
+    assert site.on_page_markdown("see [`job.py`](../src/fedgrove/job.py) and [a](b.md)") == "see `job.py` and [a](b.md)"
+    assert inspect.signature(site.on_page_markdown).parameters["_"].kind is inspect.Parameter.VAR_KEYWORD
