@@ -24,7 +24,7 @@ TABLES = (
     job.Job, job.Model, job.Client, job.PruneStage, job.LayerSampling, job.NarrowStage, job.TuneStage, job.Evaluate, job.Text,
     job.Rounds, job.Privacy, job.FederatedJob,
 )  # fmt: skip
-METHODS = {"pruner": "pruners", "score": "rules.groups"}  # keys whose values are names of files
+METHODS = {"pruner": "pruners", "score": "rules.groups", "allocation": "allocations"}  # keys whose values are names of files
 RULES = {job.PruneStage: "rules", job.TuneStage: "rules.adapters"}
 QUANTITIES = {"memory": 'bytes, such as "8GiB"', "uplink": 'bits/s, such as "20Mbit"', "downlink": 'bits/s, such as "20Mbit"'}
 SOURCES = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]+\)")

@@ -111,7 +111,7 @@ def test_every_method_is_on_the_methods_page() -> None:
     from fedgrove import plugins
 
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for package in ("pruners", "rules", "rules.adapters", "rules.groups"):
+    for package in ("pruners", "allocations", "rules", "rules.adapters", "rules.groups"):
         for name in plugins.names(package):
             assert f"| `{name}` |" in text, f"methods.md: {name}"
     export = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
