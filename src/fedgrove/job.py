@@ -671,16 +671,12 @@ def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
             raise FedgroveError(f"{path}: clients.{i}.name: {client.get('name')!r} is no site; there are {', '.join(sites)}")
 
 
-_ALTERNATIVES = (
-    "literal['all']",
-    "LayerSampling",
-    "narrow",
-    "prune",
-    "tune",
-)  # pydantic names the member of a union that it tried
+# pydantic names the member of a union that it tried
+_ALTERNATIVES = ("literal['all']", "LayerSampling", "narrow", "prune", "tune")
 
 
 def complaint(fault: ValidationError) -> str:
+    """The first fault of a file as one line: the key, and what would do."""
     first = fault.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in _ALTERNATIVES)
     what = first["msg"].removeprefix("Value error, ")

@@ -127,7 +127,8 @@ def beside(job: Job, index: int) -> list[str]:
         if epsilon is None:
             notes.append(
                 f"Stage {other} uses the same text without noise, and the result holds what it learnt: no privacy is promised "
-                "for the run as a whole. Give it an epsilon too, or run stage {index} in a job of its own on other text."
+                "for the run as a whole. Give it an epsilon too, or run stage "
+                f"{index} in a job of its own on other text."
             )
         else:
             notes.append(f"Stage {other} spends epsilon = {epsilon:g} of the same text besides; the sums of both count.")
