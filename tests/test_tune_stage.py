@@ -243,6 +243,14 @@ def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, m
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_a_plan_stays_unless_another_is_worth_more(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = tune(method="fedpipe", refresh=1, ranks=[2, 4])
+    assert json.loads((small.undisturbed(stages=stages) / "plan-0-tune.json").read_text())["since"] == 0
+    monkeypatch.setattr("fedgrove.stages.tune.HYSTERESIS", 0.0)
+    assert cli("run", small.job("eager", stages=stages), "--out", tmp_path / "run", "--quiet")[0] == 0
+    assert json.loads((tmp_path / "run" / "plan-0-tune.json").read_text())["since"] == 1
+
+
 def test_worker_processes_and_the_order_of_clients_change_no_bit(small: Small, tmp_path: Path) -> None:
     stages = tune(method="fedpipe", ranks=[2, 4])
     whole = small.undisturbed(stages=stages)
