@@ -74,6 +74,34 @@ def test_pruning_json_tells_the_truth_of_every_tensor(small: Small) -> None:
     assert set(weights) == set(dense)
 
 
+def test_pruning_json_tells_of_every_stage_and_round(small: Small, tmp_path: Path) -> None:
+    stages = [
+        {**small.spec()["stages"][0], "rounds": 2, "layers": {"sample": 0.5, "cover": 1}},
+        {**small.spec()["stages"][0], "sparsity": 0.6, "pruner": "magnitude"},
+    ]
+    job = small.job("twice", stages=stages, evaluate__alone=False, evaluate__prompts=["The forest"])
+    assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
+    told = json.loads((tmp_path / "run" / "pruning.json").read_text())
+    plans = [json.loads((tmp_path / "run" / f"plan-{stage}-prune.json").read_text())["clients"] for stage in (0, 1)]
+    assert [(entry["stage"], entry["round"], entry["block"]) for entry in told["history"]] == [
+        (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1)
+    ]  # fmt: skip
+    for entry in told["history"]:
+        share = {client: plan["blocks"][entry["round"]] for client, plan in plans[entry["stage"]].items()}
+        assert entry["clients"] == sorted(client for client, blocks in share.items() if entry["block"] in blocks)
+        assert entry["pruned"] == pytest.approx([0.5, 0.6][entry["stage"]] * entry["numel"], abs=7)
+    assert {(row["stage"], row["target"]) for row in told["tensors"]} == {(1, 0.6)}
+    assert len(told["tensors"]) == 14
+
+    told = json.loads((tmp_path / "run" / "samples.json").read_text())["samples"]
+    for key, model in (("before", small.model), ("after", tmp_path / "run" / "model")):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        ids = tokenizer("The forest", return_tensors="pt")["input_ids"]
+        plain = AutoModelForCausalLM.from_pretrained(model)
+        wanted = tokenizer.decode(plain(ids).logits[0, -1].argmax()).strip()
+        assert told[0][key].startswith(wanted)
+
+
 def test_the_ledger_counts_the_bytes_of_real_messages(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
 

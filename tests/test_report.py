@@ -251,6 +251,70 @@ def test_every_table_is_also_a_download_with_the_same_rows(run: Path) -> None:
     assert [len(table[0]) for table in page.tables] == [len(rows[0]) for rows in downloads]
 
 
+def test_exports_measures_and_samples_are_shown_where_there_are_some(run: Path) -> None:
+    before = _page(run)
+    assert not {"exports", "measures", "samples"} & set(before.attributes("id"))
+    (run / "gguf").mkdir()
+    told = {"form": "gguf", "bytes": 900, "of_model": 1000, "length": 64}
+    told |= {"perplexity": {"ward": 50.0, "law": 32.0}, "of_perplexity": {"ward": 40.0, "law": 40.0}}
+    _write(run / "gguf.export.json", told)
+    _write(run / "gone.export.json", told)
+    for stage, value in ((None, 0.5), (0, 0.75)):
+        for name, plus in (("accuracy/quiz", 0), ("accuracy.low/quiz", -0.1), ("accuracy.high/quiz", 0.1)):
+            _append(run / "metrics.jsonl", _metric(stage, None, "", value + plus, name=name))
+    _append(run / "metrics.jsonl", _metric(0, None, "", 2e6, name="memory/speed"))
+    _write(run / "samples.json", {"tokens": 40, "samples": [{"prompt": "<b>The", "before": "cat {{ 1 }}", "after": "dog"}]})
+    page = _page(run)
+    assert page.csv("exports")[1:] == [["gguf", "900", "0.9", "2", "40.0", "1.0"]]
+    assert page.csv("measures")[1:] == [
+        ["quiz: accuracy", "0.500 (0.400 to 0.600)", "0.750 (0.650 to 0.850)", "1.5"],
+        ["speed: memory", "", "2.0 MB", ""],
+    ]
+    assert page.csv("samples")[1:] == [["<b>The", "cat {{ 1 }}", "dog"]]
+    assert "<b>The" in page.text
+    assert "cat {{ 1 }}" in page.text
+
+
+def test_several_rounds_and_stages_tell_whose_work_is_in_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["a", "b", "c"], num_blocks=3, rounds=2)
+    pruning = json.loads((run / "pruning.json").read_text())
+    pruning["history"] = [
+        {"stage": 0, "round": r, "block": b, "clients": ["a", "c"] if r == 0 else ["a", "b", "c"], "numel": 128,
+         "pruned": 60 + r, "agreement": 0.5 + r / 4}
+        for r in range(2) for b in range(3)
+    ]  # fmt: skip
+    _write(run / "pruning.json", pruning)
+    page = _page(run)
+    head, *rows = page.csv("stage-0-rounds")
+    assert [dict(zip(head, row, strict=True)) for row in rows] == [
+        {"round": f"round {r}", "blocks": "3", "clients": str(2 + r), "zeros": str(3 * (60 + r)),
+         "achieved": str((60 + r) / 128), "agreement": str(0.5 + r / 4)}
+        for r in range(2)
+    ]  # fmt: skip
+    summary = read(run)
+    assert summary.contributors[0, 0, 1] == ["a", "c"], "b was asked, but is not in it"
+    assert summary.contributors[0, 1, 1] == ["a", "b", "c"]
+
+
+def test_each_stage_says_what_left_its_owner(run: Path) -> None:
+    job = tomllib.loads((run / "job.toml").read_text())
+    job["stages"] = [
+        {"kind": "prune", "pruner": "sparsegpt", "rule": "statistics", "sparsity": 0.5},
+        {"kind": "prune", "pruner": "wanda", "rule": "masks", "sparsity": 0.7},
+        {"kind": "tune", "method": "lora", "rule": "ranks"},
+    ]
+    (run / "job.toml").write_text(tomli_w.dumps(job))
+    text = _page(run).text
+    assert "Stage 0, prune: a client sent for each block sums over its text" in text
+    assert "products of its channels" in text
+    assert "Stage 1, prune: a client sent for each block which weights it would keep." in text
+    assert "Stage 2, tune: a client sent in each round the factors of low-rank changes" in text
+    assert "could see what each client sent. No noise" in text
+    job["privacy"] = {"secure_aggregation": True}
+    (run / "job.toml").write_text(tomli_w.dumps(job))
+    assert "saw these added up over the clients" in _page(run).text
+
+
 def test_the_page_asks_nothing_of_a_network(run: Path) -> None:
     page = _page(run)
     assert "default-src 'none'" in (run / "report.html").read_text()

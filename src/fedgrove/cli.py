@@ -318,7 +318,8 @@ def export(
     Example: fedgrove export runs/first --to packed
     """
     from fedgrove.progress import watch
-    from fedgrove.report.exports import export_table, read_exports
+    from fedgrove.report.exports import export_table
+    from fedgrove.report.summary import read_exports
     from fedgrove.stages import export as exporting
 
     if not source.is_dir():

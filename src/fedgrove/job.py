@@ -412,12 +412,15 @@ class Evaluate(Part):
         data: held-out texts, which the server sees: nobody's private text.
         length: tokens per window; windows do not overlap.
         windows: at most so many of each text; default: all.
+        prompts: the model writes on from each of these, before and after, and the report shows both side by side. It is
+            loaded whole for that. Nobody's private text belongs here.
         alone: also measure what each client would have had without the others; it tells the server a loss of each text.
     """
 
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
     length: Annotated[int, Field(gt=1)] = 512
     windows: Annotated[int, Field(ge=1)] | None = None
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     alone: bool = False
 
     @field_validator("data")

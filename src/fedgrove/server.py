@@ -34,6 +34,7 @@ from fedgrove.runs import Run
 from fedgrove.stages.evaluate import evaluate
 from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune
+from fedgrove.stages.samples import write_samples
 from fedgrove.stages.tune import pruned_linears, tune
 from fedgrove.tuning.plan import TunePlan, even, make_tune_plan, measure
 
@@ -53,6 +54,7 @@ def main(job: Job, engine: Engine, run: Run) -> None:
     """
     if not run.has_model():
         make_model(job, engine, run)
+    write_samples(run)
     write_report(run.path)
     run.finish()
 

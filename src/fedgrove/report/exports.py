@@ -1,26 +1,14 @@
-"""What ``fedgrove export`` measured of each form: the files ``*.export.json`` beside the forms' folders."""
+"""What ``fedgrove export`` measured of each form, as numbers and as a table."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from fedgrove.report.words import change, size
-
-
-def read_exports(folder: Path) -> list[dict[str, Any]]:
-    """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
-    found = []
-    for file in sorted(folder.glob("*.export.json")):
-        name = file.name.removesuffix(".export.json")
-        if (folder / name).is_dir():
-            found.append({**json.loads(file.read_text(encoding="utf-8")), "folder": name})
-    return sorted(found, key=lambda one: (one["bytes"], one["folder"]))
 
 
 def mean_ratio(one: Mapping[str, Any]) -> float | None:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from fedgrove.report import charts, words
 from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.exports import mean_perplexity, mean_ratio
 from fedgrove.report.sheet import LONG, Column, Table, render
 from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
 from fedgrove.report.tuning import Tuning
@@ -63,6 +64,11 @@ def page(summary: Summary) -> str:
         narrowed=_narrowed(summary),
         other_type=words.other_type(summary.narrowing["types"]) if summary.narrowing else "",
         model=_model(summary),
+        exports=_exports(summary),
+        measures=_measures(summary),
+        samples=summary.samples,
+        samples_table=_samples(summary),
+        left=words.left(summary),
         job=tomli_w.dumps(_without_folders(summary.job)),
         length=summary.job.get("evaluate", {}).get("length", 512),
         plural=plural,
@@ -343,6 +349,8 @@ class _Stage:
     def __init__(self, summary: Summary, plan: dict[str, Any]):
         self.number: int = plan["stage"]
         self.rounds = num_rounds(plan)
+        self.sums: bool = summary.job["stages"][self.number].get("rule") == "statistics"
+        self._history = [row for row in summary.history if row["stage"] == self.number]
         self.num_blocks: int = plan["num_blocks"]
         self.clients = sorted(plan["clients"])
         self.unanswered = summary.unanswered(plan)
@@ -380,6 +388,23 @@ class _Stage:
             rows.append([client, blocks, *wanted, self._sent[client], share.get("memory")])
         caption = f"Who did what in stage {self.number}"
         return Table(f"stage-{self.number}-clients", caption, columns, rows)
+
+    @property
+    def rounds_table(self) -> Table | None:
+        """Zeros and agreement of every round; None where there is one."""
+        rounds = sorted({row["round"] for row in self._history})
+        if len(rounds) < 2:
+            return None
+        rows = []
+        for round_ in rounds:
+            of = [row for row in self._history if row["round"] == round_]
+            clients = len(set[str]().union(*(row["clients"] for row in of)))
+            pruned, numel = (sum(row[key] for row in of) for key in ("pruned", "numel"))
+            rows.append([f"round {round_}", len(of), clients, pruned, pruned / numel, _agreement(of)])
+        whole, percent = "{:,}".format, "{:.2%}".format
+        columns = [Column("round"), Column("blocks", whole), Column("clients", whole), Column("zeros", whole)]
+        columns += [Column("achieved", percent), Column("agreement", percent)]
+        return Table(f"stage-{self.number}-rounds", f"Rounds of stage {self.number}", columns, rows)
 
     @property
     def by_round(self) -> Table:
@@ -540,6 +565,67 @@ def _model(summary: Summary) -> Table:
     caption = f"Size on disk: {summary.parameters:,} weights"
     caption += f", {zeros:,} of them pruned to zero" if summary.tensors else ""
     return Table("size", caption, [Column("form"), Column("bytes", "{:,}".format), Column("of plain", "{:.3f}".format)], rows)
+
+
+def _exports(summary: Summary) -> Table | None:
+    """Every form that was exported into the run folder: bytes, and perplexity after it was reloaded."""
+    if not summary.exports:
+        return None
+    columns = [Column("form"), Column("bytes", size), Column("of the model", "{:.3f}".format), Column("texts", "{:,}".format)]
+    columns += [Column("perplexity", "{:.2f}".format), Column("against the model", change)]
+    rows = [
+        [
+            one["form"],
+            one["bytes"],
+            one["bytes"] / one["of_model"],
+            len(one["perplexity"]),
+            mean_perplexity(one),
+            mean_ratio(one),
+        ]
+        for one in summary.exports
+    ]
+    return Table("exports", "Exports, reloaded and measured", columns, rows)
+
+
+def _measures(summary: Summary) -> Table | None:
+    """What was measured of the first and the last model besides perplexity, with intervals where there are some."""
+    last = len(summary.job["stages"]) - 1
+    ends = (".low", ".high")
+
+    def of(stage: int | None, name: str) -> tuple[float | None, ...]:
+        measure, _, text = name.partition("/")
+        names = [name, *(f"{measure}{end}/{text}" for end in ends)]
+        return tuple(summary.rounds_measured.get((stage, None, None, one)) for one in names)
+
+    found = [name for stage, round_, client, name in summary.rounds_measured
+             if "/" in name and stage in (None, last) and round_ is None and client is None
+             and not name.partition("/")[0].endswith(ends)]  # fmt: skip
+    rows: list[list[Any]] = []
+    for name in dict.fromkeys(found):
+        measure, _, text = name.partition("/")
+        before, after = of(None, name), of(last, name)
+        ratio = _ratio(after[0], before[0])
+        rows.append([f"{text}: {measure}", _with_unit(measure, before), _with_unit(measure, after), ratio, *before, *after])
+    shown = [Column("what"), Column("before", str), Column("after", str), Column("after against before", change)]
+    return Table("measures", "Measured before and after", shown, [row[:4] for row in rows]) if rows else None
+
+
+def _with_unit(measure: str, value: tuple[float | None, ...]) -> str | None:
+    middle, low, high = value
+    if middle is None:
+        return None
+    if measure in ("disk", "memory"):
+        return size(middle)
+    digits = 1 if measure in ("prefill", "decode") else 3
+    unit = " tokens/s" if measure in ("prefill", "decode") else ""
+    around = f" ({low:,.{digits}f} to {high:,.{digits}f})" if low is not None and high is not None else ""
+    return f"{middle:,.{digits}f}{unit}{around}"
+
+
+def _samples(summary: Summary) -> Table:
+    """What the model writes: only as CSV."""
+    rows = [[sample["prompt"], sample["before"], sample["after"]] for sample in summary.samples]
+    return Table("samples", "", [Column("prompt"), Column("before"), Column("after")], rows)
 
 
 def _ratio(value: float | None, of: float | None) -> float | None:

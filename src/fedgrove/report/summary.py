@@ -48,7 +48,10 @@ class Summary:
         alone_stage: after which stage ``alone`` was measured; compare it with ``together``.
         plans: ``plan-*.json``, by stage.
         tensors: the records of ``pruning.json``; empty if no stage prunes.
-        pruning: the rest of ``pruning.json``.
+        history: a row for every stage, round and block of pruning, as ``pruning.json`` tells it.
+        exports: what was measured of each form that was exported into the run folder; see :func:`read_exports`.
+        samples: ``samples.json``: each prompt, and what the model wrote before and after.
+        pruning: the rest of ``pruning.json``: the last stage that prunes.
         narrowing: ``narrowing.json``; empty if no stage narrows.
         rounds_measured: the metrics of single rounds and of clients, but perplexities: by (stage, round, client, name).
         traffic: the ledger, summed by stage, round, client, direction and kind.
@@ -69,6 +72,9 @@ class Summary:
     alone_stage: int | None
     plans: list[dict[str, Any]]
     tensors: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    exports: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     pruning: dict[str, Any]
     narrowing: dict[str, Any]
     rounds_measured: dict[tuple[int | None, int | None, str | None, str], float]
@@ -172,7 +178,8 @@ class Summary:
     def contributors(self) -> dict[tuple[int, int, int], list[str]]:
         """Whose work is in a block, by (stage, round, block).
 
-        ``pruning.json`` tells of the last round of pruning who answered well; of earlier rounds the plan tells who was asked.
+        ``pruning.json`` tells who answered well; where it is of a fedgrove that told the last round only, the plan tells of
+        the others who was asked.
         """
         found: dict[tuple[int, int, int], list[str]] = {}
         for plan in self.plans:
@@ -180,8 +187,9 @@ class Summary:
                 for round_, blocks in enumerate(share.get("blocks", ())):
                     for block in blocks:
                         found.setdefault((plan["stage"], round_, block), []).append(client)
-        stage = self.pruning.get("stage", 0)
-        return found | {(stage, row["round"], row["block"]): sorted(row["clients"]) for row in self.tensors}
+        last = self.pruning.get("stage", 0)
+        told = [*self.tensors, *self.history]
+        return found | {(row.get("stage", last), row["round"], row["block"]): sorted(row["clients"]) for row in told}
 
     def unanswered(self, plan: dict[str, Any]) -> dict[str, int]:
         """Asks of a stage that a client did not answer, by client; only those with any.
@@ -225,7 +233,7 @@ def read(run: Path) -> Summary:
     job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
     plans = sorted((_json(file) for file in run.glob("plan-*.json")), key=lambda plan: plan["stage"])
     pruning = _json(run / "pruning.json") if (run / "pruning.json").is_file() else {}
-    tensors = pruning.pop("tensors", [])
+    tensors, history = pruning.pop("tensors", []), pruning.pop("history", [])
     traffic = _traffic(_lines(run / "ledger.jsonl"))
     metrics = _lines(run / "metrics.jsonl")
 
@@ -259,6 +267,9 @@ def read(run: Path) -> Summary:
         alone_stage=alone_stage if alone else None,
         plans=plans,
         tensors=tensors,
+        history=history,
+        exports=read_exports(run),
+        samples=_json(run / "samples.json")["samples"] if (run / "samples.json").is_file() else [],
         pruning=pruning,
         narrowing=_json(run / "narrowing.json") if (run / "narrowing.json").is_file() else {},
         rounds_measured={
@@ -274,6 +285,16 @@ def read(run: Path) -> Summary:
         began=min((line["time"] for line in metrics), default=None),
         ended=max((line["time"] for line in metrics), default=None),
     )
+
+
+def read_exports(folder: Path) -> list[dict[str, Any]]:
+    """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
+    found = []
+    for file in sorted(folder.glob("*.export.json")):
+        name = file.name.removesuffix(".export.json")
+        if (folder / name).is_dir():
+            found.append({**_json(file), "folder": name})
+    return sorted(found, key=lambda one: (one["bytes"], one["folder"]))
 
 
 def _json(file: Path) -> dict[str, Any]:

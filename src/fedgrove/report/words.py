@@ -118,6 +118,43 @@ def other_type(types: Sequence[str]) -> str:
     )
 
 
+def left(summary: Summary) -> list[str]:
+    """What left its owner, stage by stage, and who could see it."""
+    secure = summary.job.get("privacy", {}).get("secure_aggregation")
+    says = "No text and no tokens. A client said a few numbers about itself once"
+    says += ", and in the end one loss for each held-out text." if summary.alone else "."
+    parts = [says]
+    several = len(summary.job["stages"]) > 1
+    for number, stage in enumerate(summary.job["stages"]):
+        sent = f"a client sent {_sent(stage)}."
+        parts.append(f"Stage {number}, {stage['kind']}: {sent}" if several else sent[0].upper() + sent[1:])
+    if secure:
+        who = "Whoever ran the server saw these added up over the clients, and those of no single one."
+    else:
+        who = "Whoever ran the server could see what each client sent."
+    if not any(stage.get("epsilon") for stage in summary.job["stages"]):
+        who += (
+            " No noise was added: that is less than text, but it is computed from text, and nothing here is a proof of privacy."
+        )
+    return [*parts, who]
+
+
+def _sent(stage: Mapping[str, Any]) -> str:
+    if stage["kind"] == "narrow":
+        return "for each channel and head of every block one number: how much the loss on its text would change without it"
+    if stage["kind"] == "tune":
+        what = "the change of each matrix" if stage.get("method") == "full" else "the factors of low-rank changes"
+        says = f"in each round {what} that it had trained on its text, and its loss"
+        if stage.get("method") == "fedpipe":
+            says += "; before the first a score for each matrix"
+        return says + ("; in the end two losses on text that it held out for itself" if stage.get("personal") else "")
+    if stage.get("rule") == "statistics":
+        products = "" if stage.get("pruner") == "wanda" else ", and of the products of its channels"
+        return f"for each block sums over its text: of the squares of what enters each matrix{products}"
+    values = "" if stage.get("rule") == "masks" else " and their values"
+    return f"for each block which weights it would keep{values}"
+
+
 def _done(summary: Summary) -> str:
     owners = plural(len(summary.clients), "owner of text")
     if summary.narrowing:

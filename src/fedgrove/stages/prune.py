@@ -38,10 +38,13 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
     so a stage that was killed goes on at the first block that is missing.
 
     Returns:
-        The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor.
+        The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor, last by this
+        stage, and whose work is in every block of every stage and round (``history``).
     """
     stage = run.job.pruning(plan.stage)
-    records: dict[str, Info] = {}
+    before = _told(run)
+    records: dict[str, Info] = {record["name"]: record for record in before.get("tensors", ())}
+    history: list[Info] = [entry for entry in before.get("history", ()) if entry["stage"] < plan.stage]
     for round_ in range(stage.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model)
@@ -54,9 +57,12 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
                 where = f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}"
                 run.step(where, round_ * plan.num_blocks + block, stage.rounds * plan.num_blocks)
                 _prune_block(decoder, block, round_, inlets, shares, plan, engine, run, file)
-        records |= {record["name"]: record for record in _records(overlay)}
+        made = _records(overlay)
+        records |= {record["name"]: {**record, "stage": plan.stage} for record in made}
+        history += _history(made, plan.stage, round_)
         model = model.over(overlay)
-    run.write_json("pruning.json", {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": list(records.values())})
+    told = {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
+    run.write_json("pruning.json", told)
     return model
 
 
@@ -259,6 +265,36 @@ def _agreement(sums: Sums) -> float | None:
         return None
     alike = (sums.weight == 0) | (sums.weight == sums.clients)
     return float(alike.double().mean())
+
+
+def _told(run: Run) -> Info:
+    """What earlier stages wrote to ``pruning.json``."""
+    file = run.path / "pruning.json"
+    told: Info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return told
+
+
+def _history(records: list[Info], stage: int, round_: int) -> list[Info]:
+    """A round in short: of each block the zeros, who is in it, and how far they agreed."""
+    blocks: dict[int, list[Info]] = {}
+    for record in records:
+        blocks.setdefault(record["block"], []).append(record)
+    history = []
+    for block, rows in sorted(blocks.items()):
+        voted = [row for row in rows if row["agreement"] is not None]
+        votes = sum(row["numel"] for row in voted)
+        history.append(
+            {
+                "stage": stage,
+                "round": round_,
+                "block": block,
+                "clients": rows[0]["clients"],
+                "numel": sum(row["numel"] for row in rows),
+                "pruned": sum(row["pruned"] for row in rows),
+                "agreement": sum(row["agreement"] * row["numel"] for row in voted) / votes if votes else None,
+            }
+        )
+    return history
 
 
 def _records(overlay: Path) -> list[Info]:
