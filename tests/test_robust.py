@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedgrove.client import HANDLERS, Site
 from fedgrove.masks import Target, lowest
 from fedgrove.rounds.fold import Sums
+from fedgrove.rounds.trim import TrimmedSums
 from fedgrove.rules import Options, masks, votes
 from small import Small, cli, complaint
 
@@ -37,6 +39,72 @@ def test_one_poisoned_client_of_eight_moves_the_mask_by_its_vote_at_most(rule: o
     assert int((~result).sum()) == target.num_pruned(dense.numel())
     # whatever it sent, no weight is kept over another that more than one honest vote speaks for
     assert honest[result].min() >= honest[~result].max() - 1  # type: ignore[index]
+
+
+def test_a_trimmed_mean_is_that_of_the_sorted_values_without_the_outermost() -> None:
+    torch.manual_seed(0)
+    values, kept = torch.randn(9, 40, 30), torch.rand(9, 40, 30) > 0.4
+    values[4] = torch.where(torch.rand(40, 30) > 0.5, 1e30, -1e30)  # a liar
+    for trim in (1, 2):
+        before = torch.randn(40, 30)
+        sums = TrimmedSums(trim=trim, before=before)
+        for value, mask in zip(values, kept, strict=True):
+            sums.add(value * mask, mask)
+        found = sums.mean()
+        for i, j in ((i, j) for i in range(40) for j in range(30)):
+            own = sorted(float(v) for v, k in zip(values[:, i, j], kept[:, i, j], strict=True) if k)
+            if len(own) > 2 * trim:
+                wanted = sum(own[trim:-trim]) / (len(own) - 2 * trim)
+            else:
+                wanted = min(own, key=abs) if len(own) > trim else float(before[i, j]) if own else 0.0
+            assert float(found[i, j]) == pytest.approx(wanted, abs=1e-12)
+        assert torch.equal(sums.weight_like(values[0]), kept.sum(0).double())
+
+
+def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() -> None:
+    torch.manual_seed(0)
+    target = Target(0.5)
+    dense = torch.randn(64, 96)
+    honest = [dense + 0.1 * torch.randn(64, 96) for _ in range(7)]
+    mask = ~lowest([dense.abs()], target.num_pruned(dense.numel()))
+    sums, plain = TrimmedSums(trim=1, before=dense), Sums()
+    for value in [*honest, 1000 * dense]:
+        sums.add(value * mask, mask)
+        plain.add(value * mask, mask)
+    weight, _ = votes.finish(dense, sums, target, Options())
+    lowest_, highest = torch.stack(honest).amin(0), torch.stack(honest).amax(0)
+    assert ((weight >= lowest_) & (weight <= highest))[mask].all()
+    assert not ((plain.mean() >= lowest_) & (plain.mean() <= highest))[mask].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stages__0__rule": "mean"}, 'trim belongs to rule = "votes"'),
+        ({"stages__0__trim": 2}, "set it to 1 at most"),
+        ({"privacy__secure_aggregation": True, "evaluate__alone": False}, "nobody sees which values"),
+    ],
+)
+def test_trimming_that_cannot_be_is_refused(small: Small, changes: dict[str, Any], says: str) -> None:
+    assert says in complaint("plan", small.job("trim", **{"stages__0__trim": 1, **changes}))
+
+
+def test_a_job_trims_what_a_liar_sends(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = HANDLERS["prune"]
+
+    def poison(tensors: Any, info: Any, site: Site, device: str) -> Any:
+        answer, told = honest(tensors, info, site, device)
+        factor = 1000 if site.name == "birch" else 1
+        return {name: factor * tensor if name.startswith("change/") else tensor for name, tensor in answer.items()}, told
+
+    monkeypatch.setitem(HANDLERS, "prune", poison)
+    largest = {}
+    for trim in (0, 1):
+        job = small.job(f"trim-{trim}", stages__0__trim=trim, evaluate={})
+        assert cli("run", job, "--out", tmp_path / str(trim), "--quiet")[0] == 0
+        weights = load_file(tmp_path / str(trim) / "model" / "model.safetensors")
+        largest[trim] = max(float(weights[name].abs().max()) for name in weights if "proj" in name)
+    assert largest[0] > 50 * largest[1]
 
 
 def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(

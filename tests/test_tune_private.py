@@ -120,8 +120,8 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
         raise FedgroveError("seen enough")
 
     info = {
-        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0, "bits": 32, "length": 16,
-        "seed": "s", "seen": 0, "masked": [], "ranks": {name: 2},
+        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0,
+        "bits": 32, "length": 16, "seed": "s", "seen": 0, "masked": [], "ranks": {name: 2},
         "scales": {name: 2.0}, "trains": "b", "precision": "float32", "settings": {"steps": 1, "batch": 1, "micro": 1,
         "learning_rate": 0.0},
     }  # fmt: skip
@@ -235,7 +235,7 @@ def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_
         model = Line()
         settings = lora.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
         private.train(
-            model, ids, labels, settings, client="ash", epsilon=50.0, delta=0.05, noise=noise, steps=1, bound=bound
+            model, ids, labels, settings, client="ash", epsilon=50.0, delta=0.05, noise=noise, rounds=1, bound=bound
         )  # fmt: skip
         return -model.table.detach() * len(ids)
 
@@ -250,11 +250,11 @@ def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_
 def test_a_client_trains_nothing_with_less_noise_than_was_promised() -> None:
     ids = torch.zeros(20, 8, dtype=torch.int64)
     enough = dp.window_noise(1.0, 1e-5, 0.1, 10)
-    for noise, steps in ((0.9 * enough, 10), (enough, 20)):
+    for noise, rounds in ((0.9 * enough, 10), (enough, 20)):
         with pytest.raises(FedgroveError, match="'ash': noise of"):
             private.train(
                 Line(), ids, ids, lora.Settings(1, 2, 1, 0.1), client="ash", epsilon=1.0, delta=1e-5, noise=noise,
-                steps=steps, bound=1.0,
+                rounds=rounds, bound=1.0,
             )  # fmt: skip
 
 
@@ -311,17 +311,17 @@ def test_a_killed_run_with_noise_goes_on_and_draws_nothing_twice(small: Small, t
 def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = jobs.load(small.job("past", stages=[{**WHOLE, "epsilon": 8.0, "protects": "client"}], evaluate={}))
     site = server.local_engine(job, tmp_path)._sites["ash"]
-    noise = {"epsilon": 8.0, "delta": 1e-6, "bound": 1.0, "round": 2, "rounds": 2, "adders": 2}
+    noise = {"epsilon": 8.0, "delta": 1e-6, "bound": 1.0, "rounds": 2, "adders": 2}
     info = {
-        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0, "bits": 32, "length": 16,
-        "seed": "s", "seen": 0, "masked": [], "ranks": {}, "scales": {},
+        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 2,
+        "bits": 32, "length": 16, "seed": "s", "seen": 0, "masked": [], "ranks": {}, "scales": {},
         "trains": "b", "precision": "float32", "settings": {"steps": 0, "batch": 1, "micro": 1, "learning_rate": 0.0},
         "whole": {"share": 1 / 3, "ranks": {}, "noise": noise}, "release": "run/0/2",
     }  # fmt: skip
     monkeypatch.setattr(lora, "train", lambda *rest: 1.0)
     with pytest.raises(FedgroveError, match="'ash': round 3 of 2: its budget is spent"):
         serve("train", wire.pack({}, info), site, "cpu")
-    with pytest.raises(FedgroveError, match="'ash': noisy answers without a name"):
+    with pytest.raises(FedgroveError, match="'ash': a noisy answer that is not named"):
         serve("train", wire.pack({}, {**info, "release": None}), site, "cpu")
 
 

@@ -367,7 +367,8 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         ranks: by linear; null: whole linears. scales: by linear. masked: the linears whose zeros stay zero.
         trains: "ab" or "b"; precision: dtype of the answer.
         whole: None, or {share, ranks, noise}: the answer in whole numbers, see :mod:`fedgrove.tuning.whole`.
-        private: None, or {epsilon, delta, noise, steps, bound}: DP-SGD, see :func:`fedgrove.tuning.private.train`.
+        private: None, or {epsilon, delta, noise, rounds, bound}: DP-SGD, see :func:`fedgrove.tuning.private.train`.
+        release: where there is noise, a name that ends in /stage/round, see :func:`fedgrove.privacy.noise.once`.
         tensors ``own/<linear>/b``, ``own/<linear>/a``, ``rest/<linear>/b``, …: where to start; a missing factor begins anew.
         With whole linears ``own/<linear>``: the change so far.
 
@@ -385,8 +386,11 @@ def train(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     (ids, labels), held = hold_out(ids, labels, info["personal"])
     settings = lora.Settings(**info["settings"])
     whole, private = info.get("whole"), info.get("private")
-    if (private or (whole and whole["noise"])) and not info.get("release"):
-        raise FedgroveError(f"client '{site.name}': noisy answers without a name could be asked for again and again")
+    noise = private or (whole and whole["noise"])
+    if noise and not str(info.get("release")).endswith(f"/{info['stage']}/{info['round']}"):
+        raise FedgroveError(f"client '{site.name}': a noisy answer that is not named by its round could be asked for anew")
+    if noise and not info["round"] < noise["rounds"]:
+        raise FedgroveError(f"client '{site.name}': round {info['round'] + 1} of {noise['rounds']}: its budget is spent")
 
     def learn(model: nn.Module, masks: Mapping[str, Tensor] = MappingProxyType({})) -> Info:
         batches = lora.draw(ids, labels, settings.batch, info["seen"], f"{info['seed']}/{site.name}")
@@ -599,8 +603,6 @@ def _whole(site: Site, changes: Tensors, shapes: dict[str, tuple[int, int]], wan
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
     if not noise or not noise["adders"]:
         return answer
-    if not noise["round"] < noise["rounds"]:
-        raise FedgroveError(f"client '{site.name}': round {noise['round'] + 1} of {noise['rounds']}: its budget is spent")
     sigma = dp.client_noise(noise["epsilon"], noise["delta"], noise["rounds"]) * noise["bound"] * wanted["share"]
     return dp.add_whole(answer, sigma * 2.0**whole.BITS / math.sqrt(noise["adders"]))
 

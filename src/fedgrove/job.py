@@ -176,6 +176,7 @@ class PruneStage(Part):
             "votes" only.
         expand: prune on by votes until the target holds exactly (the paper's mask expansion); false leaves fewer zeros.
         bound: refuse a client whose pruned weights exceed the largest one before so many times.
+        trim: rule "votes": leave out so many of the highest and of the lowest values of every weight, against liars.
         source: of rule "statistics": "dense" sums over the model as it came, "sequential" through the pruned blocks.
         mixed: of rule "statistics" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
         protect_first_block: prune block 0 by magnitude, so that nobody sends sums of it: they tell much of the word counts.
@@ -197,6 +198,7 @@ class PruneStage(Part):
     shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     expand: bool = True
     bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    trim: Annotated[int, Field(ge=0)] = 0
     allocation: Annotated[str, _one_of("allocations")] = "even"
     outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
     spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
@@ -216,6 +218,8 @@ class PruneStage(Part):
             raise ValueError('shrink belongs to rule = "votes"')
         if self.bound is not None and self.rule not in ("votes", "mean"):
             raise ValueError('bound belongs to rule = "votes" and "mean"')
+        if self.trim and (self.rule != "votes" or self.layers != "all"):
+            raise ValueError('trim belongs to rule = "votes", with layers = "all": every client counts alike')
         if self.allocation != "even":
             self._check_allocation()
         if self.rule == "statistics":
@@ -500,6 +504,11 @@ class Job(Part):
                 raise ValueError(f"stages.{i}.kind: clients prune the model that they have; narrow and prune in two jobs")
             if self.evaluate.alone and stage.layers != "all":
                 raise ValueError("evaluate.alone: no client prunes the whole model when layers are sampled; set it to false")
+            if stage.trim and len(self.clients) <= 2 * stage.trim:
+                raise ValueError(
+                    f"stages.{i}.trim: {stage.trim} values from above and below are all that {len(self.clients)} clients have; "
+                    f"set it to {(len(self.clients) - 1) // 2} at most"
+                )
             if isinstance(stage.layers, LayerSampling) and stage.layers.cover > len(self.clients):
                 raise ValueError(
                     f"stages.{i}.layers.cover: {stage.layers.cover} clients for each block, but there are {len(self.clients)}"
@@ -550,6 +559,10 @@ class Job(Part):
                 continue
             if isinstance(stage, NarrowStage):
                 continue
+            if stage.trim:
+                raise ValueError(
+                    f"privacy.secure_aggregation: stages.{i}.trim: nobody sees which values to leave out; set it to 0"
+                )
             if stage.rule == "mean":
                 raise ValueError(f'privacy.secure_aggregation: stages.{i}.rule "mean": use "statistics", "votes" or "masks"')
             if stage.rule != "statistics" and len(self.clients) > 255:

@@ -178,8 +178,25 @@ def keeps_to(allow: Allow, terms: Info, kind: str, ask: Info) -> None:
             raise Refusal("terms", "epsilon")
         if ask["products"] and stage["pruner"] == "wanda":
             raise Refusal("terms", "products")
+    if kind == "train":
+        private = ask.get("private") if stage.get("protects") == "window" else (ask.get("whole") or {}).get("noise")
+        if ask["settings"]["steps"] != stage["steps"]:
+            raise Refusal("terms", "steps")
+        if stage.get("epsilon") is not None and (private is None or _beyond(private, stage, terms["secure"])):
+            raise Refusal("terms", "epsilon")
+    if kind == "importance" and stage.get("epsilon") is not None:
+        raise Refusal("terms", "epsilon")
     if kind in ("prune", "statistics") and allow.samples is not None and ask["samples"] > allow.samples:
         raise Refusal("refused", "allow.samples")
+
+
+def _beyond(private: Info, stage: Info, secure: bool) -> bool:
+    """Whether a client would spend more than the job said, or leave noise to others that nobody is bound to add."""
+    if any(private[key] > stage[key] for key in ("epsilon", "delta")):
+        return True
+    if private["rounds"] < stage["rounds"] or private["bound"] != stage["bound"]:
+        return True
+    return stage["protects"] == "client" and secure and not private["adders"]
 
 
 def described(kit: Path, own: SiteFile, folder: Path, terms: Info) -> Site:

@@ -23,6 +23,7 @@ from fedgrove.plans import Plan, calibration
 from fedgrove.privacy.secure import sum_securely
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
+from fedgrove.rounds.trim import TrimmedSums
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.rules import VALUE_BITS, Options, from_integers, unit_of
@@ -131,7 +132,8 @@ def _from_solutions(
         clients, sums = _add_masked(before, units, hidden, round_, block, targets, plan, engine, run)
     else:
         messages: dict[str, Message] = {client: (start, info) for client, info in infos.items()}
-        clients, sums = [], {name: Sums() for name in names}
+        clients = []
+        sums = {name: TrimmedSums(trim=stage.trim, before=before[name]) if stage.trim else Sums() for name in names}
         check = _checker(before, stage, plan, targets, round_, block)
         for client, tensors, _ in ask(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check):
             clients.append(client)

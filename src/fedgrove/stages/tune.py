@@ -352,7 +352,7 @@ def _message(
         "round": round_,
         "seen": progress.seen.get(client, 0),
         "trains": _rule(stage).TRAINS,
-        "whole": whole_facts(run, plan, round_).get(client),
+        "whole": whole_facts(run, plan).get(client),
         "private": private_facts(run, plan, client),
         "release": f"{run.name}/{plan.stage}/{round_}" if stage.epsilon is not None else None,
         "precision": stage.dtype,

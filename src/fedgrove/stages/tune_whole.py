@@ -21,7 +21,7 @@ from fedgrove.tuning import whole
 from fedgrove.tuning.plan import TunePlan
 
 
-def whole_facts(run: Run, plan: TunePlan, round_: int = 0) -> dict[str, Info]:
+def whole_facts(run: Run, plan: TunePlan) -> dict[str, Info]:
     """By client, what it is told where answers are whole numbers; nothing where they are not."""
     stage = run.job.tuning(plan.stage)
     if stage.precision != "fixed":
@@ -32,7 +32,6 @@ def whole_facts(run: Run, plan: TunePlan, round_: int = 0) -> dict[str, Info]:
             "epsilon": stage.epsilon,
             "delta": stage.delta,
             "bound": stage.bound,
-            "round": round_,
             "rounds": stage.rounds,
             "adders": smallest_sum(len(plan.clients)) if run.job.privacy.secure_aggregation else 0,
         }
@@ -49,7 +48,7 @@ def private_facts(run: Run, plan: TunePlan, client: str) -> Info | None:
         "epsilon": stage.epsilon,
         "delta": stage.delta,
         "noise": plan.noise[client],
-        "steps": stage.rounds * stage.steps,
+        "rounds": stage.rounds,
         "bound": stage.bound,
     }
 

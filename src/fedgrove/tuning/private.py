@@ -24,7 +24,7 @@ def train(
     epsilon: float,
     delta: float,
     noise: float,
-    steps: int,
+    rounds: int,
     bound: float,
 ) -> None:
     """Trains what requires a gradient, so that no window of the text can be told from what was learnt.
@@ -42,13 +42,13 @@ def train(
         client: for the message of an error.
         epsilon, delta: what all rounds together may spend.
         noise: standard deviation of the noise on the sum, in units of ``bound``; chosen by the server, checked here.
-        steps: of all rounds together.
+        rounds: how many there are, of ``settings.steps`` each.
 
     Raises:
         FedgroveError: the noise is too little for what was promised.
     """
     rate = min(1.0, settings.batch / len(ids))
-    if not enough(noise, epsilon, delta, rate, steps) or settings.steps > steps:
+    if not enough(noise, epsilon, delta, rate, rounds * settings.steps):
         raise FedgroveError(f"client '{client}': noise of {noise:g} is too little for epsilon = {epsilon:g}; it trains nothing")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []

@@ -1,0 +1,118 @@
+"""Can it be told from the tuned model whether a window was learnt from? With and without differential privacy.
+
+    .venv/bin/python bench/membership.py --data ../shared/data --write
+
+Two owners of newsgroup posts tune the shipped model, each on 64 windows of 32 tokens, for so many steps that it learns
+them by heart where nothing stops it. As many windows of other posts are kept out. The attack is a threshold on a window's
+loss, and a stronger one on what that loss lost against the model before; each is chosen on one half of the windows and used
+on the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import page
+import torch
+from fedgrove.run import Run
+from torch import Tensor
+from transformers.utils import logging
+
+from fedgrove import server
+from fedgrove.data import DEFAULT_TEMPLATE, read_texts, training_windows
+from fedgrove.job import Job
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import negative_log_likelihoods
+from fedgrove.models.stream import Checkpoint
+from fedgrove.privacy.membership import advantage, bound
+
+MODEL = Path(server.__file__).parent / "demo" / "grove-6m"
+CLIENTS, WINDOWS, LENGTH, DELTA = 2, 64, 32, 1e-3
+TUNE = {
+    "kind": "tune", "method": "lora", "rounds": 4, "steps": 10, "length": LENGTH, "batches": [16], "ranks": [16],
+    "bits": [32], "learning_rate": 1e-2, "delta": DELTA, "bound": 0.5,
+}  # fmt: skip
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 2.0, 0.5])
+    arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        files, inside, outside = deal(given.data, Path(folder))
+        before = [losses(MODEL, windows) for windows in (inside, outside)]
+        rows = [
+            "| | perplexity, learnt | perplexity, others | advantage by loss | by loss against before | at most, by ε |",
+            "|---|---|---|---|---|---|",
+            row("before tuning", before, before, None),
+        ]
+        for epsilon in (None, *given.epsilons):
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                after = [losses(tuned(files, epsilon, Path(out)), windows) for windows in (inside, outside)]
+            label = "no privacy" if epsilon is None else f"ε = {epsilon:g}, δ = {DELTA:g}, a window"
+            rows.append(row(label, after, before, epsilon))
+            print(rows[-1], flush=True)
+    text = "\n".join(rows)
+    print(text)
+    if given.write:
+        page.write("membership", text)
+
+
+def deal(data: Path, folder: Path) -> tuple[list[Path], Tensor, Tensor]:
+    """A file for each owner, the windows that they learn from, and as many of other posts."""
+    tokenizer = Checkpoint(MODEL).tokenizer()
+    posts = iter(read_texts(data / "newsgroups/train.jsonl", "{text}"))
+    files, dealt = [], []
+    for i in range(2 * CLIENTS):
+        file = folder / f"owner-{i}.jsonl"
+        records: list[str] = []
+        while True:
+            records.append(json.dumps({"text": next(posts)}))
+            file.write_text("\n".join(records) + "\n", encoding="utf-8")
+            if len(records) % 5:
+                continue
+            ids, _ = training_windows([file], {"text": DEFAULT_TEMPLATE}, tokenizer, LENGTH)
+            if len(ids) >= WINDOWS:
+                break
+        files.append(file)
+        dealt.append(ids)
+    number = min(sum(map(len, dealt[:CLIENTS])), sum(map(len, dealt[CLIENTS:])))
+    return files[:CLIENTS], torch.cat(dealt[:CLIENTS])[:number], torch.cat(dealt[CLIENTS:])[:number]
+
+
+def tuned(files: list[Path], epsilon: float | None, out: Path) -> Path:
+    stage: dict[str, Any] = {**TUNE, **({"epsilon": epsilon} if epsilon else {})}
+    clients = [{"name": file.stem, "data": str(file)} for file in files]
+    job = Job.model_validate(
+        {"name": "membership", "model": {"path": str(MODEL), "dtype": "float32"}, "clients": clients, "stages": [stage]}
+    )
+    run = Run(out / "run", job)
+    server.main(job, server.local_engine(job, run.path / "clients"), run)
+    run.close()
+    return run.path / "model"
+
+
+def losses(model: Path, windows: Tensor) -> Tensor:
+    """(windows,) mean negative log-likelihood of each."""
+    decoder = Decoder(Checkpoint(model))
+    return torch.tensor([total / count for total, count in negative_log_likelihoods(decoder, [ids[None] for ids in windows])])
+
+
+def row(label: str, after: list[Tensor], before: list[Tensor], epsilon: float | None) -> str:
+    learnt, others = (f"{float(loss.mean().exp()):.1f}" for loss in after)
+    plain = advantage(*after)
+    against = advantage(*(now - then for now, then in zip(after, before, strict=True))) if after is not before else 0.0
+    most = f"{bound(epsilon, DELTA):.3f}" if epsilon else "1"
+    return f"| {label} | {learnt} | {others} | {plain:+.3f} | {against:+.3f} | {most} |"
+
+
+if __name__ == "__main__":
+    main()
