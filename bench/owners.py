@@ -1,6 +1,7 @@
 """Eight owners of very different text prune one model: every rule beside stand-alone and pooled data.
 
     .venv/bin/python bench/owners.py --data ../shared/data --write
+    .venv/bin/python bench/owners.py --data ../shared/data --table allocations --sparsities 0.7 --write
 
 Every single result is kept in bench/owners.json and not measured again; remove the file to begin anew.
 
@@ -55,11 +56,25 @@ RULES: dict[str, dict[str, Any]] = {
     "summed statistics, a round a block (statistics, source sequential)": {"rule": "statistics", "source": "sequential"},
 }
 
+ALLOCATIONS: dict[str, dict[str, Any]] = {
+    "SparseGPT, votes": {},
+    "SparseGPT, votes, OWL": {"allocation": "owl"},
+    "SparseGPT, statistics": {"rule": "statistics"},
+    "SparseGPT, statistics, OWL": {"rule": "statistics", "allocation": "owl"},
+    "Wanda, statistics": {"pruner": "wanda", "rule": "statistics"},
+    "Wanda, statistics, OWL": {"pruner": "wanda", "rule": "statistics", "allocation": "owl"},
+}
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "rules": {**RULES, "stand-alone, mean of the eight models": {}, "pooled data (one client has it all)": {}},
+    "allocations": ALLOCATIONS,
+}
+
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--model", default=str(Path(server.__file__).parent / "demo" / "grove-6m"))
+    arguments.add_argument("--table", choices=TABLES, default="rules", help="the rules, or even and uneven sparsity")
     arguments.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--samples", type=int, default=8)
@@ -74,11 +89,7 @@ def main() -> None:
         files = dict(plain_files(given.data, Path(folder)))
         kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
         table = []
-        for name, changes in {
-            **RULES,
-            "stand-alone, mean of the eight models": {},
-            "pooled data (one client has it all)": {},
-        }.items():
+        for name, changes in TABLES[given.table].items():
             cells = []
             for sparsity in given.sparsities:
                 found = []
@@ -98,7 +109,7 @@ def main() -> None:
     text = "\n".join([f"| | {head} |", f"|---|{'---|' * len(given.sparsities)}", *table])
     print(text)
     if given.write:
-        page.write("owners", text)
+        page.write("owners" if given.table == "rules" else given.table, text)
 
 
 def measure(

@@ -37,9 +37,9 @@ SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
     "num_key_value_heads": 8, "vocab_size": 16000, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
-PROMPT, NEW = 256, 16
+PROMPT, NEW = 256, 32
 TUNE = {
-    "kind": "tune", "method": "lora", "rounds": 6, "steps": 4, "length": 256, "batches": [4], "ranks": [16], "bits": [32],
+    "kind": "tune", "method": "lora", "rounds": 4, "steps": 3, "length": 256, "batches": [2], "ranks": [16], "bits": [32],
     "learning_rate": 4e-3, "precision": "float32",
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any] | None] = {
@@ -57,8 +57,8 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, help="the folder with the owners' texts, for quality")
     arguments.add_argument("--share", type=float, default=0.25, help="of channels and of heads that goes")
     arguments.add_argument("--models", type=Path, help="a folder for speed's two models, which are made if they are not there")
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner")
+    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--windows", type=int, default=4, help="held-out windows of 512 tokens of each owner")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()

@@ -78,7 +78,7 @@ def make_narrow_plan(
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
     in_linears = sum(weight.numel() for module in linears(decoder.blocks[0]).values() for weight in module.parameters())
     logits = stage.length * sizes.vocabulary
-    memory = 4 * (sizes.others + max(block + 2 * sizes.saved, 4 * logits)) + 2**24
+    memory = 4 * (sizes.others + max(block + 3 * sizes.saved, 5 * logits)) + 2**24
     num_groups = len(decoder) * (before.channels + before.heads)
     upload = (8 if secure else 4) * num_groups + 1300 * len(decoder)  # numbers (measured on the shipped model), and names
     shares = {}
