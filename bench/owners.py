@@ -57,12 +57,10 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 ALLOCATIONS: dict[str, dict[str, Any]] = {
-    "SparseGPT, votes": {},
-    "SparseGPT, votes, OWL": {"allocation": "owl"},
-    "SparseGPT, statistics": {"rule": "statistics"},
-    "SparseGPT, statistics, OWL": {"rule": "statistics", "allocation": "owl"},
     "Wanda, statistics": {"pruner": "wanda", "rule": "statistics"},
     "Wanda, statistics, OWL": {"pruner": "wanda", "rule": "statistics", "allocation": "owl"},
+    "SparseGPT, votes": {},
+    "SparseGPT, votes, OWL": {"allocation": "owl"},
 }
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
     "rules": {**RULES, "stand-alone, mean of the eight models": {}, "pooled data (one client has it all)": {}},
