@@ -393,7 +393,7 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     assert "narrowed on its own text only" in page
     assert "one number: how much the loss on its text would change without it" in page
     card = (run / "model" / "README.md").read_text()
-    assert "narrow: 0.25 of the MLP channels" in card
+    assert "narrow by 25% of the channels and 50% of the heads" in card
     assert "exact zeros" not in card
     sent = [line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("narrow", "up")]
     assert max(sent) < 4000, "a number for each of 196 groups, and names"
