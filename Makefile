@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test federation-test lint docs site clean
+.PHONY: demo test federation-test federation-faults lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
@@ -12,9 +12,13 @@ demo: .venv/installed
 test: lint site
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not federation"
 
-# A server and three sites as processes on this machine, and everything that can go wrong with them.
+# A server and three sites as processes on this machine; `make test` runs these tests too.
 federation-test: .venv/installed
-	$(BIN)/pytest tests/test_federation.py
+	$(BIN)/pytest tests/test_federation.py tests/test_federation_site.py
+
+# Everything that can go wrong with them: the table in docs/federation.md. Several minutes.
+federation-faults: .venv/installed
+	$(BIN)/pytest tests/test_federation_faults.py
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from small import CLIENTS, ROOT, Small, wait_until
 
 OPERATOR = "ops@example.org"
 MODEL = "small-model"
+LONGEST = 240.0  # seconds for a run
 
 
 class Lines(Watch):
@@ -29,9 +31,12 @@ class Lines(Watch):
         self.said: list[str] = []
         self.steps: list[str] = []
         self.at: dict[str, Any] = {}
+        self.hears: dict[str, Any] = {}
 
     def say(self, line: str) -> None:
         self.said.append(line)
+        for words in [words for words in self.hears if words in line]:
+            self.hears.pop(words)()
 
     def step(self, what: str, done: float = 0, of: float = 0) -> None:
         self.steps.append(what)
@@ -92,11 +97,11 @@ class Proxy:
 class Running:
     """A federation, its kits and its processes."""
 
-    def __init__(self, small: Small, folder: Path, proxied: str | None = None, **server: Any):
-        self.small, self.folder = small, folder
+    def __init__(self, small: Small, folder: Path, names: Sequence[str] = CLIENTS, proxied: str | None = None, **server: Any):
+        self.small, self.folder, self.names = small, folder, tuple(names)
         self.port = free_port()
         self.proxy = Proxy(self.port) if proxied else None
-        sites = [{"name": name} for name in CLIENTS]
+        sites = [{"name": name} for name in names]
         for site in sites:
             if self.proxy and site["name"] == proxied:
                 site["connect"] = f"localhost:{self.proxy.port}"
@@ -110,9 +115,9 @@ class Running:
         )
         kits.make_kits(self.described, folder)
         self.server, self.operator = folder / "server", folder / "operators" / OPERATOR
-        self.sites = {name: folder / "sites" / name for name in CLIENTS}
+        self.sites = {name: folder / "sites" / name for name in names}
         self.write(self.server / "server.toml", threads=1, models={MODEL: str(small.model)}, **server)
-        for name in CLIENTS:
+        for name in names:
             self.describe(name)
 
     def write(self, file: Path, **content: Any) -> None:
@@ -120,17 +125,24 @@ class Running:
 
     def describe(self, site: str, **changes: Any) -> None:
         """Writes a site's own file."""
-        content = {"data": [str(self.small.texts[site])], "threads": 1, "models": {MODEL: str(self.small.model)}}
+        text = self.small.texts.get(site, self.small.texts["ash"])
+        content = {"data": [str(text)], "threads": 1, "models": {MODEL: str(self.small.model)}}
         self.write(self.sites[site] / "site.toml", **{**content, **changes})
 
-    def start(self) -> None:
+    def start(self, **environments: dict[str, str]) -> None:
         """Starts everybody, and waits until the server has heard of all."""
-        node.start(self.server)
-        for kit in self.sites.values():
-            node.start(kit)
-        self.wait_for(CLIENTS)
+        with environment(**environments.get("server", {})):
+            node.start(self.server)
+        for name in self.names:
+            self.start_site(name, **environments.get(name, {}))
+        self.wait_for(self.names)
+
+    def start_site(self, name: str, **changes: str) -> None:
+        with environment(**changes):
+            node.start(self.sites[name])
 
     def wait_for(self, sites: tuple[str, ...]) -> None:
+        """Waits until the server has heard of them."""
         wait_until(lambda: all(site["heard"] for site in operator.status(self.operator)["sites"] if site["name"] in sites))
 
     def job(self, name: str, **changes: Any) -> Path:
@@ -142,8 +154,9 @@ class Running:
 
     def run(self, name: str, seen: Lines | None = None, resume: bool = False, **changes: Any) -> str | None:
         """Submits a job and watches it to its end; None where it ended well, else the line that says why not."""
-        operator.submit(self.operator, self.job(name, **changes), resume=resume)
-        return operator.watch(self.operator, name, seen or Lines())
+        with within(LONGEST):
+            operator.submit(self.operator, self.job(name, **changes), resume=resume)
+            return operator.watch(self.operator, name, seen or Lines())
 
     def fetch(self, name: str) -> Path:
         """The run folder of a run, over the network."""
@@ -170,6 +183,22 @@ class Running:
                     one.kill()
         if self.proxy:
             self.proxy.close()
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """A test that never ends would leave a federation running."""
+
+    def late(*_: Any) -> None:
+        raise AssertionError(f"nothing came of it in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

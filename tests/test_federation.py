@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import ssl
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +13,13 @@ import pytest
 
 pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installed")
 
-from federated import Lines, Running, environment
+from federated import OPERATOR, Lines, Running
+from fedgrove.errors import FedgroveError
+from fedgrove.federation import kits, operator
+from fedgrove.federation.doctor import shake_hands
+from fedgrove.job import load_federated
 from fedgrove.stages.export import export
-from small import Small
+from small import Small, wait_until
 
 pytestmark = pytest.mark.xdist_group("federation")
 SECRET = "zanzibar-7413"
@@ -42,8 +49,7 @@ def federation(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (private / "ash.txt").write_text(text, encoding="utf-8")
     running.describe("ash", data=[str(private / "ash.txt")], result=True)
     try:
-        with environment():
-            running.start()
+        running.start()
         yield running
     finally:
         running.close()
@@ -68,3 +74,117 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert not (federation.sites["birch"] / "results").exists(), "birch did not want it"
     for kit in federation.sites.values():
         assert not list((kit / "work").glob("demo-*")), "no hidden states are left behind"
+
+
+def test_a_stranger_gets_no_connection(federation: Running, tmp_path: Path) -> None:
+    """Without a certificate, and with one of another federation of the same name."""
+    own = federation.sites["ash"] / "startup"
+    shake_hands(own, "localhost", federation.port)
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    shutil.copy(own / "rootCA.pem", nothing)
+    with pytest.raises(OSError, match=r"(?i)certificate|reset|hung up|eof"):
+        shake_hands(nothing, "localhost", federation.port)
+
+    kits.make_kits(federation.described, tmp_path / "other")
+    other = tmp_path / "other" / "sites" / "ash" / "startup"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(other, "localhost", federation.port)
+    shutil.copy(own / "rootCA.pem", other)
+    with pytest.raises(OSError, match=r"(?i)certificate|unknown|reset|hung up|eof"):
+        shake_hands(other, "localhost", federation.port)
+
+
+def test_a_site_cannot_submit(federation: Running, tmp_path: Path) -> None:
+    for name in ("ash", OPERATOR):
+        kit = tmp_path / name
+        shutil.copytree(federation.operator, kit)
+        settings = kit / "startup" / "fed_admin.json"
+        settings.write_text(settings.read_text(encoding="utf-8").replace(OPERATOR, name), encoding="utf-8")
+        for secret in ("client.crt", "client.key"):
+            shutil.copy(federation.sites["ash"] / "startup" / secret, kit / "startup" / secret)
+        with (
+            pytest.raises(FedgroveError, match=r"the server does not (accept this kit|let this kit do that)"),
+            operator.session(kit) as flare,
+        ):
+            flare.submit_job(str(prepared(federation, tmp_path, f"by-{name[:3]}")))
+
+
+def submit_raw(federation: Running, folder: Path) -> str:
+    """Submits a folder of FLARE's as it is; gives the status that the job ends with."""
+    with operator.session(federation.operator) as flare:
+        job = flare.submit_job(str(folder))
+        wait_until(lambda: str(flare.get_job_status(job)).startswith(operator.ENDED))
+        return str(flare.get_job_status(job))
+
+
+def prepared(federation: Running, folder: Path, name: str) -> Path:
+    job = load_federated(federation.job(name), sites=federation.names)
+    operator.write_flare_job(folder / name, job, resume=False)
+    return folder / name
+
+
+def test_a_job_that_brings_code_is_refused(federation: Running, tmp_path: Path) -> None:
+    folder = prepared(federation, tmp_path, "code")
+    custom = folder / "app_site" / "custom"
+    custom.mkdir()
+    (custom / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    file = folder / "app_site" / "config" / "config_fed_client.json"
+    file.write_text(file.read_text(encoding="utf-8").replace(kits.SEAT, "mine.Mine"), encoding="utf-8")
+    assert "COMPLETED" not in submit_raw(federation, folder)
+    assert not (tmp_path / "ran").exists()
+    assert b"ash: NVFLARE_ERROR: BYOC not permitted" in everything(federation.server), "the site refuses it"
+
+
+@pytest.mark.parametrize("where", ["app_site", "app_server"])
+def test_a_job_that_names_another_class_is_refused(federation: Running, tmp_path: Path, where: str) -> None:
+    folder = prepared(federation, tmp_path, f"class-{where[4:]}")
+    file = next((folder / where / "config").glob("config_fed_*.json"))
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["components"] = [{"id": "touch", "path": "subprocess.Popen", "args": {"args": ["touch", str(tmp_path / "ran")]}}]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert "COMPLETED" not in submit_raw(federation, folder)
+    assert not (tmp_path / "ran").exists()
+    kit = federation.sites["ash"] if where == "app_site" else federation.server
+    assert b"Component 'subprocess.Popen' at config path" in everything(kit)
+
+
+def everything(kit: Path) -> bytes:
+    return b"".join(contents(file) for file in kit.rglob("*") if file.is_file())
+
+
+def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
+    federation.describe("cedar", allow={"secure": True})
+    seen = Lines()
+    fault = federation.run("open", seen)
+    federation.describe("cedar")
+    assert fault == (
+        "client 'cedar': it refuses what the job asks (allow.secure in its site.toml) "
+        "(2 of 3 clients answered, 3 needed: rounds.quorum)"
+    )
+    assert not [step for step in seen.steps if step.startswith("prune")], "nothing is computed before all agree"
+
+
+def test_nothing_of_a_site_is_anywhere_else(federation: Running) -> None:
+    """Everything that the server, the operator and the other sites hold, after all of the above."""
+    words = (federation.folder / SECRET / "ash.txt").read_text(encoding="utf-8").split()
+    sentences = [" ".join(words[i : i + 4]).encode() for i in range(0, len(words) - 4, 4)]
+    looked = 0
+    for folder in (federation.server, federation.operator, *(kit for name, kit in federation.sites.items() if name != "ash")):
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            content = contents(file)
+            looked += len(content)
+            assert SECRET.encode() not in content, file
+            assert not [sentence for sentence in sentences if sentence in content], file
+    assert looked > 10**6
+    own = b"".join(contents(file) for file in federation.sites["ash"].rglob("*.toml"))
+    assert SECRET.encode() in own, "where it belongs it is found"
+
+
+def contents(file: Path) -> bytes:
+    """A file's bytes, and those of what is in it where it is an archive."""
+    data = file.read_bytes()
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            data += b"".join(archive.read(name) for name in archive.namelist())
+    return data

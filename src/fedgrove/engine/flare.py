@@ -204,7 +204,9 @@ class Hub(Controller):  # type: ignore[misc]  # nvflare has no types
 
     def _progress(self, topic: str, data: Any, fl_ctx: Any) -> dict[str, Any]:
         since = data.get("since", 0) if isinstance(data, dict) else 0
-        return {"events": [] if self._recorder is None else self._recorder.events[int(since) :]}
+        if self._recorder is None:
+            return {"events": [], "cards": {}}
+        return {"events": self._recorder.events[int(since) :], "cards": self._recorder.cards}
 
 
 class Seat(Executor):  # type: ignore[misc]

@@ -208,4 +208,4 @@ def _can(card: dict[str, Any] | None) -> str:
     if card is None:
         return ""
     memory = f"{card['memory'] / 2**30:.1f} GiB" if card.get("memory") else "any memory"
-    return f"; {memory}, speed {card.get('speed')}, {card.get('tokens', 0)} tokens"
+    return f"; {memory}, speed {card.get('speed')}, weights of {', '.join(map(str, card.get('bits', ())))} bits"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from fedgrove import server
 from fedgrove.engine import Engine
@@ -20,9 +21,10 @@ from fedgrove.federation.files import SERVER, ServerFile, model_folder, read
 from fedgrove.federation.site import DONE, JOIN, RESULT
 from fedgrove.job import FederatedJob, load_federated
 from fedgrove.models.digest import digests
+from fedgrove.plans import Card
 from fedgrove.progress import Watch
 from fedgrove.rounds.ask import ask
-from fedgrove.rounds.wire import WireError
+from fedgrove.rounds.wire import Info, WireError
 from fedgrove.runs import Run
 from fedgrove.stages.export import Texts, export
 
@@ -37,6 +39,7 @@ class Recorder(Watch):
     def __init__(self) -> None:
         self.events: list[tuple[str, list[Any]]] = []
         self.file: Path | None = None
+        self.cards: dict[str, Any] = {}
 
     def say(self, line: str) -> None:
         self.events.append(("say", [line]))
@@ -84,7 +87,7 @@ def conduct(kit: Path, config: Path, leave: Path, resume: bool, reach: Reach, re
         run = Run(folder, job, resume=resume, watch=recorder)
         try:
             recorder.file = folder / SAID
-            run_job(job, model, own, reach, run)
+            run_job(job, model, own, reach, run, recorder)
         finally:
             run.close()
     except FedgroveError as fault:
@@ -113,23 +116,24 @@ def open_job(kit: Path, config: Path, own: ServerFile) -> tuple[FederatedJob, st
     return job.model_copy(update={"model": copy}), job.model.path
 
 
-def run_job(job: FederatedJob, model: str, own: ServerFile, reach: Reach, run: Run) -> None:
+def run_job(job: FederatedJob, model: str, own: ServerFile, reach: Reach, run: Run, recorder: Recorder) -> None:
     """From the members' agreement to the result."""
     facts = run.path / FACTS
     if not facts.is_file():
         run.write_json(FACTS, {"run": f"{job.name[:40]}-{secrets.token_hex(8)}"})
     named = str(json.loads(facts.read_text(encoding="utf-8"))["run"])
-    engine = reach([client.name for client in job.clients], named, own.grace)
-    wants = agree(job, model, engine, run)
+    agreed = agree(job, model, reach([client.name for client in job.clients], named, own.grace), run)
+    recorder.cards = {site: info["card"] for site, info in agreed.items()}
+    engine = reach(list(agreed), named, own.grace)
     server.main(job, engine, run)
     if job.result == "sites":
-        give(engine, run, wants)
+        give(engine, run, [site for site, info in agreed.items() if info["result"]])
     for _ in engine.ask(DONE, dict.fromkeys(engine.sites(), _empty()), run.job.rounds.timeout):
         pass  # a site that does not hear it deletes its working files another time
 
 
-def agree(job: FederatedJob, model: str, engine: Engine, run: Run) -> list[str]:
-    """Asks the members whether they take part in this job on the model of that name; gives those who want its result.
+def agree(job: FederatedJob, model: str, engine: Engine, run: Run) -> dict[str, Info]:
+    """Asks the members whether they take part in this job on the model of that name; what those say who do.
 
     Raises:
         FedgroveError: fewer agree than the quorum; names the first that does not, and why.
@@ -146,12 +150,16 @@ def agree(job: FederatedJob, model: str, engine: Engine, run: Run) -> list[str]:
         "clients": engine.sites(),
     }
 
-    def check(client: str, tensors: dict[str, torch.Tensor], info: dict[str, object]) -> None:
-        if not isinstance(info.get("result"), bool):
+    def check(client: str, tensors: dict[str, torch.Tensor], info: Info) -> None:
+        if not isinstance(info.get("result"), bool) or not isinstance(info.get("card"), dict):
             raise WireError("it neither agrees nor refuses")
+        try:
+            Card(**{**info["card"], "speed": 1.0})  # "measure" becomes a number when it is planned
+        except ValidationError as fault:
+            raise WireError("its card is not understood") from fault
 
     answers = ask(engine, run, JOIN, {site: ({}, terms) for site in engine.sites()}, stage=0, round_=0, check=check)
-    return [site for site, _, info in answers if info["result"]]
+    return {site: info for site, _, info in answers}
 
 
 def give(engine: Engine, run: Run, wants: list[str]) -> None:

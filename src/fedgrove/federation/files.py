@@ -74,7 +74,7 @@ class Allow(Part):
 
     Attributes:
         stages: kinds of stages.
-        methods: pruners, rules and tuning methods by name; "all", or a list.
+        methods: pruners, rules, scores and tuning methods by name; "all", or a list.
         group: takes part in no job of fewer sites.
         secure: answers only under secure aggregation.
         epsilon: answers only where noise of differential privacy is added, with at most this ε a stage.
@@ -82,7 +82,7 @@ class Allow(Part):
         samples: the most calibration windows in a stage.
     """
 
-    stages: tuple[Literal["prune", "tune"], ...] = ("prune", "tune")
+    stages: tuple[Literal["prune", "narrow", "tune"], ...] = ("prune", "narrow", "tune")
     methods: Literal["all"] | tuple[Name, ...] = "all"
     group: Annotated[int, Field(ge=1)] = 2
     secure: bool = False

@@ -47,6 +47,7 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
         FedgroveError: an unknown name, or FLARE refused something.
     """
     require_flare()
+    out = out.resolve()
     places = _places(federation, out)
     for name in renew:
         if name not in places:

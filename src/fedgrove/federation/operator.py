@@ -24,8 +24,16 @@ from fedgrove.federation.node import address, kind_of, reachable
 from fedgrove.job import FederatedJob, load_federated
 from fedgrove.progress import Watch
 
+CARDS = "cards.json"  # what each site said of itself when a run was watched last
 SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
 ENDED = ("FINISHED", "ABORTED", "FAILED")
+
+
+def check_kit(kit: Path) -> None:
+    """Refuses a folder that is no operator's kit."""
+    require_flare()
+    if kind_of(kit) != "operator":
+        raise FedgroveError(f"{kit}: this is not an operator's kit; name one with --kit")
 
 
 @contextmanager
@@ -35,9 +43,7 @@ def session(kit: Path) -> Iterator[Any]:
     Raises:
         FedgroveError: not an operator's kit, nobody there, or the server does not accept the certificate.
     """
-    require_flare()
-    if kind_of(kit) != "operator":
-        raise FedgroveError(f"{kit}: this is not an operator's kit; name one with --kit")
+    check_kit(kit)
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     host, port = address(kit)
@@ -65,9 +71,14 @@ class _Quiet:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._flare, name)
 
+        from nvflare.fuel.flare_api.api_spec import AuthorizationError
+
         def quietly(*args: Any, **kwargs: Any) -> Any:
             with redirect_stdout(None):
-                return call(*args, **kwargs)
+                try:
+                    return call(*args, **kwargs)
+                except AuthorizationError as fault:
+                    raise FedgroveError("the server does not let this kit do that; is it an operator's?") from fault
 
         return quietly
 
@@ -78,6 +89,7 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
     Raises:
         FedgroveError: the job does not hold together, or fewer of its sites are connected than its quorum.
     """
+    check_kit(kit)
     federation = read(kit / FEDERATION, Federation)
     job = load_federated(file, changes, [site.name for site in federation.sites])
     with session(kit) as flare:
@@ -153,11 +165,19 @@ def watch(kit: Path, name: str, seen: Watch, *, planned: bool = False) -> str | 
     number = 0
     with session(kit) as flare:
         while True:
-            status = str(flare.get_job_status(job))
             try:
-                events = flare.do_app_command(job, "progress", {"since": number})["events"]
+                status = str(flare.get_job_status(job))
+            except Exception as fault:  # FLARE raises many kinds
+                raise FedgroveError(
+                    f"{name}: the server is gone ({type(fault).__name__}); start it again, then submit with --resume"
+                ) from fault
+            try:
+                told = flare.do_app_command(job, "progress", {"since": number})
             except Exception:  # it does not run yet, or no more
-                events = []
+                told = {"events": [], "cards": {}}
+            events = told["events"]
+            if told["cards"]:
+                (kit / CARDS).write_text(json.dumps(told["cards"], indent=2), encoding="utf-8")
             for kind, arguments in events:
                 number += 1
                 getattr(seen, kind)(*arguments)
@@ -215,7 +235,8 @@ def stop(kit: Path, name: str) -> None:
 
 
 def status(kit: Path) -> dict[str, Any]:
-    """The server, the sites and when each was last heard of, the runs."""
+    """The server, the sites, when each was last heard of and what it last said of itself, the runs."""
+    check_kit(kit)
     federation = read(kit / FEDERATION, Federation)
     with session(kit) as flare:
         told = flare.get_system_info()
@@ -224,7 +245,8 @@ def status(kit: Path) -> dict[str, Any]:
             {"name": job.get("job_name", job.get("name")), "job": job["job_id"], "status": job["status"]}
             for job in flare.list_jobs()
         ]
-    sites = [{"name": site.name, "heard": heard.get(site.name), "card": None} for site in federation.sites]
+    cards = json.loads((kit / CARDS).read_text(encoding="utf-8")) if (kit / CARDS).is_file() else {}
+    sites = [{"name": site.name, "heard": heard.get(site.name), "card": cards.get(site.name)} for site in federation.sites]
     return {"server": told.server_info.status, "sites": sites, "runs": jobs}
 
 

@@ -34,7 +34,12 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.wire import Info
 
 JOIN, RESULT, DONE = "join", "result", "done"
-STAGES = {"prune": {"prune", "statistics"}, "tune": {"base", "importance", "train"}}  # kinds of ask by kind of stage
+STAGES = {  # kinds of ask by kind of stage
+    "prune": {"prune", "statistics"},
+    "narrow": {"narrow"},
+    "tune": {"base", "importance", "train", "personal"},
+}
+SETTINGS = ("pruner", "rule", "score", "length", "personal")  # of a stage, which an ask may repeat and not change
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -85,6 +90,10 @@ def _answer(kit: Path, run: str, kind: str, message: bytes) -> bytes:
         _keep(kit / "results" / terms["name"], own, tensors, info)
         return wire.pack({}, {})
     if kind == DONE:
+        if (folder / "personal").is_dir():  # this site's own adapter, where it is better than the shared one
+            shutil.rmtree(kit / "results" / f"{terms['name']}-personal", ignore_errors=True)
+            (kit / "results").mkdir(exist_ok=True)
+            (folder / "personal").rename(kit / "results" / f"{terms['name']}-personal")
         shutil.rmtree(folder)
         return wire.pack({}, {})
     keeps_to(own.allow, terms, kind, wire.unpack(message)[1])
@@ -99,7 +108,7 @@ def join(kit: Path, own: SiteFile, folder: Path, terms: Info) -> Info:
             ``alone``, ``clients``: the members by name.
 
     Returns:
-        ``result``: whether the site wants the finished model.
+        ``result``: whether the site wants the finished model; ``card``: what it says of itself.
 
     Raises:
         Refusal: names the key of ``site.toml``, or the part of the model that differs.
@@ -121,7 +130,7 @@ def join(kit: Path, own: SiteFile, folder: Path, terms: Info) -> Info:
     beside = folder / "agreed.partial"
     beside.write_text(json.dumps(terms), encoding="utf-8")
     beside.replace(folder / "agreed.json")
-    return {"result": own.result}
+    return {"result": own.result, "card": card_of(own)}
 
 
 def refused(allow: Allow, terms: Info) -> str | None:
@@ -129,7 +138,7 @@ def refused(allow: Allow, terms: Info) -> str | None:
     stages = terms["stages"]
     if any(stage["kind"] not in allow.stages for stage in stages):
         return "allow.stages"
-    methods = {stage[key] for stage in stages for key in ("pruner", "method", "rule") if key in stage}
+    methods = {stage[key] for stage in stages for key in ("pruner", "method", "rule", "score") if key in stage}
     if allow.methods != "all" and not methods <= set(allow.methods):
         return "allow.methods"
     if len(set(terms["clients"])) < allow.group:
@@ -159,20 +168,20 @@ def keeps_to(allow: Allow, terms: Info, kind: str, ask: Info) -> None:
     if kind == "evaluate":
         if not terms["alone"]:
             raise Refusal("terms", "evaluate.alone")
-        ask, kind = ask["walk"], "prune"
+        ask = ask["walk"]  # it may be walked anew: what is asked is then what "prune" would have been
     number = ask.get("stage")
     if type(number) is not int or not 0 <= number < len(terms["stages"]):
         raise Refusal("terms", "stage")
     stage: Info = terms["stages"][number]
-    if kind not in STAGES[stage["kind"]] or (kind == "statistics") != (stage.get("rule") == "statistics" and kind != "base"):
+    sums = stage.get("rule") == "statistics"
+    if kind == "evaluate":
+        kind = "statistics" if sums else "prune"
+    if kind not in STAGES[stage["kind"]] or (kind in STAGES["prune"] and (kind == "statistics") != sums):
         raise Refusal("terms", "kind")
-    if ask.get("length", stage["length"]) != stage["length"]:
-        raise Refusal("terms", "length")
-    if kind == "prune":
-        for key in ("pruner", "rule"):
-            if ask[key] != stage[key]:
-                raise Refusal("terms", key)
-    if kind == "statistics":
+    for key in SETTINGS:
+        if key in ask and key in stage and ask[key] != stage[key]:
+            raise Refusal("terms", key)
+    if kind == "statistics" and "noise" in ask:
         noise = ask["noise"]
         if (stage.get("epsilon") is None) != (noise is None) or (noise and noise["epsilon"] > stage["epsilon"]):
             raise Refusal("terms", "epsilon")
@@ -186,7 +195,7 @@ def keeps_to(allow: Allow, terms: Info, kind: str, ask: Info) -> None:
             raise Refusal("terms", "epsilon")
     if kind == "importance" and stage.get("epsilon") is not None:
         raise Refusal("terms", "epsilon")
-    if kind in ("prune", "statistics") and allow.samples is not None and ask["samples"] > allow.samples:
+    if allow.samples is not None and ask.get("samples", 0) > allow.samples:
         raise Refusal("refused", "allow.samples")
 
 
@@ -208,11 +217,16 @@ def described(kit: Path, own: SiteFile, folder: Path, terms: Info) -> Site:
         dtype=_dtype(terms["dtype"]),
         data=own.data,
         text=own.text,
-        card={key: value for key, value in own.model_dump(mode="json").items() if key in Card.model_fields},
+        card=card_of(own),
         credentials=credentials(kit, own.allow) if terms["secure"] or own.allow.secure else None,
         prompt=own.prompt,
         answer=own.answer,
     )
+
+
+def card_of(own: SiteFile) -> Info:
+    """What the site says of itself: see :class:`fedgrove.plan.Card`."""
+    return {key: value for key, value in own.model_dump(mode="json").items() if key in Card.model_fields}
 
 
 def name_of(kit: Path) -> str:

@@ -1,0 +1,178 @@
+"""What the way over NVIDIA FLARE costs: a tiny round, 500 MB there and back, the server's memory over many blocks.
+
+    .venv/bin/python bench/flare.py --write
+
+A server and three sites are processes of this machine, over mTLS on the loopback address. For the first two, sites give
+back what they are sent, from the working process as in a real run; the classes that do so are here, and this federation's
+kits are made to accept them. The third is a real run: a random Llama of 30 blocks is pruned by three sites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedgrove.engine.child import Child, Reply
+from fedgrove.engine.flare import FlareEngine, Hub, Seat
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 20
+LARGE = 500 * 10**6
+
+
+def echo(kit: Path, run: str, kind: str, message: bytes) -> Reply:
+    """Gives back what came."""
+    return message, None
+
+
+class EchoSeat(Seat):
+    """A site that gives back what it is sent."""
+
+    def handle_event(self, event_type: str, fl_ctx: Any) -> None:
+        if self._child is None:
+            self._child = Child(echo, 1)
+        super().handle_event("" if event_type == "_about_to_start_run" else event_type, fl_ctx)
+
+
+class EchoHub(Hub):
+    """Asks, and writes down how long it took."""
+
+    def control_flow(self, abort_signal: Any, fl_ctx: Any) -> None:
+        from nvflare.app_common.utils.tensor_disk_offload_context import setup_tensor_disk_offload
+
+        engine = fl_ctx.get_engine()
+        setup_tensor_disk_offload(engine, True, fl_ctx.get_job_id())
+        names = [client.name for client in engine.get_clients()]
+        flare = FlareEngine(self, fl_ctx, names, "bench", 60.0, lambda: bool(abort_signal.triggered))
+
+        def timed(sites: list[str], size: int) -> float:
+            message = os.urandom(size)
+            start = time.perf_counter()
+            for site, answer, error in flare.ask("echo", dict.fromkeys(sites, message), 300):
+                assert answer == message, (site, error)
+            return time.perf_counter() - start
+
+        timed(names, 100)
+        told = {
+            "tiny": [timed(names, 100) for _ in range(ROUNDS)],
+            "large": [timed(names[:1], LARGE) for _ in range(3)],
+        }
+        (Path(engine.get_workspace().get_root_dir()) / "bench.json").write_text(json.dumps(told))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--blocks", type=int, default=30)
+    arguments.add_argument("--width", type=int, default=768, help="of the model's hidden states")
+    arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    given = arguments.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    with tempfile.TemporaryDirectory() as folder:
+        tiny, large = echoes(Path(folder) / "echo")
+        peaks, size = memory(Path(folder) / "memory", given.blocks, given.width)
+    rows = [
+        "| | measured | asked for |",
+        "|---|---|---|",
+        f"| a round with 100 bytes for each of three sites, median of {ROUNDS} | {statistics.median(tiny):.2f} s "
+        f"(worst {max(tiny):.2f} s) | 0.5 s |",
+        f"| 500 MB to one site and back, median of 3 | {statistics.median(large):.1f} s (worst {max(large):.1f} s) | 12 s |",
+        f"| server's peak memory over {given.blocks} blocks of {size / 1e6:.0f} MB, three sites: block 2, largest, last | "
+        f"{peaks[1]:.0f}, {max(peaks[1:]):.0f}, {peaks[-1]:.0f} MiB ({100 * (max(peaks[1:]) / peaks[1] - 1):+.1f} %) | 10 % |",
+    ]
+    table = "\n".join(rows)
+    print(table)
+    if given.write:
+        import page
+
+        page.write("flare", table)
+
+
+def echoes(folder: Path) -> tuple[list[float], list[float]]:
+    """Seconds of tiny rounds, and of large ones."""
+    from federated import Running, within
+    from fedgrove.federation import operator
+    from fedgrove.job import load_federated
+    from small import Small, wait_until
+
+    folder.mkdir()
+    running = Running(Small(folder), folder / "kits")
+    for kit in [running.server, *running.sites.values()]:
+        resources = kit / "local" / "resources.json"
+        resources.write_text(resources.read_text().replace("fedgrove.engine.flare.", "flare.Echo"))
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), str(ROOT / "src")])}
+    try:
+        with within(280):
+            running.start(server=path, **dict.fromkeys(running.names, path))
+            operator.write_flare_job(folder / "job", load_federated(running.job("echo"), sites=running.names), False)
+            for config in (folder / "job").rglob("config_fed_*.json"):
+                config.write_text(config.read_text().replace("fedgrove.engine.flare.", "flare.Echo"))
+            with operator.session(running.operator) as flare:
+                job = flare.submit_job(str(folder / "job"))
+                wait_until(lambda: (running.server / "bench.json").is_file() or _ended(flare, job))
+        told = json.loads((running.server / "bench.json").read_text())
+        return told["tiny"], told["large"]
+    finally:
+        running.close()
+
+
+def _ended(flare: Any, job: str) -> bool:
+    time.sleep(1)
+    return not str(flare.get_job_status(job)).startswith(("RUNNING", "SUBMITTED", "DISPATCHED"))
+
+
+def memory(folder: Path, blocks: int, width: int) -> tuple[list[float], int]:
+    """MiB that the server's process of the run held at most while each block was pruned, and bytes of a block."""
+    from federated import Lines, Running
+    from small import Small, make_model
+
+    folder.mkdir()
+    small = Small(folder)
+    sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_attention_heads": 8}
+    small.model = make_model(folder / "deep", num_hidden_layers=blocks, **sizes)
+    running = Running(small, folder / "kits")
+    peaks: list[float] = []
+
+    class Watching(Lines):
+        def step(self, what: str, done: float = 0, of: float = 0) -> None:
+            if what.startswith("prune"):
+                peaks.append(0.0)
+
+    def look() -> None:
+        found = None
+        while not over.is_set():
+            if found is None:
+                found = next((one for one in psutil.process_iter(["cmdline"]) if _is_run(one, running.server)), None)
+            elif peaks:
+                peaks[-1] = max(peaks[-1], found.memory_info().rss / 2**20)
+            over.wait(0.05)
+
+    over = threading.Event()
+    looking = threading.Thread(target=look)
+    try:
+        running.start()
+        looking.start()
+        fault = running.run("memory", Watching(), evaluate__data=[])
+        assert fault is None, fault
+    finally:
+        over.set()
+        running.close()
+    return peaks, 2 * (2 * width * width + 2 * width * width // 4 + 3 * width * (8 * width // 3))
+
+
+def _is_run(process: psutil.Process, server: Path) -> bool:
+    line = process.info["cmdline"] or []
+    return str(server) in line and any("runner_process" in part for part in line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Whatever befalls a site, the network or the server: the run says so, goes on while the quorum holds, and loses nothing.
+
+One FLARE job takes a quarter of a minute to begin and to end, so several faults befall one run, a block each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installed")
+
+import fedgrove.pruners
+from federated import MODEL, Lines, Running, environment
+from fedgrove.errors import FedgroveError
+from fedgrove.federation import node
+from small import ROOT, Small, make_model
+
+pytestmark = [pytest.mark.federation, pytest.mark.xdist_group("federation")]
+SECRET = "zanzibar-7413"
+NAMES = ("ash", "birch", "cedar", "dogwood", "elm")
+BLOCKS = 12
+BLOCK = "prune: round 1 of 1, block {} of 12"
+GRACE = 4.0  # seconds; an hour's outage and one of a quarter of a minute differ in nothing else
+
+# A pruner that does at every block what the next line of a file says, in the folder of the site that it runs at.
+PRUNER = """
+import os, signal, time
+from pathlib import Path
+import torch
+from fedgrove.errors import FedgroveError
+from fedgrove.pruners import wanda
+
+NEEDS = "squares"
+
+
+def prune(weight, inputs, target):
+    script = Path("faults.txt")
+    lines = script.read_text().splitlines() if script.is_file() else []
+    if lines and weight.shape == (64, 96):  # one linear of each block
+        script.write_text("\\n".join(lines[1:]))
+        match lines[0]:
+            case "raise":
+                raise RuntimeError("%(secret)s")
+            case "data":
+                raise FedgroveError("%(secret)s")
+            case "disk":
+                with open("/dev/full", "w") as full:
+                    full.write("x" * 100000)
+            case "memory":
+                torch.ones(2**30)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(600)
+    return wanda.prune(weight, inputs, target)
+"""
+
+# What a site may do that its owner has tampered with: the process that FLARE starts answers by another file.
+TAMPER = """
+import importlib.abc, importlib.machinery, sys
+from pathlib import Path
+
+
+class Tamper(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "fedgrove.engine.flare":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def changed(module):
+            execute(module)
+            honest, earlier = module.Seat.execute, []
+
+            def answer(self, task_name, shareable, fl_ctx, abort_signal):
+                reply = honest(self, task_name, shareable, fl_ctx, abort_signal)
+                script = Path("lies.txt")
+                lies = script.read_text().splitlines() if script.is_file() and shareable["kind"] == "prune" else []
+                if lies:
+                    script.write_text("\\n".join(lies[1:]))
+                earlier.append(dict(reply))
+                match lies[0] if lies else "":
+                    case "text":
+                        reply["error"] = "%(secret)s"
+                    case "replay":
+                        reply.update(earlier[-2])
+                    case "noise":
+                        reply["body"] = b"noise"
+                return reply
+
+            module.Seat.execute = answer
+
+        spec.loader.exec_module = changed
+        return spec
+
+
+sys.meta_path.insert(0, Tamper())
+"""
+FAULTY = """
+import os
+import fedgrove.pruners
+fedgrove.pruners.__path__.append(os.path.dirname(__file__))
+"""
+OLD = """
+import importlib.metadata
+known = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.0.9" if name == "fedgrove" else known(name)
+"""
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A federation whose model has a block for each fault."""
+    folder = tmp_path_factory.mktemp("grown")
+    small = Small(folder)
+    small.model = make_model(folder / "long", num_hidden_layers=BLOCKS)
+    return small
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, str]]]:
+    """What is in the environment of a process that can misbehave, is tampered with, or is of an older fedgrove."""
+    folder = tmp_path_factory.mktemp("paths")
+    found = {}
+    for name, code in (("faulty", FAULTY), ("tampered", FAULTY + TAMPER % {"secret": SECRET}), ("old", OLD)):
+        (folder / name).mkdir()
+        (folder / name / "sitecustomize.py").write_text(code)
+        (folder / name / "faulty.py").write_text(PRUNER % {"secret": SECRET})
+        found[name] = {"PYTHONPATH": os.pathsep.join([str(folder / name), str(ROOT / "src")])}
+    fedgrove.pruners.__path__.append(str(folder / "faulty"))
+    yield found
+    fedgrove.pruners.__path__.remove(str(folder / "faulty"))
+
+
+@pytest.fixture(scope="module")
+def federation(grown: Small, paths: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(grown, tmp_path_factory.mktemp("federation"), NAMES, proxied="dogwood", grace=GRACE)
+    try:
+        running.start(
+            server=paths["faulty"],
+            ash=paths["faulty"],
+            birch=paths["tampered"],
+            cedar=paths["faulty"],
+            dogwood=paths["faulty"],
+            elm=paths["old"],
+        )
+        yield running
+    finally:
+        running.close()
+
+
+def changed_copy(model: Path, folder: Path) -> Path:
+    """A model that differs in one weight of one block."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.7.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def contributors(run: Path) -> list[list[str]]:
+    """Who is in each block."""
+    records = json.loads((run / "pruning.json").read_text(encoding="utf-8"))["tensors"]
+    return [next(record["clients"] for record in records if record["block"] == block) for block in range(BLOCKS)]
+
+
+def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: Running, grown: Small, tmp_path: Path) -> None:
+    federation.describe("birch", limit="3GiB")
+    federation.describe("cedar", allow={"secure": True})
+    federation.describe("dogwood", models={MODEL: str(changed_copy(grown.model, tmp_path / "other"))})
+    faults = ["", "raise", "data", "disk", "memory", "kill", "hang", "", "", "", "", ""]
+    lies = ["", "", "", "", "", "", "", "text", "replay", "noise", "", ""]
+    (federation.sites["birch"] / "faults.txt").write_text("\n".join(faults))
+    (federation.sites["birch"] / "lies.txt").write_text("\n".join(lies))
+    seen = Lines()
+    assert federation.run("faults", seen, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 30}) is None
+    told = [line.partition(": ")[2] for line in seen.said if line.startswith("birch: ")]
+    expected = [
+        "RuntimeError in its handler; the trace is in its own log/site.log",
+        "FedgroveError in its handler; its text or settings are at fault, and its own log/site.log says how",
+        "its disk is full; free some space there",
+        "out of memory; raise limit in its site.toml, or lower samples or length",
+        "its working process was killed (status -9); out of memory? Lower samples or length",
+        "no answer in 30 s (rounds.timeout)",
+        "it answered with an error that is not one of fedgrove's",
+        "its answer was refused: it belongs to another ask",
+        "its answer was refused: the message is damaged (SafetensorError)",
+    ]
+    assert told == expected
+    for line in (
+        "cedar: it refuses what the job asks (allow.secure in its site.toml)",
+        "dogwood: its model differs from the job's at block-0007; copy the model there again",
+        "elm: its fedgrove is 0.0.9, this one is 0.1.0; install the same version",
+    ):
+        assert line in seen.said
+    both, one = ["ash", "birch"], ["ash"]
+    assert contributors(federation.fetch("faults")) == [both, *[one] * 9, both, both]
+    for folder in (federation.server, federation.operator, *(kit for name, kit in federation.sites.items() if name != "birch")):
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            assert SECRET.encode() not in file.read_bytes(), file
+    assert SECRET in (federation.sites["birch"] / "log" / "site.log").read_text(encoding="utf-8"), "its owner can read it"
+
+
+FOUR = [{"name": name} for name in NAMES[:4]]
+
+
+def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federation: Running, grown: Small) -> None:
+    for name in NAMES:
+        federation.describe(name)
+    assert federation.proxy
+    seen = Lines()
+    seen.at[BLOCK.format(3)] = federation.proxy.cut
+    seen.hears["dogwood: "] = federation.proxy.mend  # it was cut off before the ask came, or before the answer went
+    seen.at[BLOCK.format(10)] = lambda: federation.kill(federation.sites["ash"])
+    assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 20}) is None
+    who = contributors(federation.fetch("lost"))
+    assert who[0] == ["ash", "birch", "cedar", "dogwood"]
+    without = [block for block in range(BLOCKS) if "dogwood" not in who[block]]
+    assert without, "the cut was felt"
+    assert "dogwood" in who[max(without) + 1], "and it was taken back"
+    assert "ash" not in who[-1]
+    assert [line for line in seen.said if line.startswith("ash: it cannot be reached")]
+
+
+def test_a_killed_server_is_resumed_to_the_same_bits(
+    federation: Running, grown: Small, paths: dict[str, dict[str, str]]
+) -> None:
+    if node.running(federation.sites["ash"]) is None:
+        federation.start_site("ash", **paths["faulty"])
+        federation.wait_for(("ash",))
+    seen = Lines()
+    seen.at[BLOCK.format(5)] = lambda: federation.kill(federation.server)
+    with pytest.raises(FedgroveError, match="--resume"):
+        federation.run("resumed", seen, clients=FOUR)
+    with environment(**paths["faulty"]):
+        node.start(federation.server)
+    federation.wait_for(NAMES[:4])
+    seen = Lines()
+    assert federation.run("resumed", seen, resume=True, clients=FOUR) is None
+    assert BLOCK.format(1) not in seen.steps, "finished blocks are not done again"
+    assert BLOCK.format(BLOCKS) in seen.steps
+    alone = in_process(grown)
+    model = federation.fetch("resumed") / "model" / "model.safetensors"
+    assert model.read_bytes() == (alone / "model" / "model.safetensors").read_bytes()
+
+
+def test_secure_aggregation_opens_the_same_model(federation: Running, grown: Small) -> None:
+    """Each site brings its own key and the roster that the operator signed; one of them answers in no other way."""
+    federation.describe("cedar", allow={"secure": True})
+    assert federation.run("masked", clients=FOUR, privacy={"secure_aggregation": True}) is None
+    model = federation.fetch("masked") / "model" / "model.safetensors"
+    assert model.read_bytes() == (in_process(grown) / "model" / "model.safetensors").read_bytes()
+
+
+def in_process(grown: Small) -> Path:
+    """The same job in one process."""
+    clients = [{"name": site["name"], "data": str(grown.texts.get(site["name"], grown.texts["ash"]))} for site in FOUR]
+    return grown.undisturbed(clients=clients, evaluate__alone=False)
