@@ -44,6 +44,7 @@ def terms(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"epsilon": 4.0}, terms(SUMS), None),
         ({"epsilon": 2.0}, terms(SUMS), "allow.epsilon"),
         ({"epsilon": 2.0}, terms(PRUNE), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms({**SUMS, "allocation": "owl"}), "allow.epsilon"),
         ({"alone": False}, terms(PRUNE, alone=True), "allow.alone"),
         ({"samples": 15}, terms(PRUNE), "allow.samples"),
     ],

@@ -7,6 +7,7 @@ copy of the model, and agrees or refuses. Later asks are answered only as far as
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -35,11 +36,12 @@ from fedgrove.rounds.wire import Info
 
 JOIN, RESULT, DONE = "join", "result", "done"
 STAGES = {  # kinds of ask by kind of stage
-    "prune": {"prune", "statistics"},
+    "prune": {"prune", "statistics", "allocate"},
     "narrow": {"narrow"},
     "tune": {"base", "importance", "train", "personal"},
 }
-SETTINGS = ("pruner", "rule", "score", "length", "personal")  # of a stage, which an ask may repeat and not change
+SETTINGS = ("pruner", "rule", "score", "length", "allocation", "personal")  # of a stage, which an ask may repeat and not change
+METHODS = ("pruner", "method", "rule", "score", "allocation")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -138,20 +140,25 @@ def refused(allow: Allow, terms: Info) -> str | None:
     stages = terms["stages"]
     if any(stage["kind"] not in allow.stages for stage in stages):
         return "allow.stages"
-    methods = {stage[key] for stage in stages for key in ("pruner", "method", "rule", "score") if key in stage}
+    methods = {stage[key] for stage in stages for key in METHODS if stage.get(key, "even") != "even"}
     if allow.methods != "all" and not methods <= set(allow.methods):
         return "allow.methods"
     if len(set(terms["clients"])) < allow.group:
         return "allow.group"
     if allow.secure and not terms["secure"]:
         return "allow.secure"
-    if allow.epsilon is not None and any(not 0 < (stage.get("epsilon") or 0) <= allow.epsilon for stage in stages):
+    if allow.epsilon is not None and any(_noise(stage) > allow.epsilon for stage in stages):
         return "allow.epsilon"
     if terms["alone"] and not allow.alone:
         return "allow.alone"
     if allow.samples is not None and any(stage.get("samples", 0) > allow.samples for stage in stages):
         return "allow.samples"
     return None
+
+
+def _noise(stage: Info) -> float:
+    """The ε of a stage; infinite where it has an ask without noise."""
+    return float(stage.get("epsilon") or math.inf) if stage.get("allocation", "even") == "even" else math.inf
 
 
 def keeps_to(allow: Allow, terms: Info, kind: str, ask: Info) -> None:
@@ -176,7 +183,7 @@ def keeps_to(allow: Allow, terms: Info, kind: str, ask: Info) -> None:
     sums = stage.get("rule") == "statistics"
     if kind == "evaluate":
         kind = "statistics" if sums else "prune"
-    if kind not in STAGES[stage["kind"]] or (kind in STAGES["prune"] and (kind == "statistics") != sums):
+    if kind not in STAGES[stage["kind"]] or (kind in ("prune", "statistics") and (kind == "statistics") != sums):
         raise Refusal("terms", "kind")
     for key in SETTINGS:
         if key in ask and key in stage and ask[key] != stage[key]:
