@@ -23,7 +23,7 @@ from small import Small, complaint, make_model
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "rule": "votes", "samples": 16, "length": 512}
 SUMS = {**PRUNE, "rule": "statistics", "epsilon": 4.0}
-TUNE = {"kind": "tune", "method": "fedpipe", "rule": "ranks", "length": 512}
+TUNE = {"kind": "tune", "method": "fedpipe", "rule": "ranks", "length": 512, "steps": 4}
 
 
 def terms(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(
         ("statistics", {"stage": 2, "noise": {"epsilon": 4.1}, "products": []}, "epsilon"),
         ("statistics", {"stage": 2, "noise": None, "products": []}, "epsilon"),
         ("statistics", {"stage": 2, "noise": {"epsilon": 4.0}, "products": ["x"]}, "products"),
-        ("train", {"stage": 1, "length": 512}, None),
+        ("train", {"stage": 1, "length": 512, "settings": {"steps": 4}}, None),
+        ("train", {"stage": 1, "settings": {"steps": 5}}, "steps"),
         ("train", {"stage": 0}, "kind"),
         ("evaluate", {"walk": {"stage": 0}}, "evaluate.alone"),
     ],
