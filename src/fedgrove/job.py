@@ -182,8 +182,10 @@ class PruneStage(Part):
         protect_first_block: prune block 0 by magnitude, so that nobody sends sums of it: they tell much of the word counts.
         epsilon: differential privacy of one window: noise on wanda's sums; needs secure aggregation.
         delta: see ``epsilon``.
-        allocation: whether every block loses the same ("even") or not; see :mod:`fedgrove.allocations`.
-        outlier, spread: OWL's M and λ.
+        allocation: "even": every block loses the same; "owl": blocks with many outliers lose less. What a client has alone is
+            pruned to the same sparsities.
+        outlier, spread: OWL's M (an outlier is so many times the mean) and λ (half of what lies between the sparsest block
+            and the densest).
     """
 
     kind: Literal["prune"]
@@ -269,7 +271,7 @@ class NarrowStage(Part):
         kind: what the stage does.
         channels: the share of every block's MLP channels that goes, rounded down to whole ones.
         heads: likewise of its groups of heads: a key-value head with the query heads that share it.
-        score: which of them matter; see :mod:`fedgrove.rules.groups`.
+        score: which of them matter: "fisher" (squares of what the loss would change), or "taylor" (LLM-Pruner's).
         samples: windows of text that each client calibrates on; length: tokens in each.
     """
 

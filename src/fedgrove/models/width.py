@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -127,7 +128,8 @@ def narrowed(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> 
             )
         given = {key: value for key, value in config.to_dict().items() if key in _MISTRAL_DEFAULTS and key not in raw}
         mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        new |= given | mistral
+        # transformers takes the tokenizer of a Mistral that was written before version 5 for one with a known fault
+        new |= given | mistral | {"transformers_version": transformers.__version__}
         if not raw.keys() & {"rope_theta", "rope_parameters"}:
             new["rope_parameters"] = config.rope_parameters
     return new
