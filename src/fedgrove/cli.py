@@ -7,19 +7,21 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedgrove.errors import FedgroveError
 from fedgrove.federation.commands import COMMANDS
+
+if TYPE_CHECKING:
+    from fedgrove.api import Result
 
 app = typer.Typer(
     name="fedgrove",
@@ -37,6 +39,14 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clients' work is done in this process.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
+
+
+class Measure(StrEnum):
+    """What ``evaluate`` measures on texts."""
+
+    perplexity = "perplexity"
+    accuracy = "accuracy"
+    generation = "generation"
 
 
 class Deal(StrEnum):
@@ -83,12 +93,9 @@ def demo(
 
     Example: fedgrove demo --out my-first-run
     """
-    from fedgrove.job import load
-    from fedgrove.progress import watch
+    from fedgrove import api
 
-    with watch(quiet, delay=0) as seen:
-        _run(load(Path(str(files("fedgrove") / "demo" / "job.toml"))), out, resume, workers, seen)
-    _show(out)
+    _show(api.run(str(files("fedgrove") / "demo" / "job.toml"), out, resume=resume, workers=workers, quiet=quiet))
 
 
 @command
@@ -165,17 +172,13 @@ def plan(
 
     Example: fedgrove plan job.toml --set stages.0.samples=64
     """
+    from fedgrove import api
     from fedgrove.job import load
     from fedgrove.plans import SPEED, Plan
-    from fedgrove.progress import watch
     from fedgrove.report.plans import plan_table
-    from fedgrove.runs import Run
-    from fedgrove.server import local_engine, make_plans, open_model
 
     wanted = load(job, set_ or [])
-    with tempfile.TemporaryDirectory() as folder, watch(quiet) as seen:
-        run = Run(Path(folder) / "run", wanted, watch=seen)
-        plans = make_plans(wanted, open_model(wanted.model), local_engine(wanted, run.path / "clients"), run)
+    plans = api.plan(wanted, quiet=quiet)
     if as_json:
         print(json.dumps([plan.model_dump(mode="json") for plan in plans], indent=2))
         return
@@ -209,9 +212,10 @@ def doctor(
     Example: fedgrove doctor job.toml
     """
     from fedgrove import doctor as looking
+    from fedgrove.api import hush
     from fedgrove.job import load
 
-    _hush()
+    hush()
     folder = out or Path("runs")
     checks = looking.machine(folder, listen or (), connect or ())
     if job is not None:
@@ -238,61 +242,53 @@ def run(
     """
     import torch
 
+    from fedgrove import api
     from fedgrove.job import load
-    from fedgrove.progress import watch
 
     if threads:
         torch.set_num_threads(threads)
-    wanted = load(job, set_ or [])
-    out = out or Path("runs") / wanted.name
-    with watch(quiet, delay=0) as seen:
-        _run(wanted, out, resume, workers, seen)
-    _show(out, as_json)
+    _show(api.run(load(job, set_ or []), out, resume=resume, workers=workers, quiet=quiet), as_json)
 
 
 @command
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a run folder or a hub id.")],
-    data: Annotated[list[Path], typer.Option(help="A text, jsonl, csv or parquet file; may be given again.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a model directory or a hub id.")],
+    data: Annotated[list[Path] | None, typer.Option(help="A held-out file, folder or data set; may be given again.")] = None,
     text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    measure: Annotated[Measure, typer.Option(help="accuracy and generation need --prompt and --answer.")] = Measure.perplexity,
+    prompt: Annotated[str | None, typer.Option(help="What is asked: '{question} '.")] = None,
+    answer: Annotated[str | None, typer.Option(help="What is right: '{answer}'.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="One that may be answered; default: all that occur.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window, or of a prompt with its label.")] = 512,
+    records: Annotated[int | None, typer.Option(min=1, help="At most so many, of answers and of tasks.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Written at most, by generation.")] = 64,
+    speed: Annotated[bool, typer.Option("--speed", help="Tokens a second, memory, bytes: by plain transformers.")] = False,
+    task: Annotated[list[str] | None, typer.Option(help="Of lm-evaluation-harness; may be given again.")] = None,
+    tasks_from: Annotated[Path | None, typer.Option(help="A folder with YAML files of more tasks.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of a model on texts.
+    """Measures a model: perplexity on texts, accuracy, generation, speed, and tasks of lm-evaluation-harness.
 
-    The text is cut into consecutive windows of --length tokens that do not overlap (stride = length). Every token but the
-    first of a window is predicted from those before it; perplexity is exp of the mean negative log-likelihood of all
-    predicted tokens.
+    For perplexity the text is cut into consecutive windows of --length tokens that do not overlap (stride = length). Every
+    token but the first of a window is predicted from those before it; perplexity is exp of the mean negative log-likelihood
+    of all predicted tokens. Intervals are of 95 %, by bootstrap over windows or records.
 
     Example: fedgrove evaluate runs/first --data heldout.txt
+
+    Example: fedgrove evaluate runs/first --data posts.jsonl --measure accuracy --prompt "{text} Topic:" --answer " {label}"
     """
-    import math
+    from fedgrove import api
+    from fedgrove.report.table import measured_lines
 
-    from fedgrove.data import evaluation_windows
-    from fedgrove.models.blocks import Decoder
-    from fedgrove.models.perplexity import negative_log_likelihood
-    from fedgrove.models.stream import Checkpoint, find_model
-    from fedgrove.progress import watch
-    from fedgrove.stages.export import find_result
-
-    _hush()
-    checkpoint = Checkpoint(find_model(str(find_result(Path(model))) if Path(model).is_dir() else model))
-    tokenizer, decoder = checkpoint.tokenizer(), Decoder(checkpoint)
-    results = {}
-    with watch(quiet, delay=0) as seen:
-        for number, file in enumerate(data):
-            windows = evaluation_windows(file, text, tokenizer, length)
-            what = f"evaluate: {file}, {len(windows)} windows"
-            seen.step(what, number, len(data))
-            told = functools.partial(_part, seen, what, number, len(data))
-            total, count = negative_log_likelihood(decoder, windows, told)
-            results[str(file)] = {"perplexity": math.exp(total / count), "tokens": count, "windows": len(windows)}
+    found = api.evaluate(
+        model, data or (), measure=measure.value, text=text, prompt=prompt, answer=answer, labels=label or (), length=length,
+        records=records, tokens=tokens, speed=speed, tasks=task or (), tasks_from=tasks_from, quiet=quiet,
+    )  # fmt: skip
     if as_json:
-        print(json.dumps({"length": length, "texts": results}, indent=2))
+        print(json.dumps({"length": length, "texts": found}, indent=2))
     else:
-        for name, result in results.items():
-            print(f"{name}: perplexity {result['perplexity']:.3f} ({result['tokens']} tokens, windows of {length})")
+        print("\n".join(measured_lines(found)))
 
 
 @command
@@ -317,6 +313,7 @@ def export(
 
     Example: fedgrove export runs/first --to packed
     """
+    from fedgrove.api import hush
     from fedgrove.progress import watch
     from fedgrove.report.exports import export_table
     from fedgrove.report.summary import read_exports
@@ -324,7 +321,7 @@ def export(
 
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")
-    _hush()
+    hush()
     texts = None
     if data:
         texts = exporting.Texts(tuple((str(file), file, text) for file in data), length, windows)
@@ -373,28 +370,11 @@ def main() -> None:
     app()
 
 
-def _run(job: Any, out: Path, resume: bool, workers: int, watch: Any) -> None:
-    from fedgrove import server
-    from fedgrove.runs import Run
-
-    _hush()
-    folder = Run(out, job, resume=resume, watch=watch)
-    try:
-        engine = server.local_engine(job, folder.path / "clients", workers)
-        try:
-            server.main(job, engine, folder)
-        finally:
-            engine.close()
-    finally:
-        folder.close()
-
-
-def _show(out: Path, as_json: bool = False) -> None:
+def _show(result: Result, as_json: bool = False) -> None:
     from fedgrove.report.plans import plan_table
-    from fedgrove.report.summary import read
     from fedgrove.report.table import result_table
 
-    summary = read(out)
+    out, summary = result.path, result.summary
     if as_json:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
@@ -403,19 +383,6 @@ def _show(out: Path, as_json: bool = False) -> None:
         console.print(plan_table(json.loads(file.read_text(encoding="utf-8")), {}))
     console.print(result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
-
-
-def _hush() -> None:
-    """Keeps libraries from writing between our lines."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _part(watch: Any, what: str, number: int, of: int, done: float, whole: float) -> None:
-    """Tells of a part of the ``number``-th of so many steps."""
-    watch.step(what, number + done / whole, of)
 
 
 def _fail(message: str, status: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -392,17 +393,39 @@ class TuneStage(Part):
 
 
 class Text(Part):
-    """``[[evaluate.data]]``: a held-out text; or its file name alone.
+    """``[[evaluate.data]]``: a held-out text, and what is measured on it; or its file name alone.
 
     Attributes:
         name: what it is called in tables; one that is named as a client counts as that client's own kind of text.
-        path: where it is.
+        path: where it is: a file, a folder or a data set, as of a client.
         text: how a record becomes text.
+        measure: "perplexity" of the text; "accuracy": how often the most likely of the labels is the answer to the prompt;
+            "generation": ROUGE and BLEU of what the model writes after the prompt, against the answer.
+        prompt: what is asked, where answers are measured.
+        answer: what is right.
+        labels: all that may be answered, written as answers are; default: all answers that occur.
     """
 
     name: Name
     path: File
     text: Template = None
+    measure: Literal["perplexity", "accuracy", "generation"] = "perplexity"
+    prompt: Template = None
+    answer: Template = None
+    labels: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_measure(self) -> Text:
+        answered = self.measure != "perplexity"
+        if answered and (self.prompt is None or self.answer is None):
+            raise ValueError(f'measure "{self.measure}": give prompt and answer')
+        if answered and self.text is not None:
+            raise ValueError(f'measure "{self.measure}" has no text: give prompt and answer')
+        if not answered and (self.prompt is not None or self.answer is not None):
+            raise ValueError('prompt and answer belong to measure = "accuracy" and "generation"')
+        if self.labels and self.measure != "accuracy":
+            raise ValueError('labels belong to measure = "accuracy"')
+        return self
 
 
 def _as_text(value: Any) -> Any:
@@ -416,18 +439,28 @@ class Evaluate(Part):
 
     Attributes:
         data: held-out texts, which the server sees: nobody's private text.
-        length: tokens per window; windows do not overlap.
+        length: tokens per window, or of a prompt with its label; windows do not overlap.
         windows: at most so many of each text; default: all.
         prompts: the model writes on from each of these, before and after, and the report shows both side by side. It is
             loaded whole for that. Nobody's private text belongs here.
+        records: at most so many of each text where answers are measured, and of each task; default: all.
+        tokens: written at most, by "generation".
         alone: also measure what each client would have had without the others; it tells the server a loss of each text.
+        speed: also tokens a second, memory and bytes of the model before and after, by plain transformers.
+        tasks: of lm-evaluation-harness, by name, before and after.
+        tasks_from: a folder with YAML files of more tasks.
     """
 
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
     length: Annotated[int, Field(gt=1)] = 512
     windows: Annotated[int, Field(ge=1)] | None = None
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    records: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] = 64
     alone: bool = False
+    speed: bool = False
+    tasks: tuple[str, ...] = ()
+    tasks_from: File | None = None
 
     @field_validator("data")
     @classmethod
@@ -652,6 +685,22 @@ def load_federated(
 Kind = TypeVar("Kind", bound=Job)
 
 
+def parse(said: Mapping[str, Any], folder: Path, where: str = "job") -> Job:
+    """A job from what a job file says.
+
+    Args:
+        said: as TOML gives it.
+        folder: what paths in it are relative to.
+        where: named in complaints.
+
+    Raises:
+        FedgroveError: names the key, and says what would do.
+    """
+    raw = copy.deepcopy(dict(said))
+    _find_model(raw, folder)
+    return _validate(raw, Job, folder, where)
+
+
 def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, sites: Sequence[str] | None = None) -> Kind:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -665,10 +714,14 @@ def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, si
         _find_model(raw, path.parent)
     else:
         _name_owners(raw, path, sites)
+    return _validate(raw, kind, folder, str(path))
+
+
+def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str) -> Kind:
     try:
         return kind.model_validate(raw, context={"folder": folder.resolve()})
     except ValidationError as fault:
-        raise FedgroveError(f"{path}: {complaint(fault)}") from fault
+        raise FedgroveError(f"{where}: {complaint(fault)}") from fault
 
 
 def _find_model(raw: dict[str, Any], folder: Path) -> None:

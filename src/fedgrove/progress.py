@@ -281,6 +281,11 @@ def watch(quiet: bool = False, delay: float = SHORT) -> Watch:
     return Bar(console, delay) if console.is_terminal else Lines(delay=delay)
 
 
+def part_of(watch: Watch, what: str, number: int, of: int) -> Callable[[float, float], None]:
+    """To be told of the parts of the ``number``-th of so many steps: given (done, whole), it tells the watch."""
+    return lambda done, whole: watch.step(what, number + done / whole, of)
+
+
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -31,7 +31,7 @@ from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.runs import Run
-from fedgrove.stages.evaluate import evaluate
+from fedgrove.stages.evaluate import evaluate, evaluate_directory
 from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune
 from fedgrove.stages.samples import write_samples
@@ -55,6 +55,7 @@ def main(job: Job, engine: Engine, run: Run) -> None:
     if not run.has_model():
         make_model(job, engine, run)
     write_samples(run)
+    evaluate_directory(run.path / "model", len(job.stages) - 1, run)
     write_report(run.path)
     run.finish()
 
@@ -64,6 +65,7 @@ def make_model(job: Job, engine: Engine, run: Run) -> None:
     model = open_model(job.model)
     plans = make_plans(job, model, engine, run)  # every client's text is tried before anything is computed
     evaluate(model, None, engine, run)
+    evaluate_directory(model.path, None, run)
     for stage, plan in zip(job.stages, plans, strict=True):
         run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))
         model = STAGES[stage.kind](model, plan, engine, run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -57,3 +59,24 @@ def _lines(summary: Summary) -> list[str]:
         ratio = summary.packed_bytes / summary.model_bytes
         lines.append(f"The model takes {size(summary.model_bytes)}; packed {size(summary.packed_bytes)} ({ratio:.2f}).")
     return lines
+
+
+def measured_lines(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What was measured, a line for each text, task or "speed"; numbers with their 95 % intervals."""
+    lines = []
+    for name, numbers in found.items():
+        said = [_said(key, numbers) for key in numbers if key.rpartition(".")[2] not in ("low", "high")]
+        lines.append(f"{name}: {', '.join(said)}")
+    return lines
+
+
+def _said(key: str, numbers: Mapping[str, float]) -> str:
+    value = numbers[key]
+    if key in ("disk", "memory"):
+        return f"{key} {size(int(value))}"
+    if key in ("tokens", "windows", "records"):
+        return f"{int(value):,} {key}"
+    unit = " tokens/s" if key in ("prefill", "decode") else ""
+    digits = 1 if unit else 3
+    around = f" ({numbers[f'{key}.low']:.{digits}f} to {numbers[f'{key}.high']:.{digits}f})" if f"{key}.low" in numbers else ""
+    return f"{key} {value:.{digits}f}{unit}{around}"

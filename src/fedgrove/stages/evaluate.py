@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Set
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +16,14 @@ from fedgrove.client import WINDOW
 from fedgrove.data import evaluation_windows, facts_of
 from fedgrove.engine import Engine
 from fedgrove.job import Evaluate
+from fedgrove.measures import read_pairs
+from fedgrove.measures.examine import Examiner, examine_directory
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
 from fedgrove.narrowing.plan import NarrowPlan
 from fedgrove.plans import Plan
+from fedgrove.progress import part_of
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import CHANGE, WEIGHT, check
 from fedgrove.runs import Run
@@ -29,10 +34,10 @@ from fedgrove.tuning.plan import TunePlan
 
 
 def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engine: Engine, run: Run) -> None:
-    """Measures a model on the job's held-out texts and writes ``perplexity/<text>`` to the metrics.
+    """Measures a model on the job's held-out texts and writes ``perplexity/<text>``, ``accuracy/<text>``, … to the metrics.
 
-    With ``evaluate.alone`` the clients also measure, after the first stage, what each would have had without the others.
-    What the metrics hold already is not measured again.
+    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. With ``evaluate.alone`` the clients also measure,
+    after the first stage, what each would have had without the others. What the metrics hold already is not measured again.
 
     Args:
         model: the model.
@@ -44,11 +49,20 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
         return
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
     windows = _windows(model, run)
-    decoder = Decoder(model)
-    for number, (name, texts) in enumerate(windows.items()):
-        if (stage, None, f"perplexity/{name}") not in done:
-            what = f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {name}"
-            run.log(stage, None, None, f"perplexity/{name}", _perplexity(decoder, texts, what, number, run))
+    examiner = Examiner(model)
+    for number, text in enumerate(wanted.data):
+        first = "rougeL" if text.measure == "generation" else text.measure
+        if (stage, None, f"{first}/{text.name}") in done:
+            continue
+        what = f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {text.name}"
+        run.step(what, number, len(wanted.data))
+        told = part_of(run.watch, what, number, len(wanted.data))
+        if text.measure == "perplexity":
+            found = examiner.perplexity(windows[text.name], told)
+        else:
+            pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
+            found = examiner.answers(text.measure, pairs, told, text.labels, wanted.length, wanted.tokens)
+        _log(found, text.name, stage, done, run, last=first)
     if plan is None or isinstance(plan, TunePlan) or plan.stage > 0 or not wanted.alone:
         return
     left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
@@ -75,21 +89,42 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
             run.log(stage, None, client, f"perplexity/{name}", math.exp(float(answer[CHANGE + name])))
 
 
+def evaluate_directory(model: Path, stage: int | None, run: Run) -> None:
+    """Measures what plain transformers does with a model directory: ``prefill/speed``, …, ``acc/<task>``, …
+
+    Args:
+        stage: the one that made it; None: the model as it came.
+    """
+    wanted = run.job.evaluate
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
+    made = {name.partition("/")[2] for at, _, name in done if at == stage}
+    tasks = [task for task in wanted.tasks if task not in made]
+    speed = wanted.speed and (stage, None, "disk/speed") not in done
+    dtype = run.job.model.dtype
+    for name, found in examine_directory(
+        model, run.watch, speed=speed, tasks=tasks, tasks_from=wanted.tasks_from, limit=wanted.records, dtype=dtype
+    ).items():
+        _log(found, name, stage, done, run, last="disk")
+
+
+def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any], run: Run, last: str) -> None:
+    """Writes named numbers, ``last`` at the end: where it is there, all of them are."""
+    for name in sorted(found, key=lambda name: name == last):
+        if (stage, None, f"{name}/{text}") not in done:
+            run.log(stage, None, None, f"{name}/{text}", found[name])
+
+
 def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None:
     """Likewise, in the middle of a stage: after a round."""
     done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
     decoder = Decoder(model)
-    for number, (name, texts) in enumerate(_windows(model, run).items()):
+    windows = _windows(model, run)
+    for number, (name, texts) in enumerate(windows.items()):
         if (stage, round_, f"perplexity/{name}") not in done:
             what = f"evaluate: round {round_ + 1} on {name}"
-            run.log(stage, round_, None, f"perplexity/{name}", _perplexity(decoder, texts, what, number, run))
-
-
-def _perplexity(decoder: Decoder, texts: list[Tensor], what: str, number: int, run: Run) -> float:
-    """Of the job's ``number``-th text."""
-    texts_in_all = len(run.job.evaluate.data)
-    run.step(what, number, texts_in_all)
-    return perplexity(decoder, texts, lambda done, of: run.step(what, number + done / of, texts_in_all))
+            run.step(what, number, len(windows))
+            measured = perplexity(decoder, texts, part_of(run.watch, what, number, len(windows)))
+            run.log(stage, round_, None, f"perplexity/{name}", measured)
 
 
 def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
@@ -102,5 +137,7 @@ def _tokenised(model: Path, wanted: Evaluate, facts: str) -> dict[str, list[Tens
     """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
     tokenizer = Checkpoint(model).tokenizer()
     return {
-        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows) for text in wanted.data
+        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows)
+        for text in wanted.data
+        if text.measure == "perplexity"
     }

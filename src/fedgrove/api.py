@@ -1,0 +1,202 @@
+"""The Python API, as small as the command line, which is made of it: ``run``, ``plan`` and ``evaluate`` of ``fedgrove``.
+
+>>> import fedgrove                                                          # doctest: +SKIP
+>>> result = fedgrove.run("job.toml", out="runs/first")                      # doctest: +SKIP
+>>> result.sparsity, result.perplexity["federated"]                          # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedgrove import server
+from fedgrove.data import evaluation_windows
+from fedgrove.errors import FedgroveError
+from fedgrove.job import Job, load, parse
+from fedgrove.measures import read_pairs
+from fedgrove.measures.examine import Examiner, examine_directory
+from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.progress import Several, Watch, part_of, watch
+from fedgrove.report.summary import Summary, read
+from fedgrove.runs import Run
+from fedgrove.stages.export import find_result
+
+AnyJob = Job | Mapping[str, Any] | str | Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that has ended.
+
+    Attributes:
+        path: the run folder; ``model`` and ``report`` lie in it.
+        summary: everything that its files say.
+    """
+
+    path: Path
+    summary: Summary
+
+    @property
+    def model(self) -> Path:
+        """The result: a plain Hugging Face directory."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows it."""
+        return self.path / "report.html"
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros among the pruned weights."""
+        return self.summary.sparsity
+
+    @property
+    def perplexity(self) -> dict[str, Any]:
+        """By model ("dense", "alone", "federated") and held-out text."""
+        return self.summary.perplexities()
+
+
+def run(
+    job: AnyJob,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    workers: int = 0,
+    quiet: bool = False,
+    also: Sequence[Watch] = (),
+) -> Result:
+    """Runs a job on this machine, as ``fedgrove run`` does.
+
+    Args:
+        job: a path, or what a job file says as a dict; paths in a dict are relative to the current folder.
+        out: the run folder; default: ``runs/NAME``.
+        resume: continue an interrupted run.
+        workers: worker processes; 0: the clients' work is done in this one. In a script, workers need the usual
+            ``if __name__ == "__main__":``.
+        quiet: no progress on standard error.
+        also: more watches for the run's events, such as those of :mod:`fedgrove.tracking`.
+
+    Raises:
+        FedgroveError: a fault that the user can mend, in one line.
+    """
+    wanted = as_job(job)
+    hush()
+    with Several([watch(quiet, delay=0), *also]) as seen:
+        folder = Run(Path(out) if out is not None else Path("runs") / wanted.name, wanted, resume=resume, watch=seen)
+        try:
+            engine = server.local_engine(wanted, folder.path / "clients", workers)
+            try:
+                server.main(wanted, engine, folder)
+            finally:
+                engine.close()
+        finally:
+            folder.close()
+    return Result(folder.path, read(folder.path))
+
+
+def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
+    """What each client would do, send, and need in memory and time: a plan for each stage. Runs nothing.
+
+    The plans are frozen objects (:class:`fedgrove.plans.Plan`, :class:`fedgrove.tuning.plan.TunePlan`, …);
+    ``model_dump()`` makes one a dict.
+    """
+    wanted = as_job(job)
+    hush()
+    with tempfile.TemporaryDirectory() as folder, watch(quiet) as seen:
+        asked = Run(Path(folder) / "run", wanted, watch=seen)
+        try:
+            engine = server.local_engine(wanted, asked.path / "clients")
+            return server.make_plans(wanted, server.open_model(wanted.model), engine, asked)
+        finally:
+            asked.close()
+
+
+def evaluate(
+    model: str | Path,
+    data: Sequence[str | Path] | str | Path = (),
+    *,
+    measure: Literal["perplexity", "accuracy", "generation"] = "perplexity",
+    text: str | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+    labels: Sequence[str] = (),
+    length: int = 512,
+    records: int | None = None,
+    tokens: int = 64,
+    speed: bool = False,
+    tasks: Sequence[str] = (),
+    tasks_from: str | Path | None = None,
+    quiet: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Measures a model, as ``fedgrove evaluate`` does.
+
+    Args:
+        model: a run folder, a model directory or a hub id.
+        data: the held-out texts; see :mod:`fedgrove.data`.
+        measure: "perplexity" of ``text``: consecutive windows of ``length`` tokens that do not overlap. "accuracy": how often
+            the most likely of the ``labels`` is the ``answer`` to the ``prompt``. "generation": ROUGE and BLEU of what the
+            model writes after the ``prompt`` against the ``answer``.
+        text, prompt, answer: how a record becomes these.
+        labels: all that may be answered; none: all answers that occur.
+        records: at most so many of each text, where answers are measured.
+        tokens: written at most.
+        speed: also tokens a second, bytes on disk and memory at the peak, by plain transformers in a process of its own.
+        tasks: of lm-evaluation-harness, by name; tasks_from: a folder with YAML files of more.
+
+    Returns:
+        By text (or task, or "speed"), named numbers. ``NAME.low`` and ``NAME.high`` are the ends of a 95 % interval.
+    """
+    hush()
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    if not (sources or speed or tasks):
+        raise FedgroveError("nothing to measure: give --data, --speed or --task")
+    if measure != "perplexity" and (prompt is None or answer is None):
+        raise FedgroveError(f"--measure {measure}: give --prompt '{{question}} ' --answer '{{answer}}'")
+    found: dict[str, dict[str, float]] = {}
+    path = Path(model)
+    folder = find_model(str(find_result(path)) if path.is_dir() else str(model))
+    with watch(quiet, delay=0) as seen:
+        if sources:
+            checkpoint = Checkpoint(folder)
+            examiner = Examiner(checkpoint)
+            for number, source in enumerate(map(Path, sources)):
+                what = f"evaluate: {source}"
+                seen.step(what, number, len(sources))
+                told = part_of(seen, what, number, len(sources))
+                if measure == "perplexity":
+                    windows = evaluation_windows(source, text, examiner.tokenizer, length)
+                    measured, counted = examiner.perplexity(windows, told), sum(ids.numel() - 1 for ids in windows)
+                    found[str(source)] = {**measured, "tokens": counted, "windows": len(windows)}
+                else:
+                    pairs = read_pairs(source, prompt or "", answer or "", examiner.tokenizer, records)
+                    given = examiner.answers(measure, pairs, told, labels=labels, length=length, tokens=tokens)
+                    found[str(source)] = {**given, "records": len(pairs)}
+        where = Path(tasks_from) if tasks_from is not None else None
+        found |= examine_directory(folder, seen, speed=speed, tasks=tasks, tasks_from=where, limit=records)
+    return found
+
+
+def as_job(job: AnyJob) -> Job:
+    """A job from a path, from what a job file says, or as it is.
+
+    Raises:
+        FedgroveError: names the key that is wrong.
+    """
+    if isinstance(job, Job):
+        return job
+    if isinstance(job, Mapping):
+        return parse(dict(job), Path.cwd(), "job")
+    return load(Path(job))
+
+
+def hush() -> None:
+    """Keeps libraries from writing between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

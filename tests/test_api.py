@@ -1,0 +1,59 @@
+"""The Python API is the command line: same jobs, same bits, same complaints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedgrove
+from fedgrove.cli import app
+from small import Small, cli, result
+
+
+def test_importing_fedgrove_imports_nothing_else() -> None:
+    code = "import sys, fedgrove; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'rich', 'pydantic')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_run_from_python_is_the_run_of_the_command(small: Small, tmp_path: Path) -> None:
+    ended = fedgrove.run(small.spec(), tmp_path / "run", quiet=True)
+    assert result(ended.path) == {**result(small.undisturbed()), "job.toml": result(ended.path)["job.toml"]}
+    assert ended.sparsity == 0.5
+    assert set(ended.perplexity) == {"dense", "alone", "federated"}
+    assert ended.report.is_file()
+    told = fedgrove.evaluate(ended.model, small.texts["held-0"], length=32, quiet=True)
+    assert told[str(small.texts["held-0"])]["windows"] > 4
+
+
+def test_a_plan_from_python_is_that_of_the_run(small: Small) -> None:
+    (plan,) = fedgrove.plan(small.job(), quiet=True)
+    assert set(plan.clients) == {"ash", "birch", "cedar"}
+    assert plan.num_blocks == 2
+
+
+def test_complaints_name_the_key(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(fedgrove.FedgroveError, match=r"job: stages\.0\.sparsity"):
+        fedgrove.plan(small.spec(stages__0__sparsity=2))
+    with pytest.raises(fedgrove.FedgroveError, match="no such job file"):
+        fedgrove.run(tmp_path / "nowhere.toml")
+    with pytest.raises(AttributeError):
+        _ = fedgrove.nothing
+
+
+def commands(group: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    from typer.main import get_command
+
+    found = []
+    for name, command in get_command(group).commands.items():  # type: ignore[arg-type, attr-defined]
+        found += [(*path, name, inner) for inner in command.commands] if hasattr(command, "commands") else [(*path, name)]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(app), ids=" ".join)
+def test_every_help_has_an_example_of_itself(command: tuple[str, ...]) -> None:
+    status, out, _ = cli(*command, "--help")
+    assert status == 0
+    assert f"Example: fedgrove {' '.join(command)}" in " ".join(out.replace("│", " ").split())
