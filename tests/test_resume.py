@@ -142,4 +142,5 @@ def test_a_client_that_lost_its_folder_in_round_two_is_named_and_the_others_may_
 def test_the_undisturbed_run_measured_everything_once(small: Small) -> None:
     measured = measurements(small.undisturbed())
     wanted = {(None, None, None), (0, None, None), *((0, None, client) for client in CLIENTS)}
-    assert set(measured) == {(*key, f"perplexity/{text}") for key in wanted for text in ("held-0", "held-1")}
+    ends = {(*key, f"perplexity{end}") for key in wanted for end in ("", ".low", ".high") if not end or key[2] is None}
+    assert set(measured) == {(*key, f"{name}/{text}") for *key, name in ends for text in ("held-0", "held-1")}

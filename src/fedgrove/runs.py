@@ -125,7 +125,7 @@ class Run:
         for file in (self.path / "clients").glob("*/*"):
             if file.name != "personal":
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        for folder in (self.path / "clients", *(self.path / "clients").glob("*")):
+        for folder in (*(self.path / "clients").glob("*"), self.path / "clients"):
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
