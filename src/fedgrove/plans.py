@@ -17,6 +17,7 @@ from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.calibrate import windows_at_once
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum
+from fedgrove.quantities import mebibytes
 from fedgrove.rounds import wire
 from fedgrove.rules import VALUE_BITS
 from fedgrove.rules.statistics import ring_bits
@@ -98,8 +99,8 @@ def make_plan(
     for name, card in sorted(cards.items()):
         if card.memory is not None and costs[name].memory > card.memory:
             raise FedgroveError(
-                f"client '{name}': one block needs {_mebibytes(costs[name].memory)} of memory, but it has "
-                f'{_mebibytes(card.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
+                f"client '{name}': one block needs {mebibytes(costs[name].memory)} of memory, but it has "
+                f'{mebibytes(card.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
             )
     if isinstance(stage.layers, LayerSampling):
         pace = {name: 1 / costs[name].seconds for name in cards}
@@ -320,7 +321,3 @@ def _shape(decoder: Decoder, linear: str) -> tuple[int, int]:
     module = linears(decoder.blocks[0])[linear]
     rows, columns = as_matrix(module, module.weight).shape  # type: ignore[arg-type]
     return rows, columns
-
-
-def _mebibytes(number: int) -> str:
-    return f"{number / 2**20:,.0f} MiB"

@@ -12,6 +12,7 @@ from fedgrove.job import NarrowStage
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.width import Width, width_of
 from fedgrove.plans import SPEED, Card
+from fedgrove.quantities import mebibytes
 from fedgrove.tuning.plan import measure
 
 
@@ -85,8 +86,8 @@ def make_narrow_plan(
     for name, card in sorted(cards.items()):
         if card.memory is not None and memory > card.memory:
             raise FedgroveError(
-                f"client '{name}': a block and its way back need {memory / 2**20:,.0f} MiB of memory, but it has "
-                f"{card.memory / 2**20:,.0f} MiB (clients.memory); lower length, or leave it out"
+                f"client '{name}': a block and its way back need {mebibytes(memory)} of memory, but it has "
+                f"{mebibytes(card.memory)} (clients.memory); lower length, or leave it out"
             )
         tokens = (card.samples or stage.samples) * stage.length
         work = 2 * 3 * tokens * (len(decoder) * in_linears + sizes.vocabulary * sizes.width)  # there, again, and back

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedgrove.quantities import mebibytes
 from fedgrove.report.words import narrower, other_type, ranges
 
 
@@ -25,7 +26,7 @@ def _narrowing(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
     _columns(table, "client", "windows", "memory", "disk", "upload", "time")
     for name, share in plan["clients"].items():
         table.add_row(
-            name, str(share["samples"]), _mebibytes(share["memory"]), _mebibytes(share["disk"]), _megabytes(share["upload"]),
+            name, str(share["samples"]), mebibytes(share["memory"]), mebibytes(share["disk"]), _megabytes(share["upload"]),
             f"{share['seconds']:,.0f} s",
         )  # fmt: skip
     says = f"The model goes from {before:,} to {after:,} weights ({after / before:.2f}). {other_type(plan['types'])}"
@@ -39,7 +40,7 @@ def _pruning(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
         blocks = "; ".join(ranges(numbers) for numbers in share["blocks"])
         target = stage.get("pattern") or f"{share['sparsity']:.0%}"
         table.add_row(
-            name, f"{blocks} of {plan['num_blocks']}", str(share["samples"]), target, _mebibytes(share["memory"]),
+            name, f"{blocks} of {plan['num_blocks']}", str(share["samples"]), target, mebibytes(share["memory"]),
             _megabytes(share["upload"]), f"{share['seconds']:,.0f} s",
         )  # fmt: skip
     return Group(table)
@@ -51,14 +52,14 @@ def _tuning(plan: Mapping[str, Any]) -> Group:
     _columns(table, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
     for name, share in plan["clients"].items():
         card = plan["cards"][name]
-        has = [_mebibytes(card["memory"])] if card["memory"] else []
+        has = [mebibytes(card["memory"])] if card["memory"] else []
         has += [f"speed {card['speed']:g}"]
         has += [f"{card['uplink'] / 1e6:,.0f} Mbit up"] if card["uplink"] else []
         at_once = f" ({share['micro']} at once)" if share["micro"] < share["batch"] else ""
         ranks = _ranks(share["ranks"], len(plan["importance"]))
         table.add_row(
             name, ", ".join(has), str(share["bits"]), f"{share['batch']}{at_once}", ranks,
-            _mebibytes(share["memory"]), _megabytes(share["upload"]), f"{share['seconds']:,.1f} s",
+            mebibytes(share["memory"]), _megabytes(share["upload"]), f"{share['seconds']:,.1f} s",
         )  # fmt: skip
     left_out = [Text(f"{name} is left out: {why}") for name, why in sorted(plan["left_out"].items())]
     total = Text(f"All rounds together take {plan['total']:,.1f} s of the clients' own time, as modelled from what they say.")
@@ -81,10 +82,6 @@ def _table(title: str) -> Table:
 def _columns(table: Table, *headings: str) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("client", "blocks", "has", "ranks") else "right")
-
-
-def _mebibytes(number: int) -> str:
-    return f"{number / 2**20:,.0f} MiB"
 
 
 def _megabytes(number: int) -> str:

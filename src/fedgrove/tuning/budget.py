@@ -15,6 +15,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from fedgrove.quantities import mebibytes
+
 Row = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 QUANTISATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
@@ -224,8 +226,8 @@ def check_feasible(sizes: Sizes, grid: Grid, budget: Budget) -> None:
     needed = memory(sizes, grid, choice)
     if needed > budget.memory:
         raise Infeasible(
-            f"the least that tunes anything needs {math.ceil(needed / 2**20):,} MiB of memory, but it has "
-            f"{budget.memory / 2**20:,.0f} MiB (clients.memory); lower length, or allow fewer bits"
+            f"the least that tunes anything needs {mebibytes(needed, enough=True)} of memory, but it has "
+            f"{mebibytes(budget.memory)} (clients.memory); lower length, or allow fewer bits"
         )
     needed = seconds(sizes, grid, budget, choice)
     if needed > budget.seconds:

@@ -16,6 +16,7 @@ from fedgrove.models.blocks import Decoder, linears
 from fedgrove.plans import SPEED, Card
 from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.secure import smallest_sum
+from fedgrove.quantities import mebibytes
 from fedgrove.rounds import wire
 from fedgrove.tuning import budget, whole
 from fedgrove.tuning.budget import Budget, Choice, Grid, Infeasible, Sizes
@@ -178,8 +179,8 @@ def make_tune_plan(
                 choices[name] = Choice(32, stage.batches[-1], max(fits), {})
             else:
                 left_out[name] = (
-                    f"training whole linears needs {math.ceil(budget.full_memory(sizes, 1) / 2**20):,} MiB "
-                    f"of memory, but it has {given.memory / 2**20:,.0f} MiB (clients.memory)"
+                    f"training whole linears needs {mebibytes(budget.full_memory(sizes, 1), enough=True)} "
+                    f"of memory, but it has {mebibytes(given.memory)} (clients.memory)"
                 )
     if not choices:
         name, why = min(left_out.items())
@@ -334,8 +335,8 @@ def _uniform(
             bits = min(stage.bits)
             need = budget.memory(sizes, grid, Choice(bits, batch, 1, dict.fromkeys(sizes.linears, stage.ranks[0])))
             left_out[name] = (
-                f"rank {stage.ranks[0]} in every linear needs {math.ceil(need / 2**20):,} MiB of memory, but it has "
-                f"{budgets[name].memory / 2**20:,.0f} MiB (clients.memory); lower length, or allow fewer bits"
+                f"rank {stage.ranks[0]} in every linear needs {mebibytes(need, enough=True)} of memory, but it has "
+                f"{mebibytes(budgets[name].memory)} (clients.memory); lower length, or allow fewer bits"
             )
     able = [name for name in budgets if name not in left_out]
     for bits in sorted(stage.bits, reverse=True):
