@@ -3,7 +3,7 @@
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
 
 A task's training text is dealt to eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the weakest has,
-speed from 1 to 6, in an order of its own. The weakest can hold rank 16 in every linear, one window at once, in 4 bits, and no
+speed from 1 to 6, in an order of its own. The weakest can hold rank 16 in every linear, one window at once, in 16 bits, and no
 more: so that is what uniform LoRA gives to all. Time is modelled from the cards, bytes are those of the ledger, both ways.
 """
 
@@ -41,6 +41,7 @@ LENGTH, STEPS, ROUNDS, WINDOWS = 64, 4, 4, 12
 RANKS, BATCHES = [2, 4, 8, 16], [1, 2, 4]
 RATE = {"fedpipe": 2e-3, "lora": 2e-3, "full": 5e-4}
 PRICE = 1.0  # FedPipe's, of bytes
+ALPHA_R = 2.0 * RANKS[-1]  # LoRA's α, the same for all methods
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
@@ -86,10 +87,10 @@ def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
 
 
 def weakest_memory() -> int:
-    """Bytes that just hold rank 16 in every linear on 4 bits, one window at once."""
+    """Bytes that just hold rank 16 in every linear on 16 bits, one window at once."""
     sizes = measure(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
-    choice = budget.Choice(4, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
-    rest = budget.Grid((4,), tuple(BATCHES), tuple(RANKS), STEPS, RANKS[-1])
+    choice = budget.Choice(16, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
+    rest = budget.Grid((16,), tuple(BATCHES), tuple(RANKS), STEPS, RANKS[-1])
     return math.ceil(budget.memory(sizes, rest, choice))
 
 
@@ -112,7 +113,7 @@ def job(task: str, method: str, files: list[list[Path]], first: int, held: Path,
         "stages": [{
             "kind": "tune", "method": kind, "rounds": rounds, "steps": STEPS, "length": LENGTH, "ranks": RANKS,
             "batches": [BATCHES[-1] * (CLIENTS if method == "central" else 1)] if kind != "fedpipe" else BATCHES,
-            "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1, "price": PRICE,
+            "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1, "price": PRICE, "alpha": ALPHA_R,
         }],
         "evaluate": {"data": [{"name": task, "path": held, "text": TEXTS[task]}], "length": 256,
                      "windows": WINDOWS},
@@ -164,9 +165,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """Markdown: for each task and method the means over seeds."""
     names = {"fedpipe": "FedPipe", "lora": "uniform LoRA", "full": "full fine-tuning", "alone": "stand-alone (mean)",
              "central": "centralised"}  # fmt: skip
-    rows = ["| task | method | loss at the end | time to uniform's best | bytes to uniform's best | time of a round | bits |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
-    bits = {"fedpipe": "4 or 16", "lora": "4", "full": "32", "alone": "16", "central": "16"}
+    rows = ["| task | method | loss at the end | time to uniform's best | bytes to uniform's best | time of a round |",
+            "|---|---|---|---|---|---|"]  # fmt: skip
     for task in dict.fromkeys(result["task"] for result in results):
         of_task = [result for result in results if result["task"] == task]
         uniform = {result["seed"]: result["points"] for result in of_task if result["method"] == "lora"}
@@ -193,7 +193,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     mean = statistics.mean(share[0] for share in reached)
                     cells.append(f"{mean:.1f} {'MB' if column else 's'} ({each})")
             cells.append(f"{statistics.mean(run['points'][-1][0] / len(run['points']) for run in runs):.2f} s")
-            rows.append("| " + " | ".join([*cells, bits[method]]) + " |")
+            rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
