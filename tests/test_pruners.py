@@ -312,6 +312,9 @@ def test_statistics_of_clients_add_up_to_those_of_the_pooled_text() -> None:
         for i, window in enumerate(windows):
             pooled.add(window[None])
             clients[i % 2].add(window)
+        together = Inputs(needs)
+        together.add(windows)
+        assert torch.allclose(together.total, pooled.total, rtol=1e-6, atol=1e-4)
         total = clients[0].total + clients[1].total
         assert torch.allclose(total, pooled.total, rtol=1e-14, atol=0)
         assert sum(client.tokens for client in clients) == pooled.tokens == 192

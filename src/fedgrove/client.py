@@ -137,7 +137,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         tokens: the number of calibration tokens.
         stage, round, block: of the ask.
     """
-    decoder = _decoder(site.model, site.dtype, device)
+    decoder = _decoder(site.model, site.dtype, device, half=True)
     index = int(info["block"])
     states = _States(site, {key: value for key, value in info.items() if key != "block"}, decoder)
     at = states.latest(index)
@@ -667,8 +667,8 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 @lru_cache(maxsize=1)
-def _decoder(model: Path, dtype: torch.dtype | None, device: str) -> Decoder:
-    return Decoder(_checkpoint(model, dtype), device)
+def _decoder(model: Path, dtype: torch.dtype | None, device: str, half: bool = False) -> Decoder:
+    return Decoder(_checkpoint(model, dtype), device, half)
 
 
 class _States:
@@ -679,7 +679,7 @@ class _States:
 
     def __init__(self, site: Site, walk: Info, decoder: Decoder):
         files = [facts_of(path) for path in site.data]
-        facts = [walk, files, site.text, decoder.checkpoint.fingerprint(), str(decoder.device)]
+        facts = [walk, files, site.text, decoder.checkpoint.fingerprint(), str(decoder.device), str(decoder.dtype)]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = site.folder / f"walk-{key}"
         self.device = decoder.device

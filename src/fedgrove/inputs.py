@@ -38,8 +38,9 @@ class Inputs:
     _made: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def add(self, x: Tensor) -> None:
-        """Adds one window: x is (..., in), any float dtype."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        """Adds windows: x is (tokens, in) or (windows, tokens, in), any float dtype."""
+        windows = x.float().reshape(-1, *x.shape[-2:])
+        x = windows.flatten(0, 1)
         self.tokens += x.shape[0]
         self._made.clear()
         if self.needs == "nothing":
@@ -52,7 +53,8 @@ class Inputs:
             self.total += x.square().sum(0, dtype=torch.float64)
             return
         if self.needs == "moments":
-            self.total += torch.stack(moments(x))
+            for window in windows:
+                self.total += torch.stack(moments(window))
             return
         for start in range(0, width, STRIP):
             strip = slice(start, start + STRIP)
