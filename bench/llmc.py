@@ -51,7 +51,10 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True, help="folder with wikitext2-valid.txt and wikitext2-test.txt")
     arguments.add_argument("--model", type=Path, help="a model directory; default: 160 million random parameters")
     arguments.add_argument("--tokenizer", type=Path, default=shapes.TOKENIZER, help="for the model of random parameters")
-    arguments.add_argument("--dtype", default="float32", help="of the checkpoint; both compute in it")
+    arguments.add_argument("--dtype", default="bfloat16", help="of the checkpoint; both compute in it")
+    arguments.add_argument(
+        "--source", choices=["sequential", "dense"], default="sequential", help="fedgrove's; see the job file"
+    )
     arguments.add_argument("--pruners", nargs="+", default=["sparsegpt", "wanda"])
     arguments.add_argument("--sparsity", type=float, default=0.5)
     arguments.add_argument("--samples", type=int, default=32)
@@ -98,6 +101,7 @@ def run_ours(given: argparse.Namespace, model: Path, text: Path, pruner: str, ou
                 "kind": "prune",
                 "pruner": pruner,
                 "sparsity": given.sparsity,
+                "source": given.source,
                 "samples": given.samples,
                 "length": given.length,
             }

@@ -217,7 +217,7 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
         ({"stages__0__rounds": 2}, "rounds: rule"),
         ({"stages__0__mixed": True}, "mixed: pruner"),
         ({"clients__0__sparsity": 0.6}, "clients.sparsity: with rule"),
-        ({"stages__0__rule": "votes", "stages__0__source": "sequential"}, "belong to rule"),
+        ({"stages__0__rule": "votes", "stages__0__source": "dense", "stages__0__rounds": 2}, "a second round"),
     ],
 )
 def test_what_does_not_go_together_is_refused(small: Small, changes: dict[str, object], says: str) -> None:

@@ -120,13 +120,14 @@ def card(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors
 def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Prunes one block on this client's text and sends what the rule makes of it.
 
-    A client walks through the model once a round: hidden states pass through the blocks that it pruned, as it pruned
-    them, and through its own dense copy of the blocks that it was not given. They wait on its disk between asks; where
-    they are gone, the walk begins anew and comes to the same states.
+    A client walks through the model once a round: with source ``sequential`` hidden states pass through the blocks that it
+    pruned, as it pruned them, and through its own dense copy of the blocks that it was not given; with ``dense`` they pass
+    through all blocks as they were, in the run that sums their inputs. They wait on its disk between asks; where they are
+    gone, the walk begins anew and comes to the same states.
 
     Ask:
         block: the block to prune; blocks: all that this client is given in this round.
-        stage, round, pruner, rule, pattern, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
+        stage, round, pruner, rule, pattern, source, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
         sparsities: of each block of the model.
         keep: keep the pruned block here, to evaluate what this client would have had alone.
         units, clients: for secure aggregation, see :func:`fedgrove.rules.to_integers`; None without.
@@ -144,21 +145,29 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     together = windows_at_once(info["samples"], info["length"])
     number = info["samples"] // together
     if at is None:
-        windows = _windows(site, info["samples"], info["length"], info["seed"])
-        at = states.write(0, (decoder.embed(ids)[0] for ids in windows.view(number, together, -1)), number)
+        texts = _windows(site, info["samples"], info["length"], info["seed"]).view(number, together, -1)
+        at = states.write(0, (decoder.embed(ids)[0] for ids in texts), number)
     calls = decoder.calls(together, info["length"])
     decoder.forget_ends()
+    dense = info["source"] == "dense"
+    more = index < max(info["blocks"])  # after the last block nobody waits for its hidden states
+
+    def keep(outputs: Iterable[Tensor]) -> None:
+        states.write(index + 1, outputs, number)
+
     for passed in range(at, index):
         with decoder.loaded(passed) as block:
             if passed in info["blocks"]:
                 if tensors:  # those of this block are here, those of the blocks before are not
                     raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again next round")
-                _prune_block(decoder, passed, block, calls[passed], states.read(passed), info, {})
+                if not dense:
+                    _prune_block(decoder, passed, block, calls[passed], states.read(passed), info, {})
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), number)
     with decoder.loaded(index) as block:
-        pruned = _prune_block(decoder, index, block, calls[index], states.read(index), info, tensors)
-        if index < max(info["blocks"]):  # after the last block nobody waits for its hidden states
-            states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), number)
+        windows = states.read(index)
+        pruned = _prune_block(decoder, index, block, calls[index], windows, info, tensors, keep if dense and more else None)
+        if more and not dense:
+            keep(decoder.run(block, h, calls[index]) for h in states.read(index))
     states.forget(before=at)
 
     rule = plugins.load("rules", info["rule"])
@@ -504,9 +513,19 @@ HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] 
 
 
 def _prune_block(
-    decoder: Decoder, index: int, block: nn.Module, call: Call, windows: Iterable[Tensor], info: Info, start: Tensors
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    call: Call,
+    windows: Iterable[Tensor],
+    info: Info,
+    start: Tensors,
+    keep: Callable[[Iterable[Tensor]], None] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Prunes every linear of a loaded block in place, all on the inputs that the unpruned block gives them.
+
+    Args:
+        keep: takes what leaves the unpruned block.
 
     Returns:
         For each linear: before, after (both in the checkpoint's dtype) and mask, as (out, in) on the CPU.
@@ -520,7 +539,7 @@ def _prune_block(
             _set(module, start[START + name])
         dtype = decoder.checkpoint.spec(decoder.block_names(index)[name])[1]
         before[name] = as_matrix(module, cast(Tensor, module.weight).detach()).to("cpu", dtype)
-    inputs = gather(decoder, block, windows, call, pruner.NEEDS)
+    inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
     pruned = {}
     for name, module in modules.items():
         known = inputs.pop(name)  # let go when the last linear that reads it is done

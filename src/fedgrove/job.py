@@ -178,7 +178,8 @@ class PruneStage(Part):
         expand: prune on by votes until the target holds exactly (the paper's mask expansion); false leaves fewer zeros.
         bound: refuse a client whose pruned weights exceed the largest one before so many times.
         trim: rule "votes": leave out so many of the highest and of the lowest values of every weight, against liars.
-        source: of rule "statistics": "dense" sums over the model as it came, "sequential" through the pruned blocks.
+        source: what text passes through on its way to a block: "sequential", the pruned blocks before it, or "dense", the
+            model as it came, which takes half the time. Default: "dense" with rule "statistics", else "sequential".
         mixed: of rule "statistics" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
         protect_first_block: prune block 0 by magnitude, so that nobody sends sums of it: they tell much of the word counts.
         epsilon: differential privacy of one window: noise on wanda's sums; needs secure aggregation.
@@ -205,7 +206,7 @@ class PruneStage(Part):
     allocation: Annotated[str, _one_of("allocations")] = "even"
     outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
     spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
-    source: Literal["dense", "sequential"] = "dense"
+    source: Literal["dense", "sequential"] | None = None
     mixed: bool = False
     protect_first_block: bool = False
     epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
@@ -227,8 +228,10 @@ class PruneStage(Part):
             self._check_allocation()
         if self.rule == "statistics":
             self._check_statistics()
-        elif self.source != "dense" or self.mixed or self.protect_first_block or self.epsilon is not None:
-            raise ValueError('source, mixed, protect_first_block and epsilon belong to rule = "statistics"')
+        elif self.mixed or self.protect_first_block or self.epsilon is not None:
+            raise ValueError('mixed, protect_first_block and epsilon belong to rule = "statistics"')
+        if self.walk == "dense" and self.rounds != 1:
+            raise ValueError('source "dense": a second round would prune by the same inputs; use rounds = 1, or "sequential"')
         return self
 
     def _check_allocation(self) -> None:
@@ -245,12 +248,17 @@ class PruneStage(Part):
             )
         if self.mixed and needs != "gram":
             raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt')
-        if self.epsilon is not None and (needs != "squares" or self.source != "dense"):
+        if self.epsilon is not None and (needs != "squares" or self.walk != "dense"):
             raise ValueError('epsilon: there is noise for pruner "wanda" with source "dense" only')
         if self.rounds != 1:
             raise ValueError('rounds: rule "statistics" is exact in one; set it to 1')
-        if self.layers != "all" and self.source == "sequential":
+        if self.layers != "all" and self.walk == "sequential":
             raise ValueError('layers: every client walks through every block with source = "sequential"; use "dense", or "all"')
+
+    @property
+    def walk(self) -> Literal["dense", "sequential"]:
+        """``source``, or its default."""
+        return self.source or ("dense" if self.rule == "statistics" else "sequential")
 
     @property
     def kept_of(self) -> tuple[int, int]:

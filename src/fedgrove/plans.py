@@ -231,7 +231,7 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     together = windows_at_once(samples, stage.length) if stage.rule != "statistics" else 1
     window = together * stage.length * (6 * width + 4 * widest)
 
-    forward = 2 * 2 * tokens * parameters
+    forward = (1 if stage.walk == "dense" else 2) * 2 * tokens * parameters
     gram = 2 * tokens * statistics
     solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
     dtype = decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1]

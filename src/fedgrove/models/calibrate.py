@@ -75,7 +75,14 @@ def watching(block: nn.Module, new: Callable[[str], A]) -> Iterator[dict[str, A]
             hook.remove()
 
 
-def gather(decoder: Decoder, block: nn.Module, windows: Iterable[Tensor], call: Call, needs: Needs) -> dict[str, Inputs]:
+def gather(
+    decoder: Decoder,
+    block: nn.Module,
+    windows: Iterable[Tensor],
+    call: Call,
+    needs: Needs,
+    keep: Callable[[Iterable[Tensor]], None] | None = None,
+) -> dict[str, Inputs]:
     """Runs a block over calibration windows and sums what a pruner needs to know.
 
     Args:
@@ -84,10 +91,15 @@ def gather(decoder: Decoder, block: nn.Module, windows: Iterable[Tensor], call: 
         windows: hidden states that enter the block, (windows, tokens, width) each.
         call: what the block is called with besides.
         needs: what to sum.
+        keep: takes what leaves the block; without it a run ends at the block's last linear.
 
     Returns:
         For each linear its inputs' sums; linears with one input hold the same object (see :func:`watching`).
     """
+    if keep is not None:
+        with watching(block, lambda name: Inputs(needs)) as inputs:
+            keep(decoder.run(block, hidden, call) for hidden in windows)
+        return inputs
     reached: list[str] = []  # linears in the order in which they were reached: what comes after the last of them is not needed
 
     def note(name: str) -> Callable[..., None]:

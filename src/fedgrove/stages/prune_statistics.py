@@ -147,7 +147,7 @@ def from_statistics(
     num_inputs = sum(map(len, blocks[1:] if stage.protect_first_block else blocks))
     contributors = plan.contributors(0, block)
     tensors: dict[str, Tensor] = {SCALE + name: inlet.scale for name, inlet in inlets.items()}
-    if stage.source == "sequential" and block > 0:
+    if stage.walk == "sequential" and block > 0:
         stored = load_file(previous)
         for name, key in decoder.block_names(block - 1).items():
             tensors[START + name] = as_matrix(linears(decoder.blocks[block - 1])[name], stored[key]).contiguous()
@@ -250,7 +250,7 @@ def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mappi
         "run": run.name,
         "stage": plan.stage,
         "block": block,
-        "source": stage.source,
+        "source": stage.walk,
         "readers": {name: first for first, inlet in inlets.items() for name in inlet.readers},
         "products": [first for first, inlet in inlets.items() if inlet.products],
         "moments": wants_moments(stage),
