@@ -241,16 +241,16 @@ def test_two_clients_prune_it_and_plain_transformers_loads_the_result(
     assert {file.name for file in source.iterdir()} <= {file.name for file in (run / "model").iterdir()}
 
 
-@pytest.mark.parametrize("source", ["sequential", "dense"])
+@pytest.mark.parametrize("walk", ["sequential", "dense"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi"])
 def test_a_block_at_a_time_gives_the_bits_of_a_model_that_is_whole_in_memory(
-    name: str, source: str, demo: Path, grove: Path, tmp_path: Path
+    name: str, walk: str, demo: Path, grove: Path, tmp_path: Path
 ) -> None:
     """One client alone, beside plain transformers with hooks: the whole model runs for every block's statistics."""
     is_ = ARCHITECTURES[name]
     source = save(name, tmp_path / "model", grove, is_.dtype, is_.sharded)
     text = demo / "texts" / "theatre-heldout.txt"
-    run = run_job(source, tmp_path, [{"name": "a", "data": str(text)}], pruner="sparsegpt", sparsity=0.6, source=source)
+    run = run_job(source, tmp_path, [{"name": "a", "data": str(text)}], pruner="sparsegpt", sparsity=0.6, source=walk)
     got = tensors_of(run / "model")
 
     ids = calibration_windows([text], None, Checkpoint(source).tokenizer(), 4, LENGTH, "0/0/a")
@@ -270,7 +270,7 @@ def test_a_block_at_a_time_gives_the_bits_of_a_model_that_is_whole_in_memory(
             for linear, module in linears(block).items():
                 weight = as_matrix(module, module.weight).float().clone().contiguous()
                 after = as_matrix(module, sparsegpt.prune(weight, inputs[linear], Target(0.6))[0].to(is_.dtype))
-                if source == "sequential":
+                if walk == "sequential":
                     module.weight.copy_(after)
                 assert same_bits(got[f"{prefix}.{index}.{linear}.weight"], after), (index, linear)
 
