@@ -18,7 +18,6 @@ from typing import Any
 
 import page
 import torch
-from fedgrove.run import Run
 from torch import Tensor
 from transformers.utils import logging
 
@@ -29,6 +28,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.membership import advantage, bound
+from fedgrove.runs import Run
 
 MODEL = Path(server.__file__).parent / "demo" / "grove-6m"
 CLIENTS, WINDOWS, LENGTH, DELTA = 2, 64, 32, 1e-3
@@ -56,7 +56,8 @@ def main() -> None:
         ]
         for epsilon in (None, *given.epsilons):
             with tempfile.TemporaryDirectory(dir=folder) as out:
-                after = [losses(tuned(files, epsilon, Path(out)), windows) for windows in (inside, outside)]
+                model = tuned(files, epsilon, Path(out))
+                after = [losses(model, windows) for windows in (inside, outside)]
             label = "no privacy" if epsilon is None else f"ε = {epsilon:g}, δ = {DELTA:g}, a window"
             rows.append(row(label, after, before, epsilon))
             print(rows[-1], flush=True)
