@@ -180,7 +180,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     (federation.sites["birch"] / "faults.txt").write_text("\n".join(faults))
     (federation.sites["birch"] / "lies.txt").write_text("\n".join(lies))
     seen = Lines()
-    assert federation.run("faults", seen, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 30}) is None
+    assert federation.run("faults", seen, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
     told = [line.partition(": ")[2] for line in seen.said if line.startswith("birch: ")]
     expected = [
         "RuntimeError in its handler; the trace is in its own log/site.log",
@@ -188,7 +188,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
         "its disk is full; free some space there",
         "out of memory; raise limit in its site.toml, or lower samples or length",
         "its working process was killed (status -9); out of memory? Lower samples or length",
-        "no answer in 30 s (rounds.timeout)",
+        "no answer in 60 s (rounds.timeout)",
         "it answered with an error that is not one of fedgrove's",
         "its answer was refused: it belongs to another ask",
         "its answer was refused: the message is damaged (SafetensorError)",
