@@ -219,7 +219,7 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
     seen.at[BLOCK.format(3)] = federation.proxy.cut
     seen.hears["dogwood: "] = federation.proxy.mend  # it was cut off before the ask came, or before the answer went
     seen.at[BLOCK.format(10)] = lambda: federation.kill(federation.sites["ash"])
-    assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 20}) is None
+    assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
     who = contributors(federation.fetch("lost"))
     assert who[0] == ["ash", "birch", "cedar", "dogwood"]
     without = [block for block in range(BLOCKS) if "dogwood" not in who[block]]
