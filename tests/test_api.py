@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import fedgrove
 from fedgrove.cli import app
-from small import Small, cli, result
+from small import ROOT, Small, cli, result
 
 
 def test_importing_fedgrove_imports_nothing_else() -> None:
@@ -57,3 +58,19 @@ def test_every_help_has_an_example_of_itself(command: tuple[str, ...]) -> None:
     status, out, _ = cli(*command, "--help")
     assert status == 0
     assert f"Example: fedgrove {' '.join(command)}" in " ".join(out.replace("│", " ").split())
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = json.loads((ROOT / "examples" / "federation.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+            assert cell["outputs"] == [], "a notebook is kept without what it once printed"
+    said = capsys.readouterr().out
+    assert "50% of the weights are zero" in said
+    assert "First Citizen:" in said
+    assert Path("runs/notebook/report.html").is_file()

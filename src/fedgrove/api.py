@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgrove import server
+from fedgrove import server, tracking
 from fedgrove.data import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, load, parse
 from fedgrove.measures import read_pairs
 from fedgrove.measures.examine import Examiner, examine_directory
 from fedgrove.models.stream import Checkpoint, find_model
-from fedgrove.progress import Several, Watch, part_of, watch
+from fedgrove.progress import Several, part_of, watch
 from fedgrove.report.summary import Summary, read
 from fedgrove.runs import Run
 from fedgrove.stages.export import find_result
@@ -68,7 +69,7 @@ def run(
     resume: bool = False,
     workers: int = 0,
     quiet: bool = False,
-    also: Sequence[Watch] = (),
+    track: Sequence[str] = (),
 ) -> Result:
     """Runs a job on this machine, as ``fedgrove run`` does.
 
@@ -79,16 +80,20 @@ def run(
         workers: worker processes; 0: the clients' work is done in this one. In a script, workers need the usual
             ``if __name__ == "__main__":``.
         quiet: no progress on standard error.
-        also: more watches for the run's events, such as those of :mod:`fedgrove.tracking`.
+        track: "tensorboard" and "mlflow": the metrics go there as they are measured; see :mod:`fedgrove.tracking`.
 
     Raises:
         FedgroveError: a fault that the user can mend, in one line.
     """
     wanted = as_job(job)
     hush()
-    with Several([watch(quiet, delay=0), *also]) as seen:
-        folder = Run(Path(out) if out is not None else Path("runs") / wanted.name, wanted, resume=resume, watch=seen)
+    place = Path(out) if out is not None else Path("runs") / wanted.name
+    with watch(quiet, delay=0) as shown, ExitStack() as trackers:
+        folder = Run(place, wanted, resume=resume, watch=shown)
         try:
+            if track:
+                told = [trackers.enter_context(tracking.track(kind, wanted.name, folder.path)) for kind in track]
+                folder.follow(Several([shown, *told]))
             engine = server.local_engine(wanted, folder.path / "clients", workers)
             try:
                 server.main(wanted, engine, folder)

@@ -41,6 +41,13 @@ Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clie
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
 
 
+class Tracker(StrEnum):
+    """Where ``run`` hands its metrics on to."""
+
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+
+
 class Measure(StrEnum):
     """What ``evaluate`` measures on texts."""
 
@@ -233,6 +240,7 @@ def run(
     set_: Set = None,
     workers: Workers = 0,
     threads: Threads = None,
+    track: Annotated[list[Tracker] | None, typer.Option(help="Hands the metrics on as they are measured.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -247,7 +255,8 @@ def run(
 
     if threads:
         torch.set_num_threads(threads)
-    _show(api.run(load(job, set_ or []), out, resume=resume, workers=workers, quiet=quiet), as_json)
+    trackers = [tracker.value for tracker in track or []]
+    _show(api.run(load(job, set_ or []), out, resume=resume, workers=workers, quiet=quiet, track=trackers), as_json)
 
 
 @command

@@ -37,9 +37,7 @@ class Run:
     def __init__(self, path: Path, job: Job, *, resume: bool = False, watch: Watch | None = None):
         self.path = path.resolve()
         self.job = job
-        self.watch = watch or Watch()
-        self.say = self.watch.say
-        self.step = self.watch.step
+        self.follow(watch or Watch())
         job_file = self.path / "job.toml"
         if self.path.is_file():
             raise FedgroveError(f"--out {path}: this is a file; name a folder")
@@ -70,6 +68,12 @@ class Run:
     def name(self) -> str:
         """The same for every beginning of the same job, whatever its folder."""
         return hashlib.sha256(self.job.model_dump_json(exclude={"rounds"}).encode()).hexdigest()  # those may change on the way
+
+    def follow(self, watch: Watch) -> None:
+        """From now on this one gets every event of the run."""
+        self.watch = watch
+        self.say = watch.say
+        self.step = watch.step
 
     def close(self) -> None:
         """Lets the folder go."""
@@ -141,7 +145,9 @@ def _void(folder: Path) -> bool:
     """
     left = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     refused = {"job.toml", "ledger.jsonl"} <= left
-    return left <= {".lock", "job.toml.partial"} | ({"job.toml", "ledger.jsonl", "clients", "work"} if refused else set())
+    return left <= {".lock", "job.toml.partial"} | (
+        {"job.toml", "ledger.jsonl", "clients", "work", "tensorboard", "mlflow"} if refused else set()
+    )
 
 
 def _what(job: str) -> dict[str, Any]:

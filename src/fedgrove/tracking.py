@@ -1,0 +1,75 @@
+"""The metrics of a run in TensorBoard or MLflow, as they are measured. Nothing of it is installed or written by default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedgrove.errors import FedgroveError
+from fedgrove.progress import Watch
+
+
+def track(kind: str, name: str, folder: Path) -> Watch:
+    """A watch that hands every line of ``metrics.jsonl`` on.
+
+    A measurement is told once, by the process that made it: what an interrupted run told before is not told again.
+
+    Args:
+        kind: "tensorboard" or "mlflow".
+        name: of the run.
+        folder: the run folder; where nothing else is said, files go to ``tensorboard`` or ``mlflow`` in it.
+
+    Raises:
+        FedgroveError: the package is not installed.
+    """
+    return TRACKERS[kind](name, folder)
+
+
+class _Tracker(Watch):
+    """Hands on (what, who and where, step, value)."""
+
+    def __init__(self, write: Callable[[str, float, int], None], close: Callable[[], None]):
+        self._write = write
+        self._close = close
+
+    def measured(self, line: Mapping[str, Any]) -> None:
+        stage = "dense" if line["stage"] is None else f"stage-{line['stage']}"
+        within = [stage, *([line["client"]] if line["client"] else []), line["name"]]
+        self._write("/".join(within), float(line["value"]), line["round"] or 0)
+
+    def close(self) -> None:
+        self._close()
+
+
+def _tensorboard(name: str, folder: Path) -> Watch:
+    """``tensorboard --logdir RUN/tensorboard`` shows it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as fault:
+        raise FedgroveError(f'--track tensorboard: pip install "fedgrove[tensorboard]" ({fault.name} is missing)') from fault
+    writer: Any = SummaryWriter(str(folder / "tensorboard"))
+    return _Tracker(writer.add_scalar, writer.close)
+
+
+def _mlflow(name: str, folder: Path) -> Watch:
+    """Goes to ``MLFLOW_TRACKING_URI`` where that is set, and to files in RUN/mlflow where it is not."""
+    try:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow import MlflowClient
+    except ImportError as fault:
+        raise FedgroveError(f'--track mlflow: pip install "fedgrove[mlflow]" ({fault.name} is missing)') from fault
+    where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
+    client = MlflowClient(tracking_uri=where)
+    found = client.get_experiment_by_name("fedgrove")
+    experiment = found.experiment_id if found else client.create_experiment("fedgrove")
+    run = client.create_run(experiment, run_name=name).info.run_id
+
+    def write(key: str, value: float, step: int) -> None:
+        client.log_metric(run, key, value, step=step)
+
+    return _Tracker(write, lambda: client.set_terminated(run))
+
+
+TRACKERS: dict[str, Callable[[str, Path], Watch]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
