@@ -33,7 +33,8 @@ from fedgrove.engine.child import Child, ChildDied, Reply
 TASK = "fedgrove"
 VERSION, ASK, KIND, RUN, SECONDS, BODY, ERROR = "version", "ask", "kind", "run", "seconds", "body", "error"
 WAIT = 3600.0  # seconds for an answer where the job says nothing: an ask without an end would wait for a dead site
-STREAMED = 2**20  # bytes from which a message is streamed in chunks
+STREAMED = 2**22  # bytes from which a message is streamed, so that even its last piece is
+PIECE = 2**24  # bytes of a piece: the next one is made while one is under way
 MISSING = 5.0  # seconds to fetch an ask for a site that let the last one lie
 
 
@@ -287,16 +288,22 @@ def _read(result: Any, nonce: str) -> Reply:
 
 
 def _packed(message: bytes) -> Any:
-    """What FLARE moves: a large message as a tensor, which it streams; a small one as it is."""
-    return message if len(message) < STREAMED else torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    """What FLARE moves: a large message as tensors, which it streams one after the other; a small one as it is."""
+    if len(message) < STREAMED:
+        return message
+    whole = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    return [whole[start : start + PIECE] for start in range(0, len(message), PIECE)]
 
 
 def _bytes(body: Any) -> bytes:
     if isinstance(body, bytes):
         return body
-    if hasattr(body, "materialize"):  # it waited on disk
-        body = body.materialize()
-    if not isinstance(body, torch.Tensor) or body.dtype != torch.uint8 or body.dim() != 1:
+    if not isinstance(body, list):
         raise TypeError("not bytes")
-    message: bytes = body.numpy().tobytes()
-    return message
+    message = bytearray()
+    for piece in body:
+        tensor = piece.materialize() if hasattr(piece, "materialize") else piece  # it waited on disk
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise TypeError("not bytes")
+        message += tensor.numpy().data
+    return bytes(message)
