@@ -69,6 +69,7 @@ def ask(
         for client, answer, error in engine.ask(kind, outbox, rules.timeout):
             if client not in turns or held.get(client) is not None:
                 continue  # it comes late or twice: this client's part is settled
+            _give_memory_back()  # what a client in this process worked with
             if answer is not None:
                 account(client, "up", len(answer))
             else:
