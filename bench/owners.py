@@ -78,6 +78,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/owners.json holds")
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -93,6 +94,8 @@ def main() -> None:
                 found = []
                 for seed in given.seeds:
                     key = f"{name}, {sparsity:.0%}, seed {seed}, {given.samples} samples, {given.windows} windows"
+                    if key not in kept and given.kept:
+                        continue
                     if key not in kept:
                         kept[key] = measure(name, changes, sparsity, seed, files, given, Path(folder))
                         RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
