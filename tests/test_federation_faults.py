@@ -57,6 +57,8 @@ def prune(weight, inputs, target):
                 torch.ones(2**30)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "nap":
+                time.sleep(15)
             case "hang":
                 time.sleep(600)
     return wanda.prune(weight, inputs, target)
@@ -218,6 +220,8 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
     seen = Lines()
     seen.at[BLOCK.format(3)] = federation.proxy.cut
     seen.hears["dogwood: "] = federation.proxy.mend  # it was cut off before the ask came, or before the answer went
+    naps = ["nap" if 4 <= block <= 8 else "" for block in range(BLOCKS)]  # FLARE takes up to a minute to connect anew
+    (federation.sites["cedar"] / "faults.txt").write_text("\n".join(naps))
     seen.at[BLOCK.format(10)] = lambda: federation.kill(federation.sites["ash"])
     assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
     who = contributors(federation.fetch("lost"))
