@@ -138,7 +138,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         tokens: the number of calibration tokens.
         stage, round, block: of the ask.
     """
-    decoder = _decoder(site.model, site.dtype, device, half=True)
+    decoder = _decoder(site.model, site.dtype, device)
     index = int(info["block"])
     states = _States(site, {key: value for key, value in info.items() if key != "block"}, decoder)
     at = states.latest(index)
@@ -686,8 +686,8 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 @lru_cache(maxsize=1)
-def _decoder(model: Path, dtype: torch.dtype | None, device: str, half: bool = False) -> Decoder:
-    return Decoder(_checkpoint(model, dtype), device, half)
+def _decoder(model: Path, dtype: torch.dtype | None, device: str) -> Decoder:
+    return Decoder(_checkpoint(model, dtype), device)
 
 
 class _States:
@@ -698,7 +698,7 @@ class _States:
 
     def __init__(self, site: Site, walk: Info, decoder: Decoder):
         files = [facts_of(path) for path in site.data]
-        facts = [walk, files, site.text, decoder.checkpoint.fingerprint(), str(decoder.device), str(decoder.dtype)]
+        facts = [walk, files, site.text, decoder.checkpoint.fingerprint(), str(decoder.device)]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = site.folder / f"walk-{key}"
         self.device = decoder.device

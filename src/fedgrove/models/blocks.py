@@ -29,28 +29,22 @@ class _BlocksReached(Exception):
 class Decoder:
     """A causal language model that runs one block at a time.
 
-    Weights are computed with in the checkpoint's own dtype on a GPU, and in float32 on a CPU, unless bfloat16 is allowed there:
-    see ``half``. Hidden states are (windows, tokens, width).
+    Weights are computed with in float32 on a CPU and in the checkpoint's own dtype on a GPU. Hidden states are (windows,
+    tokens, width).
 
     Args:
         checkpoint: where the weights come from.
         device: where to compute.
-        half: on a CPU that multiplies bfloat16 natively, compute in it if the whole checkpoint is bfloat16: twice as fast, and
-            what everybody else calibrates in. Not for what is measured.
 
     Raises:
         FedgroveError: the architecture is unknown, or no decoder blocks are found in it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", half: bool = False):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        if self.device.type != "cpu":
-            dtype = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
-        else:
-            half = half and {checkpoint.spec(name)[1] for name in checkpoint.names()} == {torch.bfloat16} and bfloat16_is_fast()
-            dtype = torch.bfloat16 if half else torch.float32
-        self.dtype = dtype
+        on_cpu = self.device.type == "cpu"
+        dtype = torch.float32 if on_cpu else checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
         try:
             with init_empty_weights(include_buffers=False):
                 # the dtype matters to constants that no checkpoint holds, such as the scale of Gemma's embeddings
@@ -236,8 +230,8 @@ class Decoder:
         value = self.checkpoint.read(name)
         if value.shape != shape:
             raise FedgroveError(f"model: {name} has shape {list(value.shape)}, but config.json asks for {list(shape)}")
-        as_computed = self.device.type == "cpu" and value.dtype.is_floating_point
-        return value.to(self.device, self.dtype if as_computed else value.dtype)
+        half_on_cpu = self.device.type == "cpu" and value.dtype.is_floating_point
+        return value.to(self.device, torch.float32 if half_on_cpu else value.dtype)
 
     @staticmethod
     def _put(module: nn.Module, name: str, value: Tensor) -> None:
@@ -259,12 +253,6 @@ class Decoder:
         """Whether the head is the embedding: then a checkpoint need not hold it."""
         tied = bool(getattr(self.checkpoint.config.get_text_config(), "tie_word_embeddings", False))
         return tied and cast(Any, self.model).get_output_embeddings() is not None
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 natively."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
