@@ -22,6 +22,7 @@ from fedgrove import plugins
 from fedgrove.data import calibration_windows
 from fedgrove.inputs import Inputs
 from fedgrove.masks import Target
+from fedgrove.models.calibrate import windows_at_once
 from fedgrove.rounds import wire
 from small import CLIENTS, LENGTH, SAMPLES, Small, cli, lines, make_model, make_texts, measurements, process, result
 
@@ -284,8 +285,8 @@ def test_one_client_alone_gets_exactly_what_its_pruner_gives(small: Small, tmp_p
             for name, module in linears.items()
         ]
         with torch.no_grad():
-            for ids in windows:
-                model(ids[None])
+            for ids in windows.split(windows_at_once(SAMPLES, LENGTH)):
+                model(ids)
         for hook in hooks:
             hook.remove()
         for name, module in linears.items():
