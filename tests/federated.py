@@ -45,12 +45,17 @@ class Lines(Watch):
 
 
 class Proxy:
-    """A way to the server that can be cut, as a network can: what is open breaks, nothing new gets through."""
+    """A way to the server that can be cut, as a network can: what is open breaks, nothing new gets through.
+
+    Attributes:
+        passed: every byte that went through, either way: what somebody on the line would have.
+    """
 
     def __init__(self, port: int):
         self._target = port
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
+        self.passed = bytearray()
         self._open: list[socket.socket] = []
         self._up = True
         threading.Thread(target=self._accept, daemon=True).start()
@@ -84,10 +89,10 @@ class Proxy:
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
 
-    @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
+                self.passed += data
                 sink.sendall(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):

@@ -42,7 +42,7 @@ def stages(small: Small) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def federation(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("federation")
-    running = Running(small, folder)
+    running = Running(small, folder, proxied="ash")
     private = folder / SECRET  # a path, a text and an exception that nobody else may ever see
     private.mkdir()
     text = small.texts["ash"].read_text(encoding="utf-8")
@@ -166,7 +166,7 @@ def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
 
 
 def test_nothing_of_a_site_is_anywhere_else(federation: Running) -> None:
-    """Everything that the server, the operator and the other sites hold, after all of the above."""
+    """What the server, the operator and the other sites hold, and what went over the line, after all of the above."""
     words = (federation.folder / SECRET / "ash.txt").read_text(encoding="utf-8").split()
     sentences = [" ".join(words[i : i + 4]).encode() for i in range(0, len(words) - 4, 4)]
     looked = 0
@@ -177,6 +177,10 @@ def test_nothing_of_a_site_is_anywhere_else(federation: Running) -> None:
             assert SECRET.encode() not in content, file
             assert not [sentence for sentence in sentences if sentence in content], file
     assert looked > 10**6
+    assert federation.proxy
+    line = bytes(federation.proxy.passed)
+    assert len(line) > 10**5
+    assert not [told for told in (SECRET.encode(), *sentences) if told in line]
     own = b"".join(contents(file) for file in federation.sites["ash"].rglob("*.toml"))
     assert SECRET.encode() in own, "where it belongs it is found"
 

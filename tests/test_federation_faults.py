@@ -66,8 +66,10 @@ def prune(weight, inputs, target):
 
 # What a site may do that its owner has tampered with: the process that FLARE starts answers by another file.
 TAMPER = """
-import importlib.abc, importlib.machinery, sys
+import importlib.abc, importlib.machinery, sys, time
 from pathlib import Path
+
+LATE = 61  # seconds: one more than the job allows
 
 
 class Tamper(importlib.abc.MetaPathFinder):
@@ -82,11 +84,13 @@ class Tamper(importlib.abc.MetaPathFinder):
             honest, earlier = module.Seat.execute, []
 
             def answer(self, task_name, shareable, fl_ctx, abort_signal):
-                reply = honest(self, task_name, shareable, fl_ctx, abort_signal)
                 script = Path("lies.txt")
                 lies = script.read_text().splitlines() if script.is_file() and shareable["kind"] == "prune" else []
                 if lies:
                     script.write_text("\\n".join(lies[1:]))
+                if lies and lies[0] == "late":
+                    time.sleep(LATE)
+                reply = honest(self, task_name, shareable, fl_ctx, abort_signal)
                 earlier.append(dict(reply))
                 match lies[0] if lies else "":
                     case "text":
@@ -178,7 +182,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     federation.describe("cedar", allow={"secure": True})
     federation.describe("dogwood", models={MODEL: str(changed_copy(grown.model, tmp_path / "other"))})
     faults = ["", "raise", "data", "disk", "memory", "kill", "hang", "", "", "", "", ""]
-    lies = ["", "", "", "", "", "", "", "text", "replay", "noise", "", ""]
+    lies = ["", "", "", "", "", "", "", "text", "replay", "noise", "late", ""]
     (federation.sites["birch"] / "faults.txt").write_text("\n".join(faults))
     (federation.sites["birch"] / "lies.txt").write_text("\n".join(lies))
     seen = Lines()
@@ -194,6 +198,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
         "it answered with an error that is not one of fedgrove's",
         "its answer was refused: it belongs to another ask",
         "its answer was refused: the message is damaged (SafetensorError)",
+        "no answer in 60 s (rounds.timeout)",  # it comes a second later, and nobody waits for it
     ]
     assert told == expected
     for line in (
@@ -203,7 +208,8 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     ):
         assert line in seen.said
     both, one = ["ash", "birch"], ["ash"]
-    assert contributors(federation.fetch("faults")) == [both, *[one] * 9, both, both]
+    who = contributors(federation.fetch("faults"))
+    assert who == [both, *[one] * 10, both], "what came late is in no block"
     for folder in (federation.server, federation.operator, *(kit for name, kit in federation.sites.items() if name != "birch")):
         for file in (file for file in folder.rglob("*") if file.is_file()):
             assert SECRET.encode() not in file.read_bytes(), file
@@ -211,6 +217,20 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
 
 
 FOUR = [{"name": name} for name in NAMES[:4]]
+
+
+def test_too_few_end_the_run_and_resuming_it_loses_nothing(federation: Running) -> None:
+    for name in NAMES:
+        federation.describe(name)
+    three = [{"name": name} for name in NAMES[:3]]
+    (federation.sites["birch"] / "faults.txt").write_text("\n".join(["", "", "raise"]))
+    fault = federation.run("few", clients=three, stages__0__pruner="faulty", rounds={"quorum": 3})
+    assert fault
+    assert "(2 of 3 clients answered, 3 needed: rounds.quorum)" in fault
+    seen = Lines()
+    assert federation.run("few", seen, resume=True, clients=three, stages__0__pruner="faulty", rounds={"quorum": 3}) is None
+    assert BLOCK.format(1) not in seen.steps, "finished blocks are not done again"
+    assert contributors(federation.fetch("few")) == [list(NAMES[:3])] * BLOCKS
 
 
 def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federation: Running, grown: Small) -> None:

@@ -67,7 +67,7 @@ class Tuning:
             losses = [self._measured.get((r, client, "loss")) for r in self._rounds]
             heard = [loss for loss in losses if loss is not None]
             rows.append([
-                client, share["tokens"], card["memory"], card["speed"], uplink, share["devices"], share["bits"],
+                client, share["tokens"], card["memory"], card["speed"], uplink, share.get("devices", 1), share["bits"],
                 share["batch"], share["micro"], len(ranks) or len(self._plan["importance"]),
                 sum(ranks.values()) / len(ranks) if ranks else None, share["memory"], share["upload"], share["seconds"],
                 heard[0] if heard else None, heard[-1] if heard else None,
