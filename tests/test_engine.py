@@ -91,7 +91,8 @@ def test_a_client_that_hangs_is_out_of_time_and_can_be_asked_again(
     engine = server.local_engine(job, run.path / "clients", workers=2)
     try:
         plan = server.make_plans(job, server.open_model(job.model), engine, run)[0]  # afterwards both workers are awake
-        messages = {client: wire.pack({}, prune_info(job, plan, client, 0, 0)) for client in ("ash", "birch")}
+        shares = [job.pruning(0).sparsity] * plan.num_blocks
+        messages = {client: wire.pack({}, prune_info(job, plan, client, 0, 0, shares)) for client in ("ash", "birch")}
         faulty("hang", BIRCH)
         replies = {client: (answer, error) for client, answer, error in engine.ask("prune", messages, timeout=15)}
         hung = int((tmp_path / "hangs").read_text())

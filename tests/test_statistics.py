@@ -295,6 +295,6 @@ def test_the_report_says_what_was_sent_and_who_could_see_it(small: Small, tmp_pa
     assert "were not answered" not in page
     assert "squares of what enters each matrix" in page
     assert "products of its channels" not in page
-    assert ("whoever ran the server could see what each client sent" in page) is not secure
+    assert ("Whoever ran the server could see what each client sent" in page) is not secure
     assert ("added up over the clients" in page) is secure
     assert "protect_first_block = true" in page
