@@ -1,8 +1,9 @@
-"""Nine architectures, tiny and random: each runs block by block as in plain transformers, is pruned and loads again."""
+"""Thirteen architectures, tiny and random: each runs block by block as in plain transformers, is pruned and loads again."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,15 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
@@ -37,12 +42,14 @@ from fedgrove.inputs import Inputs
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, find_blocks, linears
 from fedgrove.models.calibrate import gather
+from fedgrove.models.experts import expert_of, unfuse
 from fedgrove.models.stream import Checkpoint
 from fedgrove.pruners import sparsegpt
 
 LENGTH = 24  # longer than the sliding windows
 COMMON = {"vocab_size": 4096, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA = {**COMMON, "num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 48}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2}
 MIXED = ["full_attention", "sliding_attention", "sliding_attention"]
 
 
@@ -82,6 +89,20 @@ ARCHITECTURES = {
     ),
     "phi": Architecture(
         lambda: PhiConfig(**COMMON, num_hidden_layers=3, intermediate_size=48), 6, 3, torch.bfloat16, target=("sparsity", 0.7)
+    ),
+    "mixtral": Architecture(
+        lambda: MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2), 16, 10, torch.float32, sharded=True
+    ),
+    "qwen2_moe": Architecture(
+        lambda: Qwen2MoeConfig(**LLAMA, **EXPERTS, shared_expert_intermediate_size=40), 22, 14, torch.float16,
+        target=("pattern", "2:4"),
+    ),
+    "qwen3_moe": Architecture(
+        lambda: Qwen3MoeConfig(**LLAMA, **EXPERTS, head_dim=16, norm_topk_prob=True), 19, 12, torch.bfloat16, "wanda"
+    ),
+    "olmoe": Architecture(
+        lambda: OlmoeConfig(**{**LLAMA, "intermediate_size": 24}, num_experts=5, num_experts_per_tok=2),
+        *(19, 12, torch.float16), target=("sparsity", 0.7),
     ),
 }  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -146,17 +167,33 @@ def test_each_linear_gets_the_statistics_of_its_own_inputs_and_no_product_is_don
     ids = some_ids(3)
     model = plain(folder)
     expected: dict[str, Tensor] = {}
+    tokens: Counter[str] = Counter()
 
     def note(linear: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).double()
+            tokens[linear] += len(x)
             expected[linear] = expected.get(linear, torch.zeros(x.shape[1], x.shape[1]).double()) + x.T @ x
+
+        return hook
+
+    def note_experts(experts: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hidden, chosen = args[:2]
+            for index, gate_up in enumerate(module.gate_up_proj):
+                x = hidden[(chosen == index).any(1)]
+                gate, up = (x @ gate_up.T).chunk(2, 1)
+                reads = {"gate_proj": x, "up_proj": x, "down_proj": module.act_fn(gate) * up}
+                for leaf, read in reads.items():
+                    note(f"{experts}.{index}.{leaf}")(module, (read,))
 
         return hook
 
     for linear, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             module.register_forward_pre_hook(note(linear))
+        elif hasattr(module, "gate_up_proj"):
+            module.register_forward_pre_hook(note_experts(linear))
     with torch.no_grad():
         for row in ids:
             model(input_ids=row[None])
@@ -176,7 +213,8 @@ def test_each_linear_gets_the_statistics_of_its_own_inputs_and_no_product_is_don
         assert len(products) == ARCHITECTURES[name].num_statistics * len(ids)
         for linear, statistic in inputs.items():
             gram = expected[f"{decoder.prefix}.{index}.{linear}"]
-            assert statistic.tokens == ids.numel()
+            assert statistic.tokens == tokens[f"{decoder.prefix}.{index}.{linear}"]
+            assert expert_of(linear) or statistic.tokens == ids.numel()
             assert (statistic.gram - gram).abs().max() <= 1e-5 * gram.abs().max(), linear
 
 
@@ -208,7 +246,7 @@ def check_pruned(before: Path, after: Path, num_linears: int, sparsity: float, p
     assert list(old) == list(new)
     pruned = 0
     for name, weight in new.items():
-        if re.search(r"(layers|h)\.\d+\..*weight$", name) and weight.dim() == 2:
+        if re.search(r"(layers|h)\.\d+\..*weight$", name) and weight.dim() == 2 and not re.search(r"(\.|_)gate\.", name):
             pruned += 1
             zero = weight == 0
             assert int(zero.sum()) == int(sparsity * weight.numel() + 0.5), name
@@ -319,6 +357,7 @@ def test_leftovers_of_older_releases_in_a_checkpoint_are_not_believed(grove: Pat
 def test_head_embeddings_norms_and_biases_are_no_linears_of_a_block(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
+    unfuse(model, model.config.model_type)
     prefix, blocks = find_blocks(model)
     assert len(blocks) == 3
     assert prefix in ("model.layers", "model.decoder.layers", "transformer.h", "gpt_neox.layers")

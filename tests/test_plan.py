@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
@@ -62,11 +62,11 @@ def test_the_order_of_clients_changes_nothing() -> None:
     assert share_blocks({"a": 1, "b": 2}, 5, 0.5, 1) == share_blocks({"b": 2, "a": 1}, 5, 0.5, 1)
 
 
-def test_a_model_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_of_experts_that_nobody_has_tried_is_refused_by_name(tmp_path: Path) -> None:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(**small, num_key_value_heads=2, vocab_size=64, num_local_experts=2)
+    config = GptOssConfig(**small, num_key_value_heads=2, head_dim=8, vocab_size=64, num_local_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    with pytest.raises(FedgroveError, match="experts of MixtralForCausalLM are fused"):
+    with pytest.raises(FedgroveError, match=r"GptOssForCausalLM .* it prunes mixtral, qwen2_moe"):
         Decoder(Checkpoint(tmp_path / "moe"))
 
 

@@ -36,6 +36,7 @@ from fedgrove.models.width import Width
 from fedgrove.narrowing.gradients import group_products
 from fedgrove.privacy.noise import add_noise, once
 from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
+from fedgrove.pruners import pruner_for
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.rules import to_integers
@@ -259,7 +260,7 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
             shared = {key: noise[key] for key in ("inputs", "clients", "epsilon", "delta")}
             statistic.squares = add_noise(statistic.squares, noise["norms"][first], **shared, bits=BITS)
         answer |= statistic.answer()
-    return answer, {"stage": info["stage"], "block": index, "tokens": inputs[first].tokens}
+    return answer, {"stage": info["stage"], "block": index, "tokens": samples * info["length"]}
 
 
 def allocate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
@@ -546,7 +547,7 @@ def _prune_block(
         if known.total is not None and not torch.isfinite(known.total.sum()):
             raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
         weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
-        after, mask = pruner.prune(weight, known, target)
+        after, mask = pruner_for(info["pruner"], known).prune(weight, known, target)
         after = after.to(before[name].dtype)
         _set(module, after)
         pruned[name] = (before[name], after.cpu(), mask.cpu())

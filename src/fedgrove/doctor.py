@@ -14,6 +14,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,12 +229,13 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
         stage = PruneStage(kind="prune", pruner=pruner, sparsity=0.5, samples=WINDOWS, length=length)
         shares = make_plan(0, stage, decoder, {"one": Card()}, plugins.load("pruners", pruner).NEEDS, 0).clients
         needs[f"prune with {pruner}"] = shares["one"].memory
-    sizes = measure(decoder, length, masked=True)
     grid = budget.Grid((32, 16, 8, 4), (1,), (RANK,), 1)
-    for bits in grid.bits:
-        rank = min(RANK, *(min(shape) for shape in sizes.linears.values()))
-        choice = budget.Choice(bits, 1, 1, dict.fromkeys(sizes.linears, rank))
-        needs[f"tune in {bits} bits"] = budget.memory(sizes, grid, choice)
+    with suppress(FedgroveError):  # a mixture of experts is not tuned
+        sizes = measure(decoder, length, masked=True)
+        for bits in grid.bits:
+            rank = min(RANK, *(min(shape) for shape in sizes.linears.values()))
+            choice = budget.Choice(bits, 1, 1, dict.fromkeys(sizes.linears, rank))
+            needs[f"tune in {bits} bits"] = budget.memory(sizes, grid, choice)
     fits = [f"{what} ({_size(need)})" for what, need in needs.items() if need <= free]
     more = [f"{what} ({_size(need)})" for what, need in needs.items() if need > free]
     said = f"of {_size(free)}: {', '.join(fits) or 'nothing'}"

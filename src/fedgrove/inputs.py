@@ -38,8 +38,8 @@ class Inputs:
     _made: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def add(self, x: Tensor) -> None:
-        """Adds windows: x is (tokens, in) or (windows, tokens, in), any float dtype."""
-        windows = x.float().reshape(-1, *x.shape[-2:])
+        """Adds windows: x is (tokens, in) or (windows, tokens, in), any float dtype; there may be no tokens."""
+        windows = x.float()[None] if x.dim() == 2 else x.float()
         x = windows.flatten(0, 1)
         self.tokens += x.shape[0]
         self._made.clear()
@@ -86,6 +86,11 @@ class Inputs:
         if self.needs == "moments":
             return self.total[0]
         return self.total.diagonal() if self.needs == "gram" else self.total
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing but zeros was seen, or nothing at all: of such inputs no pruner can tell what matters."""
+        return self.total is None or not bool(self.squares.any())
 
     @property
     def means(self) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Needs
@@ -15,6 +17,7 @@ from fedgrove.job import Bits, LayerSampling, PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.calibrate import windows_at_once
+from fedgrove.models.experts import expert_of
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum
 from fedgrove.quantities import mebibytes
@@ -196,8 +199,8 @@ def draw_blocks(counts: Mapping[str, int], num_blocks: int, seed: str) -> dict[s
 def check_pattern(decoder: Decoder, target: Target) -> None:
     """Refuses an N:M pattern that does not fit a linear's number of inputs."""
     if target.pattern:
-        for name in linears(decoder.blocks[0]):
-            num_in = _shape(decoder, name)[1]
+        for name in decoder.linear_names():
+            num_in = decoder.read_shape(name)[1]
             if num_in % target.pattern[1]:
                 raise FedgroveError(
                     f'pattern "{target}": {name} has {num_in} inputs, not a multiple of {target.pattern[1]}; '
@@ -212,27 +215,34 @@ class _Cost(BaseModel):
 
 
 def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked: float | None) -> _Cost:
-    """What one block costs a client: counted, not measured."""
-    shapes = [_shape(decoder, name) for name in linears(decoder.blocks[0])]
+    """What the largest block costs a client: counted, not measured; tokens are taken to go to all experts alike."""
+    named = _shapes(decoder)
+    shapes = list(named.values())
     parameters = sum(rows * columns for rows, columns in shapes)
-    width = decoder.checkpoint.config.get_text_config().hidden_size
-    distinct = _inputs(decoder)
+    config = decoder.checkpoint.config.get_text_config()
+    width = config.hidden_size
+    experts = {expert_of(name) for name in named} - {None}
+    reached = {name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in named}
+    inputs = _inputs(decoder)
+    distinct = list(inputs.values())
     widest = max(distinct)
     samples = card.samples or stage.samples
     tokens = samples * stage.length
 
-    sums = {"nothing": 0, "squares": sum(distinct), "gram": sum(w * w for w in distinct), "moments": 3 * sum(distinct)}
-    statistics = sums[needs]
+    sums = {name: {"nothing": 0, "squares": w, "gram": w * w, "moments": 3 * w}[needs] for name, w in inputs.items()}
+    statistics = sum(sums.values())
     workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
     names = decoder.checkpoint.names()
-    block_numel = sum(p.numel() for p in decoder.blocks[0].parameters())
-    ends = sum(decoder.checkpoint.spec(name)[0].numel() for name in names) - len(decoder) * block_numel
+    blocks = [_numel(block) for block in decoder.blocks]
+    block_numel = max(blocks)
+    ends = sum(decoder.checkpoint.spec(name)[0].numel() for name in names) - sum(blocks)
     together = windows_at_once(samples, stage.length) if stage.rule != "statistics" else 1
     window = together * stage.length * (6 * width + 4 * widest)
 
-    forward = (1 if stage.walk == "dense" else 2) * 2 * tokens * parameters
-    gram = 2 * tokens * statistics
+    multiplied = sum(rows * columns * reached[name] for name, (rows, columns) in named.items())
+    forward = (1 if stage.walk == "dense" else 2) * 2 * tokens * multiplied
+    gram = 2 * tokens * sum(number * reached[name] for name, number in sums.items())
     solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
     dtype = decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1]
     sparsity = _target_of(stage, card).sparsity
@@ -254,14 +264,29 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
 
 
-def _inputs(decoder: Decoder) -> list[int]:
-    """The widths of a block's different inputs: the residual stream is read at most three times."""
+def _shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of the largest block; where only some blocks have experts, blocks differ."""
+    index = max(range(len(decoder)), key=lambda i: _numel(decoder.blocks[i]))
+    return {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in linears(decoder.blocks[index])}
+
+
+def _numel(block: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())
+
+
+def _inputs(decoder: Decoder) -> dict[str, int]:
+    """The widths of the largest block's different inputs, by a linear that reads each.
+
+    The residual stream is read at most three times by what all tokens reach, and once by each expert.
+    """
     width = decoder.checkpoint.config.get_text_config().hidden_size
-    distinct: list[int] = []
-    for name in linears(decoder.blocks[0]):
-        columns = _shape(decoder, name)[1]
-        if columns != width or distinct.count(width) < 3:
-            distinct.append(columns)
+    distinct: dict[str, int] = {}
+    of_stream: Counter[str | None] = Counter()
+    for name, (_, columns) in _shapes(decoder).items():
+        expert = expert_of(name)
+        if columns != width or of_stream[expert] < (1 if expert else 3):
+            distinct[name] = columns
+            of_stream[expert] += columns == width
     return distinct
 
 
@@ -282,7 +307,7 @@ def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | N
 def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[str, int]:
     if stage.rule != "statistics":
         return {}
-    inputs = _inputs(decoder)
+    inputs = list(_inputs(decoder).values())
     width = decoder.checkpoint.config.get_text_config().hidden_size
     number = len(decoder) - stage.protect_first_block
     return {
@@ -313,11 +338,3 @@ def _target_of(stage: PruneStage, card: Card) -> Target:
     if stage.pattern or card.sparsity is None:
         return stage.target
     return Target(card.sparsity)
-
-
-def _shape(decoder: Decoder, linear: str) -> tuple[int, int]:
-    from fedgrove.models.blocks import as_matrix
-
-    module = linears(decoder.blocks[0])[linear]
-    rows, columns = as_matrix(module, module.weight).shape  # type: ignore[arg-type]
-    return rows, columns

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
+from fedgrove.models.experts import old_name, unfuse
 from fedgrove.models.stream import Checkpoint
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
@@ -53,6 +54,7 @@ class Decoder:
             kind = getattr(checkpoint.config, "model_type", "?")
             raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from fault
         self.model.eval()
+        unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
         self._empty_ends: dict[str, nn.Parameter] = {}  # what stood in the place of the ends that are loaded
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
@@ -241,9 +243,11 @@ class Decoder:
     def _stored(self, name: str) -> str:
         """A parameter's name in the checkpoint.
 
-        A model that was saved without its head lacks a prefix, and the head of GPT-NeoX is saved under an older name.
+        A model that was saved without its head lacks a prefix, and the head of GPT-NeoX and the experts of Mixtral are saved
+        under older names.
         """
-        names = (name, name.removeprefix(f"{self.model.base_model_prefix}."), name.replace("lm_head.", "embed_out.", 1))
+        short = name.removeprefix(f"{self.model.base_model_prefix}.")
+        names = (name, short, name.replace("lm_head.", "embed_out.", 1), old_name(name), old_name(short))
         return next((stored for stored in names if stored in self.checkpoint), name)
 
     def _is_tied(self, name: str) -> bool:
@@ -271,14 +275,16 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
                 found = (name, blocks)
     if not found[1]:
         raise FedgroveError(f"model: no decoder blocks found in {type(model).__name__}; fedgrove prunes decoder-only models")
-    if any(parameter.dim() == 3 for parameter in found[1][0].parameters()):
-        raise FedgroveError(f"model: the experts of {type(model).__name__} are fused; fedgrove prunes models of plain linears")
     return found
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The prunable linears of a block by name: never norms, embeddings or the head, which lie outside or are no linears."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    """The prunable linears of a block by name: never norms, embeddings or the head, which lie outside or are no linears.
+
+    Nor what has a single output: that is a gate, such as the one of Qwen2-MoE's shared expert.
+    """
+    found = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return {name: module for name, module in found.items() if getattr(module, "out_features", None) != 1}
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:

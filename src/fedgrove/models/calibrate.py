@@ -121,7 +121,7 @@ def gather(
                 runs.append(None)
                 with suppress(_Seen):
                     decoder.run(block, hidden, call)
-                always = sorted(reached) == sorted(names)  # not so where a router sends nothing to some expert
+                always = sorted(reached) == sorted(names)  # not so where a block passes some of them by
         finally:
             for hook in hooks:
                 hook.remove()

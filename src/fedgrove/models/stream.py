@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
+from fedgrove.models.experts import slices
 from fedgrove.models.width import Width, narrowed
 
 SAFETENSORS_DTYPES = {
@@ -46,6 +47,9 @@ class Checkpoint:
     Stages never rewrite a model: they write the blocks that they changed, one file each, into an overlay. Reading
     prefers the newest overlay; :meth:`write` turns the pile into one plain directory.
 
+    Where the experts of a block are fused into one tensor, each of their matrices can be read and laid over by itself too,
+    under the name that it has where they are not (see :func:`fedgrove.models.experts.slices`).
+
     Args:
         path: a directory with ``config.json`` and safetensors files.
         dtype: read floating-point tensors in this dtype; None leaves them as they are on disk.
@@ -65,13 +69,22 @@ class Checkpoint:
             raise FedgroveError(f"model: {self.path} has no config.json; give a Hugging Face model directory")
         self.shards: dict[str, list[str]] = {}  # file name -> its tensors, in file order
         self._file_of: dict[str, Path] = {}
+        self._slices: dict[str, tuple[str, int, slice]] = {}  # of fused experts: tensor, expert, rows
         for file in self._weight_files():
-            names = list(_header(file))
-            self.shards[file.name] = names
-            self._file_of.update((name, file) for name in names)
+            self.shards[file.name] = self._note(file)
         for overlay in self.overlays:
             for file in sorted(overlay.glob("*.safetensors")):
-                self._file_of.update((name, file) for name in _header(file))
+                self._note(file)
+
+    def _note(self, file: Path) -> list[str]:
+        """Lays a file over what is known so far; its tensors, in file order."""
+        header = _header(file)
+        for name, entry in header.items():
+            self._file_of[name] = file
+            for part, where in slices(name, entry["shape"]).items():
+                self._slices[part] = (name, *where)
+                self._file_of[part] = file
+        return list(header)
 
     def over(self, *overlays: Path, width: Width | None = None) -> Checkpoint:
         """The same checkpoint with more overlays on top; those that are already there keep their place.
@@ -111,8 +124,10 @@ class Checkpoint:
         return [name for names in self.shards.values() for name in names]
 
     def changed(self) -> list[str]:
-        """The tensors that an overlay replaces."""
-        return [name for name in self.names() if self._file_of[name].parent in self.overlays]
+        """The tensors that an overlay replaces, or a part of them."""
+        over = {name for name, file in self._file_of.items() if file.parent in self.overlays}
+        over |= {self._slices[name][0] for name in over if name in self._slices}
+        return [name for name in self.names() if name in over]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -120,13 +135,29 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            if self._is_slice(name):
+                fused, expert, rows = self._slices[name]
+                tensor: Tensor = file.get_slice(fused)[expert, rows]
+            else:
+                tensor = file.get_tensor(name)
+        for part, (expert, rows) in slices(name, tensor.shape).items():
+            if self._file_of[part] != self._file_of[name]:
+                tensor[expert, rows] = self.read(part)
         return tensor.to(self._dtype_of(tensor.dtype))
 
     def spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of :meth:`read`, without reading."""
-        entry = _header(self._file_of[name])[name]
+        header = _header(self._file_of[name])
+        if self._is_slice(name):
+            fused, _, rows = self._slices[name]
+            entry = header[fused] | {"shape": [rows.stop - rows.start, header[fused]["shape"][2]]}
+        else:
+            entry = header[name]
         return torch.Size(entry["shape"]), self._dtype_of(_TORCH_DTYPES[entry["dtype"]])
+
+    def _is_slice(self, name: str) -> bool:
+        """Whether a tensor lies inside another one."""
+        return name in self._slices and name not in _header(self._file_of[name])
 
     def num_bytes(self) -> int:
         """Bytes of all tensors as :meth:`write` would write them."""

@@ -19,10 +19,11 @@ from fedgrove.job import PruneStage
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.calibrate import watching
+from fedgrove.models.experts import expert_of
 from fedgrove.plans import Plan, calibration
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum, sum_securely
-from fedgrove.pruners import magnitude
+from fedgrove.pruners import magnitude, pruner_for
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, Info, WireError
@@ -81,12 +82,21 @@ def probe(decoder: Decoder, stage: PruneStage, seed: int) -> list[dict[str, Inle
             readers.setdefault(id(shared), []).append(name)
         inlets = {}
         for names in readers.values():
-            seen = inputs[names[0]]
+            seen = _seen(names[0], inputs)
             scale = statistics.scale_of(seen).cpu()
             norm = noise.NORM * stage.length / length * float((seen.squares.cpu() * scale.square()).norm())
             inlets[names[0]] = Inlet(names, scale, _wants_products(stage, len(scale), width), norm)
         blocks.append(inlets)
     return blocks
+
+
+def _seen(first: str, inputs: Mapping[str, Inputs]) -> Inputs:
+    """What random tokens showed of an input; where none reached an expert, what they showed of another's like it."""
+    if inputs[first].silent and expert_of(first):
+        leaf = first.rpartition(".")[2]
+        alike = (sums for name, sums in inputs.items() if expert_of(name) and name.rpartition(".")[2] == leaf)
+        return next((sums for sums in alike if not sums.silent), inputs[first])
+    return inputs[first]
 
 
 def _wants_products(stage: PruneStage, num_in: int, width: int) -> bool:
@@ -158,7 +168,7 @@ def from_statistics(
     made = {}
     for first, inlet in inlets.items():
         inputs = _inputs(run, plan, first, inlet, found)
-        pruner = plugins.load("pruners", stage.pruner if inputs.needs != "squares" else "wanda")
+        pruner = pruner_for(stage.pruner if inputs.needs != "squares" else "wanda", inputs)
         for name in inlet.readers:
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()

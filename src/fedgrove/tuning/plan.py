@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
 from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.experts import expert_of
 from fedgrove.plans import SPEED, Card
 from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.secure import smallest_sum
@@ -77,7 +78,16 @@ class TunePlan(BaseModel):
 
 
 def measure(decoder: Decoder, length: int, masked: bool) -> Sizes:
-    """Counts a model, and what one of its blocks keeps for the backward pass of a window."""
+    """Counts a model, and what one of its blocks keeps for the backward pass of a window.
+
+    Raises:
+        FedgroveError: it has experts.
+    """
+    if any(map(expert_of, decoder.linear_names())):
+        raise FedgroveError(
+            f"model: a mixture of experts ({decoder.checkpoint.config.model_type}) can be pruned, not tuned: plain peft has no "
+            "adapters for its experts; leave the stage tune out"
+        )
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
