@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import ssl
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,17 @@ import pytest
 
 pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installed")
 
-from federated import OPERATOR, Lines, Running
+from cryptography import x509
+
+from federated import OPERATOR, Lines, Running, environment
 from fedgrove.errors import FedgroveError
-from fedgrove.federation import kits, operator
+from fedgrove.federation import kits, node, operator
 from fedgrove.federation.doctor import shake_hands
+from fedgrove.federation.files import Allow
+from fedgrove.federation.site import credentials
 from fedgrove.job import load_federated
 from fedgrove.stages.export import export
-from small import Small, wait_until
+from small import Small, cli, complaint, wait_until
 
 pytestmark = pytest.mark.xdist_group("federation")
 SECRET = "zanzibar-7413"
@@ -153,16 +158,65 @@ def everything(kit: Path) -> bytes:
     return b"".join(contents(file) for file in kit.rglob("*") if file.is_file())
 
 
+def test_a_site_is_added_and_certificates_are_renewed_while_the_federation_lives(federation: Running) -> None:
+    """As docs/federation.md says it: nobody restarts but those who are renewed. The next test asks them all."""
+    four = (*federation.names, "dogwood")
+    federation.file(four)
+    assert "sites/dogwood: hand this folder to the member" in federation.kits()
+    federation.describe("dogwood")
+    federation.start_site("dogwood")
+    federation.wait_for(four)
+    for site in federation.sites.values():
+        assert all(credentials(site, Allow()).public_key(name) for name in four), "secure aggregation knows it too"
+
+    renewed = (federation.server, federation.sites["cedar"])
+    before = [certificate(member) for member in renewed]
+    assert federation.kits("--renew", "server", "--renew", "cedar").count("hand its .crt file (no secret)") == 2
+    for old, new in zip(before, map(certificate, renewed), strict=True):
+        assert new.not_valid_after_utc > old.not_valid_after_utc
+        assert new.public_key() == old.public_key()
+    for member in renewed:
+        node.stop(member)
+    now = time.time()
+    with environment():
+        node.start(federation.server)
+    federation.start_site("cedar")
+    federation.wait_for(four, since=now)
+
+
+def certificate(kit: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(next((kit / "startup").glob("*.crt")).read_bytes())
+
+
 def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
     federation.describe("cedar", allow={"secure": True})
     seen = Lines()
     fault = federation.run("open", seen)
     federation.describe("cedar")
+    number = len(federation.sites)
     assert fault == (
         "client 'cedar': it refuses what the job asks (allow.secure in its site.toml) "
-        "(2 of 3 clients answered, 3 needed: rounds.quorum)"
+        f"({number - 1} of {number} clients answered, {number} needed: rounds.quorum)"
     )
     assert not [step for step in seen.steps if step.startswith("prune")], "nothing is computed before all agree"
+
+
+def test_a_removed_site_does_not_come_back(federation: Running) -> None:
+    birch, kit = federation.sites["birch"], federation.operator
+    assert cli("federation", "remove", "birch", "--kit", kit)[0] == 0
+    node.stop(birch)
+    federation.start_site("birch")
+    wait_until(lambda: node.running(birch) is None)
+    assert b"Client 'birch' is disabled" in everything(birch)
+    clients = [{"name": name} for name in federation.names]
+    with pytest.raises(FedgroveError, match=r"client 'birch': it is not connected \(2 of 3 are, 3 needed"):
+        operator.submit(kit, federation.job("without", clients=clients))
+    shut_out = federation.server / "disabled_clients.json"
+    assert json.loads(shut_out.read_text(encoding="utf-8")) == {"disabled_clients": ["birch"]}, "a new server reads it"
+    assert "it was not removed" in complaint("federation", "remove", "cedar", "--undo", "--kit", kit)
+    assert "no such site" in complaint("federation", "remove", "elm", "--kit", kit)
+    assert cli("federation", "remove", "birch", "--undo", "--kit", kit)[0] == 0
+    assert json.loads(shut_out.read_text(encoding="utf-8")) == {"disabled_clients": []}
 
 
 def test_nothing_of_a_site_is_anywhere_else(federation: Running) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -251,6 +252,41 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
     assert "dogwood" in who[max(without) + 1], "and it was taken back"
     assert "ash" not in who[-1]
     assert [line for line in seen.said if line.startswith("ash: it cannot be reached")]
+
+
+def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
+    federation: Running, paths: dict[str, dict[str, str]]
+) -> None:
+    """FLARE hands a job out once; submitting it anew with resume stops the run, and it goes on with all who are there."""
+    for name in NAMES:
+        federation.describe(name)
+        (federation.sites[name] / "faults.txt").unlink(missing_ok=True)
+    if node.running(federation.sites["ash"]) is not None:
+        federation.kill(federation.sites["ash"])
+    federation.start_site("ash", **paths["faulty"])
+    federation.wait_for(NAMES[:4])
+    (federation.sites["birch"] / "faults.txt").write_text("\n".join([""] * 6 + ["nap"] * 6))  # time to submit it anew
+    changes = {"clients": FOUR, "stages__0__pruner": "faulty", "rounds": {"quorum": 3, "timeout": 60}}
+    seen = Lines()
+    seen.at[BLOCK.format(4)] = lambda: federation.kill(federation.sites["ash"])
+
+    class Gone(Exception):
+        """Whoever watches goes away; the run does not."""
+
+    def go() -> None:
+        raise Gone
+
+    seen.at[BLOCK.format(8)] = go
+    with pytest.raises(Gone):
+        federation.run("back", seen, **changes)
+    now = time.time()
+    federation.start_site("ash", **paths["faulty"])
+    federation.wait_for(("ash",), since=now)
+    assert federation.run("back", resume=True, **changes) is None
+    who = contributors(federation.fetch("back"))
+    without = [block for block in range(BLOCKS) if "ash" not in who[block]]
+    assert without, "the kill was felt"
+    assert "ash" in who[-1], "and it was taken back"
 
 
 def test_a_killed_server_is_resumed_to_the_same_bits(

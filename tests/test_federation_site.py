@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from fedgrove.engine import faults
 from fedgrove.engine.faults import Refusal
 from fedgrove.errors import FedgroveError
 from fedgrove.federation import files
+from fedgrove.federation.doctor import clock
 from fedgrove.federation.files import Allow, Federation, SiteFile
 from fedgrove.federation.site import STAGES, answer, keeps_to, refused
 from fedgrove.job import load_federated
@@ -132,6 +135,24 @@ def test_a_site_that_did_not_agree_answers_nothing(small: Small, tmp_path: Path)
     file.write_text(f'data = "{small.texts["ash"]}"\n[models]\nm = "{small.model}"\n')
     assert answer(tmp_path, "run", "card", message) == (None, "joined Refusal")
     assert answer(tmp_path, "../run", "card", message) == (None, "terms Refusal run")
+
+
+@pytest.mark.parametrize(
+    ("behind", "ok", "says"),
+    [
+        (0, True, "like the server's when a job"),
+        (7200, False, "120 minutes behind the"),
+        (-7200, False, "120 minutes ahead of the"),
+    ],
+)
+def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
+    behind: int, ok: bool, says: str, small: Small, tmp_path: Path
+) -> None:
+    assert "not known before the first job" in clock(tmp_path, datetime.now(UTC)).text
+    (tmp_path / "site.toml").write_text(f'data = "{small.texts["ash"]}"\n[models]\n')
+    answer(tmp_path, "run", "join", wire.pack({}, terms(PRUNE, clock=time.time() + behind, clients=["ash"])))
+    check = clock(tmp_path, datetime.now(UTC))
+    assert (check.ok, check.text.startswith(says)) == (ok, True), check
 
 
 @pytest.mark.parametrize(

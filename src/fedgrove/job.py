@@ -107,6 +107,13 @@ class Model(Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+def whole_pair(part: Any) -> Any:
+    """Refuses a prompt without an answer, and the reverse."""
+    if (part.prompt is None) != (part.answer is None):
+        raise ValueError("give both prompt and answer, or neither")
+    return part
+
+
 class Client(Part):
     """``[[clients]]``: an owner of text; only for simulation, in a deployment every client brings its own.
 
@@ -140,11 +147,7 @@ class Client(Part):
     samples: Annotated[int, Field(gt=0)] | None = None
     sparsity: Sparsity | None = None
 
-    @model_validator(mode="after")
-    def _whole_pair(self) -> Client:
-        if (self.prompt is None) != (self.answer is None):
-            raise ValueError("give both prompt and answer, or neither")
-        return self
+    _whole_pair = model_validator(mode="after")(whole_pair)
 
 
 class LayerSampling(Part):

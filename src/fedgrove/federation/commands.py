@@ -59,7 +59,7 @@ def init(
 def kits(
     file: Annotated[Path, typer.Argument(metavar="[federation.toml]")] = Path("federation.toml"),
     out: Annotated[Path | None, typer.Option(help="The folder of all kits; default: kits, beside the file.")] = None,
-    renew: Annotated[list[str] | None, typer.Option(help="A member (or 'server') that gets a new certificate.")] = None,
+    renew: Annotated[list[str] | None, typer.Option(help="A member (or 'server') whose certificate gets new dates.")] = None,
 ) -> None:
     """Makes a folder for each member: certificate, hardened settings, its own file, a page to read.
 
@@ -71,9 +71,17 @@ def kits(
     from fedgrove.federation.kits import AUTHORITY, make_kits
 
     folder = out or file.parent / "kits"
-    for kit in make_kits(read(file, Federation), folder, tuple(renew or ())):
-        print(kit)
-    print(f"Hand each folder to its member over a safe way; {folder / AUTHORITY} can make more members: keep it, secret.")
+    federation = read(file, Federation)
+    there = [kit.resolve() for kit in (folder / "server", *folder.glob("sites/*"), *folder.glob("operators/*")) if kit.is_dir()]
+    for kit in make_kits(federation, folder, tuple(renew or ())):
+        if kit in there:
+            print(f"{kit}/startup: hand its .crt file (no secret) to the member, who puts it there and restarts")
+        else:
+            print(f"{kit}: hand this folder to the member over a safe way")
+    for kit in there:
+        if kit.parent.name == "sites" and kit.name not in {site.name for site in federation.sites}:
+            print(f"{kit.name} is not in {file} any more; shut it out: fedgrove federation remove {kit.name} --kit OPERATOR")
+    print(f"{folder / AUTHORITY} can make more members: keep it, secret.")
 
 
 def start(
@@ -122,7 +130,7 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
         print(json.dumps(told, indent=2))
         return
     for site in told["sites"]:
-        heard = "never connected" if site["heard"] is None else f"heard of {max(0, time.time() - site['heard']):.0f} s ago"
+        heard = "not connected" if site["heard"] is None else f"heard of {max(0, time.time() - site['heard']):.0f} s ago"
         print(f"{site['name']:<20} {heard}{_can(site['card'])}")
     for one in told["runs"]:
         print(f"{one['name']:<20} {one['status']}")
@@ -131,7 +139,7 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
 def submit(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml")],
     kit: OperatorKit = Path(),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that ended early.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that ended early, or take sites back.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job.")] = None,
     quiet: Quiet = False,
     wait: Annotated[bool, typer.Option("--watch", help="Stay until the run ends.")] = False,
@@ -180,6 +188,26 @@ def fetch(
     print(f"Wrote {fetch(kit, name, out or Path('runs') / name)}")
 
 
+def remove(
+    site: Annotated[str, typer.Argument(metavar="SITE", help="Its name.")],
+    kit: OperatorKit = Path(),
+    undo: Annotated[bool, typer.Option("--undo", help="Let it in again.")] = False,
+) -> None:
+    """Shuts a site out at the server, at once and until --undo, also after a restart. Runs that go on are stopped.
+
+    Example: fedgrove federation remove birch --kit kits/operators/ops@example.org
+    """
+    from fedgrove.federation.operator import remove
+
+    stopped = remove(kit, site, undo)
+    if undo:
+        print(f"The server lets {site} in again; start it there: fedgrove federation start")
+        return
+    print(f"The server knows no {site} any more. Take it out of federation.toml too, then: fedgrove federation kits")
+    for run in stopped:
+        print(f"Stopped {run}; continue it without {site} if its quorum allows: fedgrove federation submit JOB.toml --resume")
+
+
 def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
     """Looks at a kit: the server in reach, clock, certificate, data, template, model, disk, memory. Runs nothing.
 
@@ -194,7 +222,7 @@ def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
         raise typer.Exit(2)
 
 
-COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, doctor)
+COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, doctor)
 
 
 def _asked(question: str, default: str | None = None) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def agree(job: FederatedJob, model: str, engine: Engine, run: Run) -> dict[str, 
         "secure": job.privacy.secure_aggregation,
         "alone": job.evaluate.alone,
         "clients": engine.sites(),
+        "clock": time.time(),
     }
 
     def check(client: str, tensors: dict[str, torch.Tensor], info: Info) -> None:

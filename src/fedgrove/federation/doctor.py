@@ -19,8 +19,9 @@ from fedgrove.federation import require_flare
 from fedgrove.federation.files import SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
 from fedgrove.federation.kits import HUB, NEVER, SEAT
 from fedgrove.federation.node import address, kind_of, running
-from fedgrove.federation.site import credentials, described, name_of
+from fedgrove.federation.site import CLOCK, credentials, described, name_of
 
+APART = 300.0  # seconds between two clocks; a message takes a few of them
 SOON = 30  # days before a certificate ends in which it is time to renew it
 
 
@@ -40,6 +41,8 @@ def examine(kit: Path) -> list[Check]:
     if kind != "operator":
         checks.append(hardened(kit, kind))
         checks.append(Check("process", True, "it runs" if alive else "it does not run; fedgrove federation start"))
+    if kind == "site":
+        checks.append(clock(kit, datetime.now(UTC)))
     if kind == "server":
         checks += _server(kit)
     if kind == "site":
@@ -62,6 +65,21 @@ def certificate(kit: Path, kind: str, now: datetime) -> Check:
     if now > ends.not_valid_after_utc:
         return Check("certificate", False, f"it ended on {ends.not_valid_after_utc:%Y-%m-%d}, if the clock is right", remedy)
     return Check("certificate", True, text, remedy if days < SOON else "")
+
+
+def clock(kit: Path, now: datetime) -> Check:
+    """Whether this machine's clock is the server's, as far as can be known: the server tells its time with every job."""
+    try:
+        told = json.loads((kit / CLOCK).read_text(encoding="utf-8"))
+        ahead, asked = told["here"] - told["server"], datetime.fromtimestamp(told["here"], UTC)
+    except FileNotFoundError:
+        text = f"{now:%Y-%m-%d %H:%M} UTC here; the server's is not known before the first job: compare it with `date -u` there"
+        return Check("clock", True, text)
+    when = f"when a job was asked for on {asked:%Y-%m-%d %H:%M} UTC"
+    if abs(ahead) < APART:
+        return Check("clock", True, f"like the server's {when}")
+    text = f"{abs(ahead) / 60:.0f} minutes {'ahead of' if ahead > 0 else 'behind'} the server's {when}"
+    return Check("clock", False, text, "set the one that is wrong (NTP)")
 
 
 def private_keys(kit: Path) -> Check:

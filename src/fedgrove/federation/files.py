@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Bits, BitsPerSecond, Bytes, Files, Name, Part, Template, complaint
+from fedgrove.job import Bits, BitsPerSecond, Bytes, Files, Name, Part, Template, complaint, whole_pair
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -129,11 +129,7 @@ class SiteFile(Part):
             raise ValueError("write where this site's text lies")
         return value
 
-    @model_validator(mode="after")
-    def _whole_pair(self) -> Self:
-        if (self.prompt is None) != (self.answer is None):
-            raise ValueError("give both prompt and answer, or neither")
-        return self
+    _whole_pair = model_validator(mode="after")(whole_pair)
 
 
 class ServerFile(Part):

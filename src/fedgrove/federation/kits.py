@@ -11,12 +11,16 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from fedgrove.errors import FedgroveError
 from fedgrove.federation import require_flare
@@ -24,6 +28,7 @@ from fedgrove.federation.files import FEDERATION, SERVER, SITE, Federation
 
 HUB, SEAT = "fedgrove.engine.flare.Hub", "fedgrove.engine.flare.Seat"
 PATIENCE = 7200  # seconds after which the server forgets a silent site; a run asks it again and again before that
+LIFETIME = timedelta(days=360)  # of a member's certificate, as FLARE makes them
 AUTHORITY = "authority"
 ROSTER, SIGNATURE, KEY, TRUSTED = "roster.json", "roster.sig", "site.key", "operator.pub"
 # What an operator's certificate may do. Nobody brings code, nobody runs a shell.
@@ -38,7 +43,7 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
 
     Args:
         out: the folder of all kits.
-        renew: members that are given a new key and a new certificate; "server" for the server.
+        renew: members that are given a new certificate for the key that they have; "server" for the server.
 
     Returns:
         The folders that were made or renewed.
@@ -55,16 +60,16 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
     authority = out / AUTHORITY
     authority.mkdir(parents=True, exist_ok=True)
     authority.chmod(0o700)
-    if renew:
-        _forget_certificates(federation, authority, renew)
+    for name in renew:
+        _prolong(authority, federation.server.host if name == "server" else name)
     made = _provision(federation, authority)
     changed = []
     for name, place in places.items():
         source = made / (federation.server.host if name == "server" else name)
         if place.is_dir():
             if name in renew:
-                for secret in [*source.glob("startup/*.crt"), *source.glob("startup/*.key")]:
-                    shutil.copy2(secret, place / "startup" / secret.name)
+                for certificate in source.glob("startup/*.crt"):
+                    shutil.copy2(certificate, place / "startup" / certificate.name)
                 changed.append(place)
             continue
         beside = place.with_name(f"{place.name}.partial")
@@ -143,12 +148,37 @@ def _provision(federation: Federation, authority: Path) -> Path:
     return made[-1]
 
 
-def _forget_certificates(federation: Federation, authority: Path, renew: tuple[str, ...]) -> None:
+def _prolong(authority: Path, subject: str) -> None:
+    """A certificate with new dates, for the same key.
+
+    Sites hold tokens that the server signed: with another key it would know none of them any more. And no secret has to
+    travel.
+    """
     kept = authority / "cert.json"
     state = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    for name in renew:
-        state.pop(federation.server.host if name == "server" else name, None)
-    kept.write_text(json.dumps(state), encoding="utf-8")
+    if subject not in state:
+        return  # it has none yet, and gets one now
+    root = x509.load_pem_x509_certificate(state["root_cert"].encode())
+    key = serialization.load_pem_private_key(state["root_pri_key"].encode(), password=None)
+    assert isinstance(key, RSAPrivateKey)
+    old = x509.load_pem_x509_certificate(state[subject]["cert"].encode())
+    now = datetime.now(UTC)
+    if now >= root.not_valid_after_utc:
+        raise FedgroveError(f"--renew: the root certificate ended on {root.not_valid_after_utc:%Y-%m-%d}; make a new one")
+    new = x509.CertificateBuilder(
+        issuer_name=root.subject,
+        subject_name=old.subject,
+        public_key=old.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - timedelta(days=1),  # for a clock that is slow
+        not_valid_after=min(now + LIFETIME, root.not_valid_after_utc),
+        extensions=list(old.extensions),
+    )
+    state[subject]["cert"] = new.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    beside = kept.with_suffix(".partial")
+    beside.unlink(missing_ok=True)
+    _write_secret(beside, json.dumps(state))
+    beside.replace(kept)
 
 
 def _harden(kit: Path, kind: str, change: Any) -> None:

@@ -27,6 +27,8 @@ from fedgrove.progress import Watch
 CARDS = "cards.json"  # what each site said of itself when a run was watched last
 SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
 ENDED = ("FINISHED", "ABORTED", "FAILED")
+GOING = ("DISPATCHED", "RUNNING")
+STOPPING = 60.0  # seconds that a run may take to stop
 
 
 def check_kit(kit: Path) -> None:
@@ -86,6 +88,10 @@ class _Quiet:
 def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = False) -> str:
     """Sends a job to the server; gives the run's name.
 
+    Args:
+        resume: continue the run of this name. If it still goes on it is stopped first: FLARE hands a job out once, so that is
+            how a site whose process ended comes back into a run.
+
     Raises:
         FedgroveError: the job does not hold together, or fewer of its sites are connected than its quorum.
     """
@@ -102,6 +108,8 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
                 f"client '{away[0]}': it is not connected ({len(wanted) - len(away)} of {len(wanted)} are, {quorum} needed: "
                 "rounds.quorum); start it there: fedgrove federation start"
             )
+        if resume and job.name in _sent(kit):
+            _end(flare, _sent(kit)[job.name])
         with tempfile.TemporaryDirectory() as folder:
             write_flare_job(Path(folder) / job.name, job, resume)
             _remember(kit, job.name, flare.submit_job(str(Path(folder) / job.name)))
@@ -232,6 +240,49 @@ def stop(kit: Path, name: str) -> None:
             flare.abort_job(sent(kit, name))
         except Exception as fault:
             raise FedgroveError(f"{name}: it does not run ({type(fault).__name__})") from fault
+
+
+def _end(flare: Any, job: str) -> None:
+    """Stops a FLARE job, and waits until it has ended."""
+    try:
+        status = str(flare.get_job_status(job))
+    except Exception:  # FLARE raises many kinds; the server was made anew and does not know it
+        return
+    if not status.startswith(ENDED):
+        flare.abort_job(job)
+    ends = time.monotonic() + STOPPING
+    while not str(flare.get_job_status(job)).startswith(ENDED):
+        if time.monotonic() > ends:
+            raise FedgroveError(f"the run does not stop within {STOPPING:g} s; the server's log says why")
+        time.sleep(0.5)
+
+
+def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
+    """Shuts a site out at the server, whatever certificate it comes with, or lets it in again. A restart changes nothing of it.
+
+    Runs that go on are stopped: the site's process would be in them to their end.
+
+    Returns:
+        The names of the runs that were stopped.
+
+    Raises:
+        FedgroveError: there is no such site, or none that was shut out.
+    """
+    check_kit(kit)
+    known = [member.name for member in read(kit / FEDERATION, Federation).sites]
+    with session(kit) as flare:
+        if undo:
+            if not flare.enable_client(site)["clients"][0]["was_disabled"]:
+                raise FedgroveError(f"{site}: it was not removed")
+            return []
+        known += [client.name for client in flare.get_system_info().client_info]
+        if site not in known:
+            raise FedgroveError(f"{site}: there is no such site; there are {', '.join(sorted(set(known)))}")
+        flare.disable_client(site)
+        going = [job for job in flare.list_jobs() if str(job["status"]) in GOING]
+        for job in going:
+            _end(flare, job["job_id"])
+    return [job["job_name"] for job in going]
 
 
 def status(kit: Path) -> dict[str, Any]:

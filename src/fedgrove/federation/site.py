@@ -35,6 +35,7 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.wire import Info
 
 JOIN, RESULT, DONE = "join", "result", "done"
+CLOCK = "log/clock.json"  # the server's clock and this one, when a job was last asked for
 STAGES = {  # kinds of ask by kind of stage
     "prune": {"prune", "statistics", "allocate"},
     "narrow": {"narrow"},
@@ -107,7 +108,7 @@ def join(kit: Path, own: SiteFile, folder: Path, terms: Info) -> Info:
 
     Args:
         terms: ``name``, ``model``, ``dtype``, ``digests`` of the server's copy, ``stages`` (as in the job), ``secure``,
-            ``alone``, ``clients``: the members by name.
+            ``alone``, ``clients``: the members by name, ``clock``: the server's, in seconds since 1970.
 
     Returns:
         ``result``: whether the site wants the finished model; ``card``: what it says of itself.
@@ -115,6 +116,8 @@ def join(kit: Path, own: SiteFile, folder: Path, terms: Info) -> Info:
     Raises:
         Refusal: names the key of ``site.toml``, or the part of the model that differs.
     """
+    (kit / "log").mkdir(exist_ok=True)
+    (kit / CLOCK).write_text(json.dumps({"server": float(terms["clock"]), "here": time.time()}), encoding="utf-8")
     key = refused(own.allow, terms)
     if key is not None:
         raise Refusal("refused", key)
