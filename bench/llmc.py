@@ -3,8 +3,10 @@
     python -m venv rival && rival/bin/pip install llmcompressor
     .venv/bin/python bench/llmc.py --rival rival/bin/python --data ../shared/data/text --write
 
-Runs alternate, so that a busy machine slows both; the table holds medians. "Whole" is the process from start to end: imports,
-tokenising, pruning, writing. "Pruning" leaves out what lies before and after it. Memory is the process's largest resident set.
+What it costs: 160 million random parameters. Runs alternate, so that a busy machine slows all alike; the table holds medians.
+"Whole" is the process from start to end: imports, tokenising, pruning, writing. "Pruning" leaves out what lies before and
+after it. Memory is the process's largest resident set. What it is worth: perplexity on held-out text of the shipped model,
+which has learnt something, pruned once by each tool.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import page
 import shapes
@@ -33,6 +36,8 @@ from fedgrove.models.stream import Checkpoint
 HERE = Path(__file__).parent
 OURS = "from fedgrove.cli import main; main()"
 SEED = 0
+RIVAL = "llm-compressor"
+TOOLS = {"fedgrove, sequential": "sequential", "fedgrove, dense": "dense"}  # its name in the table, its source
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rival", type=Path, required=True, help="a Python that has llmcompressor")
     arguments.add_argument("--data", type=Path, required=True, help="folder with wikitext2-valid.txt and wikitext2-test.txt")
-    arguments.add_argument("--model", type=Path, help="a model directory; default: 160 million random parameters")
-    arguments.add_argument("--tokenizer", type=Path, default=shapes.TOKENIZER, help="for the model of random parameters")
-    arguments.add_argument("--dtype", default="bfloat16", help="of the checkpoint; both compute in it")
     arguments.add_argument(
-        "--source", choices=["sequential", "dense"], default="sequential", help="fedgrove's; see the job file"
+        "--model", type=Path, help="what is timed, a model directory; default: 160 million random parameters"
     )
+    arguments.add_argument("--trained", type=Path, default=shapes.TOKENIZER, help="whose perplexity is measured")
+    arguments.add_argument("--dtype", default="float32", help="of the random checkpoint; the rival computes in it")
+    arguments.add_argument("--sources", nargs="+", default=["sequential", "dense"], help="fedgrove's; see the job file")
     arguments.add_argument("--pruners", nargs="+", default=["sparsegpt", "wanda"])
     arguments.add_argument("--sparsity", type=float, default=0.5)
     arguments.add_argument("--samples", type=int, default=32)
@@ -64,48 +69,45 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
+    tools = [RIVAL, *(name for name, source in TOOLS.items() if source in given.sources)]
     rows = [
-        "| pruner | | whole, s | pruning, s | memory, MB | sparsity | perplexity |",
-        "|---|---|---|---|---|---|---|",
+        "| pruner | | whole, s | pruning, s | memory, MB | faster | of the memory | sparsity | perplexity |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        model = given.model or shapes.make(work / "dense", "160m", given.tokenizer, getattr(torch, given.dtype))
-        text = given.data / "wikitext2-valid.txt"
-        windows = calibration_windows(
-            [text], None, Checkpoint(model).tokenizer(), given.samples, given.length, f"{SEED}/0/only"
-        )
-        (work / "windows.json").write_text(json.dumps(windows.tolist()))
-        held_out = given.data / "wikitext2-test.txt"
+        model = given.model or shapes.make(work / "dense", "160m", shapes.TOKENIZER, getattr(torch, given.dtype))
         for pruner in given.pruners:
-            ours, theirs = [], []
+            results: dict[str, list[Result]] = {tool: [] for tool in tools}
             for number in range(given.runs):
-                out = work / f"{pruner}-{number}"
-                theirs.append(run_theirs(given, model, work / "windows.json", pruner, Path(f"{out}-theirs")))
-                ours.append(run_ours(given, model, text, pruner, Path(f"{out}-ours")))
-                print(pruner, number, theirs[-1], ours[-1], file=sys.stderr, flush=True)
-            rows += table(pruner, theirs, ours, held_out, given.length)
+                for tool in tools:
+                    results[tool].append(prune(tool, model, pruner, given, work / f"{pruner}-{number}-{tools.index(tool)}"))
+                    print(pruner, number, tool, results[tool][-1], file=sys.stderr, flush=True)
+            worth = {tool: quality(tool, pruner, given, work / f"{pruner}-trained-{tools.index(tool)}") for tool in tools}
+            rows += table(pruner, results, worth)
             print("\n".join(rows), flush=True)
     if given.write:
         page.write("llmc", "\n".join(rows))
 
 
-def run_ours(given: argparse.Namespace, model: Path, text: Path, pruner: str, out: Path) -> Result:
+def prune(tool: str, model: Path, pruner: str, given: argparse.Namespace, out: Path) -> Result:
+    """One run of one tool."""
+    text = given.data / "wikitext2-valid.txt"
+    if tool == RIVAL:
+        ids = calibration_windows([text], None, Checkpoint(model).tokenizer(), given.samples, given.length, f"{SEED}/0/only")
+        windows = out.with_suffix(".json")
+        windows.write_text(json.dumps(ids.tolist()))
+        dtype = str(Checkpoint(model).config.dtype).removeprefix("torch.")
+        settings = [str(model), str(out), str(windows), pruner, str(given.sparsity), dtype, str(given.threads)]
+        seconds, memory, said = measure([str(given.rival), str(HERE / "llmc_rival.py"), *settings], given.threads)
+        return Result(seconds, json.loads(said.splitlines()[-1])["seconds"], memory, out)
+    stage: dict[str, Any] = {"kind": "prune", "pruner": pruner, "sparsity": given.sparsity, "source": TOOLS[tool]}
     job = {
         "name": "bench",
         "seed": SEED,
         "model": {"path": str(model.resolve())},
         "clients": [{"name": "only", "data": str(text.resolve())}],
-        "stages": [
-            {
-                "kind": "prune",
-                "pruner": pruner,
-                "sparsity": given.sparsity,
-                "source": given.source,
-                "samples": given.samples,
-                "length": given.length,
-            }
-        ],
+        "stages": [stage | {"samples": given.samples, "length": given.length}],
     }
     job_file = out.with_suffix(".toml")
     job_file.write_text(tomli_w.dumps(job))
@@ -115,49 +117,51 @@ def run_ours(given: argparse.Namespace, model: Path, text: Path, pruner: str, ou
     return Result(seconds, ended - began, memory, out / "model")
 
 
-def run_theirs(given: argparse.Namespace, model: Path, windows: Path, pruner: str, out: Path) -> Result:
-    script = str(HERE / "llmc_rival.py")
-    settings = [str(model), str(out), str(windows), pruner, str(given.sparsity), given.dtype, str(given.threads)]
-    seconds, memory, said = measure([str(given.rival), script, *settings], given.threads)
-    return Result(seconds, json.loads(said.splitlines()[-1])["seconds"], memory, out)
-
-
 def measure(command: list[str], threads: int) -> tuple[float, int, str]:
     """Seconds, largest resident set in bytes, and what it said."""
     surroundings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, env=surroundings)
+        process = subprocess.Popen(command, stdout=said, stderr=complained, env=surroundings)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{command[0]} ended with status {process.returncode}")
+            complained.seek(0)
+            sys.exit(f"{command[0]} ended with status {process.returncode}: {complained.read()[-2000:]}")
         said.seek(0)
         return seconds, usage.ru_maxrss * 1024, said.read()
 
 
-def table(pruner: str, theirs: list[Result], ours: list[Result], held_out: Path, length: int) -> list[str]:
-    rows, numbers = [], []
-    for name, results in (("llm-compressor", theirs), ("fedgrove", ours)):
-        whole, pruning, memory = (
-            statistics.median(getattr(result, field) for result in results) for field in ("whole", "pruning", "memory")
-        )
-        checkpoint = Checkpoint(results[-1].model)
-        decoder = Decoder(checkpoint)
-        zeros = [decoder.read_matrix(linear) == 0 for linear in decoder.linear_names()]
-        sparsity = sum(int(zero.sum()) for zero in zeros) / sum(zero.numel() for zero in zeros)
-        texts = evaluation_windows(held_out, None, checkpoint.tokenizer(), length, 8)
-        surprise = perplexity(decoder, texts)
-        numbers.append((whole, pruning, memory, surprise))
-        rows.append(
-            f"| {pruner} | {name} | {whole:.1f} | {pruning:.1f} | {memory / 1e6:.0f} | {sparsity:.4f} | {surprise:.2f} |"
-        )
-    (whole, pruning, memory, surprise), mine = numbers
-    rows.append(
-        f"| | ratio | **{whole / mine[0]:.2f}** | **{pruning / mine[1]:.2f}** | **{mine[2] / memory:.2f}** | "
-        f"| **{mine[3] / surprise:.3f}** |"
-    )
+def quality(tool: str, pruner: str, given: argparse.Namespace, out: Path) -> tuple[float, float]:
+    """Perplexity of the trained model, pruned, and the sparsity of its linears."""
+    checkpoint = Checkpoint(prune(tool, given.trained, pruner, given, out).model)
+    decoder = Decoder(checkpoint)
+    zeros = [decoder.read_matrix(linear) == 0 for linear in decoder.linear_names()]
+    sparsity = sum(int(zero.sum()) for zero in zeros) / sum(zero.numel() for zero in zeros)
+    texts = evaluation_windows(given.data / "wikitext2-test.txt", None, checkpoint.tokenizer(), given.length, 32)
+    return perplexity(decoder, texts), sparsity
+
+
+def table(pruner: str, results: dict[str, list[Result]], worth: dict[str, tuple[float, float]]) -> list[str]:
+    """Markdown rows: medians, and in brackets how they compare with the rival."""
+    costs = {
+        tool: [statistics.median(getattr(run, field) for run in runs) for field in ("whole", "pruning", "memory")]
+        for tool, runs in results.items()
+    }
+    rows = []
+    for tool, (whole, pruning, memory) in costs.items():
+        surprise, sparsity = worth[tool]
+        compared = ["", "", f"{surprise:.2f}"]
+        if tool != RIVAL:
+            theirs = costs[RIVAL]
+            compared = [
+                f"**{theirs[0] / whole:.2f}×**",
+                f"**{memory / theirs[2]:.2f}**",
+                f"{surprise:.2f} (**{surprise / worth[RIVAL][0]:.3f}**)",
+            ]
+        cells = [pruner, tool, f"{whole:.1f}", f"{pruning:.1f}", f"{memory / 1e6:.0f}", *compared[:2], f"{sparsity:.4f}"]
+        rows.append(f"| {' | '.join(cells)} | {compared[2]} |")
     return rows
 
 

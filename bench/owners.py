@@ -49,6 +49,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 RULES: dict[str, dict[str, Any]] = {
     "FedSpaLLM (votes)": {},
     "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
+    "FedSpaLLM on the dense model's inputs (votes, source dense)": {"source": "dense"},
     "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
     "plain averaging (mean)": {"rule": "mean"},
     "FedPrLLM (masks)": {"rule": "masks"},
@@ -57,7 +58,6 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 ALLOCATIONS: dict[str, dict[str, Any]] = {
-    "Wanda, statistics": {"pruner": "wanda", "rule": "statistics"},
     "Wanda, statistics, OWL": {"pruner": "wanda", "rule": "statistics", "allocation": "owl"},
     "SparseGPT, votes": {},
     "SparseGPT, votes, OWL": {"allocation": "owl"},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from fedgrove import heap
 from fedgrove.errors import FedgroveError
 from fedgrove.federation.commands import COMMANDS
 
@@ -376,6 +377,7 @@ def main() -> None:
     """The entry point of the ``fedgrove`` command."""
     # Threads of linear algebra that spin while they wait slow a busy machine fourfold; it must be said before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    heap.keep_large_apart()
     app()
 
 

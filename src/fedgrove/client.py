@@ -544,7 +544,7 @@ def _prune_block(
     pruned = {}
     for name, module in modules.items():
         known = inputs.pop(name)  # let go when the last linear that reads it is done
-        if known.total is not None and not torch.isfinite(known.total.sum()):
+        if known.total is not None and not torch.isfinite(known.squares.sum()):
             raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
         weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
         after, mask = pruner_for(info["pruner"], known).prune(weight, known, target)

@@ -67,6 +67,12 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
         if count == values.numel():
             break
         threshold = _kth_lowest(values, count)
+        reached = values <= threshold
+        if int(reached.count_nonzero()) == count:  # no tie at the threshold: nothing is left to decide
+            if open_ is None:
+                return reached.view(shape)
+            marked[open_[reached]] = True
+            return marked.view(shape)
         below = values < threshold
         tied = (values == threshold).nonzero().squeeze(1)
         if open_ is None:

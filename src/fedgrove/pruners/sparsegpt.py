@@ -130,9 +130,9 @@ def reversed_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         ValueError: the matrix holds NaN or infinity, or cannot be factored even when it is all damping.
     """
-    if not torch.isfinite(gram.sum()):
-        raise ValueError("the statistics of the inputs are not finite")
     diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal.sum()):  # no product is larger than the squares of its two inputs
+        raise ValueError("the statistics of the inputs are not finite")
     mean = diagonal.mean()
     if mean == 0:
         mean = torch.ones_like(mean)

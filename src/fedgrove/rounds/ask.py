@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from fedgrove import heap
 from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.rounds import wire
@@ -62,6 +61,7 @@ def ask(
 
     def send(clients: list[str]) -> Iterator[Answer]:
         run.watch.asking(clients)
+        heap.give_back()  # what the server worked with: a client in this process begins where it began before
         outbox = _Outbox(
             {client: messages[client] for client in clients},
             lambda client, size: account(client, "down", size),
@@ -69,7 +69,7 @@ def ask(
         for client, answer, error in engine.ask(kind, outbox, rules.timeout):
             if client not in turns or held.get(client) is not None:
                 continue  # it comes late or twice: this client's part is settled
-            _give_memory_back()  # what a client in this process worked with
+            heap.give_back()  # what a client in this process worked with
             if answer is not None:
                 account(client, "up", len(answer))
             else:
@@ -102,7 +102,7 @@ def ask(
                     del held[client], turns[0]
                     yield client, tensors, info
                     del answer, tensors
-                    _give_memory_back()
+                    heap.give_back()
                     continue
             held[client] = None
             if not last_try:
@@ -125,13 +125,6 @@ def ask(
         raise FedgroveError(
             f"{what} ({len(messages) - len(faults)} of {len(messages)} clients answered, {needed} needed: rounds.quorum)"
         )
-
-
-def _give_memory_back() -> None:
-    """Lets the system have what was freed: the C library of Linux keeps it in pieces that the next answer does not fit into,
-    and a server would grow with its clients after all."""
-    with suppress(AttributeError, OSError, TypeError):  # other systems have no such function and no such need
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Outbox(Mapping[str, bytes]):

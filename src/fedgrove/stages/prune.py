@@ -138,17 +138,18 @@ def _from_solutions(
         for client, tensors, _ in ask(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check):
             clients.append(client)
             for name in names:
-                weight = tensors[WEIGHT + name]
+                weight = tensors.pop(WEIGHT + name)
                 scale = plan.clients[client].weight
-                sums[name].add(tensors.get(CHANGE + name), weight if weight.dim() else float(weight), scale)
+                sums[name].add(tensors.pop(CHANGE + name, None), weight if weight.dim() else float(weight), scale)
 
     made = {}
     target, options = _of_block(stage, shares[block]), Options(stage.shrink, stage.expand)
     for name in names:
-        if sums[name].clients == 0:
+        total = sums.pop(name)  # let go as soon as it is used
+        if total.clients == 0:
             continue  # nobody sent it: it stays as it was
-        weight, mask = rule.finish(before[name], sums[name], target, options)
-        made[name] = Pruned(weight, mask, clients, _agreement(sums[name]))
+        weight, mask = rule.finish(before.pop(name), total, target, options)
+        made[name] = Pruned(weight, mask, clients, _agreement(total))
     return made
 
 
