@@ -250,7 +250,7 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     if stage.rule == "masks":
         upload = parameters // 8
     if masked is not None:
-        upload = math.ceil(parameters * (1 if stage.rule == "masks" else 1 + masked))
+        upload = math.ceil(parameters * masked)
     if stage.rule == "statistics":
         upload = _sum_bytes(
             distinct if needs != "moments" else 3 * distinct,
@@ -291,17 +291,16 @@ def _inputs(decoder: Decoder) -> dict[str, int]:
 
 
 def _masked_bytes(stage: PruneStage, cards: Mapping[str, Card]) -> float:
-    """Bytes of a masked number of eight on the wire: random ones as they are, the others a bit each."""
-    bits = VALUE_BITS
+    """Bytes of a masked sum's number, or of a weight with its vote: as long as the ring."""
     if stage.rule == "statistics":
-        bits = ring_bits(sum(card.samples or stage.samples for card in cards.values()) * stage.length)
-    return bits / 8 + (8 - bits / 8) / 8
+        return ring_bits(sum(card.samples or stage.samples for card in cards.values()) * stage.length) / 8
+    return (len(cards).bit_length() + (0 if stage.rule == "masks" else VALUE_BITS)) / 8
 
 
 def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
     """About the bytes of one block's sums: 4.0 for a number of eight (measured on the shipped model), and names."""
     numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
-    return math.ceil((masked or 4.0) * numbers) + 1200 * len(inputs)
+    return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
 
 
 def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[str, int]:

@@ -18,8 +18,10 @@ signs the session's parameters together with its keys, so that a server cannot t
 survivors' self-masks are committed to, so that a wrong share is noticed; the neighbours are drawn from the session's
 name, which the server chooses: that part holds only against a server that follows the protocol.
 
-Sums are taken in the ring of the tensor's dtype: integers modulo 2⁸, 2³² or, for int64, 2 to the session's bits. Whoever
-sends has to see to it that the true sum fits. Nothing here hides the sum itself, nor who took part, nor the shapes.
+Sums are taken in a ring: uint8 holds votes, 0 or 1 of each client, modulo the power of two that holds their number; int32
+is taken modulo 2³², int64 modulo 2 to the session's bits. Whoever sends has to see to it that the true sum fits. What cannot be
+told from random does not compress, so the bits of the ring are what travels. Nothing here hides the sum itself, nor who took
+part, nor the shapes.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ class Session:
         degree: how many neighbours each has; even, or all others.
         threshold: how many shares open a secret, of ``degree`` + 1, and how many of them must have signed the survivors.
         quorum: how many clients at least must survive.
-        bits: of an int64 tensor's ring: no more than the sum needs, for masked numbers do not compress.
+        bits: of an int64 tensor's ring: no more than the sum needs.
     """
 
     name: str
@@ -128,8 +130,8 @@ class Session:
             raise SecureError("secure aggregation: fewer than half of the shares would open a secret")
         if not number < 2 * self.quorum <= 2 * number:
             raise SecureError("secure aggregation: fewer than half of the clients would open a sum")
-        if self.bits not in range(8, 65, 8):
-            raise SecureError("secure aggregation: a ring is of whole bytes, eight at most")
+        if not 8 <= self.bits <= 64:
+            raise SecureError("secure aggregation: a ring is of 8 to 64 bits")
 
     @classmethod
     def of(cls, facts: Any) -> Session:
@@ -143,6 +145,10 @@ class Session:
     def digest(self) -> bytes:
         """All of it in 32 bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
+
+    def ring_bits(self, itemsize: int) -> int:
+        """Of the ring in which tensors of so many bytes a number are summed."""
+        return {1: len(self.clients).bit_length(), 4: 32, 8: self.bits}[itemsize]
 
     def neighbours(self, client: str) -> list[str]:
         """Those with whom a client shares masks, sorted: the next on both sides of a ring that the name shuffles."""
@@ -287,8 +293,7 @@ def mask(
     for peer in peers:
         add_keystream(rings, _pair_key(private, own["adverts"][peer]["mask"], session, client, peer), _sign_of(client, peer))
     for ring in rings:
-        if ring.itemsize == 8:
-            ring &= np.uint64(2**session.bits - 1)
+        ring &= ring.dtype.type(2 ** session.ring_bits(ring.itemsize) - 1)
     return hidden
 
 
@@ -386,6 +391,7 @@ class Opening:
                 key = _pair_key(private, self.adverts[client]["mask"], self.session, dropped, client)
                 add_keystream(rings, key, -_sign_of(client, dropped))
         for ring in rings:
+            ring &= ring.dtype.type(2 ** self.session.ring_bits(ring.itemsize) - 1)
             if ring.itemsize == 8:  # the highest bit of the ring is the sign
                 ring <<= np.uint64(64 - self.session.bits)
                 signed = ring.view(np.int64)

@@ -3,8 +3,9 @@
 The same code packs the answers of clients and the file of a packed model. A packed message is a safetensors file: a
 ``header`` (JSON) and, for the i-th tensor, ``i.mask`` (its bits) and ``i.0``, ``i.1``, … (the first, second, … byte of every
 value). The bytes of trained weights differ: sign and exponent repeat and shrink to a third, mantissas do not. Kept apart,
-the former compress (zlib, Huffman codes alone, which is both the fastest setting and, on such bytes, the smallest). A
-part that is as long as what it stands for is not compressed. A ``checksum`` (CRC-32) tells a damaged message from a whole one.
+the former compress (zlib, Huffman codes alone, which is both the fastest setting and, on such bytes, the smallest). A part
+that is as long as what it stands for is not compressed; a plane of zeros beside the first is empty. A ``checksum`` (CRC-32)
+tells a damaged message from a whole one.
 
 On arrival nothing is believed before it is checked. Sizes follow from shapes and masks, and no Huffman code is shorter than
 a bit, so a message is refused before it could take more than 512 times its own length in memory.
@@ -76,7 +77,7 @@ def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
                 values = values[bits != 0]
         planes = _bits(values).numpy().view(np.uint8).reshape(-1, values.element_size())
         for k in range(planes.shape[1]):
-            pieces[f"{i}.{k}"] = _squeeze(planes[:, k])
+            pieces[f"{i}.{k}"] = _squeeze(planes[:, k]) if k == 0 or planes[:, k].any() else np.zeros(0, np.uint8)
     header = json.dumps({"info": info, "tensors": rows}, separators=(",", ":"), sort_keys=True).encode()
     pieces["header"] = np.frombuffer(header, np.uint8)
     message: bytes = save({"checksum": _checksum(pieces), **pieces})
@@ -128,7 +129,9 @@ def _read(i: int, dtype: torch.dtype, numel: int, pieces: dict[str, Bytes], mask
     if mask is not None and mask.numel() != numel:
         raise ValueError("a tensor of another size than its mask")
     count = numel if mask is None else int(mask.sum())
-    planes = np.stack([_swell(pieces.pop(f"{i}.{k}"), count) for k in range(dtype.itemsize)], axis=1)
+    first = _swell(pieces.pop(f"{i}.0"), count)  # it is always there, so that no short message takes much memory
+    rest = [pieces.pop(f"{i}.{k}") for k in range(1, dtype.itemsize)]
+    planes = np.stack([first, *(_swell(piece, count) if piece.size else np.zeros_like(first) for piece in rest)], axis=1)
     values = torch.from_numpy(planes.reshape(-1)).view(dtype)
     return values if mask is None else torch.zeros(numel, dtype=dtype).masked_scatter_(mask, values)
 

@@ -122,8 +122,8 @@ def scale_of(probe: Inputs) -> Tensor:
 
 
 def ring_bits(tokens: int) -> int:
-    """How many bits secure aggregation gives a sum over so many tokens, in whole bytes."""
-    return min(64, -(-(BITS + tokens.bit_length() + HEADROOM + 2) // 8) * 8)
+    """How many bits secure aggregation gives a sum over so many tokens."""
+    return min(64, BITS + tokens.bit_length() + HEADROOM + 2)
 
 
 def expected(
