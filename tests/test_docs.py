@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import typer
+import typer.core
 
 from fedgrove import job
 from fedgrove.cli import app
@@ -76,6 +78,29 @@ def test_the_reference_pages_are_those_that_the_code_makes(site: ModuleType) -> 
 def test_every_command_has_an_example(site: ModuleType) -> None:
     for path, command in site.walk("fedgrove", typer.main.get_command(app)):
         assert f"Example: {path}" in " ".join((command.help or "").split()), path
+
+
+def test_every_command_in_the_docs_exists_with_its_options() -> None:
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "src" / "fedgrove" / "federation" / "texts").iterdir(),
+    ]
+    found = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        code = "".join(re.findall(r"(?ms)^ *```\w*\n(.*?)^ *```", text)) if page.suffix == ".md" else text
+        lines = re.findall(r"(?m)(?:^ *|; do |/bin/|&& exec )(fedgrove [a-z].*?)(?:; done|\"\])?$", code)
+        found += [(page, line) for line in [*lines, *re.findall(r"`(fedgrove [a-z][^`]*)`", text)]]
+    assert len(found) > 80
+    for page, line in found:
+        words = shlex.split(line.replace("submit|watch|fetch", "watch"), comments=True)[1:]
+        command = typer.main.get_command(app)
+        while words and isinstance(command, typer.core.TyperGroup):
+            assert words[0] in command.commands, f"{page.name}: {line}"
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options, f"{page.name}: {line}"
 
 
 def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:

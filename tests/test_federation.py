@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import shlex
 import shutil
 import ssl
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installed")
 
@@ -79,6 +84,38 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert not (federation.sites["birch"] / "results").exists(), "birch did not want it"
     for kit in federation.sites.values():
         assert not list((kit / "work").glob("demo-*")), "no hidden states are left behind"
+
+
+def test_a_kit_starts_as_a_service_or_in_a_container(federation: Running, tmp_path: Path) -> None:
+    for name, kit in {"server": federation.server, **federation.sites}.items():
+        unit = configparser.RawConfigParser()
+        unit.read(kit / f"fedgrove-{name}.service", encoding="utf-8")
+        service = {key: value.replace(f"/srv/fedgrove/{name}", str(kit)) for key, value in unit["Service"].items()}
+        words = shlex.split(service["execstart"])
+        assert words[1:] == ["federation", "start", str(kit), "--foreground"]
+        assert service["readwritepaths"] == service["workingdirectory"] == str(kit)
+        if shutil.which("systemd-analyze"):
+            here = tmp_path / f"fedgrove-{name}.service"
+            here.write_text((kit / here.name).read_text(encoding="utf-8").replace(words[0], sys.executable), encoding="utf-8")
+            verified = subprocess.run(["systemd-analyze", "verify", here], capture_output=True, text=True, check=False)
+            assert here.name not in verified.stderr
+
+        (service,) = yaml.safe_load((kit / "compose.yaml").read_text(encoding="utf-8"))["services"].values()
+        assert service["command"][2].endswith("exec fedgrove federation start /kit --foreground")
+        assert service["volumes"] == [".:/kit"]
+        port = operator.address(kit)[1] if name == "server" else None
+        assert service["ports"] == ([f"{port}:{port}"] if port else []), "nobody connects to a site"
+
+
+def test_a_kit_whose_process_number_is_taken_does_not_seem_to_run(federation: Running, tmp_path: Path) -> None:
+    """In a container the process that starts has the number of the one that ran before."""
+    shutil.copytree(federation.sites["ash"] / "startup", tmp_path / "startup")
+    code = (
+        "import os, sys; from pathlib import Path; from fedgrove.federation import node; kit = Path(sys.argv[1]);"
+        "(kit / node.PID).write_text(str(os.getpid())); assert node.running(kit) is None"
+    )
+    with environment():
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
 
 
 def test_a_stranger_gets_no_connection(federation: Running, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
+from fedgrove.engine.faults import VERSION
 from fedgrove.errors import FedgroveError
 from fedgrove.federation import require_flare
 from fedgrove.federation.files import FEDERATION, SERVER, SITE, Federation
@@ -240,11 +241,14 @@ def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
         "others": ", ".join(site.name for site in federation.sites if site.name != name),
         "operators": ", ".join(person.name for person in federation.operators),
         "unit": f"fedgrove-{name}.service",
+        "package": f"fedgrove[flare]=={VERSION}",
+        "ports": f'"{federation.server.port}:{federation.server.port}"' if kind == "server" else "",
     }
     for source, target in (
         (f"{kind}.toml", SITE if kind == "site" else SERVER),
         (f"{kind}.md", "README.md"),
         ("unit.service", facts["unit"]),
+        ("compose.yaml", "compose.yaml"),
     ):
         text = Template((texts / source).read_text(encoding="utf-8")).safe_substitute(facts)
         (kit / target).write_text(text, encoding="utf-8")

@@ -20,6 +20,7 @@ from fedgrove.federation.files import SERVER, SITE, ServerFile, SiteFile, read
 from fedgrove.federation.kits import keep_jobs_in
 
 PID = "process.pid"
+MODULES = "nvflare.private.fed.app"
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a busy machine
     "MALLOC_ARENA_MAX": "4",
@@ -108,7 +109,9 @@ def running(kit: Path) -> psutil.Process | None:
     """The kit's process, if it runs."""
     try:
         process = psutil.Process(int((kit / PID).read_text()))
-        if process.status() != psutil.STATUS_ZOMBIE and str(kit.resolve()) in process.cmdline():
+        # In a container the number is the same after every restart: it may be this very process, about to start.
+        own = str(kit.resolve()) in process.cmdline() and any(part.startswith(MODULES) for part in process.cmdline())
+        if own and process.status() != psutil.STATUS_ZOMBIE:
             return process
     except (OSError, ValueError, psutil.Error):
         pass
@@ -143,7 +146,7 @@ def _command(kit: Path, kind: str) -> list[str]:
         from fedgrove.federation.site import name_of
 
         settings.append(f"uid={name_of(kit)}")
-    module = f"nvflare.private.fed.app.{role}.{role}_train"
+    module = f"{MODULES}.{role}.{role}_train"
     return [sys.executable, "-u", "-m", module, "-m", str(kit), "-s", f"fed_{role}.json", "--set", *settings]
 
 
