@@ -13,14 +13,15 @@ from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
-from fedgrove.measures import Measured, bootstrap, mean
+from fedgrove.measures import Measured, bootstrap, interval, mean, resampled
 from fedgrove.measures.accuracy import accuracy
 from fedgrove.measures.generation import Written, compare, write
 from fedgrove.measures.harness import harness
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.labels import score_labels
 from fedgrove.models.stream import Checkpoint
-from small import Small, cli, complaint, measurements
+from small import Small, cli, complaint, lines, measurements
+from test_report import Page
 
 PROMPTS = ["The river is", "A small tree", "He said that", "Once upon a", "In the garden", "She had no"]
 LABELS = [" deep", " green", " old"]
@@ -141,6 +142,20 @@ def questions(tmp_path: Path) -> Path:
     return file
 
 
+def test_what_is_hard_for_both_models_cancels_in_their_difference() -> None:
+    hard = [float(i % 7) for i in range(100)]
+    before, after = ([(value + own, 1.0) for value in hard] for own in (0.0, 0.1))
+    drawn = resampled([{"before": before, "after": after}])
+    low, high = interval(drawn["after"] - drawn["before"])
+    assert low == pytest.approx(0.1)
+    assert high == pytest.approx(0.1)
+    alone = interval(drawn["before"])
+    assert alone[1] - alone[0] > 0.5
+    assert alone == pytest.approx((mean(hard).low, mean(hard).high)), "one model by itself: the bootstrap"
+    several = resampled([{"before": before}, {"before": [(1.0, 2.0), (1.0, 2.0)]}])["before"]
+    assert several.mean() == pytest.approx((sum(hard) / 100 + 0.5) / 2, abs=0.1), "the mean over texts"
+
+
 def test_a_job_measures_answers_and_speed_before_and_after(small: Small, questions: Path, tmp_path: Path) -> None:
     asked = {"path": str(questions), "prompt": "{q}", "answer": " {a}"}
     data = [
@@ -165,6 +180,18 @@ def test_a_job_measures_answers_and_speed_before_and_after(small: Small, questio
         assert found[stage, None, None, "memory/speed"] > (folder / "model.safetensors").stat().st_size / 2
         low, value, high = (found[stage, None, None, f"perplexity{end}/held-0"] for end in (".low", "", ".high"))
         assert low < value < high
+    kept = {(line["stage"], line["name"]): line["parts"] for line in lines(run / "examples.jsonl")}
+    for stage in (None, 0):
+        for name, number in (("perplexity/held-0", 4), ("accuracy/trees", 4), ("rougeL/words", 4)):
+            parts = kept[stage, name]
+            assert len(parts) == number
+            ratio = sum(total for total, _ in parts) / sum(count for _, count in parts)
+            assert found[stage, None, None, name] == pytest.approx(math.exp(ratio) if "perp" in name else ratio)
+    _head, *rows = Page((run / "report.html").read_text()).csv("measures")
+    shown = {row[0]: row[1] for row in rows}
+    assert {"trees: accuracy", "words: rouge1", "words: rougeL", "words: bleu", "speed: prefill", "speed: decode",
+            "speed: disk", "speed: memory"} <= shown.keys()  # fmt: skip
+    assert float(shown["speed: disk"]) == found[None, None, None, "disk/speed"]
     assert cli("run", job, "--out", run, "--resume", "--quiet")[0] == 0
     assert measurements(run) == found, "what was measured is not measured again"
 

@@ -144,11 +144,14 @@ def make_run(
     ]
     _write(folder / "pruning.json", {"stage": 0, **job["stages"][0], "tensors": records})
     lines: list[dict[str, Any]] = []
+    examples = []
     for stage, client in [(None, None), (0, None), *((0, client) for client in clients if alone)]:
         for text in texts:
             value = 90 + 20 * rng.random() + (0 if stage is None else 5 if client is None else 10)
             lines.append(_metric(stage, client, text, value))
+            examples.append(_examples(stage, client, text, value))
     _write_lines(folder / "metrics.jsonl", lines)
+    _write_lines(folder / "examples.jsonl", examples)
     ledger = [_message(0, 0, client, direction, "card", 100) for client in clients for direction in ("down", "up")]
     for round_ in range(rounds):
         for client in clients:
@@ -171,6 +174,14 @@ def _write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
 
 def _metric(stage: int | None, client: str | None, text: str, value: float, name: str = "perplexity/") -> dict[str, Any]:
     return {"time": 1.7e9, "stage": stage, "round": None, "client": client, "name": name + text, "value": value}
+
+
+def _examples(stage: int | None, client: str | None, text: str, value: float, spread: float = 0.3) -> dict[str, Any]:
+    """Windows whose mean is this perplexity: some harder than others, for every model, and a little for each in its own way."""
+    own = random.Random(f"{stage}/{client}/{text}")
+    hard = [spread * (k - 4.5) / 4.5 + 0.02 * own.random() for k in range(10)]
+    parts = [[63 * (math.log(value) + h - sum(hard) / 10), 63] for h in hard]
+    return {"stage": stage, "client": client, "name": f"perplexity/{text}", "parts": parts}
 
 
 def _message(stage: int, round_: int, client: str, direction: str, kind: str, size: int) -> dict[str, Any]:
@@ -208,8 +219,12 @@ def test_perplexities_are_those_of_the_metrics(run: Path) -> None:
         assert float(of["dense"]) == dense
         assert float(of["federated"]) == federated
         assert float(of["law alone"]) == measured[0, "law", text]
-        assert float(of["federated against dense"]) == federated / dense
-        assert float(of["against its owner alone"]) == federated / measured[0, text, text]
+    differences, *against = page.csv("differences")
+    for row in against[:2]:
+        of = dict(zip(differences, row, strict=True))
+        text = of["held-out text"]
+        assert float(of["against dense"]) == measured[0, None, text] / measured[None, None, text]
+        assert float(of["against its owner alone"]) == measured[0, None, text] / measured[0, text, text]
     mean = dict(zip(head, rows[2], strict=True))
     assert float(mean["federated"]) == pytest.approx(math.sqrt(measured[0, None, "ward"] * measured[0, None, "law"]))
     assert page.tables[0][1][1] == f"{measured[None, None, 'ward']:.1f}"
@@ -246,9 +261,13 @@ def test_blocks_and_matrices_are_those_of_the_pruning_file(run: Path) -> None:
 
 def test_every_table_is_also_a_download_with_the_same_rows(run: Path) -> None:
     page = _page(run)
-    downloads = [page.csv(name) for name in ("perplexity", "blocks", "matrices", "stage-0-clients", "bytes-by-client", "size")]
+    downloads = [
+        page.csv(name)
+        for name in ("perplexity", "differences", "blocks", "matrices", "stage-0-clients", "bytes-by-client", "size")
+    ]
     assert [[row[0] for row in table] for table in page.tables] == [[row[0] for row in rows] for rows in downloads]
-    assert [len(table[0]) for table in page.tables] == [len(rows[0]) for rows in downloads]
+    plain = [[title for title in rows[0] if not title.endswith((": low", ": high"))] for rows in downloads]
+    assert [list(table[0]) for table in page.tables] == plain
 
 
 def test_exports_measures_and_samples_are_shown_where_there_are_some(run: Path) -> None:
@@ -266,10 +285,13 @@ def test_exports_measures_and_samples_are_shown_where_there_are_some(run: Path) 
     _write(run / "samples.json", {"tokens": 40, "samples": [{"prompt": "<b>The", "before": "cat {{ 1 }}", "after": "dog"}]})
     page = _page(run)
     assert page.csv("exports")[1:] == [["gguf", "900", "0.9", "2", "40.0", "1.0"]]
-    assert page.csv("measures")[1:] == [
-        ["quiz: accuracy", "0.500 (0.400 to 0.600)", "0.750 (0.650 to 0.850)", "1.5"],
-        ["speed: memory", "", "2.0 MB", ""],
+    assert page.csv("measures") == [
+        ["what", "before", "before: low", "before: high", "after", "after: low", "after: high", "after against before"],
+        ["quiz: accuracy", "0.5", "0.4", "0.6", "0.75", "0.65", "0.85", "1.5"],
+        ["speed: memory", "", "", "", "2000000.0", "", "", ""],
     ]
+    assert "0.500 (0.400 to 0.600)" in page.text
+    assert "2.0 MB" in page.text
     assert page.csv("samples")[1:] == [["<b>The", "cat {{ 1 }}", "dog"]]
     assert "<b>The" in page.text
     assert "cat {{ 1 }}" in page.text
@@ -428,6 +450,7 @@ def test_several_stages_show_what_each_made(run: Path) -> None:
     assert [row[head.index("federated")] for row in rows[:2]] == ["60.0", "61.0"]
     assert [float(row[head.index("after stage 0")]) for row in rows[:2]] == [summary.after[0][t] for t in ("ward", "law")]
     assert summary.alone_stage == 0
+    head, *rows = _page(run).csv("differences")
     assert float(rows[0][head.index("against its owner alone")]) == summary.after[0]["ward"] / summary.alone["ward"]["ward"]
     assert summary.uplink["law"] > 12345
 
@@ -480,6 +503,7 @@ def test_the_verdict_says_who_gains_and_who_loses(run: Path) -> None:
         for stage, client, value in ((None, None, dense), (0, None, together), (0, "ward", ward), (0, "law", law)):
             lines += [_metric(stage, client, text, value) for text in ("ward", "law")]
         _write_lines(run / "metrics.jsonl", lines)
+        (run / "examples.jsonl").unlink(missing_ok=True)  # as of an older fedgrove: there are no intervals
         return verdict(read(run))[1], own_texts(read(run))
 
     paid, own = measure(100, 110, 120, 130)
@@ -500,6 +524,66 @@ def test_the_verdict_says_who_gains_and_who_loses(run: Path) -> None:
     assert measure(100, 120.1, 120, 120.3)[0].startswith("Working together made little difference")
 
 
+def test_the_verdict_claims_nothing_that_other_windows_could_undo(run: Path) -> None:
+    def measure(ward: float, law: float) -> str:
+        metrics, examples = [], []
+        for stage, client, value in ((None, None, 100.0), (0, None, 110.0), (0, "ward", ward), (0, "law", law)):
+            for text in ("ward", "law"):
+                metrics.append(_metric(stage, client, text, value))
+                examples.append(_examples(stage, client, text, value))
+        _write_lines(run / "metrics.jsonl", metrics)
+        _write_lines(run / "examples.jsonl", examples)
+        return " ".join(filter(None, (verdict(read(run))[1], own_texts(read(run)))))
+
+    same = measure(110.3, 110.2)
+    assert same.startswith("Working together made no clear difference")
+    assert "no client clearly gains or loses" in same
+    assert "for no owner there is a clear difference" in same
+    mixed = measure(110.3, 130)
+    assert mixed.startswith("Working together paid")
+    assert "law gains most (−15.4%), for ward there is no clear difference (−0.3%)" in mixed
+    assert "1 of 2 owners are better off with the federated model than alone; for 1 there is no clear difference" in mixed
+    worse = measure(100, 110.2)
+    assert "ward loses most (+10.0%), for law there is no clear difference" in worse
+    assert "0 of 2 owners are better off with the federated model than alone, 1 worse" in worse
+
+
+def test_a_difference_is_as_sure_as_the_windows_say(run: Path) -> None:
+    summary = read(run)
+    head, *rows = _page(run).csv("differences")
+    of = dict(zip(head, rows[0], strict=True))
+    low, value, high = (float(of[f"against dense{end}"]) for end in (": low", "", ": high"))
+    assert low < value < high
+    assert high - low < 0.03, "the windows are uneven by a factor of 1.8, but in the same way for both models"
+    before, after = (summary.examples[stage, None]["perplexity/ward"] for stage in (None, 0))
+    each = [math.exp((new - old) / 63) for (new, _), (old, _) in zip(after, before, strict=True)]
+    assert min(each) < low
+    assert high < max(each)
+    lines = _lines(run / "examples.jsonl")
+    lines[0]["parts"].pop()
+    _write_lines(run / "examples.jsonl", lines)
+    assert _page(run).csv("differences")[1][2:4] == ["", ""], "these are not the same windows"
+
+
+def test_what_one_owner_would_have_stands_beside_it(tmp_path: Path) -> None:
+    run, inner = make_run(tmp_path / "run"), make_run(tmp_path / "run" / "centralised", ["centralised"], ["ward", "law"])
+    _append(run / "metrics.jsonl", _metric(0, None, "", 0.5, name="accuracy/quiz"))
+    _append(inner / "metrics.jsonl", _metric(0, None, "", 0.75, name="accuracy/quiz"))
+    page, one = _page(run), read(inner)
+    head, *rows = page.csv("perplexity")
+    assert [float(row[head.index("centralised")]) for row in rows[:2]] == [one.federated["ward"], one.federated["law"]]
+    head, *rows = page.csv("differences")
+    assert float(rows[1][head.index("against centralised")]) == read(run).federated["law"] / one.federated["law"]
+    head, *rows = page.csv("measures")
+    assert rows[0][head.index("centralised")] == "0.75"
+    assert f"in one place, would have {geometric_mean(list(one.federated.values())):.1f}" in page.text
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table(read(run)))
+    assert f"{one.federated['ward']:.1f}" in console.export_text()
+    shutil.rmtree(inner / "model")
+    assert "centralised" not in _page(run).csv("perplexity")[0], "it has not ended"
+
+
 def test_the_verdict_does_not_call_a_missed_target_exact(run: Path) -> None:
     assert "exactly as asked" in verdict(read(run))[0]
     pruning = json.loads((run / "pruning.json").read_text())
@@ -512,7 +596,7 @@ def test_the_terminal_shows_the_same_numbers(run: Path) -> None:
     summary = read(run)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(summary))
-    text = console.export_text()
+    text = " ".join(console.export_text().split())
     assert f"{summary.mean(summary.federated):.1f}" in text
     assert verdict(summary)[1] in text
 

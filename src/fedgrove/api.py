@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from fedgrove.data import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, load, parse
 from fedgrove.measures import read_pairs
-from fedgrove.measures.examine import Examiner, examine_directory
+from fedgrove.measures.examine import Examiner, examine_directory, plain
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.progress import Several, part_of, watch
 from fedgrove.report.summary import Summary, read
@@ -112,13 +112,13 @@ def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
     """
     wanted = as_job(job)
     hush()
-    with tempfile.TemporaryDirectory() as folder, watch(quiet) as seen:
-        asked = Run(Path(folder) / "run", wanted, watch=seen)
-        try:
-            engine = server.local_engine(wanted, asked.path / "clients")
-            return server.make_plans(wanted, server.open_model(wanted.model), engine, asked)
-        finally:
-            asked.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        watch(quiet) as seen,
+        closing(Run(Path(folder) / "run", wanted, watch=seen)) as asked,
+        closing(server.local_engine(wanted, asked.path / "clients")) as engine,
+    ):
+        return server.make_plans(wanted, server.open_model(wanted.model), engine, asked)
 
 
 def evaluate(
@@ -175,11 +175,11 @@ def evaluate(
                 told = part_of(seen, what, number, len(sources))
                 if measure == "perplexity":
                     windows = evaluation_windows(source, text, examiner.tokenizer, length)
-                    measured, counted = examiner.perplexity(windows, told), sum(ids.numel() - 1 for ids in windows)
+                    measured, counted = plain(examiner.perplexity(windows, told)), sum(ids.numel() - 1 for ids in windows)
                     found[str(source)] = {**measured, "tokens": counted, "windows": len(windows)}
                 else:
                     pairs = read_pairs(source, prompt or "", answer or "", examiner.tokenizer, records)
-                    given = examiner.answers(measure, pairs, told, labels=labels, length=length, tokens=tokens)
+                    given = plain(examiner.answers(measure, pairs, told, labels=labels, length=length, tokens=tokens))
                     found[str(source)] = {**given, "records": len(pairs)}
         where = Path(tasks_from) if tasks_from is not None else None
         found |= examine_directory(folder, seen, speed=speed, tasks=tasks, tasks_from=where, limit=records)

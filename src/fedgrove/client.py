@@ -30,7 +30,7 @@ from fedgrove.inputs import Inputs
 from fedgrove.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
 from fedgrove.models.calibrate import gather, watching, windows_at_once
-from fedgrove.models.perplexity import negative_log_likelihood
+from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
 from fedgrove.models.width import Width
 from fedgrove.narrowing.gradients import group_products
@@ -66,6 +66,7 @@ class Site:
         credentials: its key and the roster for secure aggregation. A client that has them sends nothing of its text but
             masked, whatever it is asked.
         prompt, answer: instead of ``text`` where a stage tunes: only the answer is learnt.
+        owners: instead of ``data``, in a simulation: the clients whose windows this one has; see :mod:`fedgrove.centralised`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Site:
     credentials: Credentials | None = None
     prompt: str | None = None
     answer: str | None = None
+    owners: tuple[Site, ...] = ()
 
 
 TEXTLESS = frozenset({"card", "base", *KINDS})  # asks whose answers hold nothing of a client's text
@@ -318,7 +320,8 @@ def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Ten
 
     Ask: ``texts``: {name: number of windows}; tensors ``window/<name>/<i>``: (1, tokens) token ids; ``walk``: the JSON of the
     asks ``prune`` of round one, for blocks that were lost with the client's working files and have to be pruned again.
-    Answer: tensors ``change/<name>`` = mean negative log-likelihood and ``weight/<name>`` = number of predicted tokens.
+    Answer: of each window, (windows,) float64: tensors ``change/<name>`` = negative log-likelihood, ``weight/<name>`` = number
+    of predicted tokens.
     """
     for index in range(len(_decoder(site.model, site.dtype, device))):
         if not _alone(site, index).is_file():
@@ -327,9 +330,8 @@ def evaluate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Ten
     answer: Tensors = {}
     for name, number in info["texts"].items():
         windows = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
-        total, count = negative_log_likelihood(decoder, windows)
-        answer[CHANGE + name] = torch.tensor(total / count, dtype=torch.float64)
-        answer[WEIGHT + name] = torch.tensor(count, dtype=torch.float64)
+        each = torch.tensor(negative_log_likelihoods(decoder, windows), dtype=torch.float64)
+        answer[CHANGE + name], answer[WEIGHT + name] = each[:, 0].contiguous(), each[:, 1].contiguous()
     return answer, {}
 
 
@@ -560,6 +562,11 @@ def _set(module: nn.Module, weight: Tensor) -> None:
 
 
 def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
+    if site.owners:
+        wanted = [owner.card.get("samples") for owner in site.owners]
+        each = (samples - sum(filter(None, wanted))) // max(1, wanted.count(None))
+        windows = [_windows(owner, own or each, length, seed) for owner, own in zip(site.owners, wanted, strict=True)]
+        return torch.cat(windows)
     try:
         return calibration_windows(site.data, site.text, _tokenizer(site.model), samples, length, f"{seed}/{site.name}")
     except FedgroveError as fault:
@@ -633,6 +640,9 @@ def _tokens(ids: Tensor) -> Tensor:
 
 def _training_windows(site: Site, length: int) -> tuple[Tensor, Tensor]:
     """All windows of this client's text, tokenised once and kept on its own disk."""
+    if site.owners:
+        owned = [_training_windows(owner, length) for owner in site.owners]
+        return torch.cat([ids for ids, _ in owned]), torch.cat([labels for _, labels in owned])
     templates = {"text": site.text or DEFAULT_TEMPLATE}
     if site.prompt and site.answer:
         templates = {"prompt": site.prompt, "answer": site.answer}

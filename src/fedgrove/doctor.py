@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -251,14 +251,12 @@ def _plans(job: Job) -> list[Check]:
 
     free = _free_memory()
     checks = []
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", job)
+    with tempfile.TemporaryDirectory() as folder, closing(Run(Path(folder) / "run", job)) as run:
         try:
-            plans = make_plans(job, open_model(job.model), local_engine(job, run.path / "clients"), run)
+            with closing(local_engine(job, run.path / "clients")) as engine:
+                plans = make_plans(job, open_model(job.model), engine, run)
         except FedgroveError as fault:
             return [_refused("plan", fault)]
-        finally:
-            run.close()
     for plan, stage in zip(plans, job.stages, strict=True):
         shares = plan.clients.items()
         name, most = max(((name, share.memory) for name, share in shares), key=lambda pair: pair[1])
@@ -288,6 +286,8 @@ def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
             need += sum(kept * 4 * (client.samples or stage.samples) * stage.length * width for client in job.clients)
     if job.evaluate.alone:
         need += len(job.clients) * checkpoint.num_bytes()
+    if job.evaluate.centralised:
+        need *= 2
     free = _free_disk(folder)
     said = f"a run needs about {_size(need)} in {folder.resolve()}, {_size(free)} are free"
     return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or give --out another disk")

@@ -456,7 +456,9 @@ class Evaluate(Part):
             loaded whole for that. Nobody's private text belongs here.
         records: at most so many of each text where answers are measured, and of each task; default: all.
         tokens: written at most, by "generation".
-        alone: also measure what each client would have had without the others; it tells the server a loss of each text.
+        alone: also measure what each client would have had without the others; it tells the server the loss of each window.
+        centralised: run the job once more as one owner of everybody's text, into ``RUN/centralised``, and report it beside the
+            federation. Simulation only: it puts the clients' text in one place. It takes about as long again.
         speed: also tokens a second, memory and bytes of the model before and after, by plain transformers.
         tasks: of lm-evaluation-harness, by name, before and after.
         tasks_from: a folder with YAML files of more tasks.
@@ -469,6 +471,7 @@ class Evaluate(Part):
     records: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] = 64
     alone: bool = False
+    centralised: bool = False
     speed: bool = False
     tasks: tuple[str, ...] = ()
     tasks_from: File | None = None
@@ -661,6 +664,12 @@ class FederatedJob(Job):
 
     clients: Annotated[tuple[Owner, ...], Field(min_length=1)]
     result: Literal["server", "sites"] = "server"
+
+    @model_validator(mode="after")
+    def _keeps_text_apart(self) -> FederatedJob:
+        if self.evaluate.centralised:
+            raise ValueError("evaluate.centralised: in a federation no text may be put in one place; set it to false")
+        return self
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Job:

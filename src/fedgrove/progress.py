@@ -87,6 +87,28 @@ class Several(Watch):
             watch.close()
 
 
+class Within(Watch):
+    """Hands on what a part of a run tells, under the part's name; but its measurements, which stand in its own folder."""
+
+    def __init__(self, watch: Watch, name: str):
+        self._watch, self._name = watch, name
+
+    def say(self, line: str) -> None:
+        self._watch.say(f"{self._name}: {line}")
+
+    def step(self, what: str, done: float = 0, of: float = 0) -> None:
+        self._watch.step(f"{self._name}: {what}", done, of)
+
+    def asking(self, clients: Sequence[str]) -> None:
+        self._watch.asking(clients)
+
+    def asked(self, client: str, num_bytes: int) -> None:
+        self._watch.asked(client, num_bytes)
+
+    def answered(self, client: str, num_bytes: int) -> None:
+        self._watch.answered(client, num_bytes)
+
+
 class _Shown(Watch):
     """What both kinds of display know: where the run is, whom it waits for, bytes, time left.
 

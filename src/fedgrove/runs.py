@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -63,6 +63,7 @@ class Run:
         else:
             _mend_lines(self.path / "metrics.jsonl")
             _mend_lines(self.path / "ledger.jsonl")
+            _mend_lines(self.path / "examples.jsonl")
 
     @property
     def name(self) -> str:
@@ -95,6 +96,13 @@ class Run:
         line = {"time": time.time(), "stage": stage, "round": round_, "client": client, "name": name, "value": value}
         self._append("metrics.jsonl", line)
         self.watch.measured(line)
+
+    def keep(self, stage: int | None, client: str | None, name: str, parts: Sequence[Sequence[float]]) -> None:
+        """One line of ``examples.jsonl``: what a measurement is the mean of, (sum, how many) of each window or record.
+
+        It is written before the measurement, so that whoever finds the one finds the other.
+        """
+        self._append("examples.jsonl", {"stage": stage, "client": client, "name": name, "parts": parts})
 
     def account(
         self,

@@ -7,6 +7,7 @@ folder, and what is there already is not done again: that is how a killed run go
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fedgrove import plugins
+from fedgrove.centralised import NAME as CENTRALISED
+from fedgrove.centralised import centralised_job, centralised_site
 from fedgrove.client import Site
 from fedgrove.engine import Engine
 from fedgrove.engine.local import LocalEngine
@@ -26,11 +29,12 @@ from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.narrowing.plan import NarrowPlan, make_narrow_plan
 from fedgrove.plans import Card, Plan, calibration, make_plan
 from fedgrove.privacy.secure import Credentials, make_credentials
+from fedgrove.progress import Within
 from fedgrove.report.card import card
 from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
-from fedgrove.runs import Run
+from fedgrove.runs import Run, read_lines
 from fedgrove.stages.evaluate import evaluate, evaluate_directory
 from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune
@@ -56,6 +60,8 @@ def main(job: Job, engine: Engine, run: Run) -> None:
         make_model(job, engine, run)
     write_samples(run)
     evaluate_directory(run.path / "model", len(job.stages) - 1, run)
+    if job.evaluate.centralised:
+        centralise(job, run)
     write_report(run.path)
     run.finish()
 
@@ -139,6 +145,21 @@ def beside(job: Job, index: int) -> list[str]:
     return notes
 
 
+def centralise(job: Job, run: Run) -> None:
+    """Runs the job as one owner of everybody's text, in a run folder within this one. In a simulation only."""
+    wanted, folder = centralised_job(job), run.path / CENTRALISED
+    inner = Run(folder, wanted, resume=True, watch=Within(run.watch, CENTRALISED))
+    try:
+        for name in ("metrics.jsonl", "examples.jsonl"):  # the model as it came is the same, and was measured
+            if not (folder / name).is_file():
+                lines = [line for line in read_lines(run.path / name) if line["stage"] is None]
+                inner.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+        model = open_model(job.model)
+        main(wanted, LocalEngine([centralised_site(local_sites(job, model, folder / "clients"), folder / "clients")]), inner)
+    finally:
+        inner.close()
+
+
 def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
     try:
         Card(**info)
@@ -148,11 +169,15 @@ def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
 
 def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:
     """The embedded default: the job's clients on this machine, each with a folder of its own for its working files."""
-    model = open_model(job.model)
+    return LocalEngine(local_sites(job, open_model(job.model), folder), workers, devices)
+
+
+def local_sites(job: Job, model: Checkpoint, folder: Path) -> list[Site]:
+    """The job's clients, simulated."""
     credentials: dict[str, Credentials] = {}
     if job.privacy.secure_aggregation:
         credentials = make_credentials((client.name for client in job.clients), job.privacy.smallest)
-    sites = [
+    return [
         Site(
             name=client.name,
             folder=folder / client.name,
@@ -167,4 +192,3 @@ def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str
         )
         for client in job.clients
     ]
-    return LocalEngine(sites, workers, devices)

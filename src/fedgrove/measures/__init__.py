@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from fedgrove.data import as_text, read_fields
 from fedgrove.errors import FedgroveError
+
+if TYPE_CHECKING:  # a report reads intervals of a run, and shall be there at once
+    from transformers import PreTrainedTokenizerBase
 
 RESAMPLED = 1000
 LEVEL = 0.95
+Parts = Sequence[Sequence[float]]  # for each example the numbers that are summed: what, and how many of them
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number and the interval that holds it with 95 % confidence; None where there is nothing to draw again."""
+    """A number and the interval that holds it with 95 % confidence; None where there is nothing to draw again.
+
+    ``parts``: where the number is a mean, what it is the mean of: (sum, how many) of each example, for :func:`resampled`.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    parts: Parts = field(default=(), repr=False, compare=False, kw_only=True)
 
     def plain(self, name: str) -> dict[str, float]:
         """As named numbers: ``name``, ``name.low``, ``name.high``."""
@@ -33,7 +40,7 @@ class Measured:
         return named
 
 
-def bootstrap(parts: Sequence[Sequence[float]], statistic: Callable[[Sequence[float]], float], seed: int = 0) -> Measured:
+def bootstrap(parts: Parts, statistic: Callable[[Sequence[float]], float], seed: int = 0) -> Measured:
     """A statistic of a sum over examples, with its percentile bootstrap interval (Efron 1979).
 
     Examples are drawn again, as many as there are, with replacement. They must be independent: consecutive windows of one
@@ -49,22 +56,56 @@ def bootstrap(parts: Sequence[Sequence[float]], statistic: Callable[[Sequence[fl
     value = float(statistic([sum(column) for column in zip(*parts, strict=True)]))
     if len(table) < 2:
         return Measured(value)
+    values = [statistic(sums) for sums in (_draws(len(table), np.random.default_rng(seed)) @ table).tolist()]
+    return Measured(value, *interval(values))
+
+
+def resampled(texts: Sequence[Mapping[Any, Parts]], seed: int = 0) -> dict[Any, np.ndarray]:
+    """Means of several models on the same examples, for the interval of what lies *between* the models.
+
+    Examples are drawn again as by :func:`bootstrap`, but every draw is the same for all models, so that what makes an example
+    hard for all of them cancels in a difference: the paired bootstrap. Every text is drawn from by itself.
+
+    Args:
+        texts: for each text the parts (sum, how many) of its examples by model; the same models and examples in all.
+        seed: of the draws.
+
+    Returns:
+        By model (1000,): the mean over the texts of Σ sum / Σ how many; of −log p that is the logarithm of a perplexity.
+    """
+    found: dict[Any, np.ndarray] = {}
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), size=RESAMPLED).astype(np.float64) @ table
-    values = [statistic(sums) for sums in drawn.tolist()]
+    for of_text in texts:
+        draws = _draws(len(next(iter(of_text.values()))), rng)
+        for model, parts in of_text.items():
+            sums = draws @ np.asarray(parts, dtype=np.float64)
+            found[model] = found.get(model, 0.0) + sums[:, 0] / sums[:, 1] / len(texts)
+    return found
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The percentile interval of a statistic's values over the draws."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Measured(value, float(low), float(high))
+    return float(low), float(high)
+
+
+def _draws(examples: int, rng: np.random.Generator) -> np.ndarray:
+    """(1000, examples): how often each example is drawn."""
+    return rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLED).astype(np.float64)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Measured:
     """The mean of independent values."""
-    return bootstrap([(value, 1.0) for value in values], lambda sums: sums[0] / sums[1], seed)
+    parts = [(value, 1.0) for value in values]
+    return replace(bootstrap(parts, lambda sums: sums[0] / sums[1], seed), parts=parts)
 
 
 def read_pairs(
     path: Path, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[tuple[str, str]]:
     """The records of a source as (prompt, answer); at most ``limit``, from its beginning."""
+    from fedgrove.data import as_text, read_fields
+
     fields = islice(read_fields(path, {"prompt": prompt, "answer": answer}), limit)
     pairs = [(as_text(ask, tokenizer), as_text(said, tokenizer)) for ask, said in fields]
     if not pairs:

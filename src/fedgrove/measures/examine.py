@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,10 +32,10 @@ class Examiner:
     def _whole(self) -> nn.Module:
         return Decoder(self._checkpoint).whole()
 
-    def perplexity(self, windows: Sequence[Tensor], told: Told) -> dict[str, float]:
+    def perplexity(self, windows: Sequence[Tensor], told: Told) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval draws windows again."""
         each = negative_log_likelihoods(self._decoder, windows, told)
-        return bootstrap(each, lambda sums: math.exp(sums[0] / sums[1])).plain("perplexity")
+        return {"perplexity": replace(bootstrap(each, lambda sums: math.exp(sums[0] / sums[1])), parts=each)}
 
     def answers(
         self,
@@ -44,17 +45,15 @@ class Examiner:
         labels: Sequence[str] = (),
         length: int = 512,
         tokens: int = 64,
-    ) -> dict[str, float]:
-        """ "accuracy" or "generation" on (prompt, answer) pairs: named numbers and their intervals."""
+    ) -> dict[str, Measured]:
+        """ "accuracy" or "generation" on (prompt, answer) pairs."""
         if measure == "accuracy":
             from fedgrove.measures.accuracy import accuracy
 
-            measured = accuracy(self._whole, self.tokenizer, pairs, labels, length, told)
-        else:
-            from fedgrove.measures.generation import compare, write
+            return accuracy(self._whole, self.tokenizer, pairs, labels, length, told)
+        from fedgrove.measures.generation import compare, write
 
-            measured = compare(write(self._whole, self.tokenizer, pairs, tokens, told))
-        return _plain(measured)
+        return compare(write(self._whole, self.tokenizer, pairs, tokens, told))
 
 
 def examine_directory(
@@ -73,14 +72,15 @@ def examine_directory(
         from fedgrove.measures.speed import speed as measure_speed
 
         watch.step(f"evaluate: speed of {model}")
-        found["speed"] = _plain(measure_speed(model, dtype))
+        found["speed"] = plain(measure_speed(model, dtype))
     if tasks:
         from fedgrove.measures.harness import harness
 
         watch.step(f"evaluate: {', '.join(tasks)}")
-        found |= {task: _plain(measured) for task, measured in harness(model, tasks, tasks_from, limit, dtype).items()}
+        found |= {task: plain(measured) for task, measured in harness(model, tasks, tasks_from, limit, dtype).items()}
     return found
 
 
-def _plain(measured: dict[str, Measured]) -> dict[str, float]:
+def plain(measured: Mapping[str, Measured]) -> dict[str, float]:
+    """Named numbers and the ends of their intervals."""
     return {key: number for name, one in measured.items() for key, number in one.plain(name).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from markupsafe import Markup
 from fedgrove.report import charts, words
 from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.exports import mean_perplexity, mean_ratio
-from fedgrove.report.sheet import LONG, Column, Table, render
+from fedgrove.report.paired import Interval, difference_interval, unclear
+from fedgrove.report.sheet import LONG, Column, Spread, Table, render, said
 from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
 from fedgrove.report.tuning import Tuning
 from fedgrove.report.words import change, file_name, plural, ranges, size
@@ -46,9 +48,11 @@ def page(summary: Summary) -> str:
         ended=datetime.fromtimestamp(summary.ended, UTC) if summary.ended is not None else None,
         verdict=words.verdict(summary),
         own_texts=words.own_texts(summary),
+        one_owner=words.one_owner(summary),
         figures=_figures(summary),
         perplexity_chart=_perplexity_chart(summary),
         perplexities=_perplexities(summary),
+        differences=_differences(summary),
         alone=_alone(summary),
         block_chart=_block_chart(summary),
         agreement_map=_agreement_map(summary),
@@ -91,7 +95,9 @@ def _figures(summary: Summary) -> list[tuple[str, str, str]]:
         figures.append((f"{federated:.1f}", "perplexity", f"dense {dense:.1f}, {change(federated / dense)}"))
     if summary.alone_mean is not None:
         ratio = summary.mean(summary.together) / summary.alone_mean
-        figures.append((change(ratio), "perplexity against a client alone", f"mean of {plural(len(summary.alone), 'client')}"))
+        sure = words.between(summary.against_alone(list(summary.alone), summary.texts))
+        beside = f"mean of {plural(len(summary.alone), 'client')}{sure}"
+        figures.append((change(ratio), "perplexity against a client alone", beside))
     sent = max(summary.uplink.values(), default=0)
     if sent:
         beside = f"{sent / summary.dense_bytes:.2f} of dense weights" if summary.dense_bytes else ""
@@ -107,17 +113,27 @@ def _perplexity_chart(summary: Summary) -> Chart | None:
     """Each text's perplexities as differences to the dense model's."""
     if not summary.texts:
         return None
-    means = {client: summary.mean(of) for client, of in summary.alone.items()}
-    lines = [
-        (text, summary.dense[text], summary.federated[text], {client: of[text] for client, of in summary.alone.items()})
-        for text in summary.texts
+    takes: list[tuple[str, Callable[[dict[str, float]], float], list[str]]] = [
+        *((text, itemgetter(text), [text]) for text in summary.texts),
+        ("geometric mean", summary.mean, summary.texts),
     ]
-    lines.append(("geometric mean", summary.mean(summary.dense), summary.mean(summary.federated), means))
-    scale = Scale.over(100 * (value / dense - 1) for _, dense, fed, alone in lines for value in (fed, *alone.values()))
+    sure = {text: summary.against_dense(texts) for text, _, texts in takes}
+    scale = Scale.over(
+        100 * (value - 1)
+        for text, take, _ in takes
+        for value in (
+            *(take(of) / take(summary.dense) for of in (summary.federated, *summary.alone.values())),
+            *([take(summary.centralised) / take(summary.dense)] if summary.centralised else []),
+            *(sure[text] or ()),
+        )
+    )
     behind = charts.grid(scale)
     many = len(summary.alone) > 2 * MOST_COLUMNS
 
-    def row(text: str, dense: float, federated: float, alone: dict[str, float]) -> Row:
+    def row(text: str, take: Callable[[dict[str, float]], float]) -> Row:
+        dense, federated = take(summary.dense), take(summary.federated)
+        alone = {client: take(of) for client, of in summary.alone.items()}
+
         def at(value: float) -> float:
             return 100 * (value / dense - 1)
 
@@ -134,11 +150,20 @@ def _perplexity_chart(summary: Summary) -> Chart | None:
                 marks.append(charts.square(scale, at(value), "own", says(f"{client} alone", value)))
             elif not many:
                 marks.append(charts.dot(scale, at(value), "alone", says(f"{client} alone", value)))
+        if summary.centralised:
+            value = take(summary.centralised)
+            marks.append(charts.tick(scale, at(value), "target", says("centralised", value)))
+        interval = sure[text]
+        if interval:
+            low, high = (100 * (end - 1) for end in interval)
+            marks.append(charts.line(scale, low, high, "sure", f"{text}: federated against dense{words.between(interval)}"))
         marks.append(charts.dot(scale, at(federated), "federated", says("federated", federated)))
         return Row(text, Markup("").join(marks), change(federated / dense))
 
-    rows = [row(*one) for one in lines]
-    legend = [("federated", "federated")]
+    rows = [row(text, take) for text, take, _ in takes]
+    legend = [("federated", "federated, and its 95 % interval" if any(sure.values()) else "federated")]
+    if summary.centralised:
+        legend.append(("target", "centralised"))
     if summary.owned:
         legend.append(("own", "the text's owner, alone"))
     if summary.alone:
@@ -170,28 +195,19 @@ def _perplexities(summary: Summary) -> Table | None:
         columns += [Column(title, number) for title in named]
         if summary.owned and not few:
             columns.append(Column("its owner alone", number))
+    if summary.centralised:
+        columns.append(Column("centralised", number))
     columns += [Column(f"after stage {stage}" if stage != last else "federated", number) for stage in sorted(summary.after)]
-    columns.append(Column("federated against dense", change))
-    if clients:
-        columns.append(Column("against alone, mean", change))
-    if summary.owned:
-        columns.append(Column("against its owner alone", change))
 
     def row(name: str, take: Callable[[dict[str, float]], float | None], own: Any) -> list[Any]:
-        dense, federated, together = take(summary.dense), take(summary.federated), take(summary.together)
         alone = [take(summary.alone[client]) or 0.0 for client in clients]
-        values: list[Any] = [name, dense]
+        values: list[Any] = [name, take(summary.dense)]
         if clients:
             values += alone if few else [min(alone), sum(alone) / len(alone), max(alone)]
             if summary.owned and not few:
                 values.append(own)
-        values += [take(summary.after[stage]) for stage in sorted(summary.after)]
-        values.append(_ratio(federated, dense))
-        if clients:
-            values.append(_ratio(together, sum(alone) / len(alone)))
-        if summary.owned:
-            values.append(_ratio(together, own))
-        return values
+        values += [take(summary.centralised)] if summary.centralised else []
+        return values + [take(summary.after[stage]) for stage in sorted(summary.after)]
 
     def of_text(text: str) -> list[Any]:
         owner = summary.owned.get(text)
@@ -209,6 +225,44 @@ def _perplexities(summary: Summary) -> Table | None:
         [of_text(text) for text in summary.texts],
         [row("geometric mean", mean, geometric_mean(owned) if all_owned else None)],
     )
+
+
+def _differences(summary: Summary) -> Table | None:
+    """What the federated model is against the others, on each text, and how sure that is."""
+    if not summary.texts:
+        return None
+    clients = sorted(summary.alone)
+
+    def spread(value: float | None, of: float | None, interval: Interval | None) -> Spread | None:
+        ratio = _ratio(value, of)
+        if ratio is None:
+            return None
+        low, high = interval or (None, None)
+        open_ = ", not clear" if unclear(interval) else ""
+        return Spread(ratio, low, high, f"{change(ratio)}{words.between(interval)}{open_}")
+
+    columns = [Column("held-out text"), Column("against dense", said, spread=True)]
+    columns += [Column("against alone, mean", said, spread=True)] if clients else []
+    columns += [Column("against its owner alone", said, spread=True)] if summary.owned else []
+    columns += [Column("against centralised", said, spread=True)] if summary.centralised else []
+
+    def row(name: str, texts: list[str], take: Callable[[dict[str, float]], float]) -> list[Any]:
+        values: list[Any] = [name, spread(take(summary.federated), take(summary.dense), summary.against_dense(texts))]
+        if clients:
+            alone = sum(take(summary.alone[client]) for client in clients) / len(clients)
+            values.append(spread(take(summary.together), alone, summary.against_alone(clients, texts)))
+        if summary.owned:
+            owner = summary.owned.get(name)
+            own = summary.alone[owner][name] if owner else None
+            values.append(spread(take(summary.together), own, summary.against_alone([owner], texts) if owner else None))
+        if summary.centralised:
+            interval = summary.against_centralised(texts)
+            values.append(spread(take(summary.federated), take(summary.centralised), interval))
+        return values
+
+    rows = [row(text, [text], itemgetter(text)) for text in summary.texts]
+    foot = [row("geometric mean", summary.texts, summary.mean)]
+    return Table("differences", "The federated model’s perplexity against the others’", columns, rows, foot)
 
 
 def _alone(summary: Summary) -> Table | None:
@@ -588,38 +642,56 @@ def _exports(summary: Summary) -> Table | None:
 
 
 def _measures(summary: Summary) -> Table | None:
-    """What was measured of the first and the last model besides perplexity, with intervals where there are some."""
-    last = len(summary.job["stages"]) - 1
+    """What was measured of the model besides perplexity, with intervals where there are some."""
+    stages = [None, *range(len(summary.job["stages"]))]
     ends = (".low", ".high")
 
-    def of(stage: int | None, name: str) -> tuple[float | None, ...]:
-        measure, _, text = name.partition("/")
-        names = [name, *(f"{measure}{end}/{text}" for end in ends)]
-        return tuple(summary.rounds_measured.get((stage, None, None, one)) for one in names)
+    def of(stage: int | None, name: str) -> Spread | None:
+        return _spread(name, lambda one: summary.rounds_measured.get((stage, None, None, one)))
 
-    found = [name for stage, round_, client, name in summary.rounds_measured
-             if "/" in name and stage in (None, last) and round_ is None and client is None
-             and not name.partition("/")[0].endswith(ends)]  # fmt: skip
+    names = [name for _, round_, client, name in summary.rounds_measured
+             if "/" in name and round_ is None and client is None and not name.partition("/")[0].endswith(ends)]  # fmt: skip
     rows: list[list[Any]] = []
-    for name in dict.fromkeys(found):
+    pooled = any(name in summary.centralised_measured for name in names)
+    used = [stage for stage in stages if stage in (None, summary.last) or any(of(stage, name) for name in names)]
+    for name in dict.fromkeys(names):
         measure, _, text = name.partition("/")
-        before, after = of(None, name), of(last, name)
-        ratio = _ratio(after[0], before[0])
-        rows.append([f"{text}: {measure}", _with_unit(measure, before), _with_unit(measure, after), ratio, *before, *after])
-    shown = [Column("what"), Column("before", str), Column("after", str), Column("after against before", change)]
-    return Table("measures", "Measured before and after", shown, [row[:4] for row in rows]) if rows else None
+        values = [of(stage, name) for stage in used]
+        row = [f"{text}: {measure}", *values]
+        row += [_spread(name, summary.centralised_measured.get)] if pooled else []
+        before, after = values[0], values[-1]
+        difference = ratio = None
+        if before and after:
+            ratio = _ratio(after.value, before.value)
+            old, new = (summary.examples.get((stage, None), {}) for stage in (None, summary.last))
+            interval = difference_interval(new, old, name)
+            if interval:
+                low, high = interval
+                open_ = ", not clear" if unclear(interval, 0.0) else ""
+                signed = [f"{value:+.3f}".replace("-", "−") for value in (after.value - before.value, low, high)]
+                difference = Spread(after.value - before.value, low, high, f"{signed[0]} ({signed[1]} to {signed[2]}){open_}")
+        rows.append([*row, ratio, difference])
+    titles = {None: "before", summary.last: "after"}
+    columns = [Column("what"), *(Column(titles.get(stage, f"after stage {stage}"), said, spread=True) for stage in used)]
+    columns += [Column("centralised", said, spread=True)] if pooled else []
+    columns.append(Column("after against before", change))
+    if any(row[-1] for row in rows):
+        columns.append(Column("difference", said, spread=True))
+    rows = [row[: len(columns)] for row in rows]
+    return Table("measures", "Measured before and after", columns, rows) if rows else None
 
 
-def _with_unit(measure: str, value: tuple[float | None, ...]) -> str | None:
-    middle, low, high = value
-    if middle is None:
+def _spread(name: str, take: Callable[[str], float | None]) -> Spread | None:
+    """A measurement and its interval, in its unit."""
+    measure, _, text = name.partition("/")
+    value, low, high = take(name), take(f"{measure}.low/{text}"), take(f"{measure}.high/{text}")
+    if value is None:
         return None
     if measure in ("disk", "memory"):
-        return size(middle)
-    digits = 1 if measure in ("prefill", "decode") else 3
-    unit = " tokens/s" if measure in ("prefill", "decode") else ""
+        return Spread(value, low, high, size(value))
+    digits, unit = (1, " tokens/s") if measure in ("prefill", "decode") else (3, "")
     around = f" ({low:,.{digits}f} to {high:,.{digits}f})" if low is not None and high is not None else ""
-    return f"{middle:,.{digits}f}{unit}{around}"
+    return Spread(value, low, high, f"{value:,.{digits}f}{unit}{around}")
 
 
 def _samples(summary: Summary) -> Table:

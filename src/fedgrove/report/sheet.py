@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jinja2
@@ -15,12 +15,25 @@ import jinja2
 LONG = 30  # a table with more rows is folded
 
 
+class Spread(NamedTuple):
+    """A number with the ends of its interval, and how the page says all three."""
+
+    value: float
+    low: float | None
+    high: float | None
+    said: str
+
+
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading, and how a value is shown. Without ``show`` it is text."""
+    """A column of a table: its heading, and how a value is shown. Without ``show`` it is text.
+
+    ``spread``: its values are :class:`Spread`, and three columns of the CSV file.
+    """
 
     title: str
     show: Callable[[Any], str] | None = None
+    spread: bool = False
 
     def text(self, value: Any) -> str:
         """A value as the page shows it; the CSV has it in full."""
@@ -49,9 +62,23 @@ class Table:
         """The table as a data URI. CSV as in RFC 4180, numbers in full."""
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow(column.title for column in self.columns)
-        writer.writerows([_harmless(value) for value in row] for row in (*self.rows, *self.foot))
+        titles = [[c.title, f"{c.title}: low", f"{c.title}: high"] if c.spread else [c.title] for c in self.columns]
+        writer.writerow(title for of_column in titles for title in of_column)
+        for row in (*self.rows, *self.foot):
+            cells = [self._cells(column, value) for column, value in zip(self.columns, row, strict=True)]
+            writer.writerow(_harmless(value) for of_column in cells for value in of_column)
         return "data:text/csv;charset=utf-8," + quote(text.getvalue(), safe="!$&()*+,-./:;=?@_~")
+
+    @staticmethod
+    def _cells(column: Column, value: Any) -> Sequence[Any]:
+        if not column.spread:
+            return [value]
+        return value[:3] if value is not None else [None] * 3
+
+
+def said(spread: Spread) -> str:
+    """How a column shows a :class:`Spread`."""
+    return spread.said
 
 
 def _harmless(value: Any) -> Any:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from markupsafe import Markup
 from rich.table import Table
 
-from fedgrove.report import charts
+from fedgrove.report import charts, sheet
 from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.sheet import render
+from fedgrove.report.words import plural
 
 MOST_LABELS = 40  # columns of the picture; the rarer values share the last one
 OTHERS = "others"
@@ -51,16 +52,36 @@ def holdings_table(holdings: Sequence[Holding]) -> Table:
 
 
 def holdings_page(holdings: Sequence[Holding], title: str) -> str:
-    """One self-contained HTML page: a map of clients by values where there are values, else a bar for each client."""
+    """One self-contained HTML page: a map of clients by values where there are values, else a bar for each client; a table."""
     columns = _columns(holdings)
-    chart = _map(holdings, columns) if columns else _bars(holdings)
-    rows = [_ROW.format(row.label, row.label, row.marks, row.value) for row in chart.rows]
     says = "Records of each client."
     if columns:
-        rows.insert(0, _ROW.format("", "", chart.axis, ""))
         says = "A stronger colour: more of the client’s records; the number at the end counts them all. The columns: "
         says += ", ".join(f"{number} {column}" for number, column in enumerate(columns, 1)) + "."
-    return str(_PAGE.format(title, title, says, chart.kind, chart.alt, Markup("\n").join(rows)))
+    return render(
+        "split.html",
+        page_name="split",
+        title=title,
+        picture=_map(holdings, columns) if columns else _bars(holdings),
+        says=says,
+        holdings=_table(holdings, columns),
+        plural=plural,
+    )
+
+
+def _table(holdings: Sequence[Holding], values: Sequence[str]) -> sheet.Table:
+    """Records and characters of each client, and its records by value."""
+    whole = "{:,}".format
+    head = [sheet.Column("client"), sheet.Column("records", whole), sheet.Column("characters", whole)]
+    rows = [[h.name, h.records, h.characters, *_counts(h, values).values()] for h in holdings]
+    return sheet.Table("holdings", "Who holds what", [*head, *(sheet.Column(value, whole) for value in values)], rows)
+
+
+def _counts(holding: Holding, values: Sequence[str]) -> dict[str, int]:
+    here = dict.fromkeys(values, 0)
+    for label, number in holding.labels.items():
+        here[label if label in here else OTHERS] += number
+    return here
 
 
 def _columns(holdings: Sequence[Holding]) -> list[str]:
@@ -74,13 +95,12 @@ def _columns(holdings: Sequence[Holding]) -> list[str]:
 def _map(holdings: Sequence[Holding], columns: Sequence[str]) -> Chart:
     rows = []
     for holding in holdings:
-        here: Counter[str] = Counter()
-        for label, number in holding.labels.items():
-            here[label if label in columns else OTHERS] += number
+        here = _counts(holding, columns)
         strongest = max(here.values())
         filled = {
-            columns.index(label): (0.1 + 0.9 * number / strongest, f"{holding.name}, {label}: {number:,} records")
-            for label, number in here.items()
+            column: (0.1 + 0.9 * number / strongest, f"{holding.name}, {label}: {number:,} records")
+            for column, (label, number) in enumerate(here.items())
+            if number
         }
         rows.append(Row(holding.name, charts.cells(len(columns), filled), f"{holding.records:,}"))
     alt = "Values (columns) that each client (rows) holds: " + "; ".join(f"{h.name} {len(h.labels)}" for h in holdings) + "."
@@ -95,43 +115,3 @@ def _bars(holdings: Sequence[Holding]) -> Chart:
     ]
     alt = "Records of each client: " + ", ".join(f"{row.label} {row.value}" for row in rows) + "."
     return Chart("bars", alt, rows)
-
-
-_ROW = Markup('<div class="row"><span class="label" title="{}">{}</span><svg>{}</svg><span class="value">{}</span></div>')
-_PAGE = Markup("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<title>{}</title>
-<style>
-:root {{ color-scheme: light dark; --paper: #fdfdfb; --ink: #1a211d; --soft: #56615b; --faint: #f1f4f1; --grove: #1d6b47; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #131715; --ink: #e4e9e6; --soft: #a2ada6; --faint: #1b211e; --grove: #6ac79a; }}
-}}
-html {{ background: var(--paper); color: var(--ink); font: .9rem/1.5 system-ui, sans-serif; }}
-body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }}
-h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
-p, .value {{ color: var(--soft); }}
-.row {{ display: grid; grid-template-columns: minmax(4rem, 8rem) minmax(0, 1fr) 3.5rem; gap: 0 .9rem; align-items: center; }}
-.label {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
-.value {{ text-align: right; font-variant-numeric: tabular-nums; }}
-svg {{ width: 100%; height: 1.5rem; display: block; }}
-svg text {{ font-size: .7rem; fill: var(--soft); }}
-.heat .row svg:has(rect) {{ background: var(--faint); }}
-.heat rect {{ height: 100%; fill: var(--grove); stroke: var(--paper); }}
-rect.strong {{ fill: var(--grove); }}
-@media print {{ * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} .row {{ break-inside: avoid; }} }}
-</style>
-</head>
-<body>
-<h1>{}</h1>
-<p>{}</p>
-<div class="{}" role="img" aria-label="{}">
-{}
-</div>
-</body>
-</html>
-""")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Any
 from safetensors import safe_open
 
 from fedgrove.errors import FedgroveError
+from fedgrove.measures import Parts
+from fedgrove.report.paired import Interval, ratio_interval
 
+CENTRALISED = "centralised"  # the folder of the run of one owner of all the text
 PERPLEXITY = "perplexity/"
 AROUND = frozenset({"card", "evaluate"})  # asks that go around the stages, not into their result
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by the names that safetensors gives to dtypes
@@ -46,6 +49,10 @@ class Summary:
         after: by stage, perplexity by text of the model after it.
         alone: by client, perplexity by text of what it would have had without the others; empty if not measured.
         alone_stage: after which stage ``alone`` was measured; compare it with ``together``.
+        centralised: perplexity by text of what one owner of all the text would have; empty if that was not run.
+        centralised_measured: likewise everything else that was measured, by name.
+        examples: (sum, how many) of each window or record that a measurement is the mean of, by (stage, client) and name.
+        centralised_examples: likewise, by name.
         plans: ``plan-*.json``, by stage.
         tensors: the records of ``pruning.json``; empty if no stage prunes.
         history: a row for every stage, round and block of pruning, as ``pruning.json`` tells it.
@@ -70,6 +77,10 @@ class Summary:
     after: dict[int, dict[str, float]]
     alone: dict[str, dict[str, float]]
     alone_stage: int | None
+    centralised: dict[str, float]
+    centralised_measured: dict[str, float]
+    examples: dict[tuple[int | None, str | None], dict[str, Parts]]
+    centralised_examples: dict[str, Parts]
     plans: list[dict[str, Any]]
     tensors: list[dict[str, Any]]
     history: list[dict[str, Any]]
@@ -89,7 +100,7 @@ class Summary:
     @property
     def federated(self) -> dict[str, float]:
         """Perplexity of the result, by text."""
-        return self.after.get(len(self.job["stages"]) - 1, {})
+        return self.after.get(self.last, {})
 
     @property
     def together(self) -> dict[str, float]:
@@ -130,7 +141,29 @@ class Summary:
 
     def perplexities(self) -> dict[str, Any]:
         """Perplexity by model and text: dense, alone by client, federated."""
-        return {"dense": self.dense, "alone": self.alone, "federated": self.federated}
+        found: dict[str, Any] = {"dense": self.dense, "alone": self.alone, "federated": self.federated}
+        return found | ({"centralised": self.centralised} if self.centralised else {})
+
+    @property
+    def last(self) -> int:
+        """The last stage."""
+        return len(self.job["stages"]) - 1
+
+    def against_dense(self, texts: Sequence[str]) -> Interval | None:
+        """95 % of the result's perplexity divided by the dense model's; see :mod:`fedgrove.report.paired`."""
+        return ratio_interval(self._windows(self.last), [self._windows(None)], texts)
+
+    def against_alone(self, clients: Sequence[str], texts: Sequence[str]) -> Interval | None:
+        """95 % of ``together`` divided by the mean of what these clients have alone."""
+        alone = [self._windows(self.alone_stage, client) for client in clients]
+        return ratio_interval(self._windows(self.last if self.alone_stage is None else self.alone_stage), alone, texts)
+
+    def against_centralised(self, texts: Sequence[str]) -> Interval | None:
+        """95 % of the result's perplexity divided by that of one owner of all the text."""
+        return ratio_interval(self._windows(self.last), [_of_texts(self.centralised_examples)], texts)
+
+    def _windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
+        return _of_texts(self.examples.get((stage, client), {}))
 
     def sent(self, direction: str, *, around: bool = False) -> dict[str, int]:
         """Bytes "up" or "down" by client: of the stages' own work, or of the asks ``around`` it (cards, measurement)."""
@@ -254,6 +287,16 @@ def read(run: Path) -> Summary:
         if client is not None and stage == alone_stage and of.keys() >= set(texts)
     }
 
+    inner = run / CENTRALISED
+    ended = (inner / "model").is_dir()  # it may be going on
+    one_owner = {
+        line["name"]: line["value"]
+        for line in (_lines(inner / "metrics.jsonl") if ended else ())
+        if (line["stage"], line["round"], line["client"]) == (len(job["stages"]) - 1, None, None)
+    }
+    centralised = {name.removeprefix(PERPLEXITY): value for name, value in one_owner.items() if name.startswith(PERPLEXITY)}
+    examples = _examples(run)
+
     clients = {client["name"] for client in job.get("clients", [])} | {row.client for row in traffic}
     parameters, dtype = _weights(run / "model", {row["name"] for row in tensors})
     return Summary(
@@ -265,6 +308,10 @@ def read(run: Path) -> Summary:
         after=after,
         alone=alone,
         alone_stage=alone_stage if alone else None,
+        centralised=centralised if centralised.keys() >= set(texts) else {},
+        centralised_measured=one_owner,
+        examples=examples,
+        centralised_examples=_examples(inner).get((len(job["stages"]) - 1, None), {}) if ended else {},
         plans=plans,
         tensors=tensors,
         history=history,
@@ -308,6 +355,17 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         return []
     *whole, _ = file.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in whole if line]
+
+
+def _examples(run: Path) -> dict[tuple[int | None, str | None], dict[str, Parts]]:
+    found: dict[tuple[int | None, str | None], dict[str, Parts]] = {}
+    for line in _lines(run / "examples.jsonl"):
+        found.setdefault((line["stage"], line["client"]), {})[line["name"]] = line["parts"]
+    return found
+
+
+def _of_texts(examples: Mapping[str, Parts]) -> dict[str, Parts]:
+    return {name.removeprefix(PERPLEXITY): parts for name, parts in examples.items() if name.startswith(PERPLEXITY)}
 
 
 def _traffic(ledger: list[dict[str, Any]]) -> list[Traffic]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from fedgrove.report.summary import Summary
-from fedgrove.report.words import own_texts, size, verdict
+from fedgrove.report.words import one_owner, own_texts, size, verdict
 
 MOST_COLUMNS = 5  # more clients than this share one column
 
@@ -31,27 +32,28 @@ def _perplexities(summary: Summary) -> Table:
     else:
         for client in clients:
             table.add_column(Text(f"{client}\nalone"), justify="right")
+    if summary.centralised:
+        table.add_column("centralised", justify="right")
     table.add_column("federated", justify="right", style="bold green")
 
-    def add(name: str, dense: float, alone: list[float], federated: float) -> None:
+    def add(name: str, take: Callable[[dict[str, float]], float]) -> None:
+        alone = [take(summary.alone[client]) for client in clients]
         if one_column:
             alone = [sum(alone) / len(alone)]
-        table.add_row(Text(name), *(f"{value:.1f}" for value in (dense, *alone, federated)))
+        pooled = [take(summary.centralised)] if summary.centralised else []
+        values = (take(summary.dense), *alone, *pooled, take(summary.federated))
+        table.add_row(Text(name), *(f"{value:.1f}" for value in values))
 
     for text in summary.texts:
-        alone = [summary.alone[client][text] for client in clients]
-        add(text, summary.dense[text], alone, summary.federated[text])
+        add(text, itemgetter(text))
     table.add_section()
-    means = [summary.mean(summary.alone[client]) for client in clients]
-    add("geometric mean", summary.mean(summary.dense), means, summary.mean(summary.federated))
+    add("geometric mean", summary.mean)
     return table
 
 
 def _lines(summary: Summary) -> list[str]:
     lines = [*verdict(summary)]
-    own = own_texts(summary)
-    if own:
-        lines.append(own)
+    lines += filter(None, (own_texts(summary), one_owner(summary)))
     sent = max(summary.uplink.values(), default=0)
     if summary.dense_bytes:
         lines.append(f"Each client sent at most {size(sent)}, {sent / summary.dense_bytes:.2f} of what plain averaging sends.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from fedgrove.report.paired import Interval, unclear
 from fedgrove.report.summary import Summary
 
 NOTHING = 0.005  # a relative difference in perplexity that we do not call a gain or a loss
@@ -62,6 +63,11 @@ def verdict(summary: Summary) -> tuple[str, str]:
     return _done(summary), _paid(summary)
 
 
+def between(interval: Interval | None) -> str:
+    """An interval of a ratio in brackets, to stand behind it: (0.9, 1.1) -> " (−10.0% to +10.0%)"."""
+    return f" ({change(interval[0])} to {change(interval[1])})" if interval else ""
+
+
 def own_texts(summary: Summary) -> str | None:
     """What the federated model is to the owners on their own kind of text; None where that was not measured."""
     together = summary.together
@@ -69,18 +75,36 @@ def own_texts(summary: Summary) -> str | None:
     if not ratios or len(summary.alone) == 1:
         return None
     best, worst = min(ratios, key=lambda client: ratios[client]), max(ratios, key=lambda client: ratios[client])
-    better = sum(ratio < 1 for ratio in ratios.values())
+    open_ = [client for text, client in summary.owned.items() if unclear(summary.against_alone([client], [text]))]
+    better = sum(ratio < 1 for client, ratio in ratios.items() if client not in open_)
+    worse = len(ratios) - better - len(open_)
     if better == len(ratios):
         whom = "every owner is better off with the federated model than alone"
-    elif better == 0:
+    elif worse == len(ratios):
         whom = "every owner would have been better off alone"
+    elif len(open_) == len(ratios):
+        whom = "for no owner there is a clear difference between the federated model and what it has alone"
     else:
         whom = f"{better} of {len(ratios)} owners are better off with the federated model than alone"
+        whom += f", {worse} worse" if worse else ""
+        whom += f"; for {len(open_)} there is no clear difference" if open_ else ""
     spread = f"the federated model's perplexity there is {compared(ratios[best])} ({best})"
     if len(ratios) > 1:
         spread += f" to {compared(ratios[worst])} ({worst})"
     where = f"{_when(summary)}on its own kind of text"
     return f"{where[0].upper()}{where[1:]}, {whom}: {spread}."
+
+
+def one_owner(summary: Summary) -> str | None:
+    """What one owner of all the text would have; None where that was not run."""
+    if not summary.centralised or not summary.texts:
+        return None
+    ratio = summary.mean(summary.federated) / summary.mean(summary.centralised)
+    interval = summary.against_centralised(summary.texts)
+    says = f"One owner of everybody’s text, in one place, would have {summary.mean(summary.centralised):.1f}"
+    if unclear(interval) or ratio == 1:
+        return f"{says}: no clear difference to the federated model{between(interval)}."
+    return f"{says}: the federated model’s perplexity is {compared(ratio)}{between(interval)}."
 
 
 def method(stage: Mapping[str, Any]) -> str:
@@ -122,7 +146,7 @@ def left(summary: Summary) -> list[str]:
     """What left its owner, stage by stage, and who could see it."""
     secure = summary.job.get("privacy", {}).get("secure_aggregation")
     says = "No text and no tokens. A client said a few numbers about itself once"
-    says += ", and in the end one loss for each held-out text." if summary.alone else "."
+    says += ", and in the end its loss on each window of held-out text." if summary.alone else "."
     parts = [says]
     several = len(summary.job["stages"]) > 1
     for number, stage in enumerate(summary.job["stages"]):
@@ -190,17 +214,20 @@ def _paid(summary: Summary) -> str:
         return f"{measured.capitalize()}{worst}; {lacking}."
     if len(summary.alone) == 1:
         return f"{measured.capitalize()}; with one client there is nobody to work together with."
-    ratio = summary.mean(summary.together) / summary.alone_mean
+    ratio, interval = (
+        summary.mean(summary.together) / summary.alone_mean,
+        summary.against_alone(list(summary.alone), summary.texts),
+    )
     paid = "paid" if ratio < 1 - NOTHING else "did not pay" if ratio > 1 + NOTHING else "made little difference"
+    paid = "made no clear difference" if unclear(interval) else paid
     by_client = {client: summary.mean(summary.together) / summary.mean(alone) for client, alone in summary.alone.items()}
     best, worst = min(by_client, key=lambda c: by_client[c]), max(by_client, key=lambda c: by_client[c])
-    gains = _most_and_least((best, by_client[best]), (worst, by_client[worst]))
+    open_ = {client for client in (best, worst) if unclear(summary.against_alone([client], summary.texts))}
+    gains = _most_and_least((best, by_client[best]), (worst, by_client[worst]), open_)
+    against = f"{compared(ratio)} than what a client has alone on average{between(interval)}"
     if summary.together is summary.federated:
-        return f"Working together {paid}: {measured}, {compared(ratio)} than what a client has alone on average; {gains}."
-    return (
-        f"Working together {paid}: {_when(summary)}perplexity is {compared(ratio)} than what a client has alone on average; "
-        f"{gains}. In the end, {measured}."
-    )
+        return f"Working together {paid}: {measured}, {against}; {gains}."
+    return f"Working together {paid}: {_when(summary)}perplexity is {against}; {gains}. In the end, {measured}."
 
 
 def _when(summary: Summary) -> str:
@@ -212,10 +239,18 @@ def _when(summary: Summary) -> str:
     return f"after {kinds.get(kind, kind)}, "
 
 
-def _most_and_least(best: tuple[str, float], worst: tuple[str, float]) -> str:
+def _most_and_least(best: tuple[str, float], worst: tuple[str, float], open_: Collection[str]) -> str:
+    """Who gains most and least; ``open_``: those of the two for whom there is no clear difference."""
+
     def says(one: tuple[str, float], what: str) -> str:
         return f"{one[0]} {what} ({change(one[1])})"
 
+    if len(open_) == len({best[0], worst[0]}):
+        return "no client clearly gains or loses"
+    if best[0] in open_ or worst[0] in open_:
+        sure, other = (worst, best) if best[0] in open_ else (best, worst)
+        what = "gains" if sure[1] < 1 else "loses"
+        return f"{says(sure, f'{what} most')}, for {other[0]} there is no clear difference ({change(other[1])})"
     if worst[1] < 1:
         return f"{says(best, 'gains most')}, {says(worst, 'least')}"
     if best[1] < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from fedgrove.data import evaluation_windows, facts_of
 from fedgrove.engine import Engine
 from fedgrove.job import Evaluate
 from fedgrove.measures import read_pairs
-from fedgrove.measures.examine import Examiner, examine_directory
+from fedgrove.measures.examine import Examiner, examine_directory, plain
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import perplexity
+from fedgrove.models.perplexity import negative_log_likelihoods, perplexity
 from fedgrove.models.stream import Checkpoint
 from fedgrove.narrowing.plan import NarrowPlan
 from fedgrove.plans import Plan
@@ -54,7 +54,8 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
         first = "rougeL" if text.measure == "generation" else text.measure
         if (stage, None, f"{first}/{text.name}") in done:
             continue
-        what = f"evaluate: {'the dense model' if stage is None else 'the federated model'} on {text.name}"
+        which = "the dense model" if stage is None else "the federated model" if len(run.job.clients) > 1 else "the new model"
+        what = f"evaluate: {which} on {text.name}"
         run.step(what, number, len(wanted.data))
         told = part_of(run.watch, what, number, len(wanted.data))
         if text.measure == "perplexity":
@@ -62,7 +63,10 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
         else:
             pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
             found = examiner.answers(text.measure, pairs, told, text.labels, wanted.length, wanted.tokens)
-        _log(found, text.name, stage, done, run, last=first)
+        for name, measured in found.items():
+            if measured.parts:
+                run.keep(stage, None, f"{name}/{text.name}", measured.parts)
+        _log(plain(found), text.name, stage, done, run, last=first)
     if plan is None or isinstance(plan, TunePlan) or plan.stage > 0 or not wanted.alone:
         return
     left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
@@ -71,12 +75,13 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
             run.step(f"evaluate: what {client} would have had alone", number, len(left))
             decoder = Decoder(narrowed_alone(Checkpoint(model.path, model.dtype), plan, client, run))
             for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
-                run.log(stage, None, client, f"perplexity/{name}", perplexity(decoder, windows[name]))
+                _log_alone(negative_log_likelihoods(decoder, windows[name]), stage, client, name, run)
         return
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
     numbers = {name: len(texts) for name, texts in windows.items()}
-    scalar = (torch.Size(()), torch.float64)
-    expected = {f"{part}{name}": scalar for name in windows for part in (CHANGE, WEIGHT)}
+    expected = {
+        f"{part}{name}": (torch.Size((number,)), torch.float64) for name, number in numbers.items() for part in (CHANGE, WEIGHT)
+    }
     run.step("evaluate: what each client would have had alone")
     shares = read_sparsities(run, plan)
     messages: dict[str, Message] = {
@@ -86,7 +91,13 @@ def evaluate(model: Checkpoint, plan: Plan | NarrowPlan | TunePlan | None, engin
         engine, run, "evaluate", messages, stage=plan.stage, round_=0, check=lambda client, got, info: check(got, expected)
     ):
         for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
-            run.log(stage, None, client, f"perplexity/{name}", math.exp(float(answer[CHANGE + name])))
+            counts = [ids.numel() - 1 for ids in windows[name]]
+            _log_alone(list(zip(answer[CHANGE + name].tolist(), counts, strict=True)), stage, client, name, run)
+
+
+def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: str, text: str, run: Run) -> None:
+    run.keep(stage, client, f"perplexity/{text}", each)
+    run.log(stage, None, client, f"perplexity/{text}", math.exp(sum(loss for loss, _ in each) / sum(n for _, n in each)))
 
 
 def evaluate_directory(model: Path, stage: int | None, run: Run) -> None:
