@@ -262,3 +262,26 @@ def test_a_model_that_cannot_chat_says_so(tmp_path: Path, tokenizer: PreTrainedT
     file = write_chats(tmp_path / "a.jsonl", TALK)
     with pytest.raises(FedgroveError, match="line 1: the field holds messages, but the model's tokenizer has no chat template"):
         list(read_texts(file, "{messages}", tokenizer))
+
+
+@pytest.mark.parametrize("comma", [",", ";", "\t"])
+def test_a_csv_is_read_by_the_separator_of_its_first_line(tmp_path: Path, comma: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(f'id{comma}note\n1{comma}"one, two; three\tfour"\n2{comma}five\n')
+    assert list(read_texts(file, "{id}: {note}")) == ["1: one, two; three\tfour", "2: five"]
+    file.write_text("note\nall of this line\n")
+    assert list(read_texts(file, "{note}")) == ["all of this line"]
+
+
+def test_text_that_would_be_cut_off_at_a_comma_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("id,note\n1,one, two\n")
+    with pytest.raises(FedgroveError, match=r"line 2: more fields than the first line names; .* in double quotes"):
+        list(read_texts(file, "{note}"))
+
+
+def test_a_source_that_was_given_no_template_is_told_one(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("note\nhello\n")
+    with pytest.raises(FedgroveError, match=r"it has: note\. Mend the template \(key text\): .* such as text = \"\{note\}\""):
+        list(read_texts(file))

@@ -143,7 +143,10 @@ def read_fields(path: Path, templates: Mapping[str, str]) -> Iterator[tuple[str 
             missing = [name for name in names if name not in record]
             if missing:
                 have = ", ".join(map(str, record)) or "no field"
-                raise FedgroveError(f"{where}: no field '{missing[0]}'; it has: {have}. Mend the template (key {key})")
+                mend = f"Mend the template (key {key})"
+                if templates[key] == DEFAULT_TEMPLATE and record:
+                    mend += f': say how a record becomes text, such as {key} = "{{{next(iter(record))}}}"'
+                raise FedgroveError(f"{where}: no field '{missing[0]}'; it has: {have}. {mend}")
         yield tuple(_fill(template, fields[key], record, where) for key, template in templates.items())
 
 
@@ -234,10 +237,18 @@ def _records(path: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, record
     elif kind == "csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            head = file.readline()
+            file.seek(0)
+            comma = max(",;\t", key=head.count)  # spreadsheets of half of Europe write semicolons
+            reader = csv.DictReader(file, delimiter=comma)
             try:
                 for record in reader:
-                    yield f"{path}, line {reader.line_num}", record
+                    where = f"{path}, line {reader.line_num}"
+                    if None in record:
+                        raise FedgroveError(
+                            f"{where}: more fields than the first line names; write text that holds {comma!r} in double quotes"
+                        )
+                    yield where, record
             except csv.Error as fault:
                 raise FedgroveError(f"{path}, line {reader.line_num}: not CSV ({fault})") from fault
     else:
