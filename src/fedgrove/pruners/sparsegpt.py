@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from functools import lru_cache
 from typing import cast
 
@@ -58,38 +60,63 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
     mask = torch.empty(weight.shape, dtype=torch.bool, device=device)
     total = target.num_pruned(weight.numel())
 
-    tile = target.pattern[1] if target.pattern else TILE
-    block = tile * max(1, BLOCK // tile)
+    group = target.pattern[1] if target.pattern else 1
+    block = group * max(1, BLOCK // group)
+    solve = _solver(weight)
     buffers = torch.empty(4, block, num_out, dtype=dtype, device=device)  # touching new memory takes longer than the work
 
     for start in range(0, num_in, block):
         end = min(start + block, num_in)
-        columns, before, gone, errors = buffers[:, : end - start]
+        part, before, gone, errors = buffers[:, : end - start]
         left_of, here = slice(num_in - start, None), slice(num_in - end, num_in - start)
         inverse = _invert(backwards[here, here].flip(0, 1).double()).to(dtype)
         repair = (backwards[left_of, here].T @ lost[left_of]).flip(0)
         before.copy_(weight[:, start:end].contiguous().T)  # a whole matrix is turned thirty times faster than a part of one
-        torch.addmm(before, inverse.T, repair, out=columns)
+        torch.addmm(before, inverse.T, repair, out=part)
         step = inverse * scale[start:end, None]
         if not target.pattern:
-            torch.mul(columns, cost[start:end], out=errors).abs_()
+            torch.mul(part, cost[start:end], out=errors).abs_()
             gone.copy_(lowest([errors], total * end // num_in - total * start // num_in))
-        for left in range(0, end - start, tile):
-            right = min(left + tile, end - start)
-            if left:
-                columns[left:right].addmm_(step[:left, left:right].T, errors[:left], alpha=-1)
-            if target.pattern:
-                scores = (columns[left:right] * cost[start + left : start + right]).abs_()
-                gone[left:right] = _lowest_of_few(scores, target.pattern[1] - target.pattern[0])
-            for j in range(left, right):
-                if j > left:
-                    columns[j].addmv_(errors[left:j].T, step[left:j, j], alpha=-1)
-                torch.mul(columns[j], gone[j], out=errors[j])
-        columns -= errors
-        weight[:, start:end] = columns.T.contiguous()
+        solve(part, gone, errors, step, cost[start:end], target.pattern)
+        weight[:, start:end] = part.T.contiguous()
         mask[:, start:end] = (gone == 0).T.contiguous()
-        lost[here] = before.sub_(columns).flip(0)
+        lost[here] = before.sub_(part).flip(0)
     return weight, mask
+
+
+def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tensor, pattern: tuple[int, int] | None) -> None:
+    """Goes through a block of columns, one after the other: what is removed from one is made up for by the later ones.
+
+    Args:
+        part: (width, out): the block's columns, repaired by all that went before it; pruned in place.
+        gone: (width, out): 1 where a weight goes, else 0; with a pattern it is chosen here and put there.
+        errors: (width, out): room to work in.
+        step: (width, width): what removing 1 in a row of ``part`` subtracts from a later one, right of the diagonal.
+        cost: (width, 1): what a weight is multiplied by to compare it.
+        pattern: (n, m), a divisor of the width, or None.
+    """
+    width, tile = len(part), pattern[1] if pattern else TILE
+    for left in range(0, width, tile):
+        right = min(left + tile, width)
+        if left:
+            part[left:right].addmm_(step[:left, left:right].T, errors[:left], alpha=-1)
+        if pattern:
+            gone[left:right] = _lowest_of_few((part[left:right] * cost[left:right]).abs_(), pattern[1] - pattern[0])
+        for j in range(left, right):
+            if j > left:
+                part[j].addmv_(errors[left:j].T, step[left:j, j], alpha=-1)
+            torch.mul(part[j], gone[j], out=errors[j])
+    part -= errors
+
+
+def _solver(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int] | None], None]:
+    """:func:`columns`, on a GPU in one kernel where Triton is installed and works."""
+    if weight.is_cuda and weight.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from fedgrove import kernels
+
+        if kernels.usable(weight.device):
+            return kernels.columns
+    return columns
 
 
 def _lowest_of_few(scores: Tensor, count: int) -> Tensor:
