@@ -8,7 +8,7 @@ are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from fedgrove.quantities import mebibytes
-
-Row = np.ndarray[tuple[int], np.dtype[np.float64]]
+from fedgrove.tuning.search import Array, Found, Side, search
 
 QUANTISATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
@@ -235,109 +234,98 @@ def check_feasible(sizes: Sizes, grid: Grid, budget: Budget) -> None:
 
 
 def best(sizes: Sizes, grid: Grid, budget: Budget, importance: Mapping[str, float], gap: float | None = None) -> Choice:
-    """The configuration of the highest :func:`value` within a budget, by mixed-integer linear programming (HiGHS).
+    """The configuration of the highest :func:`value` within a budget, to within ``gap``.
 
-    One binary for each (bits, windows at once) and each batch, one of each to be chosen; for each linear and each step up
-    the grid of ranks one more: a step is taken only after the one below it. The gain is concave, so the steps are its
-    linear pieces. That time is batch × ranks and activations are windows × ranks makes products; they are linear once the
-    batch or the windows are known, so each of these has a row of its own, slack when it is not chosen.
+    A quick search comes first (see :mod:`fedgrove.tuning.search`); where it cannot prove that nothing is better by more than
+    the gap, the answer is that of a mixed-integer linear program. Windows are computed one at once in both, which takes the
+    least memory and is worth the same; :func:`widest` then uses what is left.
 
     Args:
         importance: of each linear, not negative, together 1.
-        gap: how far from the optimum the answer may be, relative; default: 0.1 %, and 0.5 % of a program with more than a
-            thousand steps of rank, where the last tenths take most of the time.
+        gap: how far from the optimum the answer may be, relative; default: 0.1 %, and 0.5 % where there are more than a
+            thousand ranks to choose from, where the last tenths take most of the time.
 
     Raises:
         Infeasible: nothing fits.
     """
     check_feasible(sizes, grid, budget)
     names = sorted(sizes.linears)
-    steps = [0, *grid.ranks]
-    held = [(bits, micro) for bits in grid.bits for micro in micros(grid.batches)]
-    num_held, num_batches, num_steps = len(held), len(grid.batches), len(grid.ranks)
-    first = num_held + num_batches  # the variables of linear i, step k: first + i * num_steps + k
-    size = first + len(names) * num_steps
+    inputs, both = np.array([(sizes.linears[name][1], sum(sizes.linears[name])) for name in names], dtype=float).T
+    numbers = np.outer(both, grid.ranks)  # that are trained and sent
+    gains = [gain(rank, grid.ranks[-1]) for rank in grid.ranks]
+    worth = np.outer([importance[name] for name in names], gains) - grid.price / _largest(sizes, grid) * numbers
+    trained = PER_TUNED * numbers + 4.0 * sizes.length * np.add.outer(inputs, grid.ranks)
+    bits = [Side(-QUANTISATION_PRICE[b], trained, budget.memory - memory(sizes, grid, Choice(b, 1, 1, {}))) for b in grid.bits]
+    batches = []
+    for batch in grid.batches:
+        number = 6.0 * sizes.length * grid.steps * each_device(batch, budget) / budget.speed + grid.number / budget.uplink
+        room = budget.seconds - seconds(sizes, grid, budget, Choice(grid.bits[0], batch, 1, {}))
+        batches.append(Side(gain(batch, grid.batches[-1]), number * numbers, room))
     if gap is None:
-        gap = 1e-3 if size - first <= 1000 else 5e-3
+        gap = 1e-3 if worth.size <= 1000 else 5e-3
+    found = search(worth, bits, batches, gap)
+    if found is None or found.bound - found.value > gap * abs(found.value):
+        found = solve(worth, bits, batches, gap)
+    chosen = {name: grid.ranks[place] for name, place in zip(names, found.ranks, strict=True) if place >= 0}
+    return widest(sizes, grid, budget, Choice(grid.bits[found.bits], grid.batches[found.batch], 1, chosen))
 
-    worth = np.zeros(size)
-    worth[:num_held] = [-QUANTISATION_PRICE[bits] for bits, _ in held]
-    worth[num_held:first] = [gain(batch, grid.batches[-1]) for batch in grid.batches]
-    added = np.diff([gain(rank, grid.ranks[-1]) for rank in steps])
-    price = grid.price / _largest(sizes, grid) * np.diff(steps)
-    worth[first:] = np.concatenate([importance[name] * added - price * sum(sizes.linears[name]) for name in names])
 
-    rows: list[Row] = []
+def solve(worth: Array, bits: Sequence[Side], batches: Sequence[Side], gap: float) -> Found:
+    """Likewise, by HiGHS; see :func:`fedgrove.tuning.search.search`.
+
+    One binary for each number of bits and each batch, one of each to be chosen; for each linear and each step up the ranks
+    one more: a step is taken only after the one below it. Bytes × bits and seconds × batch would make products; they are
+    linear once these are known, so each has a row of its own, slack when it is not chosen.
+
+    Raises:
+        Infeasible: nothing fits.
+    """
+    num_bits = len(bits)
+    first = num_bits + len(batches)  # the variables of linear i, step k: first + i * num_steps + k
+    size = first + worth.size
+    objective = np.concatenate([[side.worth for side in (*bits, *batches)], np.diff(worth, axis=1, prepend=0.0).ravel()])
+
+    rows: list[Array] = []
     upper: list[float] = []
     lower: list[float] = []
 
-    def row(fill: Mapping[int, float], tail: Row | None, low: float, high: float) -> None:
+    def row(ends: slice, number: float, tail: Array | float, low: float, high: float) -> None:
         values = np.zeros(size)
-        for at, number in fill.items():
-            values[at] = number
-        if tail is not None:
-            values[first:] = tail
+        values[ends], values[first:] = number, tail
         rows.append(values)
         lower.append(low)
         upper.append(high)
 
-    def when_chosen(at: int, tail: Row, room: float) -> None:
-        """tail·steps ≤ room where variable ``at`` is 1; where it is 0 the row says nothing."""
-        if not math.isfinite(room):
-            return
-        if room < 0:
-            row({at: 1.0}, None, 0.0, 0.0)
-            return
-        scale = max(room, float(tail.max(initial=0.0)), 1.0)
-        slack = max(0.0, float(tail.sum()) - room)
-        if slack:
-            row({at: slack / scale}, tail / scale, -np.inf, (room + slack) / scale)
+    row(slice(0, num_bits), 1.0, 0.0, 1.0, 1.0)
+    row(slice(num_bits, first), 1.0, 0.0, 1.0, 1.0)
+    for at, side in enumerate((*bits, *batches)):
+        if side.room < 0:
+            row(slice(at, at + 1), 1.0, 0.0, 0.0, 0.0)
+            continue
+        tail = np.diff(side.sizes, axis=1, prepend=0.0).ravel()
+        slack = float(tail.sum()) - side.room
+        if slack > 0:
+            scale = max(side.room, float(tail.max()))
+            row(slice(at, at + 1), slack / scale, tail / scale, -np.inf, (side.room + slack) / scale)
+    something = np.zeros(worth.shape)
+    something[:, 0] = 1.0
+    row(slice(0), 0.0, something.ravel(), 1.0, np.inf)
 
-    widths = np.diff(steps)
-    row(dict.fromkeys(range(num_held), 1.0), None, 1.0, 1.0)
-    row(dict.fromkeys(range(num_held, first), 1.0), None, 1.0, 1.0)
-    for at, (bits, micro) in enumerate(held):
-        tail = []
-        for name in names:
-            num_out, num_in = sizes.linears[name]
-            each = widths * ((num_out + num_in) * PER_TUNED + micro * sizes.length * 4.0)
-            each[0] += micro * sizes.length * 4.0 * num_in
-            tail.append(each)
-        when_chosen(at, np.concatenate(tail), budget.memory - memory(sizes, grid, Choice(bits, 1, micro, {})))
-    for at, batch in enumerate(grid.batches):
-        number = 6.0 * sizes.length * grid.steps * each_device(batch, budget) / budget.speed + grid.number / budget.uplink
-        tail = [widths * number * sum(sizes.linears[name]) for name in names]
-        room = budget.seconds - seconds(sizes, grid, budget, Choice(grid.bits[0], batch, 1, {}))
-        when_chosen(num_held + at, np.concatenate(tail), room)
-        most = each_device(batch, budget)  # no more windows at once than there are
-        fits = {i: -1.0 for i, (_, micro) in enumerate(held) if micro <= most}
-        row({num_held + at: 1.0, **fits}, None, -np.inf, 0.0)
-    something = np.zeros(size - first)
-    something[::num_steps] = 1.0
-    row({}, something, 1.0, np.inf)
-
-    ladder = [
-        (first + i * num_steps + k, first + i * num_steps + k + 1) for i in range(len(names)) for k in range(num_steps - 1)
-    ]
-    order = csr_array(
-        (
-            np.tile([1.0, -1.0], len(ladder)),
-            (np.repeat(np.arange(len(ladder)), 2), np.array(ladder, dtype=int).reshape(-1)),
-        ),
-        shape=(len(ladder), size),
-    )
     constraints = [LinearConstraint(csr_array(np.array(rows)), lower, upper)]
-    if ladder:
+    ladder = np.arange(first, size).reshape(worth.shape)
+    pairs = np.stack([ladder[:, :-1].ravel(), ladder[:, 1:].ravel()], 1)
+    if len(pairs):
+        at_row = np.repeat(np.arange(len(pairs)), 2)
+        order = csr_array((np.tile([1.0, -1.0], len(pairs)), (at_row, pairs.ravel())), shape=(len(pairs), size))
         constraints.append(LinearConstraint(order, 0.0, np.inf))
-    result = milp(-worth, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options={"mip_rel_gap": gap})
+    options = {"mip_rel_gap": gap}
+    result = milp(-objective, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options=options)
     if result.x is None:
         raise Infeasible(f"no configuration fits its memory and its deadline together ({result.message.split('(')[0].strip()})")
     taken = result.x > 0.5
-    bits, micro = held[int(taken[:num_held].argmax())]
-    batch = grid.batches[int(taken[num_held:first].argmax())]
-    counts = taken[first:].reshape(len(names), num_steps).sum(1)
-    ranks = {name: steps[int(count)] for name, count in zip(names, counts, strict=True) if count}
-    return widest(sizes, grid, budget, Choice(bits, batch, micro, ranks))
+    ranks = taken[first:].reshape(worth.shape).sum(1) - 1
+    at_bits, at_batch = int(taken[:num_bits].argmax()), int(taken[num_bits:first].argmax())
+    return Found(at_bits, at_batch, ranks, -float(result.fun), -float(result.mip_dual_bound))
 
 
 def micros(batches: tuple[int, ...]) -> list[int]:
