@@ -16,7 +16,7 @@ from fedgrove.report import charts, words
 from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.exports import mean_perplexity, mean_ratio
 from fedgrove.report.paired import Interval, difference_interval, unclear
-from fedgrove.report.sheet import LONG, Column, Spread, Table, render, said
+from fedgrove.report.sheet import LONG, Column, Spread, Table, render
 from fedgrove.report.summary import Summary, geometric_mean, num_rounds, read
 from fedgrove.report.tuning import Tuning
 from fedgrove.report.words import change, file_name, plural, ranges, size
@@ -85,7 +85,7 @@ def _figures(summary: Summary) -> list[tuple[str, str, str]]:
     figures = []
     if summary.tensors:
         figures.append(
-            (f"{summary.sparsity:.1%}", "of the pruned weights are zero", f"in {plural(len(summary.tensors), 'matrix')}")
+            (f"{summary.sparsity:.1%}", "of the weights are zero", f"in {plural(len(summary.tensors), 'matrix pruned')}")
         )
     if summary.narrowing:
         before, after = summary.narrowing["parameters"]
@@ -238,13 +238,13 @@ def _differences(summary: Summary) -> Table | None:
         if ratio is None:
             return None
         low, high = interval or (None, None)
-        open_ = ", not clear" if unclear(interval) else ""
-        return Spread(ratio, low, high, f"{change(ratio)}{words.between(interval)}{open_}")
+        around = f"{change(low)} to {change(high)}" if low is not None and high is not None else ""
+        return Spread(ratio, low, high, change(ratio), f"{around}, not clear" if unclear(interval) else around)
 
-    columns = [Column("held-out text"), Column("against dense", said, spread=True)]
-    columns += [Column("against alone, mean", said, spread=True)] if clients else []
-    columns += [Column("against its owner alone", said, spread=True)] if summary.owned else []
-    columns += [Column("against centralised", said, spread=True)] if summary.centralised else []
+    columns = [Column("held-out text"), Column("against dense", spread=True)]
+    columns += [Column("against alone, mean", spread=True)] if clients else []
+    columns += [Column("against its owner alone", spread=True)] if summary.owned else []
+    columns += [Column("against centralised", spread=True)] if summary.centralised else []
 
     def row(name: str, texts: list[str], take: Callable[[dict[str, float]], float]) -> list[Any]:
         values: list[Any] = [name, spread(take(summary.federated), take(summary.dense), summary.against_dense(texts))]
@@ -667,16 +667,16 @@ def _measures(summary: Summary) -> Table | None:
             interval = difference_interval(new, old, name)
             if interval:
                 low, high = interval
-                open_ = ", not clear" if unclear(interval, 0.0) else ""
                 signed = [f"{value:+.3f}".replace("-", "−") for value in (after.value - before.value, low, high)]
-                difference = Spread(after.value - before.value, low, high, f"{signed[0]} ({signed[1]} to {signed[2]}){open_}")
+                around = f"{signed[1]} to {signed[2]}" + (", not clear" if unclear(interval, 0.0) else "")
+                difference = Spread(after.value - before.value, low, high, signed[0], around)
         rows.append([*row, ratio, difference])
     titles = {None: "before", summary.last: "after"}
-    columns = [Column("what"), *(Column(titles.get(stage, f"after stage {stage}"), said, spread=True) for stage in used)]
-    columns += [Column("centralised", said, spread=True)] if pooled else []
+    columns = [Column("what"), *(Column(titles.get(stage, f"after stage {stage}"), spread=True) for stage in used)]
+    columns += [Column("centralised", spread=True)] if pooled else []
     columns.append(Column("after against before", change))
     if any(row[-1] for row in rows):
-        columns.append(Column("difference", said, spread=True))
+        columns.append(Column("difference", spread=True))
     rows = [row[: len(columns)] for row in rows]
     return Table("measures", "Measured before and after", columns, rows) if rows else None
 
@@ -690,8 +690,8 @@ def _spread(name: str, take: Callable[[str], float | None]) -> Spread | None:
     if measure in ("disk", "memory"):
         return Spread(value, low, high, size(value))
     digits, unit = (1, " tokens/s") if measure in ("prefill", "decode") else (3, "")
-    around = f" ({low:,.{digits}f} to {high:,.{digits}f})" if low is not None and high is not None else ""
-    return Spread(value, low, high, f"{value:,.{digits}f}{unit}{around}")
+    around = f"{low:,.{digits}f} to {high:,.{digits}f}" if low is not None and high is not None else ""
+    return Spread(value, low, high, f"{value:,.{digits}f}{unit}", around)
 
 
 def _samples(summary: Summary) -> Table:

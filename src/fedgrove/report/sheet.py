@@ -16,12 +16,13 @@ LONG = 30  # a table with more rows is folded
 
 
 class Spread(NamedTuple):
-    """A number with the ends of its interval, and how the page says all three."""
+    """A number with the ends of its interval, and how the page says it: in large, and below it in small."""
 
     value: float
     low: float | None
     high: float | None
     said: str
+    around: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Column:
     show: Callable[[Any], str] | None = None
     spread: bool = False
 
+    @property
+    def textual(self) -> bool:
+        """Whether its values are text, to be set to the left."""
+        return self.show is None and not self.spread
+
     def text(self, value: Any) -> str:
         """A value as the page shows it; the CSV has it in full."""
         if value is None:
             return "–"
+        if isinstance(value, Spread):
+            return value.said
         return self.show(value) if self.show else str(value)
 
 
@@ -74,11 +82,6 @@ class Table:
         if not column.spread:
             return [value]
         return value[:3] if value is not None else [None] * 3
-
-
-def said(spread: Spread) -> str:
-    """How a column shows a :class:`Spread`."""
-    return spread.said
 
 
 def _harmless(value: Any) -> Any:

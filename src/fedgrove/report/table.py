@@ -23,7 +23,7 @@ def result_table(summary: Summary) -> Group:
 
 def _perplexities(summary: Summary) -> Table:
     clients = sorted(summary.alone)
-    one_column = len(clients) > MOST_COLUMNS
+    one_column = len(clients) > (MOST_COLUMNS if not summary.centralised else MOST_COLUMNS - 2)
     table = Table(title="Perplexity on held-out text (lower is better)", title_justify="left")
     table.add_column("held-out text")
     table.add_column("dense", justify="right")

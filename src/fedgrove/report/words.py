@@ -85,7 +85,8 @@ def own_texts(summary: Summary) -> str | None:
     elif len(open_) == len(ratios):
         whom = "for no owner there is a clear difference between the federated model and what it has alone"
     else:
-        whom = f"{better} of {len(ratios)} owners are better off with the federated model than alone"
+        whom = f"{better} of {len(ratios)} owners are" if better else "no owner is"
+        whom += " better off with the federated model than alone"
         whom += f", {worse} worse" if worse else ""
         whom += f"; for {len(open_)} there is no clear difference" if open_ else ""
     spread = f"the federated model's perplexity there is {compared(ratios[best])} ({best})"
