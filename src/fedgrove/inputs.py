@@ -50,7 +50,7 @@ class Inputs:
             rows = {"gram": (width,), "moments": (3,)}.get(self.needs, ())
             self.total = torch.zeros(*rows, width, dtype=torch.float64, device=x.device)
         if self.needs == "squares":
-            self.total += x.square().sum(0, dtype=torch.float64)
+            self.total += x.square().sum(0)
             return
         if self.needs == "moments":
             for window in windows:

@@ -44,7 +44,8 @@ def finish(before: Tensor, sums: Sums, target: Target, options: Options) -> tupl
     votes = sums.weight_like(before)
     mean = sums.mean()
     mask = votes > 0
-    if options.expand:
+    agreed = not target.pattern and int((~mask).count_nonzero()) >= target.num_pruned(mask.numel())
+    if options.expand and not agreed:  # zeros that nobody kept are enough where clients agree: then there is nothing to select
         mask &= keep([votes, mean.abs()], target)
     if options.shrink:
         mean *= (votes / sums.clients) ** options.shrink
