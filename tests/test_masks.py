@@ -69,6 +69,14 @@ def test_keep_highest_keeps_n_of_every_m(pattern: tuple[int, int]) -> None:
             assert torch.equal(~mask[row, part], brute_lowest([key[row, part] for key in keys], m - n))
 
 
+@pytest.mark.parametrize("target", [Target(0.0), Target(0.3), Target(0.99), *(Target.of(None, p) for p in ((2, 4), (13, 20)))])
+@pytest.mark.parametrize("ties", [True, False])
+def test_a_single_key_gives_what_it_gives_with_another_that_says_nothing(target: Target, ties: bool) -> None:
+    """It is selected where several keys are sorted."""
+    key = keys_with_ties((37, 200), 2, seed=1)[1] if ties else torch.randn(37, 200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(keep_highest([key], target), keep_highest([key, torch.zeros_like(key)], target))
+
+
 @pytest.mark.parametrize("target", [Target(0.3), Target.of(None, (2, 4))], ids=str)
 def test_keep_highest_of_more_than_is_sorted_at_once(target: Target) -> None:
     shape = (1100, 1000)

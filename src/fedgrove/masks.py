@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 SORTED_AT_ONCE = 2**20  # entries; sorting takes eight times the bytes of what it sorts
+FEW = 16  # entries that are compared with one another sooner than sorted
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,35 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
     return marked.view(shape)
 
 
+def _lowest_of_few(key: Tensor, counts: Tensor) -> Tensor:
+    """:func:`lowest` of every row by a single key, for short rows: each entry is compared with each other one."""
+    columns = key.T.contiguous()
+    lower = torch.zeros(columns.shape, dtype=torch.uint8, device=key.device)  # how many of its row are lower
+    for i in range(len(columns)):
+        for j in range(i + 1, len(columns)):
+            won = columns[i] <= columns[j]
+            lower[j] += won
+            lower[i] += ~won
+    return (lower < counts).T
+
+
+def _lowest_of_rows(key: Tensor, counts: Tensor) -> Tensor:
+    """:func:`lowest` of every row by a single key: (rows, width) on a CPU, and how many of each row."""
+    marked = torch.zeros(key.shape, dtype=torch.bool)
+    for count in sorted(set(counts.tolist())):
+        if count:
+            rows = (counts == count).nonzero().squeeze(1)
+            values = key[rows]
+            threshold = torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1, None])
+            found = values <= threshold
+            many = (found.count_nonzero(1) > count).nonzero().squeeze(1)  # rows with ties at the threshold: the first ones go
+            tied = values[many] == threshold[many]
+            below = found[many] & ~tied
+            found[many] = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+            marked[rows] = found
+    return marked
+
+
 def _kth_lowest(values: Tensor, k: int) -> Tensor | float:
     """NumPy selects with vector instructions, several times faster than torch does on a CPU."""
     if values.device.type != "cpu":
@@ -140,6 +170,12 @@ def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
     at_once = max(1, SORTED_AT_ONCE // width)
     for start in range(0, rows, at_once):
         part = slice(start, start + at_once)
+        if len(keys) == 1 and width <= FEW:
+            mask[part] = ~_lowest_of_few(keys[0].reshape(rows, width)[part], pruned[part])
+            continue
+        if len(keys) == 1 and device.type == "cpu":
+            mask[part] = ~_lowest_of_rows(keys[0].reshape(rows, width)[part], pruned[part])
+            continue
         order = ranks.expand(mask[part].shape)
         for key in reversed(keys):
             order = order.gather(1, key.reshape(rows, width)[part].gather(1, order).argsort(dim=1, stable=True))
