@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tomllib
 from pathlib import Path
@@ -59,8 +60,25 @@ def test_the_numbers_are_those_of_the_runs(runs: list[Path], tmp_path: Path) -> 
         assert float(cost["zeros"]) == 0.5
     assert [float(cost["time"]) for cost in costs] == [0.0, 90.0]
     assert "first has the lowest perplexity" in page.text
+    assert "fewest bytes" not in page.text, "both sent the same"
     assert "+25.0%" in page.text
     assert list(found) == ["first", "second"]
+
+
+def test_which_is_better_is_left_open_where_other_windows_could_undo_it(runs: list[Path], tmp_path: Path) -> None:
+    def says() -> str:
+        write_comparison(runs, tmp_path / "compare.html")
+        return Page((tmp_path / "compare.html").read_text()).text
+
+    examples = [json.loads(line) for line in (runs[1] / "examples.jsonl").read_text().splitlines()]
+    for factor, words in ((1.25, "(+25.0%, 95 %: +25.0% to +25.0%)."), (None, ": no clear difference.")):
+        for line in examples:
+            if line["stage"] == 0 and factor:
+                line["parts"] = [[loss + n * math.log(factor), n] for loss, n in line["parts"]]
+            elif line["stage"] == 0:
+                line["parts"] = [[loss + (-1) ** i * 60, n] for i, (loss, n) in enumerate(line["parts"])]
+        (runs[1] / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in examples))
+        assert words in says()
 
 
 def test_only_settings_that_differ_are_shown(runs: list[Path], tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from rich.text import Text
 from fedgrove.errors import FedgroveError
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.paired import ratio_interval, unclear
 from fedgrove.report.sheet import Column, Table, render
 from fedgrove.report.summary import Summary, geometric_mean, read
 from fedgrove.report.words import change, file_name, plural, size
 
+FEWER = 0.99  # what is nearer to the next is not called fewer bytes
 PATHS = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
 
 
@@ -189,9 +191,14 @@ def _verdict(runs: Mapping[str, Summary], texts: Sequence[str]) -> str:
     if means[best] == means[worst]:
         return f"All have the same perplexity over {over}: {means[best]:.1f}."
     says = f"Over {over}, {best} has the lowest perplexity, {means[best]:.1f}; {worst} the highest, {means[worst]:.1f}"
-    says += f" ({change(means[worst] / means[best])})."
+    interval = ratio_interval(runs[worst].windows(runs[worst].last), [runs[best].windows(runs[best].last)], texts)
+    sure = f", 95 %: {change(interval[0])} to {change(interval[1])}" if interval else ""
+    says += f" ({change(means[worst] / means[best])}{sure})"
+    says += ": no clear difference." if unclear(interval) else "."
     (lightest, sent), (_, next_sent), *_ = sorted(((name, sum(run.uplink.values())) for name, run in runs.items()), key=_bytes)
-    return f"{says} {lightest} sent the fewest bytes, {size(sent)} from all clients together." if sent < next_sent else says
+    if sent < FEWER * next_sent:
+        says += f" The fewest bytes were sent in {lightest}, {size(sent)} from all clients together."
+    return says
 
 
 def _bytes(sent: tuple[str, int]) -> int:

@@ -64,17 +64,27 @@ def holdings_page(holdings: Sequence[Holding], title: str) -> str:
         title=title,
         picture=_map(holdings, columns) if columns else _bars(holdings),
         says=says,
-        holdings=_table(holdings, columns),
+        holdings=_table(holdings),
+        by_value=_by_value(holdings) if columns else None,
         plural=plural,
     )
 
 
-def _table(holdings: Sequence[Holding], values: Sequence[str]) -> sheet.Table:
-    """Records and characters of each client, and its records by value."""
-    whole = "{:,}".format
-    head = [sheet.Column("client"), sheet.Column("records", whole), sheet.Column("characters", whole)]
-    rows = [[h.name, h.records, h.characters, *_counts(h, values).values()] for h in holdings]
-    return sheet.Table("holdings", "Who holds what", [*head, *(sheet.Column(value, whole) for value in values)], rows)
+def _table(holdings: Sequence[Holding]) -> sheet.Table:
+    whole, total = "{:,}".format, sum(holding.records for holding in holdings)
+    columns = [sheet.Column("client"), sheet.Column("records", whole), sheet.Column("share", "{:.1%}".format)]
+    columns += [sheet.Column("characters", whole), sheet.Column("values", whole)]
+    rows = [[h.name, h.records, h.records / total, h.characters, len(h.labels)] for h in holdings]
+    labelled = any(h.labels for h in holdings)
+    columns, rows = (columns, rows) if labelled else (columns[:-1], [row[:-1] for row in rows])
+    return sheet.Table("holdings", "Records and characters of each client", columns, rows)
+
+
+def _by_value(holdings: Sequence[Holding]) -> sheet.Table:
+    """Records of each client by value, all of them: only as CSV."""
+    values = sorted({label for holding in holdings for label in holding.labels})
+    rows = [[h.name, *(h.labels.get(value, 0) for value in values)] for h in holdings]
+    return sheet.Table("values", "", [sheet.Column("client"), *map(sheet.Column, values)], rows)
 
 
 def _counts(holding: Holding, values: Sequence[str]) -> dict[str, int]:

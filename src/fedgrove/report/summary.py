@@ -151,18 +151,19 @@ class Summary:
 
     def against_dense(self, texts: Sequence[str]) -> Interval | None:
         """95 % of the result's perplexity divided by the dense model's; see :mod:`fedgrove.report.paired`."""
-        return ratio_interval(self._windows(self.last), [self._windows(None)], texts)
+        return ratio_interval(self.windows(self.last), [self.windows(None)], texts)
 
     def against_alone(self, clients: Sequence[str], texts: Sequence[str]) -> Interval | None:
         """95 % of ``together`` divided by the mean of what these clients have alone."""
-        alone = [self._windows(self.alone_stage, client) for client in clients]
-        return ratio_interval(self._windows(self.last if self.alone_stage is None else self.alone_stage), alone, texts)
+        alone = [self.windows(self.alone_stage, client) for client in clients]
+        return ratio_interval(self.windows(self.last if self.alone_stage is None else self.alone_stage), alone, texts)
 
     def against_centralised(self, texts: Sequence[str]) -> Interval | None:
         """95 % of the result's perplexity divided by that of one owner of all the text."""
-        return ratio_interval(self._windows(self.last), [_of_texts(self.centralised_examples)], texts)
+        return ratio_interval(self.windows(self.last), [_of_texts(self.centralised_examples)], texts)
 
-    def _windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
+    def windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
+        """(Loss, tokens) of each window by text, of the model after a stage or of what a client has alone."""
         return _of_texts(self.examples.get((stage, client), {}))
 
     def sent(self, direction: str, *, around: bool = False) -> dict[str, int]:
