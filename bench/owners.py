@@ -48,6 +48,7 @@ OWNERS = {
 RESULTS = Path(__file__).with_suffix(".json")
 RULES: dict[str, dict[str, Any]] = {
     "FedSpaLLM (votes)": {},
+    "FedSpaLLM, each channel damped by its own size (votes, damping each)": {"damping": "each"},
     "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
     "FedSpaLLM on the dense model's inputs (votes, source dense)": {"source": "dense"},
     "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
@@ -55,6 +56,12 @@ RULES: dict[str, dict[str, Any]] = {
     "FedPrLLM (masks)": {"rule": "masks"},
     "summed statistics of the dense model, one round (statistics)": {"rule": "statistics"},
     "summed statistics, a round a block (statistics, source sequential)": {"rule": "statistics", "source": "sequential"},
+    "the dense model's, damped as published (statistics, damping mean)": {"rule": "statistics", "damping": "mean"},
+    "a round a block, damped as published (statistics, source sequential, damping mean)": {
+        "rule": "statistics",
+        "source": "sequential",
+        "damping": "mean",
+    },
 }
 
 ALLOCATIONS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import reference
-from fedgrove import plugins
+from fedgrove import plugins, pruners
 from fedgrove.data import calibration_windows
 from fedgrove.inputs import Inputs
 from fedgrove.masks import Target
@@ -168,6 +168,35 @@ def test_sparsegpt_does_not_depend_on_the_scale_of_the_statistics(linears: list[
     got = sparsegpt.prune(weight.clone(), scaled, Target(0.6))
     assert torch.equal(got[1], expected[1])
     assert torch.allclose(got[0], expected[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [Target(0.7), Target.of(None, (2, 4))], ids=str)
+def test_levelled_channels_are_the_published_algorithm_on_a_problem_of_one_size(target: Target) -> None:
+    weight, inputs = made_up(64, 200, 1000)
+    powers = torch.exp2(torch.log2(inputs.squares.sqrt()).round())
+    powers /= powers.max()
+    problem = Inputs("gram", inputs.tokens, inputs.gram / powers[:, None] / powers)
+    expected, mask = sparsegpt.prune(weight * powers.float(), problem, target)
+    got = pruners.prune(sparsegpt, weight.clone(), inputs, target, "each")
+    assert torch.equal(got[0], expected / powers.float())
+    assert torch.equal(got[1], mask)
+    again = pruners.prune(sparsegpt, weight.clone(), inputs, target, "each")  # another linear that reads the same input
+    assert torch.equal(again[0], got[0])
+
+
+def test_with_damping_each_a_channel_of_another_size_changes_nothing_else() -> None:
+    """Where one input is a thousand times as large and its weights a thousandth, the outputs are the same."""
+    weight, inputs = made_up(64, 96, 2000)
+    sizes = torch.ones(96).index_fill(0, torch.tensor([3, 50]), 2.0**10)
+    scaled = Inputs("gram", inputs.tokens, inputs.gram * sizes[:, None] * sizes)
+    plain, plain_mask = pruners.prune(sparsegpt, weight.clone(), inputs, Target(0.6), "each")
+    other, other_mask = pruners.prune(sparsegpt, weight / sizes, scaled, Target(0.6), "each")
+    assert torch.equal(plain_mask, other_mask)
+    torch.testing.assert_close(other * sizes, plain)
+    assert not torch.equal(
+        pruners.prune(sparsegpt, weight / sizes, Inputs("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean")[1],
+        sparsegpt.prune(weight.clone(), Inputs("gram", inputs.tokens, inputs.gram), Target(0.6))[1],
+    )
 
 
 def test_sparsegpt_repairs_what_magnitude_breaks(linears: list[Linear]) -> None:

@@ -138,6 +138,15 @@ def test_mixed_prunes_wide_inputs_with_wanda(small: Small, owners: dict[str, lis
         assert made["wanda"][name] != made["full"][name]
 
 
+def test_sums_are_damped_channel_by_channel_unless_the_job_says_otherwise(
+    small: Small, owners: dict[str, list[str]], tmp_path: Path
+) -> None:
+    stage = {"pruner": "sparsegpt", "sparsity": 0.7}
+    by_default = hashes(prune(small, tmp_path / "default", owners, **stage))
+    published = hashes(prune(small, tmp_path / "published", owners, damping="mean", **stage))
+    assert by_default == hashes(prune(small, tmp_path / "each", owners, damping="each", **stage)) != published
+
+
 def test_a_protected_first_block_is_asked_of_nobody(small: Small, owners: dict[str, list[str]], tmp_path: Path) -> None:
     made = prune(small, tmp_path / "protected", owners, pruner="wanda", protect_first_block=True)
     for name, (_, pruned, clients) in made.items():
@@ -216,6 +225,7 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
         ({"stages__0__pruner": "magnitude"}, "needs nothing to be summed"),
         ({"stages__0__rounds": 2}, "rounds: rule"),
         ({"stages__0__mixed": True}, "mixed: pruner"),
+        ({"stages__0__damping": "each"}, "damping: pruner"),
         ({"clients__0__sparsity": 0.6}, "clients.sparsity: with rule"),
         ({"stages__0__rule": "votes", "stages__0__source": "dense", "stages__0__rounds": 2}, "a second round"),
     ],

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fedgrove import plugins
+from fedgrove import plugins, pruners
 from fedgrove.allocations import Options
 from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, training_windows
 from fedgrove.errors import FedgroveError
@@ -130,7 +130,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
 
     Ask:
         block: the block to prune; blocks: all that this client is given in this round.
-        stage, round, pruner, rule, pattern, source, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
+        stage, round, pruner, rule, pattern, source, damping, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
         sparsities: of each block of the model.
         keep: keep the pruned block here, to evaluate what this client would have had alone.
         units, clients: for secure aggregation, see :func:`fedgrove.rules.to_integers`; None without.
@@ -549,7 +549,7 @@ def _prune_block(
         if known.total is not None and not torch.isfinite(known.squares.sum()):
             raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
         weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
-        after, mask = pruner_for(info["pruner"], known).prune(weight, known, target)
+        after, mask = pruners.prune(pruner_for(info["pruner"], known), weight, known, target, info["damping"])
         after = after.to(before[name].dtype)
         _set(module, after)
         pruned[name] = (before[name], after.cpu(), mask.cpu())

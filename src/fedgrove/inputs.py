@@ -34,11 +34,13 @@ class Inputs:
     needs: Needs
     tokens: int = 0
     total: Tensor | None = None
+    _powers: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _mirrored: bool = field(default=True, init=False, repr=False, compare=False)
     _made: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def add(self, x: Tensor) -> None:
         """Adds windows: x is (tokens, in) or (windows, tokens, in), any float dtype; there may be no tokens."""
+        assert self._powers is None, "its channels are levelled already"
         windows = x.float()[None] if x.dim() == 2 else x.float()
         x = windows.flatten(0, 1)
         self.tokens += x.shape[0]
@@ -72,6 +74,21 @@ class Inputs:
                 self.total[end:, start:end] = self.total[start:end, end:].T
             self._mirrored = True
         return self.total
+
+    def level(self) -> Tensor:
+        """Divides each channel of a Gram matrix by a power of two, so that all become about equally large; in place, once.
+
+        Returns:
+            (in,) float64: the powers, from 2⁻³⁰ to 1, so that a weight can be multiplied and divided by them exactly.
+        """
+        if self._powers is None:
+            exponents = torch.log2(self.gram.diagonal().sqrt()).round()
+            self._powers = torch.exp2((exponents - exponents.max()).nan_to_num(nan=0.0).clamp(min=-30.0))
+            assert self.total is not None
+            self.total /= self._powers[:, None]
+            self.total /= self._powers
+            self._made.clear()
+        return self._powers
 
     def once(self, make: Callable[[Tensor], Tensor]) -> Tensor:
         """``make`` of the Gram matrix, kept for the other linears that read this input: q, k and v need one factor."""

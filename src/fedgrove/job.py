@@ -183,6 +183,8 @@ class PruneStage(Part):
         trim: rule "votes": leave out so many of the highest and of the lowest values of every weight, against liars.
         source: what text passes through on its way to a block: "sequential", the pruned blocks before it, or "dense", the
             model as it came, which takes half the time. Default: "dense" with rule "statistics", else "sequential".
+        damping: what SparseGPT adds to the sums of squares, so that they can be solved: "mean", 1 % of their mean (the paper),
+            or "each", 1 % of each channel's own. Default: "each" with rule "statistics", else "mean".
         mixed: of rule "statistics" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
         protect_first_block: prune block 0 by magnitude, so that nobody sends sums of it: they tell much of the word counts.
         epsilon: differential privacy of one window: noise on wanda's sums; needs secure aggregation.
@@ -210,6 +212,7 @@ class PruneStage(Part):
     outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
     spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
     source: Literal["dense", "sequential"] | None = None
+    damping: Literal["mean", "each"] | None = None
     mixed: bool = False
     protect_first_block: bool = False
     epsilon: Annotated[float, Field(gt=0, le=50)] | None = None
@@ -227,6 +230,8 @@ class PruneStage(Part):
             raise ValueError('bound belongs to rule = "votes" and "mean"')
         if self.trim and (self.rule != "votes" or self.layers != "all"):
             raise ValueError('trim belongs to rule = "votes", with layers = "all": every client counts alike')
+        if self.damping is not None and plugins.load("pruners", self.pruner).NEEDS != "gram":
+            raise ValueError(f'damping: pruner "{self.pruner}" solves nothing; leave it out, or use sparsegpt')
         if self.allocation != "even":
             self._check_allocation()
         if self.rule == "statistics":
@@ -262,6 +267,11 @@ class PruneStage(Part):
     def walk(self) -> Literal["dense", "sequential"]:
         """``source``, or its default."""
         return self.source or ("dense" if self.rule == "statistics" else "sequential")
+
+    @property
+    def damps(self) -> Literal["mean", "each"]:
+        """``damping``, or its default."""
+        return self.damping or ("each" if self.rule == "statistics" else "mean")
 
     @property
     def kept_of(self) -> tuple[int, int]:

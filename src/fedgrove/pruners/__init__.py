@@ -13,9 +13,15 @@ mask (True = kept), with exactly ``target.num_pruned(weight.numel())`` entries F
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.inputs import Inputs
+from fedgrove.masks import Target
+
+Damping = Literal["mean", "each"]
 
 
 def pruner_for(name: str, inputs: Inputs) -> ModuleType:
@@ -24,3 +30,24 @@ def pruner_for(name: str, inputs: Inputs) -> ModuleType:
     An expert that the router sent no calibration token has such inputs: then the size of a weight is all there is to go by.
     """
     return plugins.load("pruners", "magnitude" if inputs.needs != "nothing" and inputs.silent else name)
+
+
+def prune(pruner: ModuleType, weight: Tensor, inputs: Inputs, target: Target, damping: Damping) -> tuple[Tensor, Tensor]:
+    """A pruner's ``prune``, damped as the job wants it.
+
+    SparseGPT adds 1 % of the mean of all channels' Σ x² to each channel's. A few channels of a language model are many times
+    larger than the others; then that is much more than the others have, and nothing makes up for what is pruned there. So
+    with "each" (ours) channels are first brought to one size, by powers of two and so exactly: the same problem, in which every
+    channel gets about 1 % of its own. Pruners that only compare, such as Wanda, give the same bits either way.
+
+    Args:
+        pruner: a file of this package.
+        weight, inputs, target: see above; with "each" the ``inputs`` are levelled afterwards.
+        damping: "mean": as published; "each".
+    """
+    if damping == "mean" or pruner.NEEDS != "gram":
+        made: tuple[Tensor, Tensor] = pruner.prune(weight, inputs, target)
+        return made
+    powers = inputs.level().to(weight.dtype)
+    weight, mask = pruner.prune(weight.mul_(powers), inputs, target)
+    return weight.div_(powers), mask

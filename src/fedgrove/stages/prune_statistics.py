@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedgrove import plugins
+from fedgrove import plugins, pruners
 from fedgrove.client import SCALE, START
 from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
@@ -172,7 +172,7 @@ def from_statistics(
         for name in inlet.readers:
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
-            weight, mask = pruner.prune(weight, inputs, target)
+            weight, mask = pruners.prune(pruner, weight, inputs, target, stage.damps)
             made[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), found[0])
     return {name: made[name] for name in decoder.block_names(block)}
 
