@@ -319,6 +319,23 @@ def test_secure_aggregation_opens_the_same_model(federation: Running, grown: Sma
     assert model.read_bytes() == (in_process(grown) / "model" / "model.safetensors").read_bytes()
 
 
+def test_what_is_learnt_leaves_a_site_under_a_mask_with_noise_and_without_its_loss(federation: Running) -> None:
+    """Differential privacy of a whole client: a site that asks for noise agrees to a job with it, and to no other."""
+    federation.describe("cedar", allow={"secure": True, "epsilon": 20.0})
+    stage = {
+        "kind": "tune", "method": "lora", "rule": "frozen_a", "precision": "fixed", "rounds": 2, "steps": 1, "length": 16,
+        "batches": [2], "ranks": [2], "bits": [32], "protects": "client", "epsilon": 20.0, "delta": 1e-3,
+    }  # fmt: skip
+    private = {"clients": FOUR, "privacy": {"secure_aggregation": True}, "evaluate": {}}
+    assert "allow.epsilon" in str(federation.run("louder", stages=[{**stage, "epsilon": 30.0}], **private))
+    assert federation.run("private", stages=[stage], **private) is None
+    out = federation.fetch("private")
+    (note,) = json.loads((out / "plan-0-tune.json").read_text())["notes"]
+    assert "(20, 0.001)-differential privacy of one whole client" in note
+    assert "clients adding their part of the noise" in note
+    assert not any(json.loads(line)["name"] == "loss" for line in (out / "metrics.jsonl").read_text().splitlines())
+
+
 def in_process(grown: Small) -> Path:
     """The same job in one process."""
     clients = [{"name": site["name"], "data": str(grown.texts.get(site["name"], grown.texts["ash"]))} for site in FOUR]

@@ -134,7 +134,7 @@ def make_plan(
         num_blocks=num_blocks,
         clients=shares,
         choices=_choices(decoder, stage, masked),
-        notes=_notes(stage, secure, len(cards)),
+        notes=_notes(stage, secure, shares, _products(decoder, stage, needs)),
     )
 
 
@@ -254,7 +254,7 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     if stage.rule == "statistics":
         upload = _sum_bytes(
             distinct if needs != "moments" else 3 * distinct,
-            [i for i in distinct if needs == "gram" and not (stage.mixed and i > width)],
+            _products(decoder, stage, needs),
             masked,
         )
         workspace = solve = 0  # the server prunes
@@ -290,6 +290,12 @@ def _inputs(decoder: Decoder) -> dict[str, int]:
     return distinct
 
 
+def _products(decoder: Decoder, stage: PruneStage, needs: Needs) -> list[int]:
+    """The widths of the inputs of which Σ xᵢxⱼ is summed."""
+    width = decoder.checkpoint.config.get_text_config().hidden_size
+    return [i for i in _inputs(decoder).values() if needs == "gram" and not (stage.mixed and i > width)]
+
+
 def _masked_bytes(stage: PruneStage, cards: Mapping[str, Card]) -> float:
     """Bytes of a masked sum's number, or of a weight with its vote: as long as the ring."""
     if stage.rule == "statistics":
@@ -317,19 +323,27 @@ def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[
     }
 
 
-def _notes(stage: PruneStage, secure: bool, clients: int) -> list[str]:
+def _notes(stage: PruneStage, secure: bool, shares: Mapping[str, Share], products: Sequence[int]) -> list[str]:
     if stage.rule != "statistics":
         if stage.allocation == "even":
             return []
         return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
     if stage.epsilon is not None:
-        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(clients))]
+        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(len(shares)))]
+    widest = max(products, default=0)
+    few = sum(share.samples * stage.length < widest for share in shares.values())
+    spans = (
+        f"{few} of {len(shares)} clients send products of inputs of {widest} channels over fewer tokens than that: they hold "
+        "the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
+    )
+    notes = [spans] if few and not secure else []
     if stage.protect_first_block:
-        return []
+        return notes
     of = "the clients' word counts together" if secure else "a client's word counts"
     return [
+        *notes,
         f"What enters block 0 depends on little but how often each token occurs, so its sums tell much of {of}; "
-        "protect_first_block = true prunes it by magnitude instead, and nobody sends any."
+        "protect_first_block = true prunes it by magnitude instead, and nobody sends any.",
     ]
 
 
