@@ -108,6 +108,9 @@ def main() -> None:
                         RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
                     found.append(kept[key])
                     print(f"{key}: {found[-1][0]:.1f}", flush=True)
+                if not found:
+                    cells.append("not run")
+                    continue
                 values = [value for value, _ in found]
                 achieved = statistics.mean(reached for _, reached in found)
                 cell = f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
