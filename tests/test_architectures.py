@@ -1,4 +1,4 @@
-"""Thirteen architectures, tiny and random: each runs block by block as in plain transformers, is pruned and loads again."""
+"""Sixteen architectures, tiny and random: each runs block by block as in plain transformers, is pruned and loads again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
+    Glm4MoeConfig,
     GPT2Config,
     GPT2Model,
     GPTNeoXConfig,
@@ -50,6 +53,10 @@ LENGTH = 24  # longer than the sliding windows
 COMMON = {"vocab_size": 4096, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA = {**COMMON, "num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 48}
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2}
+ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 5, "n_shared_experts": 1, "num_experts_per_tok": 2,
+          "first_k_dense_replace": 0}  # fmt: skip
+DEEPSEEK = {**LLAMA, **ROUTED, "n_routed_experts": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
 MIXED = ["full_attention", "sliding_attention", "sliding_attention"]
 
 
@@ -103,6 +110,13 @@ ARCHITECTURES = {
     "olmoe": Architecture(
         lambda: OlmoeConfig(**{**LLAMA, "intermediate_size": 24}, num_experts=5, num_experts_per_tok=2),
         *(19, 12, torch.float16), target=("sparsity", 0.7),
+    ),
+    "deepseek_v2": Architecture(lambda: DeepseekV2Config(**DEEPSEEK), 20, 14, torch.bfloat16, "magnitude"),
+    "deepseek_v3": Architecture(
+        lambda: DeepseekV3Config(**DEEPSEEK, n_group=2, topk_group=1), 20, 14, torch.bfloat16, "wanda", ("pattern", "2:4")
+    ),
+    "glm4_moe": Architecture(
+        lambda: Glm4MoeConfig(**LLAMA, **ROUTED, head_dim=16), 22, 14, torch.bfloat16, "wanda"
     ),
 }  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fedgrove.cli import app
 from fedgrove.data import calibration_windows
+from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Inputs
 from fedgrove.job import PruneStage
 from fedgrove.masks import Target
@@ -23,6 +24,7 @@ from fedgrove.models.experts import Experts
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.plans import Card, make_plan
 from fedgrove.pruners import magnitude, pruner_for, sparsegpt
+from fedgrove.stages.export import export
 from test_architectures import EXPERTS, LENGTH, LLAMA, run_job, same_bits, save, some_ids, tensors_of, two
 
 FUSED = ("gate_up_proj", "down_proj")
@@ -256,6 +258,14 @@ def test_what_is_not_done_with_experts_is_refused_before_anything_runs(
     result = CliRunner().invoke(app, ["plan", str(job)])
     assert result.exit_code == 2, result.output
     assert words in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("form", ["onnx", "int8"])
+def test_forms_that_pass_experts_by_or_break_on_them_are_refused(form: str, grove: Path, tmp_path: Path) -> None:
+    source = save("mixtral", tmp_path / "model", grove, torch.bfloat16)
+    with pytest.raises(FedgroveError, match=f"--to {form}: the experts of mixtral"):
+        export(source, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_blocks_with_and_without_experts_are_planned_and_pruned(demo: Path, grove: Path, tmp_path: Path) -> None:

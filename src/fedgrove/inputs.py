@@ -39,9 +39,9 @@ class Inputs:
     _made: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def add(self, x: Tensor) -> None:
-        """Adds windows: x is (tokens, in) or (windows, tokens, in), any float dtype; there may be no tokens."""
+        """Adds windows: x is (tokens, in) or (…, tokens, in), any float dtype; there may be no tokens."""
         assert self._powers is None, "its channels are levelled already"
-        windows = x.float()[None] if x.dim() == 2 else x.float()
+        windows = (x[None] if x.dim() == 2 else x.flatten(0, -3)).float()
         x = windows.flatten(0, 1)
         self.tokens += x.shape[0]
         self._made.clear()

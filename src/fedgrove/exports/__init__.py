@@ -41,3 +41,17 @@ def need(form: str, extra: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise FedgroveError(f'--to {form} needs {", ".join(missing)}: pip install "fedgrove[{extra}]"')
+
+
+def no_experts(form: str, source: Source) -> None:
+    """Refuses a mixture of experts, for forms whose tools pass fused experts by or break on them.
+
+    Raises:
+        FedgroveError: it is one.
+    """
+    from fedgrove.models.experts import TYPES
+    from fedgrove.models.stream import Checkpoint
+
+    kind = Checkpoint(source.model).config.model_type
+    if kind in TYPES:
+        raise FedgroveError(f"--to {form}: the experts of {kind} cannot be written in this form; use hf or packed")

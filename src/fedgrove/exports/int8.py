@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedgrove.exports import Source, need
+from fedgrove.exports import Source, need, no_experts
 from fedgrove.models.perplexity import of_logits
 from fedgrove.models.stream import small_files
 from fedgrove.tuning.lora import hush
@@ -49,9 +49,10 @@ def quantise(form: str, source: Source, out: Path, settings: dict[str, object]) 
         settings: of transformers' ``BitsAndBytesConfig``.
 
     Raises:
-        FedgroveError: bitsandbytes is missing.
+        FedgroveError: bitsandbytes is missing, or the model is a mixture of experts: bitsandbytes leaves those as they are.
     """
     need(form, "quantise", "bitsandbytes")
+    no_experts(form, source)
     hush()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedgrove.exports import Source, need
+from fedgrove.exports import Source, need, no_experts
 from fedgrove.models.perplexity import of_logits
 from fedgrove.models.stream import Checkpoint, small_files
 
@@ -48,9 +48,10 @@ def write(source: Source, out: Path) -> None:
     """Writes ``model.onnx`` and the tokenizer; the model must fit into memory twice, in float32.
 
     Raises:
-        FedgroveError: onnx, onnxscript or onnxruntime is missing.
+        FedgroveError: onnx, onnxscript or onnxruntime is missing, or the model is a mixture of experts.
     """
     need("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
+    no_experts("onnx", source)
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(source.model)

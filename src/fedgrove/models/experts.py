@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fedgrove.errors import FedgroveError
 
-TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # where an expert is down(act(gate(x)) · up(x)), without biases
+# where an expert is down(act(gate(x)) · up(x)) without biases and the router no nn.Linear; tested by running, one by one
+TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 FUSED = ("gate_up_proj", "down_proj")  # (experts, 2·ff, width), the gate's rows first, and (experts, width, ff)
 
 

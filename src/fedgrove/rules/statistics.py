@@ -69,12 +69,12 @@ class Statistic:
             self.upper = torch.zeros(width, width, dtype=torch.int64, device=self.scale.device)
 
     def add(self, x: Tensor) -> None:
-        """Adds windows: x is (windows, tokens, in) or (tokens, in); each is rounded by itself, so they may come in any company.
+        """Adds windows: x is (…, tokens, in) or (tokens, in); each is rounded by itself, so they may come in any company.
 
         Raises:
             FedgroveError: NaN, infinity, or so large that the sum would overflow.
         """
-        for window in x[None] if x.dim() == 2 else x:
+        for window in x[None] if x.dim() == 2 else x.flatten(0, -3):
             scaled = window.float() * self.scale
             squares = scaled.square().sum(0, dtype=torch.float64)
             if self.norm is not None:
