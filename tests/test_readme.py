@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedgrove.cli import app
+from small import Small
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +51,29 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tomllib.loads(Path("my-job/job.toml").read_text(encoding="utf-8"))["name"] == "my-job"
     same = [path.relative_to("unpacked") for path in Path("unpacked").iterdir()]
     assert all((Path("unpacked") / name).read_bytes() == (Path("runs/first/model") / name).read_bytes() for name in same)
+
+
+def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the tutorial and of every how-to, in this order, on a job that is over in a second."""
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(small.job("guides", evaluate__windows=2), "job.toml")
+    posts = [{"text": f"post {i} about {i % 3}", "label": f"topic-{i % 3}"} for i in range(60)]
+    Path("posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    ran = set()
+    for page in [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]:
+        for line in "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)).splitlines():
+            words = shlex.split(line, comments=True)
+            if words[0] != "fedgrove" or words[1] == "demo":  # CI runs the demo, and a loop over all forms takes long
+                assert words[:2] in (["make", "demo"], [".", ".venv/bin/activate"], ["fedgrove", "demo"], ["for", "form"]), line
+                continue
+            if "runs/third" in words:
+                shutil.copytree("runs/second", "runs/third")
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{page.name}: {line}\n{result.output}"
+            ran.add(words[1])
+    assert ran == {"doctor", "plan", "run", "report", "export", "split"}
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == Path("runs/first/model/model.safetensors").read_bytes()
 
 
 def test_links_lead_somewhere() -> None:
