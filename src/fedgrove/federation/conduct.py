@@ -31,8 +31,8 @@ from fedgrove.stages.export import Texts, export
 
 JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
-    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "narrowing.json", "samples.json", JOB, SAID,
-    "adapter", "model",
+    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "narrowing.json", "samples.json",
+    JOB, SAID, "adapter", "model",
 )  # fmt: skip
 Reach = Callable[[list[str], str, float], Engine]  # the members, the name of their working files, seconds to fetch an ask
 
