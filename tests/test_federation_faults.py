@@ -20,7 +20,7 @@ pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installe
 import fedgrove.pruners
 from federated import MODEL, Lines, Running, environment
 from fedgrove.errors import FedgroveError
-from fedgrove.federation import node
+from fedgrove.federation import node, operator
 from small import ROOT, Small, make_model
 
 pytestmark = [pytest.mark.federation, pytest.mark.xdist_group("federation")]
@@ -282,6 +282,12 @@ def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
     now = time.time()
     federation.start_site("ash", **paths["faulty"])
     federation.wait_for(("ash",), since=now)
+    seen, stopped = Lines(), []
+    seen.at[BLOCK.format(11)] = lambda: stopped.extend(operator.remove(federation.operator, "elm"))
+    fault = federation.run("back", seen, resume=True, **changes)
+    assert (fault, stopped) == ("the run was stopped; continue it with --resume", ["back"]), "removing a site stops a run"
+    assert BLOCK.format(1) not in seen.steps
+    operator.remove(federation.operator, "elm", undo=True)
     assert federation.run("back", resume=True, **changes) is None
     who = contributors(federation.fetch("back"))
     without = [block for block in range(BLOCKS) if "ash" not in who[block]]

@@ -242,19 +242,22 @@ def stop(kit: Path, name: str) -> None:
             raise FedgroveError(f"{name}: it does not run ({type(fault).__name__})") from fault
 
 
-def _end(flare: Any, job: str) -> None:
-    """Stops a FLARE job, and waits until it has ended."""
+def _end(flare: Any, job: str) -> bool:
+    """Stops a FLARE job and waits until it has ended; whether there was anything to stop."""
     try:
-        status = str(flare.get_job_status(job))
-    except Exception:  # FLARE raises many kinds; the server was made anew and does not know it
-        return
-    if not status.startswith(ENDED):
+        if str(flare.get_job_status(job)).startswith(ENDED):
+            return False
         flare.abort_job(job)
+    except FedgroveError:
+        raise
+    except Exception:  # FLARE raises many kinds. A job that was there when the server was killed is "RUNNING" for ever
+        return False
     ends = time.monotonic() + STOPPING
     while not str(flare.get_job_status(job)).startswith(ENDED):
         if time.monotonic() > ends:
             raise FedgroveError(f"the run does not stop within {STOPPING:g} s; the server's log says why")
         time.sleep(0.5)
+    return True
 
 
 def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
@@ -279,10 +282,7 @@ def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
         if site not in known:
             raise FedgroveError(f"{site}: there is no such site; there are {', '.join(sorted(set(known)))}")
         flare.disable_client(site)
-        going = [job for job in flare.list_jobs() if str(job["status"]) in GOING]
-        for job in going:
-            _end(flare, job["job_id"])
-    return [job["job_name"] for job in going]
+        return [job["job_name"] for job in flare.list_jobs() if str(job["status"]) in GOING and _end(flare, job["job_id"])]
 
 
 def status(kit: Path) -> dict[str, Any]:
