@@ -584,6 +584,11 @@ def test_what_one_owner_would_have_stands_beside_it(tmp_path: Path) -> None:
     assert "centralised" not in _page(run).csv("perplexity")[0], "it has not ended"
 
 
+def test_nothing_is_said_of_owners_without_held_out_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["ward", "law", "press"], ["law", "press"])
+    assert "each of the 2 owners whose kind of text was held out" in (own_texts(read(run)) or "")
+
+
 def test_the_verdict_does_not_call_a_missed_target_exact(run: Path) -> None:
     assert "exactly as asked" in verdict(read(run))[0]
     pruning = json.loads((run / "pruning.json").read_text())

@@ -78,10 +78,13 @@ def own_texts(summary: Summary) -> str | None:
     open_ = [client for text, client in summary.owned.items() if unclear(summary.against_alone([client], [text]))]
     better = sum(ratio < 1 for client, ratio in ratios.items() if client not in open_)
     worse = len(ratios) - better - len(open_)
+    all_ = len(ratios) == len(summary.alone)
+    few = f"each of the {len(ratios)} owners" if len(ratios) > 1 else "the owner"
+    every = "every owner" if all_ else f"{few} whose kind of text was held out"
     if better == len(ratios):
-        whom = "every owner is better off with the federated model than alone"
+        whom = f"{every} is better off with the federated model than alone"
     elif worse == len(ratios):
-        whom = "every owner would have been better off alone"
+        whom = f"{every} would have been better off alone"
     elif len(open_) == len(ratios):
         whom = "for no owner there is a clear difference between the federated model and what it has alone"
     else:
