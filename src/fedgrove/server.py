@@ -35,7 +35,7 @@ from fedgrove.report.page import write_report
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.runs import Run, read_lines
-from fedgrove.stages.evaluate import evaluate, evaluate_directory
+from fedgrove.stages.evaluate import evaluate, evaluate_directory, evaluate_speed
 from fedgrove.stages.narrow import narrow
 from fedgrove.stages.prune import prune
 from fedgrove.stages.samples import write_samples
@@ -60,6 +60,8 @@ def main(job: Job, engine: Engine, run: Run) -> None:
         make_model(job, engine, run)
     write_samples(run)
     evaluate_directory(run.path / "model", len(job.stages) - 1, run)
+    if job.evaluate.speed:
+        evaluate_speed(open_model(job.model).path, run.path / "model", run)
     if job.evaluate.centralised:
         centralise(job, run)
     write_report(run.path)

@@ -100,17 +100,27 @@ def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: s
     run.log(stage, None, client, f"perplexity/{text}", math.exp(sum(loss for loss, _ in each) / sum(n for _, n in each)))
 
 
-def evaluate_directory(model: Path, stage: int | None, run: Run) -> None:
-    """Measures what plain transformers does with a model directory: ``prefill/speed``, …, ``acc/<task>``, …
+def evaluate_speed(before: Path, after: Path, run: Run) -> None:
+    """``prefill/speed``, ``decode``, ``memory`` and ``disk`` of the model as it came and of the result.
+
+    One right after the other: a machine is not as busy when a run ends as when it began.
+    """
+    for model, stage in ((before, None), (after, len(run.job.stages) - 1)):
+        evaluate_directory(model, stage, run, speed=True)
+
+
+def evaluate_directory(model: Path, stage: int | None, run: Run, speed: bool = False) -> None:
+    """Measures what plain transformers does with a model directory: ``acc/<task>``, …
 
     Args:
         stage: the one that made it; None: the model as it came.
+        speed: also its speed, memory and bytes.
     """
     wanted = run.job.evaluate
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
     made = {name.partition("/")[2] for at, _, name in done if at == stage}
     tasks = [task for task in wanted.tasks if task not in made]
-    speed = wanted.speed and (stage, None, "disk/speed") not in done
+    speed = speed and (stage, None, "disk/speed") not in done
     dtype = run.job.model.dtype
     for name, found in examine_directory(
         model, run.watch, speed=speed, tasks=tasks, tasks_from=wanted.tasks_from, limit=wanted.records, dtype=dtype
