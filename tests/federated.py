@@ -26,13 +26,14 @@ LONGEST = 900.0  # seconds for a run, on however busy a machine
 
 
 class Lines(Watch):
-    """Keeps what a run says, and does something at a step."""
+    """Keeps what a run says, and does something at a step, at a line, at a client's answer."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self.steps: list[str] = []
         self.at: dict[str, Any] = {}
         self.hears: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {}
 
     def say(self, line: str) -> None:
         self.said.append(line)
@@ -43,6 +44,10 @@ class Lines(Watch):
         self.steps.append(what)
         if what in self.at:
             self.at.pop(what)()
+
+    def answered(self, client: str, num_bytes: int) -> None:
+        if client in self.answers:
+            self.answers.pop(client)()
 
 
 class Proxy:

@@ -60,6 +60,11 @@ def prune(weight, inputs, target):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "nap":
                 time.sleep(15)
+            case "wait":
+                for _ in range(300):
+                    if Path("go-on.txt").is_file():
+                        break
+                    time.sleep(0.1)
             case "hang":
                 time.sleep(600)
     return wanda.prune(weight, inputs, target)
@@ -240,10 +245,19 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
     assert federation.proxy
     seen = Lines()
     seen.at[BLOCK.format(3)] = federation.proxy.cut
-    seen.hears["dogwood: "] = federation.proxy.mend  # it was cut off before the ask came, or before the answer went
-    naps = ["nap" if 4 <= block <= 8 else "" for block in range(BLOCKS)]  # FLARE takes up to a minute to connect anew
-    (federation.sites["cedar"] / "faults.txt").write_text("\n".join(naps))
-    seen.at[BLOCK.format(10)] = lambda: federation.kill(federation.sites["ash"])
+    cedar = federation.sites["cedar"]  # it takes its time until dogwood is back: FLARE needs up to a minute to connect anew
+    (cedar / "faults.txt").write_text("\n".join(["wait" if block >= 4 else "" for block in range(BLOCKS)]))
+
+    def mend() -> None:  # it was cut off before the ask came, or before the answer went
+        assert federation.proxy
+        federation.proxy.mend()
+        seen.answers["dogwood"] = back
+
+    def back() -> None:
+        (cedar / "go-on.txt").touch()
+        federation.kill(federation.sites["ash"])
+
+    seen.hears["dogwood: "] = mend
     assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
     who = contributors(federation.fetch("lost"))
     assert who[0] == ["ash", "birch", "cedar", "dogwood"]
