@@ -184,7 +184,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         if change is not None:
             answer[CHANGE + name] = change
         answer[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
-        own[decoder.block_names(index)[name]] = as_matrix(linears(decoder.blocks[index])[name], after)
+        own[decoder.block_names(index)[name]] = as_matrix(decoder.blocks[index].get_submodule(name), after)
     if info["keep"]:
         save_tensors(own, _alone(site, index))
     return answer, {"tokens": tokens, **{key: info[key] for key in ("stage", "round", "block")}}

@@ -57,6 +57,7 @@ class Decoder:
         unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
         self._empty_ends: dict[str, nn.Parameter] = {}  # what stood in the place of the ends that are loaded
+        self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
 
     def __len__(self) -> int:
@@ -64,11 +65,14 @@ class Decoder:
 
     def block_names(self, index: int) -> dict[str, str]:
         """The linears of a block: their name in the block -> the name of their weight in the checkpoint."""
-        return {name: self._stored(f"{self.prefix}.{index}.{name}.weight") for name in linears(self.blocks[index])}
+        if index not in self._names:  # with hundreds of experts this takes longer than what is done with it
+            names = linears(self.blocks[index])
+            self._names[index] = {name: self._stored(f"{self.prefix}.{index}.{name}.weight") for name in names}
+        return self._names[index]
 
     def read_linear(self, index: int, name: str) -> Tensor:
         """The weight of a linear as (out, in), in the checkpoint's dtype."""
-        return as_matrix(linears(self.blocks[index])[name], self.checkpoint.read(self.block_names(index)[name]))
+        return as_matrix(self.blocks[index].get_submodule(name), self.checkpoint.read(self.block_names(index)[name]))
 
     def linear_names(self) -> dict[str, str]:
         """Every linear of every block: its name in the model -> the name of its weight in the checkpoint."""

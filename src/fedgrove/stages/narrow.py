@@ -16,7 +16,7 @@ from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job import NarrowStage
 from fedgrove.masks import lowest
-from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.models.width import cut_columns, cut_rows, family_of, width_of
 from fedgrove.narrowing.plan import NarrowPlan
@@ -181,13 +181,13 @@ def cut_block(decoder: Decoder, block: int, kept: Kept) -> dict[str, Tensor]:
         if part is None or len(kept[kind]) == number:
             continue
         for name in part.makers:
-            module = linears(decoder.blocks[block])[name]
+            module = decoder.blocks[block].get_submodule(name)
             weight = cut_rows(decoder.read_linear(block, name), number, kept[kind])
             cut[names[name]] = as_matrix(module, weight).contiguous()
             if getattr(module, "bias", None) is not None:
                 bias = names[name].removesuffix("weight") + "bias"
                 cut[bias] = cut_rows(decoder.checkpoint.read(bias), number, kept[kind])
-        module = linears(decoder.blocks[block])[part.reader]
+        module = decoder.blocks[block].get_submodule(part.reader)
         weight = cut_columns(decoder.read_linear(block, part.reader), number, kept[kind])
         cut[names[part.reader]] = as_matrix(module, weight).contiguous()
     return cut

@@ -17,7 +17,7 @@ from fedgrove.engine import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, PruneStage
 from fedgrove.masks import Target
-from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
 from fedgrove.plans import Plan, calibration
 from fedgrove.privacy.secure import sum_securely
@@ -90,7 +90,7 @@ def _prune_block(
         made = _from_solutions(decoder, block, round_, shares, plan, engine, run)
     after, records = {}, []
     for name, pruned in made.items():
-        module = linears(decoder.blocks[block])[name]
+        module = decoder.blocks[block].get_submodule(name)
         after[names[name]] = as_matrix(module, pruned.weight).contiguous()
         mask = pruned.mask
         records.append(

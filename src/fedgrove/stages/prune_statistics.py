@@ -17,7 +17,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Inputs
 from fedgrove.job import PruneStage
 from fedgrove.masks import Target
-from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.calibrate import watching
 from fedgrove.models.experts import expert_of
 from fedgrove.plans import Plan, calibration
@@ -160,7 +160,7 @@ def from_statistics(
     if stage.walk == "sequential" and block > 0:
         stored = load_file(previous)
         for name, key in decoder.block_names(block - 1).items():
-            tensors[START + name] = as_matrix(linears(decoder.blocks[block - 1])[name], stored[key]).contiguous()
+            tensors[START + name] = as_matrix(decoder.blocks[block - 1].get_submodule(name), stored[key]).contiguous()
     messages: dict[str, Message] = {
         client: (tensors, statistics_info(run, plan, client, block, inlets, num_inputs)) for client in contributors
     }
