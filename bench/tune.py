@@ -10,6 +10,7 @@ more: so that is what uniform LoRA gives to all. Time is modelled from the cards
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import page
+import results
 import torch
 from transformers.utils import logging
 
@@ -37,11 +39,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
 CLIENTS, ALPHA = 8, 0.3
 SPEEDS = [1.0, 3.1, 5.3, 2.4, 6.0, 1.7, 4.6, 3.9]  # of the clients in the order of their memory
-LENGTH, STEPS, ROUNDS, WINDOWS = 64, 4, 4, 12
+LENGTH, STEPS, WINDOWS = 64, 4, 12
+ROUNDS = {"fedpipe": 8, "lora": 4, "full": 4, "alone": 4, "central": 4}  # FedPipe's are shorter; the table compares times
 RANKS, BATCHES = [2, 4, 8, 16], [1, 2, 4]
-RATE = {"fedpipe": 2e-3, "lora": 2e-3, "full": 5e-4}
-PRICE = 1.0  # FedPipe's, of bytes
-ALPHA_R = 2.0 * RANKS[-1]  # LoRA's α, the same for all methods
+RATES = {"fedpipe": 4e-3, "lora": 4e-3, "full": 5e-4, "alone": 2e-3, "central": 2e-3}
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
@@ -55,14 +56,20 @@ def label(task: str, record: dict[str, Any]) -> str:
 
 
 def held_out(task: str, data: Path, folder: Path, validate: bool) -> tuple[list[str], Path]:
-    """The lines to deal, and the file to measure on: the test split, or a tenth of the training text, to choose settings by."""
+    """The lines to deal, and the file to measure on: the test split, or a tenth of the training text, to choose settings by.
+
+    Only its beginning is measured, so its lines are shuffled: the splits are sorted by newsgroup and by restaurant.
+    """
     lines = (data / task / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    if not validate:
-        return lines, data / task / "test.jsonl"
-    random.Random("validation").shuffle(lines)
-    file = folder / "validation.jsonl"
-    file.write_text("\n".join(lines[: len(lines) // 10]) + "\n", encoding="utf-8")
-    return lines[len(lines) // 10 :], file
+    if validate:
+        random.Random("validation").shuffle(lines)
+        lines, held = lines[len(lines) // 10 :], lines[: len(lines) // 10]
+    else:
+        held = (data / task / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        random.Random("test").shuffle(held)
+    file = folder / "held-out.jsonl"
+    file.write_text("\n".join(held) + "\n", encoding="utf-8")
+    return lines, file
 
 
 def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
@@ -94,7 +101,7 @@ def weakest_memory() -> int:
     return math.ceil(budget.memory(sizes, rest, choice))
 
 
-def job(task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, rounds: int) -> Job:
+def job(task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, rounds: int, rate: float) -> Job:
     """A job of one method; ``files`` of each client, ``first``: the number of the first of them."""
     least = weakest_memory()
     links = {"uplink": UPLINK, "downlink": UPLINK}
@@ -113,7 +120,7 @@ def job(task: str, method: str, files: list[list[Path]], first: int, held: Path,
         "stages": [{
             "kind": "tune", "method": kind, "rounds": rounds, "steps": STEPS, "length": LENGTH, "ranks": RANKS,
             "batches": [BATCHES[-1] * (CLIENTS if method == "central" else 1)] if kind != "fedpipe" else BATCHES,
-            "bits": [16, 4], "learning_rate": RATE[kind], "measure": 1, "price": PRICE, "alpha": ALPHA_R,
+            "bits": [16, 4], "learning_rate": rate, "measure": 1,
         }],
         "evaluate": {"data": [{"name": task, "path": held, "text": TEXTS[task]}], "length": 256,
                      "windows": WINDOWS},
@@ -138,7 +145,7 @@ def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
     return points
 
 
-def run_method(task: str, method: str, data: Path, seed: int, rounds: int, validate: bool = False) -> dict[str, Any]:
+def run_method(data: Path, task: str, method: str, seed: int, rounds: int, rate: float, validate: bool) -> dict[str, Any]:
     """The curve of a method; stand-alone: the mean over its clients."""
     with tempfile.TemporaryDirectory() as folder:
         lines, test = held_out(task, data, Path(folder), validate)
@@ -147,13 +154,13 @@ def run_method(task: str, method: str, data: Path, seed: int, rounds: int, valid
             curves = []
             for i, file in enumerate(files):
                 (Path(folder) / f"{i}").mkdir()
-                curves.append(curve(job(task, method, [[file]], i, test, seed, rounds), Path(folder) / f"{i}"))
+                curves.append(curve(job(task, method, [[file]], i, test, seed, rounds, rate), Path(folder) / f"{i}"))
             points = [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)]
         else:
             clients = [files] if method == "central" else [[file] for file in files]
             first = CLIENTS // 2 if method == "central" else 0
-            points = curve(job(task, method, clients, first, test, seed, rounds), Path(folder))
-    return {"task": task, "method": method, "seed": seed, "points": points}
+            points = curve(job(task, method, clients, first, test, seed, rounds, rate), Path(folder))
+    return {"points": points}
 
 
 def reach(points: list[list[float]], loss: float) -> list[float] | None:
@@ -161,21 +168,26 @@ def reach(points: list[list[float]], loss: float) -> list[float] | None:
     return next((point for point in points if point[2] <= loss), None)
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]]) -> str:
     """Markdown: for each task and method the means over seeds."""
     names = {"fedpipe": "FedPipe", "lora": "uniform LoRA", "full": "full fine-tuning", "alone": "stand-alone (mean)",
              "central": "centralised"}  # fmt: skip
-    rows = ["| task | method | loss at the end | time to uniform's best | bytes to uniform's best | time of a round |",
-            "|---|---|---|---|---|---|"]  # fmt: skip
-    for task in dict.fromkeys(result["task"] for result in results):
-        of_task = [result for result in results if result["task"] == task]
+    rows = ["| task | method | rate | loss at the end | time to uniform's best | bytes to uniform's best | time of a round |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for task in dict.fromkeys(result["task"] for result in found):
+        of_task = [result for result in found if result["task"] == task]
         uniform = {result["seed"]: result["points"] for result in of_task if result["method"] == "lora"}
         for method, name in names.items():
             runs = [result for result in of_task if result["method"] == method]
             if not runs:
                 continue
             ends = [run["points"][-1][2] for run in runs]
-            cells = [task, name, f"{statistics.mean(ends):.3f} ({', '.join(f'{end:.3f}' for end in ends)})"]
+            cells = [
+                task,
+                name,
+                f"{runs[0]['rate']:g}",
+                f"{statistics.mean(ends):.3f} ({', '.join(f'{end:.3f}' for end in ends)})",
+            ]
             for column, unit in ((0, 1.0), (1, 1e6)):
                 shares = []
                 for run in runs:
@@ -202,9 +214,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups, medquad and e2e")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TEXTS), default=sorted(TEXTS))
-    parser.add_argument("--methods", nargs="+", default=["lora", "fedpipe", "full", "alone", "central"])
+    parser.add_argument("--methods", nargs="+", default=list(ROUNDS), choices=list(ROUNDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to try; default: that of each method")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     parser.add_argument("--validate", action="store_true", help="choose settings by a tenth of the training text, not the test")
     parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
@@ -212,19 +224,14 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    results = read_lines(args.results) if args.results else []
-    for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods):
-        if any((r["task"], r["method"], r["seed"]) == (task, method, seed) for r in results):
-            continue
-        rounds = (
-            args.rounds * 3 // 2 if method == "fedpipe" else args.rounds
-        )  # its rounds are shorter; the table compares times
-        results.append(run_method(task, method, args.data, seed, rounds, args.validate))
-        print(task, seed, method, [round(point[2], 3) for point in results[-1]["points"]], flush=True)
-        if args.results:
-            with args.results.open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
-    text = table([r for r in results if r["task"] in args.tasks])
+    wanted = [
+        {"task": task, "method": method, "seed": seed, "rounds": ROUNDS[method], "rate": rate,
+         "validate": args.validate}
+        for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
+        for rate in args.rates or [RATES[method]]
+    ]  # fmt: skip
+    found = results.collect(args.results, wanted, functools.partial(run_method, args.data))
+    text = table(found)
     print(text)
     if args.write:
         page.write("tune", text)
