@@ -48,23 +48,26 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--epsilons", type=float, nargs="*", default=[0.5, 2.0, 8.0])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/membership.json holds")
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     kept: dict[str, dict[str, float]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     rows = [
-        "| | perplexity, learnt | perplexity, others | advantage by loss | by loss against before | at most, by ε |",
-        "|---|---|---|---|---|---|",
+        "| | runs | perplexity, learnt | perplexity, others | advantage by loss | by loss against before | at most, by ε |",
+        "|---|---|---|---|---|---|---|",
     ]
     for epsilon in (None, *given.epsilons):
         label = "no privacy" if epsilon is None else f"ε = {epsilon:g}, δ = {DELTA:g}, a window"
         for seed in given.seeds:
-            if f"{label}, seed {seed}" not in kept:
+            if f"{label}, seed {seed}" not in kept and not given.kept:
                 kept[f"{label}, seed {seed}"] = measure(given.data, epsilon, seed)
                 RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        rows.append(row(label, [kept[f"{label}, seed {seed}"] for seed in given.seeds], epsilon))
-        print(rows[-1], flush=True)
+        found = [kept[key] for seed in given.seeds if (key := f"{label}, seed {seed}") in kept]
+        if found:
+            rows.append(row(label, found, epsilon))
+            print(rows[-1], flush=True)
     if given.write:
         page.write("membership", "\n".join(rows))
 
@@ -135,11 +138,12 @@ def losses(model: Path, windows: Tensor) -> Tensor:
 def row(label: str, found: list[dict[str, float]], epsilon: float | None) -> str:
     def cell(key: str, form: str) -> str:
         values = [one[key] for one in found]
-        return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+        each = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{each}"
 
     most = f"{bound(epsilon, DELTA):.3f}" if epsilon else "1"
     cells = [cell("learnt", ".1f"), cell("others", ".1f"), cell("loss", "+.3f"), cell("against", "+.3f")]
-    return f"| {label} | {' | '.join(cells)} | {most} |"
+    return f"| {label} | {len(found)} | {' | '.join(cells)} | {most} |"
 
 
 if __name__ == "__main__":
