@@ -128,6 +128,7 @@ class Running:
 
     def file(self, names: Sequence[str]) -> None:
         """Writes federation.toml."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         sites = [{"name": name} for name in names]
         for site in sites:
             if self.proxy and site["name"] == self._proxied:
