@@ -33,7 +33,8 @@ def test_a_run_folder_holds_what_the_contract_says(small: Small) -> None:
     run = small.undisturbed()
     files = {file.name for file in run.iterdir()}
     assert files == {
-        "job.toml", "plan-0-prune.json", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "model", "pruning.json", "report.html"
+        "job.toml", "plan-0-prune.json", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "model", "pruning.json",
+        "report.html",
     }  # fmt: skip
 
     job = tomllib.loads((run / "job.toml").read_text())
