@@ -17,11 +17,13 @@ import json
 import random
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import page
 import torch
+from results import Kept
 from torch import Tensor
 from transformers.utils import logging
 
@@ -53,19 +55,15 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    kept: dict[str, dict[str, float]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    kept = Kept(RESULTS, only=given.kept)
     rows = [
         "| | runs | perplexity, learnt | perplexity, others | advantage by loss | by loss against before | at most, by ε |",
         "|---|---|---|---|---|---|---|",
     ]
     for epsilon in (None, *given.epsilons):
         label = "no privacy" if epsilon is None else f"ε = {epsilon:g}, δ = {DELTA:g}, a window"
-        for seed in given.seeds:
-            if f"{label}, seed {seed}" not in kept and not given.kept:
-                kept[f"{label}, seed {seed}"] = measure(given.data, epsilon, seed)
-                RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        found = [kept[key] for seed in given.seeds if (key := f"{label}, seed {seed}") in kept]
-        if found:
+        results = [kept(f"{label}, seed {seed}", partial(measure, given.data, epsilon, seed)) for seed in given.seeds]
+        if found := [result for result in results if result]:
             rows.append(row(label, found, epsilon))
             print(rows[-1], flush=True)
     if given.write:

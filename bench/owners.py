@@ -16,11 +16,13 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import page
 import torch
+from results import Kept
 from transformers.utils import logging
 
 from fedgrove import server
@@ -93,7 +95,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         files = dict(plain_files(given.data, Path(folder)))
-        kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+        kept = Kept(RESULTS, only=given.kept)
         table = []
         for name, changes in TABLES[given.table].items():
             cells = []
@@ -101,13 +103,9 @@ def main() -> None:
                 found = []
                 for seed in given.seeds:
                     key = f"{name}, {sparsity:.0%}, seed {seed}, {given.samples} samples, {given.windows} windows"
-                    if key not in kept and given.kept:
-                        continue
-                    if key not in kept:
-                        kept[key] = measure(name, changes, sparsity, seed, files, given, Path(folder))
-                        RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                    found.append(kept[key])
-                    print(f"{key}: {found[-1][0]:.1f}", flush=True)
+                    again = partial(measure, name, changes, sparsity, seed, files, given, Path(folder))
+                    if result := kept(key, again):
+                        found.append(result)
                 if not found:
                     cells.append("not run")
                     continue

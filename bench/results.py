@@ -1,4 +1,4 @@
-"""Results of a benchmark's runs, one JSON object a line, so that what was run once is not run again."""
+"""Results of a benchmark's runs, in files, so that what was run once is not run again."""
 
 from __future__ import annotations
 
@@ -28,3 +28,21 @@ def collect(file: Path | None, wanted: Iterable[dict[str, Any]], run: Callable[.
         found.append(result)
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}, flush=True)
     return found
+
+
+class Kept:
+    """Results by name, in one JSON file."""
+
+    def __init__(self, file: Path, only: bool = False) -> None:
+        """Opens it; with ``only`` nothing is measured any more."""
+        self._file, self._only = file, only
+        self._results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def __call__(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The result of this name, measured if it is not there yet; None if it may not be."""
+        if name not in self._results and not self._only:
+            self._results[name] = measure()
+            self._file.write_text(json.dumps(self._results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if name in self._results:
+            print(f"{name}: {self._results[name]}", flush=True)
+        return self._results.get(name)

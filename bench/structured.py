@@ -12,24 +12,26 @@ anew.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import owners
 import page
 import torch
+from results import Kept
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import fedgrove.rules.groups
 from fedgrove import server
 from fedgrove.job import Job
-from fedgrove.report.summary import read
+from fedgrove.report.summary import Summary, read
 from fedgrove.runs import Run
 
 GROVE = Path(server.__file__).parent / "demo" / "grove-6m"
@@ -127,7 +129,7 @@ def make_models(dense: Path, share: float, folder: Path) -> None:
 def quality(given: Any, folder: Path) -> str:
     """The table of perplexities."""
     files = dict(owners.plain_files(given.data, folder))
-    kept: dict[str, list[float]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    kept = Kept(RESULTS, only=given.kept)
     clients = [{"name": owner, "data": str(files[owner])} for owner in owners.OWNERS]
     evaluate = {
         "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in owners.OWNERS],
@@ -135,34 +137,26 @@ def quality(given: Any, folder: Path) -> str:
     }
     narrow = {"kind": "narrow", "channels": given.share, "heads": given.share, "samples": 4}
 
-    def measure(name: str, clients: list[dict[str, Any]], changes: dict[str, Any] | None) -> list[float]:
+    def tuned(changes: dict[str, Any] | None) -> list[float]:
         """Perplexity before tuning and after it."""
-        key = f"{name}, {given.share:.0%}, {given.windows} windows"
-        if key not in kept:
-            stages = [TUNE] if changes is None else [{**narrow, **changes}, TUNE]
-            out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-            carry_out(str(GROVE), clients, stages, evaluate, out)
-            summary = read(out)
-            before = summary.dense if changes is None else summary.after[0]
-            kept[key] = [summary.mean(before), summary.mean(summary.federated)]
-            RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"{key}: {kept[key][0]:.1f}, tuned {kept[key][1]:.1f}", flush=True)
-        return kept[key]
+        summary = run([TUNE] if changes is None else [{**narrow, **changes}, TUNE], evaluate)
+        before = summary.dense if changes is None else summary.after[0]
+        return [summary.mean(before), summary.mean(summary.federated)]
+
+    def alone() -> list[float]:
+        """The mean of the models that the owners narrowed each alone; they are not tuned."""
+        return [run([{**narrow, "score": "fisher"}], {**evaluate, "alone": True}).alone_mean or math.nan]
+
+    def run(stages: list[dict[str, Any]], evaluate: dict[str, Any]) -> Summary:
+        out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+        carry_out(str(GROVE), clients, stages, evaluate, out)
+        return read(out)
 
     lines = ["| | before tuning | tuned |", "|---|---|---|"]
-    for name, changes in ROWS.items():
-        if given.kept and f"{name}, {given.share:.0%}, {given.windows} windows" not in kept:
-            continue
-        before, after = measure(name, clients, changes)
-        lines.append(f"| {name} | {before:.1f} | {after:.1f} |")
-    key = f"{ALONE}, {given.share:.0%}, {given.windows} windows"
-    if key not in kept:
-        out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-        carry_out(str(GROVE), clients, [{**narrow, "score": "fisher"}], {**evaluate, "alone": True}, out)
-        kept[key] = [read(out).alone_mean or math.nan]
-        RESULTS.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{key}: {kept[key][0]:.1f}", flush=True)
-    lines.append(f"| {ALONE} | {kept[key][0]:.1f} | – |")
+    rows: dict[str, Callable[[], list[float]]] = {name: partial(tuned, changes) for name, changes in ROWS.items()}
+    for name, measure in {**rows, ALONE: alone}.items():
+        if found := kept(f"{name}, {given.share:.0%}, {given.windows} windows", measure):
+            lines.append(f"| {name} | {found[0]:.1f} | {f'{found[1]:.1f}' if len(found) > 1 else '–'} |")
     return "\n".join(lines)
 
 
