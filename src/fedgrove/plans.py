@@ -6,10 +6,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Needs
@@ -98,7 +99,8 @@ def make_plan(
     check_pattern(decoder, stage.target)
     num_blocks = len(decoder)
     masked = _masked_bytes(stage, cards) if secure else None
-    costs = {name: _cost(decoder, stage, card, needs, masked) for name, card in cards.items()}
+    largest = _largest(decoder)
+    costs = {name: _cost(largest, stage, card, needs, masked) for name, card in cards.items()}
     for name, card in sorted(cards.items()):
         if card.memory is not None and costs[name].memory > card.memory:
             raise FedgroveError(
@@ -133,8 +135,8 @@ def make_plan(
         ask="statistics" if stage.rule == "statistics" else "prune",
         num_blocks=num_blocks,
         clients=shares,
-        choices=_choices(decoder, stage, masked),
-        notes=_notes(stage, secure, shares, _products(decoder, stage, needs)),
+        choices=_choices(largest, num_blocks, stage, masked),
+        notes=_notes(stage, secure, shares, _products(largest, stage, needs)),
     )
 
 
@@ -214,16 +216,51 @@ class _Cost(BaseModel):
     seconds: float  # for one block
 
 
-def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked: float | None) -> _Cost:
-    """What the largest block costs a client: counted, not measured; tokens are taken to go to all experts alike."""
-    named = _shapes(decoder)
-    shapes = list(named.values())
-    parameters = sum(rows * columns for rows, columns in shapes)
+@dataclass(frozen=True)
+class _Block:
+    """What a plan has to know of a model: its largest block, and what lies outside all blocks. Only some may have experts.
+
+    Attributes:
+        shapes: (out, in) of every linear.
+        inputs: the widths of the different inputs, by a linear that reads each.
+        reached: the part of the tokens that reaches each linear, if they go to all experts alike.
+        width: of the hidden states.
+        numel: parameters; ends: those outside all blocks.
+        dtype: of the checkpoint's linears.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    inputs: dict[str, int]
+    reached: dict[str, float]
+    width: int
+    numel: int
+    ends: int
+    dtype: torch.dtype
+
+
+def _largest(decoder: Decoder) -> _Block:
+    numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
+    index = numbers.index(max(numbers))
+    names = linears(decoder.blocks[index])
     config = decoder.checkpoint.config.get_text_config()
-    width = config.hidden_size
-    experts = {expert_of(name) for name in named} - {None}
-    reached = {name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in named}
-    inputs = _inputs(decoder)
+    shapes = {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in names}
+    experts = {expert_of(name) for name in names} - {None}
+    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
+    return _Block(
+        shapes=shapes,
+        inputs=_inputs(shapes, config.hidden_size),
+        reached={name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in names},
+        width=config.hidden_size,
+        numel=max(numbers),
+        ends=everything - sum(numbers),
+        dtype=decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1],
+    )
+
+
+def _cost(block: _Block, stage: PruneStage, card: Card, needs: Needs, masked: float | None) -> _Cost:
+    """What the largest block costs a client: counted, not measured."""
+    shapes, inputs = list(block.shapes.values()), block.inputs
+    parameters = sum(rows * columns for rows, columns in shapes)
     distinct = list(inputs.values())
     widest = max(distinct)
     samples = card.samples or stage.samples
@@ -233,20 +270,15 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     statistics = sum(sums.values())
     workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
-    names = decoder.checkpoint.names()
-    blocks = [_numel(block) for block in decoder.blocks]
-    block_numel = max(blocks)
-    ends = sum(decoder.checkpoint.spec(name)[0].numel() for name in names) - sum(blocks)
     together = windows_at_once(samples, stage.length) if stage.rule != "statistics" else 1
-    window = together * stage.length * (6 * width + 4 * widest)
+    window = together * stage.length * (6 * block.width + 4 * widest)
 
-    multiplied = sum(rows * columns * reached[name] for name, (rows, columns) in named.items())
+    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
     forward = (1 if stage.walk == "dense" else 2) * 2 * tokens * multiplied
-    gram = 2 * tokens * sum(number * reached[name] for name, number in sums.items())
+    gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
     solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
-    dtype = decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1]
     sparsity = _target_of(stage, card).sparsity
-    upload = sum(wire.estimate(rows * columns, sparsity, dtype) for rows, columns in shapes)
+    upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
     if stage.rule == "masks":
         upload = parameters // 8
     if masked is not None:
@@ -254,35 +286,24 @@ def _cost(decoder: Decoder, stage: PruneStage, card: Card, needs: Needs, masked:
     if stage.rule == "statistics":
         upload = _sum_bytes(
             distinct if needs != "moments" else 3 * distinct,
-            _products(decoder, stage, needs),
+            _products(block, stage, needs),
             masked,
         )
         workspace = solve = 0  # the server prunes
-    kept = parameters * (2 * dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
-    memory = 8 * (statistics + workspace) + 4 * (block_numel + 6 * largest + ends + window) + kept + 2**24
+    kept = parameters * (2 * block.dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
+    memory = 8 * (statistics + workspace) + 4 * (block.numel + 6 * largest + block.ends + window) + kept + 2**24
     seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
 
 
-def _shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of the largest block; where only some blocks have experts, blocks differ."""
-    index = max(range(len(decoder)), key=lambda i: _numel(decoder.blocks[i]))
-    return {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in linears(decoder.blocks[index])}
-
-
-def _numel(block: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in block.parameters())
-
-
-def _inputs(decoder: Decoder) -> dict[str, int]:
-    """The widths of the largest block's different inputs, by a linear that reads each.
+def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]:
+    """The widths of a block's different inputs, by a linear that reads each.
 
     The residual stream is read at most three times by what all tokens reach, and once by each expert.
     """
-    width = decoder.checkpoint.config.get_text_config().hidden_size
     distinct: dict[str, int] = {}
     of_stream: Counter[str | None] = Counter()
-    for name, (_, columns) in _shapes(decoder).items():
+    for name, (_, columns) in shapes.items():
         expert = expert_of(name)
         if columns != width or of_stream[expert] < (1 if expert else 3):
             distinct[name] = columns
@@ -290,10 +311,9 @@ def _inputs(decoder: Decoder) -> dict[str, int]:
     return distinct
 
 
-def _products(decoder: Decoder, stage: PruneStage, needs: Needs) -> list[int]:
+def _products(block: _Block, stage: PruneStage, needs: Needs) -> list[int]:
     """The widths of the inputs of which Σ xᵢxⱼ is summed."""
-    width = decoder.checkpoint.config.get_text_config().hidden_size
-    return [i for i in _inputs(decoder).values() if needs == "gram" and not (stage.mixed and i > width)]
+    return [i for i in block.inputs.values() if needs == "gram" and not (stage.mixed and i > block.width)]
 
 
 def _masked_bytes(stage: PruneStage, cards: Mapping[str, Card]) -> float:
@@ -309,16 +329,15 @@ def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | N
     return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
 
 
-def _choices(decoder: Decoder, stage: PruneStage, masked: float | None) -> dict[str, int]:
+def _choices(block: _Block, num_blocks: int, stage: PruneStage, masked: float | None) -> dict[str, int]:
     if stage.rule != "statistics":
         return {}
-    inputs = list(_inputs(decoder).values())
-    width = decoder.checkpoint.config.get_text_config().hidden_size
-    number = len(decoder) - stage.protect_first_block
+    inputs = list(block.inputs.values())
+    number = num_blocks - stage.protect_first_block
     return {
         "wanda": number * _sum_bytes(inputs, [], masked),
         "dsnot": number * _sum_bytes(3 * inputs, [], masked),
-        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= width], masked),
+        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= block.width], masked),
         "sparsegpt": number * _sum_bytes(inputs, inputs, masked),
     }
 
