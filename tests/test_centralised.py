@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedgrove.centralised import NAME, centralised_job, centralised_site
+from fedgrove.centralised import centralised_job, centralised_site
 from fedgrove.client import _training_windows, _windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job import PruneStage, TuneStage, load, load_federated
-from fedgrove.report.summary import read
+from fedgrove.report.summary import CENTRALISED, read
 from fedgrove.server import local_sites, open_model
 from small import CLIENTS, SAMPLES, Moment, Small, cli, measurements, process
 
@@ -24,7 +24,7 @@ def digest(run: Path) -> str:
 
 def test_summed_statistics_are_what_one_owner_of_all_text_would_get_bit_for_bit(small: Small) -> None:
     run = small.undisturbed(evaluate__centralised=True, stages__0__rule="statistics")
-    assert digest(run) == digest(run / NAME)
+    assert digest(run) == digest(run / CENTRALISED)
     found = read(run)
     assert found.centralised == found.federated
     assert found.against_centralised(found.texts) == (1.0, 1.0)
@@ -32,7 +32,7 @@ def test_summed_statistics_are_what_one_owner_of_all_text_would_get_bit_for_bit(
 
 def test_with_votes_it_is_another_model_whose_measurements_stand_beside(small: Small) -> None:
     run = small.undisturbed(evaluate__centralised=True)
-    inner = run / NAME
+    inner = run / CENTRALISED
     assert digest(run) != digest(inner)
     found, measured = read(run), measurements(inner)
     assert found.centralised == {text: measured[0, None, None, f"perplexity/{text}"] for text in found.texts}
@@ -40,7 +40,7 @@ def test_with_votes_it_is_another_model_whose_measurements_stand_beside(small: S
         key: value for key, value in measurements(run).items() if key[0] is None
     }, "the model as it came was measured once"
     plan = json.loads((inner / "plan-0-prune.json").read_text())
-    assert plan["clients"][NAME]["samples"] == SAMPLES * len(CLIENTS)
+    assert plan["clients"][CENTRALISED]["samples"] == SAMPLES * len(CLIENTS)
     assert not (inner / "clients").exists()
     plain = small.undisturbed()
     assert digest(run) == digest(plain), "the federation itself does not change by it"
@@ -66,11 +66,13 @@ def test_a_tuned_federation_is_compared_with_as_many_steps_in_one_place(small: S
     wanted = centralised_job(load(run / "job.toml")).stages[1]
     assert isinstance(wanted, TuneStage)
     assert (wanted.method, wanted.steps) == ("lora", 2 * len(CLIENTS))
-    plan = json.loads((run / NAME / "plan-1-tune.json").read_text())
-    assert plan["clients"].keys() == {NAME}
+    plan = json.loads((run / CENTRALISED / "plan-1-tune.json").read_text())
+    assert plan["clients"].keys() == {CENTRALISED}
     found = read(run)
     assert found.centralised.keys() == set(found.texts)
-    assert measurements(run / NAME)[0, None, None, "perplexity/held-0"] != found.centralised["held-0"], "after the last stage"
+    assert measurements(run / CENTRALISED)[0, None, None, "perplexity/held-0"] != found.centralised["held-0"], (
+        "after the last stage"
+    )
 
 
 def test_a_run_that_is_killed_in_it_goes_on_in_it(small: Small, tmp_path: Path) -> None:
@@ -78,10 +80,10 @@ def test_a_run_that_is_killed_in_it_goes_on_in_it(small: Small, tmp_path: Path) 
     job = small.job("killed", evaluate__centralised=True)
     process("run", job, "--out", out, "--quiet", moment=Moment("os.rename", "*/centralised/pruning.json"))
     assert (out / "model").is_dir()
-    assert not (out / NAME / "model").exists()
+    assert not (out / CENTRALISED / "model").exists()
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     whole = small.undisturbed(evaluate__centralised=True)
-    assert digest(out / NAME) == digest(whole / NAME)
+    assert digest(out / CENTRALISED) == digest(whole / CENTRALISED)
     assert measurements(out) == measurements(whole)
 
 

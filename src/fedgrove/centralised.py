@@ -12,8 +12,7 @@ from pathlib import Path
 
 from fedgrove.client import Site
 from fedgrove.job import Client, Job, NarrowStage, Privacy, PruneStage, Rounds, TuneStage
-
-NAME = "centralised"  # the client that has everything, and the folder of its run in the run folder
+from fedgrove.report.summary import CENTRALISED
 
 
 def centralised_job(job: Job) -> Job:
@@ -42,11 +41,11 @@ def centralised_job(job: Job) -> Job:
             stages.append(stage.model_copy(update=changes))
         else:
             stages.append(stage)
-    everything = Client(name=NAME, data=tuple(file for client in job.clients for file in client.data))
+    everything = Client(name=CENTRALISED, data=tuple(file for client in job.clients for file in client.data))
     evaluate = job.evaluate.model_copy(update={"alone": False, "centralised": False, "speed": False, "prompts": ()})
     return job.model_copy(
         update={
-            "name": f"{job.name[:50]}-{NAME}",
+            "name": f"{job.name[:50]}-{CENTRALISED}",
             "clients": (everything,),
             "stages": tuple(stages),
             "evaluate": evaluate,
@@ -58,6 +57,6 @@ def centralised_job(job: Job) -> Job:
 
 def centralised_site(sites: Sequence[Site], folder: Path) -> Site:
     """The one client: it has the text of ``sites``, and keeps its working files in a folder of its own."""
-    owners = tuple(replace(site, folder=folder / NAME / site.name, credentials=None) for site in sites)
+    owners = tuple(replace(site, folder=folder / CENTRALISED / site.name, credentials=None) for site in sites)
     first = sites[0]
-    return Site(NAME, folder / NAME, first.model, first.dtype, (), None, {"bits": [32, 16, 8, 4]}, owners=owners)
+    return Site(CENTRALISED, folder / CENTRALISED, first.model, first.dtype, (), None, {"bits": [32, 16, 8, 4]}, owners=owners)

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.centralised import NAME as CENTRALISED
 from fedgrove.centralised import centralised_job, centralised_site
 from fedgrove.client import Site
 from fedgrove.engine import Engine
@@ -32,6 +31,7 @@ from fedgrove.privacy.secure import Credentials, make_credentials
 from fedgrove.progress import Within
 from fedgrove.report.card import card
 from fedgrove.report.page import write_report
+from fedgrove.report.summary import CENTRALISED
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.runs import Run, read_lines

@@ -17,7 +17,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.measures import Parts
 from fedgrove.report.paired import Interval, ratio_interval
 
-CENTRALISED = "centralised"  # the folder of the run of one owner of all the text
+CENTRALISED = "centralised"  # the owner of all the text, and the folder of its run
 PERPLEXITY = "perplexity/"
 AROUND = frozenset({"card", "evaluate"})  # asks that go around the stages, not into their result
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by the names that safetensors gives to dtypes
