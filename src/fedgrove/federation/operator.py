@@ -108,8 +108,9 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
                 f"client '{away[0]}': it is not connected ({len(wanted) - len(away)} of {len(wanted)} are, {quorum} needed: "
                 "rounds.quorum); start it there: fedgrove federation start"
             )
-        if resume and job.name in _sent(kit):
-            _end(flare, _sent(kit)[job.name])
+        before = _sent(kit).get(job.name)
+        if resume and before:
+            _end(flare, before)
         with tempfile.TemporaryDirectory() as folder:
             write_flare_job(Path(folder) / job.name, job, resume)
             _remember(kit, job.name, flare.submit_job(str(Path(folder) / job.name)))
