@@ -177,10 +177,10 @@ def test_levelled_channels_are_the_published_algorithm_on_a_problem_of_one_size(
     powers /= powers.max()
     problem = Inputs("gram", inputs.tokens, inputs.gram / powers[:, None] / powers)
     expected, mask = sparsegpt.prune(weight * powers.float(), problem, target)
-    got = pruners.prune(sparsegpt, weight.clone(), inputs, target, "each")
+    got = pruners.prune("sparsegpt", weight.clone(), inputs, target, "each")
     assert torch.equal(got[0], expected / powers.float())
     assert torch.equal(got[1], mask)
-    again = pruners.prune(sparsegpt, weight.clone(), inputs, target, "each")  # another linear that reads the same input
+    again = pruners.prune("sparsegpt", weight.clone(), inputs, target, "each")  # another linear that reads the same input
     assert torch.equal(again[0], got[0])
 
 
@@ -189,12 +189,12 @@ def test_with_damping_each_a_channel_of_another_size_changes_nothing_else() -> N
     weight, inputs = made_up(64, 96, 2000)
     sizes = torch.ones(96).index_fill(0, torch.tensor([3, 50]), 2.0**10)
     scaled = Inputs("gram", inputs.tokens, inputs.gram * sizes[:, None] * sizes)
-    plain, plain_mask = pruners.prune(sparsegpt, weight.clone(), inputs, Target(0.6), "each")
-    other, other_mask = pruners.prune(sparsegpt, weight / sizes, scaled, Target(0.6), "each")
+    plain, plain_mask = pruners.prune("sparsegpt", weight.clone(), inputs, Target(0.6), "each")
+    other, other_mask = pruners.prune("sparsegpt", weight / sizes, scaled, Target(0.6), "each")
     assert torch.equal(plain_mask, other_mask)
     torch.testing.assert_close(other * sizes, plain)
     assert not torch.equal(
-        pruners.prune(sparsegpt, weight / sizes, Inputs("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean")[1],
+        pruners.prune("sparsegpt", weight / sizes, Inputs("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean")[1],
         sparsegpt.prune(weight.clone(), Inputs("gram", inputs.tokens, inputs.gram), Target(0.6))[1],
     )
 

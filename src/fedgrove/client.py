@@ -36,7 +36,6 @@ from fedgrove.models.width import Width
 from fedgrove.narrowing.gradients import group_products
 from fedgrove.privacy.noise import add_noise, once
 from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
-from fedgrove.pruners import pruner_for
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.rules import to_integers
@@ -549,7 +548,7 @@ def _prune_block(
         if known.total is not None and not torch.isfinite(known.squares.sum()):
             raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
         weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
-        after, mask = pruners.prune(pruner_for(info["pruner"], known), weight, known, target, info["damping"])
+        after, mask = pruners.prune(info["pruner"], weight, known, target, info["damping"])
         after = after.to(before[name].dtype)
         _set(module, after)
         pruned[name] = (before[name], after.cpu(), mask.cpu())

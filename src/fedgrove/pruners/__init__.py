@@ -32,8 +32,8 @@ def pruner_for(name: str, inputs: Inputs) -> ModuleType:
     return plugins.load("pruners", "magnitude" if inputs.needs != "nothing" and inputs.silent else name)
 
 
-def prune(pruner: ModuleType, weight: Tensor, inputs: Inputs, target: Target, damping: Damping) -> tuple[Tensor, Tensor]:
-    """A pruner's ``prune``, damped as the job wants it.
+def prune(name: str, weight: Tensor, inputs: Inputs, target: Target, damping: Damping) -> tuple[Tensor, Tensor]:
+    """What :func:`pruner_for` makes of a weight, damped as the job wants it.
 
     SparseGPT adds 1 % of the mean of all channels' Σ x² to each channel's. A few channels of a language model are many times
     larger than the others; then that is much more than the others have, and nothing makes up for what is pruned there. So
@@ -41,10 +41,11 @@ def prune(pruner: ModuleType, weight: Tensor, inputs: Inputs, target: Target, da
     channel gets about 1 % of its own. Pruners that only compare, such as Wanda, give the same bits either way.
 
     Args:
-        pruner: a file of this package.
+        name: of a pruner.
         weight, inputs, target: see above; with "each" the ``inputs`` are levelled afterwards.
         damping: "mean": as published; "each".
     """
+    pruner = pruner_for(name, inputs)
     if damping == "mean" or pruner.NEEDS != "gram":
         made: tuple[Tensor, Tensor] = pruner.prune(weight, inputs, target)
         return made

@@ -23,7 +23,7 @@ from fedgrove.models.experts import expert_of
 from fedgrove.plans import Plan, calibration
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum, sum_securely
-from fedgrove.pruners import magnitude, pruner_for
+from fedgrove.pruners import magnitude
 from fedgrove.rounds.ask import Message, ask
 from fedgrove.rounds.fold import Sums
 from fedgrove.rounds.wire import CHANGE, Info, WireError
@@ -168,7 +168,7 @@ def from_statistics(
     made = {}
     for first, inlet in inlets.items():
         inputs = _inputs(run, plan, first, inlet, found)
-        pruner = pruner_for(stage.pruner if inputs.needs != "squares" else "wanda", inputs)
+        pruner = stage.pruner if inputs.needs != "squares" else "wanda"
         for name in inlet.readers:
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
