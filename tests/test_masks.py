@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedgrove.masks import Target, keep_highest, lowest, spread
+from fedgrove.masks import Target, keep_highest, lowest, lowest_of_few, spread
 
 
 def keys_with_ties(shape: tuple[int, ...], num_keys: int, seed: int) -> list[Tensor]:
@@ -87,6 +87,13 @@ def test_keep_highest_of_more_than_is_sorted_at_once(target: Target) -> None:
     ranks = value.argsort(dim=1, stable=True).argsort(dim=1)
     counts = torch.full((len(value),), 2) if target.pattern else torch.tensor(spread(330_000, 1100))
     assert torch.equal(mask.view(-1, width), ranks >= counts[:, None])
+
+
+@pytest.mark.parametrize("entries", [2, 4, 256, 300])
+def test_lowest_of_few_is_lowest_of_each_column(entries: int) -> None:
+    key = torch.randint(0, 50, (entries, 7), generator=torch.Generator().manual_seed(entries)).float()
+    expected = torch.stack([lowest([column], entries // 2) for column in key.T], dim=1)
+    assert torch.equal(lowest_of_few(key, entries // 2), expected)
 
 
 def test_spread_gives_whole_numbers_that_differ_by_one_at_most() -> None:

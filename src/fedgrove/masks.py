@@ -68,21 +68,17 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
         if count == values.numel():
             break
         threshold = _kth_lowest(values, count)
-        reached = values <= threshold
-        if int(reached.count_nonzero()) == count:  # no tie at the threshold: nothing is left to decide
-            if open_ is None:
-                return reached.view(shape)
-            marked[open_[reached]] = True
-            return marked.view(shape)
-        below = values < threshold
-        tied = (values == threshold).nonzero().squeeze(1)
+        sure, tied = values <= threshold, None
+        if int(sure.count_nonzero()) > count:
+            sure, tied = values < threshold, (values == threshold).nonzero().squeeze(1)
         if open_ is None:
-            marked |= below
+            marked = sure
         else:
-            marked[open_[below]] = True
-            tied = open_[tied]
-        count -= int(below.count_nonzero())
-        open_ = tied
+            marked[open_[sure]] = True
+        if tied is None:
+            return marked.view(shape)
+        count -= int(sure.count_nonzero())
+        open_ = tied if open_ is None else open_[tied]
     if open_ is None:
         marked[:count] = True
     else:
@@ -90,16 +86,21 @@ def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
     return marked.view(shape)
 
 
-def _lowest_of_few(key: Tensor, counts: Tensor) -> Tensor:
-    """:func:`lowest` of every row by a single key, for short rows: each entry is compared with each other one."""
-    columns = key.T.contiguous()
-    lower = torch.zeros(columns.shape, dtype=torch.uint8, device=key.device)  # how many of its row are lower
-    for i in range(len(columns)):
-        for j in range(i + 1, len(columns)):
-            won = columns[i] <= columns[j]
+def lowest_of_few(key: Tensor, count: int | Tensor) -> Tensor:
+    """:func:`lowest` of every column by a single key, for short columns: each entry is compared with each other one.
+
+    Args:
+        key: (entries, columns).
+        count: how many of each column to mark; one number, or (columns,).
+    """
+    number = torch.uint8 if len(key) <= 256 else torch.int16
+    lower = torch.zeros(key.shape, dtype=number, device=key.device)  # how many of its column are lower
+    for i in range(len(key)):
+        for j in range(i + 1, len(key)):
+            won = key[i] <= key[j]
             lower[j] += won
             lower[i] += ~won
-    return (lower < counts).T
+    return lower < count
 
 
 def _lowest_of_rows(key: Tensor, counts: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
     for start in range(0, rows, at_once):
         part = slice(start, start + at_once)
         if len(keys) == 1 and width <= FEW:
-            mask[part] = ~_lowest_of_few(keys[0].reshape(rows, width)[part], pruned[part])
+            mask[part] = ~lowest_of_few(keys[0].reshape(rows, width)[part].T.contiguous(), pruned[part]).T
             continue
         if len(keys) == 1 and device.type == "cpu":
             mask[part] = ~_lowest_of_rows(keys[0].reshape(rows, width)[part], pruned[part])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedgrove.inputs import Inputs, Needs
-from fedgrove.masks import Target, lowest
+from fedgrove.masks import Target, lowest, lowest_of_few
 
 NEEDS: Needs = "gram"
 
@@ -101,7 +100,7 @@ def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tens
         if left:
             part[left:right].addmm_(step[:left, left:right].T, errors[:left], alpha=-1)
         if pattern:
-            gone[left:right] = _lowest_of_few((part[left:right] * cost[left:right]).abs_(), pattern[1] - pattern[0])
+            gone[left:right] = lowest_of_few((part[left:right] * cost[left:right]).abs_(), pattern[1] - pattern[0])
         for j in range(left, right):
             if j > left:
                 part[j].addmv_(errors[left:j].T, step[left:j, j], alpha=-1)
@@ -117,23 +116,6 @@ def _solver(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor,
         if kernels.usable(weight.device):
             return kernels.columns
     return columns
-
-
-def _lowest_of_few(scores: Tensor, count: int) -> Tensor:
-    """Marks the ``count`` lowest of each column, ties for the earlier row; compares all pairs, which beats sorting a few."""
-    first, second, sign, later = _pairs(len(scores), scores.dtype, scores.device)
-    won = (scores[first] <= scores[second]).to(scores.dtype)
-    return torch.addmm(later, sign, won) < count  # how many of its column are lower
-
-
-@lru_cache(maxsize=8)
-def _pairs(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All pairs of rows; what a pair that the earlier row wins adds to each row's number of lower ones; that number without."""
-    first, second = torch.triu_indices(rows, rows, 1, device=device)
-    each = torch.arange(len(first), device=device)
-    sign = torch.zeros(rows, len(first), dtype=dtype, device=device)
-    sign[first, each], sign[second, each] = -1.0, 1.0
-    return first, second, sign, torch.arange(rows - 1, -1, -1, dtype=dtype, device=device)[:, None]
 
 
 def _invert(upper: Tensor) -> Tensor:
