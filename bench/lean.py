@@ -32,7 +32,7 @@ def main() -> None:
     arguments.add_argument("--tokenizer", type=Path, default=shapes.TOKENIZER)
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
-    given.sparsity, given.source = 0.5, "sequential"
+    given.sparsity = 0.5
     _, imports, _ = llmc.measure([sys.executable, "-c", IMPORTS], given.threads)
     rows = [
         "| blocks | parameters | file, MB | pruning, s | s per block | memory, MB | above the imports, MB |",
@@ -42,8 +42,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             model = shapes.make(Path(folder) / "dense", given.shape, given.tokenizer, torch.bfloat16, blocks)
             size = (model / "model.safetensors").stat().st_size
-            text = given.data / "wikitext2-valid.txt"
-            result = llmc.run_ours(given, model, text, given.pruner, Path(folder) / "run")
+            result = llmc.prune("fedgrove, sequential", model, given.pruner, given, Path(folder) / "run")
         rows.append(
             f"| {blocks} | {size / 2e9:.2f} billion | {size / 1e6:.0f} | {result.pruning:.0f} | {result.pruning / blocks:.1f} "
             f"| {result.memory / 1e6:.0f} | {(result.memory - imports) / 1e6:.0f} |"
