@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from fedgrove import server
+from fedgrove import api
 from fedgrove.job import Job
-from fedgrove.runs import Run, read_lines
+from fedgrove.runs import read_lines
 
 LENGTH, POSTS, AT_ONCE = 64, 600, 32  # tokens of a post, test posts, and posts computed at once
 RIDGE = 0.1  # of the number of posts, on standardised features
@@ -57,13 +57,7 @@ def job(method: str, files: list[Path], first: int, seed: int) -> Job:
 
 def tuned(wanted: Job, folder: Path) -> tuple[Path, float]:
     """Runs a job: its model, and modelled seconds."""
-    run = Run(folder / "run", wanted)
-    engine = server.local_engine(wanted, run.path / "clients")
-    try:
-        server.main(wanted, engine, run)
-    finally:
-        engine.close()
-        run.close()
+    run = api.run(wanted, folder / "run", quiet=True)
     return run.path / "model", [line["value"] for line in read_lines(run.path / "metrics.jsonl") if line["name"] == "clock"][-1]
 
 

@@ -27,17 +27,16 @@ from results import Kept
 from torch import Tensor
 from transformers.utils import logging
 
-from fedgrove import server
+from fedgrove import api
 from fedgrove.data import DEFAULT_TEMPLATE, read_texts, training_windows
 from fedgrove.job import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.membership import advantage, bound
-from fedgrove.runs import Run
 
 RESULTS = Path(__file__).with_suffix(".json")
-MODEL = Path(server.__file__).parent / "demo" / "grove-6m"
+MODEL = Path(api.__file__).parent / "demo" / "grove-6m"
 CLIENTS, WINDOWS, LENGTH, DELTA = 2, 64, 32, 1e-3
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 4, "steps": 10, "length": LENGTH, "batches": [16], "ranks": [16],
@@ -121,10 +120,7 @@ def tuned(files: list[Path], epsilon: float | None, out: Path, seed: int) -> Pat
             "stages": [stage],
         }
     )
-    run = Run(out / "run", job)
-    server.main(job, server.local_engine(job, run.path / "clients"), run)
-    run.close()
-    return run.path / "model"
+    return api.run(job, out / "run", quiet=True).path / "model"
 
 
 def losses(model: Path, windows: Tensor) -> Tensor:

@@ -25,11 +25,9 @@ import torch
 from results import Kept
 from transformers.utils import logging
 
-from fedgrove import server
+from fedgrove import api
 from fedgrove.data import read_texts
 from fedgrove.job import Job
-from fedgrove.report.summary import read
-from fedgrove.runs import Run
 
 QUESTION = "{question}\n{answer}"
 ABSTRACT = "{question}\n{context}\n{answer}"
@@ -80,7 +78,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
-    arguments.add_argument("--model", default=str(Path(server.__file__).parent / "demo" / "grove-6m"))
+    arguments.add_argument("--model", default=str(Path(api.__file__).parent / "demo" / "grove-6m"))
     arguments.add_argument("--table", choices=TABLES, default="rules", help="the rules, or even and uneven sparsity")
     arguments.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -146,10 +144,7 @@ def measure(
         }
     )
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        run = Run(Path(out) / "run", job)
-        server.main(job, server.local_engine(job, run.path / "clients"), run)
-        run.close()
-        summary = read(run.path)
+        summary = api.run(job, Path(out) / "run", quiet=True).summary
     if alone:
         assert summary.alone_mean is not None
         return summary.alone_mean, summary.sparsity

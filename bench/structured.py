@@ -29,12 +29,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import fedgrove.rules.groups
-from fedgrove import server
+from fedgrove import api
 from fedgrove.job import Job
-from fedgrove.report.summary import Summary, read
-from fedgrove.runs import Run
+from fedgrove.report.summary import Summary
 
-GROVE = Path(server.__file__).parent / "demo" / "grove-6m"
+GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
@@ -149,8 +148,7 @@ def quality(given: Any, folder: Path) -> str:
 
     def run(stages: list[dict[str, Any]], evaluate: dict[str, Any]) -> Summary:
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-        carry_out(str(GROVE), clients, stages, evaluate, out)
-        return read(out)
+        return carry_out(str(GROVE), clients, stages, evaluate, out)
 
     lines = ["| | before tuning | tuned |", "|---|---|---|"]
     rows: dict[str, Callable[[], list[float]]] = {name: partial(tuned, changes) for name, changes in ROWS.items()}
@@ -162,16 +160,12 @@ def quality(given: Any, folder: Path) -> str:
 
 def carry_out(
     model: str, clients: list[dict[str, Any]], stages: list[dict[str, Any]], evaluate: dict[str, Any], out: Path
-) -> None:
-    """Runs a job into a run folder."""
+) -> Summary:
+    """Runs a job into a run folder, and says what came of it."""
     job = Job.model_validate(
         {"name": "structured", "model": {"path": model}, "clients": clients, "stages": stages, "evaluate": evaluate}
     )
-    run = Run(out, job)
-    try:
-        server.main(job, server.local_engine(job, run.path / "clients"), run)
-    finally:
-        run.close()
+    return api.run(job, out, quiet=True).summary
 
 
 if __name__ == "__main__":

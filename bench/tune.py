@@ -28,11 +28,11 @@ import results
 import torch
 from transformers.utils import logging
 
-from fedgrove import server
+from fedgrove import api
 from fedgrove.job import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.runs import Run, read_lines
+from fedgrove.runs import read_lines
 from fedgrove.tuning import budget
 from fedgrove.tuning.plan import measure
 
@@ -137,13 +137,7 @@ def job(task: str, method: str, files: list[list[Path]], first: int, held: Path,
 
 def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
     """Runs a job; after every round: modelled seconds, bytes so far, held-out loss in nats a token."""
-    run = Run(folder / "run", wanted)
-    engine = server.local_engine(wanted, run.path / "clients")
-    try:
-        server.main(wanted, engine, run)
-    finally:
-        engine.close()
-        run.close()
+    run = api.run(wanted, folder / "run", quiet=True)
     metrics, ledger = read_lines(run.path / "metrics.jsonl"), read_lines(run.path / "ledger.jsonl")
     points = []
     for round_ in range(wanted.stages[0].rounds):
