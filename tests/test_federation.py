@@ -42,6 +42,7 @@ TUNE = {
     "batches": [1, 2],
     "ranks": [2, 4],
     "bits": [32],
+    "price": 0.4,
 }
 
 
@@ -267,7 +268,7 @@ def test_nothing_of_a_site_is_anywhere_else(federation: Running) -> None:
             looked += len(content)
             assert SECRET.encode() not in content, file
             assert not [sentence for sentence in sentences if sentence in content], file
-    assert looked > 10**5
+    assert looked > 10**6
     assert federation.proxy
     line = bytes(federation.proxy.passed)
     assert len(line) > 10**5
