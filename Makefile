@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
 test: lint site
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not federation"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not federation"
 
 # A server and three sites as processes on this machine; `make test` runs these tests too.
 federation-test: .venv/installed

@@ -31,7 +31,6 @@ from fedgrove.job import load_federated
 from fedgrove.stages.export import export
 from small import Small, cli, complaint, wait_until
 
-pytestmark = pytest.mark.xdist_group("federation")
 SECRET = "zanzibar-7413"
 TUNE = {
     "kind": "tune",
@@ -42,7 +41,6 @@ TUNE = {
     "batches": [1, 2],
     "ranks": [2, 4],
     "bits": [32],
-    "price": 0.4,
 }
 
 

@@ -23,7 +23,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.federation import node, operator
 from small import ROOT, Small, make_model
 
-pytestmark = [pytest.mark.federation, pytest.mark.xdist_group("federation")]
+pytestmark = pytest.mark.federation
 SECRET = "zanzibar-7413"
 NAMES = ("ash", "birch", "cedar", "dogwood", "elm")
 BLOCKS = 12
