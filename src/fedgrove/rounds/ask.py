@@ -81,6 +81,7 @@ def ask(
                 (inbox / client).write_bytes(answer)
             else:
                 held[client] = answer
+            del answer  # whoever takes it lets go of it as soon as it is read
             yield from take()
 
     def take() -> Iterator[Answer]:
@@ -94,6 +95,7 @@ def ask(
             if answer is not None:
                 try:
                     tensors, info = wire.unpack(answer)
+                    del answer  # as large as a block
                     check(client, tensors, info)
                 except wire.WireError as fault:
                     faults[client] = f"its answer was refused: {fault}"
@@ -101,7 +103,7 @@ def ask(
                     faults.pop(client, None)
                     del held[client], turns[0]
                     yield client, tensors, info
-                    del answer, tensors
+                    del tensors
                     heap.give_back()
                     continue
             held[client] = None

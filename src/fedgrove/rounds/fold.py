@@ -21,12 +21,13 @@ class Sums:
     >>> sums.mean()                                     # each position over those who kept it
     tensor([3., 8., 6.], dtype=torch.float64)
     >>> sums.weight                                     # and the denominator is the votes
-    tensor([2., 1., 1.], dtype=torch.float64)
+    tensor([2, 1, 1], dtype=torch.int16)
 
     Attributes:
         value: Σ scale·weight·change; None when no client sent a change. A sum of integers is exact, so it does not even
             depend on the order, nor on which client held what.
-        weight: Σ scale·weight: a tensor where clients send masks, else one number.
+        weight: Σ scale·weight: one number, or where clients send masks a tensor: int16 as long as it counts heads (every scale
+            is 1), else float64.
         clients: Σ scale: what ``weight`` would be if everybody had kept everything.
     """
 
@@ -44,8 +45,10 @@ class Sums:
         """
         if isinstance(weight, Tensor):
             if not isinstance(self.weight, Tensor):
-                self.weight = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-            self.weight.add_(weight, alpha=scale)
+                self.weight = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
+            if scale != 1 or self.clients >= torch.iinfo(torch.int16).max:
+                self.weight = self.weight.double()
+            self.weight.add_(weight, alpha=scale if self.weight.is_floating_point() else 1)
             factor = scale  # the change is zero outside the mask already
         else:
             self.weight += scale * weight
@@ -63,10 +66,10 @@ class Sums:
         assert self.value is not None, "no client sent a change"
         if not isinstance(self.weight, Tensor):
             return self.value / self.weight
-        return torch.where(self.weight > 0, self.value / self.weight, 0.0)
+        return (self.value / self.weight).masked_fill_(self.weight <= 0, 0.0)
 
     def weight_like(self, tensor: Tensor) -> Tensor:
-        """Σ weight as a tensor of that shape."""
+        """Σ weight as a tensor of that shape, float64."""
         if isinstance(self.weight, Tensor):
-            return self.weight
+            return self.weight.double()
         return torch.full(tensor.shape, self.weight, dtype=torch.float64, device=tensor.device)

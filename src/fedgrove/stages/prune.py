@@ -118,23 +118,26 @@ def _from_solutions(
     stage = run.job.pruning(plan.stage)
     rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
-    before = {name: decoder.read_linear(block, name) for name in names}
+    shapes = {name: decoder.read_linear(block, name).to("meta") for name in names}  # values are read where they are wanted
     first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
-    start = {} if first else {START + name: weight.contiguous() for name, weight in before.items()}
+    start = {} if first else {START + name: decoder.read_linear(block, name).contiguous() for name in names}
     contributors = plan.contributors(round_, block)
     targets = {client: _of_block(stage, _asked_of(stage, plan, client, shares)[block]) for client in contributors}
     infos = {client: prune_info(run.job, plan, client, round_, block, shares) for client in contributors}
     if run.job.privacy.secure_aggregation:
-        units = {name: unit_of(weight, len(contributors)) for name, weight in before.items()}
+        units = {name: unit_of(decoder.read_linear(block, name), len(contributors)) for name in names}
         hidden: dict[str, Message] = {
             client: (start, {**info, "units": units, "clients": len(contributors)}) for client, info in infos.items()
         }
-        clients, sums = _add_masked(before, units, hidden, round_, block, targets, plan, engine, run)
+        clients, sums = _add_masked(shapes, units, hidden, round_, block, targets, plan, engine, run)
     else:
         messages: dict[str, Message] = {client: (start, info) for client, info in infos.items()}
         clients = []
-        sums = {name: TrimmedSums(trim=stage.trim, before=before[name]) if stage.trim else Sums() for name in names}
-        check = _checker(before, stage, plan, targets, round_, block)
+        sums = {
+            name: TrimmedSums(trim=stage.trim, before=decoder.read_linear(block, name)) if stage.trim else Sums()
+            for name in names
+        }
+        check = _checker(decoder, shapes, stage, plan, targets, round_, block)
         for client, tensors, _ in ask(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check):
             clients.append(client)
             for name in names:
@@ -148,13 +151,13 @@ def _from_solutions(
         total = sums.pop(name)  # let go as soon as it is used
         if total.clients == 0:
             continue  # nobody sent it: it stays as it was
-        weight, mask = rule.finish(before.pop(name), total, target, options)
+        weight, mask = rule.finish(decoder.read_linear(block, name), total, target, options)
         made[name] = Pruned(weight, mask, clients, _agreement(total))
     return made
 
 
 def _add_masked(
-    before: dict[str, Tensor],
+    shapes: dict[str, Tensor],
     units: dict[str, int],
     messages: dict[str, Message],
     round_: int,
@@ -167,7 +170,7 @@ def _add_masked(
     """Who is in the sums, and the sums of whole numbers that secure aggregation opens: no answer is seen, only their sum."""
     stage = run.job.pruning(plan.stage)
     expected = {}
-    for name, weight in before.items():
+    for name, weight in shapes.items():
         expected[WEIGHT + name] = (weight.shape, torch.uint8)
         if stage.rule != "masks":
             expected[CHANGE + name] = (weight.shape, torch.int64)
@@ -178,7 +181,7 @@ def _add_masked(
 
     told, total = sum_securely(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check, bits=VALUE_BITS)
     sums = {}
-    for name, weight in before.items():
+    for name, weight in shapes.items():
         votes, value = total[WEIGHT + name], total.get(CHANGE + name)
         each = 2 ** (VALUE_BITS - 2) // len(messages)  # what an honest client sends at most
         kept = sum(weight.numel() - targets[client].num_pruned(weight.numel()) for client in told)
@@ -219,23 +222,32 @@ def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int, share
 
 
 def _checker(
-    before: dict[str, Tensor], stage: PruneStage, plan: Plan, targets: dict[str, Target], round_: int, block: int
+    decoder: Decoder,
+    shapes: dict[str, Tensor],
+    stage: PruneStage,
+    plan: Plan,
+    targets: dict[str, Target],
+    round_: int,
+    block: int,
 ) -> Callable[[str, dict[str, Tensor], Info], None]:
     """What an answer must look like: to this ask, names, shapes, dtypes, finite values, the sparsity that was asked for."""
+    limits: dict[str, float] = {}
+    if stage.bound is not None:
+        limits = {name: stage.bound * float(decoder.read_linear(block, name).abs().max()) for name in shapes}
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
         _check_ask(info, plan, round_, block)
         share = plan.clients[client]
         masks = stage.rule != "mean"
         expected = {}
-        for name, weight in before.items():
+        for name, weight in shapes.items():
             expected[WEIGHT + name] = (weight.shape, torch.bool) if masks else (torch.Size(()), torch.float64)
             if stage.rule != "masks":
                 expected[CHANGE + name] = (weight.shape, weight.dtype)
         check_tensors(tensors, expected)
         target = targets[client]
-        for name, weight in before.items():
-            if stage.bound is not None and float(tensors[CHANGE + name].abs().max()) > stage.bound * float(weight.abs().max()):
+        for name in shapes:
+            if name in limits and float(tensors[CHANGE + name].abs().max()) > limits[name]:
                 raise WireError(f"{CHANGE}{name} is more than {stage.bound:g} times the largest weight before (bound)")
             if masks:
                 kept = tensors[WEIGHT + name]
