@@ -33,21 +33,22 @@ from fedgrove import api
 from fedgrove.job import Job
 from fedgrove.runs import read_lines
 
-LENGTH, POSTS, AT_ONCE = 64, 600, 32  # tokens of a post, test posts, and posts computed at once
+LENGTH, AT_ONCE = 64, 32  # tokens of a post, and posts computed at once
 RIDGE = 0.1  # of the number of posts, on standardised features
-ROUNDS = {"none": 0, "fedpipe": 12, "lora": 4, "lora-quarter": 8, "alone": 4}
+ROUNDS = {"none": 0, "fedpipe": 12, "lora": 4, "lora-quarter": 4, "alone": 4}
 NAMES = {
     "none": "no tuning",
     "fedpipe": "FedPipe",
     "lora": "uniform LoRA",
-    "lora-quarter": "uniform LoRA, a quarter of the batch",
+    "lora-quarter": "uniform LoRA, 16 small steps",
     "alone": "stand-alone (mean)",
 }
 
 
 def job(method: str, files: list[Path], first: int, seed: int) -> Job:
     """The job of ``bench/tune.py``, with the topic after the post and nothing measured on the way."""
-    whole = tune.job("newsgroups", method, [[f] for f in files], first, files[0], seed, ROUNDS[method], tune.RATES[method])
+    rounds, steps, rate = ROUNDS[method], tune.STEPS[method], tune.RATES[method]
+    whole = tune.job("newsgroups", method, [[f] for f in files], first, files[0], seed, rounds, steps, rate)
     plain = whole.model_dump(mode="json")
     for client in plain["clients"]:
         client["text"] = "{text}\nTopic: {label}"
@@ -101,7 +102,7 @@ def run_method(data: Path, method: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines, held = tune.held_out("newsgroups", data, folder, validate=False)
-        test = held.read_text(encoding="utf-8").splitlines()[:POSTS]
+        test = held.read_text(encoding="utf-8").splitlines()
         files = tune.deal("newsgroups", lines, folder, seed)
         labels = sorted({json.loads(line)["label"] for line in lines})
         found = []

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fedgrove import plugins, pruners
+from fedgrove import heap, plugins, pruners
 from fedgrove.allocations import Options
 from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, training_windows
 from fedgrove.errors import FedgroveError
@@ -542,6 +542,7 @@ def _prune_block(
         dtype = decoder.checkpoint.spec(decoder.block_names(index)[name])[1]
         before[name] = as_matrix(module, cast(Tensor, module.weight).detach()).to("cpu", dtype)
     inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
+    heap.give_back()  # what the block's run took
     pruned = {}
     for name, module in modules.items():
         known = inputs.pop(name)  # let go when the last linear that reads it is done

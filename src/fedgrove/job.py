@@ -331,7 +331,7 @@ class TuneStage(Part):
         clip: the largest norm of a client's gradient; 0: any.
         alpha: LoRA's α, so that an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
         deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
-            for an eighth of the largest batch at the smallest ranks. Only "fedpipe" looks at it.
+            for the smallest batch at the smallest ranks. Only "fedpipe" looks at it.
         price: what it costs to send all linears at the largest rank, where that rank everywhere is worth 1 and so is the
             largest batch: higher, and clients send less. Only "fedpipe" looks at it.
         refresh: measure the importance and plan again every so many rounds; 0: only before the first.
@@ -354,7 +354,7 @@ class TuneStage(Part):
     method: Literal["fedpipe", "lora", "full"] = "fedpipe"
     rule: Annotated[str, _one_of("rules.adapters")] = "ranks"
     rounds: Annotated[int, Field(ge=1)] = 10
-    steps: Annotated[int, Field(ge=1)] = 8
+    steps: Annotated[int, Field(ge=1)] = 16
     length: Annotated[int, Field(gt=1)] = 512
     batches: Grid = (1, 2, 4, 8, 16)
     ranks: Grid = (2, 4, 8, 16, 32)
@@ -365,7 +365,7 @@ class TuneStage(Part):
     clip: Annotated[float, Field(ge=0)] = 1.0
     alpha: Annotated[float, Field(gt=0)] | None = None
     deadline: Annotated[float, Field(gt=0)] | None = None
-    price: Annotated[float, Field(ge=0)] = 0.7
+    price: Annotated[float, Field(ge=0)] = 0.4
     refresh: Annotated[int, Field(ge=0)] = 0
     warmup: Annotated[int, Field(ge=1)] = 4
     proximal: Annotated[float, Field(ge=0)] = 0.0

@@ -22,7 +22,7 @@ class Adds(Protocol):
 
 A = TypeVar("A", bound=Adds)
 
-TOKENS_AT_ONCE = 1024  # more are no faster on a CPU, and hold more memory
+TOKENS_AT_ONCE = 512  # more are no faster on a CPU, and hold more memory
 
 
 class _Seen(Exception):

@@ -102,6 +102,7 @@ def ask(
                 else:
                     faults.pop(client, None)
                     del held[client], turns[0]
+                    heap.give_back()  # what it took to read it
                     yield client, tensors, info
                     del tensors
                     heap.give_back()

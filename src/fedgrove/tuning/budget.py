@@ -86,7 +86,7 @@ class Grid:
     steps: int
     rest: int = 0
     number: float = 1.27
-    price: float = 0.7
+    price: float = 0.4
 
 
 @dataclass(frozen=True)

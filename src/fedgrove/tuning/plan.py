@@ -322,9 +322,8 @@ def _budget(card: Card) -> Budget:
 
 
 def _default_deadline(sizes: Sizes, grid: Grid, budgets: Mapping[str, Budget]) -> float:
-    """What the slowest client needs for an eighth of the largest batch at the smallest ranks."""
-    batch = max((batch for batch in grid.batches if batch <= grid.batches[-1] // 8), default=grid.batches[0])
-    choice = Choice(grid.bits[0], batch, 1, dict.fromkeys(sizes.linears, grid.ranks[0]))
+    """What the slowest client needs for the smallest batch at the smallest ranks: small steps teach more in the same time."""
+    choice = Choice(grid.bits[0], grid.batches[0], 1, dict.fromkeys(sizes.linears, grid.ranks[0]))
     return max(budget.seconds(sizes, grid, given, choice) for given in budgets.values())
 
 
