@@ -2,11 +2,11 @@
 
     .venv/bin/python bench/labels.py --data ../shared/data --write
 
-Clients, cards, the deal of labels (Dirichlet 0.3) and the tuning are those of ``bench/tune.py``; each record ends with its
-topic. A post's features are the mean of the last hidden states of its beginning. The head is ridge regression on them, which
-takes no more than sums from the clients, and those of all clients are those of their posts in one place: so the heads of
-FedPipe and uniform LoRA see the same posts, and differ by the model alone. Stand-alone: each client's own model with a head
-from its own posts, the mean of the eight.
+Clients, cards, the deal of labels (Dirichlet 0.3) and the tuning are those of ``bench/tune.py``, but what is learnt is a post's
+topic after its beginning. Its features are the mean of the last hidden states of that beginning. The head is ridge regression
+on them, which takes no more than sums from the clients, and those of all clients are those of their posts in one place: so the
+heads of FedPipe and uniform LoRA see the same posts, and differ by the model alone. Stand-alone: each client's own model with
+a head from its own posts, the mean of the eight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from fedgrove import api
 from fedgrove.job import Job
 from fedgrove.runs import read_lines
 
-LENGTH, AT_ONCE = 64, 32  # tokens of a post, and posts computed at once
+LENGTH, AT_ONCE = 48, 32  # tokens of a post, and posts computed at once
+PROMPT, ANSWER = "{text}\nTopic:", " {label}"
 RIDGE = 0.1  # of the number of posts, on standardised features
 ROUNDS = {"none": 0, "fedpipe": 12, "lora": 4, "lora-quarter": 4, "alone": 4}
 NAMES = {
@@ -46,12 +47,13 @@ NAMES = {
 
 
 def job(method: str, files: list[Path], first: int, seed: int) -> Job:
-    """The job of ``bench/tune.py``, with the topic after the post and nothing measured on the way."""
+    """The job of ``bench/tune.py``, but what is learnt is the topic, and nothing is measured on the way."""
     rounds, steps, rate = ROUNDS[method], tune.STEPS[method], tune.RATES[method]
     whole = tune.job("newsgroups", method, [[f] for f in files], first, files[0], seed, rounds, steps, rate)
     plain = whole.model_dump(mode="json")
     for client in plain["clients"]:
-        client["text"] = "{text}\nTopic: {label}"
+        del client["text"]
+        client |= {"prompt": PROMPT, "answer": ANSWER}
     plain["stages"][0]["measure"] = 0
     return Job.model_validate({**plain, "evaluate": {}})
 
@@ -65,10 +67,10 @@ def tuned(wanted: Job, folder: Path) -> tuple[Path, float]:
 class Posts:
     """Posts as features and labels: (posts, width) float64, and (posts, labels) of zeros and ones."""
 
-    def __init__(self, model: Path, lines: Sequence[str], labels: Sequence[str]):
+    def __init__(self, model: Path, file: Path, labels: Sequence[str]):
         net, tokenizer = AutoModel.from_pretrained(model, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model)
-        records = [json.loads(line) for line in lines]
-        ids = [tokenizer(record["text"], truncation=True, max_length=LENGTH)["input_ids"] or [0] for record in records]
+        records = read_lines(file)
+        ids = [tokenizer(PROMPT.format(**record))["input_ids"] for record in records]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         self.features = torch.empty(len(ids), net.config.hidden_size, dtype=torch.float64)
         with torch.inference_mode():
@@ -97,13 +99,23 @@ class Posts:
         return float((scores.argmax(1) == self.labels.argmax(1)).double().mean())
 
 
+def shorten(file: Path) -> Path:
+    """Leaves of each post its beginning."""
+    tokenizer = AutoTokenizer.from_pretrained(tune.MODEL)
+    records = read_lines(file)
+    for record in records:
+        record["text"] = tokenizer.decode(tokenizer(record["text"])["input_ids"][:LENGTH])
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
 def run_method(data: Path, method: str, seed: int) -> dict[str, Any]:
     """The accuracy of a method, and its modelled seconds; stand-alone: of each client."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines, held = tune.held_out("newsgroups", data, folder, validate=False)
-        test = held.read_text(encoding="utf-8").splitlines()
-        files = tune.deal("newsgroups", lines, folder, seed)
+        test = shorten(held)
+        files = [shorten(file) for file in tune.deal("newsgroups", lines, folder, seed)]
         labels = sorted({json.loads(line)["label"] for line in lines})
         found = []
         for i, part in enumerate([[file] for file in files] if method == "alone" else [files]):
@@ -111,7 +123,7 @@ def run_method(data: Path, method: str, seed: int) -> dict[str, Any]:
             if method != "none":
                 (folder / f"{i}").mkdir()
                 model, seconds = tuned(job(method, part, i, seed), folder / f"{i}")
-            sums = [Posts(model, file.read_text(encoding="utf-8").splitlines(), labels).sums() for file in part]
+            sums = [Posts(model, file, labels).sums() for file in part]
             found.append((Posts(model, test, labels).accuracy(torch.stack(sums).sum(0)), seconds))
     return {"accuracy": [accuracy for accuracy, _ in found], "seconds": max(seconds for _, seconds in found)}
 
