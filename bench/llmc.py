@@ -35,6 +35,9 @@ from fedgrove.models.stream import Checkpoint
 
 HERE = Path(__file__).parent
 OURS = "from fedgrove.cli import main; main()"
+# Starts a program from a small process: the system counts what the one that starts it holds as the program's own.
+SMALL = "import resource, subprocess, sys; status = subprocess.call(sys.argv[2:])\n"
+SMALL += "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(status)"
 SEED = 0
 RIVAL = "llm-compressor"
 TOOLS = {"fedgrove, sequential": "sequential", "fedgrove, dense": "dense"}  # its name in the table, its source
@@ -120,17 +123,15 @@ def prune(tool: str, model: Path, pruner: str, given: argparse.Namespace, out: P
 def measure(command: list[str], threads: int) -> tuple[float, int, str]:
     """Seconds, largest resident set in bytes, and what it said."""
     surroundings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+    with tempfile.NamedTemporaryFile("r") as largest:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=complained, env=surroundings)
-        _, status, usage = os.wait4(process.pid, 0)
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", SMALL, largest.name, *command], capture_output=True, text=True, env=surroundings
+        )
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            complained.seek(0)
-            sys.exit(f"{command[0]} ended with status {process.returncode}: {complained.read()[-2000:]}")
-        said.seek(0)
-        return seconds, usage.ru_maxrss * 1024, said.read()
+        if done.returncode:
+            sys.exit(f"{command[0]} ended with status {done.returncode}: {done.stderr[-2000:]}")
+        return seconds, int(largest.read()) * 1024, done.stdout
 
 
 def quality(tool: str, pruner: str, given: argparse.Namespace, out: Path) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Needs = Literal["nothing", "squares", "gram", "moments"]
-STRIP = 512  # columns of a Gram matrix that are computed at once
+STRIP = 256  # columns of a Gram matrix that are computed at once
 
 
 @dataclass
