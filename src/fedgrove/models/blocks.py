@@ -74,6 +74,11 @@ class Decoder:
         """The weight of a linear as (out, in), in the checkpoint's dtype."""
         return as_matrix(self.blocks[index].get_submodule(name), self.checkpoint.read(self.block_names(index)[name]))
 
+    def blank_linear(self, index: int, name: str) -> Tensor:
+        """Likewise, without reading it: shape and dtype alone, on the meta device."""
+        size, dtype = self.checkpoint.spec(self.block_names(index)[name])
+        return as_matrix(self.blocks[index].get_submodule(name), torch.empty(size, dtype=dtype, device="meta"))
+
     def linear_names(self) -> dict[str, str]:
         """Every linear of every block: its name in the model -> the name of its weight in the checkpoint."""
         return {

@@ -118,7 +118,7 @@ def _from_solutions(
     stage = run.job.pruning(plan.stage)
     rule = plugins.load("rules", stage.rule)
     names = decoder.block_names(block)
-    shapes = {name: decoder.read_linear(block, name).to("meta") for name in names}  # values are read where they are wanted
+    shapes = {name: decoder.blank_linear(block, name) for name in names}  # values are read where they are wanted
     first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
     start = {} if first else {START + name: decoder.read_linear(block, name).contiguous() for name in names}
     contributors = plan.contributors(round_, block)
@@ -169,11 +169,7 @@ def _add_masked(
 ) -> tuple[list[str], dict[str, Sums]]:
     """Who is in the sums, and the sums of whole numbers that secure aggregation opens: no answer is seen, only their sum."""
     stage = run.job.pruning(plan.stage)
-    expected = {}
-    for name, weight in shapes.items():
-        expected[WEIGHT + name] = (weight.shape, torch.uint8)
-        if stage.rule != "masks":
-            expected[CHANGE + name] = (weight.shape, torch.int64)
+    expected = _expected(shapes, stage, torch.uint8, torch.int64)
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
         _check_ask(info, plan, round_, block)
@@ -221,6 +217,16 @@ def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int, share
     }
 
 
+def _expected(
+    shapes: dict[str, Tensor], stage: PruneStage, mask: torch.dtype, value: torch.dtype | None = None
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """What an answer holds of each linear: its mask, and its values (by default in its own dtype) if the rule wants them."""
+    expected = {WEIGHT + name: (weight.shape, mask) for name, weight in shapes.items()}
+    if stage.rule != "masks":
+        expected |= {CHANGE + name: (weight.shape, value or weight.dtype) for name, weight in shapes.items()}
+    return expected
+
+
 def _checker(
     decoder: Decoder,
     shapes: dict[str, Tensor],
@@ -231,6 +237,10 @@ def _checker(
     block: int,
 ) -> Callable[[str, dict[str, Tensor], Info], None]:
     """What an answer must look like: to this ask, names, shapes, dtypes, finite values, the sparsity that was asked for."""
+    masks = stage.rule != "mean"
+    expected = _expected(shapes, stage, torch.bool)
+    if not masks:
+        expected |= {WEIGHT + name: (torch.Size(()), torch.float64) for name in shapes}
     limits: dict[str, float] = {}
     if stage.bound is not None:
         limits = {name: stage.bound * float(decoder.read_linear(block, name).abs().max()) for name in shapes}
@@ -238,12 +248,6 @@ def _checker(
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
         _check_ask(info, plan, round_, block)
         share = plan.clients[client]
-        masks = stage.rule != "mean"
-        expected = {}
-        for name, weight in shapes.items():
-            expected[WEIGHT + name] = (weight.shape, torch.bool) if masks else (torch.Size(()), torch.float64)
-            if stage.rule != "masks":
-                expected[CHANGE + name] = (weight.shape, weight.dtype)
         check_tensors(tensors, expected)
         target = targets[client]
         for name in shapes:
