@@ -292,7 +292,7 @@ def test_the_damping_rises_tenfold_until_the_matrix_can_be_factored() -> None:
     gram = one.clone()
     gram[0, 1] = gram[1, 0] = 1.05  # eigenvalue −0.05: damping 0.01 is too little, 0.1 is enough
     assert torch.linalg.cholesky_ex(gram + 0.01 * one).info > 0
-    lower = sparsegpt.reversed_factor(gram)
+    lower = sparsegpt.reversed_factor(Inputs("gram", 1, gram))
     assert torch.equal(lower, lower.tril())
     assert torch.allclose((lower @ lower.T).flip(0, 1), gram + 0.1 * one, atol=1e-12)
 
@@ -320,7 +320,7 @@ def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> No
 def test_a_matrix_that_no_damping_helps_is_refused() -> None:
     gram = -torch.eye(4, dtype=torch.float64)
     with pytest.raises(ValueError, match="cannot be factored"):
-        sparsegpt.reversed_factor(gram)
+        sparsegpt.reversed_factor(Inputs("gram", 1, gram))
 
 
 @pytest.mark.parametrize("name", PRUNERS)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Needs = Literal["nothing", "squares", "gram", "moments"]
-STRIP = 256  # columns of a Gram matrix that are computed at once
+STRIP = 256  # rows of a Gram matrix that are computed at once
 
 
-@dataclass
 class Inputs:
     """Sums over the calibration tokens x of one linear (or of several that read the same input).
 
@@ -21,22 +19,21 @@ class Inputs:
     Products are taken in float32 for each window and added in float64: the order of float32 rounding inside a window
     is fixed, and the sum over windows loses nothing that matters.
 
-    Of a Gram matrix only the strips from the diagonal to the right are computed, half of the products; what lies below is
-    their mirror image, put there when it is read.
+    Of a Gram matrix only what lies right of the diagonal is computed and held, in strips of rows: half of the products, half
+    of the memory. Who can do with the strips reads those; ``gram`` is the whole matrix, made when it is read.
 
     Attributes:
         needs: what is being summed.
         tokens: number of tokens seen.
-        total: (in,) for "squares": Σ x²; (in, in) for "gram": Σ x xᵀ, read through ``gram``; (3, in) for "moments": Σ x², Σ x,
-            and Σ over windows of Σ (x − the window's mean)²; None before the first window; float64.
     """
 
-    needs: Needs
-    tokens: int = 0
-    total: Tensor | None = None
-    _powers: Tensor | None = field(default=None, init=False, repr=False, compare=False)
-    _mirrored: bool = field(default=True, init=False, repr=False, compare=False)
-    _made: dict[Callable[[Tensor], Tensor], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    def __init__(self, needs: Needs, tokens: int = 0, total: Tensor | None = None):
+        self.needs = needs
+        self.tokens = tokens
+        self._total = total
+        self._strips: list[Tensor] = []  # instead of a total
+        self._powers: Tensor | None = None
+        self._made: dict[Callable[[Inputs], Tensor], Tensor] = {}
 
     def add(self, x: Tensor) -> None:
         """Adds windows: x is (tokens, in) or (…, tokens, in), any float dtype; there may be no tokens."""
@@ -48,31 +45,60 @@ class Inputs:
         if self.needs == "nothing":
             return
         width = x.shape[1]
-        if self.total is None:
-            rows = {"gram": (width,), "moments": (3,)}.get(self.needs, ())
-            self.total = torch.zeros(*rows, width, dtype=torch.float64, device=x.device)
-        if self.needs == "squares":
-            self.total += x.square().sum(0)
+        if self.needs == "gram":
+            self._cut(width, x.device)
+            for start, strip in self.strips():
+                strip += x[:, start : start + len(strip)].T @ x[:, start:]
             return
-        if self.needs == "moments":
-            for window in windows:
-                self.total += torch.stack(moments(window))
+        if self._total is None:
+            rows = (3,) if self.needs == "moments" else ()
+            self._total = torch.zeros(*rows, width, dtype=torch.float64, device=x.device)
+        if self.needs == "squares":
+            self._total += x.square().sum(0)
+            return
+        for window in windows:
+            self._total += torch.stack(moments(window))
+
+    def _cut(self, width: int, device: torch.device) -> None:
+        """From a whole Gram matrix, or from none, to strips."""
+        if self._strips:
             return
         for start in range(0, width, STRIP):
-            strip = slice(start, start + STRIP)
-            self.total[strip, start:] += x[:, strip].T @ x[:, start:]
-        self._mirrored = False
+            shape = min(STRIP, width - start), width - start
+            blank = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._strips.append(blank if self._total is None else blank.copy_(self._total[start : start + STRIP, start:]))
+        self._total = None
+
+    def strips(self) -> Iterator[tuple[int, Tensor]]:
+        """A Gram matrix from its first row to its last: (start, (rows, in − start) float64): rows from ``start`` on, and of
+        them what lies in the columns from ``start`` on."""
+        start = 0
+        for strip in self._strips:
+            yield start, strip
+            start += len(strip)
+        if not self._strips:
+            for start in range(0, len(self.gram), STRIP):
+                yield start, self.gram[start : start + STRIP, start:]
+
+    @property
+    def total(self) -> Tensor | None:
+        """Σ x², (in,), for "squares"; Σ x xᵀ, (in, in), for "gram"; for "moments" (3, in): Σ x², Σ x, and Σ over windows of
+        Σ (x − the window's mean)². Float64; None before the first window."""
+        if self._strips:
+            width = self._strips[0].shape[1]
+            self._total = self._strips[0].new_empty(width, width)
+            for start, strip in self.strips():
+                end = start + len(strip)
+                self._total[start:end, start:] = strip
+                self._total[end:, start:end] = strip[:, len(strip) :].T
+            self._strips.clear()
+        return self._total
 
     @property
     def gram(self) -> Tensor:
         """Σ x xᵀ, (in, in) float64."""
         assert self.needs == "gram", "this pruner did not say that it needs the Gram matrix"
         assert self.total is not None, "no window was added"
-        if not self._mirrored:
-            for start in range(0, len(self.total), STRIP):
-                end = start + STRIP
-                self.total[end:, start:end] = self.total[start:end, end:].T
-            self._mirrored = True
         return self.total
 
     def level(self) -> Tensor:
@@ -82,46 +108,49 @@ class Inputs:
             (in,) float64: the powers, from 2⁻³⁰ to 1, so that a weight can be multiplied and divided by them exactly.
         """
         if self._powers is None:
-            exponents = torch.log2(self.gram.diagonal().sqrt()).round()
+            exponents = torch.log2(self.squares.sqrt()).round()
             self._powers = torch.exp2((exponents - exponents.max()).nan_to_num(nan=0.0).clamp(min=-30.0))
-            assert self.total is not None
-            self.total /= self._powers[:, None]
-            self.total /= self._powers
+            self._cut(len(self._powers), self._powers.device)
+            for start, strip in self.strips():
+                strip /= self._powers[start : start + len(strip), None]
+                strip /= self._powers[start:]
             self._made.clear()
         return self._powers
 
-    def once(self, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """``make`` of the Gram matrix, kept for the other linears that read this input: q, k and v need one factor."""
+    def once(self, make: Callable[[Inputs], Tensor]) -> Tensor:
+        """What is made of these sums, kept for the other linears that read this input: q, k and v need one factor."""
         if make not in self._made:
-            self._made[make] = make(self.gram)
+            self._made[make] = make(self)
         return self._made[make]
 
     @property
     def squares(self) -> Tensor:
         """Σ x², (in,) float64."""
-        assert self.total is not None, "no window was added"
+        if self._strips:
+            return torch.cat([strip.diagonal() for strip in self._strips])
+        assert self._total is not None, "no window was added"
         if self.needs == "moments":
-            return self.total[0]
-        return self.total.diagonal() if self.needs == "gram" else self.total
+            return self._total[0]
+        return self._total.diagonal() if self.needs == "gram" else self._total
 
     @property
     def silent(self) -> bool:
         """Whether nothing but zeros was seen, or nothing at all: of such inputs no pruner can tell what matters."""
-        return self.total is None or not bool(self.squares.any())
+        return (self._total is None and not self._strips) or not bool(self.squares.any())
 
     @property
     def means(self) -> Tensor:
         """E[x], (in,) float64."""
         assert self.needs == "moments", "this pruner did not say that it needs means"
-        assert self.total is not None, "no window was added"
-        return self.total[1] / self.tokens
+        assert self._total is not None, "no window was added"
+        return self._total[1] / self.tokens
 
     @property
     def variances(self) -> Tensor:
         """The mean over windows of the variance in a window, (in,) float64."""
         assert self.needs == "moments", "this pruner did not say that it needs variances"
-        assert self.total is not None, "no window was added"
-        return self.total[2] / self.tokens
+        assert self._total is not None, "no window was added"
+        return self._total[2] / self.tokens
 
 
 def moments(window: Tensor) -> tuple[Tensor, Tensor, Tensor]:

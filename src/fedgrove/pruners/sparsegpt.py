@@ -41,7 +41,7 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
 
     Args:
         weight: (out, in) float32; overwritten.
-        inputs: the Gram matrix of the inputs, ``gram`` (in, in).
+        inputs: the Gram matrix of the inputs, (in, in).
         target: how many weights go; with a pattern (n, m), ``in`` must be a multiple of m.
 
     Returns:
@@ -54,7 +54,7 @@ def prune(weight: Tensor, inputs: Inputs, target: Target) -> tuple[Tensor, Tenso
     device, dtype = weight.device, weight.dtype
     backwards = inputs.once(reversed_factor).to(dtype)
     scale = backwards.diagonal().flip(0)
-    cost = scale.masked_fill(inputs.gram.diagonal() == 0, 0.0)[:, None]
+    cost = scale.masked_fill(inputs.squares == 0, 0.0)[:, None]
     lost = torch.empty(num_in, num_out, dtype=dtype, device=device)  # w − ŵ: a row for each input, the last input first
     mask = torch.empty(weight.shape, dtype=torch.bool, device=device)
     total = target.num_pruned(weight.numel())
@@ -123,7 +123,7 @@ def _invert(upper: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.solve_triangular(upper, identity, upper=True))
 
 
-def reversed_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+def reversed_factor(inputs: Inputs, damping: float = DAMPING) -> Tensor:
     """The lower Cholesky factor of H + λI with its inputs in reverse order: R of :func:`prune`, flipped in both directions.
 
     λ is ``damping`` times the mean of H's diagonal. It is computed in float32; what that cannot factor is tried in float64.
@@ -131,7 +131,7 @@ def reversed_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     which would silently turn SparseGPT into magnitude pruning.
 
     Args:
-        gram: (in, in) float64, symmetric, not negative definite.
+        inputs: their Gram matrix, (in, in) float64, symmetric, not negative definite; right of its diagonal alone it is read.
 
     Returns:
         (in, in) float32 or float64. Memory: nothing besides.
@@ -139,20 +139,20 @@ def reversed_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         ValueError: the matrix holds NaN or infinity, or cannot be factored even when it is all damping.
     """
-    diagonal = gram.diagonal()
+    diagonal = inputs.squares
     if not torch.isfinite(diagonal.sum()):  # no product is larger than the squares of its two inputs
         raise ValueError("the statistics of the inputs are not finite")
     mean = diagonal.mean()
     if mean == 0:
         mean = torch.ones_like(mean)
-    size = len(gram)
+    size, device = len(diagonal), diagonal.device
     for dtype in (FACTOR, *[torch.float64] * 6):
-        damped = torch.empty(size, size, dtype=dtype, device=gram.device).T  # as LAPACK wants it: factored where it lies
-        for start in range(0, size, BLOCK):
-            part = gram[start : start + BLOCK]
-            damped[:, size - start - len(part) : size - start] = part.flip(0, 1).T
+        damped = torch.empty(size, size, dtype=dtype, device=device).T  # as LAPACK wants it: factored where it lies
+        for start, strip in inputs.strips():
+            left = size - start - len(strip)
+            damped[left : size - start, : size - start] = strip.flip(0, 1)
         damped.diagonal().copy_((torch.where(diagonal == 0, 1.0, diagonal) + mean * damping).flip(0))
-        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        failed = torch.empty((), dtype=torch.int32, device=device)
         torch.linalg.cholesky_ex(damped, out=(damped, failed))
         if not failed:
             return damped
