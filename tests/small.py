@@ -241,6 +241,7 @@ def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: di
     os.environ.update(env)
     fedgrove.pruners.__path__.extend(folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it starts in the background deaf to it
     if moment:
         sys.addaudithook(_Fate(moment))
     sys.argv = ["fedgrove", *args]

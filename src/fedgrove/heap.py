@@ -6,7 +6,7 @@ import ctypes
 import os
 from contextlib import suppress
 
-LARGE = 4 << 20  # bytes; an allocation from here on is the system's again as soon as it is freed
+LARGE = 8 << 20  # bytes; an allocation from here on is the system's again as soon as it is freed
 HELD = 64 << 20  # bytes that may lie free at the end of what smaller ones are taken from
 _SETTINGS = {  # of mallopt(3): its number, the variable that a new process reads, the value
     -3: ("MALLOC_MMAP_THRESHOLD_", LARGE),

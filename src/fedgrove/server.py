@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedgrove import plugins
+from fedgrove import heap, plugins
 from fedgrove.centralised import centralised_job, centralised_site
 from fedgrove.client import Site
 from fedgrove.engine import Engine
@@ -79,6 +79,7 @@ def make_model(job: Job, engine: Engine, run: Run) -> None:
         model = STAGES[stage.kind](model, plan, engine, run)
         evaluate(model, plan, engine, run)
     run.step("writing the model")
+    heap.give_back()  # what the last stage worked with
     base = model.path / "README.md"
     base_card = base.read_text(encoding="utf-8") if base.is_file() else None
     model.write(run.path / "model", {"README.md": card(run.path, base_card, USE.replace("FOLDER", "model"))})

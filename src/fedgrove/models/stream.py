@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -239,23 +238,34 @@ class Checkpoint:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a small safetensors file (a block) beside its place, then renames it: it is there whole or not at all."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file (a block) beside its place, then renames it: it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))  # a full disk: OSError
+    aligned = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # as the format's own writer does it
+    specs = {name: (tensor.shape, tensor.dtype) for name, tensor in aligned}
+    write_safetensors(beside, specs, (tensor for _, tensor in aligned), metadata)
     beside.replace(path)
 
 
-def write_safetensors(path: Path, specs: Mapping[str, tuple[torch.Size, torch.dtype]], tensors: Iterable[Tensor]) -> None:
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, tuple[torch.Size, torch.dtype]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a safetensors file of any size with one tensor in memory at a time.
 
     Args:
         path: the file.
         specs: name, shape and dtype of every tensor, in file order.
         tensors: the tensors, in that order.
+        metadata: texts to write beside them.
+
+    Raises:
+        OSError: the disk is full, for one.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, (shape, dtype) in specs.items():
         size = shape.numel() * dtype.itemsize

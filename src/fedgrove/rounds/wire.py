@@ -42,6 +42,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHANGE, WEIGHT = "change/", "weight/"
+TRIAL = 1 << 16  # bytes of a part that are compressed first: where they do not shrink, the rest is not tried
 
 
 class WireError(ValueError):
@@ -161,9 +162,15 @@ def _bits(values: Tensor) -> Tensor:
 def _squeeze(raw: Bytes) -> Bytes:
     """The bytes compressed where that helps, else as they are; the length tells which."""
     data = np.ascontiguousarray(raw).tobytes()
-    shrink = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    packed = shrink.compress(data) + shrink.flush()
+    packed = data
+    if len(data) <= TRIAL or len(_compressed(data[:TRIAL])) < TRIAL:  # mantissas do not, and trying all of one takes as long
+        packed = _compressed(data)
     return np.frombuffer(packed if len(packed) < len(data) else data, np.uint8)
+
+
+def _compressed(data: bytes) -> bytes:
+    shrink = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return shrink.compress(data) + shrink.flush()
 
 
 def _swell(piece: Bytes, size: int) -> Bytes:

@@ -41,12 +41,13 @@ def finish(before: Tensor, sums: Sums, target: Target, options: Options) -> tupl
     Returns:
         The weight in ``before``'s dtype and its mask (True = kept).
     """
-    votes = sums.weight_like(before)
+    votes = sums.weight
+    assert isinstance(votes, Tensor), "clients vote with masks"
     mean = sums.mean()
     mask = votes > 0
     agreed = not target.pattern and int((~mask).count_nonzero()) >= target.num_pruned(mask.numel())
     if options.expand and not agreed:  # zeros that nobody kept are enough where clients agree: then there is nothing to select
         mask &= keep([votes, mean.abs()], target)
     if options.shrink:
-        mean *= (votes / sums.clients) ** options.shrink
+        mean *= (votes.double() / sums.clients) ** options.shrink
     return mean.masked_fill_(~mask, 0.0).to(before.dtype), mask

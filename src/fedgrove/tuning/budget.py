@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from fedgrove.quantities import mebibytes
 from fedgrove.tuning.search import Array, Found, Side, search
@@ -280,6 +278,9 @@ def solve(worth: Array, bits: Sequence[Side], batches: Sequence[Side], gap: floa
     Raises:
         Infeasible: nothing fits.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a third of a second and 20 MB, which other stages need not
+    from scipy.sparse import csr_array
+
     num_bits = len(bits)
     first = num_bits + len(batches)  # the variables of linear i, step k: first + i * num_steps + k
     size = first + worth.size
