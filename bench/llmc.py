@@ -40,7 +40,11 @@ SMALL = "import resource, subprocess, sys; status = subprocess.call(sys.argv[2:]
 SMALL += "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(status)"
 SEED = 0
 RIVAL = "llm-compressor"
-TOOLS = {"fedgrove, sequential": "sequential", "fedgrove, dense": "dense"}  # its name in the table, its source
+TOOLS: dict[str, dict[str, Any]] = {  # what the job says besides
+    "fedgrove, sequential": {"source": "sequential"},
+    "fedgrove, dense": {"source": "dense"},
+    "fedgrove, dense, bfloat16": {"source": "dense", "compute": "bfloat16"},
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def main() -> None:
     )
     arguments.add_argument("--trained", type=Path, default=shapes.TOKENIZER, help="whose perplexity is measured")
     arguments.add_argument("--dtype", default="float32", help="of the random checkpoint; the rival computes in it")
-    arguments.add_argument("--sources", nargs="+", default=["sequential", "dense"], help="fedgrove's; see the job file")
+    arguments.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="beside the rival")
     arguments.add_argument("--pruners", nargs="+", default=["sparsegpt", "wanda"])
     arguments.add_argument("--sparsity", type=float, default=0.5)
     arguments.add_argument("--samples", type=int, default=32)
@@ -72,7 +76,7 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    tools = [RIVAL, *(name for name, source in TOOLS.items() if source in given.sources)]
+    tools = [RIVAL, *given.tools]
     rows = [
         "| pruner | | whole, s | pruning, s | memory, MB | faster | of the memory | sparsity | perplexity |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -104,7 +108,7 @@ def prune(tool: str, model: Path, pruner: str, given: argparse.Namespace, out: P
         settings = [str(model), str(out), str(windows), pruner, str(given.sparsity), dtype, str(given.threads)]
         seconds, memory, said = measure([str(given.rival), str(HERE / "llmc_rival.py"), *settings], given.threads)
         return Result(seconds, json.loads(said.splitlines()[-1])["seconds"], memory, out)
-    stage: dict[str, Any] = {"kind": "prune", "pruner": pruner, "sparsity": given.sparsity, "source": TOOLS[tool]}
+    stage = {"kind": "prune", "pruner": pruner, "sparsity": given.sparsity, **TOOLS[tool]}
     job = {
         "name": "bench",
         "seed": SEED,

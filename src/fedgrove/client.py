@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -129,7 +131,8 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
 
     Ask:
         block: the block to prune; blocks: all that this client is given in this round.
-        stage, round, pruner, rule, pattern, source, damping, samples, length, seed: see :class:`~fedgrove.job.PruneStage`.
+        stage, round, pruner, rule, pattern, source, compute, damping, samples, length, seed: see
+            :class:`~fedgrove.job.PruneStage`.
         sparsities: of each block of the model.
         keep: keep the pruned block here, to evaluate what this client would have had alone.
         units, clients: for secure aggregation, see :func:`fedgrove.rules.to_integers`; None without.
@@ -140,7 +143,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         tokens: the number of calibration tokens.
         stage, round, block: of the ask.
     """
-    decoder = _decoder(site.model, site.dtype, device)
+    decoder = _decoder(site.model, site.dtype, device, info["compute"])
     index = int(info["block"])
     states = _States(site, {key: value for key, value in info.items() if key != "block"}, decoder)
     at = states.latest(index)
@@ -158,34 +161,40 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
         states.write(index + 1, outputs, number)
 
     for passed in range(at, index):
-        with decoder.loaded(passed) as block:
-            if passed in info["blocks"]:
-                if tensors:  # those of this block are here, those of the blocks before are not
-                    raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again next round")
-                if not dense:
-                    _prune_block(decoder, passed, block, calls[passed], states.read(passed), info, {})
+        mine: Tensors = {}
+        if passed in info["blocks"]:
+            if tensors:  # those of this block are here, those of the blocks before are not
+                raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again next round")
+            if not dense:
+                found = _pruned(decoder, passed, calls[passed], states.read(passed), info, {})
+                mine = {name: after for name, _, after, _ in found}
+        with _loaded(decoder, passed, mine) as block:
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), number)
-    with decoder.loaded(index) as block:
-        windows = states.read(index)
-        pruned = _prune_block(decoder, index, block, calls[index], windows, info, tensors, keep if dense and more else None)
-        if more and not dense:
-            keep(decoder.run(block, h, calls[index]) for h in states.read(index))
-    states.forget(before=at)
 
     rule = plugins.load("rules", info["rule"])
     tokens = info["samples"] * info["length"]
+    start = {name.removeprefix(START): weight for name, weight in tensors.items()}
     answer: Tensors = {}
     own: Tensors = {}
-    for name, (before, after, mask) in pruned.items():
+    found = _pruned(decoder, index, calls[index], states.read(index), info, start, keep if dense and more else None)
+    for name, before, after, mask in found:
         change, weight = rule.weigh(before, after, mask, tokens)
         if info.get("units"):
             change, weight = to_integers(change, weight, info["units"][name], info["clients"])
         if change is not None:
             answer[CHANGE + name] = change
         answer[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
-        own[decoder.block_names(index)[name]] = as_matrix(decoder.blocks[index].get_submodule(name), after)
+        if info["keep"] or (more and not dense):
+            own[name] = after
+        del before, after, mask  # the next ones come before these would go
+    if more and not dense:
+        with _loaded(decoder, index, own) as block:
+            keep(decoder.run(block, h, calls[index]) for h in states.read(index))
+    states.forget(before=at)
     if info["keep"]:
-        save_tensors(own, _alone(site, index))
+        names = decoder.block_names(index)
+        stored = {names[name]: as_matrix(decoder.blocks[index].get_submodule(name), after) for name, after in own.items()}
+        save_tensors(stored, _alone(site, index))
     return answer, {"tokens": tokens, **{key: info[key] for key in ("stage", "round", "block")}}
 
 
@@ -197,7 +206,7 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     made, which come with each ask: a client whose states are gone cannot go on.
 
     Ask:
-        block: whose inputs are summed. stage, samples, length, seed, source: see :class:`~fedgrove.job.PruneStage`.
+        block: whose inputs are summed. stage, samples, length, seed, source, compute: see :class:`~fedgrove.job.PruneStage`.
         run: any string; hidden states of another run are not used.
         readers: for each linear of the block the input that it reads.
         products: the inputs whose products are wanted, not just their squares. moments: whether sums and variances are.
@@ -212,9 +221,9 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
             :class:`~fedgrove.rules.statistics.Statistic`.
         stage, block: of the ask. tokens: the number of calibration tokens.
     """
-    decoder = _decoder(site.model, site.dtype, device)
+    decoder = _decoder(site.model, site.dtype, device, info["compute"])
     index, samples = int(info["block"]), int(info["samples"])
-    walk = {key: info[key] for key in ("run", "stage", "samples", "length", "seed", "source")}
+    walk = {key: info[key] for key in ("run", "stage", "samples", "length", "seed", "source", "compute")}
     states = _States(site, walk, decoder)
     calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
     started = [name for name in tensors if name.startswith(START)]
@@ -225,10 +234,7 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     if at is None or (started and at != index - 1):
         raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again with source = \"dense\"")
     for passed in range(at, index):
-        with decoder.loaded(passed) as block:
-            modules = linears(block)
-            for name in started:
-                _set(modules[name.removeprefix(START)], tensors[name])
+        with _loaded(decoder, passed, {name.removeprefix(START): tensors[name] for name in started}) as block:
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), samples)
 
     readers: dict[str, str] = info["readers"]
@@ -267,12 +273,12 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
 def allocate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensors, Info]:
     """Measures every block of this client's copy of the model, to say how much of it may go.
 
-    Ask: ``stage``; ``allocation``, ``outlier``, ``spread``, ``samples``, ``length``, ``seed``: see
+    Ask: ``stage``; ``allocation``, ``outlier``, ``spread``, ``compute``, ``samples``, ``length``, ``seed``: see
     :class:`~fedgrove.job.PruneStage`.
     Answer: tensor ``change/measured``: (blocks,) int64, the measure times 2³² times the number of windows; stage, of the ask.
     """
     method = plugins.load("allocations", info["allocation"])
-    decoder = _decoder(site.model, site.dtype, device)
+    decoder = _decoder(site.model, site.dtype, device, info["compute"])
     states = _States(site, info, decoder)
     windows = _windows(site, info["samples"], info["length"], info["seed"])
     calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
@@ -514,51 +520,49 @@ HANDLERS: dict[str, Callable[[Tensors, Info, Site, str], tuple[Tensors, Info]]] 
 }
 
 
-def _prune_block(
+def _pruned(
     decoder: Decoder,
     index: int,
-    block: nn.Module,
     call: Call,
     windows: Iterable[Tensor],
     info: Info,
     start: Tensors,
     keep: Callable[[Iterable[Tensor]], None] | None = None,
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Prunes every linear of a loaded block in place, all on the inputs that the unpruned block gives them.
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Prunes every linear of a block, one after the other, all on the inputs that the unpruned block gives them.
 
     Args:
+        start: (out, in) by linear: what to begin with instead of what the checkpoint has.
         keep: takes what leaves the unpruned block.
 
-    Returns:
-        For each linear: before, after (both in the checkpoint's dtype) and mask, as (out, in) on the CPU.
+    Yields:
+        (linear, before, after, mask): the weights in the checkpoint's dtype, all three (out, in) on the CPU.
     """
     pruner = plugins.load("pruners", info["pruner"])
     target = Target(info["sparsities"][index], tuple(info["pattern"]) if info["pattern"] else None)
-    modules = linears(block)
-    before = {}
-    for name, module in modules.items():
-        if START + name in start:
-            _set(module, start[START + name])
-        dtype = decoder.checkpoint.spec(decoder.block_names(index)[name])[1]
-        before[name] = as_matrix(module, cast(Tensor, module.weight).detach()).to("cpu", dtype)
-    inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
-    heap.give_back()  # what the block's run took
-    pruned = {}
-    for name, module in modules.items():
+    with _loaded(decoder, index, start) as block:
+        inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
+    heap.give_back()  # what the block and its run took: solving begins without
+    shapes = {name: decoder.blank_linear(index, name).shape for name in decoder.block_names(index)}
+    for name in sorted(shapes, key=lambda name: -shapes[name][1]):  # what takes most memory comes while there is no answer yet
         known = inputs.pop(name)  # let go when the last linear that reads it is done
-        if known.total is not None and not torch.isfinite(known.squares.sum()):
+        if not known.silent and not torch.isfinite(known.squares.sum()):
             raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
-        weight = before[name].to(decoder.device, torch.float32, copy=True).contiguous()
+        before = start[name] if name in start else decoder.read_linear(index, name)
+        weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
         after, mask = pruners.prune(info["pruner"], weight, known, target, info["damping"])
-        after = after.to(before[name].dtype)
-        _set(module, after)
-        pruned[name] = (before[name], after.cpu(), mask.cpu())
-    return pruned
+        yield name, before, after.to("cpu", before.dtype), mask.cpu()
 
 
-def _set(module: nn.Module, weight: Tensor) -> None:
-    parameter = cast(nn.Parameter, module.weight)
-    module.weight = nn.Parameter(as_matrix(module, weight).to(parameter.device, parameter.dtype), requires_grad=False)
+@contextmanager
+def _loaded(decoder: Decoder, index: int, weights: Tensors) -> Iterator[nn.Module]:
+    """A block with these linears, (out, in), in the place of its own."""
+    with decoder.loaded(index) as block:
+        for name, weight in weights.items():
+            module = block.get_submodule(name)
+            like = cast(nn.Parameter, module.weight)
+            module.weight = nn.Parameter(as_matrix(module, weight).to(like.device, like.dtype), requires_grad=False)
+        yield block
 
 
 def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
@@ -567,10 +571,12 @@ def _windows(site: Site, samples: int, length: int, seed: str) -> Tensor:
         each = (samples - sum(filter(None, wanted))) // max(1, wanted.count(None))
         windows = [_windows(owner, own or each, length, seed) for owner, own in zip(site.owners, wanted, strict=True)]
         return torch.cat(windows)
-    try:
-        return calibration_windows(site.data, site.text, _tokenizer(site.model), samples, length, f"{seed}/{site.name}")
-    except FedgroveError as fault:
-        raise FedgroveError(f"client '{site.name}': {fault}") from fault
+    seed = f"{seed}/{site.name}"
+
+    def cut() -> Tensors:
+        return {"ids": calibration_windows(site.data, site.text, _tokenizer(site.model), samples, length, seed)}
+
+    return _kept(site, [site.text, samples, length, seed], cut)["ids"].long()
 
 
 def _to_tune(site: Site, info: Info, device: str) -> tuple[Decoder, Tensor, Tensor]:
@@ -646,21 +652,27 @@ def _training_windows(site: Site, length: int) -> tuple[Tensor, Tensor]:
     templates = {"text": site.text or DEFAULT_TEMPLATE}
     if site.prompt and site.answer:
         templates = {"prompt": site.prompt, "answer": site.answer}
-    checkpoint = _checkpoint(site.model, site.dtype)
+
+    def cut() -> Tensors:
+        ids, labels = training_windows(site.data, templates, _tokenizer(site.model), length)
+        return {"ids": ids, "labels": labels}
+
+    windows = _kept(site, [templates, length], cut)
+    return windows["ids"].long(), windows["labels"].long()
+
+
+def _kept(site: Site, settings: list[Any], cut: Callable[[], Tensors]) -> Tensors:
+    """Windows of this client's text, cut once and kept on its own disk as int32."""
     try:
         files = [facts_of(path) for path in site.data]
+        facts = json.dumps([files, settings, _checkpoint(site.model, site.dtype).fingerprint()], sort_keys=True)
+        file = site.folder / f"windows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+        if not file.is_file():
+            save_tensors({name: windows.int() for name, windows in cut().items()}, file)
     except FedgroveError as fault:
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
-    facts = json.dumps([files, templates, length, checkpoint.fingerprint()], sort_keys=True)
-    file = site.folder / f"windows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
-    if not file.is_file():
-        try:
-            ids, labels = training_windows(site.data, templates, checkpoint.tokenizer(), length)
-        except FedgroveError as fault:
-            raise FedgroveError(f"client '{site.name}': {fault}") from fault
-        save_tensors({"ids": ids.int(), "labels": labels.int()}, file)
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor("ids").long(), opened.get_tensor("labels").long()
+    windows: Tensors = load_file(file)
+    return windows
 
 
 def _measured_speed(site: Site, device: str) -> float:
@@ -697,8 +709,8 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 @lru_cache(maxsize=1)
-def _decoder(model: Path, dtype: torch.dtype | None, device: str) -> Decoder:
-    return Decoder(_checkpoint(model, dtype), device)
+def _decoder(model: Path, dtype: torch.dtype | None, device: str, compute: str | None = None) -> Decoder:
+    return Decoder(_checkpoint(model, dtype), device, getattr(torch, compute) if compute else None)
 
 
 class _States:
@@ -742,9 +754,12 @@ class _States:
 
     def read(self, index: int) -> Iterator[Tensor]:
         """Window by window, in order."""
-        with safe_open(self._file(index), framework="pt", device=str(self.device)) as file:
-            for i in range(len(list(file.keys()))):
-                yield file.get_tensor(str(i))
+        with safe_open(self._file(index), framework="pt") as file:
+            number = len(list(file.keys()))
+        for i in range(number):
+            with safe_open(self._file(index), framework="pt", device=str(self.device)) as file:  # pages stay while it is open
+                window = file.get_tensor(str(i))
+            yield window
 
     def forget(self, before: int) -> None:
         """Lets go of the states that no ask can need again."""

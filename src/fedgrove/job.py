@@ -183,6 +183,8 @@ class PruneStage(Part):
         trim: rule "votes": leave out so many of the highest and of the lowest values of every weight, against liars.
         source: what text passes through on its way to a block: "sequential", the pruned blocks before it, or "dense", the
             model as it came, which takes half the time. Default: "dense" with rule "statistics", else "sequential".
+        compute: what the blocks compute in while text passes through them: "float32", or "bfloat16", twice as fast on CPUs that
+            know it. The weights that are pruned are not rounded. Default: "float32" on a CPU, on a GPU the model's own dtype.
         damping: what SparseGPT adds to the sums of squares, so that they can be solved: "mean", 1 % of their mean (the paper),
             or "each", 1 % of each channel's own. Default: "each" with rule "statistics", else "mean".
         mixed: of rule "statistics" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
@@ -212,6 +214,7 @@ class PruneStage(Part):
     outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
     spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
     source: Literal["dense", "sequential"] | None = None
+    compute: Literal["float32", "bfloat16"] | None = None
     damping: Literal["mean", "each"] | None = None
     mixed: bool = False
     protect_first_block: bool = False

@@ -266,7 +266,7 @@ def _cost(block: _Block, stage: PruneStage, card: Card, needs: Needs, masked: fl
     samples = card.samples or stage.samples
     tokens = samples * stage.length
 
-    sums = {name: {"nothing": 0, "squares": w, "gram": w * w, "moments": 3 * w}[needs] for name, w in inputs.items()}
+    sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
     statistics = sum(sums.values())
     workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
@@ -290,8 +290,12 @@ def _cost(block: _Block, stage: PruneStage, card: Card, needs: Needs, masked: fl
             masked,
         )
         workspace = solve = 0  # the server prunes
-    kept = parameters * (2 * block.dtype.itemsize + 1) + 2 * upload  # before, after and mask of every linear, and the answer
-    memory = 8 * (statistics + workspace) + 4 * (block.numel + 6 * largest + block.ends + window) + kept + 2**24
+    width = 2 if stage.compute == "bfloat16" else 4
+    gathering = 8 * statistics + width * (block.numel + window)
+    solving = 8 * (statistics + workspace) + 4 * 6 * largest + parameters * (block.dtype.itemsize + 1)  # after and mask
+    if stage.rule == "statistics":
+        gathering, solving = gathering + width * block.ends, 0
+    memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
     seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
 

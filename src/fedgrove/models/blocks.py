@@ -30,26 +30,26 @@ class _BlocksReached(Exception):
 class Decoder:
     """A causal language model that runs one block at a time.
 
-    Weights are computed with in float32 on a CPU and in the checkpoint's own dtype on a GPU. Hidden states are (windows,
-    tokens, width).
+    Hidden states are (windows, tokens, width).
 
     Args:
         checkpoint: where the weights come from.
         device: where to compute.
+        dtype: to compute in; None: float32 on a CPU, the checkpoint's own on a GPU.
 
     Raises:
         FedgroveError: the architecture is unknown, or no decoder blocks are found in it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu"):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None):
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        on_cpu = self.device.type == "cpu"
-        dtype = torch.float32 if on_cpu else checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
+        stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
         try:
             with init_empty_weights(include_buffers=False):
                 # the dtype matters to constants that no checkpoint holds, such as the scale of Gemma's embeddings
-                self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
+                self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=self.dtype or stored)
         except ValueError as fault:
             kind = getattr(checkpoint.config, "model_type", "?")
             raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from fault
@@ -241,8 +241,7 @@ class Decoder:
         value = self.checkpoint.read(name)
         if value.shape != shape:
             raise FedgroveError(f"model: {name} has shape {list(value.shape)}, but config.json asks for {list(shape)}")
-        half_on_cpu = self.device.type == "cpu" and value.dtype.is_floating_point
-        return value.to(self.device, torch.float32 if half_on_cpu else value.dtype)
+        return value.to(self.device, self.dtype if value.dtype.is_floating_point else None)
 
     @staticmethod
     def _put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -89,6 +89,7 @@ def _asked(plan: Plan, engine: Engine, run: Run) -> list[float]:
     messages: dict[str, Message] = {}
     for client, share in plan.clients.items():
         info = {"stage": plan.stage, "allocation": stage.allocation, "outlier": stage.outlier, "spread": stage.spread}
+        info["compute"] = stage.compute
         messages[client] = ({}, {**info, **calibration(run.job.seed, plan.stage, share.samples, stage.length)})
 
     def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:

@@ -211,6 +211,7 @@ def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int, share
         "sparsities": _asked_of(stage, plan, client, shares),
         "pattern": list(stage.kept_of) if stage.pattern else None,
         "source": stage.walk,
+        "compute": stage.compute,
         "damping": stage.damps,
         "keep": job.evaluate.alone and plan.stage == 0 and round_ == 0,
         **calibration(job.seed, plan.stage, share.samples, stage.length),

@@ -261,6 +261,7 @@ def statistics_info(run: Run, plan: Plan, client: str, block: int, inlets: Mappi
         "stage": plan.stage,
         "block": block,
         "source": stage.walk,
+        "compute": stage.compute,
         "readers": {name: first for first, inlet in inlets.items() for name in inlet.readers},
         "products": [first for first, inlet in inlets.items() if inlet.products],
         "moments": wants_moments(stage),
