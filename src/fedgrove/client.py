@@ -147,7 +147,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
     index = int(info["block"])
     states = _States(site, {key: value for key, value in info.items() if key != "block"}, decoder)
     at = states.latest(index)
-    together = windows_at_once(info["samples"], info["length"])
+    together = windows_at_once(info["samples"], info["length"], info["compute"])
     number = info["samples"] // together
     if at is None:
         texts = _windows(site, info["samples"], info["length"], info["seed"]).view(number, together, -1)

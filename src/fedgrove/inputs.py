@@ -10,6 +10,7 @@ from torch import Tensor
 
 Needs = Literal["nothing", "squares", "gram", "moments"]
 STRIP = 256  # rows of a Gram matrix that are computed at once
+PART = 512  # tokens of which a float32 copy is made at once: larger ones come from new pages each time (heap.py)
 
 
 class Inputs:
@@ -38,7 +39,7 @@ class Inputs:
     def add(self, x: Tensor) -> None:
         """Adds windows: x is (tokens, in) or (…, tokens, in), any float dtype; there may be no tokens."""
         assert self._powers is None, "its channels are levelled already"
-        windows = (x[None] if x.dim() == 2 else x.flatten(0, -3)).float()
+        windows = x[None] if x.dim() == 2 else x.flatten(0, -3)
         x = windows.flatten(0, 1)
         self.tokens += x.shape[0]
         self._made.clear()
@@ -47,16 +48,20 @@ class Inputs:
         width = x.shape[1]
         if self.needs == "gram":
             self._cut(width, x.device)
+            parts = [part.float() for part in torch.split(x, PART)]
             for start, strip in self.strips():
-                strip += x[:, start : start + len(strip)].T @ x[:, start:]
+                product = parts[0][:, start : start + len(strip)].T @ parts[0][:, start:]
+                for part in parts[1:]:
+                    product.addmm_(part[:, start : start + len(strip)].T, part[:, start:])
+                strip += product
             return
         if self._total is None:
             rows = (3,) if self.needs == "moments" else ()
             self._total = torch.zeros(*rows, width, dtype=torch.float64, device=x.device)
         if self.needs == "squares":
-            self._total += x.square().sum(0)
+            self._total += x.float().square().sum(0)
             return
-        for window in windows:
+        for window in windows.float():
             self._total += torch.stack(moments(window))
 
     def _cut(self, width: int, device: torch.device) -> None:

@@ -270,7 +270,7 @@ def _cost(block: _Block, stage: PruneStage, card: Card, needs: Needs, masked: fl
     statistics = sum(sums.values())
     workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
-    together = windows_at_once(samples, stage.length) if stage.rule != "statistics" else 1
+    together = windows_at_once(samples, stage.length, stage.compute) if stage.rule != "statistics" else 1
     window = together * stage.length * (6 * block.width + 4 * widest)
 
     multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())

@@ -22,16 +22,17 @@ class Adds(Protocol):
 
 A = TypeVar("A", bound=Adds)
 
-TOKENS_AT_ONCE = 512  # more are no faster on a CPU, and hold more memory
+TOKENS_AT_ONCE = 512  # in float32: more are hardly faster on a CPU, and hold more memory
 
 
 class _Seen(Exception):
     """Not an error: ends a block's run when its last linear has been reached."""
 
 
-def windows_at_once(samples: int, length: int) -> int:
+def windows_at_once(samples: int, length: int, compute: str | None = None) -> int:
     """How many windows go through a block together: a divisor of ``samples``, so that all runs are alike."""
-    return max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or n * length <= TOKENS_AT_ONCE))
+    tokens = 2 * TOKENS_AT_ONCE if compute == "bfloat16" else TOKENS_AT_ONCE  # the same bytes
+    return max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or n * length <= tokens))
 
 
 @contextmanager
