@@ -51,12 +51,10 @@ RULES: dict[str, dict[str, Any]] = {
     "FedSpaLLM, each channel damped by its own size (votes, damping each)": {"damping": "each"},
     "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
     "FedSpaLLM on the dense model's inputs (votes, source dense)": {"source": "dense"},
-    "FedSpaLLM, text passing through in bfloat16 (votes, compute bfloat16)": {"compute": "bfloat16"},
     "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
     "plain averaging (mean)": {"rule": "mean"},
     "FedPrLLM (masks)": {"rule": "masks"},
     "summed statistics of the dense model, one round (statistics)": {"rule": "statistics"},
-    "likewise in bfloat16 (statistics, compute bfloat16)": {"rule": "statistics", "compute": "bfloat16"},
     "summed statistics, a round a block (statistics, source sequential)": {"rule": "statistics", "source": "sequential"},
     "the dense model's, damped as published (statistics, damping mean)": {"rule": "statistics", "damping": "mean"},
     "a round a block, damped as published (statistics, source sequential, damping mean)": {
