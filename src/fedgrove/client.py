@@ -30,7 +30,7 @@ from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, train
 from fedgrove.errors import FedgroveError
 from fedgrove.inputs import Inputs
 from fedgrove.masks import Target
-from fedgrove.models.blocks import Call, Decoder, as_matrix, linears
+from fedgrove.models.blocks import Call, Decoder, as_matrix
 from fedgrove.models.calibrate import gather, watching, windows_at_once
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
@@ -173,7 +173,7 @@ def prune(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Tensor
 
     rule = plugins.load("rules", info["rule"])
     tokens = info["samples"] * info["length"]
-    start = {name.removeprefix(START): weight for name, weight in tensors.items()}
+    start = _start(tensors)
     answer: Tensors = {}
     own: Tensors = {}
     found = _pruned(decoder, index, calls[index], states.read(index), info, start, keep if dense and more else None)
@@ -226,15 +226,15 @@ def statistics(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[T
     walk = {key: info[key] for key in ("run", "stage", "samples", "length", "seed", "source", "compute")}
     states = _States(site, walk, decoder)
     calls = decoder.embed(torch.zeros(1, info["length"], dtype=torch.int64))[1]
-    started = [name for name in tensors if name.startswith(START)]
-    at = states.latest(index - 1 if started else index)
-    if at is None and (index <= 1 or not started):
+    start = _start(tensors)
+    at = states.latest(index - 1 if start else index)
+    if at is None and (index <= 1 or not start):
         windows = _windows(site, samples, info["length"], info["seed"])
         at = states.write(0, (decoder.embed(ids[None])[0] for ids in windows), samples)
-    if at is None or (started and at != index - 1):
+    if at is None or (start and at != index - 1):
         raise FedgroveError(f"client '{site.name}': its working files are gone; it can take part again with source = \"dense\"")
     for passed in range(at, index):
-        with _loaded(decoder, passed, {name.removeprefix(START): tensors[name] for name in started}) as block:
+        with _loaded(decoder, passed, start) as block:
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), samples)
 
     readers: dict[str, str] = info["readers"]
@@ -286,11 +286,10 @@ def allocate(tensors: Tensors, info: Info, site: Site, device: str) -> tuple[Ten
     options = Options(info["outlier"], info["spread"])
     measured = []
     for index in range(len(decoder)):
-        with decoder.loaded(index) as block:
-            with watching(block, lambda name: Inputs(method.NEEDS)) as inputs:
-                states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), len(windows))
-            weights = {name: as_matrix(module, cast(Tensor, module.weight)) for name, module in linears(block).items()}
-            measured.append(method.measure(weights, inputs, options))
+        with decoder.loaded(index) as block, watching(block, lambda name: Inputs(method.NEEDS)) as inputs:
+            states.write(index + 1, (decoder.run(block, h, calls[index]) for h in states.read(index)), len(windows))
+        weights = {name: decoder.read_linear(index, name).to(decoder.device) for name in decoder.block_names(index)}
+        measured.append(method.measure(weights, inputs, options))
         states.forget(before=index + 1)
     whole = [round(value * 2**32) * len(windows) for value in measured]
     return {CHANGE + "measured": torch.tensor(whole, dtype=torch.int64)}, {"stage": info["stage"]}
@@ -552,6 +551,11 @@ def _pruned(
         weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
         after, mask = pruners.prune(info["pruner"], weight, known, target, info["damping"])
         yield name, before, after.to("cpu", before.dtype), mask.cpu()
+
+
+def _start(tensors: Tensors) -> Tensors:
+    """By linear, the weights that an ask brings."""
+    return {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
 
 
 @contextmanager
