@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from fedgrove.engine.child import Child, Reply
-from fedgrove.engine.flare import FlareEngine, Hub, Seat
+from fedgrove.engines.worker import Child, Reply
+from fedgrove.engines.flare import FlareEngine, Hub, Seat
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 20
@@ -101,22 +101,22 @@ def main() -> None:
 def echoes(folder: Path) -> tuple[list[float], list[float]]:
     """Seconds of tiny rounds, and of large ones."""
     from federated import Running, within
-    from fedgrove.federation import operator
-    from fedgrove.job import load_federated
+    from fedgrove.deploy.flare import operator
+    from fedgrove.job.load import load_federated
     from small import Small, wait_until
 
     folder.mkdir()
     running = Running(Small(folder), folder / "kits")
     for kit in [running.server, *running.sites.values()]:
         resources = kit / "local" / "resources.json"
-        resources.write_text(resources.read_text().replace("fedgrove.engine.flare.", "flare.Echo"))
+        resources.write_text(resources.read_text().replace("fedgrove.engines.flare.", "flare.Echo"))
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), str(ROOT / "src")])}
     try:
         with within(600):
             running.start(server=path, **dict.fromkeys(running.names, path))
             operator.write_flare_job(folder / "job", load_federated(running.job("echo"), sites=running.names), False)
             for config in (folder / "job").rglob("config_fed_*.json"):
-                config.write_text(config.read_text().replace("fedgrove.engine.flare.", "flare.Echo"))
+                config.write_text(config.read_text().replace("fedgrove.engines.flare.", "flare.Echo"))
             with operator.session(running.operator) as flare:
                 job = flare.submit_job(str(folder / "job"))
                 wait_until(lambda: (running.server / "bench.json").is_file() or _ended(flare, job))

@@ -30,8 +30,8 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from fedgrove import api
-from fedgrove.job import Job
-from fedgrove.runs import read_lines
+from fedgrove.job.tables import Job
+from fedgrove.runfolder import read_lines
 
 LENGTH, AT_ONCE = 48, 32  # tokens of a post, and posts computed at once
 PROMPT, ANSWER = "{text}\nTopic:", " {label}"
@@ -54,7 +54,7 @@ def job(method: str, files: list[Path], first: int, seed: int) -> Job:
     for client in plain["clients"]:
         del client["text"]
         client |= {"prompt": PROMPT, "answer": ANSWER}
-    plain["stages"][0]["measure"] = 0
+    plain["stages"][0]["eval_every"] = 0
     return Job.model_validate({**plain, "evaluate": {}})
 
 

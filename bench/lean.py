@@ -17,7 +17,7 @@ import page
 import shapes
 import torch
 
-IMPORTS = "import fedgrove.server; from transformers import LlamaForCausalLM"
+IMPORTS = "import fedgrove.run; from transformers import LlamaForCausalLM"
 
 
 def main() -> None:

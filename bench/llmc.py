@@ -43,7 +43,7 @@ RIVAL = "llm-compressor"
 TOOLS: dict[str, dict[str, Any]] = {  # what the job says besides
     "fedgrove, sequential": {"source": "sequential"},
     "fedgrove, dense": {"source": "dense"},
-    "fedgrove, dense, bfloat16": {"source": "dense", "compute": "bfloat16"},
+    "fedgrove, dense, bfloat16": {"source": "dense", "compute_dtype": "bfloat16"},
 }
 
 

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.data import DEFAULT_TEMPLATE, read_texts, training_windows
-from fedgrove.job import Job
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
@@ -40,7 +40,7 @@ MODEL = Path(api.__file__).parent / "demo" / "grove-6m"
 CLIENTS, WINDOWS, LENGTH, DELTA = 2, 64, 32, 1e-3
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 4, "steps": 10, "length": LENGTH, "batches": [16], "ranks": [16],
-    "bits": [32], "learning_rate": 1e-2, "delta": DELTA, "bound": 0.5,
+    "bits": [32], "learning_rate": 1e-2, "delta": DELTA, "dp_clip": 0.5,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Eight owners of very different text prune one model: every rule beside stand-alone and pooled data.
+"""Eight owners of very different text prune one model: every aggregation beside stand-alone and pooled data.
 
     .venv/bin/python bench/owners.py --data ../shared/data --write
     .venv/bin/python bench/owners.py --data ../shared/data --table allocations --sparsities 0.7 --write
@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.data import read_texts
-from fedgrove.job import Job
+from fedgrove.job.tables import Job
 
 QUESTION = "{question}\n{answer}"
 ABSTRACT = "{question}\n{context}\n{answer}"
@@ -52,20 +52,20 @@ RULES: dict[str, dict[str, Any]] = {
     "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
     "FedSpaLLM on the dense model's inputs (votes, source dense)": {"source": "dense"},
     "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
-    "plain averaging (mean)": {"rule": "mean"},
-    "FedPrLLM (masks)": {"rule": "masks"},
-    "summed statistics of the dense model, one round (statistics)": {"rule": "statistics"},
-    "summed statistics, a round a block (statistics, source sequential)": {"rule": "statistics", "source": "sequential"},
-    "the dense model's, damped as published (statistics, damping mean)": {"rule": "statistics", "damping": "mean"},
+    "plain averaging (mean)": {"aggregation": "fedavg"},
+    "FedPrLLM (masks)": {"aggregation": "fedprllm"},
+    "summed statistics of the dense model, one round (statistics)": {"aggregation": "pooled"},
+    "summed statistics, a round a block (statistics, source sequential)": {"aggregation": "pooled", "source": "sequential"},
+    "the dense model's, damped as published (statistics, damping mean)": {"aggregation": "pooled", "damping": "mean"},
     "a round a block, damped as published (statistics, source sequential, damping mean)": {
-        "rule": "statistics",
+        "aggregation": "pooled",
         "source": "sequential",
         "damping": "mean",
     },
 }
 
 ALLOCATIONS: dict[str, dict[str, Any]] = {
-    "Wanda, statistics, OWL": {"pruner": "wanda", "rule": "statistics", "allocation": "owl"},
+    "Wanda, statistics, OWL": {"pruner": "wanda", "aggregation": "pooled", "allocation": "owl"},
     "SparseGPT, votes": {},
     "SparseGPT, votes, OWL": {"allocation": "owl"},
 }

@@ -16,33 +16,33 @@ import time
 
 import page
 
-from fedgrove.job import TuneStage
-from fedgrove.plans import Card
-from fedgrove.tuning import budget
-from fedgrove.tuning.budget import Sizes
-from fedgrove.tuning.plan import TunePlan, make_tune_plan
+from fedgrove.stages.tune.config import Config as TuneStage
+from fedgrove.stages.prune.plan import Capabilities
+from fedgrove.stages.tune import cost as budget
+from fedgrove.stages.tune.cost import ModelCost
+from fedgrove.stages.tune.plan import TunePlan, make_tune_plan
 
 BLOCKS, WIDTH, INNER, WORDS, LENGTH = 32, 4096, 11008, 32000, 512
 CLIENTS = 100
 GIB = 2**30
 
 
-def sizes() -> Sizes:
+def sizes() -> ModelCost:
     """A Llama of seven billion weights."""
     block = dict.fromkeys(("q", "k", "v", "o"), (WIDTH, WIDTH))
     block |= {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
     shapes = {f"{i}.{name}": shape for i in range(BLOCKS) for name, shape in block.items()}
-    return Sizes(shapes, 2 * WORDS * WIDTH, WIDTH, WORDS, BLOCKS, LENGTH * (12 * WIDTH + 4 * INNER), LENGTH)
+    return ModelCost(shapes, 2 * WORDS * WIDTH, WIDTH, WORDS, BLOCKS, LENGTH * (12 * WIDTH + 4 * INNER), LENGTH)
 
 
-def cards(kinds: int) -> dict[str, Card]:
+def cards(kinds: int) -> dict[str, Capabilities]:
     """A hundred clients of so many kinds: 8 to 36 GiB, speed 300 to 2400, 20 to 160 Mbit/s."""
     found = {}
     for i in range(CLIENTS):
         kind = i % kinds
         step = kind * 7 / max(1, kinds - 1)
         link = int(2e7 * (1 + step))
-        found[f"client-{i:03d}"] = Card(
+        found[f"client-{i:03d}"] = Capabilities(
             memory=int((8 + 4 * step) * GIB), speed=300 * (1 + step), uplink=link, downlink=link, tokens=1000
         )
     return found

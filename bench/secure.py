@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fedgrove.privacy import secure
-from fedgrove.privacy.secure import Memory, Opening, new_session
+from fedgrove.privacy.secure import SessionStore, Opening, new_session
 from fedgrove.rounds import wire
-from fedgrove.rounds.fold import Sums
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 
 
 @dataclass
@@ -100,7 +100,7 @@ def numbers_of(client: int, count: int) -> Tensor:
 
 
 def in_the_open(clients: int, count: int) -> tuple[Cost, Tensor]:
-    cost, total = Cost(names=[f"c{i:03d}" for i in range(clients)]), Sums()
+    cost, total = Cost(names=[f"c{i:03d}" for i in range(clients)]), WeightedSum()
     for i in range(clients):
         values = numbers_of(i, count)
         with cost.by("client"):
@@ -117,7 +117,7 @@ def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
     credentials = secure.make_credentials(cost.names)
     session = new_session(cost.names)
     with tempfile.TemporaryDirectory() as folder:
-        memory = {name: Memory(Path(folder) / name) for name in cost.names}
+        memory = {name: SessionStore(Path(folder) / name) for name in cost.names}
 
         def said(name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Any:
             message = wire.pack(tensors, dict(info))

@@ -19,9 +19,9 @@ import page
 import torch
 from torch import Tensor
 
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
-from fedgrove.pruners import sparsegpt
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
+from fedgrove.stages.prune.pruners import sparsegpt
 
 T = TypeVar("T")
 SHAPES = ["1024x1024", "4096x4096", "4096x11008"]
@@ -52,7 +52,7 @@ def main() -> None:
             for _ in range(rest + given.runs):
                 seconds, expected = clock(lambda: published(weight, inputs.gram, target), given.device)  # noqa: B023
                 theirs.append(seconds)
-                anew = Inputs("gram", inputs.tokens, inputs.gram)  # another's factor is kept, and would not be timed
+                anew = InputStatistics("gram", inputs.tokens, inputs.gram)  # another's factor is kept, and would not be timed
                 seconds, (_, mask) = clock(lambda: sparsegpt.prune(weight.clone(), anew, target), given.device)  # noqa: B023
                 ours.append(seconds)
             differ = float((mask != (expected != 0)).double().mean())
@@ -65,10 +65,10 @@ def main() -> None:
         page.write("solver-gpu" if on_gpu else "solver", "\n".join([*about, *rows]))
 
 
-def made_up(num_out: int, num_in: int, device: str) -> tuple[Tensor, Inputs]:
+def made_up(num_out: int, num_in: int, device: str) -> tuple[Tensor, InputStatistics]:
     """A weight, and the Gram matrix of inputs whose channels differ in size and hang together."""
     rng = torch.Generator().manual_seed(0)
-    inputs = Inputs("gram")
+    inputs = InputStatistics("gram")
     size = torch.randn(num_in, generator=rng).exp()
     blend = torch.randn(num_in // 8, num_in, generator=rng) / 8
     for _ in range(8):

@@ -28,9 +28,9 @@ from results import Kept
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-import fedgrove.rules.groups
+import fedgrove.stages.structured.scores
 from fedgrove import api
-from fedgrove.job import Job
+from fedgrove.job.tables import Job
 from fedgrove.report.summary import Summary
 
 GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    fedgrove.rules.groups.__path__.append(str(Path(__file__).parent / "controls"))
+    fedgrove.stages.structured.scores.__path__.append(str(Path(__file__).parent / "controls"))
     with tempfile.TemporaryDirectory() as folder:
         text = speed(given, Path(folder)) if given.part == "speed" else quality(given, Path(folder))
     print(text)
@@ -121,7 +121,7 @@ def make_models(dense: Path, share: float, folder: Path) -> None:
         (dense / name).write_bytes((GROVE / name).read_bytes())
     texts = GROVE.parent / "texts"
     clients = [{"name": name, "data": str(texts / f"{name}.txt")} for name in ("publisher", "theatre")]
-    stage = {"kind": "narrow", "channels": share, "heads": share, "samples": 1, "length": 128}
+    stage = {"kind": "structured", "channels": share, "heads": share, "samples": 1, "length": 128}
     carry_out(str(dense), clients, [stage], {}, folder / "run")
 
 
@@ -134,7 +134,7 @@ def quality(given: Any, folder: Path) -> str:
         "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in owners.OWNERS],
         "windows": given.windows,
     }
-    narrow = {"kind": "narrow", "channels": given.share, "heads": given.share, "samples": 4}
+    narrow = {"kind": "structured", "channels": given.share, "heads": given.share, "samples": 4}
 
     def tuned(changes: dict[str, Any] | None) -> list[float]:
         """Perplexity before tuning and after it."""

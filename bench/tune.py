@@ -1,4 +1,4 @@
-"""Eight unequal clients tune one model: FedPipe beside uniform LoRA, full fine-tuning, stand-alone and centralised.
+"""Eight unequal clients tune one model: FedPipe beside uniform LoRA, full fine-tuning, stand-alone and centralized.
 
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
 
@@ -29,12 +29,12 @@ import torch
 from transformers.utils import logging
 
 from fedgrove import api
-from fedgrove.job import Job
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.runs import read_lines
-from fedgrove.tuning import budget
-from fedgrove.tuning.plan import measure
+from fedgrove.runfolder import read_lines
+from fedgrove.stages.tune import cost as budget
+from fedgrove.stages.tune.plan import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
@@ -104,8 +104,8 @@ def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
 def weakest_memory() -> int:
     """Bytes that just hold rank 16 in every linear on 16 bits, one window at once."""
     sizes = measure(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
-    choice = budget.Choice(16, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
-    rest = budget.Grid((16,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
+    choice = budget.ClientConfig(16, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
+    rest = budget.SearchSpace((16,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
     return math.ceil(budget.memory(sizes, rest, choice))
 
 
@@ -131,7 +131,7 @@ def job(
         "stages": [{
             "kind": "tune", "method": kind, "rounds": rounds, "steps": steps, "length": LENGTH, "ranks": RANKS,
             "batches": BATCHES if kind == "fedpipe" else [batch],
-            "bits": [16, 4], "learning_rate": rate, "measure": 1,
+            "bits": [16, 4], "learning_rate": rate, "eval_every": 1,
         }],
         "evaluate": {"data": [{"name": task, "path": held, "text": TEXTS[task]}], "length": 256,
                      "windows": WINDOWS},
@@ -173,7 +173,7 @@ def run_method(
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: for each task and method the mean over seeds, each seed in brackets."""
     names = {"fedpipe": "FedPipe", "lora": "uniform LoRA", "lora-quarter": "uniform LoRA, 16 small steps",
-             "full": "full fine-tuning", "alone": "stand-alone (mean)", "central": "centralised"}  # fmt: skip
+             "full": "full fine-tuning", "alone": "stand-alone (mean)", "central": "centralized"}  # fmt: skip
     rows = [
         "| task | method | rounds | loss at the end | time | MB | to uniform's best: time, bytes | to the small steps' best |",
         "|---|---|---|---|---|---|---|---|",

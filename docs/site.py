@@ -21,7 +21,7 @@ from fedgrove.cli import app
 
 HERE = Path(__file__).parent
 TABLES = (
-    job.Job, job.Model, job.Client, job.PruneStage, job.LayerSampling, job.NarrowStage, job.TuneStage, job.Evaluate, job.Text,
+    job.Job, job.Model, job.Client, job.PruneStage, job.LayerSampling, job.StructuredStage, job.TuneStage, job.Evaluate, job.Text,
     job.Rounds, job.Privacy, job.FederatedJob,
 )  # fmt: skip
 METHODS = {"pruner": "pruners", "score": "rules.groups", "allocation": "allocations"}  # keys whose values are names of files
@@ -82,7 +82,7 @@ def kind(table: type[job.Part], key: str, field: FieldInfo) -> str:
     """The type of a key, for people."""
     if key in QUANTITIES:
         return QUANTITIES[key]
-    package = RULES.get(table) if key == "rule" else METHODS.get(key)
+    package = RULES.get(table) if key == "aggregation" else METHODS.get(key)
     if package:
         return "one of " + ", ".join(f'`"{name}"`' for name in plugins.names(package))
     return spell(field.annotation) + limits(field.metadata)

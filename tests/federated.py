@@ -15,9 +15,9 @@ import psutil
 import pytest
 import tomli_w
 
-from fedgrove.federation import kits, node, operator
-from fedgrove.federation.files import FEDERATION, Federation, read
-from fedgrove.progress import Watch
+from fedgrove.deploy.flare import kits, node, operator
+from fedgrove.deploy.flare.files import FEDERATION, Federation, read
+from fedgrove.progress import Listener
 from small import CLIENTS, ROOT, Small, cli, wait_until
 
 OPERATOR = "ops@example.org"
@@ -25,7 +25,7 @@ MODEL = "small-model"
 LONGEST = 900.0  # seconds for a run, on however busy a machine
 
 
-class Lines(Watch):
+class Lines(Listener):
     """Keeps what a run says, and does something at a step, at a line, at a client's answer."""
 
     def __init__(self) -> None:

@@ -26,8 +26,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-import fedgrove.pruners
-from fedgrove.progress import Watch
+import fedgrove.stages.prune.pruners
+from fedgrove.progress import Listener
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "fedgrove" / "demo"
@@ -114,7 +114,7 @@ class Small:
         return self._runs[key]
 
 
-class Heard(Watch):
+class Heard(Listener):
     """Keeps the lines of progress."""
 
     def __init__(self) -> None:
@@ -239,7 +239,7 @@ def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: di
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
     os.environ.update(env)
-    fedgrove.pruners.__path__.extend(folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder)
+    fedgrove.stages.prune.pruners.__path__.extend(folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it starts in the background deaf to it
     if moment:
@@ -304,7 +304,7 @@ FAULTY = '''
 """Wanda, until a file says otherwise; a client with one window more than the others can be singled out."""
 import os, signal, time
 from pathlib import Path
-from fedgrove.pruners import wanda
+from fedgrove.stages.prune.pruners import wanda
 
 NEEDS = "squares"
 FOLDER = Path({folder!r})
@@ -339,11 +339,11 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     folder = tmp_path / "plugins"
     folder.mkdir()
     (folder / "faulty.py").write_text(FAULTY.format(folder=str(tmp_path)))
-    (folder / "sitecustomize.py").write_text(f"import fedgrove.pruners\nfedgrove.pruners.__path__.append({str(folder)!r})\n")
+    (folder / "sitecustomize.py").write_text(f"import fedgrove.stages.prune.pruners\nfedgrove.pruners.__path__.append({str(folder)!r})\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT / "src")]))
-    monkeypatch.setattr(fedgrove.pruners, "__path__", [*fedgrove.pruners.__path__, str(folder)])
-    monkeypatch.delitem(sys.modules, "fedgrove.pruners.faulty", raising=False)
-    monkeypatch.delattr(fedgrove.pruners, "faulty", raising=False)
+    monkeypatch.setattr(fedgrove.stages.prune.pruners, "__path__", [*fedgrove.stages.prune.pruners.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "fedgrove.stages.prune.pruners.faulty", raising=False)
+    monkeypatch.delattr(fedgrove.stages.prune.pruners, "faulty", raising=False)
 
     def tell(does: str = "nothing", tokens: int = 0) -> None:
         (tmp_path / "does").write_text(f"{does} {tokens}")

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fedgrove.allocations import Options, even, owl
+from fedgrove.stages.prune.allocation import Options, even, owl
 from fedgrove.data import calibration_windows
-from fedgrove.inputs import Inputs
-from fedgrove.job import load
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.job.load import load
 from small import CLIENTS, LENGTH, SAMPLES, Moment, Small, cli, complaint, killed
 from test_architectures import plain
 from test_statistics import owners  # noqa: F401 (a fixture)
 
-OWL = {"stages__0__allocation": "owl", "stages__0__outlier": 2.0, "stages__0__spread": 0.1, "evaluate__alone": False}
+OWL = {"stages__0__allocation": "owl", "stages__0__owl_m": 2.0, "stages__0__owl_lambda": 0.1, "evaluate__alone": False}
 
 
 def published(scores: list[list[Tensor]], sparsity: float, m: float, spread: float) -> tuple[list[float], list[float]]:
@@ -36,14 +36,14 @@ def published(scores: list[list[Tensor]], sparsity: float, m: float, spread: flo
     return ratios, (1 - kept).tolist()
 
 
-def blocks_of(seed: int, number: int = 4) -> list[dict[str, tuple[Tensor, Inputs]]]:
+def blocks_of(seed: int, number: int = 4) -> list[dict[str, tuple[Tensor, InputStatistics]]]:
     """Linears of heavy tails and what entered them."""
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for index in range(number):
         block = {}
         for name, shape in (("q", (24, 16)), ("down", (16, 40))):
-            inputs = Inputs("squares")
+            inputs = InputStatistics("squares")
             size = 1 + 5 * (torch.rand(shape[1], generator=generator) < 0.1 * index)
             inputs.add(torch.randn(3, 9, shape[1], generator=generator) * size)
             block[name] = (torch.randn(shape, generator=generator), inputs)
@@ -53,7 +53,7 @@ def blocks_of(seed: int, number: int = 4) -> list[dict[str, tuple[Tensor, Inputs
 
 def test_owl_is_the_published_one() -> None:
     blocks = blocks_of(0)
-    options = Options(outlier=3.0, spread=0.08)
+    options = Options(owl_m=3.0, owl_lambda=0.08)
     scores = [[weight.abs() * inputs.squares.sqrt().float() for weight, inputs in block.values()] for block in blocks]
     ratios, expected = published(scores, 0.7, 3.0, 0.08)
     assert len(set(ratios)) == len(ratios)
@@ -77,7 +77,7 @@ def test_the_whole_model_loses_what_was_asked_for(sparsity: float) -> None:
 def test_blocks_that_are_alike_lose_the_same() -> None:
     assert owl.allocate([0.02, 0.02], [10, 30], 0.6, Options()) == pytest.approx([0.6, 0.6])
     assert even.allocate([0.0, 0.0], [10, 30], 0.6, Options()) == [0.6, 0.6]
-    zeros = Inputs("squares", 1, torch.zeros(4, dtype=torch.float64))
+    zeros = InputStatistics("squares", 1, torch.zeros(4, dtype=torch.float64))
     assert owl.measure({"q": torch.ones(3, 4)}, {"q": zeros}, Options()) == 0.0
 
 
@@ -121,7 +121,7 @@ def scores_of(small: Small, clients: tuple[str, ...]) -> list[list[Tensor]]:
 
 
 def test_from_sums_it_is_that_of_the_pooled_text(small: Small) -> None:
-    run = small.undisturbed(**OWL, stages__0__rule="statistics")
+    run = small.undisturbed(**OWL, stages__0__rule="pooled")
     _, expected = published(scores_of(small, CLIENTS), 0.5, 2.0, 0.1)
     assert list(told(run).values()) == pytest.approx(expected, abs=2e-3)
     assert expected[0] != pytest.approx(expected[1], abs=0.02)
@@ -134,7 +134,7 @@ def test_elsewhere_it_is_of_the_mean_of_what_clients_measure(small: Small) -> No
     assert list(told(run).values()) == pytest.approx(owl.allocate(mean, [1, 1], 0.5, Options(2.0, 0.1)), abs=2e-3)
 
 
-@pytest.mark.parametrize("changes", [{"pruner": "sparsegpt"}, {"pruner": "magnitude"}, {"rule": "masks"}, {"rounds": 2}])
+@pytest.mark.parametrize("changes", [{"pruner": "sparsegpt"}, {"pruner": "magnitude"}, {"aggregation": "fedprllm"}, {"rounds": 2}])
 def test_every_pruner_and_rule_prunes_unevenly(small: Small, changes: dict[str, Any]) -> None:
     run = small.undisturbed(**OWL, **{f"stages__0__{key}": value for key, value in changes.items()})
     assert told(run) == told(small.undisturbed(**OWL))
@@ -143,11 +143,11 @@ def test_every_pruner_and_rule_prunes_unevenly(small: Small, changes: dict[str, 
         assert int((weights[row["name"]] == 0).sum()) >= row["pruned"], "a kept weight may be zero by itself"
 
 
-@pytest.mark.parametrize("rule", ["votes", "statistics"])
-def test_secure_aggregation_finds_the_same_sparsities(small: Small, tmp_path: Path, rule: str) -> None:
-    job = small.job("secure", **OWL, stages__0__rule=rule, privacy={"secure_aggregation": True})
+@pytest.mark.parametrize("aggregation", ["fedspallm", "pooled"])
+def test_secure_aggregation_finds_the_same_sparsities(small: Small, tmp_path: Path, aggregation: str) -> None:
+    job = small.job("secure", **OWL, stages__0__rule=aggregation, privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
-    assert told(tmp_path / "run") == told(small.undisturbed(**OWL, **({} if rule == "votes" else {"stages__0__rule": rule})))
+    assert told(tmp_path / "run") == told(small.undisturbed(**OWL, **({} if aggregation == "fedspallm" else {"stages__0__rule": aggregation})))
 
 
 def test_a_killed_run_does_not_ask_again(small: Small, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_owners_get_the_model_that_pooled_text_gives(
             file = tmp_path / name / f"{client}.jsonl"
             file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
             clients.append({"name": client, "data": str(file), "samples": len(records)})
-        job = small.job(name, **{**OWL, "evaluate": {}}, stages__0__rule="statistics", clients=clients)
+        job = small.job(name, **{**OWL, "evaluate": {}}, stages__0__rule="pooled", clients=clients)
         assert cli("run", job, "--out", tmp_path / name / "run")[0] == 0
         found.append(load_file(tmp_path / name / "run" / "model" / "model.safetensors"))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -188,7 +188,7 @@ def test_owners_get_the_model_that_pooled_text_gives(
         ({"stages__0__sparsity": None, "stages__0__pattern": "2:4"}, "needs sparsity"),
         ({"stages__0__allocation": "best"}, "choose one of even, owl"),
         ({"clients__0__sparsity": 0.7}, "clients.sparsity"),
-        ({"stages__0__outlier": 0.5}, "stages.0.outlier"),
+        ({"stages__0__owl_m": 0.5}, "stages.0.owl_m"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(small: Small, changes: dict[str, Any], said: str) -> None:
@@ -197,4 +197,4 @@ def test_what_cannot_be_is_said_in_one_line(small: Small, changes: dict[str, Any
 
 def test_the_keys_are_owls(small: Small) -> None:
     stage = load(small.job("keys")).pruning(0)
-    assert (stage.allocation, stage.outlier, stage.spread) == ("even", 5.0, 0.08)
+    assert (stage.allocation, stage.owl_m, stage.owl_lambda) == ("even", 5.0, 0.08)

@@ -41,13 +41,13 @@ from typer.testing import CliRunner
 from fedgrove.cli import app
 from fedgrove.data import calibration_windows
 from fedgrove.errors import FedgroveError
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, find_blocks, linears
-from fedgrove.models.calibrate import gather
+from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.models.experts import expert_of, unfuse
 from fedgrove.models.stream import Checkpoint
-from fedgrove.pruners import sparsegpt
+from fedgrove.stages.prune.pruners import sparsegpt
 
 LENGTH = 24  # longer than the sliding windows
 COMMON = {"vocab_size": 4096, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -213,8 +213,8 @@ def test_each_linear_gets_the_statistics_of_its_own_inputs_and_no_product_is_don
             model(input_ids=row[None])
 
     products = []
-    add = Inputs.add
-    monkeypatch.setattr(Inputs, "add", lambda self, x: (products.append(id(self)), add(self, x)))
+    add = InputStatistics.add
+    monkeypatch.setattr(InputStatistics, "add", lambda self, x: (products.append(id(self)), add(self, x)))
     states = [decoder.embed(row[None])[0] for row in ids]
     calls = decoder.embed(ids[:1])[1]
     for index in range(len(decoder)):
@@ -309,7 +309,7 @@ def test_a_block_at_a_time_gives_the_bits_of_a_model_that_is_whole_in_memory(
     whole = plain(source)
     prefix, blocks = find_blocks(whole)
     for index, block in enumerate(blocks):
-        inputs = {linear: Inputs("gram") for linear in linears(block)}
+        inputs = {linear: InputStatistics("gram") for linear in linears(block)}
         hooks = [
             module.register_forward_pre_hook(lambda module, args, sums=inputs[linear]: sums.add(args[0]))
             for linear, module in linears(block).items()

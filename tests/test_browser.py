@@ -46,7 +46,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One page of every kind, with everything on it that a run can have."""
     folder = tmp_path_factory.mktemp("pages")
     first = make_run(folder / "first", ["a-ward-with-a-long-name", "law", "press"], ["law", "press"], rounds=3, sample=0.5)
-    make_run(first / "centralised", ["centralised"], ["law", "press"])
+    make_run(first / "centralized", ["centralized"], ["law", "press"])
     (first / "samples.json").write_text('{"samples": [{"prompt": "The", "before": "cat sat", "after": "dog ate"}]}')
     second = make_run(folder / "second", ["law", "press"], ["law", "press"])
     made = {"report": write_report(first), "comparison": folder / "compare.html", "split": folder / "split.html"}

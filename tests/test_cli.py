@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fedgrove.client
-import fedgrove.rounds.ask
+import fedgrove.client.handlers
+import fedgrove.rounds.collect
 from fedgrove import plugins
 from fedgrove.data import calibration_windows
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
-from fedgrove.models.calibrate import windows_at_once
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
+from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.rounds import wire
 from small import CLIENTS, LENGTH, SAMPLES, Small, cli, lines, make_model, make_texts, measurements, process, result
 
@@ -38,7 +38,7 @@ def test_a_run_folder_holds_what_the_contract_says(small: Small) -> None:
     }  # fmt: skip
 
     job = tomllib.loads((run / "job.toml").read_text())
-    assert job["stages"][0]["rule"] == "votes", "defaults are filled in"
+    assert job["stages"][0]["aggregation"] == "fedspallm", "defaults are filled in"
     assert Path(job["clients"][0]["data"][0]).is_absolute()
 
     plan = json.loads((run / "plan-0-prune.json").read_text())
@@ -116,8 +116,8 @@ def test_the_ledger_counts_the_bytes_of_real_messages(small: Small, tmp_path: Pa
         def __getattr__(self, name: str) -> Any:
             return pack if name == "pack" else getattr(wire, name)
 
-    monkeypatch.setattr(fedgrove.rounds.ask, "wire", Counted())
-    monkeypatch.setattr(fedgrove.client, "wire", Counted())
+    monkeypatch.setattr(fedgrove.rounds.collect, "wire", Counted())
+    monkeypatch.setattr(fedgrove.client.handlers, "wire", Counted())
     assert cli("run", small.job(), "--out", tmp_path / "run")[0] == 0
     ledger = lines(tmp_path / "run" / "ledger.jsonl")
     assert [line["bytes"] for line in ledger] == sent
@@ -155,8 +155,8 @@ def test_plan_runs_nothing_and_leaves_nothing_behind(small: Small, tmp_path: Pat
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("fedgrove.stages.prune.prune", None)
-    monkeypatch.setitem(fedgrove.client.HANDLERS, "prune", None)
+    monkeypatch.setattr("fedgrove.stages.prune.stage.prune", None)
+    monkeypatch.setitem(fedgrove.client.handlers.HANDLERS, "prune", None)
     status, out, err = cli("plan", small.job("planned"), "--set", "stages.0.layers={sample=0.5, cover=1}", "--set",
                            "evaluate.alone=false")  # fmt: skip
     assert (status, err) == (0, "")
@@ -275,12 +275,12 @@ def test_one_client_alone_gets_exactly_what_its_pruner_gives(small: Small, tmp_p
     assert cli("run", small.job("one", **wanted), "--out", tmp_path / "run")[0] == 0
 
     model = AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32)
-    method = plugins.load("pruners", pruner)
+    method = plugins.load("stages.prune.pruners", pruner)
     tokenizer = AutoTokenizer.from_pretrained(small.model)
     windows = calibration_windows([small.texts["ash"]], None, tokenizer, SAMPLES, LENGTH, "0/0/ash")
     for block in model.model.layers:
         linears = {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
-        inputs = {name: Inputs(method.NEEDS) for name in linears}
+        inputs = {name: InputStatistics(method.NEEDS) for name in linears}
         hooks = [
             module.register_forward_pre_hook(lambda module, args, seen=inputs[name]: seen.add(args[0]))
             for name, module in linears.items()

@@ -86,7 +86,7 @@ def test_only_settings_that_differ_are_shown(runs: list[Path], tmp_path: Path) -
     _, *rows = Page((tmp_path / "compare.html").read_text()).csv("settings")
     assert sorted(rows) == [
         ["clients.1.memory", "", "1000"],
-        ["stages.0.rule", "votes", "mean"],
+        ["stages.0.aggregation", "fedspallm", "fedavg"],
         ["stages.0.sparsity", "0.5", "0.7"],
     ]
     same = [runs[0], Path(shutil.copytree(runs[0], tmp_path / "same"))]

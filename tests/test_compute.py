@@ -1,4 +1,4 @@
-"""``compute = "bfloat16"``: text passes through the blocks in half of the bits; the weights are not rounded to them."""
+"""``compute_dtype = "bfloat16"``: text passes through the blocks in half of the bits; the weights are not rounded to them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from small import Moment, Small, complaint, killed, process, result
 
-BFLOAT16 = {"stages__0__compute": "bfloat16"}
-FLOAT32 = {"stages__0__compute": "float32"}
+BFLOAT16 = {"stages__0__compute_dtype": "bfloat16"}
+FLOAT32 = {"stages__0__compute_dtype": "float32"}
 WALKS = {
     "sequential": {},
     "dense": {"stages__0__source": "dense"},
-    "statistics": {"stages__0__rule": "statistics"},
+    "pooled": {"stages__0__rule": "pooled"},
 }
 
 
@@ -88,4 +88,4 @@ def test_a_decoder_computes_in_what_it_is_told(fine: Small) -> None:
 
 
 def test_another_dtype_is_refused_in_a_line(fine: Small, tmp_path: Path) -> None:
-    assert "stages.0.compute" in complaint("run", fine.job(stages__0__compute="float16"), "--out", tmp_path / "run")
+    assert "stages.0.compute_dtype" in complaint("run", fine.job(stages__0__compute_dtype="float16"), "--out", tmp_path / "run")

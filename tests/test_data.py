@@ -205,7 +205,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_its_name(tmp_path: Path, monkeypat
 
 
 def test_a_job_may_name_folders_and_the_hub(small: Small, tmp_path: Path) -> None:
-    from fedgrove.job import load
+    from fedgrove.job.load import load
 
     data = [str(tmp_path), "hub:owner/name:train"]
     job = load(small.job("sources", clients=[{"name": "ash", "data": data}], evaluate__alone=False))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove import doctor
-from fedgrove.client import Site
+from fedgrove.client.handlers import LocalClient
 from small import Small, cli
 
 
@@ -77,7 +77,7 @@ def test_ports_are_tried(small: Small) -> None:
 
 
 def test_a_site_keeps_its_text_out_of_what_may_be_sent(small: Small, tmp_path: Path) -> None:
-    client = Site("ash", tmp_path, small.model, None, (small.texts["ash"],), None, {"memory": 2**22})
+    client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None, {"memory": 2**22})
     looked_at = doctor.site(client)
     words = set(small.texts["ash"].read_text().split()[:40])
     for check in looked_at:

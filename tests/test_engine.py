@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fedgrove import server
-from fedgrove.engine import Engine
-from fedgrove.engine.local import LocalEngine
+from fedgrove import run as server
+from fedgrove.engines.base import Engine
+from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
-from fedgrove.job import load
+from fedgrove.job.load import load
 from fedgrove.rounds import wire
-from fedgrove.runs import Run
-from fedgrove.stages.prune import prune_info
+from fedgrove.runfolder import Run
+from fedgrove.stages.prune.stage import prune_info
 from small import CLIENTS, LENGTH, SAMPLES, Heard, Small, alive, cli, complaint, lines, process, result, wait_until
 
 Reply = tuple[str, bytes | None, str | None]

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from fedgrove.cli import app
 from fedgrove.data import calibration_windows
 from fedgrove.errors import FedgroveError
-from fedgrove.inputs import Inputs
-from fedgrove.job import PruneStage
-from fedgrove.masks import Target
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.config import Config as PruneStage
+from fedgrove.stages.prune.masks import Target
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import Experts
 from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.plans import Card, make_plan
-from fedgrove.pruners import magnitude, pruner_for, sparsegpt
-from fedgrove.stages.export import export
+from fedgrove.stages.prune.plan import Capabilities, make_plan
+from fedgrove.stages.prune.pruners import magnitude, pruner_for, sparsegpt
+from fedgrove.export import export
 from test_architectures import EXPERTS, LENGTH, LLAMA, run_job, same_bits, save, some_ids, tensors_of, two
 
 FUSED = ("gate_up_proj", "down_proj")
@@ -80,14 +80,14 @@ def test_an_expert_is_pruned_by_the_tokens_that_were_sent_to_it(demo: Path, grov
     ids = calibration_windows([text], None, Checkpoint(source).tokenizer(), 4, LENGTH, "0/0/a")
     whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for index, block in enumerate(whole.model.layers):
-        inputs: dict[str, Inputs] = {}
+        inputs: dict[str, InputStatistics] = {}
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], inputs: dict[str, Inputs] = inputs) -> None:
+        def note(module: nn.Module, args: tuple[Tensor, ...], inputs: dict[str, InputStatistics] = inputs) -> None:
             for expert, gate_up in enumerate(module.gate_up_proj):
                 x = args[0][(args[1] == expert).any(1)]
                 gate, up = (x @ gate_up.T).chunk(2, 1)
                 for leaf, read in (("w1", x), ("w3", x), ("w2", module.act_fn(gate) * up)):
-                    inputs[f"{expert}.{leaf}"] = Inputs("gram")
+                    inputs[f"{expert}.{leaf}"] = InputStatistics("gram")
                     inputs[f"{expert}.{leaf}"].add(read)
 
         block.mlp.experts.register_forward_pre_hook(note)
@@ -106,9 +106,9 @@ def test_an_expert_is_pruned_by_the_tokens_that_were_sent_to_it(demo: Path, grov
             assert (got[stored] - expected)[alike].abs().max() <= 1e-3 * before.abs().max(), stored
 
 
-@pytest.mark.parametrize(("name", "rule"), [("mixtral", "votes"), ("qwen2_moe", "statistics")])
+@pytest.mark.parametrize(("name", "aggregation"), [("mixtral", "fedspallm"), ("qwen2_moe", "pooled")])
 def test_a_checkpoint_of_fused_experts_is_pruned_like_one_of_single_ones(
-    name: str, rule: str, demo: Path, grove: Path, tmp_path: Path
+    name: str, aggregation: str, demo: Path, grove: Path, tmp_path: Path
 ) -> None:
     """And it stays fused: same names, same shapes, everything else the same bits; both load with the same logits."""
     single = save(name, tmp_path / "single", grove, torch.bfloat16)
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_fused_experts_is_pruned_like_one_of_single_ones(
     results = []
     for source in (single, fused):
         (tmp_path / f"work-{source.name}").mkdir()
-        results.append(run_job(source, tmp_path / f"work-{source.name}", two(demo), pruner="wanda", sparsity=0.5, rule=rule))
+        results.append(run_job(source, tmp_path / f"work-{source.name}", two(demo), pruner="wanda", sparsity=0.5, aggregation=aggregation))
     of_single, of_fused = (Checkpoint(run / "model") for run in results)
     before, after = tensors_of(fused), tensors_of(of_fused.path)
     assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
@@ -175,10 +175,10 @@ def test_parts_of_a_fused_tensor_and_the_whole_lie_over_each_other_in_order(grov
 
 
 @pytest.mark.parametrize(
-    ("rule", "pruner"), [("votes", "sparsegpt"), ("statistics", "sparsegpt"), ("statistics", "dsnot"), ("votes", "wanda")]
+    ("aggregation", "pruner"), [("fedspallm", "sparsegpt"), ("pooled", "sparsegpt"), ("pooled", "dsnot"), ("fedspallm", "wanda")]
 )
 def test_an_expert_that_saw_no_token_loses_its_smallest_weights(
-    rule: str, pruner: str, demo: Path, grove: Path, tmp_path: Path
+    aggregation: str, pruner: str, demo: Path, grove: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MixtralConfig(**LLAMA, num_local_experts=3, num_experts_per_tok=1))
@@ -189,26 +189,26 @@ def test_an_expert_that_saw_no_token_loses_its_smallest_weights(
     model.save_pretrained(source)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(grove / file, source)
-    run = run_job(source, tmp_path, two(demo), pruner=pruner, sparsity=0.5, rule=rule)
+    run = run_job(source, tmp_path, two(demo), pruner=pruner, sparsity=0.5, aggregation=aggregation)
     before, after = tensors_of(source), tensors_of(run / "model")
     for name, weight in before.items():
         if ".experts.0." in name:
-            assert torch.equal(after[name], magnitude.prune(weight.clone(), Inputs("nothing"), Target(0.5))[0]), name
+            assert torch.equal(after[name], magnitude.prune(weight.clone(), InputStatistics("nothing"), Target(0.5))[0]), name
         elif ".experts." in name:
-            assert not torch.equal(after[name] != 0, magnitude.prune(weight.clone(), Inputs("nothing"), Target(0.5))[1]), name
+            assert not torch.equal(after[name] != 0, magnitude.prune(weight.clone(), InputStatistics("nothing"), Target(0.5))[1]), name
         elif ".gate." in name:
             assert same_bits(after[name], weight), name
 
 
 def test_only_a_pruner_that_asks_for_inputs_is_replaced_where_there_were_none() -> None:
-    seen, unseen = Inputs("squares"), Inputs("squares")
+    seen, unseen = InputStatistics("squares"), InputStatistics("squares")
     seen.add(torch.ones(3, 4))
     unseen.add(torch.ones(0, 4))
     assert (seen.tokens, unseen.tokens) == (3, 0)
     assert pruner_for("wanda", seen).__name__.endswith("wanda")
     assert pruner_for("wanda", unseen) is magnitude
     for needs in ("gram", "moments"):
-        sums = Inputs(needs)  # type: ignore[arg-type]
+        sums = InputStatistics(needs)  # type: ignore[arg-type]
         sums.add(torch.ones(0, 4))
         assert not sums.total.any()  # type: ignore[union-attr]
         assert sums.silent
@@ -221,7 +221,7 @@ def job_of(model: Path, folder: Path, demo: Path, **changes: Any) -> Path:
         "model": {"path": str(model)},
         "clients": [{"name": name, "data": str(text)} for name, text in zip("abc", texts, strict=True)],
         "stages": [
-            {"kind": "prune", "pruner": "sparsegpt", "rule": "statistics", "sparsity": 0.5, "samples": 2, "length": LENGTH}
+            {"kind": "prune", "pruner": "sparsegpt", "aggregation": "pooled", "sparsity": 0.5, "samples": 2, "length": LENGTH}
         ],
         **changes,
     }
@@ -247,7 +247,7 @@ def test_under_secure_aggregation_experts_come_out_bit_for_bit(demo: Path, grove
     ("stage", "words"),
     [
         ({"kind": "tune", "rounds": 1, "length": 32}, "can be pruned, not tuned"),
-        ({"kind": "narrow", "channels": 0.25}, "cannot be narrowed"),
+        ({"kind": "structured", "channels": 0.25}, "cannot be narrowed"),
     ],
 )
 def test_what_is_not_done_with_experts_is_refused_before_anything_runs(
@@ -278,7 +278,7 @@ def test_blocks_with_and_without_experts_are_planned_and_pruned(demo: Path, grov
     decoder = Decoder(Checkpoint(tmp_path / "model"))
     assert [len(decoder.block_names(index)) for index in range(3)] == [7, 19, 19]
     stage = PruneStage(kind="prune", pruner="sparsegpt", sparsity=0.5, samples=4, length=LENGTH)
-    share = make_plan(0, stage, decoder, {"a": Card()}, "gram", 0).clients["a"]
+    share = make_plan(0, stage, decoder, {"a": Capabilities()}, "gram", 0).clients["a"]
     grams = 8 * (3 * 32**2 + 5 * (32**2 + 24**2))  # q, k and v; o; and for each expert two
     assert share.memory > grams
     run = run_job(tmp_path / "model", tmp_path, two(demo), pruner="wanda", sparsity=0.5)

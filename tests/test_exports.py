@@ -28,11 +28,11 @@ import fedgrove.cli
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
-from fedgrove.masks import Target
+from fedgrove.stages.prune.masks import Target
 from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.pruners import magnitude
-from fedgrove.stages import export as exporting
-from fedgrove.stages.export import Texts, export
+from fedgrove.stages.prune.pruners import magnitude
+from fedgrove import export as exporting
+from fedgrove.export import Texts, export
 from small import CLIENTS, DEMO, TOKENIZER, Small, cli, complaint, make_model
 
 SIZES = {
@@ -252,7 +252,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for form, extra in (("gguf", "gguf"), ("onnx", "onnx"), ("int8", "quantise"), ("nf4", "quantise")):
+    for form, extra in (("gguf", "gguf"), ("onnx", "onnx"), ("int8", "quantize"), ("nf4", "quantize")):
         with pytest.raises(FedgroveError, match=rf'--to {form} needs .*pip install "fedgrove\[{extra}\]"'):
             export(small.undisturbed(), form, tmp_path / form, Texts())
     assert not list(tmp_path.iterdir())
@@ -289,7 +289,7 @@ def test_the_card_tells_base_method_owners_metrics_privacy_and_use(small: Small,
     assert {f"perplexity/{r['dataset']['name']}": r["metrics"][0]["value"] for r in results} == {
         name: round(value, 3) for name, value in wanted.items()
     }
-    for word in (*CLIENTS, "wanda", "votes", "## Privacy", "could see what each owner sent", "## How to use it"):
+    for word in (*CLIENTS, "wanda", "fedspallm", "## Privacy", "could see what each owner sent", "## How to use it"):
         assert word in text
     assert str(small.folder) not in text
     card = ModelCard((export(run, "packed", tmp_path / "packed", Texts()) / "README.md").read_text())

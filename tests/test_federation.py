@@ -23,12 +23,12 @@ from cryptography import x509
 
 from federated import OPERATOR, Lines, Running, environment
 from fedgrove.errors import FedgroveError
-from fedgrove.federation import kits, node, operator
-from fedgrove.federation.doctor import shake_hands
-from fedgrove.federation.files import Allow
-from fedgrove.federation.site import credentials
-from fedgrove.job import load_federated
-from fedgrove.stages.export import export
+from fedgrove.deploy.flare import kits, node, operator
+from fedgrove.deploy.flare.doctor import shake_hands
+from fedgrove.deploy.flare.files import Allow
+from fedgrove.deploy.flare.site import credentials
+from fedgrove.job.load import load_federated
+from fedgrove.export import export
 from small import Small, cli, complaint, wait_until
 
 SECRET = "zanzibar-7413"
@@ -110,7 +110,7 @@ def test_a_kit_whose_process_number_is_taken_does_not_seem_to_run(federation: Ru
     """In a container the process that starts has the number of the one that ran before."""
     shutil.copytree(federation.sites["ash"] / "startup", tmp_path / "startup")
     code = (
-        "import os, sys; from pathlib import Path; from fedgrove.federation import node; kit = Path(sys.argv[1]);"
+        "import os, sys; from pathlib import Path; from fedgrove.deploy.flare import node; kit = Path(sys.argv[1]);"
         "(kit / node.PID).write_text(str(os.getpid())); assert node.running(kit) is None"
     )
     with environment():

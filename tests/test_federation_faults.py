@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installed")
 
-import fedgrove.pruners
+import fedgrove.stages.prune.pruners
 from federated import MODEL, Lines, Running, environment
 from fedgrove.errors import FedgroveError
-from fedgrove.federation import node, operator
+from fedgrove.deploy.flare import node, operator
 from small import ROOT, Small, make_model
 
 pytestmark = pytest.mark.federation
@@ -36,7 +36,7 @@ import os, signal, time
 from pathlib import Path
 import torch
 from fedgrove.errors import FedgroveError
-from fedgrove.pruners import wanda
+from fedgrove.stages.prune.pruners import wanda
 
 NEEDS = "squares"
 
@@ -80,7 +80,7 @@ LATE = 61  # seconds: one more than the job allows
 
 class Tamper(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "fedgrove.engine.flare":
+        if name != "fedgrove.engines.flare":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
@@ -117,8 +117,8 @@ sys.meta_path.insert(0, Tamper())
 """
 FAULTY = """
 import os
-import fedgrove.pruners
-fedgrove.pruners.__path__.append(os.path.dirname(__file__))
+import fedgrove.stages.prune.pruners
+fedgrove.stages.prune.pruners.__path__.append(os.path.dirname(__file__))
 """
 OLD = """
 import importlib.metadata
@@ -146,9 +146,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[s
         (folder / name / "sitecustomize.py").write_text(code)
         (folder / name / "faulty.py").write_text(PRUNER % {"secret": SECRET})
         found[name] = {"PYTHONPATH": os.pathsep.join([str(folder / name), str(ROOT / "src")])}
-    fedgrove.pruners.__path__.append(str(folder / "faulty"))
+    fedgrove.stages.prune.pruners.__path__.append(str(folder / "faulty"))
     yield found
-    fedgrove.pruners.__path__.remove(str(folder / "faulty"))
+    fedgrove.stages.prune.pruners.__path__.remove(str(folder / "faulty"))
 
 
 @pytest.fixture(scope="module")
@@ -343,8 +343,8 @@ def test_what_is_learnt_leaves_a_site_under_a_mask_with_noise_and_without_its_lo
     """Differential privacy of a whole client: a site that asks for noise agrees to a job with it, and to no other."""
     federation.describe("cedar", allow={"secure": True, "epsilon": 20.0})
     stage = {
-        "kind": "tune", "method": "lora", "rule": "frozen_a", "precision": "fixed", "rounds": 2, "steps": 1, "length": 16,
-        "batches": [2], "ranks": [2], "bits": [32], "protects": "client", "epsilon": 20.0, "delta": 1e-3,
+        "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "precision": "fixed", "rounds": 2, "steps": 1, "length": 16,
+        "batches": [2], "ranks": [2], "bits": [32], "dp_unit": "client", "epsilon": 20.0, "delta": 1e-3,
     }  # fmt: skip
     private = {"clients": FOUR, "privacy": {"secure_aggregation": True}, "evaluate": {}}
     assert "allow.epsilon" in str(federation.run("louder", stages=[{**stage, "epsilon": 30.0}], **private))

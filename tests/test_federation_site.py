@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-from fedgrove.client import HANDLERS, TEXTLESS
-from fedgrove.engine import faults
-from fedgrove.engine.faults import Refusal
+from fedgrove.client.handlers import HANDLERS, TEXTLESS
+from fedgrove.engines import error_codes as faults
+from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
-from fedgrove.federation import files
-from fedgrove.federation.doctor import clock
-from fedgrove.federation.files import Allow, Federation, SiteFile
-from fedgrove.federation.site import STAGES, answer, keeps_to, refused
-from fedgrove.job import load_federated
+from fedgrove.deploy.flare import files
+from fedgrove.deploy.flare.doctor import clock
+from fedgrove.deploy.flare.files import Allow, Federation, SiteFile
+from fedgrove.deploy.flare.site import STAGES, answer, keeps_to, refused
+from fedgrove.job.load import load_federated
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from small import Small, complaint, make_model
 
-PRUNE = {"kind": "prune", "pruner": "wanda", "rule": "votes", "samples": 16, "length": 512}
-SUMS = {**PRUNE, "rule": "statistics", "epsilon": 4.0}
-TUNE = {"kind": "tune", "method": "fedpipe", "rule": "ranks", "length": 512, "steps": 4}
+PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "samples": 16, "length": 512}
+SUMS = {**PRUNE, "aggregation": "pooled", "epsilon": 4.0}
+TUNE = {"kind": "tune", "method": "fedpipe", "aggregation": "flexlora", "length": 512, "steps": 4}
 
 
 def terms(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def terms(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
     [
         ({}, terms(PRUNE, TUNE), None),
         ({"stages": ("prune",)}, terms(PRUNE, TUNE), "allow.stages"),
-        ({"methods": ("wanda", "votes")}, terms(PRUNE), None),
-        ({"methods": ("wanda", "votes")}, terms(SUMS), "allow.methods"),
+        ({"methods": ("wanda", "fedspallm")}, terms(PRUNE), None),
+        ({"methods": ("wanda", "fedspallm")}, terms(SUMS), "allow.methods"),
         ({"group": 4}, terms(PRUNE), "allow.group"),
         ({"group": 3}, terms(PRUNE, clients=["ash", "ash", "ash"]), "allow.group"),
         ({"secure": True}, terms(PRUNE), "allow.secure"),
@@ -61,19 +61,19 @@ def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(
 @pytest.mark.parametrize(
     ("kind", "ask", "word"),
     [
-        ("prune", {"stage": 0, "pruner": "wanda", "rule": "votes", "length": 512, "samples": 16}, None),
-        ("prune", {"stage": 0, "pruner": "sparsegpt", "rule": "votes"}, "pruner"),
-        ("prune", {"stage": 0, "rule": "mean"}, "rule"),
+        ("prune", {"stage": 0, "pruner": "wanda", "aggregation": "fedspallm", "length": 512, "samples": 16}, None),
+        ("prune", {"stage": 0, "pruner": "sparsegpt", "aggregation": "fedspallm"}, "pruner"),
+        ("prune", {"stage": 0, "aggregation": "fedit"}, "aggregation"),
         ("prune", {"stage": 0, "length": 1024}, "length"),
         ("prune", {"stage": 1}, "kind"),
         ("prune", {"stage": 3}, "stage"),
         ("prune", {"stage": True}, "stage"),
         ("prune", {}, "stage"),
-        ("statistics", {"stage": 0}, "kind"),
-        ("statistics", {"stage": 2, "noise": {"epsilon": 4.0}, "products": []}, None),
-        ("statistics", {"stage": 2, "noise": {"epsilon": 4.1}, "products": []}, "epsilon"),
-        ("statistics", {"stage": 2, "noise": None, "products": []}, "epsilon"),
-        ("statistics", {"stage": 2, "noise": {"epsilon": 4.0}, "products": ["x"]}, "products"),
+        ("pooled", {"stage": 0}, "kind"),
+        ("pooled", {"stage": 2, "noise": {"epsilon": 4.0}, "products": []}, None),
+        ("pooled", {"stage": 2, "noise": {"epsilon": 4.1}, "products": []}, "epsilon"),
+        ("pooled", {"stage": 2, "noise": None, "products": []}, "epsilon"),
+        ("pooled", {"stage": 2, "noise": {"epsilon": 4.0}, "products": ["x"]}, "products"),
         ("train", {"stage": 1, "length": 512, "settings": {"steps": 4}}, None),
         ("train", {"stage": 1, "settings": {"steps": 5}}, "steps"),
         ("train", {"stage": 0}, "kind"),

@@ -9,15 +9,17 @@ import pytest
 from pydantic import ValidationError
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Client, Job, LayerSampling, load
-from fedgrove.masks import Target
+from fedgrove.job.load import load
+from fedgrove.job.tables import Client, Job
+from fedgrove.stages.prune.config import LayerSampling
+from fedgrove.stages.prune.masks import Target
 from small import Small
 
 
 def test_defaults_are_filled_in_and_the_written_job_is_the_same_job(small: Small, tmp_path: Path) -> None:
     job = load(small.job(stages__0__layers={"sample": 0.5}, evaluate__alone=False))
     assert job.seed == 0
-    assert job.stages[0].rule == "votes"
+    assert job.stages[0].aggregation == "fedspallm"
     assert job.stages[0].layers == LayerSampling(sample=0.5, cover=2)
     again = tmp_path / "elsewhere.toml"
     again.write_text(job.dumps())
@@ -95,7 +97,7 @@ def test_the_template_names_every_key_of_a_client_and_of_a_stage() -> None:
     template = (files("fedgrove") / "template.toml").read_text(encoding="utf-8")
     for key in Client.model_fields:
         assert f"{key} " in template or f"{key}=" in template, key
-    for key in ("sparsity", "pattern", "layers", "rounds", "shrink", "samples", "length", "pruner", "rule"):
+    for key in ("sparsity", "pattern", "layers", "rounds", "shrink", "samples", "length", "pruner", "aggregation"):
         assert key in template
     for table in ("[model]", "[[clients]]", "[[stages]]", "[evaluate]", "[rounds]"):
         assert table in template

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
-from fedgrove.pruners import sparsegpt
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
+from fedgrove.stages.prune.pruners import sparsegpt
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,9 +29,9 @@ def test_what_follows_holds_under_the_interpreter() -> None:
     assert done.stdout.startswith("s" + "." * (len(TARGETS) + 1)), done.stdout[-3000:]
 
 
-def made_up(num_out: int, num_in: int) -> tuple[torch.Tensor, Inputs]:
+def made_up(num_out: int, num_in: int) -> tuple[torch.Tensor, InputStatistics]:
     random = torch.Generator().manual_seed(num_in)
-    inputs = Inputs("gram")
+    inputs = InputStatistics("gram")
     size = torch.rand(num_in, generator=random) + 0.01
     blend = torch.randn(num_in // 4 + 1, num_in, generator=random)
     for _ in range(2):
@@ -42,12 +42,12 @@ def made_up(num_out: int, num_in: int) -> tuple[torch.Tensor, Inputs]:
 @here
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_the_kernel_does_what_the_loop_does(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedgrove import kernels
+    from fedgrove.stages.prune import kernels
 
     weight, inputs = made_up(9, 280)
     expected, expected_mask = sparsegpt.prune(weight.clone(), inputs, target)
     monkeypatch.setattr(sparsegpt, "_solver", lambda weight: kernels.columns)
-    there = Inputs("gram", inputs.tokens, inputs.gram.to(DEVICE))
+    there = InputStatistics("gram", inputs.tokens, inputs.gram.to(DEVICE))
     got, mask = (tensor.cpu() for tensor in sparsegpt.prune(weight.to(DEVICE, copy=True), there, target))
     assert int((~mask).sum()) == target.num_pruned(mask.numel())
     assert not got[~mask].any()
@@ -58,7 +58,7 @@ def test_the_kernel_does_what_the_loop_does(target: Target, monkeypatch: pytest.
 
 @here
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedgrove import kernels
+    from fedgrove.stages.prune import kernels
 
     assert kernels.usable(DEVICE)
 

@@ -13,10 +13,10 @@ from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
-from fedgrove.measures import Measured, bootstrap, interval, mean, resampled
-from fedgrove.measures.accuracy import accuracy
-from fedgrove.measures.generation import Written, compare, write
-from fedgrove.measures.harness import harness
+from fedgrove.evaluation.metrics import Measured, bootstrap, interval, mean, resampled
+from fedgrove.evaluation.metrics.accuracy import accuracy
+from fedgrove.evaluation.metrics.generation import Written, compare, write
+from fedgrove.evaluation.metrics.harness import harness
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.labels import score_labels
 from fedgrove.models.stream import Checkpoint

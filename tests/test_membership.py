@@ -13,9 +13,10 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.membership import advantage, bound
-from fedgrove.rules.adapters import Start
-from fedgrove.tuning import lora, private
-from fedgrove.tuning.factors import Factors, fill
+from fedgrove.stages.tune.aggregation import Start
+from fedgrove.stages.tune import lora
+from fedgrove.stages.tune.trainers import dp_sgd as private
+from fedgrove.stages.tune.factors import Factors, fill
 from small import Small
 
 WINDOWS, LENGTH, STEPS, BATCH, DELTA = 60, 12, 40, 12, 1e-3

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedgrove import server
-from fedgrove.engine.local import LocalEngine
-from fedgrove.job import Job
+from fedgrove import run as server
+from fedgrove.engines.local import LocalEngine
+from fedgrove.job.tables import Job
 from fedgrove.rounds import wire
 from small import LENGTH, SAMPLES, Moment, Small, alive, cli, complaint, free, make_model, one_line, process, result, wait_until
 
@@ -51,9 +51,9 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"stages__0__sparsity": None, "stages__0__pattern": "4:2"}, ("stages.0", "0 < N < M")),
         ({"stages__0__sparsity": None, "stages__0__pattern": "half"}, ("stages.0.pattern", "half")),
         ({"stages__0__pruner": "sparsegtp"}, ("stages.0.pruner", "magnitude, sparsegpt, wanda")),
-        ({"stages__0__rule": "vote"}, ("stages.0.rule", "masks, mean, statistics, votes")),
+        ({"stages__0__rule": "vote"}, ("stages.0.aggregation", "masks, mean, statistics, votes")),
         ({"stages__0__kind": "prun"}, ("stages.0.kind", "prune")),
-        ({"stages__0__shrink": 0.5, "stages__0__rule": "mean"}, ("stages.0", "shrink", "votes")),
+        ({"stages__0__shrink": 0.5, "stages__0__rule": "mean"}, ("stages.0", "shrink", "fedspallm")),
         ({"stages__0__sample": 3}, ("stages.0.sample", "no such key")),
         ({"stages__0__rounds": 0}, ("stages.0.rounds", "greater than or equal to 1")),
         (
@@ -281,8 +281,8 @@ def test_another_job_does_not_resume_a_run(small: Small) -> None:
 
 
 def test_two_processes_do_not_share_a_run_folder(small: Small, tmp_path: Path) -> None:
-    from fedgrove.job import load
-    from fedgrove.runs import Run
+    from fedgrove.job.load import load
+    from fedgrove.runfolder import Run
 
     job = small.job()
     first = Run(tmp_path / "run", load(job))

@@ -1,4 +1,4 @@
-"""The stage ``narrow``: whole channels and heads go, and what is left is a plain, smaller model."""
+"""The stage ``structured``: whole channels and heads go, and what is left is a plain, smaller model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedgrove import server
-from fedgrove.engine import Engine
+from fedgrove import run as server
+from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
-from fedgrove.job import load
+from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.experts import TYPES
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of
-from fedgrove.narrowing.gradients import group_products
+from fedgrove.stages.structured.gradients import group_products
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE
-from fedgrove.rules.groups import LARGEST, fisher, fixed_point, taylor
-from fedgrove.runs import Run
-from fedgrove.stages.narrow import cut_block
+from fedgrove.stages.structured.scores import LARGEST, fisher, fixed_point, taylor
+from fedgrove.runfolder import Run
+from fedgrove.stages.structured.stage import cut_block
 from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
 
-NARROW = {"kind": "narrow", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH}
+NARROW = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH}
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 3, "length": LENGTH, "batches": [4], "ranks": [4], "bits": [32],
     "learning_rate": 0.01,
@@ -50,7 +50,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def narrowing(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "narrowing.json").read_text())
+    found: dict[str, Any] = json.loads((run / "structured.json").read_text())
     return found
 
 
@@ -108,15 +108,15 @@ def test_the_narrow_model_computes_what_the_model_computes_without_its_groups(na
             stays = torch.zeros(getattr(before, kind), dtype=torch.bool).index_fill(0, kept[kind], True)
             matrix.view(len(matrix), len(stays), -1)[:, ~stays] = 0
     narrow = model.over(overlay, width=after)
-    narrow.write(tmp_path / "narrow")
-    smaller = plain(tmp_path / "narrow")
+    narrow.write(tmp_path / "structured")
+    smaller = plain(tmp_path / "structured")
     ids = some_ids()
     with torch.no_grad():
         assert torch.allclose(smaller(ids).logits, whole(ids).logits, atol=1e-4)
     assert width_of(smaller.config) == after
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
     assert parameters < sum(parameter.numel() for parameter in whole.parameters())
-    assert Checkpoint(tmp_path / "narrow").num_bytes() == narrow.num_bytes() < model.num_bytes()
+    assert Checkpoint(tmp_path / "structured").num_bytes() == narrow.num_bytes() < model.num_bytes()
 
 
 def test_a_llama_whose_heads_no_longer_divide_its_width_is_written_as_a_mistral(small: Small, tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_every_linear_that_reads_or_makes_a_group_is_named_by_its_family(tmp_pat
 
 def test_sums_depend_on_no_order_and_on_no_owner() -> None:
     products = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for rule in (fisher, taylor):
-        whole = fixed_point(rule.weigh(products), LARGEST)
-        parts = [fixed_point(rule.weigh(part), LARGEST) for part in products.flip(0).split([5, 1, 6])]
+    for aggregation in (fisher, taylor):
+        whole = fixed_point(aggregation.weigh(products), LARGEST)
+        parts = [fixed_point(aggregation.weigh(part), LARGEST) for part in products.flip(0).split([5, 1, 6])]
         assert torch.equal(whole, sum(parts[1:], parts[0]))
     assert torch.allclose(fisher.finish(whole), whole)
     assert (taylor.finish(whole) >= 0).all()
@@ -301,7 +301,7 @@ class Meddling:
 
     def ask(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
         for client, answer, error in self.engine.ask(kind, messages, timeout):
-            if kind != "narrow" or client != "birch" or answer is None:
+            if kind != "structured" or client != "birch" or answer is None:
                 yield client, answer, error
             elif self.does == "vanish":
                 yield client, None, "its process died (status -9)"
@@ -396,7 +396,7 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     card = (run / "model" / "README.md").read_text()
     assert "narrow by 25% of the channels and 50% of the heads" in card
     assert "exact zeros" not in card
-    sent = [line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("narrow", "up")]
+    sent = [line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("structured", "up")]
     assert max(sent) < 4000, "a number for each of 196 groups, and names"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedgrove.privacy import noise
-from fedgrove.rules.statistics import BITS, Statistic
+from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from small import Small, cli, complaint, lines
 from test_statistics import prune
 
@@ -52,7 +52,7 @@ def test_the_clients_share_the_noise_of_the_sum() -> None:
 
 
 def test_a_job_with_noise_says_what_it_promises(small: Small, tmp_path: Path) -> None:
-    spec = {f"stages__0__{key}": value for key, value in {**NOISY, "rule": "statistics"}.items()}
+    spec = {f"stages__0__{key}": value for key, value in {**NOISY, "aggregation": "pooled"}.items()}
     job = small.job("noisy", evaluate={}, privacy=SECURE, **spec)
     status, out, _ = cli("plan", job)
     assert status == 0
@@ -86,10 +86,10 @@ def test_little_noise_leaves_the_result_almost_as_it_was(small: Small, tmp_path:
         ({"privacy": {}}, "epsilon: noise protects the sum alone"),
         ({"stages__0__pruner": "sparsegpt"}, 'epsilon: there is noise for pruner "wanda"'),
         ({"stages__0__source": "sequential"}, 'epsilon: there is noise for pruner "wanda"'),
-        ({"stages__0__rule": "votes"}, "epsilon belong to rule"),
+        ({"stages__0__rule": "fedspallm"}, "epsilon belong to aggregation"),
         ({"stages__0__epsilon": 0.0}, "stages.0.epsilon"),
     ],
 )
 def test_no_promise_is_made_where_none_holds(small: Small, changes: dict[str, object], says: str) -> None:
-    spec = {"stages__0__rule": "statistics", "stages__0__epsilon": 1.0, "privacy": SECURE, "evaluate": {}, **changes}
+    spec = {"stages__0__rule": "pooled", "stages__0__epsilon": 1.0, "privacy": SECURE, "evaluate": {}, **changes}
     assert says in complaint("plan", small.job("refused", **spec))

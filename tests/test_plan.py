@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.plans import Card, draw_blocks, share_blocks
+from fedgrove.stages.prune.plan import Capabilities, draw_blocks, share_blocks
 
 
 def test_equal_clients_get_equal_shares() -> None:
@@ -73,4 +73,4 @@ def test_a_model_of_experts_that_nobody_has_tried_is_refused_by_name(tmp_path: P
 def test_a_card_with_impossible_numbers_is_refused() -> None:
     for lie in ({"speed": float("inf")}, {"sparsity": float("nan")}, {"memory": -1}, {"samples": 0}, {"secret": 1}):
         with pytest.raises(ValidationError):
-            Card(**lie)
+            Capabilities(**lie)

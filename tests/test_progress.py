@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedgrove.progress import Bar, Lines, Several, Watch
+from fedgrove.progress import Bar, Lines, Several, Listener
 from small import CLIENTS, Heard, Small, cli
 
 
@@ -22,7 +22,7 @@ class Clock:
         return self.now
 
 
-def busy(watch: Watch, clock: Clock) -> None:
+def busy(watch: Listener, clock: Clock) -> None:
     """Two blocks of four are done in ten seconds; of three clients of the third block one has answered, one is at work."""
     for block in range(3):
         watch.step(f"prune: block {block + 1} of 4", block, 4)
@@ -97,11 +97,11 @@ def test_a_bar_shows_the_same_on_a_terminal() -> None:
 
 
 def test_a_run_tells_its_steps_and_every_client_that_it_asks(small: Small, tmp_path: Path) -> None:
-    from fedgrove import server
-    from fedgrove.job import load
-    from fedgrove.runs import Run
+    from fedgrove import run as server
+    from fedgrove.job.load import load
+    from fedgrove.runfolder import Run
 
-    class Clients(Watch):
+    class Clients(Listener):
         asked_of: list[str]
 
         def asking(self, clients: object) -> None:
@@ -114,7 +114,7 @@ def test_a_run_tells_its_steps_and_every_client_that_it_asks(small: Small, tmp_p
         def answered(self, client: str, num_bytes: int) -> None:
             assert client == self.asked_of[-1], "one after the other, where there are no workers"
 
-    class Measured(Watch):
+    class Measured(Listener):
         names: list[str]
 
         def measured(self, line: object) -> None:

@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 import reference
-from fedgrove import plugins, pruners
+from fedgrove import plugins
+from fedgrove.stages.prune import pruners
 from fedgrove.data import calibration_windows
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.calibrate import gather
+from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.models.stream import Checkpoint
-from fedgrove.pruners import dsnot, magnitude, sparsegpt, wanda
+from fedgrove.stages.prune.pruners import dsnot, magnitude, sparsegpt, wanda
 
-PRUNERS = plugins.names("pruners")
+PRUNERS = plugins.names("stages.prune.pruners")
 TARGETS = [Target(0.5), Target(0.7), Target.of(None, (2, 4)), Target.of(None, (4, 8))]
 
 
 class Linear(NamedTuple):
     name: str
     weight: Tensor  # float32
-    inputs: Inputs
+    inputs: InputStatistics
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def linears(demo: Path, grove: Path) -> list[Linear]:
     return found
 
 
-def made_up(rows: int, columns: int, tokens: int, seed: int = 0, name: str = "sparsegpt") -> tuple[Tensor, Inputs]:
+def made_up(rows: int, columns: int, tokens: int, seed: int = 0, name: str = "sparsegpt") -> tuple[Tensor, InputStatistics]:
     """A random weight and statistics of random inputs of very different scale, as the pruner of that name wants them."""
     random = torch.Generator().manual_seed(seed)
     inputs = inputs_for(name)
@@ -54,11 +55,11 @@ def made_up(rows: int, columns: int, tokens: int, seed: int = 0, name: str = "sp
     return torch.randn(rows, columns, generator=random), inputs
 
 
-def inputs_for(name: str) -> Inputs:
-    return Inputs("moments" if plugins.load("pruners", name).NEEDS == "moments" else "gram")
+def inputs_for(name: str) -> InputStatistics:
+    return InputStatistics("moments" if plugins.load("stages.prune.pruners", name).NEEDS == "moments" else "gram")
 
 
-def loss(change: Tensor, inputs: Inputs) -> float:
+def loss(change: Tensor, inputs: InputStatistics) -> float:
     """The squared error of the outputs."""
     return float((change @ inputs.gram.float() * change).sum())
 
@@ -163,7 +164,7 @@ def test_the_tile_of_sparsegpt_changes_nothing(linears: list[Linear], target: Ta
 
 def test_sparsegpt_does_not_depend_on_the_scale_of_the_statistics(linears: list[Linear]) -> None:
     _, weight, inputs = linears[0]
-    scaled = Inputs("gram", inputs.tokens, inputs.gram * 1024)
+    scaled = InputStatistics("gram", inputs.tokens, inputs.gram * 1024)
     expected = sparsegpt.prune(weight.clone(), inputs, Target(0.6))
     got = sparsegpt.prune(weight.clone(), scaled, Target(0.6))
     assert torch.equal(got[1], expected[1])
@@ -175,7 +176,7 @@ def test_levelled_channels_are_the_published_algorithm_on_a_problem_of_one_size(
     weight, inputs = made_up(64, 200, 1000)
     powers = torch.exp2(torch.log2(inputs.squares.sqrt()).round())
     powers /= powers.max()
-    problem = Inputs("gram", inputs.tokens, inputs.gram / powers[:, None] / powers)
+    problem = InputStatistics("gram", inputs.tokens, inputs.gram / powers[:, None] / powers)
     expected, mask = sparsegpt.prune(weight * powers.float(), problem, target)
     got = pruners.prune("sparsegpt", weight.clone(), inputs, target, "each")
     assert torch.equal(got[0], expected / powers.float())
@@ -188,14 +189,14 @@ def test_with_damping_each_a_channel_of_another_size_changes_nothing_else() -> N
     """Where one input is a thousand times as large and its weights a thousandth, the outputs are the same."""
     weight, inputs = made_up(64, 96, 2000)
     sizes = torch.ones(96).index_fill(0, torch.tensor([3, 50]), 2.0**10)
-    scaled = Inputs("gram", inputs.tokens, inputs.gram * sizes[:, None] * sizes)
+    scaled = InputStatistics("gram", inputs.tokens, inputs.gram * sizes[:, None] * sizes)
     plain, plain_mask = pruners.prune("sparsegpt", weight.clone(), inputs, Target(0.6), "each")
     other, other_mask = pruners.prune("sparsegpt", weight / sizes, scaled, Target(0.6), "each")
     assert torch.equal(plain_mask, other_mask)
     torch.testing.assert_close(other * sizes, plain)
     assert not torch.equal(
-        pruners.prune("sparsegpt", weight / sizes, Inputs("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean")[1],
-        sparsegpt.prune(weight.clone(), Inputs("gram", inputs.tokens, inputs.gram), Target(0.6))[1],
+        pruners.prune("sparsegpt", weight / sizes, InputStatistics("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean")[1],
+        sparsegpt.prune(weight.clone(), InputStatistics("gram", inputs.tokens, inputs.gram), Target(0.6))[1],
     )
 
 
@@ -213,7 +214,7 @@ def test_sparsegpt_repairs_what_magnitude_breaks(linears: list[Linear]) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (37, 200), (64, 129), (3, 128), (129, 64)], ids=str)
 def test_exactly_as_many_weights_go_as_were_asked_for(name: str, sparsity: float, shape: tuple[int, int]) -> None:
     weight, inputs = made_up(*shape, tokens=64, name=name)
-    pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(sparsity))
+    pruned, mask = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, Target(sparsity))
     assert mask.dtype == torch.bool
     assert mask.shape == pruned.shape == weight.shape
     assert int((~mask).sum()) == int(sparsity * weight.numel() + 0.5)
@@ -229,7 +230,7 @@ def test_exactly_as_many_weights_go_as_were_asked_for(name: str, sparsity: float
 def test_a_pattern_keeps_n_of_every_m(name: str, pattern: tuple[int, int], groups: int) -> None:
     n, m = pattern
     weight, inputs = made_up(13, groups * m, tokens=64, name=name)
-    pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target.of(None, pattern))
+    pruned, mask = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, Target.of(None, pattern))
     assert (mask.view(13, groups, m).sum(2) == n).all()
     assert is_plus_zero(pruned[~mask])
     assert pruned[mask].all()
@@ -242,7 +243,7 @@ def test_ties_do_not_make_more_weights_go(name: str) -> None:
     inputs.add(torch.eye(96))
     weight = torch.where(torch.arange(24 * 96).view(24, 96) % 3 == 0, -1.0, 1.0)
     for sparsity in (0.3, 0.5, 0.9):
-        pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(sparsity))
+        pruned, mask = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, Target(sparsity))
         assert int((~mask).sum()) == int(sparsity * weight.numel() + 0.5)
         assert is_plus_zero(pruned[~mask])
 
@@ -256,10 +257,10 @@ def test_dead_inputs_lose_their_weights_first_and_the_count_holds(name: str, tar
     dead = torch.zeros(256, dtype=torch.bool)
     dead[torch.randperm(256, generator=random)[:100]] = True
     x[:, dead] = 0
-    inputs = Inputs("gram")
+    inputs = InputStatistics("gram")
     inputs.add(x)
     weight = torch.randn(32, 256, generator=random)
-    pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, target)
+    pruned, mask = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, target)
     assert int((~mask).sum()) == target.num_pruned(weight.numel())
     assert is_plus_zero(pruned[~mask])
     assert torch.isfinite(pruned).all()
@@ -292,7 +293,7 @@ def test_the_damping_rises_tenfold_until_the_matrix_can_be_factored() -> None:
     gram = one.clone()
     gram[0, 1] = gram[1, 0] = 1.05  # eigenvalue −0.05: damping 0.01 is too little, 0.1 is enough
     assert torch.linalg.cholesky_ex(gram + 0.01 * one).info > 0
-    lower = sparsegpt.reversed_factor(Inputs("gram", 1, gram))
+    lower = sparsegpt.reversed_factor(InputStatistics("gram", 1, gram))
     assert torch.equal(lower, lower.tril())
     assert torch.allclose((lower @ lower.T).flip(0, 1), gram + 0.1 * one, atol=1e-12)
 
@@ -302,7 +303,7 @@ def test_all_inputs_dead_still_gives_exact_counts() -> None:
     for name in PRUNERS:
         inputs = inputs_for(name)
         inputs.add(torch.zeros(7, 40))
-        pruned, mask = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.5))
+        pruned, mask = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, Target(0.5))
         assert int((~mask).sum()) == 160
         assert torch.equal(pruned, weight.masked_fill(~mask, 0.0))
 
@@ -314,20 +315,20 @@ def test_statistics_that_are_not_finite_are_refused(name: str, bad: float) -> No
     assert inputs.total is not None
     inputs.total[-1, 23] = bad
     with pytest.raises(ValueError, match="not finite"):
-        plugins.load("pruners", name).prune(weight, inputs, Target(0.5))
+        plugins.load("stages.prune.pruners", name).prune(weight, inputs, Target(0.5))
 
 
 def test_a_matrix_that_no_damping_helps_is_refused() -> None:
     gram = -torch.eye(4, dtype=torch.float64)
     with pytest.raises(ValueError, match="cannot be factored"):
-        sparsegpt.reversed_factor(Inputs("gram", 1, gram))
+        sparsegpt.reversed_factor(InputStatistics("gram", 1, gram))
 
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_the_same_numbers_come_out_every_time(name: str) -> None:
     weight, inputs = made_up(31, 160, tokens=200, name=name)
-    first = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.45))
-    second = plugins.load("pruners", name).prune(weight.clone(), inputs, Target(0.45))
+    first = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, Target(0.45))
+    second = plugins.load("stages.prune.pruners", name).prune(weight.clone(), inputs, Target(0.45))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
@@ -336,12 +337,12 @@ def test_statistics_of_clients_add_up_to_those_of_the_pooled_text() -> None:
     random = torch.Generator().manual_seed(1)
     windows = torch.randn(6, 32, 20, generator=random)
     for needs in ("gram", "squares", "moments"):
-        pooled = Inputs(needs)
-        clients = [Inputs(needs), Inputs(needs)]
+        pooled = InputStatistics(needs)
+        clients = [InputStatistics(needs), InputStatistics(needs)]
         for i, window in enumerate(windows):
             pooled.add(window[None])
             clients[i % 2].add(window)
-        together = Inputs(needs)
+        together = InputStatistics(needs)
         together.add(windows)
         assert torch.allclose(together.total, pooled.total, rtol=1e-6, atol=1e-4)
         total = clients[0].total + clients[1].total
@@ -357,7 +358,7 @@ def test_dsnot_mends_masks_as_it_was_written_down(target: Target) -> None:
     windows = (
         torch.randn(5, 32, 48, generator=random) * torch.rand(48, generator=random) + torch.randn(48, generator=random) / 2
     )
-    inputs = Inputs("moments")
+    inputs = InputStatistics("moments")
     for window in windows:
         inputs.add(window[None])
     begun = wanda.prune(weight.clone(), inputs, target)[1]
@@ -371,7 +372,7 @@ def test_dsnot_mends_masks_as_it_was_written_down(target: Target) -> None:
 
 
 def test_a_gram_matrix_is_not_made_up_by_a_pruner_that_did_not_ask_for_it() -> None:
-    inputs = Inputs("squares")
+    inputs = InputStatistics("squares")
     inputs.add(torch.ones(3, 4))
     with pytest.raises(AssertionError):
         _ = inputs.gram

@@ -107,7 +107,7 @@ def make_run(
         "seed": 0,
         "model": {"path": "/home/alice/models/tiny", "dtype": "auto"},
         "clients": [{"name": name, "data": [f"/home/alice/private/{i}.jsonl"]} for i, name in enumerate(clients)],
-        "stages": [{"kind": "prune", "pruner": "wanda", "rule": "votes", "sparsity": 0.5, "rounds": rounds}],
+        "stages": [{"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "rounds": rounds}],
         "evaluate": {"length": 64, "alone": alone, "data": [{"name": t, "path": "/home/alice/held.txt"} for t in texts]},
     }
     (folder / "job.toml").write_text(tomli_w.dumps(job), encoding="utf-8")
@@ -321,9 +321,9 @@ def test_several_rounds_and_stages_tell_whose_work_is_in_them(tmp_path: Path) ->
 def test_each_stage_says_what_left_its_owner(run: Path) -> None:
     job = tomllib.loads((run / "job.toml").read_text())
     job["stages"] = [
-        {"kind": "prune", "pruner": "sparsegpt", "rule": "statistics", "sparsity": 0.5},
-        {"kind": "prune", "pruner": "wanda", "rule": "masks", "sparsity": 0.7},
-        {"kind": "tune", "method": "lora", "rule": "ranks"},
+        {"kind": "prune", "pruner": "sparsegpt", "aggregation": "pooled", "sparsity": 0.5},
+        {"kind": "prune", "pruner": "wanda", "aggregation": "fedprllm", "sparsity": 0.7},
+        {"kind": "tune", "method": "lora", "aggregation": "flexlora"},
     ]
     (run / "job.toml").write_text(tomli_w.dumps(job))
     text = _page(run).text
@@ -566,22 +566,22 @@ def test_a_difference_is_as_sure_as_the_windows_say(run: Path) -> None:
 
 
 def test_what_one_owner_would_have_stands_beside_it(tmp_path: Path) -> None:
-    run, inner = make_run(tmp_path / "run"), make_run(tmp_path / "run" / "centralised", ["centralised"], ["ward", "law"])
+    run, inner = make_run(tmp_path / "run"), make_run(tmp_path / "run" / "centralized", ["centralized"], ["ward", "law"])
     _append(run / "metrics.jsonl", _metric(0, None, "", 0.5, name="accuracy/quiz"))
     _append(inner / "metrics.jsonl", _metric(0, None, "", 0.75, name="accuracy/quiz"))
     page, one = _page(run), read(inner)
     head, *rows = page.csv("perplexity")
-    assert [float(row[head.index("centralised")]) for row in rows[:2]] == [one.federated["ward"], one.federated["law"]]
+    assert [float(row[head.index("centralized")]) for row in rows[:2]] == [one.federated["ward"], one.federated["law"]]
     head, *rows = page.csv("differences")
-    assert float(rows[1][head.index("against centralised")]) == read(run).federated["law"] / one.federated["law"]
+    assert float(rows[1][head.index("against centralized")]) == read(run).federated["law"] / one.federated["law"]
     head, *rows = page.csv("measures")
-    assert rows[0][head.index("centralised")] == "0.75"
+    assert rows[0][head.index("centralized")] == "0.75"
     assert f"in one place, would have {geometric_mean(list(one.federated.values())):.1f}" in page.text
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(read(run)))
     assert f"{one.federated['ward']:.1f}" in console.export_text()
     shutil.rmtree(inner / "model")
-    assert "centralised" not in _page(run).csv("perplexity")[0], "it has not ended"
+    assert "centralized" not in _page(run).csv("perplexity")[0], "it has not ended"
 
 
 def test_nothing_is_said_of_owners_without_held_out_text(tmp_path: Path) -> None:

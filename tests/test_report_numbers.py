@@ -27,8 +27,8 @@ TABLES = {
 @pytest.fixture(scope="module")
 def run(small: Small) -> Path:
     """A federation that prunes and tunes, with what owners have alone and what one owner would have."""
-    tune = {"kind": "tune", "rounds": 2, "steps": 2, "length": 16, "batches": [1], "ranks": [2], "bits": [32], "measure": 1}
-    return small.undisturbed(stages=[small.spec()["stages"][0], tune], evaluate__centralised=True)
+    tune = {"kind": "tune", "rounds": 2, "steps": 2, "length": 16, "batches": [1], "ranks": [2], "bits": [32], "eval_every": 1}
+    return small.undisturbed(stages=[small.spec()["stages"][0], tune], evaluate__centralized=True)
 
 
 def leaves(value: Any) -> Iterator[float]:
@@ -124,7 +124,7 @@ def test_every_number_of_the_tables_is_in_the_run_folder(run: Path) -> None:
     ("file", "key", "tables"),
     [
         ("metrics.jsonl", "value", {"perplexity", "differences", "stage-1-rounds"}),
-        ("centralised/metrics.jsonl", "value", {"perplexity", "differences"}),
+        ("centralized/metrics.jsonl", "value", {"perplexity", "differences"}),
         ("ledger.jsonl", "bytes", {"bytes-by-client", "bytes-by-round", "stage-0-clients"}),
         ("pruning.json", "agreement", {"blocks", "matrices"}),
     ],

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedgrove.client import HANDLERS, Site
-from fedgrove.masks import Target, lowest
-from fedgrove.rounds.fold import Sums
-from fedgrove.rounds.trim import TrimmedSums
-from fedgrove.rules import Options, masks, votes
+from fedgrove.client.handlers import HANDLERS, LocalClient
+from fedgrove.stages.prune.masks import Target, lowest
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.rounds.aggregator.trimmed import TrimmedSum
+from fedgrove.stages.prune.aggregation import Options, fedprllm as masks, fedspallm as votes
 from small import Small, cli, complaint
 
 
-@pytest.mark.parametrize("rule", [votes, masks])
+@pytest.mark.parametrize("aggregation", [votes, masks])
 @pytest.mark.parametrize("lie", ["last", "opposite", "huge"])
-def test_one_poisoned_client_of_eight_moves_the_mask_by_its_vote_at_most(rule: object, lie: str) -> None:
+def test_one_poisoned_client_of_eight_moves_the_mask_by_its_vote_at_most(aggregation: object, lie: str) -> None:
     torch.manual_seed(0)
     target = Target(0.5)
     dense = torch.randn(64, 96)
@@ -31,11 +31,11 @@ def test_one_poisoned_client_of_eight_moves_the_mask_by_its_vote_at_most(rule: o
         "opposite": ~kept[0],
         "huge": kept[7],
     }[lie]
-    sums = Sums()
+    sums = WeightedSum()
     for mask in [*kept[:7], poisoned]:
         value = dense * mask * (1e6 if lie == "huge" and mask is poisoned else 1.0)
-        sums.add(value if rule is votes else None, mask)
-    _, result = rule.finish(dense, sums, target, Options())  # type: ignore[attr-defined]
+        sums.add(value if aggregation is votes else None, mask)
+    _, result = aggregation.finish(dense, sums, target, Options())  # type: ignore[attr-defined]
     assert int((~result).sum()) == target.num_pruned(dense.numel())
     # whatever it sent, no weight is kept over another that more than one honest vote speaks for
     assert honest[result].min() >= honest[~result].max() - 1  # type: ignore[index]
@@ -47,7 +47,7 @@ def test_a_trimmed_mean_is_that_of_the_sorted_values_without_the_outermost() -> 
     values[4] = torch.where(torch.rand(40, 30) > 0.5, 1e30, -1e30)  # a liar
     for trim in (1, 2):
         before = torch.randn(40, 30)
-        sums = TrimmedSums(trim=trim, before=before)
+        sums = TrimmedSum(trim=trim, before=before)
         for value, mask in zip(values, kept, strict=True):
             sums.add(value * mask, mask)
         found = sums.mean()
@@ -67,7 +67,7 @@ def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() 
     dense = torch.randn(64, 96)
     honest = [dense + 0.1 * torch.randn(64, 96) for _ in range(7)]
     mask = ~lowest([dense.abs()], target.num_pruned(dense.numel()))
-    sums, plain = TrimmedSums(trim=1, before=dense), Sums()
+    sums, plain = TrimmedSum(trim=1, before=dense), WeightedSum()
     for value in [*honest, 1000 * dense]:
         sums.add(value * mask, mask)
         plain.add(value * mask, mask)
@@ -80,7 +80,7 @@ def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages__0__rule": "mean"}, 'trim belongs to rule = "votes"'),
+        ({"stages__0__rule": "mean"}, 'trim belongs to aggregation = "fedspallm"'),
         ({"stages__0__trim": 2}, "set it to 1 at most"),
         ({"privacy__secure_aggregation": True, "evaluate__alone": False}, "nobody sees which values"),
     ],
@@ -92,7 +92,7 @@ def test_trimming_that_cannot_be_is_refused(small: Small, changes: dict[str, Any
 def test_a_job_trims_what_a_liar_sends(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = HANDLERS["prune"]
 
-    def poison(tensors: Any, info: Any, site: Site, device: str) -> Any:
+    def poison(tensors: Any, info: Any, site: LocalClient, device: str) -> Any:
         answer, told = honest(tensors, info, site, device)
         factor = 1000 if site.name == "birch" else 1
         return {name: factor * tensor if name.startswith("change/") else tensor for name, tensor in answer.items()}, told
@@ -112,16 +112,16 @@ def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(
 ) -> None:
     honest = HANDLERS["prune"]
 
-    def poison(tensors: Any, info: Any, site: Site, device: str) -> Any:
+    def poison(tensors: Any, info: Any, site: LocalClient, device: str) -> Any:
         answer, told = honest(tensors, info, site, device)
         factor = 100 if site.name == "birch" else 1
         return {name: factor * tensor if name.startswith("change/") else tensor for name, tensor in answer.items()}, told
 
     monkeypatch.setitem(HANDLERS, "prune", poison)
-    spec = {"evaluate": {}, "stages__0__bound": 4.0}
+    spec = {"evaluate": {}, "stages__0__max_weight_growth": 4.0}
     words = complaint("run", small.job("bound", **spec), "--out", tmp_path / "run")
     assert "client 'birch': its answer was refused" in words
-    assert "more than 4 times the largest weight before (bound)" in words
+    assert "more than 4 times the largest weight before (max_weight_growth)" in words
     left_out = small.job("bound", **spec, rounds={"quorum": 2})
     assert cli("run", left_out, "--out", tmp_path / "without", "--quiet")[0] == 0
     tensors = json.loads((tmp_path / "without" / "pruning.json").read_text())["tensors"]

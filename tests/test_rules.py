@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
-from fedgrove.pruners import magnitude
-from fedgrove.rounds import fold
-from fedgrove.rounds.fold import Sums
-from fedgrove.rules import Options
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
+from fedgrove.stages.prune.pruners import magnitude
+from fedgrove.rounds.aggregator import weighted_sum as fold
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.stages.prune.aggregation import Options
 
-RULES = ["votes", "mean", "masks"]
+RULES = ["fedspallm", "fedavg", "fedprllm"]
 PAPER = Options()
 TARGETS = [Target(0.5), Target(0.7), Target(0.3), Target.of(None, (2, 4)), Target.of(None, (4, 8))]
 
@@ -40,21 +40,21 @@ def make_clients(
     clients = []
     for i in range(num):
         own = dense + 0.3 * torch.randn(shape, generator=random)
-        weight, mask = magnitude.prune(own, Inputs("nothing"), target)
+        weight, mask = magnitude.prune(own, InputStatistics("nothing"), target)
         clients.append(Client(weight.to(dtype), mask, tokens=100 * (i + 1), scale=1.0))
     return dense.to(dtype), clients
 
 
-def add_up(rule: str, before: Tensor, clients: list[Client]) -> Sums:
-    sums = Sums()
+def add_up(aggregation: str, before: Tensor, clients: list[Client]) -> WeightedSum:
+    sums = WeightedSum()
     for client in clients:
-        change, weight = plugins.load("rules", rule).weigh(before, client.weight, client.mask, client.tokens)
+        change, weight = plugins.load("stages.prune.aggregation", aggregation).weigh(before, client.weight, client.mask, client.tokens)
         sums.add(change, weight, client.scale)
     return sums
 
 
-def finish(rule: str, before: Tensor, clients: list[Client], target: Target, options: Options = PAPER) -> tuple[Tensor, Tensor]:
-    weight, mask = plugins.load("rules", rule).finish(before, add_up(rule, before, clients), target, options)
+def finish(aggregation: str, before: Tensor, clients: list[Client], target: Target, options: Options = PAPER) -> tuple[Tensor, Tensor]:
+    weight, mask = plugins.load("stages.prune.aggregation", aggregation).finish(before, add_up(aggregation, before, clients), target, options)
     assert weight.dtype == before.dtype
     assert mask.dtype == torch.bool
     assert not weight[~mask].view(torch.uint8).any(), "a pruned weight is not +0.0"
@@ -97,7 +97,7 @@ def test_the_example_in_fold_is_true() -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_votes_is_fedspallm(target: Target, options: Options) -> None:
     before, clients = make_clients(5, target)
-    weight, mask = finish("votes", before, clients, target, options)
+    weight, mask = finish("fedspallm", before, clients, target, options)
     expected, expected_mask = fedspallm(clients, target, options)
     assert torch.equal(mask, expected_mask)
     assert torch.allclose(weight, expected, rtol=1e-6, atol=0)
@@ -108,7 +108,7 @@ def test_votes_weighs_clients_by_the_inverse_of_their_probability() -> None:
     before, clients = make_clients(4, target)
     for client, scale in zip(clients, (1.0, 1.0, 1.5, 6.0), strict=True):
         client.scale = scale
-    weight, mask = finish("votes", before, clients, target)
+    weight, mask = finish("fedspallm", before, clients, target)
     expected, expected_mask = fedspallm(clients, target)
     assert torch.equal(mask, expected_mask)
     assert torch.allclose(weight, expected, rtol=1e-6, atol=0)
@@ -124,7 +124,7 @@ def test_inverse_probabilities_make_up_for_clients_with_many_blocks() -> None:
     probability = [1.0, 0.5, 0.25]
     value, weight = torch.zeros_like(before), torch.zeros_like(before)
     for draw in itertools.product([True, False], repeat=3):
-        chance, sums = 1.0, Sums()
+        chance, sums = 1.0, WeightedSum()
         for client, asked, p in zip(clients, draw, probability, strict=True):
             chance *= p if asked else 1 - p
             if asked:
@@ -133,7 +133,7 @@ def test_inverse_probabilities_make_up_for_clients_with_many_blocks() -> None:
             assert sums.value is not None
             value += chance * sums.value
             weight += chance * sums.weight_like(before)
-    everybody = add_up("votes", before, clients)
+    everybody = add_up("fedspallm", before, clients)
     assert torch.allclose(value, everybody.value, rtol=1e-12)
     assert torch.allclose(weight, everybody.weight_like(before), rtol=1e-12)
 
@@ -145,7 +145,7 @@ def test_equal_masks_give_the_plain_mean(target: Target, dtype: torch.dtype) -> 
     for client in clients[1:]:
         client.weight = torch.where(clients[0].mask, client.weight + 1, 0).to(dtype)
         client.mask = clients[0].mask
-    weight, mask = finish("votes", before, clients, target)
+    weight, mask = finish("fedspallm", before, clients, target)
     assert torch.equal(mask, clients[0].mask)
     assert torch.equal(weight, torch.stack([client.weight.double() for client in clients]).mean(0).to(dtype))
 
@@ -156,11 +156,11 @@ def test_equal_masks_give_the_plain_mean(target: Target, dtype: torch.dtype) -> 
 def test_one_client_alone_gets_what_it_pruned_bit_for_bit(target: Target, scale: float, dtype: torch.dtype) -> None:
     before, (client,) = make_clients(1, target, dtype)
     client.scale = scale
-    for rule in ("votes", "mean"):
-        weight, mask = finish(rule, before, [client], target, Options(shrink=0.5 if rule == "votes" else 0.0))
-        assert torch.equal(weight.view(torch.uint8), client.weight.view(torch.uint8)), rule
-        assert torch.equal(mask, client.mask), rule
-    weight, mask = finish("masks", before, [client], target)
+    for aggregation in ("fedspallm", "fedavg"):
+        weight, mask = finish(aggregation, before, [client], target, Options(shrink=0.5 if aggregation == "fedspallm" else 0.0))
+        assert torch.equal(weight.view(torch.uint8), client.weight.view(torch.uint8)), aggregation
+        assert torch.equal(mask, client.mask), aggregation
+    weight, mask = finish("fedprllm", before, [client], target)
     assert torch.equal(mask, client.mask)
     assert torch.equal(weight, before.masked_fill(~mask, 0.0))
 
@@ -169,53 +169,53 @@ def test_one_client_alone_gets_what_it_pruned_bit_for_bit(target: Target, scale:
 def test_the_zeros_are_those_with_the_fewest_votes(target: Target) -> None:
     before, clients = make_clients(7, target)
     votes = sum(client.mask.int() for client in clients)
-    for rule in ("votes", "masks"):
-        mask = finish(rule, before, clients, target)[1]
+    for aggregation in ("fedspallm", "fedprllm"):
+        mask = finish(aggregation, before, clients, target)[1]
         assert int((~mask).sum()) == target.num_pruned(mask.numel())
         width = target.pattern[1] if target.pattern else mask.numel()
         for kept, vote in zip(mask.view(-1, width), votes.view(-1, width), strict=True):
             assert vote[~kept].max() <= vote[kept].min()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("aggregation", RULES)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_a_target_is_met_exactly(rule: str, target: Target) -> None:
+def test_a_target_is_met_exactly(aggregation: str, target: Target) -> None:
     for shape in ((3, 8), (16, 72)):
         before, clients = make_clients(3, target, shape=shape)
-        mask = finish(rule, before, clients, target)[1]
+        mask = finish(aggregation, before, clients, target)[1]
         assert int((~mask).sum()) == target.num_pruned(mask.numel())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("aggregation", RULES)
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 4), (3, 4)], ids=str)
-def test_a_pattern_stays_a_pattern(rule: str, pattern: tuple[int, int]) -> None:
+def test_a_pattern_stays_a_pattern(aggregation: str, pattern: tuple[int, int]) -> None:
     n, m = pattern
     target = Target.of(None, pattern)
     before, clients = make_clients(5, target)
-    weight, mask = finish(rule, before, clients, target)
+    weight, mask = finish(aggregation, before, clients, target)
     assert (mask.view(-1, m).sum(1) == n).all()
     assert ((weight != 0).view(-1, m).sum(1) <= n).all()
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_the_order_of_the_clients_changes_no_bit(rule: str) -> None:
+@pytest.mark.parametrize("aggregation", RULES)
+def test_the_order_of_the_clients_changes_no_bit(aggregation: str) -> None:
     """Rounds add by name; here even the order of the sum changes, and float64 hides it."""
     target = Target(0.5)
     before, clients = make_clients(4, target)
-    weight, mask = finish(rule, before, clients, target)
+    weight, mask = finish(aggregation, before, clients, target)
     for order in itertools.permutations(clients):
-        again, mask_again = finish(rule, before, list(order), target)
+        again, mask_again = finish(aggregation, before, list(order), target)
         assert torch.equal(mask, mask_again)
         assert torch.equal(weight, again)
 
 
 @pytest.mark.parametrize("poison", ["huge", "inverted", "all in one corner"])
-@pytest.mark.parametrize("rule", ["votes", "masks"])
-def test_one_poisoned_client_of_eight_moves_no_position_by_more_than_its_vote(rule: str, poison: str) -> None:
+@pytest.mark.parametrize("aggregation", ["fedspallm", "fedprllm"])
+def test_one_poisoned_client_of_eight_moves_no_position_by_more_than_its_vote(aggregation: str, poison: str) -> None:
     target = Target(0.5)
     before, clients = make_clients(8, target)
     honest_votes = sum(client.mask.int() for client in clients)
-    mask = finish(rule, before, clients, target)[1]
+    mask = finish(aggregation, before, clients, target)[1]
     bad = clients[3]
     if poison == "huge":
         bad.weight = bad.weight * 1e30
@@ -225,7 +225,7 @@ def test_one_poisoned_client_of_eight_moves_no_position_by_more_than_its_vote(ru
     else:
         bad.mask = (torch.arange(before.numel()) < before.numel() // 2).view_as(before)
         bad.weight = torch.where(bad.mask, -1e6, 0.0)
-    poisoned_mask = finish(rule, before, clients, target)[1]
+    poisoned_mask = finish(aggregation, before, clients, target)[1]
     votes = sum(client.mask.int() for client in clients)
     assert (votes - honest_votes).abs().max() <= 1
     # whoever wanted all of a position's votes, or none, gets it whatever one client says: the line lies in between
@@ -239,13 +239,13 @@ def test_one_poisoned_client_of_eight_moves_no_position_by_more_than_its_vote(ru
 def test_mean_is_the_mean_by_tokens_zeros_counted() -> None:
     target = Target(0.5)
     before, clients = make_clients(4, target)
-    weight, mask = finish("mean", before, clients, target)
+    weight, mask = finish("fedavg", before, clients, target)
     total = sum(client.tokens for client in clients)
     expected = sum(client.weight.double() * client.tokens for client in clients) / total
     threshold = expected.abs().flatten().kthvalue(target.num_pruned(mask.numel())).values
     assert torch.equal(mask, expected.abs() > threshold)
     assert torch.allclose(weight, torch.where(mask, expected, 0.0).float(), rtol=1e-6)
-    dense = finish("mean", before, clients, target, Options(expand=False))
+    dense = finish("fedavg", before, clients, target, Options(expand=False))
     assert torch.equal(dense[1], torch.stack([client.mask for client in clients]).any(0))
     assert torch.allclose(dense[0], expected.float(), rtol=1e-6)
 
@@ -253,7 +253,7 @@ def test_mean_is_the_mean_by_tokens_zeros_counted() -> None:
 def test_masks_is_fedprllm_the_values_are_those_of_before() -> None:
     target = Target(0.5)
     before, clients = make_clients(6, target)
-    weight, mask = finish("masks", before, clients, target)
+    weight, mask = finish("fedprllm", before, clients, target)
     votes = sum(client.mask.int() for client in clients).flatten().tolist()
     values = before.abs().flatten().tolist()
     order = sorted(range(before.numel()), key=lambda j: (votes[j], values[j], j))
@@ -266,16 +266,16 @@ def test_masks_is_fedprllm_the_values_are_those_of_before() -> None:
 def test_masks_counts_more_clients_than_a_byte_holds() -> None:
     """The published code counts in int8 and wraps at 128."""
     before = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
-    sums = Sums()
+    sums = WeightedSum()
     for _ in range(300):
         sums.add(None, torch.tensor([[False, True, True, False]]))
-    mask = plugins.load("rules", "masks").finish(before, sums, Target(0.5), Options())[1]
+    mask = plugins.load("stages.prune.aggregation", "fedprllm").finish(before, sums, Target(0.5), Options())[1]
     assert mask.tolist() == [[False, True, True, False]]
 
 
 def test_without_expansion_only_what_nobody_kept_is_zero() -> None:
     before, clients = make_clients(4, Target(0.6))
-    mask = finish("votes", before, clients, Target(0.6), Options(expand=False))[1]
+    mask = finish("fedspallm", before, clients, Target(0.6), Options(expand=False))[1]
     assert torch.equal(mask, torch.stack([client.mask for client in clients]).any(0))
     assert int((~mask).sum()) < Target(0.6).num_pruned(mask.numel())
 
@@ -283,27 +283,27 @@ def test_without_expansion_only_what_nobody_kept_is_zero() -> None:
 def test_clients_that_prune_more_than_the_target_are_believed_and_those_that_prune_less_are_expanded() -> None:
     _, sparse = make_clients(2, Target(0.8))
     before, mixed = make_clients(2, Target(0.3))
-    assert int((~finish("votes", before, mixed, Target(0.5))[1]).sum()) == 240
+    assert int((~finish("fedspallm", before, mixed, Target(0.5))[1]).sum()) == 240
     agreed = torch.stack([client.mask for client in sparse]).any(0)
-    assert torch.equal(finish("votes", before, sparse, Target(0.5))[1], agreed)
+    assert torch.equal(finish("fedspallm", before, sparse, Target(0.5))[1], agreed)
 
 
 def test_shrink_pulls_what_few_kept_towards_zero() -> None:
     target = Target(0.5)
     before, clients = make_clients(4, target)
-    plain, mask = finish("votes", before, clients, target)
+    plain, mask = finish("fedspallm", before, clients, target)
     share = sum(client.mask.double() for client in clients) / 4
     for gamma in (0.5, 1.0):
-        weight, same_mask = finish("votes", before, clients, target, Options(shrink=gamma))
+        weight, same_mask = finish("fedspallm", before, clients, target, Options(shrink=gamma))
         assert torch.equal(mask, same_mask)
         assert torch.allclose(weight, (plain.double() * share**gamma).float(), rtol=1e-6)
     tokens_alike = [Client(client.weight, client.mask) for client in clients]
-    by_mean = finish("mean", before, tokens_alike, target, Options(expand=False))[0]
+    by_mean = finish("fedavg", before, tokens_alike, target, Options(expand=False))[0]
     assert torch.allclose(weight[mask], by_mean[mask], rtol=1e-6)  # γ = 1 is plain averaging's value
 
 
 def test_sums_hold_one_tensor_whatever_the_number_of_clients() -> None:
-    sums = Sums()
+    sums = WeightedSum()
     for i in range(50):
         sums.add(torch.full((4, 4), float(i)), torch.ones(4, 4, dtype=torch.bool), 2.0)
     assert sums.value is not None
@@ -313,7 +313,7 @@ def test_sums_hold_one_tensor_whatever_the_number_of_clients() -> None:
 
 
 def test_sums_keep_what_float32_would_lose() -> None:
-    sums = Sums()
+    sums = WeightedSum()
     for value in (1e8, 1.0, -1e8):
         sums.add(torch.tensor([value]), 1.0)
     assert sums.value is not None
@@ -324,5 +324,5 @@ def test_shrink_measures_against_all_clients_even_where_none_agree() -> None:
     before = torch.ones(1, 2)
     clients = [Client(torch.tensor([[4.0, 0.0]]), torch.tensor([[True, False]]), scale=3.0)]
     clients.append(Client(torch.tensor([[0.0, 8.0]]), torch.tensor([[False, True]])))
-    weight = finish("votes", before, clients, Target(0.0), Options(shrink=1.0))[0]
+    weight = finish("fedspallm", before, clients, Target(0.0), Options(shrink=1.0))[0]
     assert weight.tolist() == [[3.0, 2.0]]  # 4 by 3 votes of 4, 8 by 1 vote of 4

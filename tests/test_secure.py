@@ -15,15 +15,15 @@ import pytest
 import shamirs
 import torch
 
-from fedgrove import server
-from fedgrove.client import HANDLERS, Site, serve
-from fedgrove.engine.local import LocalEngine
+from fedgrove import run as server
+from fedgrove.client.handlers import HANDLERS, LocalClient, serve
+from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
-from fedgrove.job import load
+from fedgrove.job.load import load
 from fedgrove.privacy import secure
-from fedgrove.privacy.secure import Credentials, Memory, Opening, SecureError, Session, as_rings, new_session
+from fedgrove.privacy.secure import Credentials, SessionStore, Opening, SecureError, Session, as_rings, new_session
 from fedgrove.rounds import wire
-from fedgrove.rules import statistics
+from fedgrove.stages.prune.aggregation import pooled as statistics
 from small import LENGTH, Small, complaint
 from test_statistics import hashes, prune
 
@@ -35,8 +35,8 @@ class Federation:
 
     def __init__(self, folder: Path, number: int):
         self.names = [f"c{i:03d}" for i in range(number)]
-        self.credentials = secure.make_credentials(self.names, smallest=2)
-        self.memory = {name: Memory(folder / name) for name in self.names}
+        self.credentials = secure.make_credentials(self.names, min_group=2)
+        self.memory = {name: SessionStore(folder / name) for name in self.names}
         self.session = new_session(self.names)
 
     def keys(self, names: Sequence[str]) -> dict[str, Any]:
@@ -293,7 +293,7 @@ def test_forged_keys_are_refused(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 3)
     adverts = federation.keys(federation.names)
     mallory = secure.make_credentials(federation.names)
-    own = secure.keys(federation.session, "c001", replace(mallory["c001"], smallest=2), Memory(tmp_path / "mallory"))
+    own = secure.keys(federation.session, "c001", replace(mallory["c001"], min_group=2), SessionStore(tmp_path / "mallory"))
     with pytest.raises(SecureError, match="'c001' are not signed by it"):
         federation.share("c000", {**adverts, "c001": own})
     changed = {**adverts["c001"], "mask": adverts["c002"]["mask"]}
@@ -369,7 +369,7 @@ def test_whoever_is_not_on_the_signed_roster_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SecureError, match="not signed by the operator"):
         secure.keys(new_session([*federation.names, "zed"]), "c000", replace(mine, roster=forged), memory)
     with pytest.raises(SecureError, match="it takes 3 or more"):
-        secure.keys(new_session(["c000", "c001"]), "c000", replace(mine, smallest=3), memory)
+        secure.keys(new_session(["c000", "c001"]), "c000", replace(mine, min_group=3), memory)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_a_job_gives_the_same_bits_with_and_without(
     plain = prune(small, tmp_path / "plain", texts, pruner=pruner)
     hidden = prune(small, tmp_path / "hidden", texts, Engine, privacy={"secure_aggregation": True}, pruner=pruner)
     assert hashes(hidden) == hashes(plain)
-    answers = [wire.unpack(message)[0] for _, kind, message in Engine.seen if kind == "statistics"]
+    answers = [wire.unpack(message)[0] for _, kind, message in Engine.seen if kind == "pooled"]
     assert len(answers) == 2 * len(OWNERS)
     for tensors in answers:
         joined = np.concatenate(as_rings(tensors))
@@ -438,11 +438,11 @@ def test_a_job_gives_the_same_bits_with_and_without(
         assert not (joined >> np.uint64(bits)).any()
 
 
-@pytest.mark.parametrize("rule", ["votes", "masks"])
+@pytest.mark.parametrize("aggregation", ["fedspallm", "fedprllm"])
 def test_pruned_weights_and_votes_give_the_same_bits_with_and_without(
-    small: Small, texts: dict[str, list[str]], tmp_path: Path, rule: str
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, aggregation: str
 ) -> None:
-    stage = {"pruner": "sparsegpt", "rule": rule, "rounds": 2}
+    stage = {"pruner": "sparsegpt", "aggregation": aggregation, "rounds": 2}
     plain = prune(small, tmp_path / "plain", texts, **stage)
     assert plain == prune(small, tmp_path / "hidden", texts, privacy={"secure_aggregation": True}, **stage)
 
@@ -453,7 +453,7 @@ def test_votes_and_values_that_do_not_add_up_are_refused(
 ) -> None:
     honest = HANDLERS["prune"]
 
-    def poison(tensors: Any, info: Any, site: Site, device: str) -> Any:
+    def poison(tensors: Any, info: Any, site: LocalClient, device: str) -> Any:
         answer, told = honest(tensors, info, site, device)
         if site.name == "cedar":  # it votes for everything, or sends the largest number that the ring holds
             lie = 1 if part == "weight/" else 2**46
@@ -464,10 +464,10 @@ def test_votes_and_values_that_do_not_add_up_are_refused(
 
     monkeypatch.setitem(HANDLERS, "prune", poison)
     with pytest.raises(FedgroveError, match="other votes or values than can be"):
-        prune(small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, rule="votes", pruner="wanda")
+        prune(small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, aggregation="fedspallm", pruner="wanda")
 
 
-@pytest.mark.parametrize("kind", ["secure-keys", "secure-shares", "statistics", "secure-check", "secure-open"])
+@pytest.mark.parametrize("kind", ["secure-keys", "secure-shares", "pooled", "secure-check", "secure-open"])
 def test_a_job_goes_on_when_a_client_drops_in_any_ask(
     small: Small, texts: dict[str, list[str]], tmp_path: Path, kind: str
 ) -> None:
@@ -476,17 +476,17 @@ def test_a_job_goes_on_when_a_client_drops_in_any_ask(
         silent = frozenset({("cedar", kind)})
 
     hidden = prune(small, tmp_path / "hidden", texts, Engine, privacy={"secure_aggregation": True}, pruner="wanda")
-    early = kind in ("secure-keys", "secure-shares", "statistics")
+    early = kind in ("secure-keys", "secure-shares", "pooled")
     rest = {name: text for name, text in texts.items() if not early or name != "cedar"}
     assert hashes(hidden) == hashes(prune(small, tmp_path / "rest", rest, pruner="wanda"))
     assert all(row[2] == sorted(rest) for row in hidden.values())
 
 
 def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp_path: Path) -> None:
-    job = load(small.job("open", stages__0__rule="statistics", evaluate={}, privacy={"secure_aggregation": True}))
+    job = load(small.job("open", stages__0__rule="pooled", evaluate={}, privacy={"secure_aggregation": True}))
     site = server.local_engine(job, tmp_path)._sites["ash"]
     assert isinstance(site.credentials, Credentials)
-    for kind in ("prune", "statistics", "evaluate"):
+    for kind in ("prune", "pooled", "evaluate"):
         with pytest.raises(Exception, match="only under secure aggregation"):
             serve(kind, wire.pack({}, {}), site, "cpu")
 
@@ -494,12 +494,12 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages__0__rule": "mean"}, 'rule "mean": use'),
+        ({"stages__0__rule": "mean"}, 'aggregation "fedavg": use'),
         ({"evaluate__alone": True}, "evaluate.alone: under secure"),
-        ({"privacy__smallest": 4}, "privacy.smallest: 4 clients"),
+        ({"privacy__min_group": 4}, "privacy.min_group: 4 clients"),
         ({"stages__0__layers": {"sample": 0.5}}, "every client is in every sum"),
     ],
 )
 def test_jobs_that_secure_aggregation_cannot_do_are_refused(small: Small, changes: dict[str, Any], says: str) -> None:
-    spec = {"stages__0__rule": "statistics", "privacy__secure_aggregation": True, "evaluate": {}, **changes}
+    spec = {"stages__0__rule": "pooled", "privacy__secure_aggregation": True, "evaluate": {}, **changes}
     assert says in complaint("plan", small.job("refused", **spec))

@@ -1,4 +1,4 @@
-"""The rule ``statistics``: several owners get, bit for bit, the model that one owner of all their text would get."""
+"""The aggregation ``pooled``: several owners get, bit for bit, the model that one owner of all their text would get."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fedgrove import server
-from fedgrove.engine.local import LocalEngine
-from fedgrove.inputs import Inputs
-from fedgrove.job import load
+from fedgrove import run as server
+from fedgrove.engines.local import LocalEngine
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.job.load import load
 from fedgrove.models.blocks import find_blocks
-from fedgrove.models.calibrate import watching
+from fedgrove.stages.prune.calibration_pass import watching
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WireError
-from fedgrove.rules import statistics
-from fedgrove.rules.statistics import Statistic
-from fedgrove.runs import Run
+from fedgrove.stages.prune.aggregation import pooled as statistics
+from fedgrove.stages.prune.aggregation.pooled import Statistic
+from fedgrove.runfolder import Run
 from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
 SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner
@@ -63,7 +63,7 @@ def prune(
         file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
         clients.append({"name": name, "data": str(file), "samples": len(records)})
     rounds = {"quorum": 1} if engine is not LocalEngine else {}
-    stage = {"rule": "statistics", "samples": 9, **stage}
+    stage = {"aggregation": "pooled", "samples": 9, **stage}
     changes = {f"stages__0__{key}": value for key, value in stage.items()}
     job = small.job(
         folder.name,
@@ -110,7 +110,7 @@ class Birchless(LocalEngine):
         self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
         for client, answer, error in super().ask(kind, messages, timeout):
-            yield (client, None, "gone") if client == "birch" and kind == "statistics" else (client, answer, error)
+            yield (client, None, "gone") if client == "birch" and kind == "pooled" else (client, answer, error)
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
@@ -153,13 +153,13 @@ def test_a_protected_first_block_is_asked_of_nobody(small: Small, owners: dict[s
         assert clients == ([] if ".0." in name else sorted(SHARES))
         assert pruned > 0
     ledger = lines(tmp_path / "protected" / "run" / "ledger.jsonl")
-    assert sum(line["kind"] == "statistics" and line["direction"] == "up" for line in ledger) == len(SHARES)
+    assert sum(line["kind"] == "pooled" and line["direction"] == "up" for line in ledger) == len(SHARES)
 
 
 def test_fixed_point_agrees_with_floating_point() -> None:
     torch.manual_seed(0)
     sizes = torch.logspace(-1.5, 1, 96)
-    probe = Inputs("squares")
+    probe = InputStatistics("squares")
     probe.add(torch.randn(50, 96) * sizes)
     x = torch.randn(4, 40, 96) * sizes
     statistic = Statistic("a", statistics.scale_of(probe), products=True)
@@ -209,7 +209,7 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
             self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
         ) -> Iterator[tuple[str, bytes | None, str | None]]:
             for client, answer, error in super().ask(kind, messages, timeout):
-                if client == "cedar" and kind == "statistics" and answer is not None:
+                if client == "cedar" and kind == "pooled" and answer is not None:
                     tensors, info = wire.unpack(answer)
                     answer = wire.pack(tensors, {**info, "tokens": 10 * info["tokens"]})
                 yield client, answer, error
@@ -223,20 +223,20 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
     ("changes", "says"),
     [
         ({"stages__0__pruner": "magnitude"}, "needs nothing to be summed"),
-        ({"stages__0__rounds": 2}, "rounds: rule"),
+        ({"stages__0__rounds": 2}, "rounds: aggregation"),
         ({"stages__0__mixed": True}, "mixed: pruner"),
         ({"stages__0__damping": "each"}, "damping: pruner"),
-        ({"clients__0__sparsity": 0.6}, "clients.sparsity: with rule"),
-        ({"stages__0__rule": "votes", "stages__0__source": "dense", "stages__0__rounds": 2}, "a second round"),
+        ({"clients__0__sparsity": 0.6}, "clients.sparsity: with aggregation"),
+        ({"stages__0__rule": "fedspallm", "stages__0__source": "dense", "stages__0__rounds": 2}, "a second round"),
     ],
 )
 def test_what_does_not_go_together_is_refused(small: Small, changes: dict[str, object], says: str) -> None:
-    spec = {"stages__0__rule": "statistics", **changes}
+    spec = {"stages__0__rule": "pooled", **changes}
     assert says in complaint("plan", small.job("refused", **spec))
 
 
 def test_the_plan_shows_the_bytes_of_each_choice_and_what_leaks(small: Small) -> None:
-    job = small.job("choices", stages__0__rule="statistics")
+    job = small.job("choices", stages__0__rule="pooled")
     status, out, _ = cli("plan", job)
     assert status == 0
     for words in ("wanda", "sparsegpt, mixed", "protect_first_block"):
@@ -256,7 +256,7 @@ def test_the_plan_shows_the_bytes_of_each_choice_and_what_leaks(small: Small) ->
     sent = sum(
         row["bytes"]
         for row in lines(run / "ledger.jsonl")
-        if row["client"] == "ash" and row["kind"] == "statistics" and row["direction"] == "up"
+        if row["client"] == "ash" and row["kind"] == "pooled" and row["direction"] == "up"
     )
     assert sent == pytest.approx(choices["wanda"], rel=0.4)  # little data: names and headers are a good part of it
 
@@ -271,7 +271,7 @@ def test_wanda_takes_a_thousandth_of_a_160m_llama() -> None:
     assert 150e6 < dense / 2 < 170e6
     block = find_blocks(model)[1][0]
     sums = {}
-    with watching(block, lambda name: Inputs("nothing")) as inputs, init_empty_weights():
+    with watching(block, lambda name: InputStatistics("nothing")) as inputs, init_empty_weights():
         hidden = torch.empty(1, 4, 768, device="meta")
         block(hidden, position_embeddings=(hidden[..., :64], hidden[..., :64]))
     torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_wanda_takes_a_thousandth_of_a_160m_llama() -> None:
 @pytest.mark.parametrize("source", ["dense", "sequential"])
 @pytest.mark.parametrize("secure", [False, True])
 def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, source: str, secure: bool) -> None:
-    changes = {"rule": "statistics", "pruner": "sparsegpt", "source": source}
+    changes = {"aggregation": "pooled", "pruner": "sparsegpt", "source": source}
     job = small.job(
         f"killed-{source}-{secure}",
         evaluate={},
@@ -303,7 +303,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, sou
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_the_report_says_what_was_sent_and_who_could_see_it(small: Small, tmp_path: Path, secure: bool) -> None:
-    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__rule="statistics")
+    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__rule="pooled")
     assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Every client sent sums of all 2 blocks" in page

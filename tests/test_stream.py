@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import packed as packing
 from fedgrove.exports.packed import FILES, LAYOUT
-from fedgrove.masks import Target
+from fedgrove.stages.prune.masks import Target
 from fedgrove.models import stream
 from fedgrove.models.stream import INDEX, Checkpoint, find_model, save_tensors, write_safetensors
-from fedgrove.pruners import magnitude
-from fedgrove.stages.export import export, folder_bytes
+from fedgrove.stages.prune.pruners import magnitude
+from fedgrove.export import export, folder_bytes
 
 SHARD = "model-00002-of-"
 

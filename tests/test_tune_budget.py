@@ -15,32 +15,32 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedgrove.client import Site, other_devices
+from fedgrove.client.handlers import LocalClient, other_devices
 from fedgrove.errors import FedgroveError
-from fedgrove.job import TuneStage
-from fedgrove.plans import Card
-from fedgrove.tuning import budget
-from fedgrove.tuning.budget import Budget, Choice, Grid, Infeasible, Sizes
-from fedgrove.tuning.importance import BETA, Smoothed, importance, shares, triplet_scores
-from fedgrove.tuning.lora import Settings
-from fedgrove.tuning.plan import even, make_tune_plan
-from fedgrove.tuning.search import Found, search
+from fedgrove.stages.tune.config import Config as TuneStage
+from fedgrove.stages.prune.plan import Capabilities
+from fedgrove.stages.tune import cost as budget
+from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace, Infeasible, ModelCost
+from fedgrove.stages.tune.importance import BETA, Smoothed, importance, shares, triplet_scores
+from fedgrove.stages.tune.lora import Settings
+from fedgrove.stages.tune.plan import even, make_tune_plan
+from fedgrove.stages.tune.knapsack import Solution, search
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
-SIZES = Sizes(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
-GRID = Grid(bits=(16, 8, 4), batches=(1, 2, 4), ranks=(2, 4, 8), steps=3, rest=8)
+SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
+GRID = SearchSpace(bits=(16, 8, 4), batches=(1, 2, 4), ranks=(2, 4, 8), steps=3, rest=8)
 
 
-def every_choice(grid: Grid) -> list[Choice]:
+def every_choice(grid: SearchSpace) -> list[ClientConfig]:
     ranks = [dict(zip(SHAPES, chosen, strict=True)) for chosen in itertools.product([0, *grid.ranks], repeat=len(SHAPES))]
     return [
-        Choice(bits, batch, micro, {name: rank for name, rank in of.items() if rank})
+        ClientConfig(bits, batch, micro, {name: rank for name, rank in of.items() if rank})
         for bits, batch, micro, of in itertools.product(grid.bits, grid.batches, budget.micros(grid.batches), ranks)
         if micro <= batch and any(of.values())
     ]
 
 
-def fits(given: Budget, grid: Grid, choice: Choice, sizes: Sizes = SIZES) -> bool:
+def fits(given: Budget, grid: SearchSpace, choice: ClientConfig, sizes: ModelCost = SIZES) -> bool:
     return budget.memory(sizes, grid, choice) <= given.memory and budget.seconds(sizes, grid, given, choice) <= given.seconds
 
 
@@ -60,7 +60,7 @@ def some_budgets(number: int) -> list[Budget]:
 @pytest.mark.parametrize("given", some_budgets(20), ids=lambda given: f"{given.memory:.0f}-{given.seconds:.3g}")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_program_finds_what_trying_everything_finds(given: Budget, masked: bool) -> None:
-    sizes = Sizes(**{**SIZES.__dict__, "masked": masked})
+    sizes = ModelCost(**{**SIZES.__dict__, "masked": masked})
     weight = {"q": 0.5, "up": 0.2, "down": 0.3}
     possible = [choice for choice in every_choice(GRID) if fits(given, GRID, choice, sizes)]
     if not possible:
@@ -77,7 +77,7 @@ def test_the_program_finds_what_trying_everything_finds(given: Budget, masked: b
 def test_the_quick_search_fits_and_nothing_is_worth_more_than_its_bound(given: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = {"q": 0.5, "up": 0.2, "down": 0.3}
     possible = [choice for choice in every_choice(GRID) if fits(given, GRID, choice)]
-    found: list[Found | None] = []
+    found: list[Solution | None] = []
     monkeypatch.setattr(budget, "search", lambda *args: found.append(search(*args)) or found[-1])
     monkeypatch.setattr(budget, "solve", lambda *args: (_ for _ in ()).throw(Infeasible("not proven")))
     if not possible:
@@ -100,7 +100,7 @@ def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch:
     """Proven to half a percent by the quick search alone, each within its own memory."""
     monkeypatch.setattr(budget, "solve", lambda *args: pytest.fail("the program was needed"))
     sizes, weight = seven_billion()
-    cards = {f"{i}": Card(memory=(8 + i) * 2**30, speed=300.0 + 90 * i, uplink=10**7 * (2 + i), tokens=100) for i in range(10)}
+    cards = {f"{i}": Capabilities(memory=(8 + i) * 2**30, speed=300.0 + 90 * i, uplink=10**7 * (2 + i), tokens=100) for i in range(10)}
     plan = make_tune_plan(0, TuneStage(kind="tune"), sizes, cards, weight)
     assert not plan.left_out
     assert len({json.dumps(share.ranks) for share in plan.clients.values()}) > 1
@@ -108,13 +108,13 @@ def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch:
 
 
 def test_with_room_for_everything_everything_is_taken() -> None:
-    grid = Grid(GRID.bits, GRID.batches, (1, 2), GRID.steps)  # of so small ranks each is worth its bytes
+    grid = SearchSpace(GRID.bits, GRID.batches, (1, 2), GRID.steps)  # of so small ranks each is worth its bytes
     got = budget.best(SIZES, grid, Budget(), even(SIZES))
-    assert got == Choice(16, 4, 4, dict.fromkeys(SHAPES, 2))
+    assert got == ClientConfig(16, 4, 4, dict.fromkeys(SHAPES, 2))
 
 
 def test_scarce_ranks_go_where_they_matter() -> None:
-    room = budget.memory(SIZES, GRID, Choice(4, 1, 1, {"q": 8}))
+    room = budget.memory(SIZES, GRID, ClientConfig(4, 1, 1, {"q": 8}))
     got = budget.best(SIZES, GRID, Budget(memory=room), {"q": 0.9, "up": 0.05, "down": 0.05})
     assert got.ranks == {"q": 8}
 
@@ -136,7 +136,7 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
     solved = []
     real = budget.best
     monkeypatch.setattr(budget, "best", lambda *args: solved.append(args) or real(*args))
-    cards = {f"client-{i:03d}": Card(memory=2**20 * (1 + i % 4), tokens=100 + i) for i in range(100)}
+    cards = {f"client-{i:03d}": Capabilities(memory=2**20 * (1 + i % 4), tokens=100 + i) for i in range(100)}
     stage = TuneStage(kind="tune", ranks=(2, 4), batches=(1, 2), length=32)
     plan = make_tune_plan(0, stage, SIZES, cards, even(SIZES))
     assert len(solved) == 4
@@ -147,8 +147,8 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("method", ["fedpipe", "lora", "full"])
 def test_a_client_with_several_devices_shares_a_step_among_them(method: Any) -> None:
-    cards = {f"{number}": Card(devices=number, tokens=100) for number in (1, 3, 4)}
-    stage = TuneStage(kind="tune", method=method, rule="ranks", ranks=(2, 4), batches=(4,), bits=(16,), length=32)
+    cards = {f"{number}": Capabilities(devices=number, tokens=100) for number in (1, 3, 4)}
+    stage = TuneStage(kind="tune", method=method, aggregation="flexlora", ranks=(2, 4), batches=(4,), bits=(16,), length=32)
     given = make_tune_plan(0, stage, SIZES, cards, even(SIZES)).clients
     assert {name: share.micro for name, share in given.items()} == {"1": 4, "3": 1, "4": 1}
     assert given["3"].compute == pytest.approx(given["1"].compute / 2, rel=0.1), "the busiest of three has two of four"
@@ -156,7 +156,7 @@ def test_a_client_with_several_devices_shares_a_step_among_them(method: Any) -> 
 
 
 def test_more_devices_than_there_are_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    site = Site("ash", tmp_path, tmp_path, None, (), None, {"devices": 3})
+    site = LocalClient("ash", tmp_path, tmp_path, None, (), None, {"devices": 3})
     assert other_devices(site, torch.device("cpu")) == [], "on a CPU one copy of the model uses all cores"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert other_devices(site, torch.device("cuda", 1)) == [torch.device("cuda", 2), torch.device("cuda", 3)]
@@ -164,7 +164,7 @@ def test_more_devices_than_there_are_is_a_line(monkeypatch: pytest.MonkeyPatch, 
         other_devices(site, torch.device("cuda", 2))
 
 
-def seven_billion() -> tuple[Sizes, dict[str, float]]:
+def seven_billion() -> tuple[ModelCost, dict[str, float]]:
     """A Llama of 32 blocks of 7 linears, and an importance of each."""
     width, inner = 4096, 11008
     one = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
@@ -172,14 +172,14 @@ def seven_billion() -> tuple[Sizes, dict[str, float]]:
     shapes = {f"{block}.{name}": shape for block in range(32) for name, shape in one.items()}
     rng = random.Random(0)
     raw = {name: rng.random() ** 3 for name in shapes}
-    sizes = Sizes(shapes, 2 * 32000 * width, width, 32000, 32, 512 * (12 * width + 4 * inner), 512)
+    sizes = ModelCost(shapes, 2 * 32000 * width, width, 32000, 32, 512 * (12 * width + 4 * inner), 512)
     return sizes, {name: value / sum(raw.values()) for name, value in raw.items()}
 
 
 def test_a_model_of_seven_billion_is_solved_to_half_a_percent() -> None:
     """The answer is close to that of the program with next to no gap, and fits."""
     sizes, weight = seven_billion()
-    grid = Grid((16, 8, 4), (1, 2, 4, 8), (2, 4, 8, 16, 32), 8, 32)
+    grid = SearchSpace((16, 8, 4), (1, 2, 4, 8), (2, 4, 8, 16, 32), 8, 32)
     given = Budget(memory=10 * 2**30, seconds=250, speed=1e13, uplink=1.25e6)
     got = budget.best(sizes, grid, given, weight)
     assert fits(given, grid, got, sizes)
@@ -192,9 +192,9 @@ import sys, torch
 from pathlib import Path
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.rules.adapters import Start
+from fedgrove.stages.tune.aggregation import Start
 from fedgrove.tuning import lora
-from fedgrove.tuning.factors import Factors, fill
+from fedgrove.stages.tune.factors import Factors, fill
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -206,7 +206,7 @@ def tune(model, bits, micro, length):
     starts = {name: Start(fill(Factors.none(*s), 8, name, "0"), Factors.none(*s)) for name, s in shapes.items()}
     lora.attach(loaded, starts, dict.fromkeys(starts, 2.0), {})
     ids = torch.randint(0, 900, (micro, length))
-    lora.train(loaded, lora.draw(ids, ids, micro, 0, "0"), lora.Settings(2, micro, micro, 1e-3, clip=1.0))
+    lora.train(loaded, lora.draw(ids, ids, micro, 0, "0"), lora.Settings(2, micro, micro, 1e-3, max_grad_norm=1.0))
 
 torch.set_num_threads(1)
 tiny, model, bits, micro = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -242,13 +242,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_peak_of_memory_is_predicted_within_a_fifth(models: Path, name: str, bits: int, micro: int) -> None:
     from fedgrove.models.blocks import Decoder
     from fedgrove.models.stream import Checkpoint
-    from fedgrove.tuning.plan import measure
+    from fedgrove.stages.tune.plan import measure
 
     if bits < 16:
         pytest.importorskip("bitsandbytes")
     sizes = measure(Decoder(Checkpoint(models / name)), 256, masked=False)
-    choice = Choice(bits, micro, micro, dict.fromkeys(sizes.linears, 8))
-    predicted = budget.memory(sizes, Grid((bits,), (micro,), (8,), 1), choice)
+    choice = ClientConfig(bits, micro, micro, dict.fromkeys(sizes.linears, 8))
+    predicted = budget.memory(sizes, SearchSpace((bits,), (micro,), (8,), 1), choice)
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed is given back
     command = [sys.executable, "-c", MEASURE, str(models / "tiny"), str(models / name), str(bits), str(micro)]
     path = ":".join(filter(None, sys.path))

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedgrove import job as jobs
-from fedgrove import server
-from fedgrove.client import serve
+from fedgrove.job.load import load as jobs
+from fedgrove import run as server
+from fedgrove.client.handlers import serve
 from fedgrove.data import IGNORED
-from fedgrove.engine.local import LocalEngine
+from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
@@ -26,15 +26,16 @@ from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.noise import agreed, multiplier, once
 from fedgrove.privacy.secure import as_rings
 from fedgrove.rounds import wire
-from fedgrove.rules.adapters import Start
-from fedgrove.runs import Run
-from fedgrove.tuning import lora, private, whole
-from fedgrove.tuning.factors import Factors, initial_a
+from fedgrove.stages.tune.aggregation import Start
+from fedgrove.runfolder import Run
+from fedgrove.stages.tune import lora, fixed_point as whole
+from fedgrove.stages.tune.trainers import dp_sgd as private
+from fedgrove.stages.tune.factors import Factors, initial_a
 from small import CLIENTS, Moment, Small, cli, complaint, killed, measurements
 from test_secure import uniform
 from test_tune_stage import PRUNE, TUNE, mean_perplexity, weights
 
-WHOLE = {**TUNE, "rule": "frozen_a", "precision": "fixed"}
+WHOLE = {**TUNE, "aggregation": "ffa_lora", "precision": "fixed"}
 SECURE = {"secure_aggregation": True}
 FEDPIPE = {"method": "fedpipe", "ranks": [2, 4, 8], "batches": [1, 2], "deadline": 0.02}
 UNEQUAL = [{"name": name, "speed": speed} for name, speed in zip(CLIENTS, (1.0, 4.0, 8.0), strict=True)]
@@ -73,7 +74,7 @@ def test_adapters_summed_unseen_are_those_summed_in_the_open(small: Small, tmp_p
     change = FEDPIPE if method == "fedpipe" else {}
     clients = [{**mine, "data": str(small.texts[mine["name"]])} for mine in UNEQUAL]
     spec = {"stages": [{**WHOLE, **change}], "clients": clients}
-    hidden = run(small, tmp_path / "hidden", Engine, privacy={**SECURE, "smallest": 2}, **spec)
+    hidden = run(small, tmp_path / "hidden", Engine, privacy={**SECURE, "min_group": 2}, **spec)
     plan = json.loads((hidden / "plan-0-tune.json").read_text())
     ranks = [share["ranks"] for share in plan["clients"].values()]
     for linear in {name for mine in ranks for name in mine}:
@@ -136,11 +137,11 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages": [TUNE], "privacy": SECURE}, 'set rule = "frozen_a" and precision = "fixed"'),
-        ({"stages": [{**TUNE, "precision": "fixed"}]}, 'set rule = "frozen_a"'),
+        ({"stages": [TUNE], "privacy": SECURE}, 'set aggregation = "ffa_lora" and precision = "fixed"'),
+        ({"stages": [{**TUNE, "precision": "fixed"}]}, 'set aggregation = "ffa_lora"'),
         ({"stages": [{**TUNE, "epsilon": 1.0, "method": "fedpipe"}]}, 'set method = "lora"'),
-        ({"stages": [{**TUNE, "epsilon": 1.0, "protects": "client"}]}, 'precision = "fixed" beside it'),
-        ({"stages": [{**WHOLE, "epsilon": 0.01, "protects": "client"}]}, "raise epsilon, or lower bound"),
+        ({"stages": [{**TUNE, "epsilon": 1.0, "dp_unit": "client"}]}, 'precision = "fixed" beside it'),
+        ({"stages": [{**WHOLE, "epsilon": 0.01, "dp_unit": "client"}]}, "raise epsilon, or lower dp_clip"),
         ({"stages": [PRUNE, {**TUNE, "epsilon": 1.0}], "evaluate__alone": True}, "evaluate.alone: what a client"),
         ({"stages": [{**WHOLE, **FEDPIPE}], "privacy": SECURE, "clients__0__memory": "1MiB"}, "to hide one"),
     ],
@@ -287,7 +288,7 @@ def test_a_noisy_answer_is_made_once_and_given_again(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_with_noise_goes_on_and_draws_nothing_twice(small: Small, tmp_path: Path) -> None:
-    stage = {**WHOLE, "epsilon": 8.0, "delta": 1e-3, "protects": "client", "steps": 1}
+    stage = {**WHOLE, "epsilon": 8.0, "delta": 1e-3, "dp_unit": "client", "steps": 1}
     job = small.job("killed", stages=[stage], evaluate={}, privacy=SECURE)
     out = tmp_path / "run"
     first, last = (Moment("os.rename", f"*adapters-000{round_}.safetensors") for round_ in (0, 1))
@@ -308,7 +309,7 @@ def test_a_killed_run_with_noise_goes_on_and_draws_nothing_twice(small: Small, t
 
 
 def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = jobs.load(small.job("past", stages=[{**WHOLE, "epsilon": 8.0, "protects": "client"}], evaluate={}))
+    job = jobs.load(small.job("past", stages=[{**WHOLE, "epsilon": 8.0, "dp_unit": "client"}], evaluate={}))
     site = server.local_engine(job, tmp_path)._sites["ash"]
     noise = {"epsilon": 8.0, "delta": 1e-6, "bound": 1.0, "rounds": 2, "adders": 2}
     info = {
@@ -327,9 +328,9 @@ def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("change", "privacy", "says"),
     [
-        ({"protects": "window"}, {}, "privacy of one window of 16 tokens of one client"),
-        ({**WHOLE, "protects": "client"}, {}, "but not towards the server"),
-        ({**WHOLE, "protects": "client"}, SECURE, "at least 2 clients adding their part"),
+        ({"dp_unit": "window"}, {}, "privacy of one window of 16 tokens of one client"),
+        ({**WHOLE, "dp_unit": "client"}, {}, "but not towards the server"),
+        ({**WHOLE, "dp_unit": "client"}, SECURE, "at least 2 clients adding their part"),
     ],
 )
 def test_what_is_promised_is_said_and_no_loss_leaves(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
-from fedgrove.rules.adapters import Options, State
-from fedgrove.tuning.factors import Factors, ProductSum, fill, initial_a
-from fedgrove.tuning.lora import merge
-from fedgrove.tuning.optimise import Memory, step
+from fedgrove.stages.tune.aggregation import Options, State
+from fedgrove.stages.tune.factors import Factors, ProductSum, fill, initial_a
+from fedgrove.stages.tune.lora import merge
+from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 
 OUT, IN = 12, 9
 TOKENS = (100.0, 300.0, 50.0)
@@ -30,8 +30,8 @@ def state(rank: int = 0, seed: int = 99) -> State:
     return State(factors(rank, seed), Factors.none(OUT, IN))
 
 
-def aggregate(rule: str, start: State, clients: Sequence[Factors], rank: int = 8, partition: bool = True) -> State:
-    module = plugins.load("rules.adapters", rule)
+def aggregate(aggregation: str, start: State, clients: Sequence[Factors], rank: int = 8, partition: bool = True) -> State:
+    module = plugins.load("stages.tune.aggregation", aggregation)
     sums = module.sums(start, [client.rank for client in clients])
     for client, tokens in zip(clients, TOKENS, strict=False):
         module.add(sums, client, tokens)
@@ -43,21 +43,21 @@ def dense_mean(clients: Sequence[Factors]) -> Tensor:
     return sum((t / total * client.product() for client, t in zip(clients, TOKENS, strict=False)), torch.zeros(OUT, IN))
 
 
-@pytest.mark.parametrize("rule", ["ranks", "stacked", "residual"])
-def test_an_exact_rule_gives_the_mean_of_the_products(rule: str) -> None:
+@pytest.mark.parametrize("aggregation", ["flexlora", "flora", "fedex_lora"])
+def test_an_exact_rule_gives_the_mean_of_the_products(aggregation: str) -> None:
     clients = [factors(3, seed) for seed in range(3)]
-    torch.testing.assert_close(aggregate(rule, state(), clients, rank=9).total().product(), dense_mean(clients))
+    torch.testing.assert_close(aggregate(aggregation, state(), clients, rank=9).total().product(), dense_mean(clients))
 
 
 def test_the_frozen_a_rule_is_exact_because_a_is_shared() -> None:
     a = initial_a("linear", 4, IN, "0")
     clients = [factors(4, seed, a=a) for seed in range(3)]
-    torch.testing.assert_close(aggregate("frozen_a", state(), clients).total().product(), dense_mean(clients))
+    torch.testing.assert_close(aggregate("ffa_lora", state(), clients).total().product(), dense_mean(clients))
 
 
 def test_the_mean_rule_is_not_the_mean_of_the_products() -> None:
     clients = [factors(3, seed) for seed in range(3)]
-    got = aggregate("mean", state(), clients).total()
+    got = aggregate("fedit", state(), clients).total()
     b = sum(t * c.b for c, t in zip(clients, TOKENS, strict=True)) / sum(TOKENS)
     a = sum(t * c.a for c, t in zip(clients, TOKENS, strict=True)) / sum(TOKENS)
     torch.testing.assert_close(got.product(), b @ a)
@@ -66,14 +66,14 @@ def test_the_mean_rule_is_not_the_mean_of_the_products() -> None:
 
 def test_the_mean_rule_does_not_dilute_terms_of_few() -> None:
     clients = [factors(2, 0), factors(4, 1)]
-    got = aggregate("mean", state(), clients).live
+    got = aggregate("fedit", state(), clients).live
     torch.testing.assert_close(got.b[:, 2:], clients[1].b[:, 2:])
     torch.testing.assert_close(got.a[2:], clients[1].a[2:])
 
 
 def test_truncation_is_the_best_approximation_of_its_rank() -> None:
     clients = [factors(4, seed) for seed in range(3)]
-    got = aggregate("ranks", state(), clients, rank=4).live
+    got = aggregate("flexlora", state(), clients, rank=4).live
     u, s, v = torch.linalg.svd(dense_mean(clients))
     assert got.rank == 4
     torch.testing.assert_close(got.product(), u[:, :4] @ torch.diag(s[:4]) @ v[:4])
@@ -83,7 +83,7 @@ def test_truncation_is_the_best_approximation_of_its_rank() -> None:
 
 def test_partition_weighs_each_band_over_those_who_have_it() -> None:
     clients = [factors(2, 0), factors(5, 1), factors(5, 2)]
-    got = aggregate("ranks", state(), clients, rank=9).total().product()
+    got = aggregate("flexlora", state(), clients, rank=9).total().product()
     want = torch.zeros(OUT, IN, dtype=torch.float64)
     for start, end in itertools.pairwise([0, 2, 5]):
         have = [(client, t) for client, t in zip(clients, TOKENS, strict=True) if client.rank >= end]
@@ -98,7 +98,7 @@ def test_without_partition_the_result_is_the_mean_of_the_whole_models() -> None:
     clients = [factors(2, 0), factors(5, 1), factors(3, 2)]
     whole = [client.product() + start.live.part(client.rank, 5).product() for client in clients]
     want = sum((t / sum(TOKENS) * model for model, t in zip(whole, TOKENS, strict=True)), torch.zeros(OUT, IN))
-    got = aggregate("ranks", start, clients, rank=9, partition=False).total().product()
+    got = aggregate("flexlora", start, clients, rank=9, partition=False).total().product()
     torch.testing.assert_close(got, want)
 
 
@@ -107,31 +107,31 @@ def test_ranks_do_not_collapse_when_clients_of_low_rank_change_nothing(partition
     start = State(factors(6, 0).compress(), Factors.none(OUT, IN))
     now = start
     for _ in range(5):
-        given = [plugins.load("rules.adapters", "ranks").begin(now, rank).own for rank in (2, 4, 6)]
-        now = aggregate("ranks", now, given, rank=6, partition=partition)
+        given = [plugins.load("stages.tune.aggregation", "flexlora").begin(now, rank).own for rank in (2, 4, 6)]
+        now = aggregate("flexlora", now, given, rank=6, partition=partition)
     torch.testing.assert_close(now.total().product(), start.total().product())
 
 
-@pytest.mark.parametrize("rule", ["ranks", "mean", "frozen_a"])
-def test_terms_that_nobody_trained_keep_their_value(rule: str) -> None:
+@pytest.mark.parametrize("aggregation", ["flexlora", "fedit", "ffa_lora"])
+def test_terms_that_nobody_trained_keep_their_value(aggregation: str) -> None:
     start = state(6)
     given = start.live.part(0, 2)
-    got = aggregate(rule, start, [given, given]).total().product()
+    got = aggregate(aggregation, start, [given, given]).total().product()
     torch.testing.assert_close(got, start.total().product())
 
 
-@pytest.mark.parametrize("rule", ["ranks", "mean", "frozen_a", "stacked", "residual"])
-def test_where_nobody_answered_nothing_changes(rule: str) -> None:
-    module, start = plugins.load("rules.adapters", rule), state(3)
+@pytest.mark.parametrize("aggregation", ["flexlora", "fedit", "ffa_lora", "flora", "fedex_lora"])
+def test_where_nobody_answered_nothing_changes(aggregation: str) -> None:
+    module, start = plugins.load("stages.tune.aggregation", aggregation), state(3)
     got = module.finish(start, module.sums(start, [3]), Options(3))
     assert torch.equal(got.total().product(), start.total().product())
 
 
-@pytest.mark.parametrize("rule", ["ranks", "mean", "frozen_a", "stacked", "residual"])
+@pytest.mark.parametrize("aggregation", ["flexlora", "fedit", "ffa_lora", "flora", "fedex_lora"])
 @pytest.mark.parametrize("rank", [0, 2, 8])
-def test_a_client_begins_with_the_whole_change_whatever_its_rank(rule: str, rank: int) -> None:
+def test_a_client_begins_with_the_whole_change_whatever_its_rank(aggregation: str, rank: int) -> None:
     start = State(factors(4, 1), factors(3, 2))
-    begin = plugins.load("rules.adapters", rule).begin(start, rank)
+    begin = plugins.load("stages.tune.aggregation", aggregation).begin(start, rank)
     own = fill(begin.own, rank, "linear", "0")
     assert own.rank == rank
     torch.testing.assert_close(own.product() + begin.rest.product(), start.total().product())
@@ -139,7 +139,7 @@ def test_a_client_begins_with_the_whole_change_whatever_its_rank(rule: str, rank
 
 def test_the_residual_rule_says_that_it_needs_equal_ranks() -> None:
     with pytest.raises(FedgroveError, match="equal ranks"):
-        aggregate("residual", state(), [factors(2, 0), factors(3, 1)])
+        aggregate("fedex_lora", state(), [factors(2, 0), factors(3, 1)])
 
 
 def test_the_sum_of_products_does_not_grow_with_the_number_of_clients() -> None:
@@ -157,9 +157,9 @@ def test_clients_of_different_ranks_share_their_first_fresh_terms() -> None:
     assert initial_a("x", 500, IN, "0").abs().max() <= IN**-0.5
 
 
-def test_a_server_optimiser_average_takes_the_change_and_momentum_goes_on() -> None:
+def test_a_server_optimizer_average_takes_the_change_and_momentum_goes_on() -> None:
     old, new = factors(3, 0), factors(3, 1)
-    none = Memory(Factors.none(OUT, IN))
+    none = ServerOptimizerState(Factors.none(OUT, IN))
     assert step("average", old, new, none, None, 9)[0] is new
     half = step("average", old, new, none, 0.5, 9)[0]
     torch.testing.assert_close(half.product(), (old.product() + new.product()) / 2)
@@ -170,8 +170,8 @@ def test_a_server_optimiser_average_takes_the_change_and_momentum_goes_on() -> N
     torch.testing.assert_close(second.product(), new.product() + 0.9 * change)
 
 
-def test_a_server_optimiser_adam_steps_by_its_rate_however_large_the_change() -> None:
-    old, none = factors(3, 0), Memory(Factors.none(OUT, IN))
+def test_a_server_optimizer_adam_steps_by_its_rate_however_large_the_change() -> None:
+    old, none = factors(3, 0), ServerOptimizerState(Factors.none(OUT, IN))
     for size in (1e-2, 1e2):
         new = old.plus(factors(3, 1).scaled(size))
         got, _ = step("adam", old, new, none, 1e-3, 9)

@@ -14,20 +14,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedgrove import job as jobs
-from fedgrove import server
-from fedgrove.client import _training_windows
+from fedgrove.job.load import load as jobs
+from fedgrove import run as server
+from fedgrove.client.handlers import _training_windows
 from fedgrove.data import IGNORED
-from fedgrove.engine import Engine
+from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
-from fedgrove.rules.adapters import Start
-from fedgrove.runs import Run
-from fedgrove.tuning import lora
-from fedgrove.tuning.factors import Factors, fill
-from fedgrove.tuning.personal import hold_out, mean_loss
+from fedgrove.stages.tune.aggregation import Start
+from fedgrove.runfolder import Run
+from fedgrove.stages.tune import lora
+from fedgrove.stages.tune.factors import Factors, fill
+from fedgrove.stages.tune.personal import hold_out, mean_loss
 from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_report import Page
 
@@ -106,15 +106,15 @@ def test_tuning_lowers_perplexity_and_the_result_loads_anywhere(small: Small, me
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
-@pytest.mark.parametrize("rule", ["mean", "frozen_a", "stacked", "residual"])
-def test_every_rule_tunes(small: Small, rule: str) -> None:
-    run = small.undisturbed(stages=tune(rule=rule))
+@pytest.mark.parametrize("aggregation", ["fedit", "ffa_lora", "flora", "fedex_lora"])
+def test_every_rule_tunes(small: Small, aggregation: str) -> None:
+    run = small.undisturbed(stages=tune(aggregation=aggregation))
     assert mean_perplexity(run, 0) < mean_perplexity(run, None)
 
 
-@pytest.mark.parametrize("optimiser", ["momentum", "adam"])
-def test_every_server_optimiser_tunes(small: Small, optimiser: str) -> None:
-    run = small.undisturbed(stages=tune(server=optimiser))
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_every_server_optimizer_tunes(small: Small, optimizer: str) -> None:
+    run = small.undisturbed(stages=tune(server_optimizer=optimizer))
     assert mean_perplexity(run, 0) < mean_perplexity(run, None)
 
 
@@ -127,7 +127,7 @@ def test_a_frozen_base_may_have_fewer_bits_and_the_result_has_its_own_precision(
     assert {tensor.dtype for tensor in weights(run).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("change", [{}, {"method": "full"}, {"bits": [4]}, {"rule": "residual"}])
+@pytest.mark.parametrize("change", [{}, {"method": "full"}, {"bits": [4]}, {"aggregation": "fedex_lora"}])
 def test_after_pruning_the_zeros_stay_and_perplexity_falls(small: Small, change: dict[str, Any]) -> None:
     if change.get("bits") == [4]:
         pytest.importorskip("bitsandbytes")
@@ -182,10 +182,10 @@ def test_the_adapter_gives_plain_peft_the_logits_of_the_merged_model(small: Smal
     assert (merged - adapted).abs().max() < 1e-3
 
 
-def test_one_local_step_is_one_centralised_step_on_the_pooled_text(small: Small) -> None:
+def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small) -> None:
     """Equal ranks, equal data, plain gradient descent: the federation does what one owner of all text would."""
     rate, rank, number = 0.5, 4, 8
-    stages = tune(rounds=1, steps=1, batches=[number], ranks=[rank], optimizer="sgd", clip=0, learning_rate=rate,
+    stages = tune(rounds=1, steps=1, batches=[number], ranks=[rank], optimizer="sgd", max_grad_norm=0, learning_rate=rate,
                   precision="float32")  # fmt: skip
     job = jobs.load(small.job("one-step", stages=stages, model__dtype="float32"))
     engine = server.local_engine(job, small.folder / "one-step-clients")
@@ -229,7 +229,7 @@ def test_one_local_step_is_one_centralised_step_on_the_pooled_text(small: Small)
     Moment("os.rename", "*/adapter"),
 ])  # fmt: skip
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
-    stages = [PRUNE, {**TUNE, "method": "fedpipe", "refresh": 1, "measure": 1, "ranks": [2, 4]}]
+    stages = [PRUNE, {**TUNE, "method": "fedpipe", "replan_every": 1, "eval_every": 1, "ranks": [2, 4]}]
     whole = small.undisturbed(stages=stages)
     job, out = small.job("resumed", stages=stages), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
@@ -244,9 +244,9 @@ def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, m
 
 
 def test_a_plan_stays_unless_another_is_worth_more(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = tune(method="fedpipe", refresh=1, ranks=[2, 4])
+    stages = tune(method="fedpipe", replan_every=1, ranks=[2, 4])
     assert json.loads((small.undisturbed(stages=stages) / "plan-0-tune.json").read_text())["since"] == 0
-    monkeypatch.setattr("fedgrove.stages.tune.HYSTERESIS", 0.0)
+    monkeypatch.setattr("fedgrove.stages.tune.stage.HYSTERESIS", 0.0)
     assert cli("run", small.job("eager", stages=stages), "--out", tmp_path / "run", "--quiet")[0] == 0
     assert json.loads((tmp_path / "run" / "plan-0-tune.json").read_text())["since"] == 1
 
@@ -447,7 +447,7 @@ def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None
     assert kinds.count(("base", "down")) == 2 * len(CLIENTS), "the pruned blocks travel once"
     clock = [v for (s, r, c, name), v in measurements(run).items() if name == "clock"]
     assert 0 < clock[0] < clock[1]
-    assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["rule"] == "ranks"
+    assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["aggregation"] == "ranks"
 
 
 @pytest.mark.parametrize("method", ["fedpipe", "lora"])

@@ -16,10 +16,10 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from fedgrove.inputs import Inputs
-from fedgrove.masks import Target
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.masks import Target
 from fedgrove.models.stream import Checkpoint
-from fedgrove.pruners import magnitude
+from fedgrove.stages.prune.pruners import magnitude
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import DTYPES, WireError, check, estimate, pack, unpack
 
@@ -105,7 +105,7 @@ def test_no_tensors_at_all() -> None:
 @pytest.mark.parametrize("name", ["layers.0.self_attn.k_proj", "layers.2.self_attn.q_proj", "layers.5.mlp.gate_proj"])
 def test_a_trained_weight_pruned_by_half_takes_two_fifths_of_its_dense_bytes(grove: Path, name: str) -> None:
     weight = Checkpoint(grove).read(f"model.{name}.weight")
-    pruned, mask = magnitude.prune(weight.float(), Inputs("nothing"), Target(0.5))
+    pruned, mask = magnitude.prune(weight.float(), InputStatistics("nothing"), Target(0.5))
     dense = weight.numel() * 2
     answer = len(pack({"change/x": pruned.bfloat16(), "weight/x": mask}, {}))
     assert answer <= 0.40 * dense
@@ -362,7 +362,7 @@ def test_the_size_of_a_message_can_be_told_beforehand() -> None:
     random = torch.Generator().manual_seed(0)
     for sparsity in (0.3, 0.5, 0.8):
         weight = torch.randn(256, 256, generator=random) * 0.02
-        pruned, mask = magnitude.prune(weight, Inputs("nothing"), Target(sparsity))
+        pruned, mask = magnitude.prune(weight, InputStatistics("nothing"), Target(sparsity))
         for dtype in (torch.bfloat16, torch.float32):
             size = len(wire.pack({"change/x": pruned.to(dtype), "weight/x": mask}, {}))
             assert size == pytest.approx(estimate(weight.numel(), sparsity, dtype), rel=0.15)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fedgrove.cli
 import fedgrove.report.page
-import fedgrove.server  # noqa: F401
+import fedgrove.run  # noqa: F401
 from small import DEMO
 
 torch.set_num_threads(1)  # no thread may be lost in a fork

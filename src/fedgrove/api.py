@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgrove import server, tracking
+from fedgrove import run as server, tracking
 from fedgrove.data import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job import Job, load, parse
-from fedgrove.measures import read_pairs
-from fedgrove.measures.examine import Examiner, examine_directory, plain
+from fedgrove.evaluation.metrics import read_pairs
+from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.progress import Several, part_of, watch
 from fedgrove.report.summary import Summary, read
-from fedgrove.runs import Run
-from fedgrove.stages.export import find_result
+from fedgrove.runfolder import Run
+from fedgrove.export import find_result
 
 AnyJob = Job | Mapping[str, Any] | str | Path
 
@@ -107,7 +107,7 @@ def run(
 def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
     """What each client would do, send, and need in memory and time: a plan for each stage. Runs nothing.
 
-    The plans are frozen objects (:class:`fedgrove.plans.Plan`, :class:`fedgrove.tuning.plan.TunePlan`, …);
+    The plans are frozen objects (:class:`fedgrove.stages.prune.plan.Plan`, :class:`fedgrove.stages.tune.plan.TunePlan`, …);
     ``model_dump()`` makes one a dict.
     """
     wanted = as_job(job)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fedgrove import heap
 from fedgrove.errors import FedgroveError
-from fedgrove.federation.commands import COMMANDS
+from fedgrove.deploy.flare.commands import COMMANDS
 
 if TYPE_CHECKING:
     from fedgrove.api import Result
@@ -182,7 +182,7 @@ def plan(
     """
     from fedgrove import api
     from fedgrove.job import load
-    from fedgrove.plans import SPEED, Plan
+    from fedgrove.stages.prune.plan import SPEED, Plan
     from fedgrove.report.plans import plan_table
 
     wanted = load(job, set_ or [])
@@ -327,7 +327,7 @@ def export(
     from fedgrove.progress import watch
     from fedgrove.report.exports import export_table
     from fedgrove.report.summary import read_exports
-    from fedgrove.stages import export as exporting
+    from fedgrove import export as exporting
 
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")

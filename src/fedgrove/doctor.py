@@ -23,14 +23,14 @@ import torch
 from packaging.requirements import Requirement
 
 from fedgrove import plugins
-from fedgrove.client import Site
+from fedgrove.client.handlers import Site
 from fedgrove.data import DEFAULT_TEMPLATE, Chat, as_text, is_hub, read_fields
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, NarrowStage, PruneStage, TuneStage
+from fedgrove.job import Job, StructuredStage, PruneStage, TuneStage
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.plans import Card, make_plan
-from fedgrove.tuning.plan import TunePlan, measure
+from fedgrove.stages.prune.plan import Capabilities, make_plan
+from fedgrove.stages.tune.plan import TunePlan, measure
 
 SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
@@ -219,7 +219,7 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
     Args:
         memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
     """
-    from fedgrove.tuning import budget
+    from fedgrove.stages.tune import cost as budget
 
     decoder = Decoder(Checkpoint(path, dtype))
     free = memory or _free_memory()
@@ -227,14 +227,14 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
     needs: dict[str, float] = {}
     for pruner in ("wanda", "sparsegpt"):
         stage = PruneStage(kind="prune", pruner=pruner, sparsity=0.5, samples=WINDOWS, length=length)
-        shares = make_plan(0, stage, decoder, {"one": Card()}, plugins.load("pruners", pruner).NEEDS, 0).clients
+        shares = make_plan(0, stage, decoder, {"one": Capabilities()}, plugins.load("stages.prune.pruners", pruner).NEEDS, 0).clients
         needs[f"prune with {pruner}"] = shares["one"].memory
-    grid = budget.Grid((32, 16, 8, 4), (1,), (RANK,), 1)
+    grid = budget.SearchSpace((32, 16, 8, 4), (1,), (RANK,), 1)
     with suppress(FedgroveError):  # a mixture of experts is not tuned
         sizes = measure(decoder, length, masked=True)
         for bits in grid.bits:
             rank = min(RANK, *(min(shape) for shape in sizes.linears.values()))
-            choice = budget.Choice(bits, 1, 1, dict.fromkeys(sizes.linears, rank))
+            choice = budget.ClientConfig(bits, 1, 1, dict.fromkeys(sizes.linears, rank))
             needs[f"tune in {bits} bits"] = budget.memory(sizes, grid, choice)
     fits = [f"{what} ({_size(need)})" for what, need in needs.items() if need <= free]
     more = [f"{what} ({_size(need)})" for what, need in needs.items() if need > free]
@@ -246,8 +246,8 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
 
 def _plans(job: Job) -> list[Check]:
     """Every client's part in every stage, against this machine's memory: here one client works at a time."""
-    from fedgrove.runs import Run
-    from fedgrove.server import local_engine, make_plans, open_model
+    from fedgrove.runfolder import Run
+    from fedgrove.run import local_engine, make_plans, open_model
 
     free = _free_memory()
     checks = []
@@ -281,12 +281,12 @@ def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
     need = checkpoint.num_bytes()
     for stage in job.stages:
         need += stage.rounds * checkpoint.num_bytes() if isinstance(stage, PruneStage) else checkpoint.num_bytes()
-        if isinstance(stage, PruneStage | NarrowStage):
+        if isinstance(stage, PruneStage | StructuredStage):
             kept = 3 if isinstance(stage, PruneStage) else checkpoint.config.get_text_config().num_hidden_layers + 2
             need += sum(kept * 4 * (client.samples or stage.samples) * stage.length * width for client in job.clients)
     if job.evaluate.alone:
         need += len(job.clients) * checkpoint.num_bytes()
-    if job.evaluate.centralised:
+    if job.evaluate.centralized:
         need *= 2
     free = _free_disk(folder)
     said = f"a run needs about {_size(need)} in {folder.resolve()}, {_size(free)} are free"

@@ -29,7 +29,7 @@ def keep_large_apart() -> None:
                 ctypes.CDLL(None).mallopt(number, value)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Lets the system have what was freed: kept in pieces that the next answer does not fit into, it would grow with the
     number of clients after all."""
     with suppress(AttributeError, OSError, TypeError):

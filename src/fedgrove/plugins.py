@@ -1,26 +1,62 @@
-"""A method is a file, and its file name is its name in the job: that is the whole registry."""
+"""A method is a file, and its file name is its name in the job: that is the whole registry.
+
+A kind of stage is a folder of ``fedgrove.stages``; every other kind of method (a pruner, an aggregation, a planner, an export) is
+a file in a package. The package's ``__init__`` may name, as ``METHOD``, the protocol that its files have to fulfil: a file that
+lacks part of it is refused when it is loaded, in one line.
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 from fedgrove.errors import FedgroveError
 
 
-def names(package: str) -> list[str]:
-    """The methods that stand in a package of fedgrove, e.g. ``names("pruners")``; imports none of them."""
-    folder = importlib.import_module(f"fedgrove.{package}").__path__
-    return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.ispkg)
+def names(package: str, folders: bool = False) -> list[str]:
+    """The methods in a package of fedgrove, such as ``names("stages.prune.pruners")``; imports none of them.
+
+    Args:
+        folders: the subpackages instead of the files.
+    """
+    path = importlib.import_module(f"fedgrove.{package}").__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders)
 
 
 def load(package: str, name: str) -> ModuleType:
     """The file of one method.
 
     Raises:
-        FedgroveError: there is no such method; the name may come from the network, so nothing else is imported by it.
+        FedgroveError: there is no such method (the name may come from the network, so nothing else is imported by it), or its
+            file lacks something that the package's protocol asks for.
     """
     if name not in names(package):
         raise FedgroveError(f"{package}: there is no {name!r} here; choose one of {', '.join(names(package))}")
-    return importlib.import_module(f"fedgrove.{package}.{name}")
+    module = importlib.import_module(f"fedgrove.{package}.{name}")
+    protocol = getattr(importlib.import_module(f"fedgrove.{package}"), "METHOD", None)
+    lacking = _lacking(module, protocol) if protocol is not None else None
+    if lacking:
+        raise FedgroveError(f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for; add it")
+    return module
+
+
+def _lacking(module: ModuleType, protocol: Any) -> str | None:
+    """The first attribute or function of a protocol that a file has not; None: it has them all."""
+    for attribute in protocol.__annotations__:
+        if not hasattr(module, attribute):
+            return f"{attribute}"
+    for name, asked in vars(protocol).items():
+        if name.startswith("_") or not inspect.isfunction(asked):
+            continue
+        given = getattr(module, name, None)
+        if not callable(given):
+            return f"the function {name}"
+        parameters = list(inspect.signature(asked).parameters)[1:]  # without self
+        try:
+            inspect.signature(given).bind(*parameters)
+        except TypeError:
+            return f"the parameters {', '.join(parameters)} of {name}"
+    return None

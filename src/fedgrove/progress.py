@@ -1,4 +1,4 @@
-"""What a run tells while it goes on. A run speaks to a :class:`Watch`; only this file knows of terminals."""
+"""What a run tells while it goes on. A run speaks to a :class:`Listener`; only this file knows of terminals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUIET = 15.0  # seconds after which plain lines say again what goes on
 SHORT = 2.0  # seconds that a command may take without saying anything
 
 
-class Watch:
+class Listener:
     """Gets every event of a run. This one keeps silent: a subclass takes what it can use."""
 
     def say(self, line: str) -> None:
@@ -40,22 +40,22 @@ class Watch:
         """A client's answer came; 0 bytes: it failed."""
 
     def measured(self, line: Mapping[str, Any]) -> None:
-        """A line of ``metrics.jsonl``; see :meth:`fedgrove.runs.Run.log`."""
+        """A line of ``metrics.jsonl``; see :meth:`fedgrove.runfolder.Run.log`."""
 
     def close(self) -> None:
         """The run ended, well or not."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Listener:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
-class Several(Watch):
+class Several(Listener):
     """Hands every event to several watches."""
 
-    def __init__(self, watches: Sequence[Watch]):
+    def __init__(self, watches: Sequence[Listener]):
         self._watches = tuple(watches)
 
     def say(self, line: str) -> None:
@@ -87,10 +87,10 @@ class Several(Watch):
             watch.close()
 
 
-class Within(Watch):
+class Within(Listener):
     """Hands on what a part of a run tells, under the part's name; but its measurements, which stand in its own folder."""
 
-    def __init__(self, watch: Watch, name: str):
+    def __init__(self, watch: Listener, name: str):
         self._watch, self._name = watch, name
 
     def say(self, line: str) -> None:
@@ -109,7 +109,7 @@ class Within(Watch):
         self._watch.answered(client, num_bytes)
 
 
-class _Shown(Watch):
+class _Shown(Listener):
     """What both kinds of display know: where the run is, whom it waits for, bytes, time left.
 
     A thread of its own looks after the display, for the run may be busy for minutes between two events.
@@ -137,7 +137,7 @@ class _Shown(Watch):
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="fedgrove-progress", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Listener:
         self._thread.start()
         return self
 
@@ -291,19 +291,19 @@ class Bar(_Shown):
                 yield Text(f"  {self._waiting()}", style="dim")
 
 
-def watch(quiet: bool = False, delay: float = SHORT) -> Watch:
+def watch(quiet: bool = False, delay: float = SHORT) -> Listener:
     """The watch of a command: a bar on a terminal, plain lines elsewhere, on standard error; nothing with ``quiet``.
 
     Args:
         delay: see :class:`Bar`; a command that says what it does from its beginning gives 0.
     """
     if quiet:
-        return Watch()
+        return Listener()
     console = Console(stderr=True)
     return Bar(console, delay) if console.is_terminal else Lines(delay=delay)
 
 
-def part_of(watch: Watch, what: str, number: int, of: int) -> Callable[[float, float], None]:
+def part_of(watch: Listener, what: str, number: int, of: int) -> Callable[[float, float], None]:
     """To be told of the parts of the ``number``-th of so many steps: given (done, whole), it tells the watch."""
     return lambda done, whole: watch.step(what, number + done / whole, of)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.errors import FedgroveError
-from fedgrove.progress import Watch
+from fedgrove.progress import Listener
 
 
-def track(kind: str, name: str, folder: Path) -> Watch:
+def track(kind: str, name: str, folder: Path) -> Listener:
     """A watch that hands every line of ``metrics.jsonl`` on.
 
     A measurement is told once, by the process that made it: what an interrupted run told before is not told again.
@@ -27,7 +27,7 @@ def track(kind: str, name: str, folder: Path) -> Watch:
     return TRACKERS[kind](name, folder)
 
 
-class _Tracker(Watch):
+class _Tracker(Listener):
     """Hands on (what, who and where, step, value)."""
 
     def __init__(self, write: Callable[[str, float, int], None], close: Callable[[], None]):
@@ -43,7 +43,7 @@ class _Tracker(Watch):
         self._close()
 
 
-def _tensorboard(name: str, folder: Path) -> Watch:
+def _tensorboard(name: str, folder: Path) -> Listener:
     """``tensorboard --logdir RUN/tensorboard`` shows it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +53,7 @@ def _tensorboard(name: str, folder: Path) -> Watch:
     return _Tracker(writer.add_scalar, writer.close)
 
 
-def _mlflow(name: str, folder: Path) -> Watch:
+def _mlflow(name: str, folder: Path) -> Listener:
     """Goes to ``MLFLOW_TRACKING_URI`` where that is set, and to files in RUN/mlflow where it is not."""
     try:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -72,4 +72,4 @@ def _mlflow(name: str, folder: Path) -> Watch:
     return _Tracker(write, lambda: client.set_terminated(run))
 
 
-TRACKERS: dict[str, Callable[[str, Path], Watch]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
+TRACKERS: dict[str, Callable[[str, Path], Listener]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}

@@ -3,7 +3,7 @@
 Each file has:
 
 - ``WHAT``: the form in a few words.
-- ``EXACT``: True if what is reloaded must have the perplexity of the model; False if it is quantised on purpose.
+- ``EXACT``: True if what is reloaded must have the perplexity of the model; False if it is quantized on purpose.
 - ``USE``: how it is used, Markdown for its model card; ``FOLDER`` there stands for the folder.
 - ``write(source, out)``: writes the form into ``out``, a folder that is there and empty.
 - ``losses(source, folder, windows)``: reloads what lies in ``folder``, as its user would, and gives −Σ log p in nats and the

@@ -1,4 +1,4 @@
-"""Linears in 8 bits (LLM.int8(), Dettmers et al., NeurIPS 2022), by bitsandbytes. Needs the extra ``quantise``."""
+"""Linears in 8 bits (LLM.int8(), Dettmers et al., NeurIPS 2022), by bitsandbytes. Needs the extra ``quantize``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgrove.exports import Source, need, no_experts
 from fedgrove.models.perplexity import of_logits
 from fedgrove.models.stream import small_files
-from fedgrove.tuning.lora import hush
+from fedgrove.stages.tune.lora import hush
 
 WHAT = "linears in 8 bits (LLM.int8)"
 EXACT = False
@@ -27,7 +27,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer
 
 def write(source: Source, out: Path) -> None:
     """Quantises the linears of the blocks; zeros stay zeros. The model must fit into memory once."""
-    quantise("int8", source, out, {"load_in_8bit": True})
+    quantize("int8", source, out, {"load_in_8bit": True})
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
@@ -39,8 +39,8 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     return of_logits(lambda ids: model(ids).logits, windows)
 
 
-def quantise(form: str, source: Source, out: Path, settings: dict[str, object]) -> None:
-    """Writes a model that transformers loads quantised.
+def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) -> None:
+    """Writes a model that transformers loads quantized.
 
     Args:
         form: what to call it in a complaint.
@@ -51,12 +51,12 @@ def quantise(form: str, source: Source, out: Path, settings: dict[str, object]) 
     Raises:
         FedgroveError: bitsandbytes is missing, or the model is a mixture of experts: bitsandbytes leaves those as they are.
     """
-    need(form, "quantise", "bitsandbytes")
+    need(form, "quantize", "bitsandbytes")
     no_experts(form, source)
     hush()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    # What is not quantised stays bfloat16: the products are computed in it, and int8's in float16 whatever we ask for.
+    # What is not quantized stays bfloat16: the products are computed in it, and int8's in float16 whatever we ask for.
     model = AutoModelForCausalLM.from_pretrained(
         source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
     )

@@ -8,7 +8,7 @@ import torch
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source, need
-from fedgrove.exports.int8 import USE, losses, quantise
+from fedgrove.exports.int8 import USE, losses, quantize
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 
@@ -26,7 +26,7 @@ def write(source: Source, out: Path) -> None:
         FedgroveError: bitsandbytes is missing, or a linear's inputs are no multiple of its block of 64, which it computes
             wrongly or not at all on a CPU.
     """
-    need("nf4", "quantise", "bitsandbytes")
+    need("nf4", "quantize", "bitsandbytes")
     decoder = Decoder(Checkpoint(source.model))
     for name in decoder.linear_names():
         num_in = decoder.read_shape(name)[1]
@@ -38,4 +38,4 @@ def write(source: Source, out: Path) -> None:
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.bfloat16,
     }
-    quantise("nf4", source, out, settings)
+    quantize("nf4", source, out, settings)

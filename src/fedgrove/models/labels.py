@@ -19,7 +19,7 @@ def score_labels(
 
     A prompt is computed once, whatever the number of labels. Prompt and label are tokenised each on its own, as a tuning
     stage does with ``prompt`` and ``answer``, so a label is written with the space or line that stands before the answer
-    there. Sums are not divided by the number of tokens: they are probabilities, and compare labels of one prompt only.
+    there. WeightedSum are not divided by the number of tokens: they are probabilities, and compare labels of one prompt only.
 
     Args:
         model: a causal language model of the transformers library, in any dtype, on any device.

@@ -18,7 +18,7 @@ signs the session's parameters together with its keys, so that a server cannot t
 survivors' self-masks are committed to, so that a wrong share is noticed; the neighbours are drawn from the session's
 name, which the server chooses: that part holds only against a server that follows the protocol.
 
-Sums are taken in a ring: uint8 holds votes, 0 or 1 of each client, modulo the power of two that holds their number; int32
+WeightedSum are taken in a ring: uint8 holds votes, 0 or 1 of each client, modulo the power of two that holds their number; int32
 is taken modulo 2³², int64 modulo 2 to the session's bits. Whoever sends has to see to it that the true sum fits. What cannot be
 told from random does not compress, so the bits of the ring are what travels. Nothing here hides the sum itself, nor who took
 part, nor the shapes.
@@ -43,16 +43,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgrove.engine import Engine
+from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.noise import agreed
-from fedgrove.rounds.ask import Message, ask
+from fedgrove.rounds.collect import Message, ask
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.wire import Info, WireError
-from fedgrove.runs import Run
+from fedgrove.runfolder import Run
 
 if TYPE_CHECKING:
-    from fedgrove.client import Site
+    from fedgrove.client.handlers import LocalClient
 
 Ints = np.ndarray[Any, Any]
 
@@ -77,14 +77,14 @@ class Credentials:
         roster: JSON ``{"clients": {name: public key in hex}}``.
         signature: the operator's, of the roster.
         operator: the operator's public Ed25519 key, which this client was given by other means and trusts.
-        smallest: it takes part in no sum of fewer clients.
+        min_group: it takes part in no sum of fewer clients.
     """
 
     key: bytes
     roster: bytes
     signature: bytes
     operator: bytes
-    smallest: int = 3
+    min_group: int = 3
 
     def public_key(self, client: str) -> bytes:
         """The lasting public key of a client.
@@ -201,12 +201,12 @@ def smallest_sum(clients: int) -> int:
 # What a client does
 
 
-def keys(session: Session, client: str, credentials: Credentials, memory: Memory) -> Info:
+def keys(session: Session, client: str, credentials: Credentials, memory: SessionStore) -> Info:
     """Makes the secrets of a session, and advertises their public halves under the client's signature."""
     if client not in session.clients:
         raise SecureError("secure aggregation: this client is asked into a sum that it is no part of")
-    if len(session.clients) < credentials.smallest:
-        raise SecureError(f"a sum of {len(session.clients)} clients is refused; it takes {credentials.smallest} or more")
+    if len(session.clients) < credentials.min_group:
+        raise SecureError(f"a sum of {len(session.clients)} clients is refused; it takes {credentials.min_group} or more")
     for other in session.clients:
         credentials.public_key(other)
     with memory.opened(session, begin=True) as own:
@@ -221,7 +221,7 @@ def keys(session: Session, client: str, credentials: Credentials, memory: Memory
     return {**advert, "signature": _sign(credentials.key, _advert_bytes(session, client, advert)).hex()}
 
 
-def share(session: Session, client: str, credentials: Credentials, memory: Memory, adverts: Mapping[str, Info]) -> Info:
+def share(session: Session, client: str, credentials: Credentials, memory: SessionStore, adverts: Mapping[str, Info]) -> Info:
     """Checks the neighbours' keys and gives each, encrypted for its eyes, a share of this client's two secrets."""
     import shamirs
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -261,7 +261,7 @@ def share(session: Session, client: str, credentials: Credentials, memory: Memor
 def mask(
     session: Session,
     client: str,
-    memory: Memory,
+    memory: SessionStore,
     ciphertexts: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     release: str | None = None,
@@ -297,11 +297,11 @@ def mask(
     return hidden
 
 
-def confirm(session: Session, client: str, credentials: Credentials, memory: Memory, survivors: list[str]) -> Info:
+def confirm(session: Session, client: str, credentials: Credentials, memory: SessionStore, survivors: list[str]) -> Info:
     """Signs the list of those whose answers are in the sum; one list a session."""
     if survivors != sorted(set(survivors)) or client not in survivors or not set(survivors) <= set(session.clients):
         raise SecureError("secure aggregation: a list of survivors that is none")
-    if len(survivors) < max(session.quorum, credentials.smallest):
+    if len(survivors) < max(session.quorum, credentials.min_group):
         raise SecureError(f"secure aggregation: a sum of {len(survivors)} clients is too small to be opened")
     with memory.opened(session) as own:
         if not own.get("answered") or own.setdefault("survivors", survivors) != survivors:
@@ -309,7 +309,7 @@ def confirm(session: Session, client: str, credentials: Credentials, memory: Mem
     return {"signature": _sign(credentials.key, _survivors_bytes(session, survivors)).hex()}
 
 
-def reveal(session: Session, client: str, credentials: Credentials, memory: Memory, signatures: Mapping[str, str]) -> Info:
+def reveal(session: Session, client: str, credentials: Credentials, memory: SessionStore, signatures: Mapping[str, str]) -> Info:
     """Gives out a share of the self-mask of every neighbour that survived, and of the mask key of every one that dropped.
 
     Which of the two follows from the list that this client signed itself, so it never gives out both of one client.
@@ -341,7 +341,7 @@ def reveal(session: Session, client: str, credentials: Credentials, memory: Memo
 class Opening:
     """The server's side of one sum: takes masked answers in, then takes the masks off their sum.
 
-    Memory: one answer's worth, whatever the number of clients.
+    SessionStore: one answer's worth, whatever the number of clients.
 
     Args:
         session: the sum.
@@ -425,7 +425,7 @@ def sum_securely(
     bits: int = 64,
     clock: Clock | None = None,
 ) -> tuple[dict[str, Info], dict[str, Tensor]]:
-    """Asks clients like :func:`fedgrove.rounds.ask.ask`, and learns the sum of their tensors only.
+    """Asks clients like :func:`fedgrove.rounds.collect.ask`, and learns the sum of their tensors only.
 
     Args:
         messages: for each client its tensors and its JSON; the session is added to the latter.
@@ -539,7 +539,7 @@ def add_keystream(rings: list[Ints], key: bytes, sign: int) -> None:
             act(part, np.frombuffer(stream, part.dtype, part.size), out=part)
 
 
-class Memory:
+class SessionStore:
     """A client's secrets of the running session, on its own disk, readable by its owner alone.
 
     Only the newest session is kept: what an older one hid stays hidden.
@@ -581,11 +581,11 @@ class Memory:
 # The asks
 
 
-def serve_secure(kind: str) -> Callable[[dict[str, Tensor], Info, Site, str], tuple[dict[str, Tensor], Info]]:
+def serve_secure(kind: str) -> Callable[[dict[str, Tensor], Info, LocalClient, str], tuple[dict[str, Tensor], Info]]:
     """The client's handler for an ask of ``KINDS``. Ask and answer: the arguments and results of the functions above."""
 
-    def handler(tensors: dict[str, Tensor], info: Info, site: Site, device: str) -> tuple[dict[str, Tensor], Info]:
-        session, credentials, memory = Session.of(info["session"]), credentials_of(site), Memory(site.folder / "secure")
+    def handler(tensors: dict[str, Tensor], info: Info, site: LocalClient, device: str) -> tuple[dict[str, Tensor], Info]:
+        session, credentials, memory = Session.of(info["session"]), credentials_of(site), SessionStore(site.folder / "secure")
         if kind == "secure-keys":
             return {}, keys(session, site.name, credentials, memory)
         if kind == "secure-shares":
@@ -602,14 +602,14 @@ def serve_secure(kind: str) -> Callable[[dict[str, Tensor], Info, Site, str], tu
     return handler
 
 
-def mask_answer(site: Site, secure: Info, tensors: Mapping[str, Tensor], release: str | None) -> dict[str, Tensor]:
+def mask_answer(site: LocalClient, secure: Info, tensors: Mapping[str, Tensor], release: str | None) -> dict[str, Tensor]:
     """What a client does with the answer of an ask whose JSON holds ``SECURE``."""
     credentials_of(site)
-    session, memory = Session.of(secure["session"]), Memory(site.folder / "secure")
+    session, memory = Session.of(secure["session"]), SessionStore(site.folder / "secure")
     return mask(session, site.name, memory, secure["ciphertexts"], tensors, release)
 
 
-def credentials_of(site: Site) -> Credentials:
+def credentials_of(site: LocalClient) -> Credentials:
     """A client's credentials.
 
     Raises:
@@ -620,7 +620,7 @@ def credentials_of(site: Site) -> Credentials:
     return site.credentials
 
 
-def make_credentials(clients: Iterable[str], smallest: int = 3) -> dict[str, Credentials]:
+def make_credentials(clients: Iterable[str], min_group: int = 3) -> dict[str, Credentials]:
     """Credentials of clients that are simulated on one machine: the operator's key is made, used and forgotten here."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -629,7 +629,7 @@ def make_credentials(clients: Iterable[str], smallest: int = 3) -> dict[str, Cre
     public = {client: key.public_key().public_bytes_raw().hex() for client, key in own.items()}
     roster = json.dumps({"clients": public}, sort_keys=True).encode()
     signature, known = operator.sign(roster), operator.public_key().public_bytes_raw()
-    return {client: Credentials(key.private_bytes_raw(), roster, signature, known, smallest) for client, key in own.items()}
+    return {client: Credentials(key.private_bytes_raw(), roster, signature, known, min_group) for client, key in own.items()}
 
 
 # Keys and signatures

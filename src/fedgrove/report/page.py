@@ -123,7 +123,7 @@ def _perplexity_chart(summary: Summary) -> Chart | None:
         for text, take, _ in takes
         for value in (
             *(take(of) / take(summary.dense) for of in (summary.federated, *summary.alone.values())),
-            *([take(summary.centralised) / take(summary.dense)] if summary.centralised else []),
+            *([take(summary.centralized) / take(summary.dense)] if summary.centralized else []),
             *(sure[text] or ()),
         )
     )
@@ -150,9 +150,9 @@ def _perplexity_chart(summary: Summary) -> Chart | None:
                 marks.append(charts.square(scale, at(value), "own", says(f"{client} alone", value)))
             elif not many:
                 marks.append(charts.dot(scale, at(value), "alone", says(f"{client} alone", value)))
-        if summary.centralised:
-            value = take(summary.centralised)
-            marks.append(charts.tick(scale, at(value), "target", says("centralised", value)))
+        if summary.centralized:
+            value = take(summary.centralized)
+            marks.append(charts.tick(scale, at(value), "target", says("centralized", value)))
         interval = sure[text]
         if interval:
             low, high = (100 * (end - 1) for end in interval)
@@ -162,8 +162,8 @@ def _perplexity_chart(summary: Summary) -> Chart | None:
 
     rows = [row(text, take) for text, take, _ in takes]
     legend = [("federated", "federated, and its 95 % interval" if any(sure.values()) else "federated")]
-    if summary.centralised:
-        legend.append(("target", "centralised"))
+    if summary.centralized:
+        legend.append(("target", "centralized"))
     if summary.owned:
         legend.append(("own", "the text's owner, alone"))
     if summary.alone:
@@ -195,8 +195,8 @@ def _perplexities(summary: Summary) -> Table | None:
         columns += [Column(title, number) for title in named]
         if summary.owned and not few:
             columns.append(Column("its owner alone", number))
-    if summary.centralised:
-        columns.append(Column("centralised", number))
+    if summary.centralized:
+        columns.append(Column("centralized", number))
     columns += [Column(f"after stage {stage}" if stage != last else "federated", number) for stage in sorted(summary.after)]
 
     def row(name: str, take: Callable[[dict[str, float]], float | None], own: Any) -> list[Any]:
@@ -206,7 +206,7 @@ def _perplexities(summary: Summary) -> Table | None:
             values += alone if few else [min(alone), sum(alone) / len(alone), max(alone)]
             if summary.owned and not few:
                 values.append(own)
-        values += [take(summary.centralised)] if summary.centralised else []
+        values += [take(summary.centralized)] if summary.centralized else []
         return values + [take(summary.after[stage]) for stage in sorted(summary.after)]
 
     def of_text(text: str) -> list[Any]:
@@ -244,7 +244,7 @@ def _differences(summary: Summary) -> Table | None:
     columns = [Column("held-out text"), Column("against dense", spread=True)]
     columns += [Column("against alone, mean", spread=True)] if clients else []
     columns += [Column("against its owner alone", spread=True)] if summary.owned else []
-    columns += [Column("against centralised", spread=True)] if summary.centralised else []
+    columns += [Column("against centralized", spread=True)] if summary.centralized else []
 
     def row(name: str, texts: list[str], take: Callable[[dict[str, float]], float]) -> list[Any]:
         values: list[Any] = [name, spread(take(summary.federated), take(summary.dense), summary.against_dense(texts))]
@@ -255,9 +255,9 @@ def _differences(summary: Summary) -> Table | None:
             owner = summary.owned.get(name)
             own = summary.alone[owner][name] if owner else None
             values.append(spread(take(summary.together), own, summary.against_alone([owner], texts) if owner else None))
-        if summary.centralised:
-            interval = summary.against_centralised(texts)
-            values.append(spread(take(summary.federated), take(summary.centralised), interval))
+        if summary.centralized:
+            interval = summary.against_centralized(texts)
+            values.append(spread(take(summary.federated), take(summary.centralized), interval))
         return values
 
     rows = [row(text, [text], itemgetter(text)) for text in summary.texts]
@@ -403,7 +403,7 @@ class _Stage:
     def __init__(self, summary: Summary, plan: dict[str, Any]):
         self.number: int = plan["stage"]
         self.rounds = num_rounds(plan)
-        self.sums: bool = summary.job["stages"][self.number].get("rule") == "statistics"
+        self.sums: bool = summary.job["stages"][self.number].get("aggregation") == "pooled"
         self._history = [row for row in summary.history if row["stage"] == self.number]
         self.num_blocks: int = plan["num_blocks"]
         self.clients = sorted(plan["clients"])
@@ -652,13 +652,13 @@ def _measures(summary: Summary) -> Table | None:
     names = [name for _, round_, client, name in summary.rounds_measured
              if "/" in name and round_ is None and client is None and not name.partition("/")[0].endswith(ends)]  # fmt: skip
     rows: list[list[Any]] = []
-    pooled = any(name in summary.centralised_measured for name in names)
+    pooled = any(name in summary.centralized_measured for name in names)
     used = [stage for stage in stages if stage in (None, summary.last) or any(of(stage, name) for name in names)]
     for name in dict.fromkeys(names):
         measure, _, text = name.partition("/")
         values = [of(stage, name) for stage in used]
         row = [f"{text}: {measure}", *values]
-        row += [_spread(name, summary.centralised_measured.get)] if pooled else []
+        row += [_spread(name, summary.centralized_measured.get)] if pooled else []
         before, after = values[0], values[-1]
         difference = ratio = None
         if before and after:
@@ -673,7 +673,7 @@ def _measures(summary: Summary) -> Table | None:
         rows.append([*row, ratio, difference])
     titles = {None: "before", summary.last: "after"}
     columns = [Column("what"), *(Column(titles.get(stage, f"after stage {stage}"), spread=True) for stage in used)]
-    columns += [Column("centralised", spread=True)] if pooled else []
+    columns += [Column("centralized", spread=True)] if pooled else []
     columns.append(Column("after against before", change))
     if any(row[-1] for row in rows):
         columns.append(Column("difference", spread=True))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedgrove.measures import Parts, interval, resampled
+from fedgrove.evaluation.metrics import Parts, interval, resampled
 
 Interval = tuple[float, float]
 Examples = Mapping[str, Parts]  # of one model, by text

@@ -15,7 +15,7 @@ from fedgrove.report.words import narrower, other_type, ranges
 
 def plan_table(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
     """A plan as it stands in ``RUN/plan-N-KIND.json``, and its stage as it stands in ``RUN/job.toml``."""
-    if plan["kind"] == "narrow":
+    if plan["kind"] == "structured":
         return _narrowing(plan, stage)
     return _tuning(plan) if plan["kind"] == "tune" else _pruning(plan, stage)
 
@@ -34,7 +34,7 @@ def _narrowing(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
 
 
 def _pruning(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
-    table = _table(f"stage {plan['stage']}: prune, {stage['pruner']}, rule {stage['rule']}")
+    table = _table(f"stage {plan['stage']}: prune, {stage['pruner']}, aggregation {stage['aggregation']}")
     _columns(table, "client", "blocks", "windows", "target", "memory", "upload", "time")
     for name, share in plan["clients"].items():
         blocks = "; ".join(ranges(numbers) for numbers in share["blocks"])

@@ -14,10 +14,10 @@ from typing import Any
 from safetensors import safe_open
 
 from fedgrove.errors import FedgroveError
-from fedgrove.measures import Parts
+from fedgrove.evaluation.metrics import Parts
 from fedgrove.report.paired import Interval, ratio_interval
 
-CENTRALISED = "centralised"  # the owner of all the text, and the folder of its run
+CENTRALIZED = "centralized"  # the owner of all the text, and the folder of its run
 PERPLEXITY = "perplexity/"
 AROUND = frozenset({"card", "evaluate"})  # asks that go around the stages, not into their result
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by the names that safetensors gives to dtypes
@@ -49,17 +49,17 @@ class Summary:
         after: by stage, perplexity by text of the model after it.
         alone: by client, perplexity by text of what it would have had without the others; empty if not measured.
         alone_stage: after which stage ``alone`` was measured; compare it with ``together``.
-        centralised: perplexity by text of what one owner of all the text would have; empty if that was not run.
-        centralised_measured: likewise everything else that was measured, by name.
+        centralized: perplexity by text of what one owner of all the text would have; empty if that was not run.
+        centralized_measured: likewise everything else that was measured, by name.
         examples: (sum, how many) of each window or record that a measurement is the mean of, by (stage, client) and name.
-        centralised_examples: likewise, by name.
+        centralized_examples: likewise, by name.
         plans: ``plan-*.json``, by stage.
         tensors: the records of ``pruning.json``; empty if no stage prunes.
         history: a row for every stage, round and block of pruning, as ``pruning.json`` tells it.
         exports: what was measured of each form that was exported into the run folder; see :func:`read_exports`.
         samples: ``samples.json``: each prompt, and what the model wrote before and after.
         pruning: the rest of ``pruning.json``: the last stage that prunes.
-        narrowing: ``narrowing.json``; empty if no stage narrows.
+        narrowing: ``structured.json``; empty if no stage narrows.
         rounds_measured: the metrics of single rounds and of clients, but perplexities: by (stage, round, client, name).
         traffic: the ledger, summed by stage, round, client, direction and kind.
         dtype: of the pruned matrices, as safetensors names it.
@@ -77,10 +77,10 @@ class Summary:
     after: dict[int, dict[str, float]]
     alone: dict[str, dict[str, float]]
     alone_stage: int | None
-    centralised: dict[str, float]
-    centralised_measured: dict[str, float]
+    centralized: dict[str, float]
+    centralized_measured: dict[str, float]
     examples: dict[tuple[int | None, str | None], dict[str, Parts]]
-    centralised_examples: dict[str, Parts]
+    centralized_examples: dict[str, Parts]
     plans: list[dict[str, Any]]
     tensors: list[dict[str, Any]]
     history: list[dict[str, Any]]
@@ -142,7 +142,7 @@ class Summary:
     def perplexities(self) -> dict[str, Any]:
         """Perplexity by model and text: dense, alone by client, federated."""
         found: dict[str, Any] = {"dense": self.dense, "alone": self.alone, "federated": self.federated}
-        return found | ({"centralised": self.centralised} if self.centralised else {})
+        return found | ({"centralized": self.centralized} if self.centralized else {})
 
     @property
     def last(self) -> int:
@@ -158,9 +158,9 @@ class Summary:
         alone = [self.windows(self.alone_stage, client) for client in clients]
         return ratio_interval(self.windows(self.last if self.alone_stage is None else self.alone_stage), alone, texts)
 
-    def against_centralised(self, texts: Sequence[str]) -> Interval | None:
+    def against_centralized(self, texts: Sequence[str]) -> Interval | None:
         """95 % of the result's perplexity divided by that of one owner of all the text."""
-        return ratio_interval(self.windows(self.last), [_of_texts(self.centralised_examples)], texts)
+        return ratio_interval(self.windows(self.last), [_of_texts(self.centralized_examples)], texts)
 
     def windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
         """(Loss, tokens) of each window by text, of the model after a stage or of what a client has alone."""
@@ -261,7 +261,7 @@ def read(run: Path) -> Summary:
     if not (run / "job.toml").is_file():
         raise FedgroveError(f"{run}: no run folder (it has no job.toml)")
     if not (run / "model").is_dir():
-        from fedgrove.runs import unfinished  # not above: it brings torch, and a report shall be there at once
+        from fedgrove.runfolder import unfinished  # not above: it brings torch, and a report shall be there at once
 
         raise FedgroveError(unfinished(run))
     job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
@@ -288,14 +288,14 @@ def read(run: Path) -> Summary:
         if client is not None and stage == alone_stage and of.keys() >= set(texts)
     }
 
-    inner = run / CENTRALISED
+    inner = run / CENTRALIZED
     ended = (inner / "model").is_dir()  # it may be going on
     one_owner = {
         line["name"]: line["value"]
         for line in (_lines(inner / "metrics.jsonl") if ended else ())
         if (line["stage"], line["round"], line["client"]) == (len(job["stages"]) - 1, None, None)
     }
-    centralised = {name.removeprefix(PERPLEXITY): value for name, value in one_owner.items() if name.startswith(PERPLEXITY)}
+    centralized = {name.removeprefix(PERPLEXITY): value for name, value in one_owner.items() if name.startswith(PERPLEXITY)}
     examples = _examples(run)
 
     clients = {client["name"] for client in job.get("clients", [])} | {row.client for row in traffic}
@@ -309,17 +309,17 @@ def read(run: Path) -> Summary:
         after=after,
         alone=alone,
         alone_stage=alone_stage if alone else None,
-        centralised=centralised if centralised.keys() >= set(texts) else {},
-        centralised_measured=one_owner,
+        centralized=centralized if centralized.keys() >= set(texts) else {},
+        centralized_measured=one_owner,
         examples=examples,
-        centralised_examples=_examples(inner).get((len(job["stages"]) - 1, None), {}) if ended else {},
+        centralized_examples=_examples(inner).get((len(job["stages"]) - 1, None), {}) if ended else {},
         plans=plans,
         tensors=tensors,
         history=history,
         exports=read_exports(run),
         samples=_json(run / "samples.json")["samples"] if (run / "samples.json").is_file() else [],
         pruning=pruning,
-        narrowing=_json(run / "narrowing.json") if (run / "narrowing.json").is_file() else {},
+        narrowing=_json(run / "structured.json") if (run / "structured.json").is_file() else {},
         rounds_measured={
             (line["stage"], line["round"], line["client"], line["name"]): line["value"]
             for line in metrics

@@ -23,7 +23,7 @@ def result_table(summary: Summary) -> Group:
 
 def _perplexities(summary: Summary) -> Table:
     clients = sorted(summary.alone)
-    one_column = len(clients) > (MOST_COLUMNS if not summary.centralised else MOST_COLUMNS - 2)
+    one_column = len(clients) > (MOST_COLUMNS if not summary.centralized else MOST_COLUMNS - 2)
     table = Table(title="Perplexity on held-out text (lower is better)", title_justify="left")
     table.add_column("held-out text")
     table.add_column("dense", justify="right")
@@ -32,15 +32,15 @@ def _perplexities(summary: Summary) -> Table:
     else:
         for client in clients:
             table.add_column(Text(f"{client}\nalone"), justify="right")
-    if summary.centralised:
-        table.add_column("centralised", justify="right")
+    if summary.centralized:
+        table.add_column("centralized", justify="right")
     table.add_column("federated", justify="right", style="bold green")
 
     def add(name: str, take: Callable[[dict[str, float]], float]) -> None:
         alone = [take(summary.alone[client]) for client in clients]
         if one_column:
             alone = [sum(alone) / len(alone)]
-        pooled = [take(summary.centralised)] if summary.centralised else []
+        pooled = [take(summary.centralized)] if summary.centralized else []
         values = (take(summary.dense), *alone, *pooled, take(summary.federated))
         table.add_row(Text(name), *(f"{value:.1f}" for value in values))
 

@@ -101,28 +101,28 @@ def own_texts(summary: Summary) -> str | None:
 
 def one_owner(summary: Summary) -> str | None:
     """What one owner of all the text would have; None where that was not run."""
-    if not summary.centralised or not summary.texts:
+    if not summary.centralized or not summary.texts:
         return None
-    ratio = summary.mean(summary.federated) / summary.mean(summary.centralised)
-    interval = summary.against_centralised(summary.texts)
-    says = f"One owner of everybody’s text, in one place, would have {summary.mean(summary.centralised):.1f}"
+    ratio = summary.mean(summary.federated) / summary.mean(summary.centralized)
+    interval = summary.against_centralized(summary.texts)
+    says = f"One owner of everybody’s text, in one place, would have {summary.mean(summary.centralized):.1f}"
     if unclear(interval) or ratio == 1:
         return f"{says}: no clear difference to the federated model{between(interval)}."
     return f"{says}: the federated model’s perplexity is {compared(ratio)}{between(interval)}."
 
 
 def method(stage: Mapping[str, Any]) -> str:
-    """A stage in a few words: "prune with sparsegpt to 50%, rule votes"."""
-    if stage["kind"] == "narrow":
+    """A stage in a few words: "prune with sparsegpt to 50%, aggregation votes"."""
+    if stage["kind"] == "structured":
         return (
             f"narrow by {stage['channels']:.0%} of the channels and {stage['heads']:.0%} of the heads, score {stage['score']}"
         )
     if stage["kind"] != "prune":
         by = stage.get("method")
-        return f"{stage['kind']} with {by}, rule {stage.get('rule')}" if by else str(stage["kind"])
+        return f"{stage['kind']} with {by}, aggregation {stage.get('aggregation')}" if by else str(stage["kind"])
     target = stage.get("pattern") or f"{100 * stage.get('sparsity', 0):g}%"
     uneven = f" ({stage['allocation']})" if stage.get("allocation", "even") != "even" else ""
-    return f"prune with {stage.get('pruner')} to {target}{uneven}, rule {stage.get('rule')}"
+    return f"prune with {stage.get('pruner')} to {target}{uneven}, aggregation {stage.get('aggregation')}"
 
 
 def narrower(plan: Mapping[str, Any]) -> str:
@@ -168,7 +168,7 @@ def left(summary: Summary) -> list[str]:
 
 
 def _sent(stage: Mapping[str, Any]) -> str:
-    if stage["kind"] == "narrow":
+    if stage["kind"] == "structured":
         return "for each channel and head of every block one number: how much the loss on its text would change without it"
     if stage["kind"] == "tune":
         what = "the change of each matrix" if stage.get("method") == "full" else "the factors of low-rank changes"
@@ -176,10 +176,10 @@ def _sent(stage: Mapping[str, Any]) -> str:
         if stage.get("method") == "fedpipe":
             says += "; before the first a score for each matrix"
         return says + ("; in the end two losses on text that it held out for itself" if stage.get("personal") else "")
-    if stage.get("rule") == "statistics":
+    if stage.get("aggregation") == "pooled":
         products = "" if stage.get("pruner") == "wanda" else ", and of the products of its channels"
         return f"for each block sums over its text: of the squares of what enters each matrix{products}"
-    values = "" if stage.get("rule") == "masks" else " and their values"
+    values = "" if stage.get("aggregation") == "masks" else " and their values"
     return f"for each block which weights it would keep{values}"
 
 
@@ -238,7 +238,7 @@ def _when(summary: Summary) -> str:
     """After which stage the clients measured what they have alone; nothing to say where that is the last."""
     if summary.together is summary.federated:
         return ""
-    kinds = {"narrow": "narrowing", "prune": "pruning", "tune": "tuning"}
+    kinds = {"structured": "narrowing", "prune": "pruning", "tune": "tuning"}
     kind = summary.job["stages"][summary.alone_stage]["kind"]
     return f"after {kinds.get(kind, kind)}, "
 

@@ -1,0 +1,30 @@
+"""How fast a client is: a short measurement of one block, forwards and back."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fedgrove.models.blocks import Decoder, linears
+from fedgrove.stages.prune.plan import SPEED
+
+TOKENS = 512
+TRIES = 3
+
+
+def block_speed(decoder: Decoder) -> float:
+    """Operations a second through one frozen block, relative to :data:`fedgrove.stages.prune.plan.SPEED`: the best of three tries."""
+    hidden, calls = decoder.embed(torch.zeros(1, TOKENS, dtype=torch.int64))
+    fastest = float("inf")
+    with decoder.loaded(0) as block, torch.enable_grad():
+        weights = sum(p.numel() for module in linears(block).values() for p in module.parameters() if p.dim() > 1)
+        for _ in range(TRIES):
+            begun = time.perf_counter()
+            entering = hidden.detach().clone().requires_grad_()
+            result = block(entering, *calls[0][0], **calls[0][1])
+            (result[0] if isinstance(result, tuple) else result).sum().backward()
+            if decoder.device.type == "cuda":
+                torch.cuda.synchronize(decoder.device)
+            fastest = min(fastest, time.perf_counter() - begun)
+    return 4 * TOKENS * weights / fastest / SPEED

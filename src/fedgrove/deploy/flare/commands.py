@@ -1,0 +1,239 @@
+"""The commands ``fedgrove federation …``. The substance is in the modules beside this one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any
+
+import typer
+
+from fedgrove.errors import FedgroveError
+
+Kit = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a server or a site.")]
+OperatorKit = Annotated[Path, typer.Option("--kit", help="The folder of an operator.")]
+Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="The job's name; default: what was submitted last.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path(),
+    name: Annotated[str | None, typer.Option(help="Of the federation.")] = None,
+    server: Annotated[str | None, typer.Option(help="HOST:PORT by which everybody reaches the server.")] = None,
+    site: Annotated[list[str] | None, typer.Option(help="A site's name; give it again for each.")] = None,
+    operator: Annotated[list[str] | None, typer.Option(help="E-mail address of someone who may submit jobs.")] = None,
+) -> None:
+    """Writes federation.toml, who takes part; asks for what is not given.
+
+    Example: fedgrove federation init --name wards --server fl.example.org:8002 --site ash --site birch --operator a@b.org
+    """
+    from fedgrove.deploy.flare.files import FEDERATION, Federation, read
+
+    file = folder / FEDERATION
+    if file.exists():
+        raise FedgroveError(f"{file} exists already; edit it, or name another folder")
+    name = name or _asked("Name of the federation")
+    server = server or _asked("Server, as HOST:PORT", "localhost:8002")
+    host, _, port = server.rpartition(":")
+    sites = site or _asked("Sites, with spaces between").split()
+    people = operator or _asked("Operators (e-mail addresses, with spaces between)").split()
+    template = Template((files("fedgrove") / "federation" / "texts" / "federation.toml").read_text(encoding="utf-8"))
+    members = "\n".join(f"[[sites]]\nname = {json.dumps(one)}\n" for one in sites)
+    operators = "\n".join(f"[[operators]]\nname = {json.dumps(one)}\n" for one in people)
+    facts = {"name": json.dumps(name), "host": json.dumps(host or server), "port": port if host else "8002"}
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(template.substitute(facts, sites=members, operators=operators), encoding="utf-8")
+    try:
+        read(file, Federation)
+    except FedgroveError:
+        file.unlink()
+        raise
+    print(f"Wrote {file}. Look it over, then: fedgrove federation kits {file}")
+
+
+def kits(
+    file: Annotated[Path, typer.Argument(metavar="[federation.toml]")] = Path("federation.toml"),
+    out: Annotated[Path | None, typer.Option(help="The folder of all kits; default: kits, beside the file.")] = None,
+    renew: Annotated[list[str] | None, typer.Option(help="A member (or 'server') whose certificate gets new dates.")] = None,
+) -> None:
+    """Makes a folder for each member: certificate, hardened settings, its own file, a page to read.
+
+    Kits that are there are kept: add a site to the file and say this again.
+
+    Example: fedgrove federation kits federation.toml
+    """
+    from fedgrove.deploy.flare.files import Federation, read
+    from fedgrove.deploy.flare.kits import AUTHORITY, make_kits
+
+    folder = out or file.parent / "kits"
+    federation = read(file, Federation)
+    there = [kit.resolve() for kit in (folder / "server", *folder.glob("sites/*"), *folder.glob("operators/*")) if kit.is_dir()]
+    for kit in make_kits(federation, folder, tuple(renew or ())):
+        if kit in there:
+            print(f"{kit}/startup: hand its .crt file (no secret) to the member, who puts it there and restarts")
+        else:
+            print(f"{kit}: hand this folder to the member over a safe way")
+    for kit in there:
+        if kit.parent.name == "sites" and kit.name not in {site.name for site in federation.sites}:
+            print(f"{kit.name} is not in {file} any more; shut it out: fedgrove federation remove {kit.name} --kit OPERATOR")
+    print(f"{folder / AUTHORITY} can make more members: keep it, secret.")
+
+
+def start(
+    kit: Kit = Path(),
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay: for systemd and containers.")] = False,
+) -> None:
+    """Starts the server or a site, in the background.
+
+    Example: fedgrove federation start kits/server
+    """
+    from fedgrove.deploy.flare.node import address, start
+
+    process = start(kit, foreground)
+    host, port = address(kit)
+    print(f"Started {kit} as process {process}; the server is {host}:{port}. Stop: fedgrove federation stop {kit}")
+
+
+def stop(
+    kit: Kit = Path(),
+    run: Annotated[str | None, typer.Option(help="With an operator's kit: the run to stop.")] = None,
+) -> None:
+    """Stops the server or a site; with an operator's kit, a run, which can be continued.
+
+    Example: fedgrove federation stop kits/sites/ash
+    """
+    from fedgrove.deploy.flare import node, operator
+
+    if node.kind_of(kit) == "operator":
+        name = run or operator.latest(kit)
+        operator.stop(kit, name)
+        print(f"Stopped {name}; continue it: fedgrove federation submit JOB.toml --resume --kit {kit}")
+    else:
+        node.stop(kit)
+        print(f"Stopped {kit}")
+
+
+def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
+    """Who is there, since when, what each can do, and the runs.
+
+    Example: fedgrove federation status --kit kits/operators/ops@example.org
+    """
+    from fedgrove.deploy.flare.operator import status
+
+    told = status(kit)
+    if as_json:
+        print(json.dumps(told, indent=2))
+        return
+    for site in told["sites"]:
+        heard = "not connected" if site["heard"] is None else f"heard of {max(0, time.time() - site['heard']):.0f} s ago"
+        print(f"{site['name']:<20} {heard}{_can(site['card'])}")
+    for one in told["runs"]:
+        print(f"{one['name']:<20} {one['status']}")
+
+
+def submit(
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml")],
+    kit: OperatorKit = Path(),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that ended early, or take sites back.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job.")] = None,
+    quiet: Quiet = False,
+    wait: Annotated[bool, typer.Option("--watch", help="Stay until the run ends.")] = False,
+) -> None:
+    """Sends a job to the sites: who is asked, what they agree to and the plan come before anything is computed.
+
+    Example: fedgrove federation submit job.toml --kit kits/operators/ops@example.org
+    """
+    from fedgrove import progress
+    from fedgrove.deploy.flare.operator import submit, watch
+
+    name = submit(kit, job, set_ or [], resume)
+    with progress.watch(quiet, delay=0) as seen:
+        fault = watch(kit, name, seen, planned=not wait)
+    if fault:
+        raise FedgroveError(fault)
+    print(f"{name}: {'ended' if wait else 'the sites agreed, the run goes on'}. fedgrove federation watch|fetch --kit {kit}")
+
+
+def watch(run: Run = None, kit: OperatorKit = Path(), quiet: Quiet = False) -> None:
+    """Shows a run's progress until it ends.
+
+    Example: fedgrove federation watch --kit kits/operators/ops@example.org
+    """
+    from fedgrove import progress
+    from fedgrove.deploy.flare.operator import latest, watch
+
+    with progress.watch(quiet, delay=0) as seen:
+        fault = watch(kit, run or latest(kit), seen)
+    if fault:
+        raise FedgroveError(fault)
+
+
+def fetch(
+    run: Run = None,
+    kit: OperatorKit = Path(),
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: runs/NAME.")] = None,
+) -> None:
+    """Brings the result here: model, adapter, report, plans, measurements.
+
+    Example: fedgrove federation fetch --out runs/wards --kit kits/operators/ops@example.org
+    """
+    from fedgrove.deploy.flare.operator import fetch, latest
+
+    name = run or latest(kit)
+    print(f"Wrote {fetch(kit, name, out or Path('runs') / name)}")
+
+
+def remove(
+    site: Annotated[str, typer.Argument(metavar="SITE", help="Its name.")],
+    kit: OperatorKit = Path(),
+    undo: Annotated[bool, typer.Option("--undo", help="Let it in again.")] = False,
+) -> None:
+    """Shuts a site out at the server, at once and until --undo, also after a restart. Runs that go on are stopped.
+
+    Example: fedgrove federation remove birch --kit kits/operators/ops@example.org
+    """
+    from fedgrove.deploy.flare.operator import remove
+
+    stopped = remove(kit, site, undo)
+    if undo:
+        print(f"The server lets {site} in again; start it there: fedgrove federation start")
+        return
+    print(f"The server knows no {site} any more. Take it out of federation.toml too, then: fedgrove federation kits")
+    for run in stopped:
+        print(f"Stopped {run}; continue it without {site} if its quorum allows: fedgrove federation submit JOB.toml --resume")
+
+
+def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
+    """Looks at a kit: the server in reach, clock, certificate, data, template, model, disk, memory. Runs nothing.
+
+    Example: fedgrove federation doctor kits/sites/ash
+    """
+    from fedgrove.doctor import show
+    from fedgrove.deploy.flare.doctor import examine
+
+    checks = examine(kit)
+    show(checks, as_json)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(2)
+
+
+COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, doctor)
+
+
+def _asked(question: str, default: str | None = None) -> str:
+    if not sys.stdin.isatty():
+        raise FedgroveError(f"{question}? Give it as an option; `fedgrove federation init --help`")
+    answer: str = typer.prompt(question, default=default)
+    return answer
+
+
+def _can(card: dict[str, Any] | None) -> str:
+    if card is None:
+        return ""
+    memory = f"{card['memory'] / 2**30:.1f} GiB" if card.get("memory") else "any memory"
+    return f"; {memory}, speed {card.get('speed')}, weights of {', '.join(map(str, card.get('bits', ())))} bits"

@@ -1,0 +1,175 @@
+"""What a kit would stumble over: the network, certificates, its own file, its text and its model."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from fedgrove import doctor
+from fedgrove.doctor import Check
+from fedgrove.errors import FedgroveError
+from fedgrove.deploy.flare import require_flare
+from fedgrove.deploy.flare.files import SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
+from fedgrove.deploy.flare.kits import HUB, NEVER, SEAT
+from fedgrove.deploy.flare.node import address, kind_of, running
+from fedgrove.deploy.flare.site import CLOCK, credentials, described, name_of
+
+APART = 300.0  # seconds between two clocks; a message takes a few of them
+SOON = 30  # days before a certificate ends in which it is time to renew it
+
+
+def examine(kit: Path) -> list[Check]:
+    """Every check of a kit, whatever it is."""
+    require_flare()
+    kind = kind_of(kit)
+    host, port = address(kit)
+    alive = running(kit) is not None
+    listen = [port] if kind == "server" and not alive else []
+    connect = [f"{host}:{port}"] if kind != "server" or alive else []
+    checks = doctor.machine(kit, listen, connect)
+    checks.append(certificate(kit, kind, datetime.now(UTC)))
+    checks.append(private_keys(kit))
+    if connect and kind != "server":
+        checks.append(accepted(kit, host, port))
+    if kind != "operator":
+        checks.append(hardened(kit, kind))
+        checks.append(Check("process", True, "it runs" if alive else "it does not run; fedgrove federation start"))
+    if kind == "site":
+        checks.append(clock(kit, datetime.now(UTC)))
+    if kind == "server":
+        checks += _server(kit)
+    if kind == "site":
+        checks += _site(kit)
+    return checks
+
+
+def certificate(kit: Path, kind: str, now: datetime) -> Check:
+    """Whether the kit's certificate is valid at this time, by this machine's clock."""
+    file = kit / "startup" / ("server.crt" if kind == "server" else "client.crt")
+    try:
+        ends = x509.load_pem_x509_certificate(file.read_bytes())
+    except (OSError, ValueError) as fault:
+        return Check("certificate", False, f"{file} is not readable ({type(fault).__name__})", "get the kit again")
+    remedy = "ask the operator: fedgrove federation kits --renew NAME"
+    if now < ends.not_valid_before_utc:
+        return Check("certificate", False, "it is not valid yet by this machine's clock", "set the clock (NTP)")
+    days = (ends.not_valid_after_utc - now).days
+    text = f"valid until {ends.not_valid_after_utc:%Y-%m-%d}, {days} days"
+    if now > ends.not_valid_after_utc:
+        return Check("certificate", False, f"it ended on {ends.not_valid_after_utc:%Y-%m-%d}, if the clock is right", remedy)
+    return Check("certificate", True, text, remedy if days < SOON else "")
+
+
+def clock(kit: Path, now: datetime) -> Check:
+    """Whether this machine's clock is the server's, as far as can be known: the server tells its time with every job."""
+    try:
+        told = json.loads((kit / CLOCK).read_text(encoding="utf-8"))
+        ahead, asked = told["here"] - told["server"], datetime.fromtimestamp(told["here"], UTC)
+    except FileNotFoundError:
+        text = f"{now:%Y-%m-%d %H:%M} UTC here; the server's is not known before the first job: compare it with `date -u` there"
+        return Check("clock", True, text)
+    when = f"when a job was asked for on {asked:%Y-%m-%d %H:%M} UTC"
+    if abs(ahead) < APART:
+        return Check("clock", True, f"like the server's {when}")
+    text = f"{abs(ahead) / 60:.0f} minutes {'ahead of' if ahead > 0 else 'behind'} the server's {when}"
+    return Check("clock", False, text, "set the one that is wrong (NTP)")
+
+
+def private_keys(kit: Path) -> Check:
+    """Whether nobody else on this machine can read the keys."""
+    for file in [*(kit / "startup").glob("*.key"), *(kit / "secure").glob("*.key")]:
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            return Check("keys", False, f"{file} can be read by others", f"chmod 600 {file}")
+    return Check("keys", True, "readable by their owner alone")
+
+
+def accepted(kit: Path, host: str, port: int) -> Check:
+    """Whether the server shows a certificate of this federation and accepts ours."""
+    try:
+        shake_hands(kit / "startup", host, port)
+    except (OSError, ssl.SSLError) as fault:
+        text = f"{host}:{port}: no TLS connection with this kit's certificate ({type(fault).__name__})"
+        return Check("server", False, text, "is it this federation's server, and is a proxy in between that ends TLS?")
+    return Check("server", True, f"{host}:{port} and this kit accept each other's certificates")
+
+
+def shake_hands(startup: Path, host: str, port: int) -> None:
+    """A TLS connection as FLARE makes it, up to the server's first bytes: an unknown certificate is refused before them.
+
+    Raises:
+        OSError: nobody answers, or one of both certificates is refused.
+    """
+    context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
+    context.check_hostname = False  # FLARE compares the name; here it is the federation's root that counts
+    context.set_alpn_protocols(["h2"])
+    if (startup / "client.crt").is_file():
+        context.load_cert_chain(startup / "client.crt", startup / "client.key")
+    with socket.create_connection((host, port), timeout=5) as plain, context.wrap_socket(plain, server_hostname=host) as secure:
+        if not secure.recv(1):
+            raise ConnectionError("the server hung up")
+
+
+def hardened(kit: Path, kind: str) -> Check:
+    """Whether nobody can bring code, run a shell or have logs sent: what the kit was made with."""
+    resources = json.loads((kit / "local" / "resources.json").read_text(encoding="utf-8"))
+    rights = json.loads((kit / "local" / "authorization.json").read_text(encoding="utf-8"))["permissions"]
+    loose = [f"{role}.{right}" for role, has in rights.items() for right in NEVER if has.get(right, "none") != "none"]
+    if resources.get("class_allow_list") != [HUB if kind == "server" else SEAT]:
+        loose.append("class_allow_list")
+    if kind == "site" and resources.get("allow_log_streaming") is not False:
+        loose.append("allow_log_streaming")
+    left = [file.name for file in (kit / "local").glob("*.default") if not file.name.startswith("log_config")]
+    if loose or left:
+        return Check("hardened", False, f"local/ allows more than it should: {', '.join(loose + left)}", "get the kit again")
+    return Check("hardened", True, "no custom code, no shell, one class, no log leaves")
+
+
+def _server(kit: Path) -> list[Check]:
+    try:
+        own = read(kit / SERVER, ServerFile)
+        checks = [Check(SERVER, True, f"models: {', '.join(own.models) or 'none yet'}")]
+        for name in own.models:
+            checks += doctor.model(model_folder(own.models, name, kit))
+    except FedgroveError as fault:
+        return [Check(SERVER, False, str(fault), "mend that")]
+    return checks
+
+
+def _site(kit: Path) -> list[Check]:
+    try:
+        own = read(kit / SITE, SiteFile)
+    except FedgroveError as fault:
+        return [Check(SITE, False, str(fault), "mend that")]
+    checks = [
+        Check(SITE, bool(own.models), f"models: {', '.join(own.models) or 'none'}", "" if own.models else "write [models]")
+    ]
+    for name in own.models:
+        try:
+            model_folder(own.models, name, kit)
+        except FedgroveError as fault:
+            checks.append(Check("model", False, str(fault), "mend that"))
+            continue
+        checks += doctor.site(described(kit, own, kit / own.work, {"model": name, "dtype": "auto", "secure": False}))
+    work = kit / own.work
+    work.mkdir(parents=True, exist_ok=True)
+    if not os.access(work, os.W_OK):
+        checks.append(Check("work", False, f"{work} cannot be written to", "give this user the folder"))
+    return [*checks, roster(kit)]
+
+
+def roster(kit: Path) -> Check:
+    """Whether the list of sites for secure aggregation is the operator's and holds this one."""
+    name = name_of(kit)
+    try:
+        credentials(kit, Allow()).public_key(name)
+    except FedgroveError as fault:
+        return Check("roster", False, str(fault), "get secure/ again from the operator")
+    trusted = (kit / "secure" / "operator.pub").read_text(encoding="utf-8")
+    return Check("roster", True, f"signed by the operator whose key is {trusted[:16]}…; compare it by telephone")

@@ -1,0 +1,155 @@
+"""Starts and stops the process of a kit: the server's, or a site's."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from fedgrove.errors import FedgroveError
+from fedgrove.deploy.flare import require_flare
+from fedgrove.deploy.flare.files import SERVER, SITE, ServerFile, SiteFile, read
+from fedgrove.deploy.flare.kits import keep_jobs_in
+
+PID = "process.pid"
+MODULES = "nvflare.private.fed.app"
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a busy machine
+    "MALLOC_ARENA_MAX": "4",
+    "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15",  # a run that has ended does not wait 15 minutes for a site that is gone
+}
+READY = 30.0  # seconds that a start waits to see the process at work
+
+
+def kind_of(kit: Path) -> str:
+    """ "server", "site" or "operator".
+
+    Raises:
+        FedgroveError: the folder is no kit.
+    """
+    for kind, file in (("server", "fed_server.json"), ("site", "fed_client.json"), ("operator", "fed_admin.json")):
+        if (kit / "startup" / file).is_file():
+            return kind
+    raise FedgroveError(f"{kit}: this is no kit; name a folder that `fedgrove federation kits` made")
+
+
+def start(kit: Path, foreground: bool = False) -> int:
+    """Starts a kit.
+
+    Args:
+        foreground: become the process, for systemd and containers; never returns.
+
+    Returns:
+        The process id.
+
+    Raises:
+        FedgroveError: it runs already, its own file does not hold together, or it ended at once.
+    """
+    require_flare()
+    kit = kit.resolve()
+    kind = kind_of(kit)
+    if kind == "operator":
+        raise FedgroveError(f"{kit}: an operator starts nothing; `fedgrove federation submit JOB.toml --kit {kit}`")
+    read(kit / (SERVER if kind == "server" else SITE), ServerFile if kind == "server" else SiteFile)
+    if running(kit) is not None:
+        raise FedgroveError(f"{kit}: it runs already; `fedgrove federation stop {kit}` stops it")
+    if kind == "server":
+        keep_jobs_in(kit)
+    for folder in ("transfer", "log"):
+        (kit / folder).mkdir(exist_ok=True)
+    environment = {**ENVIRONMENT, **os.environ}
+    if foreground:
+        (kit / PID).write_text(str(os.getpid()))
+        os.execve(sys.executable, _command(kit, kind), environment)
+    with (kit / "log" / "console.log").open("ab") as log:
+        process = subprocess.Popen(
+            _command(kit, kind), env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    (kit / PID).write_text(str(process.pid))
+    ends = time.monotonic() + READY
+    while time.monotonic() < ends and not (kind == "server" and reachable(*address(kit))):
+        if process.poll() is not None:
+            raise FedgroveError(
+                f"{kit}: it ended at once (status {process.returncode}); {kit / 'log' / 'console.log'} says why"
+            )
+        if kind == "site" and time.monotonic() > ends - READY + 1:
+            break  # it connects when it can
+        time.sleep(0.1)
+    return process.pid
+
+
+def stop(kit: Path) -> None:
+    """Stops a kit's process and all that it started.
+
+    Raises:
+        FedgroveError: it does not run.
+    """
+    process = running(kit)
+    if process is None:
+        raise FedgroveError(f"{kit}: it does not run")
+    family = [*process.children(recursive=True), process]
+    for member in reversed(family):  # the parent first, so that it starts nobody anew
+        _quietly(member.terminate)
+    _, left = psutil.wait_procs(family, timeout=5)
+    for member in left:
+        _quietly(member.kill)
+    psutil.wait_procs(left, timeout=5)
+    (kit / PID).unlink(missing_ok=True)
+
+
+def running(kit: Path) -> psutil.Process | None:
+    """The kit's process, if it runs."""
+    try:
+        process = psutil.Process(int((kit / PID).read_text()))
+        # In a container the number is the same after every restart: it may be this very process, about to start.
+        own = str(kit.resolve()) in process.cmdline() and any(part.startswith(MODULES) for part in process.cmdline())
+        if own and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    except (OSError, ValueError, psutil.Error):
+        pass
+    return None
+
+
+def address(kit: Path) -> tuple[str, int]:
+    """Where the server is, as this kit reaches it."""
+    kind = kind_of(kit)
+    if kind == "operator":
+        admin = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
+        return admin["host"], int(admin["port"])
+    file = "fed_server.json" if kind == "server" else "fed_client.json"
+    settings = json.loads((kit / "startup" / file).read_text(encoding="utf-8"))
+    host, _, port = settings["servers"][0]["service"]["target"].rpartition(":")
+    return host, int(port)
+
+
+def reachable(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        with socket.create_connection((host, port), timeout=3):
+            return True
+    except OSError:
+        return False
+
+
+def _command(kit: Path, kind: str) -> list[str]:
+    role = "server" if kind == "server" else "client"
+    settings = ["secure_train=true", "org=fedgrove", "config_folder=config"]
+    if kind == "site":
+        from fedgrove.deploy.flare.site import name_of
+
+        settings.append(f"uid={name_of(kit)}")
+    module = f"{MODULES}.{role}.{role}_train"
+    return [sys.executable, "-u", "-m", module, "-m", str(kit), "-s", f"fed_{role}.json", "--set", *settings]
+
+
+def _quietly(action: Callable[[], None]) -> None:
+    with suppress(psutil.Error):
+        action()

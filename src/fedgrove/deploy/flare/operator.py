@@ -1,0 +1,331 @@
+"""What an operator does with a running federation: submit a job, watch it, fetch what came of it, stop it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedgrove.errors import FedgroveError
+from fedgrove.deploy.flare import require_flare
+from fedgrove.deploy.flare.coordinate import JOB, SAID, STATE, TEXTS
+from fedgrove.deploy.flare.files import FEDERATION, Federation, read
+from fedgrove.deploy.flare.kits import HUB, SEAT
+from fedgrove.deploy.flare.node import address, kind_of, reachable
+from fedgrove.job import FederatedJob, load_federated
+from fedgrove.progress import Listener
+
+CARDS = "cards.json"  # what each site said of itself when a run was watched last
+SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
+ENDED = ("FINISHED", "ABORTED", "FAILED")
+GOING = ("DISPATCHED", "RUNNING")
+STOPPING = 60.0  # seconds that a run may take to stop
+
+
+def check_kit(kit: Path) -> None:
+    """Refuses a folder that is no operator's kit."""
+    require_flare()
+    if kind_of(kit) != "operator":
+        raise FedgroveError(f"{kit}: this is not an operator's kit; name one with --kit")
+
+
+@contextmanager
+def session(kit: Path) -> Iterator[Any]:
+    """A connection to the server with this operator's certificate.
+
+    Raises:
+        FedgroveError: not an operator's kit, nobody there, or the server does not accept the certificate.
+    """
+    check_kit(kit)
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    host, port = address(kit)
+    if not reachable(host, port):
+        raise FedgroveError(f"{host}:{port}: nobody listens there; is the server started, and the firewall open?")
+    settings = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
+    with redirect_stdout(None):  # FLARE writes between our lines
+        try:
+            opened = new_secure_session(settings["username"], str(kit.resolve()), timeout=15)
+        except Exception as fault:  # FLARE raises many kinds
+            raise FedgroveError(f"{host}:{port}: the server does not accept this kit ({type(fault).__name__})") from fault
+    try:
+        yield _Quiet(opened)
+    finally:
+        with redirect_stdout(None):
+            opened.close()
+
+
+class _Quiet:
+    """A FLARE session whose calls write nothing."""
+
+    def __init__(self, flare: Any):
+        self._flare = flare
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._flare, name)
+
+        from nvflare.fuel.flare_api.api_spec import AuthorizationError
+
+        def quietly(*args: Any, **kwargs: Any) -> Any:
+            with redirect_stdout(None):
+                try:
+                    return call(*args, **kwargs)
+                except AuthorizationError as fault:
+                    raise FedgroveError("the server does not let this kit do that; is it an operator's?") from fault
+
+        return quietly
+
+
+def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = False) -> str:
+    """Sends a job to the server; gives the run's name.
+
+    Args:
+        resume: continue the run of this name. If it still goes on it is stopped first: FLARE hands a job out once, so that is
+            how a site whose process ended comes back into a run.
+
+    Raises:
+        FedgroveError: the job does not hold together, or fewer of its sites are connected than its quorum.
+    """
+    check_kit(kit)
+    federation = read(kit / FEDERATION, Federation)
+    job = load_federated(file, changes, [site.name for site in federation.sites])
+    with session(kit) as flare:
+        here = {client.name for client in flare.get_system_info().client_info}
+        wanted = [client.name for client in job.clients]
+        away = [name for name in wanted if name not in here]
+        quorum = job.rounds.quorum or len(wanted)
+        if len(wanted) - len(away) < quorum:
+            raise FedgroveError(
+                f"client '{away[0]}': it is not connected ({len(wanted) - len(away)} of {len(wanted)} are, {quorum} needed: "
+                "rounds.quorum); start it there: fedgrove federation start"
+            )
+        before = _sent(kit).get(job.name)
+        if resume and before:
+            _end(flare, before)
+        with tempfile.TemporaryDirectory() as folder:
+            write_flare_job(Path(folder) / job.name, job, resume)
+            _remember(kit, job.name, flare.submit_job(str(Path(folder) / job.name)))
+    return job.name
+
+
+def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
+    """FLARE's three JSON files, which name installed classes and bring no code; our job file and its held-out texts."""
+    hub, seat = folder / "app_server" / "config", folder / "app_site" / "config"
+    hub.mkdir(parents=True)
+    seat.mkdir(parents=True)
+    names = [client.name for client in job.clients]
+    meta = {
+        "name": job.name,
+        "resource_spec": {},
+        "min_clients": min(job.rounds.quorum or len(names), len(names)),
+        "deploy_map": {"app_server": ["server"], "app_site": names},
+    }
+    workflow = {"id": "hub", "path": HUB, "args": {"resume": resume}}
+    server = {
+        "format_version": 2,
+        "server": {"task_request_interval": 0.1},
+        "workflows": [workflow],
+        "components": [],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    executor = {"tasks": ["fedgrove"], "executor": {"path": SEAT, "args": {}}}
+    site = {
+        "format_version": 2,
+        "executors": [executor],
+        "components": [],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    (hub / "config_fed_server.json").write_text(json.dumps(server, indent=2), encoding="utf-8")
+    (seat / "config_fed_client.json").write_text(json.dumps(site, indent=2), encoding="utf-8")
+    plain = job.model_dump(mode="json", exclude_none=True)
+    plain["clients"] = [{"name": name} for name in names]
+    for text in plain["evaluate"]["data"]:
+        source = Path(text["path"])
+        content = source.read_bytes()
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}{source.suffix}"
+        (hub / TEXTS).mkdir(exist_ok=True)
+        (hub / TEXTS / name).write_bytes(content)
+        text["path"] = name
+    (hub / JOB).write_text(tomli_w.dumps(plain), encoding="utf-8")
+
+
+def watch(kit: Path, name: str, seen: Listener, *, planned: bool = False) -> str | None:
+    """Hands the events of a run to a watch, until it ends.
+
+    Args:
+        planned: return as soon as the sites have agreed and the plan is made.
+
+    Returns:
+        None where the run ended well, or the line that says why it did not.
+    """
+    job = sent(kit, name)
+    number = 0
+    with session(kit) as flare:
+        while True:
+            try:
+                status = str(flare.get_job_status(job))
+            except Exception as fault:  # FLARE raises many kinds
+                raise FedgroveError(
+                    f"{name}: the server is gone ({type(fault).__name__}); start it again, then submit with --resume"
+                ) from fault
+            try:
+                told = flare.do_app_command(job, "progress", {"since": number})
+            except Exception:  # it does not run yet, or no more
+                told = {"events": [], "cards": {}}
+            events = told["events"]
+            if told["cards"]:
+                (kit / CARDS).write_text(json.dumps(told["cards"], indent=2), encoding="utf-8")
+            for kind, arguments in events:
+                number += 1
+                getattr(seen, kind)(*arguments)
+                if planned and kind == "step" and not arguments[0].startswith("asking the"):
+                    return None
+            if status.startswith(ENDED):
+                break
+            time.sleep(0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fetched = _fetch(kit, job, Path(folder))
+        except FedgroveError:
+            return f"{name}: it ended before it began ({status}); the server's log says why"
+        state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
+        if number == 0 and (fetched / SAID).is_file():
+            for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
+                seen.say(line)
+    return None if state["state"] == "ended" else str(state["line"])
+
+
+def fetch(kit: Path, name: str, out: Path) -> Path:
+    """Brings a run's result here: model or adapter, report, plans, measurements.
+
+    Raises:
+        FedgroveError: ``out`` exists, or there is nothing to fetch yet.
+    """
+    if out.exists():
+        raise FedgroveError(f"--out {out}: it exists already; name another folder")
+    with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
+        shutil.move(_fetch(kit, sent(kit, name), Path(folder)), out)
+    return out
+
+
+def _fetch(kit: Path, job: str, folder: Path) -> Path:
+    with session(kit) as flare:
+        try:
+            place = flare.download_job_result(job, str(folder))
+        except Exception as fault:
+            raise FedgroveError(
+                f"there is nothing to fetch yet ({type(fault).__name__}); `fedgrove federation watch` waits"
+            ) from fault
+    found = sorted(Path(place).rglob(STATE))
+    if not found:
+        raise FedgroveError("the run left nothing; the server's log says why")
+    return found[0].parent
+
+
+def stop(kit: Path, name: str) -> None:
+    """Stops a run; it can be continued."""
+    with session(kit) as flare:
+        try:
+            flare.abort_job(sent(kit, name))
+        except Exception as fault:
+            raise FedgroveError(f"{name}: it does not run ({type(fault).__name__})") from fault
+
+
+def _end(flare: Any, job: str) -> bool:
+    """Stops a FLARE job and waits until it has ended; whether there was anything to stop."""
+    try:
+        if str(flare.get_job_status(job)).startswith(ENDED):
+            return False
+        flare.abort_job(job)
+    except FedgroveError:
+        raise
+    except Exception:  # FLARE raises many kinds. A job that was there when the server was killed is "RUNNING" for ever
+        return False
+    ends = time.monotonic() + STOPPING
+    while not str(flare.get_job_status(job)).startswith(ENDED):
+        if time.monotonic() > ends:
+            raise FedgroveError(f"the run does not stop within {STOPPING:g} s; the server's log says why")
+        time.sleep(0.5)
+    return True
+
+
+def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
+    """Shuts a site out at the server, whatever certificate it comes with, or lets it in again. A restart changes nothing of it.
+
+    Runs that go on are stopped: the site's process would be in them to their end.
+
+    Returns:
+        The names of the runs that were stopped.
+
+    Raises:
+        FedgroveError: there is no such site, or none that was shut out.
+    """
+    check_kit(kit)
+    known = [member.name for member in read(kit / FEDERATION, Federation).sites]
+    with session(kit) as flare:
+        if undo:
+            if not flare.enable_client(site)["clients"][0]["was_disabled"]:
+                raise FedgroveError(f"{site}: it was not removed")
+            return []
+        known += [client.name for client in flare.get_system_info().client_info]
+        if site not in known:
+            raise FedgroveError(f"{site}: there is no such site; there are {', '.join(sorted(set(known)))}")
+        flare.disable_client(site)
+        return [job["job_name"] for job in flare.list_jobs() if str(job["status"]) in GOING and _end(flare, job["job_id"])]
+
+
+def status(kit: Path) -> dict[str, Any]:
+    """The server, the sites, when each was last heard of and what it last said of itself, the runs."""
+    check_kit(kit)
+    federation = read(kit / FEDERATION, Federation)
+    with session(kit) as flare:
+        told = flare.get_system_info()
+        heard = {client.name: client.last_connect_time for client in told.client_info}
+        jobs = [
+            {"name": job.get("job_name", job.get("name")), "job": job["job_id"], "status": job["status"]}
+            for job in flare.list_jobs()
+        ]
+    cards = json.loads((kit / CARDS).read_text(encoding="utf-8")) if (kit / CARDS).is_file() else {}
+    sites = [{"name": site.name, "heard": heard.get(site.name), "card": cards.get(site.name)} for site in federation.sites]
+    return {"server": told.server_info.status, "sites": sites, "runs": jobs}
+
+
+def sent(kit: Path, name: str | None) -> str:
+    """The FLARE job of a run that this operator submitted."""
+    known = _sent(kit)
+    if name not in known:
+        raise FedgroveError(f"{name}: this kit has submitted no run of that name; there are {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def latest(kit: Path) -> str:
+    """The run that was submitted last."""
+    known = _sent(kit)
+    if not known:
+        raise FedgroveError("nothing was submitted with this kit yet")
+    return list(known)[-1]
+
+
+def _sent(kit: Path) -> dict[str, str]:
+    file = kit / SENT
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return known
+
+
+def _remember(kit: Path, name: str, job: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9-]{8,64}", job):
+        raise FedgroveError("the server did not take the job; its log says why")
+    known = {other: number for other, number in _sent(kit).items() if other != name} | {name: job}
+    (kit / SENT).write_text(json.dumps(known, indent=2), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""The embedded default: clients of one machine, in this process or in worker processes."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgrove.client.handlers import LocalClient, serve
+from fedgrove.engines.worker import Child, ChildDied, Reply
+from fedgrove.errors import FedgroveError
+
+
+class LocalEngine:
+    """Calls the handlers on this machine.
+
+    Without workers a handler runs in this process, one client after the other, and a timeout cannot stop it. With workers
+    each has a process of its own: several clients work at once, one that hangs or is killed becomes an error answer and
+    its worker starts anew. The bits of a result do not depend on the number of workers.
+
+    Args:
+        sites: the clients.
+        workers: number of processes; 0 for none.
+        devices: where workers compute, dealt in turn; default: the GPUs of this machine, else the CPU.
+    """
+
+    def __init__(self, sites: Sequence[LocalClient], workers: int = 0, devices: Sequence[str] | None = None):
+        self._sites = {site.name: site for site in sites}
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        self._devices = list(devices or gpus or ["cpu"])
+        self._workers = [Child(_try, torch.get_num_threads()) for _ in range(min(workers, len(sites)))]
+
+    def sites(self) -> list[str]:
+        """The clients, sorted by name."""
+        return sorted(self._sites)
+
+    def ask(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+    ) -> Iterator[tuple[str, bytes | None, str | None]]:
+        """See :meth:`fedgrove.engines.base.Engine.ask`."""
+        if not self._workers:
+            for client in sorted(messages):
+                yield client, *_try(kind, messages[client], self._sites[client], self._devices[0])
+            return
+        ends = time.monotonic() + timeout if timeout is not None else None
+        waiting = deque(sorted(messages))
+        busy: dict[Any, tuple[Child, str]] = {}
+        try:
+            while waiting or busy:
+                for i, worker in enumerate(self._workers):
+                    if waiting and worker not in [at_work for at_work, _ in busy.values()]:
+                        client = waiting.popleft()
+                        device = self._devices[i % len(self._devices)]
+                        worker.send(kind, messages[client], self._sites[client], device)
+                        busy[worker.pipe] = (worker, client)
+                left = None if ends is None else max(0.0, ends - time.monotonic())
+                ready = connection.wait(list(busy), left)
+                for pipe in ready:
+                    worker, client = busy.pop(pipe)
+                    yield client, *_receive(worker)
+                if not ready:
+                    late = [client for _, client in busy.values()] + list(waiting)
+                    waiting.clear()
+                    for worker, _ in busy.values():
+                        worker.restart()
+                    busy.clear()
+                    for client in sorted(late):
+                        yield client, None, f"no answer in {timeout:g} s (rounds.timeout)"
+        finally:
+            for worker, _ in busy.values():  # whoever asked has stopped listening
+                worker.restart()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
+
+
+def _receive(worker: Child) -> Reply:
+    try:
+        return worker.receive()
+    except ChildDied as death:
+        return None, f"its process died (status {death.status}); out of memory? Lower samples or length"
+
+
+def _try(kind: str, message: bytes, site: LocalClient, device: str) -> Reply:
+    """Serves an ask; every failure becomes one line, and its trace stays on the client's own disk."""
+    try:
+        return serve(kind, message, site, device), None
+    except FedgroveError as fault:
+        return None, str(fault)
+    except Exception as fault:
+        log: Path = site.folder / "error.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        if isinstance(fault, OSError) and fault.strerror:
+            return None, f"{fault.strerror}: {fault.filename or site.folder}; mend that, then continue with --resume"
+        if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
+            return None, "out of memory; lower samples or length, or give its work to a larger machine"
+        return None, f"{type(fault).__name__} in its handler; the trace is in {log}"

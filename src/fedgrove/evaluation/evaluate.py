@@ -1,0 +1,164 @@
+"""The stage between stages: measure the model, and what each client would have had alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.client.handlers import WINDOW
+from fedgrove.data import evaluation_windows, facts_of
+from fedgrove.engines.base import Engine
+from fedgrove.job import Evaluate
+from fedgrove.evaluation.metrics import read_pairs
+from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import negative_log_likelihoods, perplexity
+from fedgrove.models.stream import Checkpoint
+from fedgrove.stages.structured.plan import StructuredPlan
+from fedgrove.stages.prune.plan import Plan
+from fedgrove.progress import part_of
+from fedgrove.rounds.collect import Message, ask
+from fedgrove.rounds.wire import CHANGE, WEIGHT, check
+from fedgrove.runfolder import Run
+from fedgrove.stages.prune.allocate import read_sparsities
+from fedgrove.stages.structured.stage import alone as narrowed_alone
+from fedgrove.stages.prune.stage import prune_info
+from fedgrove.stages.tune.plan import TunePlan
+
+
+def evaluate(model: Checkpoint, plan: Plan | StructuredPlan | TunePlan | None, engine: Engine, run: Run) -> None:
+    """Measures a model on the job's held-out texts and writes ``perplexity/<text>``, ``accuracy/<text>``, … to the metrics.
+
+    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. With ``evaluate.alone`` the clients also measure,
+    after the first stage, what each would have had without the others. What the metrics hold already is not measured again.
+
+    Args:
+        model: the model.
+        plan: of the stage that made the model; None before the first.
+    """
+    stage = None if plan is None else plan.stage
+    wanted = run.job.evaluate
+    if not wanted.data:
+        return
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
+    windows = _windows(model, run)
+    examiner = Examiner(model)
+    for number, text in enumerate(wanted.data):
+        first = "rougeL" if text.measure == "generation" else text.measure
+        if (stage, None, f"{first}/{text.name}") in done:
+            continue
+        which = "the dense model" if stage is None else "the federated model" if len(run.job.clients) > 1 else "the new model"
+        what = f"evaluate: {which} on {text.name}"
+        run.step(what, number, len(wanted.data))
+        told = part_of(run.watch, what, number, len(wanted.data))
+        if text.measure == "perplexity":
+            found = examiner.perplexity(windows[text.name], told)
+        else:
+            pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
+            found = examiner.answers(text.measure, pairs, told, text.labels, wanted.length, wanted.tokens)
+        for name, measured in found.items():
+            if measured.parts:
+                run.keep(stage, None, f"{name}/{text.name}", measured.parts)
+        _log(plain(found), text.name, stage, done, run, last=first)
+    if plan is None or isinstance(plan, TunePlan) or plan.stage > 0 or not wanted.alone:
+        return
+    left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
+    if isinstance(plan, StructuredPlan):
+        for number, client in enumerate(left):
+            run.step(f"evaluate: what {client} would have had alone", number, len(left))
+            decoder = Decoder(narrowed_alone(Checkpoint(model.path, model.dtype), plan, client, run))
+            for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
+                _log_alone(negative_log_likelihoods(decoder, windows[name]), stage, client, name, run)
+        return
+    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
+    numbers = {name: len(texts) for name, texts in windows.items()}
+    expected = {
+        f"{part}{name}": (torch.Size((number,)), torch.float64) for name, number in numbers.items() for part in (CHANGE, WEIGHT)
+    }
+    run.step("evaluate: what each client would have had alone")
+    shares = read_sparsities(run, plan)
+    messages: dict[str, Message] = {
+        client: (tensors, {"texts": numbers, "walk": prune_info(run.job, plan, client, 0, 0, shares)}) for client in left
+    }
+    for client, answer, _ in ask(
+        engine, run, "evaluate", messages, stage=plan.stage, round_=0, check=lambda client, got, info: check(got, expected)
+    ):
+        for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
+            counts = [ids.numel() - 1 for ids in windows[name]]
+            _log_alone(list(zip(answer[CHANGE + name].tolist(), counts, strict=True)), stage, client, name, run)
+
+
+def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: str, text: str, run: Run) -> None:
+    run.keep(stage, client, f"perplexity/{text}", each)
+    run.log(stage, None, client, f"perplexity/{text}", math.exp(sum(loss for loss, _ in each) / sum(n for _, n in each)))
+
+
+def evaluate_speed(before: Path, after: Path, run: Run) -> None:
+    """``prefill/speed``, ``decode``, ``memory`` and ``disk`` of the model as it came and of the result.
+
+    One right after the other: a machine is not as busy when a run ends as when it began.
+    """
+    for model, stage in ((before, None), (after, len(run.job.stages) - 1)):
+        evaluate_directory(model, stage, run, speed=True)
+
+
+def evaluate_directory(model: Path, stage: int | None, run: Run, speed: bool = False) -> None:
+    """Measures what plain transformers does with a model directory: ``acc/<task>``, …
+
+    Args:
+        stage: the one that made it; None: the model as it came.
+        speed: also its speed, memory and bytes.
+    """
+    wanted = run.job.evaluate
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
+    made = {name.partition("/")[2] for at, _, name in done if at == stage}
+    tasks = [task for task in wanted.tasks if task not in made]
+    speed = speed and (stage, None, "disk/speed") not in done
+    dtype = run.job.model.dtype
+    for name, found in examine_directory(
+        model, run.watch, speed=speed, tasks=tasks, tasks_from=wanted.tasks_from, limit=wanted.records, dtype=dtype
+    ).items():
+        _log(found, name, stage, done, run, last="disk")
+
+
+def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any], run: Run, last: str) -> None:
+    """Writes named numbers, ``last`` at the end: where it is there, all of them are."""
+    for name in sorted(found, key=lambda name: name == last):
+        if (stage, None, f"{name}/{text}") not in done:
+            run.log(stage, None, None, f"{name}/{text}", found[name])
+
+
+def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None:
+    """Likewise, in the middle of a stage: after a round."""
+    done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
+    decoder = Decoder(model)
+    windows = _windows(model, run)
+    for number, (name, texts) in enumerate(windows.items()):
+        if (stage, round_, f"perplexity/{name}") not in done:
+            what = f"evaluate: round {round_ + 1} on {name}"
+            run.step(what, number, len(windows))
+            measured = perplexity(decoder, texts, part_of(run.watch, what, number, len(windows)))
+            run.log(stage, round_, None, f"perplexity/{name}", measured)
+
+
+def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
+    wanted = run.job.evaluate
+    return _tokenised(model.path, wanted, json.dumps([facts_of(text.path) for text in wanted.data]))
+
+
+@lru_cache(maxsize=1)
+def _tokenised(model: Path, wanted: Evaluate, facts: str) -> dict[str, list[Tensor]]:
+    """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
+    tokenizer = Checkpoint(model).tokenizer()
+    return {
+        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows)
+        for text in wanted.data
+        if text.measure == "perplexity"
+    }

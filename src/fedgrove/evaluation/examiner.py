@@ -1,0 +1,86 @@
+"""Puts the measures to one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fedgrove.evaluation.metrics import Measured, bootstrap
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import Told, negative_log_likelihoods
+from fedgrove.models.stream import Checkpoint
+from fedgrove.progress import Listener
+
+
+class Examiner:
+    """A model that is asked several things. Perplexity streams it block by block; other measures hold it whole."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.tokenizer = checkpoint.tokenizer()
+        self._checkpoint = checkpoint
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self._checkpoint)
+
+    @cached_property
+    def _whole(self) -> nn.Module:
+        return Decoder(self._checkpoint).whole()
+
+    def perplexity(self, windows: Sequence[Tensor], told: Told) -> dict[str, Measured]:
+        """exp of the mean negative log-likelihood; the interval draws windows again."""
+        each = negative_log_likelihoods(self._decoder, windows, told)
+        return {"perplexity": replace(bootstrap(each, lambda sums: math.exp(sums[0] / sums[1])), parts=each)}
+
+    def answers(
+        self,
+        measure: str,
+        pairs: Sequence[tuple[str, str]],
+        told: Told,
+        labels: Sequence[str] = (),
+        length: int = 512,
+        tokens: int = 64,
+    ) -> dict[str, Measured]:
+        """ "accuracy" or "generation" on (prompt, answer) pairs."""
+        if measure == "accuracy":
+            from fedgrove.evaluation.metrics.accuracy import accuracy
+
+            return accuracy(self._whole, self.tokenizer, pairs, labels, length, told)
+        from fedgrove.evaluation.metrics.generation import compare, write
+
+        return compare(write(self._whole, self.tokenizer, pairs, tokens, told))
+
+
+def examine_directory(
+    model: Path,
+    watch: Listener,
+    *,
+    speed: bool = False,
+    tasks: Sequence[str] = (),
+    tasks_from: Path | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+) -> dict[str, dict[str, float]]:
+    """What is measured on a model directory by plain transformers: by "speed" and by task, named numbers."""
+    found: dict[str, dict[str, float]] = {}
+    if speed:
+        from fedgrove.evaluation.metrics.speed import speed as measure_speed
+
+        watch.step(f"evaluate: speed of {model}")
+        found["speed"] = plain(measure_speed(model, dtype))
+    if tasks:
+        from fedgrove.evaluation.metrics.harness import harness
+
+        watch.step(f"evaluate: {', '.join(tasks)}")
+        found |= {task: plain(measured) for task, measured in harness(model, tasks, tasks_from, limit, dtype).items()}
+    return found
+
+
+def plain(measured: Mapping[str, Measured]) -> dict[str, float]:
+    """Named numbers and the ends of their intervals."""
+    return {key: number for name, one in measured.items() for key, number in one.plain(name).items()}

@@ -1,0 +1,71 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, by name: those that it ships and those of local YAML files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.metrics import Measured
+
+NORMAL = 1.96  # standard errors on each side of a 95 % interval
+
+
+def harness(
+    model: Path, tasks: Sequence[str], folder: Path | None = None, limit: int | None = None, dtype: str = "auto"
+) -> dict[str, dict[str, Measured]]:
+    """Evaluates a model directory on tasks.
+
+    Args:
+        tasks: names of tasks or groups.
+        folder: YAML files of more tasks, and the data that they name.
+        limit: records of each task; None: all.
+
+    Returns:
+        By task, by metric. The interval is the harness' standard error (a bootstrap's where it has no formula) times 1.96;
+        None where it gives none.
+
+    Raises:
+        FedgroveError: the extra is not installed, or a task is not known or cannot be loaded.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as fault:
+        raise FedgroveError(f'tasks are those of lm-eval: pip install "fedgrove[lm-eval]" ({fault.name} is missing)') from fault
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        where = f"neither lm-eval nor {folder} has it" if folder else "lm-eval has no such task; name a folder of your own"
+        raise FedgroveError(f"task {unknown[0]!r}: {where}")
+    lm = HFLM(pretrained=str(model), dtype=dtype, batch_size=1, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        told = lm_eval.simple_evaluate(
+            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, verbosity="ERROR"
+        )
+    except (OSError, ValueError, KeyError) as fault:
+        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise FedgroveError(f"tasks {', '.join(tasks)}: {line}") from fault
+    return {task: _measured(values) for task, values in told["results"].items()}
+
+
+def _measured(values: dict[str, Any]) -> dict[str, Measured]:
+    """{"acc,none": 0.5, "acc_stderr,none": 0.1} -> {"acc": 0.5 ± 0.196}."""
+    found = {}
+    for key, value in values.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{kind}")
+        name = metric if kind == "none" else f"{metric}.{kind}"
+        if isinstance(error, int | float):
+            found[name] = Measured(float(value), value - NORMAL * error, value + NORMAL * error)
+        else:
+            found[name] = Measured(float(value))
+    return found

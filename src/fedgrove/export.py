@@ -1,0 +1,177 @@
+"""Give a model away in one of the forms of :mod:`fedgrove.exports`, and measure what was given away."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from fedgrove import plugins
+from fedgrove.data import evaluation_windows
+from fedgrove.errors import FedgroveError
+from fedgrove.exports import Source
+from fedgrove.exports.packed import is_packed
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import perplexity
+from fedgrove.models.stream import Checkpoint
+from fedgrove.report.model_card import card_of_form
+from fedgrove.runfolder import read_lines, unfinished
+
+NEAR = 0.01  # how far an exact form's perplexity may lie from the model's, relatively: other programs round differently
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What an export is measured on.
+
+    Attributes:
+        files: (name, file, template) of each text.
+        length: tokens of a window.
+        windows: at most so many of each text; None for all.
+        known: perplexity of the model on texts that a run measured in the same way, by name.
+    """
+
+    files: tuple[tuple[str, Path, str | None], ...] = ()
+    length: int = 512
+    windows: int | None = None
+    known: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An export as it is told in ``OUT.export.json``.
+
+    Attributes:
+        form: its name.
+        bytes: of all its files; of_model: of the model's files.
+        perplexity: by text, after reloading the export; of_perplexity: of the model.
+        length: tokens of a window.
+    """
+
+    form: str
+    bytes: int
+    of_model: int
+    perplexity: dict[str, float]
+    of_perplexity: dict[str, float]
+    length: int
+
+
+def export(
+    source: Path, to: str, out: Path | None = None, texts: Texts | None = None, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Writes the model of a run, of a model directory or of a packed model in another form.
+
+    What is measured is written to ``OUT.export.json``, beside the folder.
+
+    Args:
+        source: a run folder, a Hugging Face model directory, or what the form ``packed`` wrote.
+        to: the form.
+        out: a folder that does not exist yet; default: named as the form, in ``source``.
+        texts: what to measure on; default: the run's held-out texts, as the run measured.
+        say: gets one line of progress at a time.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FedgroveError: the source is none of these, ``out`` exists, or a form that loses nothing reads back otherwise than the
+            model (nothing is left then).
+    """
+    form = plugins.load("exports", to)
+    out = out or source / getattr(form, "FOLDER", to)
+    if out.exists():
+        raise FedgroveError(f"{out} exists already; choose another folder or remove it")
+    given = find_source(source)
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        say(f"export: writing {to}")
+        form.write(given, beside)
+        if to != "hf":
+            (beside / "README.md").write_text(card_of_form(given.model, to, form.USE, given.run, out.name), encoding="utf-8")
+        measured = _measure(form, to, given, beside, held_out(given) if texts is None else texts, say)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    beside.rename(out)
+    out.with_name(f"{out.name}.export.json").write_text(json.dumps(asdict(measured), indent=2) + "\n", encoding="utf-8")
+    return out
+
+
+def find_source(path: Path) -> Source:
+    """What a path stands for.
+
+    Raises:
+        FedgroveError: a run that has not ended.
+    """
+    if not (path / "job.toml").is_file():
+        return Source(path)
+    if not (path / "model").is_dir():
+        raise FedgroveError(unfinished(path))
+    return Source(path / "model", path)
+
+
+def find_result(path: Path) -> Path:
+    """The model directory of a run folder, or the path itself.
+
+    Raises:
+        FedgroveError: the run has not ended.
+    """
+    return find_source(path).model
+
+
+def held_out(source: Source) -> Texts:
+    """The held-out texts of a run that are still there, and what the run measured on them."""
+    if source.run is None:
+        return Texts()
+    job = tomllib.loads((source.run / "job.toml").read_text(encoding="utf-8"))
+    wanted: dict[str, Any] = job.get("evaluate", {})
+    files = [(text["name"], Path(text["path"]), text.get("text")) for text in wanted.get("data", [])]
+    last = len(job["stages"]) - 1
+    known = {
+        line["name"].removeprefix("perplexity/"): line["value"]
+        for line in read_lines(source.run / "metrics.jsonl")
+        if line["stage"] == last and line["round"] is None and line["client"] is None and line["name"].startswith("perplexity/")
+    }
+    there = tuple(text for text in files if text[1].is_file())
+    return Texts(there, wanted.get("length", 512), wanted.get("windows"), tuple(known.items()))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Texts, say: Callable[[str], None]) -> Measured:
+    of_model = dict(texts.known)
+    found: dict[str, float] = {}
+    for name, windows in _windows(source, folder, texts):
+        if name not in of_model and not is_packed(source.model):
+            say(f"export: measuring the model on {name}")
+            of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows)
+        say(f"export: measuring {to} on {name}")
+        total, count = form.losses(source, folder, windows)
+        found[name] = math.exp(total / count)
+        if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
+            raise FedgroveError(
+                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has "
+                f"{of_model[name]:.3f}; it was not kept. Export --to hf, and tell us of the model"
+            )
+    of = {name: of_model[name] for name in found if name in of_model}
+    return Measured(to, folder_bytes(folder), folder_bytes(source.model), found, of, texts.length)
+
+
+def _windows(source: Source, folder: Path, texts: Texts) -> Iterable[tuple[str, list[Tensor]]]:
+    if texts.files:
+        tokenizer = Checkpoint(folder if is_packed(source.model) else source.model).tokenizer()
+        for name, file, template in texts.files:
+            yield name, evaluation_windows(file, template, tokenizer, texts.length, texts.windows)

@@ -1,0 +1,152 @@
+"""Read a job file: TOML to a frozen :class:`~fedgrove.job.tables.Job`; every error names the file and the key."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from fedgrove.errors import FedgroveError
+from fedgrove.job.tables import KINDS, FederatedJob, Job
+
+
+def load(path: Path, changes: Sequence[str] = ()) -> Job:
+    """Reads a job file; paths in it are relative to its folder.
+
+    Args:
+        path: the TOML file.
+        changes: such as ``stages.0.sparsity=0.6``, applied before anything is checked.
+
+    Raises:
+        FedgroveError: names the file and the key, and says what would do.
+    """
+    return _load(path, changes, Job, path.parent)
+
+
+def load_federated(
+    path: Path, changes: Sequence[str] = (), sites: Sequence[str] = (), texts: Path | None = None
+) -> FederatedJob:
+    """Reads a job file for a federation. ``model.path`` is a name there: every member says where its own copy is.
+
+    Args:
+        path: the TOML file; where it has no ``[[clients]]`` all sites take part.
+        changes: as for :func:`load`.
+        sites: the names of the federation's sites.
+        texts: where held-out texts lie; default: beside the file.
+
+    Raises:
+        FedgroveError: likewise.
+    """
+    return _load(path, changes, FederatedJob, texts or path.parent, sites)
+
+
+Kind = TypeVar("Kind", bound=Job)
+
+
+def parse(said: Mapping[str, Any], folder: Path, where: str = "job") -> Job:
+    """A job from what a job file says.
+
+    Args:
+        said: as TOML gives it.
+        folder: what paths in it are relative to.
+        where: named in complaints.
+
+    Raises:
+        FedgroveError: names the key, and says what would do.
+    """
+    raw = copy.deepcopy(dict(said))
+    _find_model(raw, folder)
+    return _validate(raw, Job, folder, where)
+
+
+def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, sites: Sequence[str] | None = None) -> Kind:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise FedgroveError(f"{path}: no such job file; `fedgrove init` writes one") from fault
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise FedgroveError(f"{path}: not TOML: {fault}") from fault
+    for change in changes:
+        _apply(raw, change)
+    if sites is None:
+        _find_model(raw, path.parent)
+    else:
+        _name_owners(raw, path, sites)
+    return _validate(raw, kind, folder, str(path))
+
+
+def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str) -> Kind:
+    try:
+        return kind.model_validate(raw, context={"folder": folder.resolve()})
+    except ValidationError as fault:
+        raise FedgroveError(f"{where}: {complaint(fault)}") from fault
+
+
+def _find_model(raw: dict[str, Any], folder: Path) -> None:
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        beside = folder / Path(model["path"]).expanduser()
+        if beside.is_dir():
+            model["path"] = str(beside.resolve())
+
+
+def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
+    clients = raw.setdefault("clients", [{"name": site} for site in sites])
+    for i, client in enumerate(clients if isinstance(clients, list) else []):
+        for key in client if isinstance(client, dict) else ():
+            if key != "name":
+                raise FedgroveError(f"{path}: clients.{i}.{key}: in a federation the site's own file says that; leave it out")
+        if sites and isinstance(client, dict) and client.get("name") not in sites:
+            raise FedgroveError(f"{path}: clients.{i}.name: {client.get('name')!r} is no site; there are {', '.join(sites)}")
+
+
+_ALTERNATIVE = re.compile(rf"literal\[.*|[A-Z]\w*|{'|'.join(KINDS)}")  # pydantic names the member of a union that it tried
+
+
+def complaint(fault: ValidationError) -> str:
+    """The first fault of a file as one line: the key, and what would do."""
+    first = fault.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        what = "no such key"
+    elif first["type"].startswith("union_tag"):  # a stage of no kind, or of one that there is not
+        where, what = f"{where}.kind", f"choose one of {', '.join(KINDS)}"
+    elif first["type"] == "missing":
+        what = "this key is required"
+    elif first["type"] not in ("value_error", "string_pattern_mismatch") and isinstance(first["input"], str | int | float):
+        what += f", not {first['input']!r}"
+    elif first["type"] == "string_pattern_mismatch":
+        what = f"{first['input']!r} is not of the form {first['ctx']['pattern']}"
+    return f"{where}: {what}" if where else what
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key.strip():
+        raise FedgroveError(f"--set {change}: write KEY=VALUE, for instance stages.0.sparsity=0.6")
+    parsed: Any = value  # a bare word is a string
+    with suppress(tomllib.TOMLDecodeError):
+        table = tomllib.loads(f"value = {value}")
+        parsed = table["value"] if len(table) == 1 else value
+    place: Any = raw
+    *path, last = key.strip().split(".")
+    for step in path:
+        if isinstance(place, list) and step.isdigit() and int(step) < len(place):
+            place = place[int(step)]
+        elif isinstance(place, dict) and (step in place or step in Job.model_fields):
+            place = place.setdefault(step, {})
+        else:
+            raise FedgroveError(f"--set {key}: the job has no {step!r} there")
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = parsed
+    elif isinstance(place, dict):
+        place[last] = parsed
+    else:
+        raise FedgroveError(f"--set {key}: the job has no {last!r} there")

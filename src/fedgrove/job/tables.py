@@ -1,0 +1,273 @@
+"""The job file: what somebody wants, as one frozen object. Every complaint names the key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import tomli_w
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from fedgrove import plugins
+from fedgrove.job.stage_config import STAGES, StageConfig, config_of
+from fedgrove.job.units import Bits, BitsPerSecond, Bytes, File, Files, Name, Sparsity, Table, Template
+
+KINDS = tuple(plugins.names(STAGES, folders=True))
+if TYPE_CHECKING:
+    AnyStage = StageConfig
+else:  # the kinds are the folders of fedgrove.stages, so the union is made of them
+    AnyStage = Annotated[Union[tuple(config_of(kind) for kind in KINDS)], Field(discriminator="kind")]  # noqa: UP007
+
+
+class Model(Table):
+    """``[model]``: what is made smaller and better.
+
+    Attributes:
+        path: a Hugging Face model directory with safetensors, or the id of a model on the hub.
+        revision: of a model on the hub: a branch, a tag or a commit.
+        dtype: in which the weights are read and written; "auto": as they are on disk.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+def whole_pair(part: Any) -> Any:
+    """Refuses a prompt without an answer, and the reverse."""
+    if (part.prompt is None) != (part.answer is None):
+        raise ValueError("give both prompt and answer, or neither")
+    return part
+
+
+class Client(Table):
+    """``[[clients]]``: an owner of text; only for simulation, in a deployment every client brings its own.
+
+    Attributes:
+        name: up to 64 letters, digits, dots, dashes and underscores; it stands in the report and in the model card.
+        data: where its text is: one source or a list.
+        text: how a record becomes text, such as "{question} {answer}"; default: "{text}".
+        prompt: with ``answer``: how a record becomes a question, where a stage tunes. Of these only the answer is learnt.
+        answer: see ``prompt``.
+        memory: what the planner may use; a block that needs more is refused before anything runs; default: any.
+        speed: compute, relative to the others; "measure": it is measured once.
+        uplink: what it can send; with sampled layers a slow client is given fewer blocks.
+        downlink: what it can receive.
+        bits: in which it can hold frozen weights while it tunes.
+        devices: accelerators that share its work.
+        samples: another number of calibration windows than the stage's.
+        sparsity: prunes harder than the stage asks; the result has the stage's sparsity.
+    """
+
+    name: Name
+    data: Files
+    text: Template = None
+    prompt: Template = None
+    answer: Template = None
+    memory: Bytes | None = None
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
+    uplink: BitsPerSecond | None = None
+    downlink: BitsPerSecond | None = None
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
+    devices: Annotated[int, Field(ge=1, le=64)] = 1
+    samples: Annotated[int, Field(gt=0)] | None = None
+    sparsity: Sparsity | None = None
+
+    _whole_pair = model_validator(mode="after")(whole_pair)
+
+
+class Text(Table):
+    """``[[evaluate.data]]``: a held-out text, and what is measured on it; or its file name alone.
+
+    Attributes:
+        name: what it is called in tables; one that is named as a client counts as that client's own kind of text.
+        path: where it is: a file, a folder or a data set, as of a client.
+        text: how a record becomes text.
+        measure: "perplexity" of the text; "accuracy": how often the most likely of the labels is the answer to the prompt;
+            "generation": ROUGE and BLEU of what the model writes after the prompt, against the answer.
+        prompt: what is asked, where answers are measured.
+        answer: what is right.
+        labels: all that may be answered, written as answers are; default: all answers that occur.
+    """
+
+    name: Name
+    path: File
+    text: Template = None
+    measure: Literal["perplexity", "accuracy", "generation"] = "perplexity"
+    prompt: Template = None
+    answer: Template = None
+    labels: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_measure(self) -> Text:
+        answered = self.measure != "perplexity"
+        if answered and (self.prompt is None or self.answer is None):
+            raise ValueError(f'measure "{self.measure}": give prompt and answer')
+        if answered and self.text is not None:
+            raise ValueError(f'measure "{self.measure}" has no text: give prompt and answer')
+        if not answered and (self.prompt is not None or self.answer is not None):
+            raise ValueError('prompt and answer belong to measure = "accuracy" and "generation"')
+        if self.labels and self.measure != "accuracy":
+            raise ValueError('labels belong to measure = "accuracy"')
+        return self
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        return {"name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(value).stem), "path": value}
+    return value
+
+
+class Evaluate(Table):
+    """``[evaluate]``: measured before the first stage and after each.
+
+    Attributes:
+        data: held-out texts, which the server sees: nobody's private text.
+        length: tokens per window, or of a prompt with its label; windows do not overlap.
+        windows: at most so many of each text; default: all.
+        prompts: the model writes on from each of these, before and after, and the report shows both side by side. It is
+            loaded whole for that. Nobody's private text belongs here.
+        records: at most so many of each text where answers are measured, and of each task; default: all.
+        tokens: written at most, by "generation".
+        alone: also measure what each client would have had without the others; it tells the server the loss of each window.
+        centralized: run the job once more as one owner of everybody's text, into ``RUN/centralized``, and report it beside the
+            federation. Simulation only: it puts the clients' text in one place. It takes about as long again.
+        speed: also tokens a second, memory and bytes of the model before and after, by plain transformers.
+        tasks: of lm-evaluation-harness, by name, before and after.
+        tasks_from: a folder with YAML files of more tasks.
+    """
+
+    data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
+    length: Annotated[int, Field(gt=1)] = 512
+    windows: Annotated[int, Field(ge=1)] | None = None
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    records: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] = 64
+    alone: bool = False
+    centralized: bool = False
+    speed: bool = False
+    tasks: tuple[str, ...] = ()
+    tasks_from: File | None = None
+
+    @field_validator("data")
+    @classmethod
+    def _names_differ(cls, data: tuple[Text, ...]) -> tuple[Text, ...]:
+        _unique([text.name for text in data])
+        return data
+
+
+class Rounds(Table):
+    """``[rounds]``: what happens when clients do not answer. These keys may change when a run is continued.
+
+    Attributes:
+        quorum: go on while so many clients answer; default: all.
+        timeout: seconds to wait for an answer; default: for ever.
+        retries: how often a client that failed is asked again.
+    """
+
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    retries: Annotated[int, Field(ge=0)] = 0
+
+
+class Privacy(Table):
+    """``[privacy]``: what the server may learn.
+
+    Attributes:
+        secure_aggregation: the server learns sums only, nothing of any one client; see the page on security.
+        min_group: no client takes part in a sum of fewer clients.
+    """
+
+    secure_aggregation: bool = False
+    min_group: Annotated[int, Field(ge=2)] = 3
+
+
+class Job(Table):
+    """The whole job file.
+
+    Attributes:
+        name: of the job; the run folder is ``runs/NAME`` unless ``--out`` says otherwise.
+        seed: same job, same seed, same machine: the same model, bit for bit.
+        model: what is made smaller and better.
+        clients: the owners of text.
+        stages: what is done, one after the other.
+        evaluate: what is measured, and on what.
+        rounds: what happens when clients do not answer.
+        privacy: what the server may learn.
+    """
+
+    name: Name
+    seed: int = 0
+    model: Model
+    clients: Annotated[tuple[Client, ...], Field(min_length=1)]
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    evaluate: Evaluate = Evaluate()
+    rounds: Rounds = Rounds()
+    privacy: Privacy = Privacy()
+
+    @field_validator("clients")
+    @classmethod
+    def _in_order(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
+        _unique([client.name for client in clients])
+        return tuple(sorted(clients, key=lambda client: client.name))  # so that their order in the file changes nothing
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Job:
+        for i, stage in enumerate(self.stages):
+            if stage.privacy_budget() is not None and self.evaluate.alone:
+                raise ValueError(f"evaluate.alone: what a client has alone has no noise (stages.{i}.epsilon); set it to false")
+            stage.check(self, i)
+        if self.privacy.secure_aggregation:
+            self._check_secure()
+        if self.rounds.quorum is not None and self.rounds.quorum > len(self.clients):
+            raise ValueError(f"rounds.quorum: {self.rounds.quorum}, but there are {len(self.clients)} clients")
+        return self
+
+    def _check_secure(self) -> None:
+        if self.evaluate.alone:
+            raise ValueError("evaluate.alone: under secure aggregation no client tells what it has alone; set it to false")
+        if len(self.clients) < self.privacy.min_group:
+            raise ValueError(
+                f"privacy.min_group: {self.privacy.min_group} clients in a sum, but there are {len(self.clients)}; lower it"
+            )
+        for i, stage in enumerate(self.stages):
+            stage.check_secure(self, i)
+
+    def together(self, clients: int) -> int:
+        """How many of so many clients must add to a number, so that those who may drop leave ``privacy.min_group`` in it."""
+        least = max(min(self.rounds.quorum or clients, clients), clients - clients // 3)
+        return self.privacy.min_group + clients - least
+
+    def dumps(self) -> str:
+        """The job as TOML, defaults filled in, paths absolute: it can be read again from anywhere."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+class FederatedClient(Client):
+    """``[[clients]]`` in a federation: a name and nothing else; everything about itself a site says itself."""
+
+    data: tuple[File, ...] = ()
+
+
+class FederatedJob(Job):
+    """A job for the sites of a federation.
+
+    Attributes:
+        result: "server": the model stays there, and operators fetch it; "sites": it also goes to the sites that want it.
+    """
+
+    clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1)]
+    result: Literal["server", "sites"] = "server"
+
+    @model_validator(mode="after")
+    def _keeps_text_apart(self) -> FederatedJob:
+        if self.evaluate.centralized:
+            raise ValueError("evaluate.centralized: in a federation no text may be put in one place; set it to false")
+        return self
+
+
+def _unique(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the name {name!r} is given twice")

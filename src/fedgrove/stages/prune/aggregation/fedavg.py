@@ -1,0 +1,35 @@
+"""Plain averaging (FedAvg; McMahan et al., AISTATS 2017) of pruned weights: the baseline that FedSpaLLM improves on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedgrove.stages.prune.masks import Target, keep
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.stages.prune.aggregation import Options
+
+
+def weigh(before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor, float]:
+    """The pruned weight with its zeros, weighted by the client's number of tokens."""
+    return after, float(tokens)
+
+
+def finish(before: Tensor, sums: WeightedSum, target: Target, options: Options) -> tuple[Tensor, Tensor]:
+    """The mean over all clients, zeros counted as zeros; then the smallest |mean| go until the target holds.
+
+    The second step is ours, so that the baseline is compared at equal sparsity; without it (``options.expand`` = False)
+    only the weights that every client pruned are zero.
+
+    Args:
+        before: (out, in), not looked at.
+        sums: Σ tokens·W and Σ tokens.
+        target: the sparsity of the result.
+
+    Returns:
+        The weight in ``before``'s dtype and its mask (True = kept).
+    """
+    mean = sums.mean()
+    mask = mean != 0
+    if options.expand:
+        mask &= keep([mean.abs()], target)
+    return mean.masked_fill_(~mask, 0.0).to(before.dtype), mask

@@ -1,0 +1,22 @@
+"""The same sparsity in every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedgrove.stages.prune.allocation import Options
+from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+
+NEEDS: Needs = "nothing"
+
+
+def measure(weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics], options: Options) -> float:
+    """Nothing is measured."""
+    return 0.0
+
+
+def allocate(measured: Sequence[float], sizes: Sequence[int], sparsity: float, options: Options) -> list[float]:
+    """``sparsity`` everywhere."""
+    return [sparsity] * len(sizes)

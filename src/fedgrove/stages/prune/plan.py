@@ -1,0 +1,376 @@
+"""Who does what in a stage: decided before the first round, plain data, on disk, the same whenever it is made again."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedgrove.errors import FedgroveError
+from fedgrove.stages.prune.input_statistics import Needs
+from fedgrove.job import Bits, LayerSampling, PruneStage
+from fedgrove.stages.prune.masks import Target
+from fedgrove.models.blocks import Decoder, linears
+from fedgrove.stages.prune.calibration_pass import windows_at_once
+from fedgrove.models.experts import expert_of
+from fedgrove.privacy import noise
+from fedgrove.privacy.secure import smallest_sum
+from fedgrove.quantities import mebibytes
+from fedgrove.rounds import wire
+from fedgrove.stages.prune.aggregation import VALUE_BITS
+from fedgrove.stages.prune.aggregation.pooled import ring_bits
+
+SPEED = 3e10  # float32 operations a second of a client of speed 1.0: about what two cores of a server do on small blocks
+
+
+class Capabilities(BaseModel):
+    """What a client says of itself before a stage. It comes over the wire: the bounds are those of the job file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory: Annotated[int, Field(gt=0)] | None = None  # bytes that the planner may use
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # relative to SPEED
+    uplink: Annotated[int, Field(gt=0)] | None = None  # bits a second
+    downlink: Annotated[int, Field(gt=0)] | None = None  # bits a second
+    bits: tuple[Bits, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
+    devices: Annotated[int, Field(ge=1, le=64)] = 1  # alike: memory and speed are those of each
+    tokens: Annotated[int, Field(ge=0)] = 0  # of its text, where a stage tunes
+    samples: Annotated[int, Field(gt=0)] | None = None  # windows, where the client wants another number than the stage
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None  # likewise
+
+
+class Share(BaseModel):
+    """One client's part in a stage."""
+
+    model_config = ConfigDict(frozen=True)
+
+    blocks: list[list[int]]  # for each round
+    weight: float  # in the sum: the inverse of the probability of being given a block
+    samples: int
+    sparsity: float
+    memory: int  # bytes needed at the peak, besides the program itself
+    upload: int  # bytes, all rounds
+    seconds: float  # computing and uploading, all rounds
+
+
+class Plan(BaseModel):
+    """A stage and who does what in it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: int
+    kind: str
+    ask: str = "prune"  # the kind of ask that brings a client's part
+    num_blocks: int
+    clients: dict[str, Share]
+    choices: dict[str, int] = {}  # what aggregation "pooled" would upload for a client, in bytes, by what is summed
+    notes: list[str] = []  # what a person should know before it runs
+
+    def contributors(self, round_: int, block: int) -> list[str]:
+        """The clients that are given a block in a round, by name."""
+        return sorted(name for name, share in self.clients.items() if block in share.blocks[round_])
+
+
+def make_plan(
+    index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[str, Capabilities], needs: Needs, seed: int, secure: bool = False
+) -> Plan:
+    """Decides a pruning stage: a share of the blocks for each client, by what it can do.
+
+    With layer sampling, shares are proportional to the blocks that a client can prune and upload in a second, so that all
+    finish at about the same time; every block is given to at least ``cover`` clients. Each client's blocks are drawn anew
+    for every round.
+
+    Args:
+        index: the stage's place in the job.
+        cards: what the clients said, by name.
+        needs: what the pruner needs of the inputs.
+        seed: the job's.
+        secure: answers are masked, so they do not compress.
+
+    Raises:
+        FedgroveError: the pattern does not fit a linear, or a client has too little memory; names both.
+    """
+    check_pattern(decoder, stage.target)
+    num_blocks = len(decoder)
+    masked = _masked_bytes(stage, cards) if secure else None
+    largest = _largest(decoder)
+    costs = {name: _cost(largest, stage, card, needs, masked) for name, card in cards.items()}
+    for name, card in sorted(cards.items()):
+        if card.memory is not None and costs[name].memory > card.memory:
+            raise FedgroveError(
+                f"client '{name}': one block needs {mebibytes(costs[name].memory)} of memory, but it has "
+                f'{mebibytes(card.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
+            )
+    if isinstance(stage.layers, LayerSampling):
+        pace = {name: 1 / costs[name].seconds for name in cards}
+        counts = share_blocks(pace, num_blocks, stage.layers.sample, stage.layers.cover)
+        rounds = [draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(stage.rounds)]
+    else:
+        counts = dict.fromkeys(cards, num_blocks)
+        rounds = [{name: list(range(num_blocks)) for name in cards} for _ in range(stage.rounds)]
+
+    shares = {}
+    first = 1 if stage.protect_first_block else 0  # blocks before it are asked of nobody
+    for name in sorted(cards):
+        blocks = [[block for block in drawn[name] if block >= first] for drawn in rounds]
+        asked = sum(len(numbers) for numbers in blocks)
+        shares[name] = Share(
+            blocks=blocks,
+            weight=num_blocks / counts[name],
+            samples=cards[name].samples or stage.samples,
+            sparsity=_target_of(stage, cards[name]).sparsity,
+            memory=costs[name].memory,
+            upload=asked * costs[name].upload,
+            seconds=round(asked * costs[name].seconds, 1),
+        )
+    return Plan(
+        stage=index,
+        kind=stage.kind,
+        ask="pooled" if stage.aggregation == "pooled" else "prune",
+        num_blocks=num_blocks,
+        clients=shares,
+        choices=_choices(largest, num_blocks, stage, masked),
+        notes=_notes(stage, secure, shares, _products(largest, stage, needs)),
+    )
+
+
+def calibration(seed: int, stage: int, samples: int, length: int) -> dict[str, int | str]:
+    """Which calibration windows a client draws."""
+    return {"samples": samples, "length": length, "seed": f"{seed}/{stage}"}
+
+
+def share_blocks(pace: Mapping[str, float], num_blocks: int, sample: float, cover: int) -> dict[str, int]:
+    """How many blocks each client is given: proportional to its pace, at least one, at most all.
+
+    Together they are given ``sample`` of all client-block pairs, or more where ``cover`` clients a block need more.
+
+    Args:
+        pace: blocks a second, by client.
+        sample: the mean share, 0 < sample ≤ 1.
+        cover: clients that every block must have, at most the number of clients.
+    """
+    total = max(math.floor(sample * num_blocks * len(pace) + 0.5), cover * num_blocks, len(pace))
+    exact: dict[str, float] = {}
+    free = dict(pace)
+    while free:  # clients that would get more than all or less than one are set to that; the rest is shared out again
+        rest = total - sum(exact.values())
+        scaled = {name: rest * speed / sum(free.values()) for name, speed in free.items()}
+        over = {name for name, number in scaled.items() if number > num_blocks}
+        fixed = over or {name for name, number in scaled.items() if number < 1}
+        if not fixed:
+            exact |= scaled
+            break
+        for name in fixed:
+            exact[name] = num_blocks if over else 1
+            del free[name]
+    counts = {name: math.floor(number + 1e-9) for name, number in exact.items()}
+    by_remainder = sorted(counts, key=lambda name: (counts[name] - exact[name], name))
+    for name in by_remainder:
+        if sum(counts.values()) >= total:
+            break
+        if counts[name] < num_blocks:
+            counts[name] += 1
+    return counts
+
+
+def draw_blocks(counts: Mapping[str, int], num_blocks: int, seed: str) -> dict[str, list[int]]:
+    """Deals shuffled blocks round and round to shuffled clients.
+
+    Every client gets ``counts[name]`` different blocks, each block with probability counts/num_blocks, and the numbers of
+    clients of any two blocks differ by at most one. (Independent draws, as in an unofficial code for the paper, leave
+    blocks without any client.)
+    """
+    rng = random.Random(seed)
+    blocks = list(range(num_blocks))
+    names = sorted(counts)
+    rng.shuffle(blocks)
+    rng.shuffle(names)
+    dealt, at = {}, 0
+    for name in names:
+        dealt[name] = sorted(blocks[(at + i) % num_blocks] for i in range(counts[name]))
+        at += counts[name]
+    return dealt
+
+
+def check_pattern(decoder: Decoder, target: Target) -> None:
+    """Refuses an N:M pattern that does not fit a linear's number of inputs."""
+    if target.pattern:
+        for name in decoder.linear_names():
+            num_in = decoder.read_shape(name)[1]
+            if num_in % target.pattern[1]:
+                raise FedgroveError(
+                    f'pattern "{target}": {name} has {num_in} inputs, not a multiple of {target.pattern[1]}; '
+                    "choose another pattern or a sparsity"
+                )
+
+
+class _Cost(BaseModel):
+    memory: int
+    upload: int  # bytes for one block
+    seconds: float  # for one block
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a plan has to know of a model: its largest block, and what lies outside all blocks. Only some may have experts.
+
+    Attributes:
+        shapes: (out, in) of every linear.
+        inputs: the widths of the different inputs, by a linear that reads each.
+        reached: the part of the tokens that reaches each linear, if they go to all experts alike.
+        width: of the hidden states.
+        numel: parameters; ends: those outside all blocks.
+        dtype: of the checkpoint's linears.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    inputs: dict[str, int]
+    reached: dict[str, float]
+    width: int
+    numel: int
+    ends: int
+    dtype: torch.dtype
+
+
+def _largest(decoder: Decoder) -> _Block:
+    numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
+    index = numbers.index(max(numbers))
+    names = linears(decoder.blocks[index])
+    config = decoder.checkpoint.config.get_text_config()
+    shapes = {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in names}
+    experts = {expert_of(name) for name in names} - {None}
+    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
+    return _Block(
+        shapes=shapes,
+        inputs=_inputs(shapes, config.hidden_size),
+        reached={name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in names},
+        width=config.hidden_size,
+        numel=max(numbers),
+        ends=everything - sum(numbers),
+        dtype=decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1],
+    )
+
+
+def _cost(block: _Block, stage: PruneStage, card: Capabilities, needs: Needs, masked: float | None) -> _Cost:
+    """What the largest block costs a client: counted, not measured."""
+    shapes, inputs = list(block.shapes.values()), block.inputs
+    parameters = sum(rows * columns for rows, columns in shapes)
+    distinct = list(inputs.values())
+    widest = max(distinct)
+    samples = card.samples or stage.samples
+    tokens = samples * stage.length
+
+    sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
+    statistics = sum(sums.values())
+    workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
+    largest = max(rows * columns for rows, columns in shapes)
+    together = windows_at_once(samples, stage.length, stage.compute_dtype) if stage.aggregation != "pooled" else 1
+    window = together * stage.length * (6 * block.width + 4 * widest)
+
+    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
+    forward = (1 if stage.walk == "dense" else 2) * 2 * tokens * multiplied
+    gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
+    solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
+    sparsity = _target_of(stage, card).sparsity
+    upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
+    if stage.aggregation == "fedprllm":
+        upload = parameters // 8
+    if masked is not None:
+        upload = math.ceil(parameters * masked)
+    if stage.aggregation == "pooled":
+        upload = _sum_bytes(
+            distinct if needs != "moments" else 3 * distinct,
+            _products(block, stage, needs),
+            masked,
+        )
+        workspace = solve = 0  # the server prunes
+    width = 2 if stage.compute_dtype == "bfloat16" else 4
+    gathering = 8 * statistics + width * (block.numel + window)
+    solving = 8 * (statistics + workspace) + 4 * 6 * largest + parameters * (block.dtype.itemsize + 1)  # after and mask
+    if stage.aggregation == "pooled":
+        gathering, solving = gathering + width * block.ends, 0
+    memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
+    seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
+    return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
+
+
+def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]:
+    """The widths of a block's different inputs, by a linear that reads each.
+
+    The residual stream is read at most three times by what all tokens reach, and once by each expert.
+    """
+    distinct: dict[str, int] = {}
+    of_stream: Counter[str | None] = Counter()
+    for name, (_, columns) in shapes.items():
+        expert = expert_of(name)
+        if columns != width or of_stream[expert] < (1 if expert else 3):
+            distinct[name] = columns
+            of_stream[expert] += columns == width
+    return distinct
+
+
+def _products(block: _Block, stage: PruneStage, needs: Needs) -> list[int]:
+    """The widths of the inputs of which Σ xᵢxⱼ is summed."""
+    return [i for i in block.inputs.values() if needs == "gram" and not (stage.mixed and i > block.width)]
+
+
+def _masked_bytes(stage: PruneStage, cards: Mapping[str, Capabilities]) -> float:
+    """Bytes of a masked sum's number, or of a weight with its vote: as long as the ring."""
+    if stage.aggregation == "pooled":
+        return ring_bits(sum(card.samples or stage.samples for card in cards.values()) * stage.length) / 8
+    return (len(cards).bit_length() + (0 if stage.aggregation == "fedprllm" else VALUE_BITS)) / 8
+
+
+def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
+    """About the bytes of one block's sums: 4.0 for a number of eight (measured on the shipped model), and names."""
+    numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
+    return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
+
+
+def _choices(block: _Block, num_blocks: int, stage: PruneStage, masked: float | None) -> dict[str, int]:
+    if stage.aggregation != "pooled":
+        return {}
+    inputs = list(block.inputs.values())
+    number = num_blocks - stage.protect_first_block
+    return {
+        "wanda": number * _sum_bytes(inputs, [], masked),
+        "dsnot": number * _sum_bytes(3 * inputs, [], masked),
+        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= block.width], masked),
+        "sparsegpt": number * _sum_bytes(inputs, inputs, masked),
+    }
+
+
+def _notes(stage: PruneStage, secure: bool, shares: Mapping[str, Share], products: Sequence[int]) -> list[str]:
+    if stage.aggregation != "pooled":
+        if stage.allocation == "even":
+            return []
+        return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
+    if stage.epsilon is not None:
+        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(len(shares)))]
+    widest = max(products, default=0)
+    few = sum(share.samples * stage.length < widest for share in shares.values())
+    spans = (
+        f"{few} of {len(shares)} clients send products of inputs of {widest} channels over fewer tokens than that: they hold "
+        "the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
+    )
+    notes = [spans] if few and not secure else []
+    if stage.protect_first_block:
+        return notes
+    of = "the clients' word counts together" if secure else "a client's word counts"
+    return [
+        *notes,
+        f"What enters block 0 depends on little but how often each token occurs, so its sums tell much of {of}; "
+        "protect_first_block = true prunes it by magnitude instead, and nobody sends any.",
+    ]
+
+
+def _target_of(stage: PruneStage, card: Capabilities) -> Target:
+    if stage.pattern or card.sparsity is None:
+        return stage.target
+    return Target(card.sparsity)

@@ -1,0 +1,57 @@
+"""``[[stages]]`` of ``kind = "structured"``: the keys of a stage that cuts channels and heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.units import Sparsity, method_of
+
+if TYPE_CHECKING:
+    from fedgrove.job.tables import Job
+
+
+class Config(StageConfig):
+    """``[[stages]]`` of ``kind = "structured"``.
+
+    Attributes:
+        kind: what the stage does.
+        channels: the share of every block's MLP channels that goes, rounded down to whole ones.
+        heads: likewise of its groups of heads: a key-value head with the query heads that share it.
+        score: which of them matter: "fisher" (squares of what the loss would change), or "taylor" (LLM-Pruner's).
+        samples: windows of text that each client calibrates on; length: tokens in each.
+    """
+
+    kind: Literal["structured"]
+    channels: Sparsity = 0.25
+    heads: Sparsity = 0.25
+    score: Annotated[str, method_of("stages.structured.scores")] = "fisher"
+    samples: Annotated[int, Field(gt=0)] = 16
+    length: Annotated[int, Field(gt=1)] = 512
+
+    @model_validator(mode="after")
+    def _cuts_something(self) -> Self:
+        if self.channels == self.heads == 0:
+            raise ValueError("channels and heads are both 0, so nothing is cut; raise one")
+        return self
+
+    def calibration_windows(self) -> tuple[int, int] | None:
+        return self.samples, self.length
+
+    def methods(self) -> set[str]:
+        return {self.score}
+
+    def changes_structure(self) -> bool:
+        return True
+
+    def hidden_states_kept(self, num_blocks: int) -> int:
+        return num_blocks + 2
+
+    def check(self, job: Job, index: int) -> None:
+        if index > 0:
+            raise ValueError(f'stages.{index}.kind: "{self.kind}" cuts the model that the clients have; make it the first stage')
+
+    def centralized(self, job: Job) -> Self:
+        return self.model_copy(update={"samples": sum(client.samples or self.samples for client in job.clients)})

@@ -1,0 +1,46 @@
+"""FFA-LoRA (arXiv 2403.12313): A is random, shared and frozen; only B is trained and sent, so its plain mean is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.stages.tune.aggregation import Options, Start, State
+from fedgrove.stages.tune.aggregation import leading as begin
+from fedgrove.stages.tune.factors import Factors
+
+TRAINS = "b"
+
+__all__ = ["TRAINS", "Start", "add", "begin", "finish", "sums"]
+
+Sum = tuple[WeightedSum, list[Factors], int]  # the sum, the widest factors seen (for their A, which all share), the rank
+
+
+def sums(state: State, ranks: Sequence[int]) -> Sum:
+    """A sum for B."""
+    return WeightedSum(), [], max(ranks)
+
+
+def add(sum_: Sum, factors: Factors, weight: float) -> None:
+    """Adds a client's B; columns that it does not have weigh nothing."""
+    b_sums, widest, rank = sum_
+    has = (torch.arange(rank) < factors.rank).expand(factors.b.shape[0], rank)
+    b_sums.add(torch.nn.functional.pad(factors.b.double(), (0, rank - factors.rank)), has, weight)
+    if not widest or widest[0].rank < factors.rank:
+        widest[:] = [factors]
+
+
+def finish(state: State, sum_: Sum, options: Options) -> State:
+    """Mean(B)·A, which is the mean of the products, A being the same for all.
+
+    The paper's: equal ranks. Ours: clients of lower rank use the first rows of the one A, and a column is the mean over
+    those who have it.
+    """
+    b_sums, widest, _ = sum_
+    if not widest:
+        return state
+    rank = widest[0].rank
+    live = Factors(b_sums.mean()[:, :rank], widest[0].a.double())
+    return State(live.plus(state.live.part(rank, state.live.rank)), state.frozen)

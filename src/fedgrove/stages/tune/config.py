@@ -1,0 +1,141 @@
+"""``[[stages]]`` of ``kind = "tune"``: the keys of a stage that fine-tunes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.units import Bits, Choices, Delta, Epsilon, method_of
+
+if TYPE_CHECKING:
+    from fedgrove.job.tables import Job
+
+
+class Config(StageConfig):
+    """``[[stages]]`` of ``kind = "tune"``.
+
+    Attributes:
+        kind: what the stage does.
+        method: "fedpipe" gives each client a configuration of its own; "lora" gives all the one that the weakest can hold;
+            "full" trains the whole linears.
+        aggregation: what the server makes of the adapters.
+        rounds: how often the clients train and the server makes one adapter of theirs.
+        steps: optimizer steps of each client in a round, the same for all.
+        length: tokens per window.
+        batches: windows per step that a client may be given. "lora" and "full" give the largest to all.
+        ranks: ranks that a linear may be given besides 0. "lora" gives all the largest that everyone can hold.
+        bits: of each frozen weight; 32 and 16 are floats, 8 is int8, 4 is NF4.
+        learning_rate: of the clients' optimizer.
+        lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
+        optimizer: the clients'; its state begins anew in every round.
+        max_grad_norm: the largest norm of a client's gradient; 0: any.
+        alpha: LoRA's α, so that an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
+        deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
+            for the smallest batch at the smallest ranks. Only "fedpipe" looks at it.
+        upload_price: what it costs to send all linears at the largest rank, where that rank everywhere is worth 1 and so is the
+            largest batch: higher, and clients send less. Only "fedpipe" looks at it.
+        replan_every: measure the importance and plan again every so many rounds; 0: only before the first.
+        importance_steps: optimizer steps from which the importance is measured.
+        proximal: FedProx's μ.
+        partition: of aggregation "flexlora": ranks that only some clients have are the mean over those; false: over everybody, exactly.
+        server_optimizer: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
+        server_lr: multiplies the change, or is the step of "adam".
+        precision: dtype of the adapters on the wire; "fixed" sends up whole numbers, which add up exactly, whoever adds them
+            (see :mod:`fedgrove.stages.tune.fixed_point`), and float32 down. Secure aggregation needs it.
+        epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.tuning`.
+        dp_unit: what may be there or not without anybody noticing: a whole "client", or one "window" of its text.
+        dp_clip: the largest norm of what it contributes: of a client's change, or of a window's gradient.
+        personal: the share of its windows that each client does not train on, but chooses by which adapter it keeps for
+            itself: the shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none.
+        eval_every: the held-out perplexity is measured after every so many rounds; 0: only after the last.
+    """
+
+    kind: Literal["tune"]
+    method: Literal["fedpipe", "lora", "full"] = "fedpipe"
+    aggregation: Annotated[str, method_of("stages.tune.aggregation")] = "flexlora"
+    rounds: Annotated[int, Field(ge=1)] = 10
+    steps: Annotated[int, Field(ge=1)] = 16
+    length: Annotated[int, Field(gt=1)] = 512
+    batches: Choices = (1, 2, 4, 8, 16)
+    ranks: Choices = (2, 4, 8, 16, 32)
+    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (16, 8, 4)
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    lr_schedule: Literal["none", "linear"] = "none"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    upload_price: Annotated[float, Field(ge=0)] = 0.4
+    replan_every: Annotated[int, Field(ge=0)] = 0
+    importance_steps: Annotated[int, Field(ge=1)] = 4
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    partition: bool = True
+    server_optimizer: Literal["average", "momentum", "adam"] = "average"
+    server_lr: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["float32", "bfloat16", "fixed"] = "bfloat16"
+    epsilon: Epsilon | None = None
+    delta: Delta = 1e-6
+    dp_unit: Literal["client", "window"] = "window"
+    dp_clip: Annotated[float, Field(gt=0, le=16)] = 1.0
+    personal: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    eval_every: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> Self:
+        if self.method == "fedpipe" and self.aggregation == "fedex_lora":
+            raise ValueError('aggregation "fedex_lora" needs equal ranks: use method = "lora", or aggregation = "flexlora"')
+        if self.method == "full" and self.aggregation != "flexlora":
+            raise ValueError('method "full" has no adapters: leave aggregation out')
+        if self.method == "full" and self.personal:
+            raise ValueError('method "full" has no adapters: leave personal out')
+        if self.server_optimizer != "average" and (self.method == "full" or self.aggregation != "flexlora"):
+            raise ValueError(f'server_optimizer "{self.server_optimizer}" works on adapters with aggregation = "flexlora"')
+        if self.precision == "fixed" and (self.method == "full" or self.aggregation != "ffa_lora"):
+            raise ValueError('precision "fixed": whole numbers add up where all share one factor; set aggregation = "ffa_lora"')
+        if self.epsilon is not None and self.method != "lora":
+            what = (
+                'the scores by which "fedpipe" plans have no noise'
+                if self.method == "fedpipe"
+                else "there is noise for adapters"
+            )
+            raise ValueError(f'epsilon: {what}; set method = "lora"')
+        if self.epsilon is not None and self.personal:
+            raise ValueError("epsilon: the losses by which adapters are chosen have no noise; leave personal out")
+        if self.epsilon is not None and self.dp_unit == "client" and self.precision != "fixed":
+            raise ValueError(
+                'epsilon: the noise is on a sum of changes; set aggregation = "ffa_lora" and precision = "fixed" beside it'
+            )
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """Of the adapters on the wire; with "fixed", on their way down."""
+        return "float32" if self.precision == "fixed" else self.precision
+
+    def training_length(self) -> int | None:
+        return self.length
+
+    def privacy_budget(self) -> float | None:
+        return self.epsilon
+
+    def methods(self) -> set[str]:
+        return {self.method, self.aggregation}
+
+    def check_secure(self, job: Job, index: int) -> None:
+        at = f"privacy.secure_aggregation: stages.{index}"
+        if self.precision != "fixed":
+            raise ValueError(
+                f'{at}: only whole numbers can be summed unseen; set aggregation = "ffa_lora" and precision = "fixed"'
+            )
+        if self.personal:
+            raise ValueError(f"{at}.personal: its losses are not summed; set it to 0")
+
+    def centralized(self, job: Job) -> Self:
+        """As many steps as all clients take together, each on the largest batch at the largest ranks, by plain LoRA or "full"."""
+        changes = {
+            "method": self.method if self.method == "full" else "lora", "aggregation": "flexlora", "steps": self.steps * len(job.clients),
+            "server_optimizer": "average", "precision": "float32", "epsilon": None, "personal": 0.0, "proximal": 0.0, "eval_every": 0,
+        }  # fmt: skip
+        return self.model_copy(update=changes)

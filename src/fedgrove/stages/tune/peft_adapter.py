@@ -1,0 +1,82 @@
+"""The result of tuning as a PEFT adapter, beside the merged model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import save_tensors
+from fedgrove.report.words import file_name
+from fedgrove.stages.tune.factors import Factors
+from fedgrove.stages.tune.lora import hush
+
+
+def write_adapter(
+    out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
+) -> None:
+    """Writes what tuning changed as a LoRA adapter that plain peft loads.
+
+    Each linear keeps the rank that its change has (no approximation), with α = rank, so that peft scales it by 1.
+
+    Args:
+        out: the folder; replaced if it is there.
+        changes: by linear.
+        base: the model that the job names; title: of the adapter's card.
+        pruned: the model has zeros that the adapter would refill; its card then says so.
+        changed: earlier stages changed the model, so that the base is not the one that the job names.
+    """
+    hush()
+    from peft import LoraConfig
+
+    kept = {name: factors.compress() for name, factors in changes.items()}
+    kept = {name: factors for name, factors in kept.items() if factors.rank}
+    if not kept:
+        return
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in kept.items()}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=1,
+        lora_alpha=1,
+        target_modules=sorted(kept),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(kept))), nn.Linear),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(beside))
+    tensors: dict[str, Tensor] = {}
+    for name, factors in kept.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
+    save_tensors(tensors, beside / "adapter_model.safetensors", {"format": "pt"})
+    (beside / "README.md").write_text(_card(base, title, pruned, changed), encoding="utf-8")
+    settings = json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set, in any order
+    (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+
+
+def _card(base: str, title: str, pruned: bool, changed: bool) -> str:
+    base = file_name(base)
+    if pruned:
+        use = (
+            "**Do not load this adapter: the result is the merged model.** The model was tuned under the mask of its "
+            "pruned weights. A plain adapter adds its whole product, and would refill every zero that pruning made. These "
+            "are the factors before the mask, for the record."
+        )
+    elif changed:
+        use = "Load it on the model that the stages before tuning made, not on the base model that the job names."
+    else:
+        use = f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)` gives the tuned model."
+    return f"---\nlibrary_name: peft\nbase_model: {base}\n---\n# {title}\n\n{use}\n"
