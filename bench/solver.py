@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.stages.prune.pruners import sparsegpt
 
 T = TypeVar("T")

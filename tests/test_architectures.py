@@ -42,7 +42,7 @@ from fedgrove.cli import app
 from fedgrove.data import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models.blocks import Decoder, as_matrix, find_blocks, linears
 from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.models.experts import expert_of, unfuse

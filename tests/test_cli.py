@@ -21,7 +21,7 @@ import fedgrove.rounds.collect
 from fedgrove import plugins
 from fedgrove.data import calibration_windows
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.rounds import wire
 from small import CLIENTS, LENGTH, SAMPLES, Small, cli, lines, make_model, make_texts, measurements, process, result

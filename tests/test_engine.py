@@ -17,7 +17,7 @@ from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.rounds import wire
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.stage import prune_info
 from small import CLIENTS, LENGTH, SAMPLES, Heard, Small, alive, cli, complaint, lines, process, result, wait_until
 
@@ -48,7 +48,7 @@ def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Itera
     """Runs a job on a wrapped engine; gives the lines of progress."""
     job = load(small.job(**changes))
     heard = Heard()
-    run = Run(out, job, watch=heard)
+    run = RunFolder(out, job, watch=heard)
     try:
         engine: Engine = Wrapped(server.local_engine(job, run.path / "clients"), change)
         server.main(job, engine, run)
@@ -87,7 +87,7 @@ def test_a_client_that_hangs_is_out_of_time_and_can_be_asked_again(
     small: Small, tmp_path: Path, faulty: Callable[..., None]
 ) -> None:
     job = load(small.job(**ODD))
-    run = Run(tmp_path / "run", job)
+    run = RunFolder(tmp_path / "run", job)
     engine = server.local_engine(job, run.path / "clients", workers=2)
     try:
         plan = server.make_plans(job, server.open_model(job.model), engine, run)[0]  # afterwards both workers are awake

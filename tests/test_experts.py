@@ -18,7 +18,7 @@ from fedgrove.data import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.config import Config as PruneStage
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import Experts
 from fedgrove.models.stream import Checkpoint, save_tensors

@@ -28,7 +28,7 @@ import fedgrove.cli
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.stages.prune.pruners import magnitude
 from fedgrove import export as exporting

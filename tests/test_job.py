@@ -12,7 +12,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.job.tables import Client, Job
 from fedgrove.stages.prune.config import LayerSampling
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from small import Small
 
 

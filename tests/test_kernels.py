@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.stages.prune.pruners import sparsegpt
 
 pytest.importorskip("triton")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedgrove.stages.prune.masks import Target, keep_highest, lowest, lowest_of_few, spread
+from fedgrove.models.masks import Target, keep_highest, lowest, lowest_of_few, spread
 
 
 def keys_with_ties(shape: tuple[int, ...], num_keys: int, seed: int) -> list[Tensor]:

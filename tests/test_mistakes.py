@@ -282,10 +282,10 @@ def test_another_job_does_not_resume_a_run(small: Small) -> None:
 
 def test_two_processes_do_not_share_a_run_folder(small: Small, tmp_path: Path) -> None:
     from fedgrove.job.load import load
-    from fedgrove.runfolder import Run
+    from fedgrove.runfolder import RunFolder
 
     job = small.job()
-    first = Run(tmp_path / "run", load(job))
+    first = RunFolder(tmp_path / "run", load(job))
     try:
         status, out, err = process("run", job, "--out", tmp_path / "run", "--resume", "--quiet")
     finally:

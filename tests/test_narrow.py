@@ -26,7 +26,7 @@ from fedgrove.stages.structured.gradients import group_products
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE
 from fedgrove.stages.structured.scores import LARGEST, fisher, fixed_point, taylor
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.stage import cut_block
 from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
@@ -323,7 +323,7 @@ class Meddling:
 def run_meddled(small: Small, out: Path, does: str, **changes: Any) -> list[str]:
     heard = Heard()
     wanted = load(small.job("meddled", stages=STAGES, **changes))
-    run = Run(out, wanted, watch=heard)
+    run = RunFolder(out, wanted, watch=heard)
     try:
         server.main(wanted, Meddling(server.local_engine(wanted, out / "clients"), does), run)
     finally:

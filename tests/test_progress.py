@@ -99,7 +99,7 @@ def test_a_bar_shows_the_same_on_a_terminal() -> None:
 def test_a_run_tells_its_steps_and_every_client_that_it_asks(small: Small, tmp_path: Path) -> None:
     from fedgrove import run as server
     from fedgrove.job.load import load
-    from fedgrove.runfolder import Run
+    from fedgrove.runfolder import RunFolder
 
     class Clients(Listener):
         asked_of: list[str]
@@ -124,7 +124,7 @@ def test_a_run_tells_its_steps_and_every_client_that_it_asks(small: Small, tmp_p
     heard, clients, measured = Heard(), Clients(), Measured()
     measured.names = []
     job = load(small.job())
-    run = Run(tmp_path / "run", job, watch=Several([heard, clients, measured]))
+    run = RunFolder(tmp_path / "run", job, watch=Several([heard, clients, measured]))
     server.main(job, server.local_engine(job, run.path / "clients"), run)
     run.close()
     assert clients.asked_of == list(CLIENTS)

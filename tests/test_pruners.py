@@ -14,7 +14,7 @@ from fedgrove import plugins
 from fedgrove.stages.prune import pruners
 from fedgrove.data import calibration_windows
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models.blocks import Decoder
 from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.models.stream import Checkpoint

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedgrove.client.handlers import HANDLERS, LocalClient
-from fedgrove.stages.prune.masks import Target, lowest
+from fedgrove.models.masks import Target, lowest
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
 from fedgrove.stages.prune.aggregation import Options, fedprllm as masks, fedspallm as votes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.stages.prune.pruners import magnitude
 from fedgrove.rounds.aggregator import weighted_sum as fold
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum

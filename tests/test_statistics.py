@@ -22,7 +22,7 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WireError
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.aggregation.pooled import Statistic
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
 SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner
@@ -74,7 +74,7 @@ def prune(
         **changes,
     )
     wanted = load(job)
-    run = Run(folder / "run", wanted)
+    run = RunFolder(folder / "run", wanted)
     sites = server.local_engine(wanted, run.path / "clients")._sites
     server.main(wanted, engine(list(sites.values())), run)
     run.close()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import packed as packing
 from fedgrove.exports.packed import FILES, LAYOUT
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models import stream
 from fedgrove.models.stream import INDEX, Checkpoint, find_model, save_tensors, write_safetensors
 from fedgrove.stages.prune.pruners import magnitude

@@ -27,7 +27,7 @@ from fedgrove.privacy.noise import agreed, multiplier, once
 from fedgrove.privacy.secure import as_rings
 from fedgrove.rounds import wire
 from fedgrove.stages.tune.aggregation import Start
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune import lora, fixed_point as whole
 from fedgrove.stages.tune.trainers import dp_sgd as private
 from fedgrove.stages.tune.factors import Factors, initial_a
@@ -55,7 +55,7 @@ class Recorder(LocalEngine):
 
 def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **changes: Any) -> Path:
     job = jobs.load(small.job(out.name, **{"evaluate__alone": False, **changes}))
-    begun = Run(out, job)
+    begun = RunFolder(out, job)
     sites = server.local_engine(job, out / "clients")._sites
     server.main(job, engine(list(sites.values())), begun)
     begun.close()

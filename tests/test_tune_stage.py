@@ -24,7 +24,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.stages.tune.aggregation import Start
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune import lora
 from fedgrove.stages.tune.factors import Factors, fill
 from fedgrove.stages.tune.personal import hold_out, mean_loss
@@ -84,7 +84,7 @@ class Meddling:
 def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | None) -> list[str]:
     heard = Heard()
     job = jobs.load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
-    run = Run(out, job, watch=heard)
+    run = RunFolder(out, job, watch=heard)
     try:
         server.main(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
     finally:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.prune.pruners import magnitude
 from fedgrove.rounds import wire

@@ -23,7 +23,7 @@ from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.progress import Several, part_of, watch
 from fedgrove.report.summary import Summary, read
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.export import find_result
 
 AnyJob = Job | Mapping[str, Any] | str | Path
@@ -89,7 +89,7 @@ def run(
     hush()
     place = Path(out) if out is not None else Path("runs") / wanted.name
     with watch(quiet, delay=0) as shown, ExitStack() as trackers:
-        folder = Run(place, wanted, resume=resume, watch=shown)
+        folder = RunFolder(place, wanted, resume=resume, watch=shown)
         try:
             if track:
                 told = [trackers.enter_context(tracking.track(kind, wanted.name, folder.path)) for kind in track]
@@ -115,7 +115,7 @@ def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         watch(quiet) as seen,
-        closing(Run(Path(folder) / "run", wanted, watch=seen)) as asked,
+        closing(RunFolder(Path(folder) / "run", wanted, watch=seen)) as asked,
         closing(server.local_engine(wanted, asked.path / "clients")) as engine,
     ):
         return server.make_plans(wanted, server.open_model(wanted.model), engine, asked)

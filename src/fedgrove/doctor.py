@@ -246,12 +246,12 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
 
 def _plans(job: Job) -> list[Check]:
     """Every client's part in every stage, against this machine's memory: here one client works at a time."""
-    from fedgrove.runfolder import Run
+    from fedgrove.runfolder import RunFolder
     from fedgrove.run import local_engine, make_plans, open_model
 
     free = _free_memory()
     checks = []
-    with tempfile.TemporaryDirectory() as folder, closing(Run(Path(folder) / "run", job)) as run:
+    with tempfile.TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run", job)) as run:
         try:
             with closing(local_engine(job, run.path / "clients")) as engine:
                 plans = make_plans(job, open_model(job.model), engine, run)

@@ -26,8 +26,11 @@ def names(package: str, folders: bool = False) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders)
 
 
-def load(package: str, name: str) -> ModuleType:
+def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     """The file of one method.
+
+    Args:
+        protocol: what it has to fulfil, where that is more than the package's own protocol.
 
     Raises:
         FedgroveError: there is no such method (the name may come from the network, so nothing else is imported by it), or its
@@ -36,7 +39,7 @@ def load(package: str, name: str) -> ModuleType:
     if name not in names(package):
         raise FedgroveError(f"{package}: there is no {name!r} here; choose one of {', '.join(names(package))}")
     module = importlib.import_module(f"fedgrove.{package}.{name}")
-    protocol = getattr(importlib.import_module(f"fedgrove.{package}"), "METHOD", None)
+    protocol = protocol or getattr(importlib.import_module(f"fedgrove.{package}"), "METHOD", None)
     lacking = _lacking(module, protocol) if protocol is not None else None
     if lacking:
         raise FedgroveError(f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for; add it")
@@ -45,10 +48,11 @@ def load(package: str, name: str) -> ModuleType:
 
 def _lacking(module: ModuleType, protocol: Any) -> str | None:
     """The first attribute or function of a protocol that a file has not; None: it has them all."""
-    for attribute in protocol.__annotations__:
+    bases = [base for base in reversed(protocol.__mro__) if base is not object]
+    for attribute in [name for base in bases for name in vars(base).get("__annotations__", {})]:
         if not hasattr(module, attribute):
             return f"{attribute}"
-    for name, asked in vars(protocol).items():
+    for name, asked in [item for base in bases for item in vars(base).items()]:
         if name.startswith("_") or not inspect.isfunction(asked):
             continue
         given = getattr(module, name, None)

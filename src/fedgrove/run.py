@@ -8,44 +8,36 @@ folder, and what is there already is not done again: that is how a killed run go
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor
 
-from fedgrove import heap, plugins
-from fedgrove.centralized import centralized_job, centralized_site
-from fedgrove.client.handlers import LocalClient
+from fedgrove import heap
+from fedgrove.centralized import centralized_client, centralized_job
+from fedgrove.client.local_client import LocalClient
 from fedgrove.engines.base import Engine
 from fedgrove.engines.local import LocalEngine
+from fedgrove.evaluation.evaluate import evaluate, evaluate_alone, evaluate_directory, evaluate_speed
+from fedgrove.evaluation.samples import write_samples
 from fedgrove.exports.hf import USE
-from fedgrove.job import Job, Model, StructuredStage, PruneStage, TuneStage
+from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
-from fedgrove.stages.structured.plan import StructuredPlan, make_structured_plan
-from fedgrove.stages.prune.plan import Capabilities, Plan, calibration, make_plan
 from fedgrove.privacy.secure import Credentials, make_credentials
 from fedgrove.progress import Within
 from fedgrove.report.model_card import card
 from fedgrove.report.page import write_report
 from fedgrove.report.summary import CENTRALIZED
-from fedgrove.rounds.collect import Message, ask
-from fedgrove.rounds.wire import Info, WireError
-from fedgrove.runfolder import Run, read_lines
-from fedgrove.evaluation.evaluate import evaluate, evaluate_directory, evaluate_speed
-from fedgrove.stages.structured.stage import narrow
-from fedgrove.stages.prune.stage import prune
-from fedgrove.evaluation.samples import write_samples
-from fedgrove.stages.tune.stage import pruned_linears, tune
-from fedgrove.stages.tune.plan import TunePlan, even, make_tune_plan, measure
-
-STAGES: dict[str, Callable[[Checkpoint, Any, Engine, Run], Checkpoint]] = {"structured": narrow, "prune": prune, "tune": tune}
+from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
+from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import Message
+from fedgrove.runfolder import RunFolder, read_lines
+from fedgrove.stages.base import Plan, calibration_seed, stage_of
 
 
-def main(job: Job, engine: Engine, run: Run) -> None:
+def run_job(job: Job, engine: Engine, run: RunFolder) -> None:
     """Runs a job.
 
     Args:
@@ -54,30 +46,32 @@ def main(job: Job, engine: Engine, run: Run) -> None:
         run: the run folder; an interrupted run continues.
 
     Raises:
-        FedgroveError: a fault that the user can mend.
+        FedgroveError: an error that the user can fix.
     """
     if not run.has_model():
-        make_model(job, engine, run)
+        make_model(job, Federation(engine, run))
     write_samples(run)
     evaluate_directory(run.path / "model", len(job.stages) - 1, run)
     if job.evaluate.speed:
         evaluate_speed(open_model(job.model).path, run.path / "model", run)
     if job.evaluate.centralized:
-        centralize(job, run)
+        run_centralized(job, run)
     write_report(run.path)
     run.finish()
 
 
-def make_model(job: Job, engine: Engine, run: Run) -> None:
+def make_model(job: Job, federation: Federation) -> None:
     """Everything up to the finished model in the run folder."""
+    run = federation.run
     model = open_model(job.model)
-    plans = make_plans(job, model, engine, run)  # every client's text is tried before anything is computed
-    evaluate(model, None, engine, run)
+    plans = make_plans(job, model, federation)  # every client's text is tried before anything is computed
+    evaluate(model, None, run)
     evaluate_directory(model.path, None, run)
-    for stage, plan in zip(job.stages, plans, strict=True):
-        run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))
-        model = STAGES[stage.kind](model, plan, engine, run)
-        evaluate(model, plan, engine, run)
+    for config, plan in zip(job.stages, plans, strict=True):
+        before = model
+        model = stage_of(config.kind).run(model, plan, config, federation).model
+        evaluate(model, plan.stage, run)
+        evaluate_alone(before, plan, config, federation)
     run.step("writing the model")
     heap.release_freed_memory()  # what the last stage worked with
     base = model.path / "README.md"
@@ -85,58 +79,51 @@ def make_model(job: Job, engine: Engine, run: Run) -> None:
     model.write(run.path / "model", {"README.md": card(run.path, base_card, USE.replace("FOLDER", "model"))})
 
 
-def open_model(model: Model) -> Checkpoint:
-    """The model of a job, found here or on the hub; nothing of it is read yet."""
-    dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-    return Checkpoint(find_model(model.path, model.revision), dtype)
-
-
-def make_plans(job: Job, model: Checkpoint, engine: Engine, run: Run) -> list[Plan | StructuredPlan | TunePlan]:
-    """Asks the clients what they have, and plans every stage."""
-    calibrations = {
-        client.name: [
-            calibration(job.seed, index, client.samples or stage.samples, stage.length)
-            for index, stage in enumerate(job.stages)
-            if isinstance(stage, PruneStage | StructuredStage)
-        ]
-        for client in job.clients
-    }
-    lengths = [stage.length for stage in job.stages if isinstance(stage, TuneStage)]
-    messages: dict[str, Message] = {
-        name: ({}, {"calibrations": calibrations[name], "lengths": lengths}) for name in engine.sites()
-    }
-    run.step("asking the clients what they have")
-    answers = ask(engine, run, "card", messages, stage=0, round_=0, check=_check_card)
-    cards = {client: Capabilities(**info) for client, _, info in answers}
-    decoder = Decoder(model)
-    plans: list[Plan | StructuredPlan | TunePlan] = []
-    pruned = False
-    for index, stage in enumerate(job.stages):
-        if isinstance(stage, PruneStage):
-            needs, secure = plugins.load("stages.prune.pruners", stage.pruner).NEEDS, job.privacy.secure_aggregation
-            plans.append(make_plan(index, stage, decoder, cards, needs, job.seed, secure))
-            pruned = True
-        elif isinstance(stage, StructuredStage):
-            narrower = make_structured_plan(index, stage, decoder, cards, job.privacy.secure_aggregation)
-            plans.append(narrower)
-            decoder = Decoder(model.over(width=narrower.after))  # as later stages will find it; its weights are not there yet
-        else:
-            sizes = measure(decoder, stage.length, pruned or bool(pruned_linears(Decoder(model))))
-            secure = job.privacy.secure_aggregation
-            plan = make_tune_plan(index, stage, sizes, cards, even(sizes), together=job.together, secure=secure)
-            plans.append(plan.model_copy(update={"notes": plan.notes + beside(job, index)}))
+def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan]:
+    """Asks the clients what they have, and plans every stage on the model as it will find it."""
+    capabilities = ask_capabilities(job, federation)
+    plans: list[Plan] = []
+    for index, config in enumerate(job.stages):
+        plan = stage_of(config.kind).plan(index, config, Decoder(model), capabilities, job)
+        plans.append(plan.model_copy(update={"notes": (*plan.notes, *notes_on_other_stages(job, index))}))
+        width = plan.width_after()
+        if width is not None:
+            model = model.over(width=width)  # its weights are not there yet
     return plans
 
 
-def beside(job: Job, index: int) -> list[str]:
+def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities]:
+    """What each client has, by name, after it tried whether its text suffices for every stage."""
+    lengths = [config.training_length() for config in job.stages]
+    own_samples = {client.name: client.samples for client in job.clients}
+    messages = {}
+    for client in federation.clients():
+        calibrations = []
+        for index, config in enumerate(job.stages):
+            windows = config.calibration_windows()
+            if windows is not None:
+                samples = own_samples.get(client) or windows[0]
+                seed = calibration_seed(job.seed, index)
+                calibrations.append(Windows(samples=samples, length=windows[1], seed=seed))
+        request = DescribeYourself(calibrations=tuple(calibrations), lengths=tuple(n for n in lengths if n is not None))
+        messages[client] = Message(request)
+    federation.run.step("asking the clients what they have")
+    found = {}
+    for client, _, reply in federation.collect(messages):
+        assert isinstance(reply, Capabilities)
+        found[client] = reply
+    return found
+
+
+def notes_on_other_stages(job: Job, index: int) -> list[str]:
     """What a stage's promise of privacy does not cover: other stages that use the same text."""
-    if getattr(job.stages[index], "epsilon", None) is None:
+    if job.stages[index].privacy_budget() is None:
         return []
     notes = []
-    for other, stage in enumerate(job.stages):
-        if other == index or (isinstance(stage, PruneStage) and stage.pruner == "magnitude"):
+    for other, config in enumerate(job.stages):
+        if other == index or not config.reads_text():
             continue
-        epsilon = getattr(stage, "epsilon", None)
+        epsilon = config.privacy_budget()
         if epsilon is None:
             notes.append(
                 f"Stage {other} uses the same text without noise, and the result holds what it learnt: no privacy is promised "
@@ -148,34 +135,33 @@ def beside(job: Job, index: int) -> list[str]:
     return notes
 
 
-def centralize(job: Job, run: Run) -> None:
+def run_centralized(job: Job, run: RunFolder) -> None:
     """Runs the job as one owner of everybody's text, in a run folder within this one. In a simulation only."""
     wanted, folder = centralized_job(job), run.path / CENTRALIZED
-    inner = Run(folder, wanted, resume=True, watch=Within(run.watch, CENTRALIZED))
+    inner = RunFolder(folder, wanted, resume=True, watch=Within(run.watch, CENTRALIZED))
     try:
         for name in ("metrics.jsonl", "examples.jsonl"):  # the model as it came is the same, and was measured
             if not (folder / name).is_file():
                 lines = [line for line in read_lines(run.path / name) if line["stage"] is None]
                 inner.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
-        model = open_model(job.model)
-        main(wanted, LocalEngine([centralized_site(local_sites(job, model, folder / "clients"), folder / "clients")]), inner)
+        clients = local_clients(job, open_model(job.model), folder / "clients")
+        run_job(wanted, LocalEngine([centralized_client(clients, folder / "clients")]), inner)
     finally:
         inner.close()
 
 
-def _check_card(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-    try:
-        Capabilities(**info)
-    except ValidationError as fault:
-        raise WireError(f"its card is not understood ({fault.errors()[0]['loc'][0]})") from fault
+def open_model(model: Model) -> Checkpoint:
+    """The model of a job, found here or on the hub; nothing of it is read yet."""
+    dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
+    return Checkpoint(find_model(model.path, model.revision), dtype)
 
 
 def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:
     """The embedded default: the job's clients on this machine, each with a folder of its own for its working files."""
-    return LocalEngine(local_sites(job, open_model(job.model), folder), workers, devices)
+    return LocalEngine(local_clients(job, open_model(job.model), folder), workers, devices)
 
 
-def local_sites(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient]:
+def local_clients(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient]:
     """The job's clients, simulated."""
     credentials: dict[str, Credentials] = {}
     if job.privacy.secure_aggregation:
@@ -188,7 +174,7 @@ def local_sites(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient]:
             dtype=model.dtype,
             data=client.data,
             text=client.text,
-            card=client.model_dump(include=set(Capabilities.model_fields), mode="json"),
+            capabilities=client.model_dump(include=set(Capabilities.model_fields), mode="json"),
             credentials=credentials.get(client.name),
             prompt=client.prompt,
             answer=client.answer,

@@ -20,7 +20,7 @@ from fedgrove.job import Job
 from fedgrove.progress import Listener
 
 
-class Run:
+class RunFolder:
     """A run folder.
 
     Args:

@@ -30,7 +30,7 @@ from fedgrove.stages.prune.allocation import Options
 from fedgrove.data import DEFAULT_TEMPLATE, calibration_windows, facts_of, training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 from fedgrove.models.blocks import Call, Decoder, as_matrix
 from fedgrove.stages.prune.calibration_pass import gather, watching, windows_at_once
 from fedgrove.models.perplexity import negative_log_likelihoods

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import torch
 
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import checkpoint_of
 from fedgrove.models.blocks import Decoder, linears
-from fedgrove.stages.prune.plan import SPEED
+from fedgrove.rounds.capabilities import SPEED
 
 TOKENS = 512
 TRIES = 3
 
 
 def block_speed(decoder: Decoder) -> float:
-    """Operations a second through one frozen block, relative to :data:`fedgrove.stages.prune.plan.SPEED`: the best of three tries."""
+    """Operations a second through one frozen block, relative to :data:`fedgrove.rounds.capabilities.SPEED`: the best of three tries."""
     hidden, calls = decoder.embed(torch.zeros(1, TOKENS, dtype=torch.int64))
     fastest = float("inf")
     with decoder.loaded(0) as block, torch.enable_grad():
@@ -28,3 +31,12 @@ def block_speed(decoder: Decoder) -> float:
                 torch.cuda.synchronize(decoder.device)
             fastest = min(fastest, time.perf_counter() - begun)
     return 4 * TOKENS * weights / fastest / SPEED
+
+
+def measured_speed(client: LocalClient, device: str) -> float:
+    """The speed of a client, measured once and kept on its disk, so that a plan stays as it is."""
+    file = client.folder / "speed.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(block_speed(Decoder(checkpoint_of(client), device))), encoding="utf-8")
+    return float(json.loads(file.read_text(encoding="utf-8")))

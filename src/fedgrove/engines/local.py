@@ -12,41 +12,42 @@ from typing import Any
 
 import torch
 
-from fedgrove.client.handlers import LocalClient, serve
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import serve
 from fedgrove.engines.worker import Child, ChildDied, Reply
 from fedgrove.errors import FedgroveError
 
 
 class LocalEngine:
-    """Calls the handlers on this machine.
+    """Answers requests on this machine.
 
-    Without workers a handler runs in this process, one client after the other, and a timeout cannot stop it. With workers
-    each has a process of its own: several clients work at once, one that hangs or is killed becomes an error answer and
+    Without workers requests are answered in this process, one client after the other, and a timeout cannot stop it. With workers
+    each has a process of its own: several clients work at once, one that hangs or is killed becomes an error and
     its worker starts anew. The bits of a result do not depend on the number of workers.
 
     Args:
-        sites: the clients.
+        clients: the clients.
         workers: number of processes; 0 for none.
         devices: where workers compute, dealt in turn; default: the GPUs of this machine, else the CPU.
     """
 
-    def __init__(self, sites: Sequence[LocalClient], workers: int = 0, devices: Sequence[str] | None = None):
-        self._sites = {site.name: site for site in sites}
+    def __init__(self, clients: Sequence[LocalClient], workers: int = 0, devices: Sequence[str] | None = None):
+        self._clients = {client.name: client for client in clients}
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         self._devices = list(devices or gpus or ["cpu"])
-        self._workers = [Child(_try, torch.get_num_threads()) for _ in range(min(workers, len(sites)))]
+        self._workers = [Child(_try, torch.get_num_threads()) for _ in range(min(workers, len(clients)))]
 
-    def sites(self) -> list[str]:
+    def clients(self) -> list[str]:
         """The clients, sorted by name."""
-        return sorted(self._sites)
+        return sorted(self._clients)
 
-    def ask(
+    def request(
         self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
-        """See :meth:`fedgrove.engines.base.Engine.ask`."""
+        """See :meth:`fedgrove.engines.base.Engine.request`."""
         if not self._workers:
             for client in sorted(messages):
-                yield client, *_try(kind, messages[client], self._sites[client], self._devices[0])
+                yield client, *_try(kind, messages[client], self._clients[client], self._devices[0])
             return
         ends = time.monotonic() + timeout if timeout is not None else None
         waiting = deque(sorted(messages))
@@ -57,7 +58,7 @@ class LocalEngine:
                     if waiting and worker not in [at_work for at_work, _ in busy.values()]:
                         client = waiting.popleft()
                         device = self._devices[i % len(self._devices)]
-                        worker.send(kind, messages[client], self._sites[client], device)
+                        worker.send(kind, messages[client], self._clients[client], device)
                         busy[worker.pipe] = (worker, client)
                 left = None if ends is None else max(0.0, ends - time.monotonic())
                 ready = connection.wait(list(busy), left)
@@ -73,7 +74,7 @@ class LocalEngine:
                     for client in sorted(late):
                         yield client, None, f"no answer in {timeout:g} s (rounds.timeout)"
         finally:
-            for worker, _ in busy.values():  # whoever asked has stopped listening
+            for worker, _ in busy.values():  # the caller has stopped iterating
                 worker.restart()
 
     def close(self) -> None:
@@ -90,18 +91,18 @@ def _receive(worker: Child) -> Reply:
         return None, f"its process died (status {death.status}); out of memory? Lower samples or length"
 
 
-def _try(kind: str, message: bytes, site: LocalClient, device: str) -> Reply:
-    """Serves an ask; every failure becomes one line, and its trace stays on the client's own disk."""
+def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
+    """Serves a request; every failure becomes one line, and its trace stays on the client's own disk."""
     try:
-        return serve(kind, message, site, device), None
+        return serve(kind, message, client, device), None
     except FedgroveError as fault:
         return None, str(fault)
     except Exception as fault:
-        log: Path = site.folder / "error.log"
+        log: Path = client.folder / "error.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         if isinstance(fault, OSError) and fault.strerror:
-            return None, f"{fault.strerror}: {fault.filename or site.folder}; mend that, then continue with --resume"
+            return None, f"{fault.strerror}: {fault.filename or client.folder}; fix that, then continue with --resume"
         if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
             return None, "out of memory; lower samples or length, or give its work to a larger machine"
         return None, f"{type(fault).__name__} in its handler; the trace is in {log}"

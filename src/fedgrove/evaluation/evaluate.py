@@ -9,41 +9,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fedgrove.client.handlers import WINDOW
 from fedgrove.data import evaluation_windows, facts_of
-from fedgrove.engines.base import Engine
-from fedgrove.job import Evaluate
+from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.tables import Evaluate
 from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import negative_log_likelihoods, perplexity
+from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.structured.plan import StructuredPlan
-from fedgrove.stages.prune.plan import Plan
+from fedgrove.rounds.federation import Federation
+from fedgrove.stages.base import Plan, stage_of
 from fedgrove.progress import part_of
-from fedgrove.rounds.collect import Message, ask
-from fedgrove.rounds.wire import CHANGE, WEIGHT, check
-from fedgrove.runfolder import Run
-from fedgrove.stages.prune.allocate import read_sparsities
-from fedgrove.stages.structured.stage import alone as narrowed_alone
-from fedgrove.stages.prune.stage import prune_info
-from fedgrove.stages.tune.plan import TunePlan
+from fedgrove.runfolder import RunFolder
 
 
-def evaluate(model: Checkpoint, plan: Plan | StructuredPlan | TunePlan | None, engine: Engine, run: Run) -> None:
+def evaluate(model: Checkpoint, stage: int | None, run: RunFolder) -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>``, ``accuracy/<text>``, … to the metrics.
 
-    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. With ``evaluate.alone`` the clients also measure,
-    after the first stage, what each would have had without the others. What the metrics hold already is not measured again.
+    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. What the metrics hold already is not measured again.
 
     Args:
         model: the model.
-        plan: of the stage that made the model; None before the first.
+        stage: the one that made the model; None before the first.
     """
-    stage = None if plan is None else plan.stage
     wanted = run.job.evaluate
     if not wanted.data:
         return
@@ -67,40 +57,39 @@ def evaluate(model: Checkpoint, plan: Plan | StructuredPlan | TunePlan | None, e
             if measured.parts:
                 run.keep(stage, None, f"{name}/{text.name}", measured.parts)
         _log(plain(found), text.name, stage, done, run, last=first)
-    if plan is None or isinstance(plan, TunePlan) or plan.stage > 0 or not wanted.alone:
-        return
-    left = [client for client in plan.clients if any((stage, client, f"perplexity/{name}") not in done for name in windows)]
-    if isinstance(plan, StructuredPlan):
-        for number, client in enumerate(left):
-            run.step(f"evaluate: what {client} would have had alone", number, len(left))
-            decoder = Decoder(narrowed_alone(Checkpoint(model.path, model.dtype), plan, client, run))
-            for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
-                _log_alone(negative_log_likelihoods(decoder, windows[name]), stage, client, name, run)
-        return
-    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
-    numbers = {name: len(texts) for name, texts in windows.items()}
-    expected = {
-        f"{part}{name}": (torch.Size((number,)), torch.float64) for name, number in numbers.items() for part in (CHANGE, WEIGHT)
-    }
-    run.step("evaluate: what each client would have had alone")
-    shares = read_sparsities(run, plan)
-    messages: dict[str, Message] = {
-        client: (tensors, {"texts": numbers, "walk": prune_info(run.job, plan, client, 0, 0, shares)}) for client in left
-    }
-    for client, answer, _ in ask(
-        engine, run, "evaluate", messages, stage=plan.stage, round_=0, check=lambda client, got, info: check(got, expected)
-    ):
-        for name in [name for name in windows if (stage, client, f"perplexity/{name}") not in done]:
-            counts = [ids.numel() - 1 for ids in windows[name]]
-            _log_alone(list(zip(answer[CHANGE + name].tolist(), counts, strict=True)), stage, client, name, run)
 
 
-def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: str, text: str, run: Run) -> None:
+def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federation: Federation) -> None:
+    """Measures, after the first stage, what each client would have had without the others (``evaluate.alone``).
+
+    Args:
+        model: as the stage began.
+        plan: of the stage; a stage that cannot tell what a client has alone yields nothing.
+    """
+    run = federation.run
+    wanted = run.job.evaluate
+    if plan.stage > 0 or not wanted.alone or not wanted.data:
+        return
+    done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
+    windows = _windows(model, run)
+
+    def missing(client: str) -> list[str]:
+        return [name for name in windows if (plan.stage, client, f"perplexity/{name}") not in done]
+
+    left = [client for client in plan.clients if missing(client)]
+    if not left:
+        return
+    for client, losses in stage_of(plan.kind).alone(model, plan, config, left, windows, federation):
+        for name in missing(client):
+            _log_alone(losses[name], plan.stage, client, name, run)
+
+
+def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: str, text: str, run: RunFolder) -> None:
     run.keep(stage, client, f"perplexity/{text}", each)
     run.log(stage, None, client, f"perplexity/{text}", math.exp(sum(loss for loss, _ in each) / sum(n for _, n in each)))
 
 
-def evaluate_speed(before: Path, after: Path, run: Run) -> None:
+def evaluate_speed(before: Path, after: Path, run: RunFolder) -> None:
     """``prefill/speed``, ``decode``, ``memory`` and ``disk`` of the model as it came and of the result.
 
     One right after the other: a machine is not as busy when a run ends as when it began.
@@ -109,7 +98,7 @@ def evaluate_speed(before: Path, after: Path, run: Run) -> None:
         evaluate_directory(model, stage, run, speed=True)
 
 
-def evaluate_directory(model: Path, stage: int | None, run: Run, speed: bool = False) -> None:
+def evaluate_directory(model: Path, stage: int | None, run: RunFolder, speed: bool = False) -> None:
     """Measures what plain transformers does with a model directory: ``acc/<task>``, …
 
     Args:
@@ -128,14 +117,14 @@ def evaluate_directory(model: Path, stage: int | None, run: Run, speed: bool = F
         _log(found, name, stage, done, run, last="disk")
 
 
-def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any], run: Run, last: str) -> None:
+def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any], run: RunFolder, last: str) -> None:
     """Writes named numbers, ``last`` at the end: where it is there, all of them are."""
     for name in sorted(found, key=lambda name: name == last):
         if (stage, None, f"{name}/{text}") not in done:
             run.log(stage, None, None, f"{name}/{text}", found[name])
 
 
-def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None:
+def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder) -> None:
     """Likewise, in the middle of a stage: after a round."""
     done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
     decoder = Decoder(model)
@@ -148,7 +137,7 @@ def evaluate_round(model: Checkpoint, stage: int, round_: int, run: Run) -> None
             run.log(stage, round_, None, f"perplexity/{name}", measured)
 
 
-def _windows(model: Checkpoint, run: Run) -> dict[str, list[Tensor]]:
+def _windows(model: Checkpoint, run: RunFolder) -> dict[str, list[Tensor]]:
     wanted = run.job.evaluate
     return _tokenised(model.path, wanted, json.dumps([facts_of(text.path) for text in wanted.data]))
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 
 from fedgrove.models.stream import find_model
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 
 FILE = "samples.json"
 TOKENS = 40  # written at most
 
 
-def write_samples(run: Run) -> None:
+def write_samples(run: RunFolder) -> None:
     """Writes ``RUN/samples.json``: for each of the job's prompts what the first and the last model write after it.
 
     Both models are loaded whole, by plain transformers, one after the other. What is there already is not written again.

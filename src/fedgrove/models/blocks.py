@@ -6,8 +6,9 @@ and its blocks are filled from a checkpoint when they are needed, and emptied af
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -112,11 +113,19 @@ class Decoder:
         return self.model
 
     @contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        """A block with its weights; they are let go at the end."""
+    def loaded(self, index: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[nn.Module]:
+        """A block with its weights, which are freed at the end.
+
+        Args:
+            weights: by linear, (out, in): in the place of the checkpoint's.
+        """
         block = self.blocks[index]
         empty = dict(block.state_dict())
         self._fill(block, f"{self.prefix}.{index}.")
+        for name, weight in weights.items():
+            module = block.get_submodule(name)
+            like = cast(nn.Parameter, module.weight)
+            module.weight = nn.Parameter(as_matrix(module, weight).to(like.device, like.dtype), requires_grad=False)
         try:
             yield block
         finally:

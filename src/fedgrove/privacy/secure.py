@@ -49,7 +49,7 @@ from fedgrove.privacy.noise import agreed
 from fedgrove.rounds.collect import Message, ask
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.wire import Info, WireError
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from fedgrove.client.handlers import LocalClient
@@ -415,7 +415,7 @@ class Opening:
 
 def sum_securely(
     engine: Engine,
-    run: Run,
+    run: RunFolder,
     kind: str,
     messages: Mapping[str, Message],
     *,

@@ -1,144 +1,174 @@
-"""Ask clients, take their answers in a fixed order, name who failed, and go on while the quorum holds."""
+"""Ask clients, take their responses in a fixed order, name who failed, and go on while the quorum holds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+from pydantic import ValidationError
 
 from fedgrove import heap
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
 from fedgrove.rounds import wire
 from fedgrove.rounds.clock import Clock
-from fedgrove.rounds.wire import Info
-from fedgrove.runfolder import Run
-
-Message = tuple[Mapping[str, Tensor], Info]
-Answer = tuple[str, dict[str, Tensor], Info]
+from fedgrove.rounds.request import Message, Reply, Request, Tensors
+from fedgrove.runfolder import RunFolder
 
 
-def ask(
+class Answer(NamedTuple):
+    """A response that was checked."""
+
+    client: str
+    tensors: Tensors
+    reply: Reply
+
+
+def collect(
     engine: Engine,
-    run: Run,
-    kind: str,
+    run: RunFolder,
     messages: Mapping[str, Message],
     *,
-    stage: int,
-    round_: int,
-    check: Callable[[str, dict[str, Tensor], Info], None],
+    layout: Decoder | None = None,
     clock: Clock | None = None,
+    masking: Mapping[str, Any] | None = None,
 ) -> Iterator[Answer]:
-    """Sends each client its message and yields what came back, by client name, whoever was first.
+    """Sends each client its message and yields the responses by client name, whoever was first.
 
-    An answer that comes before its turn waits on disk, so memory does not grow with the number of clients. A client that
-    raises, does not answer in time or sends what ``check`` refuses is asked again (``rounds.retries``), then left out.
+    A response that comes before its turn waits on disk, so memory does not grow with the number of clients. A client that
+    raises, does not answer in time or sends what its request does not expect is asked again (``rounds.retries``), then left out.
 
     Args:
-        messages: for each client its tensors and its JSON.
-        check: given client, tensors and JSON; raises :class:`~fedgrove.rounds.wire.WireError` on an answer that is not what
-            was asked for.
+        messages: for each client its request and the tensors beside it; all requests are of one type.
+        layout: the model at the server, by which requests say what they expect.
         clock: what the messages would take on the clients' own machines; the ledger then tells it.
+        masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and only
+            names, shapes and dtypes are checked.
 
     Yields:
-        (client, tensors, JSON).
+        client, tensors, reply.
 
     Raises:
         FedgroveError: fewer clients answered well than ``rounds.quorum`` (by default all); names the first that failed and
-            why. It is raised after the last answer, so finish nothing before the iteration ends.
+            why. It is raised after the last response, so finish nothing before the iteration ends.
     """
     rules = run.job.rounds
     inbox = run.path / "work" / "inbox"
     turns = sorted(messages)
-    held: dict[str, bytes | Path | None] = {}  # answers before their turn; None where there is none
-    faults: dict[str, str] = {}  # what was wrong with a client's latest answer
+    waiting: dict[str, bytes | Path | None] = {}  # responses before their turn; None where there is none
+    failures: dict[str, str] = {}  # what was wrong with a client's latest response
+    first = next(iter(messages.values())).request if messages else None
 
     def account(client: str, direction: Literal["up", "down"], size: int) -> None:
         modelled = clock.spend(client, direction, size) if clock else {}
-        run.account(stage, round_, client, direction, kind, size, modelled)
+        request = messages[client].request
+        run.account(request.stage, request.round, client, direction, request.KIND, size, modelled)
 
     def send(clients: list[str]) -> Iterator[Answer]:
+        assert first is not None
         run.watch.asking(clients)
         heap.release_freed_memory()  # what the server worked with: a client in this process begins where it began before
         outbox = _Outbox(
             {client: messages[client] for client in clients},
+            masking or {},
             lambda client, size: account(client, "down", size),
         )
-        for client, answer, error in engine.ask(kind, outbox, rules.timeout):
-            if client not in turns or held.get(client) is not None:
-                continue  # it comes late or twice: this client's part is settled
+        for client, response, error in engine.request(first.KIND, outbox, rules.timeout):
+            if client not in turns or waiting.get(client) is not None:
+                continue  # late or twice: this client's part is settled
             heap.release_freed_memory()  # what a client in this process worked with
-            if answer is not None:
-                account(client, "up", len(answer))
+            if response is not None:
+                account(client, "up", len(response))
             else:
-                faults[client] = error or "it gave no answer"
+                failures[client] = error or "it gave no answer"
                 run.watch.answered(client, 0)
-            if answer is not None and client != turns[0]:
+            if response is not None and client != turns[0]:
                 inbox.mkdir(parents=True, exist_ok=True)
-                held[client] = inbox / client
-                (inbox / client).write_bytes(answer)
+                waiting[client] = inbox / client
+                (inbox / client).write_bytes(response)
             else:
-                held[client] = answer
-            del answer  # whoever takes it lets go of it as soon as it is read
+                waiting[client] = response
+            del response  # so that take() holds the only reference, and memory goes as soon as it is read
             yield from take()
 
     def take() -> Iterator[Answer]:
         """Yields those whose turn has come; stops at one that is still out or may be asked again."""
-        while turns and turns[0] in held:
+        while turns and turns[0] in waiting:
             client = turns[0]
-            answer = held[client]
-            if isinstance(answer, Path):
-                path, answer = answer, answer.read_bytes()
+            response = waiting[client]
+            if isinstance(response, Path):
+                path, response = response, response.read_bytes()
                 path.unlink()
-            if answer is not None:
+            if response is not None:
                 try:
-                    tensors, info = wire.unpack(answer)
-                    del answer  # as large as a block
-                    check(client, tensors, info)
-                except wire.WireError as fault:
-                    faults[client] = f"its answer was refused: {fault}"
+                    answer = _read(client, response, messages[client].request, layout, masked=masking is not None)
+                    del response  # as large as a block
+                except wire.WireError as error:
+                    failures[client] = f"its answer was refused: {error}"
                 else:
-                    faults.pop(client, None)
-                    del held[client], turns[0]
+                    failures.pop(client, None)
+                    del waiting[client], turns[0]
                     heap.release_freed_memory()  # what it took to read it
-                    yield client, tensors, info
-                    del tensors
+                    yield answer
+                    del answer
                     heap.release_freed_memory()
                     continue
-            held[client] = None
+            waiting[client] = None
             if not last_try:
                 return
-            run.say(f"{client}: {faults[client]}")
-            del held[client], turns[0]
+            run.say(f"{client}: {failures[client]}")
+            del waiting[client], turns[0]
 
     for attempt in range(rules.retries + 1):
         last_try = attempt == rules.retries
-        unanswered = [client for client in turns if held.get(client) is None]
+        unanswered = [client for client in turns if waiting.get(client) is None]
         for client in unanswered:
-            held.pop(client, None)
-        yield from send(unanswered)
-    for client in turns:  # an engine that broke its word must not look like a smaller federation
-        faults.setdefault(client, "it gave no answer")
+            waiting.pop(client, None)
+        if unanswered:
+            yield from send(unanswered)
+    for client in turns:  # a missing reply counts as a failure, so a faulty engine cannot shrink the federation
+        failures.setdefault(client, "it gave no answer")
     needed = min(rules.quorum or len(messages), len(messages))
-    if len(messages) - len(faults) < needed:
-        client, what = min(faults.items())
+    answered = len(messages) - len(failures)
+    if answered < needed:
+        client, what = min(failures.items())
         what = what if what.startswith(f"client '{client}'") else f"client '{client}': {what}"
-        raise FedgroveError(
-            f"{what} ({len(messages) - len(faults)} of {len(messages)} clients answered, {needed} needed: rounds.quorum)"
-        )
+        raise FedgroveError(f"{what} ({answered} of {len(messages)} clients answered, {needed} needed: rounds.quorum)")
+
+
+def _read(client: str, response: bytes, request: Request, layout: Decoder | None, masked: bool) -> Answer:
+    """A response, checked against its request.
+
+    Raises:
+        WireError: it is damaged, answers another request, or is not what the request expects.
+    """
+    tensors, info = wire.unpack(response)
+    if info.pop("request", None) != request.digest:
+        raise wire.WireError("it answers another request")
+    try:
+        reply = request.REPLY.model_validate(info)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise wire.WireError(f"its reply is not understood ({where:.80})") from error
+    wire.check(tensors, request.expected(layout))
+    if not masked:
+        request.check(tensors, reply, layout)
+    return Answer(client, tensors, reply)
 
 
 class _Outbox(Mapping[str, bytes]):
     """Messages that are packed when the engine takes them, so that memory does not grow with the number of clients."""
 
-    def __init__(self, messages: Mapping[str, Message], sent: Callable[[str, int], None]):
+    def __init__(self, messages: Mapping[str, Message], masking: Mapping[str, Any], sent: Callable[[str, int], None]):
         self._messages = messages
+        self._masking = masking
         self._sent = sent
 
     def __getitem__(self, client: str) -> bytes:
-        message = wire.pack(*self._messages[client])
+        request, tensors = self._messages[client]
+        message = wire.pack(tensors, {"request": request.model_dump(mode="json"), "masking": self._masking.get(client)})
         self._sent(client, len(message))
         return message
 

@@ -41,7 +41,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHANGE, WEIGHT = "change/", "weight/"
+CHANGE, WEIGHT = "change/", "weight/"  # tensors of a response: what is summed, and with which weight
 TRIAL = 1 << 16  # bytes of a part that are compressed first: where they do not shrink, the rest is not tried
 
 

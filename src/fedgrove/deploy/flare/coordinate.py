@@ -26,7 +26,7 @@ from fedgrove.stages.prune.plan import Capabilities
 from fedgrove.progress import Listener
 from fedgrove.rounds.collect import ask
 from fedgrove.rounds.wire import Info, WireError
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.export import Texts, export
 
 JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
@@ -88,7 +88,7 @@ def conduct(kit: Path, config: Path, leave: Path, resume: bool, reach: Reach, re
         torch.set_num_threads(own.threads or os.cpu_count() or 1)
         job, model = open_job(kit, config, own)
         folder = kit / "runs" / job.name
-        run = Run(folder, job, resume=resume, watch=recorder)
+        run = RunFolder(folder, job, resume=resume, watch=recorder)
         try:
             recorder.file = folder / SAID
             run_job(job, model, own, reach, run, recorder)
@@ -120,7 +120,7 @@ def open_job(kit: Path, config: Path, own: ServerFile) -> tuple[FederatedJob, st
     return job.model_copy(update={"model": copy}), job.model.path
 
 
-def run_job(job: FederatedJob, model: str, own: ServerFile, reach: Reach, run: Run, recorder: Recorder) -> None:
+def run_job(job: FederatedJob, model: str, own: ServerFile, reach: Reach, run: RunFolder, recorder: Recorder) -> None:
     """From the members' agreement to the result."""
     facts = run.path / FACTS
     if not facts.is_file():
@@ -136,7 +136,7 @@ def run_job(job: FederatedJob, model: str, own: ServerFile, reach: Reach, run: R
         pass  # a site that does not hear it deletes its working files another time
 
 
-def agree(job: FederatedJob, model: str, engine: Engine, run: Run) -> dict[str, Info]:
+def agree(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[str, Info]:
     """Asks the members whether they take part in this job on the model of that name; what those say who do.
 
     Raises:
@@ -167,7 +167,7 @@ def agree(job: FederatedJob, model: str, engine: Engine, run: Run) -> dict[str, 
     return {site: info for site, _, info in answers}
 
 
-def give(engine: Engine, run: Run, wants: list[str]) -> None:
+def give(engine: Engine, run: RunFolder, wants: list[str]) -> None:
     """Sends the finished model, packed, to those who want it."""
     packed = run.path / "work" / "packed"
     shutil.rmtree(packed, ignore_errors=True)

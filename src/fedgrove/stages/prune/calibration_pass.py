@@ -36,7 +36,7 @@ def windows_at_once(samples: int, length: int, compute: str | None = None) -> in
 
 
 @contextmanager
-def watching(block: nn.Module, new: Callable[[str], A]) -> Iterator[dict[str, A]]:
+def shared_inputs(block: nn.Module, new: Callable[[str], A]) -> Iterator[dict[str, A]]:
     """WeightedSum over the inputs of every linear of a block, as often as the block is run.
 
     Linears that read the same input (q, k and v; gate and up) share one statistic: four for a Llama block, not seven.
@@ -95,10 +95,10 @@ def gather(
         keep: takes what leaves the block; without it a run ends at the block's last linear.
 
     Returns:
-        For each linear its inputs' sums; linears with one input hold the same object (see :func:`watching`).
+        For each linear its inputs' sums; linears with one input hold the same object (see :func:`shared_inputs`).
     """
     if keep is not None:
-        with watching(block, lambda name: InputStatistics(needs)) as inputs:
+        with shared_inputs(block, lambda name: InputStatistics(needs)) as inputs:
             keep(decoder.run(block, hidden, call) for hidden in windows)
         return inputs
     reached: list[str] = []  # linears in the order in which they were reached: what comes after the last of them is not needed
@@ -115,7 +115,7 @@ def gather(
     names = linears(block)
     runs: list[None] = []
     always = False
-    with watching(block, lambda name: InputStatistics(needs)) as inputs:
+    with shared_inputs(block, lambda name: InputStatistics(needs)) as inputs:
         hooks = [module.register_forward_pre_hook(note(name)) for name, module in names.items()]
         try:
             for hidden in windows:

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Delta, Epsilon, Sparsity, Table, method_of
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
-from fedgrove.stages.prune.masks import Target
+from fedgrove.stages.prune.allocation import allocation_of
+from fedgrove.models.masks import Target
 from fedgrove.stages.prune.pruners import Pruner, pruner_of
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ class Config(StageConfig):
             raise ValueError('trim needs layers = "all": every client counts alike')
         if self.damping is not None and self.solver.NEEDS != "gram":
             raise ValueError(f'damping: pruner "{self.pruner}" solves nothing; leave it out, or use sparsegpt')
-        if self.allocation != "even" and self.pattern:
+        if self.measures_blocks and self.pattern:
             raise ValueError(f'allocation: a pattern leaves every block alike; "{self.allocation}" needs sparsity')
-        if self.allocation != "even" and self.epsilon is not None:
+        if self.measures_blocks and self.epsilon is not None:
             raise ValueError('allocation: the budget of epsilon is spent on one sum of each block; use "even"')
         if self.method.SOLVED_AT == "server":
             self._check_statistics()
@@ -140,6 +141,11 @@ class Config(StageConfig):
         return pruner_of(self.pruner)
 
     @property
+    def measures_blocks(self) -> bool:
+        """Whether clients measure every block before anything is pruned."""
+        return allocation_of(self.allocation).NEEDS != "nothing"
+
+    @property
     def calibration_source(self) -> Literal["dense", "sequential"]:
         """``source``, or its default."""
         return self.source or self.method.SOURCE
@@ -169,13 +175,13 @@ class Config(StageConfig):
         return self.samples, self.length
 
     def reads_text(self) -> bool:
-        return self.solver.NEEDS != "nothing" or self.allocation != "even"
+        return self.solver.NEEDS != "nothing" or self.measures_blocks
 
     def privacy_budget(self) -> float | None:
         return self.epsilon
 
     def methods(self) -> set[str]:
-        return {self.pruner, self.aggregation, *({self.allocation} - {"even"})}
+        return {self.pruner, self.aggregation, *({self.allocation} if self.measures_blocks else set())}
 
     def makes_zeros(self) -> bool:
         return True
@@ -209,7 +215,7 @@ class Config(StageConfig):
                 )
             if own_sparsity:
                 raise ValueError(f'clients.sparsity: with aggregation "{self.aggregation}" ({at}) the server prunes; leave it out')
-        if self.allocation != "even":
+        if self.measures_blocks:
             if own_sparsity:
                 raise ValueError(f"clients.sparsity: {at}.allocation gives every block its own; leave it out")
             if index > 0:

@@ -1,4 +1,4 @@
-"""Who does what in a stage: decided before the first round, plain data, on disk, the same whenever it is made again."""
+"""Who does what in a stage that prunes: decided before the first round, the same whenever it is made again."""
 
 from __future__ import annotations
 
@@ -7,78 +7,74 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.prune.input_statistics import Needs
-from fedgrove.job import Bits, LayerSampling, PruneStage
-from fedgrove.stages.prune.masks import Target
 from fedgrove.models.blocks import Decoder, linears
-from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.models.experts import expert_of
+from fedgrove.models.masks import Target
 from fedgrove.privacy import noise
 from fedgrove.privacy.secure import smallest_sum
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds import wire
-from fedgrove.stages.prune.aggregation import VALUE_BITS
+from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.request import Disclosure
+from fedgrove.stages import base
 from fedgrove.stages.prune.aggregation.pooled import ring_bits
-
-SPEED = 3e10  # float32 operations a second of a client of speed 1.0: about what two cores of a server do on small blocks
-
-
-class Capabilities(BaseModel):
-    """What a client says of itself before a stage. It comes over the wire: the bounds are those of the job file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    memory: Annotated[int, Field(gt=0)] | None = None  # bytes that the planner may use
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # relative to SPEED
-    uplink: Annotated[int, Field(gt=0)] | None = None  # bits a second
-    downlink: Annotated[int, Field(gt=0)] | None = None  # bits a second
-    bits: tuple[Bits, ...] = (32, 16, 8, 4)  # in which it can hold frozen weights
-    devices: Annotated[int, Field(ge=1, le=64)] = 1  # alike: memory and speed are those of each
-    tokens: Annotated[int, Field(ge=0)] = 0  # of its text, where a stage tunes
-    samples: Annotated[int, Field(gt=0)] | None = None  # windows, where the client wants another number than the stage
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None  # likewise
+from fedgrove.stages.prune.calibration_pass import windows_at_once
+from fedgrove.stages.prune.config import Config, LayerSampling
+from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
+from fedgrove.stages.prune.exchanges.block import VALUE_BITS
+from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
+from fedgrove.stages.prune.exchanges.statistics import disclosed_by
+from fedgrove.stages.prune.input_statistics import Needs
 
 
-class Share(BaseModel):
-    """One client's part in a stage."""
+class Assignment(base.Assignment):
+    """One client's part.
 
-    model_config = ConfigDict(frozen=True)
+    Attributes:
+        blocks: for each round.
+        weight: in the sum: the inverse of the probability of being given a block.
+        samples: windows that it calibrates on.
+        sparsity: that it prunes to.
+    """
 
-    blocks: list[list[int]]  # for each round
-    weight: float  # in the sum: the inverse of the probability of being given a block
+    blocks: list[list[int]]
+    weight: float
     samples: int
     sparsity: float
-    memory: int  # bytes needed at the peak, besides the program itself
-    upload: int  # bytes, all rounds
-    seconds: float  # computing and uploading, all rounds
 
 
-class Plan(BaseModel):
-    """A stage and who does what in it."""
+class Plan(base.Plan):
+    """A stage that prunes, and who does what in it.
 
-    model_config = ConfigDict(frozen=True)
+    Attributes:
+        sums: the server prunes, by sums over the clients' text.
+        choices: what a client would upload, in bytes, by what is summed; where the server prunes.
+    """
 
-    stage: int
-    kind: str
-    ask: str = "prune"  # the kind of ask that brings a client's part
+    kind: Literal["prune"] = "prune"
+    clients: dict[str, Assignment]
+    sums: bool
     num_blocks: int
-    clients: dict[str, Share]
-    choices: dict[str, int] = {}  # what aggregation "pooled" would upload for a client, in bytes, by what is summed
-    notes: list[str] = []  # what a person should know before it runs
+    choices: dict[str, int] = {}
 
     def contributors(self, round_: int, block: int) -> list[str]:
         """The clients that are given a block in a round, by name."""
-        return sorted(name for name, share in self.clients.items() if block in share.blocks[round_])
+        return sorted(name for name, assignment in self.clients.items() if block in assignment.blocks[round_])
 
 
 def make_plan(
-    index: int, stage: PruneStage, decoder: Decoder, cards: Mapping[str, Capabilities], needs: Needs, seed: int, secure: bool = False
+    index: int,
+    stage: Config,
+    decoder: Decoder,
+    capabilities: Mapping[str, Capabilities],
+    seed: int,
+    secure: bool = False,
+    alone: bool = False,
 ) -> Plan:
     """Decides a pruning stage: a share of the blocks for each client, by what it can do.
 
@@ -88,61 +84,57 @@ def make_plan(
 
     Args:
         index: the stage's place in the job.
-        cards: what the clients said, by name.
-        needs: what the pruner needs of the inputs.
+        capabilities: what the clients said, by name.
         seed: the job's.
-        secure: answers are masked, so they do not compress.
+        secure: responses are masked, so they do not compress.
+        alone: what each client has alone is measured too.
 
     Raises:
         FedgroveError: the pattern does not fit a linear, or a client has too little memory; names both.
     """
     check_pattern(decoder, stage.target)
+    needs = stage.solver.NEEDS
     num_blocks = len(decoder)
-    masked = _masked_bytes(stage, cards) if secure else None
+    masked = _masked_bytes(stage, capabilities) if secure else None
     largest = _largest(decoder)
-    costs = {name: _cost(largest, stage, card, needs, masked) for name, card in cards.items()}
-    for name, card in sorted(cards.items()):
-        if card.memory is not None and costs[name].memory > card.memory:
+    costs = {name: _cost(largest, stage, client, needs, masked) for name, client in capabilities.items()}
+    for name, client in sorted(capabilities.items()):
+        if client.memory is not None and costs[name].memory > client.memory:
             raise FedgroveError(
                 f"client '{name}': one block needs {mebibytes(costs[name].memory)} of memory, but it has "
-                f'{mebibytes(card.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
+                f'{mebibytes(client.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
             )
     if isinstance(stage.layers, LayerSampling):
-        pace = {name: 1 / costs[name].seconds for name in cards}
+        pace = {name: 1 / costs[name].seconds for name in capabilities}
         counts = share_blocks(pace, num_blocks, stage.layers.sample, stage.layers.cover)
         rounds = [draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(stage.rounds)]
     else:
-        counts = dict.fromkeys(cards, num_blocks)
-        rounds = [{name: list(range(num_blocks)) for name in cards} for _ in range(stage.rounds)]
+        counts = dict.fromkeys(capabilities, num_blocks)
+        rounds = [{name: list(range(num_blocks)) for name in capabilities} for _ in range(stage.rounds)]
 
-    shares = {}
+    assignments = {}
     first = 1 if stage.protect_first_block else 0  # blocks before it are asked of nobody
-    for name in sorted(cards):
+    for name in sorted(capabilities):
         blocks = [[block for block in drawn[name] if block >= first] for drawn in rounds]
         asked = sum(len(numbers) for numbers in blocks)
-        shares[name] = Share(
+        assignments[name] = Assignment(
             blocks=blocks,
             weight=num_blocks / counts[name],
-            samples=cards[name].samples or stage.samples,
-            sparsity=_target_of(stage, cards[name]).sparsity,
+            samples=capabilities[name].samples or stage.samples,
+            sparsity=_target_of(stage, capabilities[name]).sparsity,
             memory=costs[name].memory,
             upload=asked * costs[name].upload,
             seconds=round(asked * costs[name].seconds, 1),
         )
     return Plan(
         stage=index,
-        kind=stage.kind,
-        ask="pooled" if stage.aggregation == "pooled" else "prune",
+        sums=stage.method.SOLVED_AT == "server",
         num_blocks=num_blocks,
-        clients=shares,
+        clients=assignments,
         choices=_choices(largest, num_blocks, stage, masked),
-        notes=_notes(stage, secure, shares, _products(largest, stage, needs)),
+        discloses=base.names_of(_discloses(stage, bool(_products(largest, stage, needs)), alone)),
+        notes=tuple(_notes(stage, secure, assignments, _products(largest, stage, needs))),
     )
-
-
-def calibration(seed: int, stage: int, samples: int, length: int) -> dict[str, int | str]:
-    """Which calibration windows a client draws."""
-    return {"samples": samples, "length": length, "seed": f"{seed}/{stage}"}
 
 
 def share_blocks(pace: Mapping[str, float], num_blocks: int, sample: float, cover: int) -> dict[str, int]:
@@ -210,7 +202,8 @@ def check_pattern(decoder: Decoder, target: Target) -> None:
                 )
 
 
-class _Cost(BaseModel):
+@dataclass(frozen=True)
+class _Cost:
     memory: int
     upload: int  # bytes for one block
     seconds: float  # for one block
@@ -257,33 +250,33 @@ def _largest(decoder: Decoder) -> _Block:
     )
 
 
-def _cost(block: _Block, stage: PruneStage, card: Capabilities, needs: Needs, masked: float | None) -> _Cost:
+def _cost(block: _Block, stage: Config, client: Capabilities, needs: Needs, masked: float | None) -> _Cost:
     """What the largest block costs a client: counted, not measured."""
     shapes, inputs = list(block.shapes.values()), block.inputs
     parameters = sum(rows * columns for rows, columns in shapes)
     distinct = list(inputs.values())
     widest = max(distinct)
-    samples = card.samples or stage.samples
+    samples = client.samples or stage.samples
     tokens = samples * stage.length
 
     sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
     statistics = sum(sums.values())
     workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
-    together = windows_at_once(samples, stage.length, stage.compute_dtype) if stage.aggregation != "pooled" else 1
+    together = windows_at_once(samples, stage.length, stage.compute_dtype) if stage.method.SOLVED_AT == "client" else 1
     window = together * stage.length * (6 * block.width + 4 * widest)
 
     multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
-    forward = (1 if stage.walk == "dense" else 2) * 2 * tokens * multiplied
+    forward = (1 if stage.calibration_source == "dense" else 2) * 2 * tokens * multiplied
     gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
     solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
-    sparsity = _target_of(stage, card).sparsity
+    sparsity = _target_of(stage, client).sparsity
     upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
-    if stage.aggregation == "fedprllm":
+    if stage.method.SENDS == {Disclosure.MASKS}:
         upload = parameters // 8
     if masked is not None:
         upload = math.ceil(parameters * masked)
-    if stage.aggregation == "pooled":
+    if stage.method.SOLVED_AT == "server":
         upload = _sum_bytes(
             distinct if needs != "moments" else 3 * distinct,
             _products(block, stage, needs),
@@ -293,10 +286,10 @@ def _cost(block: _Block, stage: PruneStage, card: Capabilities, needs: Needs, ma
     width = 2 if stage.compute_dtype == "bfloat16" else 4
     gathering = 8 * statistics + width * (block.numel + window)
     solving = 8 * (statistics + workspace) + 4 * 6 * largest + parameters * (block.dtype.itemsize + 1)  # after and mask
-    if stage.aggregation == "pooled":
+    if stage.method.SOLVED_AT == "server":
         gathering, solving = gathering + width * block.ends, 0
     memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
-    seconds = (forward + gram + solve) / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
+    seconds = (forward + gram + solve) / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
 
 
@@ -315,16 +308,16 @@ def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]
     return distinct
 
 
-def _products(block: _Block, stage: PruneStage, needs: Needs) -> list[int]:
+def _products(block: _Block, stage: Config, needs: Needs) -> list[int]:
     """The widths of the inputs of which Σ xᵢxⱼ is summed."""
     return [i for i in block.inputs.values() if needs == "gram" and not (stage.mixed and i > block.width)]
 
 
-def _masked_bytes(stage: PruneStage, cards: Mapping[str, Capabilities]) -> float:
+def _masked_bytes(stage: Config, capabilities: Mapping[str, Capabilities]) -> float:
     """Bytes of a masked sum's number, or of a weight with its vote: as long as the ring."""
-    if stage.aggregation == "pooled":
-        return ring_bits(sum(card.samples or stage.samples for card in cards.values()) * stage.length) / 8
-    return (len(cards).bit_length() + (0 if stage.aggregation == "fedprllm" else VALUE_BITS)) / 8
+    if stage.method.SOLVED_AT == "server":
+        return ring_bits(sum(client.samples or stage.samples for client in capabilities.values()) * stage.length) / 8
+    return (len(capabilities).bit_length() + (VALUE_BITS if Disclosure.WEIGHTS in stage.method.SENDS else 0)) / 8
 
 
 def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
@@ -333,8 +326,8 @@ def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | N
     return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
 
 
-def _choices(block: _Block, num_blocks: int, stage: PruneStage, masked: float | None) -> dict[str, int]:
-    if stage.aggregation != "pooled":
+def _choices(block: _Block, num_blocks: int, stage: Config, masked: float | None) -> dict[str, int]:
+    if stage.method.SOLVED_AT == "client":
         return {}
     inputs = list(block.inputs.values())
     number = num_blocks - stage.protect_first_block
@@ -346,17 +339,28 @@ def _choices(block: _Block, num_blocks: int, stage: PruneStage, masked: float | 
     }
 
 
-def _notes(stage: PruneStage, secure: bool, shares: Mapping[str, Share], products: Sequence[int]) -> list[str]:
-    if stage.aggregation != "pooled":
-        if stage.allocation == "even":
+def _discloses(stage: Config, products: bool, alone: bool) -> frozenset[Disclosure]:
+    """What a client's responses tell of its text, over the whole stage."""
+    if stage.method.SOLVED_AT == "server":
+        told = disclosed_by(products, stage.solver.NEEDS == "moments")
+    else:
+        told = stage.method.SENDS
+        if stage.measures_blocks:
+            told |= MeasureBlocks.DISCLOSES
+    return told | (EvaluateAlone.DISCLOSES if alone else frozenset())
+
+
+def _notes(stage: Config, secure: bool, assignments: Mapping[str, Assignment], products: Sequence[int]) -> list[str]:
+    if stage.method.SOLVED_AT == "client":
+        if not stage.measures_blocks:
             return []
         return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
     if stage.epsilon is not None:
-        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(len(shares)))]
+        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(len(assignments)))]
     widest = max(products, default=0)
-    few = sum(share.samples * stage.length < widest for share in shares.values())
+    few = sum(share.samples * stage.length < widest for share in assignments.values())
     spans = (
-        f"{few} of {len(shares)} clients send products of inputs of {widest} channels over fewer tokens than that: they hold "
+        f"{few} of {len(assignments)} clients send products of inputs of {widest} channels over fewer tokens than that: they hold "
         "the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
     )
     notes = [spans] if few and not secure else []
@@ -370,7 +374,7 @@ def _notes(stage: PruneStage, secure: bool, shares: Mapping[str, Share], product
     ]
 
 
-def _target_of(stage: PruneStage, card: Capabilities) -> Target:
-    if stage.pattern or card.sparsity is None:
+def _target_of(stage: Config, client: Capabilities) -> Target:
+    if stage.pattern or client.sparsity is None:
         return stage.target
-    return Target(card.sparsity)
+    return Target(client.sparsity)

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedgrove import plugins
-from fedgrove.client.handlers import START
-from fedgrove.engines.base import Engine
-from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, PruneStage
-from fedgrove.stages.prune.masks import Target
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
-from fedgrove.stages.prune.plan import Plan, calibration
-from fedgrove.privacy.secure import sum_securely
-from fedgrove.rounds.collect import Message, ask
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.aggregator.trimmed import TrimmedSum
-from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
-from fedgrove.rounds.wire import check as check_tensors
-from fedgrove.stages.prune.aggregation import VALUE_BITS, Options, from_integers, unit_of
-from fedgrove.runfolder import Run
-from fedgrove.stages.prune.allocate import sparsities
-from fedgrove.stages.prune.pooled_stage import Inlet, Pruned, from_statistics, probe, without_data
+from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import CHANGE, Message
+from fedgrove.runfolder import RunFolder
+from fedgrove.stages.base import Losses, Result, calibration_seed
+from fedgrove.stages.prune.aggregation import Options, client_solved
+from fedgrove.stages.prune.allocate import block_sparsities, read_sparsities
+from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.exchanges.alone import WINDOW, EvaluateAlone
+from fedgrove.stages.prune.exchanges.block import START, BlockSums, Calibration, PruneBlock, Recipe
+from fedgrove.stages.prune.plan import Plan, make_plan
+from fedgrove.stages.prune.pooled import Pruned, SharedInput, probe, prune_by_sums, prune_without_data
+
+Record = dict[str, Any]
 
 
-def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint:
+def plan(
+    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job
+) -> Plan:
+    """See :func:`fedgrove.stages.prune.plan.make_plan`."""
+    alone = job.evaluate.alone and index == 0
+    return make_plan(index, config, decoder, capabilities, job.seed, job.privacy.secure_aggregation, alone)
+
+
+def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
     """Prunes a model with the plan's clients.
 
     The server holds the sums of one block, whatever the number of clients. A finished block is a file in the run folder,
@@ -42,52 +49,77 @@ def prune(model: Checkpoint, plan: Plan, engine: Engine, run: Run) -> Checkpoint
         The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor, last by this
         stage, and whose work is in every block of every stage and round (``history``).
     """
-    stage = run.job.pruning(plan.stage)
+    run = federation.run
     before = _told(run)
-    records: dict[str, Info] = {record["name"]: record for record in before.get("tensors", ())}
-    history: list[Info] = [entry for entry in before.get("history", ()) if entry["stage"] < plan.stage]
-    for round_ in range(stage.rounds):
+    records: dict[str, Record] = {record["name"]: record for record in before.get("tensors", ())}
+    history: list[Record] = [entry for entry in before.get("history", ()) if entry["stage"] < plan.stage]
+    sparsities: list[float] = []
+    for round_ in range(config.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model)
-        inlets = probe(decoder, stage, run.job.seed) if stage.aggregation == "pooled" else []
+        inputs = probe(decoder, config, run.job.seed) if plan.sums else []
         if round_ == 0:
-            shares = sparsities(decoder, inlets, plan, engine, run)
+            sparsities = block_sparsities(decoder, inputs, plan, config, federation)
         for block in range(plan.num_blocks):
             file = overlay / f"block-{block:04d}.safetensors"
             if not file.is_file():
-                where = f"prune: round {round_ + 1} of {stage.rounds}, block {block + 1} of {plan.num_blocks}"
-                run.step(where, round_ * plan.num_blocks + block, stage.rounds * plan.num_blocks)
-                _prune_block(decoder, block, round_, inlets, shares, plan, engine, run, file)
+                where = f"prune: round {round_ + 1} of {config.rounds}, block {block + 1} of {plan.num_blocks}"
+                run.step(where, round_ * plan.num_blocks + block, config.rounds * plan.num_blocks)
+                _prune_block(decoder, block, round_, inputs, sparsities, plan, config, federation, file)
         made = _records(overlay)
         records |= {record["name"]: {**record, "stage": plan.stage} for record in made}
         history += _history(made, plan.stage, round_)
         model = model.over(overlay)
-    told = {"stage": plan.stage, **stage.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
+    told = {"stage": plan.stage, **config.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
     run.write_json("pruning.json", told)
-    return model
+    return Result(model)
+
+
+def alone(
+    model: Checkpoint,
+    plan: Plan,
+    config: Config,
+    clients: Sequence[str],
+    windows: Mapping[str, list[Tensor]],
+    federation: Federation,
+) -> Iterator[tuple[str, Losses]]:
+    """Asks the clients, who kept the blocks that they pruned in the first round."""
+    federation.run.step("evaluate: what each client would have had alone")
+    sparsities = read_sparsities(federation.run, plan, config)
+    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
+    numbers = {name: len(texts) for name, texts in windows.items()}
+    messages = {}
+    for client in clients:
+        walk = prune_request(federation.job, plan, config, client, 0, 0, sparsities)
+        messages[client] = Message(EvaluateAlone(stage=plan.stage, texts=numbers, prune=walk), tensors)
+    for client, answer, _ in federation.collect(messages):
+        losses: Losses = {}
+        for name, texts in windows.items():
+            counts = [ids.numel() - 1 for ids in texts]
+            losses[name] = list(zip(answer[CHANGE + name].tolist(), counts, strict=True))
+        yield client, losses
 
 
 def _prune_block(
     decoder: Decoder,
     block: int,
     round_: int,
-    inlets: list[dict[str, Inlet]],
-    shares: list[float],
+    inputs: list[dict[str, SharedInput]],
+    sparsities: list[float],
     plan: Plan,
-    engine: Engine,
-    run: Run,
+    config: Config,
+    federation: Federation,
     file: Path,
 ) -> None:
-    stage = run.job.pruning(plan.stage)
-    target = _of_block(stage, shares[block])
+    target = config.target_of_block(sparsities[block])
     names = decoder.block_names(block)
-    if stage.protect_first_block and block == 0:
-        made = without_data(decoder, block, target)
-    elif stage.aggregation == "pooled":
+    if config.protect_first_block and block == 0:
+        made = prune_without_data(decoder, block, target)
+    elif plan.sums:
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
-        made = from_statistics(decoder, block, inlets, target, plan, engine, run, previous)
+        made = prune_by_sums(decoder, block, inputs, target, plan, config, federation, previous)
     else:
-        made = _from_solutions(decoder, block, round_, shares, plan, engine, run)
+        made = _prune_by_solutions(decoder, block, round_, sparsities, plan, config, federation)
     after, records = {}, []
     for name, pruned in made.items():
         module = decoder.blocks[block].get_submodule(name)
@@ -102,7 +134,7 @@ def _prune_block(
                 "sparsity": 1 - int(mask.sum()) / mask.numel(),
                 "pruned": mask.numel() - int(mask.sum()),
                 "numel": mask.numel(),
-                "pattern": stage.pattern,
+                "pattern": config.pattern,
                 "clients": pruned.clients,
                 "agreement": pruned.agreement,
                 "sha256": hashlib.sha256(raw_bytes(after[names[name]])).hexdigest(),
@@ -111,174 +143,74 @@ def _prune_block(
     save_tensors(after, file, {"records": json.dumps(records)})
 
 
-def _from_solutions(
-    decoder: Decoder, block: int, round_: int, shares: list[float], plan: Plan, engine: Engine, run: Run
+def _prune_by_solutions(
+    decoder: Decoder,
+    block: int,
+    round_: int,
+    sparsities: list[float],
+    plan: Plan,
+    config: Config,
+    federation: Federation,
 ) -> dict[str, Pruned]:
     """The clients prune the block, and the aggregation makes one of theirs."""
-    stage = run.job.pruning(plan.stage)
-    aggregation = plugins.load("stages.prune.aggregation", stage.aggregation)
     names = decoder.block_names(block)
-    shapes = {name: decoder.blank_linear(block, name) for name in names}  # values are read where they are wanted
     first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
     start = {} if first else {START + name: decoder.read_linear(block, name).contiguous() for name in names}
-    contributors = plan.contributors(round_, block)
-    targets = {client: _of_block(stage, _asked_of(stage, plan, client, shares)[block]) for client in contributors}
-    infos = {client: prune_info(run.job, plan, client, round_, block, shares) for client in contributors}
-    if run.job.privacy.secure_aggregation:
-        units = {name: unit_of(decoder.read_linear(block, name), len(contributors)) for name in names}
-        hidden: dict[str, Message] = {
-            client: (start, {**info, "units": units, "clients": len(contributors)}) for client, info in infos.items()
-        }
-        clients, sums = _add_masked(shapes, units, hidden, round_, block, targets, plan, engine, run)
-    else:
-        messages: dict[str, Message] = {client: (start, info) for client, info in infos.items()}
-        clients = []
-        sums = {
-            name: TrimmedSum(trim=stage.trim, before=decoder.read_linear(block, name)) if stage.trim else WeightedSum()
-            for name in names
-        }
-        check = _checker(decoder, shapes, stage, plan, targets, round_, block)
-        for client, tensors, _ in ask(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check):
-            clients.append(client)
-            for name in names:
-                weight = tensors.pop(WEIGHT + name)
-                scale = plan.clients[client].weight
-                sums[name].add(tensors.pop(CHANGE + name, None), weight if weight.dim() else float(weight), scale)
-
+    messages = {
+        client: Message(prune_request(federation.job, plan, config, client, round_, block, sparsities), start)
+        for client in plan.contributors(round_, block)
+    }
+    scales = {client: plan.clients[client].weight for client in messages}
+    sums = BlockSums(decoder, block, scales, config.trim)
+    clients = list(federation.aggregator.aggregate(messages, sums, layout=decoder))
+    method, target = client_solved(config.aggregation), config.target_of_block(sparsities[block])
+    options = Options(config.shrink, config.expand)
     made = {}
-    target, options = _of_block(stage, shares[block]), Options(stage.shrink, stage.expand)
     for name in names:
-        total = sums.pop(name)  # let go as soon as it is used
+        total = sums.take(name)
         if total.clients == 0:
             continue  # nobody sent it: it stays as it was
-        weight, mask = aggregation.finish(decoder.read_linear(block, name), total, target, options)
+        weight, mask = method.finish(decoder.read_linear(block, name), total, target, options)
         made[name] = Pruned(weight, mask, clients, _agreement(total))
     return made
 
 
-def _add_masked(
-    shapes: dict[str, Tensor],
-    units: dict[str, int],
-    messages: dict[str, Message],
-    round_: int,
-    block: int,
-    targets: dict[str, Target],
-    plan: Plan,
-    engine: Engine,
-    run: Run,
-) -> tuple[list[str], dict[str, WeightedSum]]:
-    """Who is in the sums, and the sums of whole numbers that secure aggregation opens: no answer is seen, only their sum."""
-    stage = run.job.pruning(plan.stage)
-    expected = _expected(shapes, stage, torch.uint8, torch.int64)
-
-    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        _check_ask(info, plan, round_, block)
-        check_tensors(tensors, expected)
-
-    told, total = sum_securely(engine, run, "prune", messages, stage=plan.stage, round_=round_, check=check, bits=VALUE_BITS)
-    sums = {}
-    for name, weight in shapes.items():
-        votes, value = total[WEIGHT + name], total.get(CHANGE + name)
-        each = 2 ** (VALUE_BITS - 2) // len(messages)  # what an honest client sends at most
-        kept = sum(weight.numel() - targets[client].num_pruned(weight.numel()) for client in told)
-        if (
-            int(votes.max()) > len(told)
-            or int(votes.long().sum()) != kept
-            or (value is not None and (value.abs() > each * votes.long()).any())
-        ):
-            raise FedgroveError(
-                f"block {block}, {name}: the clients' sum holds other votes or values than can be; one of them did not "
-                "prune as it was asked, and secure aggregation hides which. Leave clients out until it holds"
-            )
-        sums[name] = from_integers(value, votes, units[name], len(told))
-    return sorted(told), sums
-
-
-def prune_info(job: Job, plan: Plan, client: str, round_: int, block: int, shares: list[float]) -> Info:
-    """The JSON of an ask of kind ``prune``: see :func:`fedgrove.client.handlers.prune`.
+def prune_request(
+    job: Job, plan: Plan, config: Config, client: str, round_: int, block: int, sparsities: list[float]
+) -> PruneBlock:
+    """What one client is asked of a block.
 
     Args:
-        shares: the stage's sparsity of each block.
+        sparsities: the stage's, of each block.
     """
-    stage, share = job.pruning(plan.stage), plan.clients[client]
-    return {
-        "block": block,
-        "blocks": share.blocks[round_],
-        "stage": plan.stage,
-        "round": round_,
-        "pruner": stage.pruner,
-        "aggregation": stage.aggregation,
-        "sparsities": _asked_of(stage, plan, client, shares),
-        "pattern": list(stage.kept_of) if stage.pattern else None,
-        "source": stage.walk,
-        "compute": stage.compute_dtype,
-        "damping": stage.damps,
-        "keep": job.evaluate.alone and plan.stage == 0 and round_ == 0,
-        **calibration(job.seed, plan.stage, share.samples, stage.length),
-    }
-
-
-def _expected(
-    shapes: dict[str, Tensor], stage: PruneStage, mask: torch.dtype, value: torch.dtype | None = None
-) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """What an answer holds of each linear: its mask, and its values (by default in its own dtype) if the aggregation wants them."""
-    expected = {WEIGHT + name: (weight.shape, mask) for name, weight in shapes.items()}
-    if stage.aggregation != "fedprllm":
-        expected |= {CHANGE + name: (weight.shape, value or weight.dtype) for name, weight in shapes.items()}
-    return expected
-
-
-def _checker(
-    decoder: Decoder,
-    shapes: dict[str, Tensor],
-    stage: PruneStage,
-    plan: Plan,
-    targets: dict[str, Target],
-    round_: int,
-    block: int,
-) -> Callable[[str, dict[str, Tensor], Info], None]:
-    """What an answer must look like: to this ask, names, shapes, dtypes, finite values, the sparsity that was asked for."""
-    masks = stage.aggregation != "fedavg"
-    expected = _expected(shapes, stage, torch.bool)
-    if not masks:
-        expected |= {WEIGHT + name: (torch.Size(()), torch.float64) for name in shapes}
-    limits: dict[str, float] = {}
-    if stage.max_weight_growth is not None:
-        limits = {name: stage.max_weight_growth * float(decoder.read_linear(block, name).abs().max()) for name in shapes}
-
-    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        _check_ask(info, plan, round_, block)
-        share = plan.clients[client]
-        check_tensors(tensors, expected)
-        target = targets[client]
-        for name in shapes:
-            if name in limits and float(tensors[CHANGE + name].abs().max()) > limits[name]:
-                raise WireError(f"{CHANGE}{name} is more than {stage.max_weight_growth:g} times the largest weight before (max_weight_growth)")
-            if masks:
-                kept = tensors[WEIGHT + name]
-                pruned = kept.numel() - int(kept.sum())
-                if pruned != target.num_pruned(kept.numel()):
-                    raise WireError(f"{WEIGHT}{name} prunes {pruned} of {kept.numel()} weights, not {target} of them")
-                if target.pattern and (kept.view(-1, target.pattern[1]).sum(1) != target.pattern[0]).any():
-                    raise WireError(f"{WEIGHT}{name} does not keep {target} inputs")
-            elif float(tensors[WEIGHT + name]) != share.samples * stage.length:
-                raise WireError(f"{WEIGHT}{name} claims {float(tensors[WEIGHT + name]):g} tokens")
-
-    return check
-
-
-def _check_ask(info: Info, plan: Plan, round_: int, block: int) -> None:
-    if [info.get(key) for key in ("stage", "round", "block")] != [plan.stage, round_, block]:
-        raise WireError("it answers another ask")  # blocks are alike: nothing else would tell
-
-
-def _asked_of(stage: PruneStage, plan: Plan, client: str, shares: list[float]) -> list[float]:
-    """The sparsity of each block that a client is asked for: its own, or where blocks differ, the stage's."""
-    return [plan.clients[client].sparsity] * len(shares) if stage.allocation == "even" else shares
-
-
-def _of_block(stage: PruneStage, sparsity: float) -> Target:
-    return Target(sparsity, stage.kept_of if stage.pattern else None)
+    assignment = plan.clients[client]
+    own = [assignment.sparsity] * len(sparsities) if not config.measures_blocks else sparsities
+    recipe = Recipe(
+        pruner=config.pruner,
+        damping=config.damping_mode,
+        sparsities=tuple(own),
+        pattern=config.kept_of if config.pattern else None,
+        blocks=tuple(assignment.blocks[round_]),
+    )
+    calibration = Calibration(
+        stage=plan.stage,
+        round=round_,
+        samples=assignment.samples,
+        length=config.length,
+        seed=calibration_seed(job.seed, plan.stage),
+        through="dense" if config.calibration_source == "dense" else recipe.through,
+        compute_dtype=config.compute_dtype,
+    )
+    return PruneBlock(
+        stage=plan.stage,
+        round=round_,
+        block=block,
+        calibration=calibration,
+        recipe=recipe,
+        aggregation=config.aggregation,
+        max_weight_growth=config.max_weight_growth,
+        keep=job.evaluate.alone and plan.stage == 0 and round_ == 0,
+    )
 
 
 def _agreement(sums: WeightedSum) -> float | None:
@@ -289,16 +221,16 @@ def _agreement(sums: WeightedSum) -> float | None:
     return float(alike.double().mean())
 
 
-def _told(run: Run) -> Info:
+def _told(run: RunFolder) -> Record:
     """What earlier stages wrote to ``pruning.json``."""
     file = run.path / "pruning.json"
-    told: Info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    told: Record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return told
 
 
-def _history(records: list[Info], stage: int, round_: int) -> list[Info]:
+def _history(records: list[Record], stage: int, round_: int) -> list[Record]:
     """A round in short: of each block the zeros, who is in it, and how far they agreed."""
-    blocks: dict[int, list[Info]] = {}
+    blocks: dict[int, list[Record]] = {}
     for record in records:
         blocks.setdefault(record["block"], []).append(record)
     history = []
@@ -319,8 +251,8 @@ def _history(records: list[Info], stage: int, round_: int) -> list[Info]:
     return history
 
 
-def _records(overlay: Path) -> list[Info]:
-    records: list[Info] = []
+def _records(overlay: Path) -> list[Record]:
+    records: list[Record] = []
     for file in sorted(overlay.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             records += json.loads(opened.metadata()["records"])

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Sparsity, method_of
+from fedgrove.stages.structured.scores import PACKAGE
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -27,7 +28,7 @@ class Config(StageConfig):
     kind: Literal["structured"]
     channels: Sparsity = 0.25
     heads: Sparsity = 0.25
-    score: Annotated[str, method_of("stages.structured.scores")] = "fisher"
+    score: Annotated[str, method_of(PACKAGE)] = "fisher"
     samples: Annotated[int, Field(gt=0)] = 16
     length: Annotated[int, Field(gt=1)] = 512
 

@@ -4,65 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import StructuredStage
 from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.cost import measure_cost
 from fedgrove.models.width import Width, width_of
-from fedgrove.stages.prune.plan import SPEED, Capabilities
 from fedgrove.quantities import mebibytes
-from fedgrove.stages.tune.plan import measure
+from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.stages import base
+from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 
 
-class NarrowShare(BaseModel):
-    """One client's part in a stage that narrows."""
+class Assignment(base.Assignment):
+    """One client's part.
 
-    model_config = ConfigDict(frozen=True)
+    Attributes:
+        samples: windows that it calibrates on.
+        disk: bytes of hidden states.
+    """
 
     samples: int
-    memory: int  # bytes needed at the peak, besides the program itself
-    disk: int  # bytes of hidden states
-    upload: int  # bytes
-    seconds: float  # computing and uploading
+    disk: int
 
 
-class StructuredPlan(BaseModel):
-    """A stage that narrows and what it takes. The widths are of every block."""
+class Plan(base.Plan):
+    """A stage that cuts channels and heads, and what it takes. The widths are of every block.
 
-    model_config = ConfigDict(frozen=True)
+    Attributes:
+        queries: heads in a group.
+        parameters: of the model, before and after.
+        types: model_type before and after.
+    """
 
-    stage: int
-    kind: str = "structured"
+    kind: Literal["structured"] = "structured"
+    clients: dict[str, Assignment]
     num_blocks: int
     before: Width
     after: Width
-    queries: int  # heads in a group
-    parameters: tuple[int, int]  # of the model, before and after
-    clients: dict[str, NarrowShare]
-    types: tuple[str, str]  # model_type before and after
+    queries: int
+    parameters: tuple[int, int]
+    types: tuple[str, str]
+
+    def width_after(self) -> Width:
+        return self.after
 
 
-def make_structured_plan(
-    index: int, stage: StructuredStage, decoder: Decoder, cards: Mapping[str, Capabilities], secure: bool = False
-) -> StructuredPlan:
-    """Decides a stage that narrows. Every client measures every block: gradients reach the first only through all others.
+def make_plan(
+    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], secure: bool = False
+) -> Plan:
+    """Decides the stage. Every client measures every block: gradients reach the first only through all others.
 
     Args:
         index: the stage's place in the job.
         decoder: the model before.
-        cards: what the clients said, by name.
-        secure: answers are masked, so they do not compress.
+        capabilities: what the clients said, by name.
+        secure: responses are masked, so they do not compress.
 
     Raises:
         FedgroveError: no configuration of this architecture can say the result, a share is less than one group, or a client has
             too little memory; names key or client.
     """
-    config = decoder.checkpoint.config
-    before = width_of(config)
-    gone = {"channels": math.floor(stage.channels * before.channels), "heads": math.floor(stage.heads * before.heads)}
-    for key, share in (("channels", stage.channels), ("heads", stage.heads)):
+    before = width_of(decoder.checkpoint.config)
+    gone = {"channels": math.floor(config.channels * before.channels), "heads": math.floor(config.heads * before.heads)}
+    for key, share in (("channels", config.channels), ("heads", config.heads)):
         if share and not gone[key]:
             groups = getattr(before, key)
             what = "channels" if key == "channels" else "groups of heads"
@@ -72,40 +78,41 @@ def make_structured_plan(
     after = Width(before.channels - gone["channels"], before.heads - gone["heads"])
     narrower = Decoder(decoder.checkpoint.over(width=after))
 
-    sizes = measure(decoder, stage.length, masked=False)
+    cost = measure_cost(decoder, config.length, masked=False)
     block, narrow_block = (
         sum(parameter.numel() for parameter in model.blocks[0].parameters()) for model in (decoder, narrower)
     )
     parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
     in_linears = sum(weight.numel() for module in linears(decoder.blocks[0]).values() for weight in module.parameters())
-    logits = stage.length * sizes.vocabulary
-    memory = 4 * (sizes.others + max(block + 3 * sizes.saved, 5 * logits)) + 2**24
+    logits = config.length * cost.vocabulary
+    memory = 4 * (cost.others + max(block + 3 * cost.saved, 5 * logits)) + 2**24
     num_groups = len(decoder) * (before.channels + before.heads)
     upload = (8 if secure else 4) * num_groups + 1300 * len(decoder)  # numbers (measured on the shipped model), and names
-    shares = {}
-    for name, card in sorted(cards.items()):
-        if card.memory is not None and memory > card.memory:
+    assignments = {}
+    for name, client in sorted(capabilities.items()):
+        if client.memory is not None and memory > client.memory:
             raise FedgroveError(
                 f"client '{name}': a block and its way back need {mebibytes(memory)} of memory, but it has "
-                f"{mebibytes(card.memory)} (clients.memory); lower length, or leave it out"
+                f"{mebibytes(client.memory)} (clients.memory); lower length, or leave it out"
             )
-        tokens = (card.samples or stage.samples) * stage.length
-        work = 2 * 3 * tokens * (len(decoder) * in_linears + sizes.vocabulary * sizes.width)  # there, again, and back
-        seconds = work / (SPEED * card.speed) + (8 * upload / card.uplink if card.uplink else 0.0)
-        shares[name] = NarrowShare(
-            samples=card.samples or stage.samples,
+        tokens = (client.samples or config.samples) * config.length
+        work = 2 * 3 * tokens * (len(decoder) * in_linears + cost.vocabulary * cost.width)  # there, again, and back
+        seconds = work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
+        assignments[name] = Assignment(
+            samples=client.samples or config.samples,
             memory=memory,
-            disk=4 * (len(decoder) + 2) * tokens * sizes.width,
+            disk=4 * (len(decoder) + 2) * tokens * cost.width,
             upload=upload,
             seconds=round(seconds, 1),
         )
-    return StructuredPlan(
+    return Plan(
         stage=index,
         num_blocks=len(decoder),
         before=before,
         after=after,
-        queries=config.num_attention_heads // before.heads,
+        queries=decoder.checkpoint.config.num_attention_heads // before.heads,
         parameters=(parameters, parameters - len(decoder) * (block - narrow_block)),
-        clients=shares,
-        types=(config.model_type, narrower.checkpoint.config.model_type),
+        clients=assignments,
+        discloses=base.names_of(ScoreGroups.DISCLOSES),
+        types=(decoder.checkpoint.config.model_type, narrower.checkpoint.config.model_type),
     )

@@ -3,75 +3,100 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedgrove import plugins
-from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
-from fedgrove.job import StructuredStage
-from fedgrove.stages.prune.masks import lowest
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.masks import lowest
+from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.models.width import cut_columns, cut_rows, family_of, width_of
-from fedgrove.stages.structured.plan import StructuredPlan
-from fedgrove.stages.prune.plan import calibration
-from fedgrove.privacy.secure import sum_securely
-from fedgrove.rounds.collect import Message, ask
-from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.wire import CHANGE, Info, WireError
-from fedgrove.rounds.wire import check as check_tensors
-from fedgrove.stages.structured.scores import LARGEST, floating_point
-from fedgrove.runfolder import Run
+from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
+from fedgrove.runfolder import RunFolder
+from fedgrove.stages.base import Losses, Result, calibration_seed
+from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, Calibration, ScoreGroups, Tokens, check_values
+from fedgrove.stages.structured.plan import Plan, make_plan
+from fedgrove.stages.structured.scores import score_of
 
 Kept = dict[str, Tensor]  # "channels" and "heads": ascending indices of the groups that stay
 
 
-def narrow(model: Checkpoint, plan: StructuredPlan, engine: Engine, run: Run) -> Checkpoint:
-    """Narrows every block of a model by the plan, so that one plain config.json describes it.
+def plan(
+    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job
+) -> Plan:
+    """See :func:`fedgrove.stages.structured.plan.make_plan`."""
+    return make_plan(index, config, decoder, capabilities, job.privacy.secure_aggregation)
+
+
+def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
+    """Cuts every block of a model by the plan, so that one plain config.json describes it.
 
     The clients are asked once, for all blocks; their sum is a file in the run folder, and so is each block that was cut: a
     stage that was killed goes on there.
 
     Returns:
-        The narrower model, laid over the model. ``RUN/structured.json`` tells what went.
+        The model with narrower blocks laid over it. ``RUN/structured.json`` tells what went.
     """
-    stage = run.job.narrowing(plan.stage)
+    run = federation.run
     file = _sums_file(run, plan)
     if not file.is_file():
-        run.step("narrow: asking what each channel and head is worth")
-        clients, tokens, sums, own = _collect(model, plan, engine, run)
-        save_tensors({**sums, **own}, file, {"clients": json.dumps(clients), "tokens": str(tokens)})
+        run.step("structured: asking what each channel and head is worth")
+        clients, tokens, sums = _collect(model, plan, config, federation)
+        save_tensors(sums, file, {"clients": json.dumps(clients), "tokens": str(tokens)})
     overlay = run.overlay(plan.stage, 0)
-    blocks = _cut(model, plan, stage, _read_sums(file), overlay, run)
+    blocks = _cut(model, plan, config, _read_sums(file), overlay, run)
     with safe_open(file, framework="pt") as opened:
         said = opened.metadata()
+    result = model.over(overlay, width=plan.after)
     run.write_json(
         "structured.json",
         {
             "stage": plan.stage,
-            **stage.model_dump(mode="json"),
+            **config.model_dump(mode="json"),
             "clients": json.loads(said["clients"]),
             "tokens": int(said["tokens"]),
             "before": asdict(plan.before),
             "after": asdict(plan.after),
             "queries": plan.queries,
             "parameters": list(plan.parameters),
-            "bytes": [model.num_bytes(), model.over(overlay, width=plan.after).num_bytes()],
+            "bytes": [model.num_bytes(), result.num_bytes()],
             "types": list(plan.types),
             "blocks": blocks,
         },
     )
-    return model.over(overlay, width=plan.after)
+    return Result(result)
 
 
-def alone(model: Checkpoint, plan: StructuredPlan, client: str, run: Run) -> Checkpoint:
-    """The model as one client's sums alone would have it. The server has them, so nobody is asked.
+def alone(
+    model: Checkpoint,
+    plan: Plan,
+    config: Config,
+    clients: Sequence[str],
+    windows: Mapping[str, list[Tensor]],
+    federation: Federation,
+) -> Iterator[tuple[str, Losses]]:
+    """Cuts the model by one client's sums alone. The server has them, so nobody is asked."""
+    run = federation.run
+    for number, client in enumerate(clients):
+        run.step(f"evaluate: what {client} would have had alone", number, len(clients))
+        decoder = Decoder(alone_model(model, plan, config, client, run))
+        yield client, {name: negative_log_likelihoods(decoder, texts) for name, texts in windows.items()}
+
+
+def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run: RunFolder) -> Checkpoint:
+    """The model as one client's sums alone would have it.
 
     Args:
         model: as the stage began.
@@ -80,93 +105,74 @@ def alone(model: Checkpoint, plan: StructuredPlan, client: str, run: Run) -> Che
     if not sums:
         raise FedgroveError(f"client '{client}': it sent no sums, so nothing is known of what it has alone (evaluate.alone)")
     overlay = run.path / "work" / f"stage-{plan.stage}" / "alone" / client
-    _cut(model, plan, run.job.narrowing(plan.stage), sums, overlay)
+    _cut(model, plan, config, sums, overlay)
     return model.over(overlay, width=plan.after)
 
 
-def structured_info(run: Run, plan: StructuredPlan, client: str) -> Info:
-    """The JSON of an ask of kind ``structured``: see :func:`fedgrove.client.handlers.narrow`."""
-    stage = run.job.narrowing(plan.stage)
-    return {
-        "stage": plan.stage,
-        "score": stage.score,
-        "limit": LARGEST // len(plan.clients),
-        **calibration(run.job.seed, plan.stage, plan.clients[client].samples, stage.length),
-    }
+class _Scores(IntegerSums):
+    """The clients' sums, and where it is wanted each client's part of them."""
+
+    def __init__(self, signed: bool, keep_parts: bool):
+        super().__init__(lambda sums, replies: check_values(sums, signed, LARGEST))
+        self.parts: Tensors = {}
+        self._keep_parts = keep_parts
+
+    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
+        if self._keep_parts:
+            self.parts |= {f"{client}/{name}": tensor for name, tensor in tensors.items()}
+        super().add(client, tensors, reply)
 
 
-def _collect(
-    model: Checkpoint, plan: StructuredPlan, engine: Engine, run: Run
-) -> tuple[list[str], int, dict[str, Tensor], dict[str, Tensor]]:
-    """Who is in the sum, of how many tokens, the sum, and where it is wanted each client's part of it."""
-    stage, secure = run.job.narrowing(plan.stage), run.job.privacy.secure_aggregation
-    signed = plugins.load("stages.structured.scores", stage.score).SIGNED
-    messages: dict[str, Message] = {client: ({}, structured_info(run, plan, client)) for client in plan.clients}
-    kinds = ["channels"] if family_of(model.config).heads is None else ["channels", "heads"]
-    expected = {
-        f"{CHANGE}{block}/{kind}": (torch.Size([getattr(plan.before, kind)]), torch.int64)
-        for block in range(plan.num_blocks)
-        for kind in kinds
-    }
-
-    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        wanted = plan.clients[client].samples * stage.length
-        if [info.get("stage"), info.get("tokens")] != [plan.stage, wanted]:
-            raise WireError(f"it answers another ask, or claims other tokens than {wanted}")
-        check_tensors(tensors, expected)
-        if not secure:  # else no value can be told from random
-            _check_values(tensors, signed, LARGEST // len(plan.clients))
-
-    if secure:
-        infos, sums = sum_securely(engine, run, "structured", messages, stage=plan.stage, round_=0, check=check)
-        try:
-            _check_values(sums, signed, LARGEST)
-        except WireError as fault:
-            raise FedgroveError(
-                f"the clients' sum: {fault}; one of them sent no scores, and secure aggregation hides which. "
-                "Leave clients out until it holds"
-            ) from fault
-        return sorted(infos), sum(info["tokens"] for info in infos.values()), sums, {}
-    totals = {name: WeightedSum() for name in expected}
-    clients, tokens, own = [], 0, {}
-    for client, answer, info in ask(engine, run, "structured", messages, stage=plan.stage, round_=0, check=check):
-        clients.append(client)
-        tokens += info["tokens"]
-        for name, total in totals.items():
-            total.add(answer[name], 1.0)
-            if run.job.evaluate.alone:
-                own[f"{client}/{name}"] = answer[name]
-    return clients, tokens, {name: total.value for name, total in totals.items() if total.value is not None}, own
+def _collect(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> tuple[list[str], int, Tensors]:
+    """Who is in the sum, of how many tokens, the sum, and each client's part of it where that is wanted."""
+    messages = {client: Message(score_request(plan, config, client, federation.job)) for client in plan.clients}
+    scores = _Scores(score_of(config.score).SIGNED, federation.job.evaluate.alone)
+    replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model))
+    tokens = sum(reply.tokens for reply in replies.values() if isinstance(reply, Tokens))
+    return sorted(replies), tokens, {CHANGE + name: value for name, value in scores.sums.items()} | scores.parts
 
 
-def _check_values(tensors: Mapping[str, Tensor], signed: bool, limit: int) -> None:
-    for name, tensor in tensors.items():
-        if (tensor > limit).any() or (tensor < (-limit if signed else 0)).any():
-            raise WireError(f"{name} is out of range")
+def score_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreGroups:
+    """What one client is asked."""
+    calibration = Calibration(
+        stage=plan.stage,
+        samples=plan.clients[client].samples,
+        length=config.length,
+        seed=calibration_seed(job.seed, plan.stage),
+        through="gradients",
+    )
+    return ScoreGroups(
+        stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients)
+    )
 
 
 def _cut(
-    model: Checkpoint, plan: StructuredPlan, stage: StructuredStage, sums: Mapping[str, Tensor], overlay: Path, run: Run | None = None
-) -> list[Info]:
+    model: Checkpoint,
+    plan: Plan,
+    config: Config,
+    sums: Mapping[str, Tensor],
+    overlay: Path,
+    run: RunFolder | None = None,
+) -> list[dict[str, Any]]:
     """Cuts every block that is not cut yet; gives which groups went."""
     decoder = Decoder(model)
-    aggregation = plugins.load("stages.structured.scores", stage.score)
-    records: list[Info] = []
+    score = score_of(config.score)
+    records: list[dict[str, Any]] = []
     for block in range(plan.num_blocks):
         kept: Kept = {}
-        record: Info = {"block": block}
+        record: dict[str, Any] = {"block": block}
         for kind in ("channels", "heads"):
             before, after = getattr(plan.before, kind), getattr(plan.after, kind)
             kept[kind] = torch.arange(before)
             if after < before:
-                gone = lowest([aggregation.finish(floating_point(sums[f"{CHANGE}{block}/{kind}"]))], before - after)
+                gone = lowest([score.finish(CODE.decode(sums[f"{CHANGE}{block}/{kind}"]))], before - after)
                 kept[kind] = (~gone).nonzero().squeeze(1)
                 record[kind] = gone.nonzero().squeeze(1).tolist()
         records.append(record)
         file = overlay / f"block-{block:04d}.safetensors"
         if not file.is_file():
             if run:
-                run.step(f"narrow: block {block + 1} of {plan.num_blocks}", block, plan.num_blocks)
+                run.step(f"structured: block {block + 1} of {plan.num_blocks}", block, plan.num_blocks)
             save_tensors(cut_block(decoder, block, kept), file)
     return records
 
@@ -193,7 +199,7 @@ def cut_block(decoder: Decoder, block: int, kept: Kept) -> dict[str, Tensor]:
     return cut
 
 
-def _sums_file(run: Run, plan: StructuredPlan) -> Path:
+def _sums_file(run: RunFolder, plan: Plan) -> Path:
     return run.path / "work" / f"stage-{plan.stage}" / "sums.safetensors"
 
 

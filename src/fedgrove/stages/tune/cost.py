@@ -13,41 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedgrove.models.cost import ModelCost
 from fedgrove.quantities import mebibytes
 from fedgrove.stages.tune.knapsack import Array, Solution, KnapsackSide, search
 
 QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
 LOGIT = 12  # bytes of a logit at the peak, beside itself: its float32 copy or probability, and two gradients
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """A model as far as it costs something; counted, but for ``saved``.
-
-    Attributes:
-        linears: (out, in) of each linear that can be tuned.
-        others: numbers in all other weights.
-        width: of the hidden states; vocabulary: number of logits.
-        num_blocks: decoder blocks.
-        saved: numbers that a block without adapters keeps for its backward pass, for one window; measured.
-        length: tokens of a window.
-        masked: the linears are pruned, so that the products of the factors are formed and masked.
-    """
-
-    linears: Mapping[str, tuple[int, int]]
-    others: int
-    width: int
-    vocabulary: int
-    num_blocks: int
-    saved: int
-    length: int
-    masked: bool = False
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all linears."""
-        return sum(rows * columns for rows, columns in self.linears.values())
 
 
 @dataclass(frozen=True)
@@ -75,7 +47,7 @@ class SearchSpace:
         steps: optimizer steps of a round.
         rest: rank of what a client computes with and does not train, in every linear; an upper bound.
         number: bytes of a factor's number on the wire.
-        price: of sending all linears at the largest rank: a rank that is worth less than it costs to send is not taken.
+        upload_price: of sending all linears at the largest rank: a rank that is worth less than it costs to send is not taken.
     """
 
     bits: tuple[int, ...]
@@ -84,7 +56,7 @@ class SearchSpace:
     steps: int
     rest: int = 0
     number: float = 1.27
-    price: float = 0.4
+    upload_price: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -203,7 +175,7 @@ def value(sizes: ModelCost, grid: SearchSpace, importance: Mapping[str, float], 
     """
     ranks = sum(importance[name] * gain(rank, grid.ranks[-1]) for name, rank in choice.ranks.items())
     sent = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items()) / _largest(sizes, grid)
-    return ranks + gain(choice.batch, grid.batches[-1]) - QUANTIZATION_PRICE[choice.bits] - grid.price * sent
+    return ranks + gain(choice.batch, grid.batches[-1]) - QUANTIZATION_PRICE[choice.bits] - grid.upload_price * sent
 
 
 def _largest(sizes: ModelCost, grid: SearchSpace) -> float:
@@ -251,7 +223,7 @@ def best(sizes: ModelCost, grid: SearchSpace, budget: Budget, importance: Mappin
     inputs, both = np.array([(sizes.linears[name][1], sum(sizes.linears[name])) for name in names], dtype=float).T
     numbers = np.outer(both, grid.ranks)  # that are trained and sent
     gains = [gain(rank, grid.ranks[-1]) for rank in grid.ranks]
-    worth = np.outer([importance[name] for name in names], gains) - grid.price / _largest(sizes, grid) * numbers
+    worth = np.outer([importance[name] for name in names], gains) - grid.upload_price / _largest(sizes, grid) * numbers
     trained = PER_TUNED * numbers + 4.0 * sizes.length * np.add.outer(inputs, grid.ranks)
     bits = [KnapsackSide(-QUANTIZATION_PRICE[b], trained, budget.memory - memory(sizes, grid, ClientConfig(b, 1, 1, {}))) for b in grid.bits]
     batches = []

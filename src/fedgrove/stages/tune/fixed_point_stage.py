@@ -16,12 +16,12 @@ from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.wire import CHANGE, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune import fixed_point as whole
 from fedgrove.stages.tune.plan import TunePlan
 
 
-def whole_facts(run: Run, plan: TunePlan) -> dict[str, Info]:
+def whole_facts(run: RunFolder, plan: TunePlan) -> dict[str, Info]:
     """By client, what it is told where answers are whole numbers; nothing where they are not."""
     stage = run.job.tuning(plan.stage)
     if stage.precision != "fixed":
@@ -39,7 +39,7 @@ def whole_facts(run: Run, plan: TunePlan) -> dict[str, Info]:
     return {client: whole.facts(weight, plan.widest(), noise) for client, weight in weights.items()}
 
 
-def private_facts(run: Run, plan: TunePlan, client: str) -> Info | None:
+def private_facts(run: RunFolder, plan: TunePlan, client: str) -> Info | None:
     """What a client is told that trains with DP-SGD."""
     stage = run.job.tuning(plan.stage)
     if stage.epsilon is None or stage.dp_unit == "client":
@@ -55,7 +55,7 @@ def private_facts(run: Run, plan: TunePlan, client: str) -> Info | None:
 
 def sum_whole(
     engine: Engine,
-    run: Run,
+    run: RunFolder,
     kind: str,
     messages: Mapping[str, Message],
     *,

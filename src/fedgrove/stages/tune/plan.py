@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
 from fedgrove.models.blocks import Decoder, linears
-from fedgrove.models.experts import expert_of
 from fedgrove.stages.prune.plan import SPEED, Capabilities
 from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.secure import smallest_sum
@@ -75,45 +74,6 @@ class TunePlan(BaseModel):
     def tuned(self) -> list[str]:
         """The linears that some client tunes, in order."""
         return [name for name in self.importance if not self.rank or any(name in s.ranks for s in self.clients.values())]
-
-
-def measure(decoder: Decoder, length: int, masked: bool) -> ModelCost:
-    """Counts a model, and what one of its blocks keeps for the backward pass of a window.
-
-    Raises:
-        FedgroveError: it has experts.
-    """
-    if any(map(expert_of, decoder.linear_names())):
-        raise FedgroveError(
-            f"model: a mixture of experts ({decoder.checkpoint.config.model_type}) can be pruned, not tuned: plain peft has no "
-            "adapters for its experts; leave the stage tune out"
-        )
-    shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
-    config = decoder.checkpoint.config.get_text_config()
-    hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
-    kept: dict[int, int] = {}  # storage -> its numbers; weights, which are saved too, are there anyway
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes() // 4
-        return tensor
-
-    with decoder.hollow(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-        block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
-    in_linears = sum(cast(torch.Tensor, m.weight).numel() for m in linears(decoder.blocks[0]).values())
-    everything = sum(parameter.numel() for parameter in decoder.model.parameters())
-    return ModelCost(
-        linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
-        others=everything - len(decoder) * in_linears,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        num_blocks=len(decoder),
-        saved=sum(kept.values()),
-        length=length,
-        masked=masked,
-    )
 
 
 def even(sizes: ModelCost) -> dict[str, float]:

@@ -25,7 +25,7 @@ from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
 from fedgrove.rounds.wire import check as check_tensors
 from fedgrove.stages.tune.aggregation import Options, State
-from fedgrove.runfolder import Run
+from fedgrove.runfolder import RunFolder
 from fedgrove.evaluation.evaluate import evaluate_round
 from fedgrove.stages.tune.fixed_point_stage import private_facts, sum_whole, whole_facts
 from fedgrove.stages.tune import importance as scoring
@@ -62,7 +62,7 @@ class TuningState:
     metrics: list[tuple[str | None, str, float]] = field(default_factory=list)
 
 
-def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpoint:
+def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: RunFolder) -> Checkpoint:
     """Tunes a model with the plan's clients.
 
     After every round the adapters are a file in the run folder, so a stage that was killed goes on with the next round; a
@@ -109,7 +109,7 @@ def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> Checkpo
 
 
 def _keep_personal(
-    decoder: Decoder, model: Checkpoint, progress: TuningState, stage: TuneStage, masked: list[str], engine: Engine, run: Run
+    decoder: Decoder, model: Checkpoint, progress: TuningState, stage: TuneStage, masked: list[str], engine: Engine, run: RunFolder
 ) -> None:
     """Lets every client compare the result with its own best adapter, on its own held-out text, and keep the better one."""
     plan = progress.plan
@@ -142,7 +142,7 @@ def _keep_personal(
 
 
 def _measure(
-    model: Checkpoint, decoder: Decoder, progress: TuningState, round_: int, stage: TuneStage, masked: list[str], run: Run
+    model: Checkpoint, decoder: Decoder, progress: TuningState, round_: int, stage: TuneStage, masked: list[str], run: RunFolder
 ) -> None:
     """Evaluates the model as it is after a round, where the job asks for it."""
     if stage.eval_every and (round_ + 1) % stage.eval_every == 0:
@@ -151,7 +151,7 @@ def _measure(
         evaluate_round(model.over(folder), progress.plan.stage, round_, run)
 
 
-def _log(progress: TuningState, stage: int, round_: int, run: Run) -> None:
+def _log(progress: TuningState, stage: int, round_: int, run: RunFolder) -> None:
     """Writes what a round measured, after the round is safe: one that is asked anew is not told of twice."""
     there = {(line["client"], line["name"]) for line in run.metrics() if (line["stage"], line["round"]) == (stage, round_)}
     for client, name, value in progress.metrics:
@@ -164,7 +164,7 @@ def pruned_linears(decoder: Decoder) -> list[str]:
     return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
 
 
-def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engine, run: Run) -> tuple[int, float]:
+def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engine, run: RunFolder) -> tuple[int, float]:
     """Sends every client what earlier stages changed, a block at a time: the number of parts, and modelled seconds."""
     changed = model.changed()
     parts = 0
@@ -191,7 +191,7 @@ def _plan_anew(
     parts: int,
     masked: list[str],
     engine: Engine,
-    run: Run,
+    run: RunFolder,
 ) -> None:
     """Asks the clients which linears matter, and gives each a configuration by that."""
     run.step("tune: asking which weights are worth tuning", round_, run.job.tuning(progress.plan.stage).rounds)
@@ -242,7 +242,7 @@ def _clock(plan: TunePlan, compute: Mapping[str, float]) -> Clock:
     return Clock({client: Pace(compute.get(client, 0.0), card.uplink, card.downlink) for client, card in cards.items()})
 
 
-def _common(decoder: Decoder, stage: TuneStage, plan: TunePlan, share: TuneAssignment, parts: int, run: Run) -> Info:
+def _common(decoder: Decoder, stage: TuneStage, plan: TunePlan, share: TuneAssignment, parts: int, run: RunFolder) -> Info:
     width = decoder.checkpoint.width
     return {
         "stage": plan.stage,
@@ -256,7 +256,7 @@ def _common(decoder: Decoder, stage: TuneStage, plan: TunePlan, share: TuneAssig
 
 
 def _train_round(
-    decoder: Decoder, progress: TuningState, round_: int, stage: TuneStage, parts: int, masked: list[str], engine: Engine, run: Run
+    decoder: Decoder, progress: TuningState, round_: int, stage: TuneStage, parts: int, masked: list[str], engine: Engine, run: RunFolder
 ) -> None:
     plan = progress.plan
     messages = {
@@ -306,7 +306,7 @@ def _add_whole(
     messages: dict[str, Message],
     clock: Clock,
     engine: Engine,
-    run: Run,
+    run: RunFolder,
 ) -> list[str]:
     """A round in whole numbers: what all changed together, on top of where all began; returns who is in the sum."""
     plan = progress.plan
@@ -337,7 +337,7 @@ def _message(
     stage: TuneStage,
     parts: int,
     masked: list[str],
-    run: Run,
+    run: RunFolder,
 ) -> Message:
     """What one client is asked to do in a round: see :func:`fedgrove.client.handlers.train`."""
     plan = progress.plan
@@ -388,7 +388,7 @@ def scale(stage: TuneStage, rank: int) -> float:
 
 
 def _fold_adapters(
-    decoder: Decoder, progress: TuningState, stage: TuneStage, answers: Iterator[tuple[str, dict[str, Tensor]]], run: Run
+    decoder: Decoder, progress: TuningState, stage: TuneStage, answers: Iterator[tuple[str, dict[str, Tensor]]], run: RunFolder
 ) -> None:
     plan, aggregation = progress.plan, _rule(stage)
     shapes = {name: decoder.read_shape(name) for name in plan.tuned()}
@@ -458,7 +458,7 @@ def _nothing(client: str, tensors: dict[str, Tensor], info: Info) -> None:
     check_tensors(tensors, {})
 
 
-def _merge(decoder: Decoder, progress: TuningState, masked: list[str], folder: Path, run: Run) -> None:
+def _merge(decoder: Decoder, progress: TuningState, masked: list[str], folder: Path, run: RunFolder) -> None:
     """Writes the linears with their changes, block by block, in the checkpoint's dtype."""
     for block in range(len(decoder)):
         merged = {}
@@ -478,7 +478,7 @@ def _rule(stage: TuneStage) -> ModuleType:
     return plugins.load("stages.tune.aggregation", stage.aggregation)
 
 
-def _file(run: Run, stage: int, round_: int) -> Path:
+def _file(run: RunFolder, stage: int, round_: int) -> Path:
     return run.path / "work" / f"stage-{stage}" / f"adapters-{round_:04d}.safetensors"
 
 

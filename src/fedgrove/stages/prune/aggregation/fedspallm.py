@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-from fedgrove.stages.prune.masks import Target, keep
+from fedgrove.models.masks import Target, keep
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.rounds.request import Disclosure
 from fedgrove.stages.prune.aggregation import Options
+
+SENDS = frozenset({Disclosure.MASKS, Disclosure.WEIGHTS})
+SOLVED_AT: Literal["client", "server"] = "client"
+READS = frozenset({"shrink", "expand", "trim", "max_weight_growth"})
+SECURE = True
+SOURCE: Literal["dense", "sequential"] = "sequential"
+DAMPING: Literal["mean", "each"] = "mean"
 
 
 def weigh(before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ sum that is exactly that of the others, and a run needs no two sums whose differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +28,19 @@ from fedgrove.errors import FedgroveError
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.input_statistics import moments as moments_of
 from fedgrove.privacy.noise import clipped
-from fedgrove.rounds.wire import CHANGE, WireError, check
+from fedgrove.rounds.aggregator.fixed_point import FixedPoint
+from fedgrove.rounds.request import CHANGE, Disclosure, TensorSpecs
+from fedgrove.rounds.wire import WireError, check
+
+SENDS = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})  # by pruner: see exchanges/statistics.py
+SOLVED_AT: Literal["client", "server"] = "server"
+READS = frozenset({"mixed", "protect_first_block", "epsilon"})
+SECURE = True
+SOURCE: Literal["dense", "sequential"] = "dense"
+DAMPING: Literal["mean", "each"] = "each"
 
 BITS = 12  # fractional bits of one token's x², where x is of the size that random tokens give
+CODE = FixedPoint(BITS)
 QUIET = 2.0**-10  # a channel that random tokens hardly reach is scaled as if it were this part of the others' size
 STRIP = 512  # rows of the products that are made at once
 LARGEST = 2**62  # of a sum over all clients
@@ -126,15 +137,17 @@ def ring_bits(tokens: int) -> int:
     return min(64, BITS + tokens.bit_length() + HEADROOM + 2)
 
 
-def expected(
-    scales: Mapping[str, Tensor], products: Mapping[str, bool], moments: bool = False
-) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, shapes and dtypes of an answer, for :func:`fedgrove.rounds.wire.check`."""
-    wanted = {}
-    for name, scale in scales.items():
-        width = scale.numel()
+def expected(widths: Mapping[str, int], products: Collection[str], moments: bool = False) -> TensorSpecs:
+    """Names, shapes and dtypes of a response.
+
+    Args:
+        widths: channels of each input.
+        products: the inputs whose products are summed too; moments: whether Σ x and the variances are.
+    """
+    wanted: TensorSpecs = {}
+    for name, width in widths.items():
         wanted[f"{CHANGE}{name}/squares"] = (torch.Size([width]), torch.int64)
-        if products[name]:
+        if name in products:
             wanted[f"{CHANGE}{name}/products"] = (torch.Size([width * (width - 1) // 2]), torch.int64)
         if moments:
             wanted |= {f"{CHANGE}{name}/{part}": (torch.Size([width]), torch.int64) for part in ("sums", "spreads")}
@@ -143,16 +156,17 @@ def expected(
 
 def check_sums(
     tensors: Mapping[str, Tensor],
-    scales: Mapping[str, Tensor],
-    products: Mapping[str, bool],
+    widths: Mapping[str, int],
+    products: Collection[str],
     windows: int,
     limit: int,
     noisy: bool = False,
     moments: int = 0,
 ) -> None:
-    """Refuses numbers that are no sums of squares and products: of one client, or of all.
+    """Refuses numbers that cannot be sums of squares and products: of one client, or of all.
 
     Args:
+        widths, products: see :func:`expected`.
         windows: how many were summed.
         limit: the largest number that is allowed.
         noisy: noise was added, so a square may be negative.
@@ -162,8 +176,8 @@ def check_sums(
         WireError: names, shapes or dtypes differ, a square is negative or too large, or a product, sum or variance larger than
             the squares allow (Cauchy–Schwarz, with room for the rounding of each window).
     """
-    check(tensors, expected(scales, products, moments > 0))
-    for name in scales:
+    check(tensors, expected(widths, products, moments > 0))
+    for name in widths:
         squares = tensors[f"{CHANGE}{name}/squares"]
         if (squares < (-limit if noisy else 0)).any() or (squares > limit).any():
             raise WireError(f"{CHANGE}{name}/squares is out of range")
@@ -172,7 +186,7 @@ def check_sums(
             most = (moments * windows * 2.0**BITS * (squares.double() + windows)).sqrt() * 1.001 + windows
             if (sums.double().abs() > most).any() or (spreads < 0).any() or (spreads > squares + 2 * windows).any():
                 raise WireError(f"{CHANGE}{name}/sums or spreads are larger than the squares allow")
-        if products[name]:
+        if name in products:
             roots = (squares.double() + windows).sqrt() * 1.001
             at, values = 0, tensors[f"{CHANGE}{name}/products"]
             for i in range(len(roots) - 1):
@@ -212,7 +226,7 @@ def finish(
 
 
 def _whole(value: Tensor) -> Tensor:
-    return (value.double() * float(2**BITS)).round_().long()
+    return CODE.encode(value)  # the squares are checked, and bound everything else
 
 
 def _above(scale: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A pruner's file holds two names:
     prune(weight, inputs, target) -> (weight, mask)
 
 ``weight`` is (out, in) in float32 and may be overwritten; ``inputs`` is an :class:`~fedgrove.stages.prune.input_statistics.InputStatistics`;
-``target`` a :class:`~fedgrove.stages.prune.masks.Target`. The result is the pruned weight, zero where the mask is False, and the
+``target`` a :class:`~fedgrove.models.masks.Target`. The result is the pruned weight, zero where the mask is False, and the
 mask (True = kept), with exactly ``target.num_pruned(weight.numel())`` entries False.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
-from fedgrove.stages.prune.masks import Target
+from fedgrove.models.masks import Target
 
 Damping = Literal["mean", "each"]
 PACKAGE = "stages.prune.pruners"

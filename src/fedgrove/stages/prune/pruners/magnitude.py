@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
-from fedgrove.stages.prune.masks import Target, keep
+from fedgrove.models.masks import Target, keep
 
 NEEDS: Needs = "nothing"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
-from fedgrove.stages.prune.masks import Target, lowest, lowest_of_few
+from fedgrove.models.masks import Target, lowest, lowest_of_few
 
 NEEDS: Needs = "gram"
 

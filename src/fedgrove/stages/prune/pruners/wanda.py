@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
-from fedgrove.stages.prune.masks import Target, keep_highest
+from fedgrove.models.masks import Target, keep_highest
 
 NEEDS: Needs = "squares"
 

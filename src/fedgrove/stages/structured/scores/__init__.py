@@ -1,42 +1,41 @@
-"""Which channels and heads matter: the two ends of a sum over windows of text. A new aggregation is a new file here.
+"""Which channels and heads matter: the two ends of a sum over windows of text. A new score is a new file here.
 
-An aggregation's file holds two functions and a fact. ``products`` are first-order changes of a window's loss, in nats, were a group
-cut; see :func:`fedgrove.stages.structured.gradients.group_products`.
-
-    weigh(products) -> what each window adds: (windows, groups) -> (windows, groups)
-    finish(total) -> the score of each group from the sum over everybody's windows: the lowest go
-    SIGNED: whether what is added may be negative
-
-What is added is a sum over windows, so the clients' sums are the sum of their pooled text, and so is the model. Numbers travel
-as whole multiples of 2⁻ᴮᴵᵀˢ: then their sum depends on no order, nor on who holds which window.
+What is added is a sum over windows, so the clients' sums are the sum of their pooled text, and so is the model.
 """
 
 from __future__ import annotations
 
+from typing import Protocol, cast
+
 from torch import Tensor
 
-from fedgrove.errors import FedgroveError
+from fedgrove import plugins
 
-BITS = 24  # fractional bits of what one window adds
-LARGEST = 2**62  # of a sum over all clients
+PACKAGE = "stages.structured.scores"
 
 
-def fixed_point(values: Tensor, limit: int) -> Tensor:
-    """The sum of each column in fixed point.
+class Score(Protocol):
+    """What a score's file holds. ``products`` are first-order changes of a window's loss, in nats, were a group cut; see
+    :func:`fedgrove.stages.structured.gradients.group_products`.
 
-    Args:
-        values: (windows, groups) float64; each window is rounded by itself.
-        limit: the largest sum that may be sent.
-
-    Raises:
-        FedgroveError: NaN, infinity, or larger than the limit.
+    Attributes:
+        SIGNED: whether what is added may be negative.
     """
-    whole = (values * 2.0**BITS).round()
-    if not (whole.abs().sum(0) < limit).all():
-        raise FedgroveError('the gradients of its text are not finite or too large; try model.dtype = "float32"')
-    return whole.long().sum(0)
+
+    SIGNED: bool
+
+    def weigh(self, products: Tensor) -> Tensor:
+        """What each window adds: (windows, groups) -> (windows, groups)."""
+        ...
+
+    def finish(self, total: Tensor) -> Tensor:
+        """The score of each group from the sum over everybody's windows: the lowest go."""
+        ...
 
 
-def floating_point(total: Tensor) -> Tensor:
-    """The sum of what :func:`fixed_point` made, float64."""
-    return total.double() * 2.0**-BITS
+METHOD = Score
+
+
+def score_of(name: str) -> Score:
+    """The score of that name."""
+    return cast(Score, plugins.load(PACKAGE, name))

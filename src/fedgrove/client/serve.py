@@ -1,0 +1,53 @@
+"""What a client does with a request: bytes in, bytes out. Text stays here."""
+
+from __future__ import annotations
+
+import torch
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.privacy.noise import once
+from fedgrove.rounds import wire
+from fedgrove.rounds.exchanges.secagg import Masking
+from fedgrove.rounds.request import Disclosure, Request, Response, parse
+
+HARMLESS = frozenset({Disclosure.CAPABILITIES})  # what a client says in the open even where it answers only masked
+
+
+def serve(kind: str, message: bytes, client: LocalClient, device: str) -> bytes:
+    """Answers one request.
+
+    Args:
+        kind: the request's name on the wire.
+        message: of :func:`fedgrove.rounds.wire.pack`.
+        client: what the client has.
+        device: where it computes.
+
+    Raises:
+        WireError: the message is damaged, or no request of that kind.
+        FedgroveError: the client cannot answer, or does not.
+    """
+    tensors, info = wire.unpack(message)
+    request = parse(kind, info.get("request"))
+    masking = Masking.model_validate(info["masking"]) if info.get("masking") is not None else None
+    return answer(request, tensors, masking, client, device)
+
+
+def answer(
+    request: Request, tensors: dict[str, torch.Tensor], masking: Masking | None, client: LocalClient, device: str
+) -> bytes:
+    """Likewise, for a request that was read."""
+    if client.credentials is not None and masking is None and not request.discloses() <= HARMLESS:
+        raise client.error(f"it answers '{request.KIND}' only under secure aggregation")
+    release = request.release()
+    with torch.no_grad():
+        if release is None:
+            response = request.respond(tensors, client, device)
+        else:  # what is noisy is made once
+            made = once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
+            response = Response(made[0], request.REPLY.model_validate(made[1]))
+    sent = response.tensors if masking is None else masking.apply(client, response.tensors, release)
+    return wire.pack(sent, {"request": request.digest, **response.reply.model_dump(mode="json")})
+
+
+def _plain(response: Response) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    return dict(response.tensors), response.reply.model_dump(mode="json")

@@ -1,0 +1,101 @@
+"""Windows of a client's text, cut once and kept on its own disk as int32, and the model that is read beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedgrove import data
+from fedgrove.client.local_client import LocalClient
+from fedgrove.data import DEFAULT_TEMPLATE, facts_of
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint, save_tensors
+
+
+def calibration_windows(client: LocalClient, samples: int, length: int, seed: str) -> Tensor:
+    """Windows that a client calibrates on.
+
+    Args:
+        samples: how many; length: tokens of each.
+        seed: draws them, with the client's name: neither depends on the order of clients.
+
+    Returns:
+        (samples, length) int64.
+    """
+    if client.owners:
+        wanted = [owner.capabilities.get("samples") for owner in client.owners]
+        each = (samples - sum(filter(None, wanted))) // max(1, wanted.count(None))
+        return torch.cat(
+            [calibration_windows(owner, own or each, length, seed) for owner, own in zip(client.owners, wanted, strict=True)]
+        )
+    seed = f"{seed}/{client.name}"
+
+    def cut() -> dict[str, Tensor]:
+        return {"ids": data.calibration_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed)}
+
+    return _kept(client, [client.text, samples, length, seed], cut)["ids"].long()
+
+
+def training_windows(client: LocalClient, length: int) -> tuple[Tensor, Tensor]:
+    """All windows of a client's text: token ids and labels, (windows, length) int64 each."""
+    if client.owners:
+        owned = [training_windows(owner, length) for owner in client.owners]
+        return torch.cat([ids for ids, _ in owned]), torch.cat([labels for _, labels in owned])
+    templates = {"text": client.text or DEFAULT_TEMPLATE}
+    if client.prompt and client.answer:
+        templates = {"prompt": client.prompt, "answer": client.answer}
+
+    def cut() -> dict[str, Tensor]:
+        ids, labels = data.training_windows(client.data, templates, _tokenizer(client.model), length)
+        return {"ids": ids, "labels": labels}
+
+    windows = _kept(client, [templates, length], cut)
+    return windows["ids"].long(), windows["labels"].long()
+
+
+def _kept(client: LocalClient, settings: list[Any], cut: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        files = [facts_of(path) for path in client.data]
+        facts = json.dumps([files, settings, checkpoint_of(client).fingerprint()], sort_keys=True)
+        file = client.folder / f"windows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+        if not file.is_file():
+            save_tensors({name: windows.int() for name, windows in cut().items()}, file)
+    except FedgroveError as error:
+        raise client.error(str(error)) from error
+    windows: dict[str, Tensor] = load_file(file)
+    return windows
+
+
+def checkpoint_of(client: LocalClient) -> Checkpoint:
+    """The client's own copy of the model."""
+    return _checkpoint(client.model, client.dtype)
+
+
+def decoder_of(client: LocalClient, device: str, compute_dtype: str | None = None) -> Decoder:
+    """Likewise, to be run block by block; the newest one is kept between requests."""
+    return _decoder(client.model, client.dtype, device, compute_dtype)
+
+
+@lru_cache(maxsize=1)
+def _checkpoint(model: Path, dtype: torch.dtype | None) -> Checkpoint:
+    return Checkpoint(model, dtype)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    return Checkpoint(model).tokenizer()
+
+
+@lru_cache(maxsize=1)
+def _decoder(model: Path, dtype: torch.dtype | None, device: str, compute_dtype: str | None) -> Decoder:
+    return Decoder(_checkpoint(model, dtype), device, getattr(torch, compute_dtype) if compute_dtype else None)

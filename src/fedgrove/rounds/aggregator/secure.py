@@ -1,0 +1,82 @@
+"""Sums that nobody sees the parts of: the server learns the total, and nothing of any one client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from fedgrove.engines.base import Engine
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.privacy.secure import Opening, new_session
+from fedgrove.rounds.aggregator.base import Accumulator
+from fedgrove.rounds.clock import Clock
+from fedgrove.rounds.collect import collect
+from fedgrove.rounds.exchanges.secagg import Advert, Check, Ciphertexts, Keys, Masking, Open, Revealed, Shares, Signed
+from fedgrove.rounds.request import Message, Reply, Request
+from fedgrove.rounds.wire import WireError
+from fedgrove.runfolder import RunFolder
+
+Said = TypeVar("Said", bound=Reply)
+
+
+@dataclass(frozen=True)
+class SecureAggregator:
+    """Five exchanges for one sum: keys, shares, the request itself with masked responses, survivors, opening."""
+
+    engine: Engine
+    run: RunFolder
+
+    def aggregate(
+        self,
+        messages: Mapping[str, Message],
+        into: Accumulator,
+        *,
+        layout: Decoder | None = None,
+        clock: Clock | None = None,
+    ) -> dict[str, Reply]:
+        """See :meth:`fedgrove.rounds.aggregator.base.Aggregator.aggregate`. Clients' work is counted in the request itself."""
+        messages = into.masked(messages)
+        session = new_session(messages, into.ring_bits())
+        first = next(iter(messages.values())).request
+        place = {"stage": first.stage, "round": first.round, "session": session}
+        idle = Clock({name: replace(pace, compute=0.0) for name, pace in clock.paces.items()}, clock.spent) if clock else None
+
+        def phase(requests: Mapping[str, Request], said: type[Said]) -> dict[str, Said]:
+            sent = {client: Message(request) for client, request in requests.items()}
+            found: dict[str, Said] = {}
+            for client, _, reply in collect(self.engine, self.run, sent, clock=idle):
+                assert isinstance(reply, said)
+                found[client] = reply
+            return found
+
+        adverts = phase({client: Keys(**place) for client in messages}, Advert)
+        near = {client: [peer for peer in session.neighbours(client) if peer in adverts] for client in adverts}
+        shares = {client: Shares(**place, adverts={peer: adverts[peer] for peer in near[client]}) for client in adverts}
+        sealed = {client: reply.ciphertexts for client, reply in phase(shares, Ciphertexts).items()}
+        masking: dict[str, Any] = {}
+        for client in sealed:
+            ciphertexts = {peer: sealed[peer][client] for peer in near[client] if client in sealed.get(peer, {})}
+            masking[client] = Masking(session=session, ciphertexts=ciphertexts).model_dump(mode="json")
+        opening = Opening(session, {client: advert.model_dump() for client, advert in adverts.items()}, sealed)
+        replies: dict[str, Reply] = {}
+        asked = {client: messages[client] for client in sealed}
+        for client, tensors, reply in collect(self.engine, self.run, asked, layout=layout, clock=clock, masking=masking):
+            opening.add(client, tensors)
+            replies[client] = reply
+        survivors = opening.survivors
+        signed = phase({client: Check(**place, survivors=survivors) for client in survivors}, Signed)
+        signatures = {
+            client: {peer: signed[peer].signature for peer in session.holders(client) if peer in signed} for client in signed
+        }
+        opened = phase({client: Open(**place, signatures=signatures[client]) for client in signed}, Revealed)
+        total = opening.open({client: reply.shares for client, reply in opened.items()})
+        try:
+            into.add_total(total, replies)
+        except WireError as error:
+            raise FedgroveError(
+                f"the clients' sum: {error}; one of them did not do as it was asked, and secure aggregation hides which. "
+                "Leave clients out until it holds"
+            ) from error
+        return replies

@@ -1,0 +1,198 @@
+"""Requests: one typed, frozen message to one client. Both halves of an exchange live in one file.
+
+A request type says, in the file that owns it, what a client is asked (its fields), what the client does (:meth:`Request.respond`),
+what its response has to hold (:meth:`Request.expected`, :meth:`Request.check`) and what the response discloses of the client's
+text (:attr:`Request.DISCLOSES`). Nothing else in fedgrove repeats any of it: the plan, the report, the model card, the table in
+docs/security.md and a site's policy read it from the type.
+
+A type's name on the wire is ``room/file``: ``prune/block`` is the request type of ``fedgrove/stages/prune/exchanges/block.py``, and
+where a file holds several, ``room/file/part``. That is the registry: a new exchange is a new file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from fedgrove import plugins
+from fedgrove.errors import FedgroveError
+from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
+
+if TYPE_CHECKING:
+    from fedgrove.client.local_client import LocalClient
+    from fedgrove.job.stage_config import StageConfig
+    from fedgrove.models.blocks import Decoder
+
+__all__ = [
+    "CHANGE", "WEIGHT", "Disclosure", "Message", "Reply", "Request", "Response", "TensorSpecs", "Tensors", "parse", "request_type",
+    "request_types",
+]  # fmt: skip
+
+Tensors = dict[str, Tensor]
+TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
+
+
+class Disclosure(Enum):
+    """What a response tells of a client's text."""
+
+    CAPABILITIES = "a few numbers about the client: memory, speed, links, how much text it has"
+    MASKS = "which weights of each block it would keep"
+    WEIGHTS = "the values of the weights that it would keep"
+    SQUARES = "for each block the sums, over its text, of the squares of what enters each matrix"
+    PRODUCTS = "for each block the sums, over its text, of the products of the channels of what enters each matrix"
+    MOMENTS = "for each block the sums and variances, over its text, of what enters each matrix"
+    OUTLIERS = "one number for each block: its share of outliers"
+    SCORES = "one number for each channel and head of every block: how much the loss on its text would change without it"
+    IMPORTANCE = "a score for each matrix: how much tuning it would help"
+    FACTORS = "the factors of low-rank changes that it trained on its text"
+    CHANGES = "the changes of whole matrices that it trained on its text"
+    SCALES = "the changes of per-channel scales that it trained on its text"
+    LOSS = "its mean training loss of each round"
+    HELD_OUT_LOSSES = "two losses on text that it held out for itself"
+    WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
+
+    @property
+    def sentence(self) -> str:
+        """In plain words, to stand behind "a client sends"."""
+        return self.value
+
+
+class Reply(BaseModel):
+    """The JSON of a response. Extra keys are refused, and so are numbers that are not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Response(NamedTuple):
+    """What a client's half gives back."""
+
+    tensors: Mapping[str, Tensor]
+    reply: Reply
+
+
+class Request(BaseModel):
+    """One message to one client; see the top of this file. Fields are plain data; tensors travel beside them.
+
+    Attributes:
+        stage: the stage's place in the job; round: of this stage, from 0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    KIND: ClassVar[str]
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()
+    REPLY: ClassVar[type[Reply]] = Reply
+
+    stage: int
+    round: int = 0
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        """The client's half.
+
+        Args:
+            tensors: those that came with the request.
+            client: what the client has.
+            device: where it computes.
+        """
+        raise NotImplementedError
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        """The tensors that a response must hold: shape and dtype by name.
+
+        Args:
+            layout: the model at the server; None for requests that do not look at it.
+        """
+        return {}
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        """Refuses a response whose tensors have the right names, shapes and dtypes and cannot be right all the same.
+
+        Raises:
+            WireError: says what is wrong, in one line.
+        """
+
+    def discloses(self) -> frozenset[Disclosure]:
+        """What the response to this request tells of a client's text: at most ``DISCLOSES``."""
+        return self.DISCLOSES
+
+    def release(self) -> str | None:
+        """A name for what is released where it is noisy, so that it is made once; None where there is no noise."""
+        return None
+
+    def beyond(self, config: StageConfig) -> str | None:
+        """The first field that the stage of an agreed job does not allow; None: the request keeps to the job.
+
+        Args:
+            config: the stage of the job that a site agreed to.
+        """
+        return None
+
+    @property
+    def digest(self) -> str:
+        """Names this request; its response repeats it, so that a response to another request is noticed."""
+        return hashlib.sha256(f"{self.KIND} {self.model_dump_json()}".encode()).hexdigest()[:32]
+
+
+class Message(NamedTuple):
+    """A request and the tensors that travel with it."""
+
+    request: Request
+    tensors: Mapping[str, Tensor] = {}
+
+
+def request_type(kind: str) -> type[Request]:
+    """The type of a kind's requests.
+
+    Raises:
+        WireError: there is no such kind. The name may come from the network: nothing else is imported by it.
+    """
+    room, _, rest = kind.partition("/")
+    try:
+        found = _types_in(_package(room), rest.partition("/")[0])
+    except (FedgroveError, ModuleNotFoundError):
+        found = []
+    for one in found:
+        if kind == one.KIND:
+            return one
+    raise WireError(f"there is no request {kind!a:.80}")
+
+
+def request_types() -> list[type[Request]]:
+    """All types of requests, by kind: everything that a client can be asked."""
+    packages = ["rounds.exchanges", *(f"stages.{kind}.exchanges" for kind in plugins.names("stages", folders=True))]
+    found = [one for package in packages for name in plugins.names(package) for one in _types_in(package, name)]
+    return sorted(found, key=lambda one: one.KIND)
+
+
+def parse(kind: str, fields: object) -> Request:
+    """A request from what came over the wire.
+
+    Raises:
+        WireError: there is no such kind, or a field is not what the type says; names the first.
+    """
+    try:
+        return request_type(kind).model_validate(fields)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise WireError(f"{kind}: {where:.80}: {error.errors()[0]['msg']}") from error
+
+
+def _package(room: str) -> str:
+    if room != "rounds" and room not in plugins.names("stages", folders=True):
+        raise FedgroveError(f"there is no room {room!a:.80}")
+    return "rounds.exchanges" if room == "rounds" else f"stages.{room}.exchanges"
+
+
+def _types_in(package: str, name: str) -> list[type[Request]]:
+    module = plugins.load(package, name)
+    return [
+        one
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, Request) and one.__module__ == module.__name__ and "KIND" in vars(one)
+    ]

@@ -1,0 +1,55 @@
+"""Every client measures, on held-out text that the server sends, what it would have had without the others."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import checkpoint_of, decoder_of
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import negative_log_likelihoods
+from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.stages.prune.exchanges.block import PruneBlock, alone_file, prune_block
+
+WINDOW = "window/"  # tensors of a request: token ids to evaluate on
+
+
+class EvaluateAlone(Request):
+    """Measure the model that you pruned by yourself.
+
+    Tensors beside the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds of each text, (windows,) float64:
+    ``change/<text>``, negative log-likelihoods, and ``weight/<text>``, numbers of predicted tokens.
+
+    Attributes:
+        texts: windows of each held-out text.
+        prune: of round one, for blocks that were lost with the client's working files and have to be pruned again.
+    """
+
+    KIND: ClassVar[str] = "prune/alone"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.WINDOW_LOSSES})
+
+    texts: dict[str, int]
+    prune: PruneBlock
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        for block in range(len(decoder_of(client, device))):
+            if not alone_file(client, block).is_file():
+                for _ in prune_block(self.prune.model_copy(update={"block": block, "keep": True}), {}, client, device, {}):
+                    pass  # alone, no aggregation has a say
+        decoder = Decoder(checkpoint_of(client).over(alone_file(client, 0).parent), device)
+        measured: Tensors = {}
+        for name, number in self.texts.items():
+            windows = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
+            each = torch.tensor(negative_log_likelihoods(decoder, windows), dtype=torch.float64)
+            measured[CHANGE + name], measured[WEIGHT + name] = each[:, 0].contiguous(), each[:, 1].contiguous()
+        return Response(measured, Reply())
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        return {
+            f"{part}{name}": (torch.Size([number]), torch.float64) for name, number in self.texts.items() for part in (CHANGE, WEIGHT)
+        }
+
+    def beyond(self, config: object) -> str | None:
+        return self.prune.beyond(config)

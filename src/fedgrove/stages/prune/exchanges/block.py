@@ -1,0 +1,383 @@
+"""Every client prunes one block on its own text; the server adds up what the aggregation makes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedgrove import heap
+from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Call, Decoder, as_matrix
+from fedgrove.models.masks import Target
+from fedgrove.models.stream import save_tensors
+from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
+from fedgrove.rounds.aggregator.trimmed import TrimmedSum
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.prune import pruners
+from fedgrove.stages.prune.aggregation import ClientSolved, client_solved
+from fedgrove.stages.prune.calibration_pass import gather, windows_at_once
+from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.pruners import Damping
+
+START = "start/"  # tensors of a request: the weights that a round starts from, where they are not the client's own copy
+VALUE_BITS = 48  # of the ring in which masked weights are summed
+GROWTH = 8  # a pruner may make a weight at most so many times larger than the largest one of its matrix
+
+
+class Recipe(BaseModel):
+    """How a client prunes blocks: together with its text it decides the weights, and so the hidden states behind them.
+
+    Attributes:
+        pruner, damping: see :mod:`fedgrove.stages.prune.pruners`.
+        sparsities: of each block of the model; pattern: (n, m), where n of every m inputs are kept.
+        blocks: all that this client is given in this round.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pruner: str
+    damping: Damping
+    sparsities: tuple[float, ...]
+    pattern: tuple[int, int] | None
+    blocks: tuple[int, ...]
+
+    def target(self, block: int) -> Target:
+        """How sparse a block becomes."""
+        return Target(self.sparsities[block], self.pattern)
+
+    @property
+    def through(self) -> str:
+        """For :class:`~fedgrove.client.hidden_states.Calibration`: text passes through blocks that were pruned like this."""
+        return f"own/{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]}"
+
+
+class FixedPoints(BaseModel):
+    """Weights as whole numbers, for a sum that is taken unseen.
+
+    Attributes:
+        units: by linear, the exponent of two by which its weights are multiplied.
+        clients: how many at most are summed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    units: dict[str, int]
+    clients: int
+
+    @property
+    def limit(self) -> int:
+        """What no client's number reaches, so that the sum fits the ring."""
+        return 2 ** (VALUE_BITS - 2) // self.clients
+
+    def encode(self, name: str, change: Tensor) -> Tensor:
+        """A pruned weight as int64.
+
+        Raises:
+            OutOfRange: a value is not finite, or so large that the sum could overflow.
+        """
+        return FixedPoint(self.units[name]).encode(change, self.limit)
+
+    def decode(self, name: str, total: Tensor) -> Tensor:
+        """The sum of what clients encoded, float64."""
+        return FixedPoint(self.units[name]).decode(total)
+
+
+def unit_of(before: Tensor, clients: int) -> int:
+    """The exponent of two by which a linear's weights are multiplied to make whole numbers of them.
+
+    With eight clients the unit is 2⁻³⁹ of the largest weight: the values of a bfloat16 model travel as they are down to
+    2⁻³² of the largest, those of a float32 model lose what lies below 2⁻³⁹.
+
+    Args:
+        before: the linear's weight.
+        clients: how many at most are summed.
+    """
+    largest = max(float(before.abs().max()), torch.finfo(torch.float32).tiny)
+    return VALUE_BITS - 2 - math.ceil(math.log2(GROWTH * clients * largest))
+
+
+class Tokens(Reply):
+    """How many tokens the client calibrated on."""
+
+    tokens: int
+
+
+class PruneBlock(Request):
+    """Prune one block on your own text, and send what the aggregation makes of it.
+
+    A client runs through the model once a round. With ``through`` the recipe's, hidden states pass through the blocks that it
+    pruned, as it pruned them, and through its own dense copy of the blocks that it was not given; with "dense" they pass through
+    all blocks as they came, in the run that sums their inputs. They wait on its disk between requests; where they are gone, the
+    pass begins anew and comes to the same states.
+
+    Tensors beside the request: ``start/<linear>``: (out, in), what to begin with instead of the dense copy. The response holds
+    ``change/<linear>`` and ``weight/<linear>`` as the aggregation's ``weigh`` says; whole numbers where there are ``fixed_point``.
+
+    Attributes:
+        block: the block to prune.
+        calibration: the windows, and what they pass through.
+        recipe: how to prune.
+        aggregation: see :mod:`fedgrove.stages.prune.aggregation`.
+        max_weight_growth: of the stage's table; the server refuses larger weights.
+        keep: keep the pruned block here, to measure what this client would have had alone.
+        fixed_point: for a sum that is taken unseen; None in the open.
+    """
+
+    KIND: ClassVar[str] = "prune/block"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.MASKS, Disclosure.WEIGHTS})
+    REPLY: ClassVar[type[Reply]] = Tokens
+
+    block: int
+    calibration: Calibration
+    recipe: Recipe
+    aggregation: str
+    max_weight_growth: float | None = None
+    keep: bool = False
+    fixed_point: FixedPoints | None = None
+
+    @property
+    def method(self) -> ClientSolved:
+        """The aggregation's file."""
+        return client_solved(self.aggregation)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens of the client."""
+        return self.calibration.samples * self.calibration.length
+
+    def discloses(self) -> frozenset[Disclosure]:
+        return self.method.SENDS
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        method, start = self.method, start_of(tensors)
+        sent: Tensors = {}
+        own: Tensors = {}
+        try:
+            for name, before, after, mask in prune_block(self, start, client, device, own):
+                change, weight = method.weigh(before, after, mask, self.tokens)
+                if self.fixed_point is not None:
+                    assert isinstance(weight, Tensor)
+                    change = None if change is None else self.fixed_point.encode(name, change)
+                    weight = weight.to(torch.uint8)
+                if change is not None:
+                    sent[CHANGE + name] = change
+                sent[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
+                del before, after, mask  # free these before the next iteration allocates its own
+        except OutOfRange as error:
+            raise client.error(
+                f"a pruned weight is more than {GROWTH} times the largest one before; give the pruner more samples"
+            ) from error
+        return Response(sent, Tokens(tokens=self.tokens))
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        sends = self.method.SENDS
+        expected: TensorSpecs = {}
+        for name in layout.block_names(self.block):
+            blank = layout.blank_linear(self.block, name)
+            if Disclosure.MASKS in sends:
+                expected[WEIGHT + name] = (blank.shape, torch.bool if self.fixed_point is None else torch.uint8)
+            else:
+                expected[WEIGHT + name] = (torch.Size(()), torch.float64)
+            if Disclosure.WEIGHTS in sends:
+                expected[CHANGE + name] = (blank.shape, blank.dtype if self.fixed_point is None else torch.int64)
+        return expected
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert layout is not None
+        target = self.recipe.target(self.block)
+        for name in layout.block_names(self.block):
+            if self.max_weight_growth is not None:
+                limit = self.max_weight_growth * float(layout.read_linear(self.block, name).abs().max())
+                if float(tensors[CHANGE + name].abs().max()) > limit:
+                    raise WireError(
+                        f"{CHANGE}{name} is more than {self.max_weight_growth:g} times the largest weight before (max_weight_growth)"
+                    )
+            weight = tensors[WEIGHT + name]
+            if weight.dtype == torch.bool:
+                pruned = weight.numel() - int(weight.sum())
+                if pruned != target.num_pruned(weight.numel()):
+                    raise WireError(f"{WEIGHT}{name} prunes {pruned} of {weight.numel()} weights, not {target} of them")
+                if target.pattern and (weight.view(-1, target.pattern[1]).sum(1) != target.pattern[0]).any():
+                    raise WireError(f"{WEIGHT}{name} does not keep {target} inputs")
+            elif float(weight) != self.tokens:
+                raise WireError(f"{WEIGHT}{name} claims {float(weight):g} tokens")
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        if config.method.SOLVED_AT != "client":
+            return "kind"
+        asked = {
+            "pruner": self.recipe.pruner, "aggregation": self.aggregation, "damping": self.recipe.damping,
+            "length": self.calibration.length, "compute_dtype": self.calibration.compute_dtype,
+        }  # fmt: skip
+        agreed = {
+            "pruner": config.pruner, "aggregation": config.aggregation, "damping": config.damping_mode,
+            "length": config.length, "compute_dtype": config.compute_dtype,
+        }  # fmt: skip
+        return next((key for key in asked if asked[key] != agreed[key]), None)
+
+
+def start_of(tensors: Tensors) -> Tensors:
+    """By linear, the weights that a request brings."""
+    return {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
+
+
+def prune_block(
+    request: PruneBlock, start: Tensors, client: LocalClient, device: str, own: Tensors
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """The client's pass up to a block, and the block pruned linear by linear.
+
+    Args:
+        start: (out, in) by linear: what the block begins with instead of what the checkpoint has.
+        own: filled with the pruned weights, where they are needed afterwards.
+
+    Yields:
+        (linear, before, after, mask): the weights in the checkpoint's dtype, all three (out, in) on the CPU.
+    """
+    calibration, recipe, index = request.calibration, request.recipe, request.block
+    decoder = decoder_of(client, device, calibration.compute_dtype)
+    states = HiddenStates(client, calibration, decoder)
+    at = states.latest(index)
+    together = windows_at_once(calibration.samples, calibration.length, calibration.compute_dtype)
+    number = calibration.samples // together
+    if at is None:
+        texts = calibration_windows(client, calibration.samples, calibration.length, calibration.seed).view(number, together, -1)
+        at = states.write(0, (decoder.embed(ids)[0] for ids in texts), number)
+    calls = decoder.calls(together, calibration.length)
+    decoder.forget_ends()
+    dense = calibration.through == "dense"
+    more = index < max(recipe.blocks)  # after the last block nobody waits for its hidden states
+
+    def keep(outputs: Iterable[Tensor]) -> None:
+        states.write(index + 1, outputs, number)
+
+    for passed in range(at, index):
+        mine: Tensors = {}
+        if passed in recipe.blocks:
+            if start:  # the weights of this block are here, those of the blocks before are not
+                raise client.error("its working files are gone; it can take part again next round")
+            if not dense:
+                found = _pruned(decoder, passed, calls[passed], states.read(passed), recipe, {})
+                mine = {name: after for name, _, after, _ in found}
+        with decoder.loaded(passed, mine) as block:
+            states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), number)
+
+    found = _pruned(decoder, index, calls[index], states.read(index), recipe, start, keep if dense and more else None)
+    for name, before, after, mask in found:
+        if request.keep or (more and not dense):
+            own[name] = after
+        yield name, before, after, mask
+        del before, after, mask
+    if more and not dense:
+        with decoder.loaded(index, own) as block:
+            keep(decoder.run(block, h, calls[index]) for h in states.read(index))
+    states.forget(before=at)
+    if request.keep:
+        names = decoder.block_names(index)
+        stored = {names[name]: as_matrix(decoder.blocks[index].get_submodule(name), after) for name, after in own.items()}
+        save_tensors(stored, alone_file(client, index))
+
+
+def alone_file(client: LocalClient, block: int) -> Path:
+    """Where a client keeps a block that it pruned by itself."""
+    return client.folder / "alone" / f"block-{block:04d}.safetensors"
+
+
+def _pruned(
+    decoder: Decoder,
+    index: int,
+    call: Call,
+    windows: Iterable[Tensor],
+    recipe: Recipe,
+    start: Tensors,
+    keep: Callable[[Iterable[Tensor]], None] | None = None,
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Prunes every linear of a block, one after the other, all on the inputs that the unpruned block gives them.
+
+    Args:
+        keep: takes what leaves the unpruned block.
+    """
+    pruner = pruners.pruner_of(recipe.pruner)
+    with decoder.loaded(index, start) as block:
+        inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
+    heap.release_freed_memory()  # what the block and its run took: solving begins without
+    shapes = {name: decoder.blank_linear(index, name).shape for name in decoder.block_names(index)}
+    for name in sorted(shapes, key=lambda name: -shapes[name][1]):  # the widest takes most memory, so it comes first
+        known = inputs.pop(name)  # freed when the last linear that reads it is done
+        if not known.silent and not torch.isfinite(known.squares.sum()):
+            raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
+        before = start[name] if name in start else decoder.read_linear(index, name)
+        weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
+        after, mask = pruners.prune(recipe.pruner, weight, known, recipe.target(index), recipe.damping)
+        yield name, before, after.to("cpu", before.dtype), mask.cpu()
+
+
+class BlockSums:
+    """The server's half: the sums of a block, linear by linear.
+
+    Args:
+        layout: the model as the round began; block: the block.
+        scales: of each client: the inverse of the probability that it was given the block.
+        trim: values left out at every position, from above and below.
+    """
+
+    def __init__(self, layout: Decoder, block: int, scales: Mapping[str, float], trim: int = 0):
+        self._layout, self._block, self._scales = layout, block, scales
+        self._requests: dict[str, PruneBlock] = {}
+        self.sums: dict[str, WeightedSum] = {
+            name: TrimmedSum(trim=trim, before=layout.read_linear(block, name)) if trim else WeightedSum()
+            for name in layout.block_names(block)
+        }
+
+    def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
+        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.masked`."""
+        units = {name: unit_of(self._layout.read_linear(self._block, name), len(messages)) for name in self.sums}
+        code = FixedPoints(units=units, clients=len(messages))
+        for client, message in messages.items():
+            assert isinstance(message.request, PruneBlock)
+            self._requests[client] = message.request.model_copy(update={"fixed_point": code})
+        return {client: Message(self._requests[client], message.tensors) for client, message in messages.items()}
+
+    def ring_bits(self) -> int:
+        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
+        return VALUE_BITS
+
+    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
+        """Adds one client's block."""
+        for name, total in self.sums.items():
+            weight = tensors.pop(WEIGHT + name)
+            total.add(tensors.pop(CHANGE + name, None), weight if weight.dim() else float(weight), self._scales[client])
+
+    def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
+        """Takes the sum of the clients' whole numbers, if it can be one of clients that pruned as they were asked."""
+        for name in self.sums:
+            votes, value = total[WEIGHT + name], total.get(CHANGE + name)
+            requests = [self._requests[client] for client in replies]
+            code = requests[0].fixed_point
+            assert code is not None
+            kept = sum(votes.numel() - request.recipe.target(self._block).num_pruned(votes.numel()) for request in requests)
+            if (
+                int(votes.max()) > len(requests)
+                or int(votes.long().sum()) != kept
+                or (value is not None and (value.abs() > code.limit * votes.long()).any())
+            ):
+                raise WireError(f"block {self._block}, {name} holds other votes or values than can be")
+            decoded = None if value is None else code.decode(name, value)
+            self.sums[name] = WeightedSum(decoded, votes.double(), float(len(requests)))
+
+    def take(self, name: str) -> WeightedSum:
+        """A linear's sums, which are not kept any longer."""
+        return self.sums.pop(name)

@@ -1,0 +1,87 @@
+"""Before a stage prunes, every client measures the blocks of its copy of the model, to say how much of each may go."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.aggregator.fixed_point import FixedPoint
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.prune.allocation import Options, allocation_of
+from fedgrove.stages.prune.calibration_pass import shared_inputs
+from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.input_statistics import InputStatistics
+
+CODE = FixedPoint(fraction_bits=32)
+MEASURED = f"{CHANGE}measured"
+
+
+class MeasureBlocks(Request):
+    """Say one number in [0, 1] of each block; weighted by the client's windows in the sum.
+
+    The response holds ``change/measured``: (blocks,) int64, multiples of 2⁻³², times the number of windows.
+
+    Attributes:
+        allocation, owl_m, owl_lambda: see :mod:`fedgrove.stages.prune.allocation`.
+        calibration: the windows.
+    """
+
+    KIND: ClassVar[str] = "prune/outliers"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.OUTLIERS})
+
+    allocation: str
+    owl_m: float
+    owl_lambda: float
+    calibration: Calibration
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        method, calibration = allocation_of(self.allocation), self.calibration
+        decoder = decoder_of(client, device, calibration.compute_dtype)
+        states = HiddenStates(client, calibration, decoder)
+        windows = calibration_windows(client, calibration.samples, calibration.length, calibration.seed)
+        calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
+        states.write(0, (decoder.embed(ids[None])[0] for ids in windows), len(windows))
+        options = Options(self.owl_m, self.owl_lambda)
+        measured = []
+        for index in range(len(decoder)):
+            with decoder.loaded(index) as block, shared_inputs(block, lambda name: InputStatistics(method.NEEDS)) as inputs:
+                outputs = (decoder.run(block, hidden, calls[index]) for hidden in states.read(index))
+                states.write(index + 1, outputs, len(windows))
+            weights = {name: decoder.read_linear(index, name).to(decoder.device) for name in decoder.block_names(index)}
+            measured.append(method.measure(weights, inputs, options))
+            states.forget(before=index + 1)
+        states.forget(before=len(decoder) + 1)
+        values = CODE.encode(torch.tensor(measured, dtype=torch.float64)) * len(windows)
+        return Response({MEASURED: values}, Reply())
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        return {MEASURED: (torch.Size([len(layout)]), torch.int64)}
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        check_range(tensors[MEASURED], self.calibration.samples)
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        if self.allocation != config.allocation:
+            return "allocation"
+        return "length" if self.calibration.length != config.length else None
+
+
+def check_range(measured: torch.Tensor, samples: int) -> None:
+    """Refuses numbers that are no fractions.
+
+    Args:
+        measured: whole numbers, summed over so many windows.
+
+    Raises:
+        WireError: one is out of range.
+    """
+    if (measured < 0).any() or (measured > 2**CODE.fraction_bits * samples).any():
+        raise WireError("it says of a block what is no fraction")

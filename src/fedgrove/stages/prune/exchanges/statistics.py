@@ -1,0 +1,236 @@
+"""Every client sums what a pruner needs to know of one block's inputs, over its own text; the server adds the sums up.
+
+For source "dense" hidden states pass through the client's own copy of the model: where working files are gone the pass begins
+anew, so a client may miss any request. For "sequential" they pass through the pruned blocks that the server made, which come with
+each request: a client whose hidden states are gone cannot go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.models.blocks import Decoder
+from fedgrove.privacy.noise import add_noise
+from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.request import Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.prune.aggregation.pooled import BITS, LARGEST, Statistic, check_sums, expected, ring_bits
+from fedgrove.stages.prune.calibration_pass import shared_inputs
+from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.exchanges.block import start_of
+
+SCALE = "scale/"  # tensors of a request: what the channels of an input are multiplied by before they are summed
+
+
+class Noise(BaseModel):
+    """Differential privacy of one window of text; see :mod:`fedgrove.privacy.noise`.
+
+    Attributes:
+        norms: by input, what a window's Σ x² is clipped to.
+        inputs: of how many inputs, in all blocks, sums are released.
+        clients: how many at least are in the sum that is opened: they share the noise.
+        epsilon, delta: what all the sums together may spend.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    norms: dict[str, float]
+    inputs: int
+    clients: int
+    epsilon: float
+    delta: float
+
+
+class Tokens(Reply):
+    """How many tokens were summed over."""
+
+    tokens: int
+
+
+class SumInputs(Request):
+    """Sum, over your text, what the pruner has to know of one block's inputs.
+
+    Tensors beside the request: ``scale/<input>``: (in,) float32 powers of two; ``start/<linear>``: (out, in), the block before
+    this one, pruned, for source "sequential". The response holds ``change/<input>/squares`` and, as asked, ``/products``, ``/sums``
+    and ``/spreads``: see :class:`~fedgrove.stages.prune.aggregation.pooled.Statistic`.
+
+    Attributes:
+        run: names the run: what is noisy is made once in it.
+        block: whose inputs are summed.
+        calibration: the windows, and what they pass through.
+        consumers: for each linear of the block the input that it reads; inputs are named by the first linear that reads them.
+        widths: channels of each input.
+        products: the inputs whose products are wanted, not only their squares.
+        moments: whether sums and variances are wanted.
+        limit: the largest number that may be sent.
+        noise: None: no noise is added.
+    """
+
+    KIND: ClassVar[str] = "prune/statistics"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})
+    REPLY: ClassVar[type[Reply]] = Tokens
+
+    run: str
+    block: int
+    calibration: Calibration
+    consumers: dict[str, str]
+    widths: dict[str, int]
+    products: tuple[str, ...]
+    moments: bool
+    limit: int
+    noise: Noise | None = None
+
+    def discloses(self) -> frozenset[Disclosure]:
+        return disclosed_by(bool(self.products), self.moments)
+
+    def release(self) -> str | None:
+        return f"{self.run}/{self.stage}/{self.block}" if self.noise else None
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        calibration, noise = self.calibration, self.noise
+        if noise and (self.products or self.moments):
+            raise client.error("there is noise for squares alone; it sends nothing else beside it")
+        decoder = decoder_of(client, device, calibration.compute_dtype)
+        states = HiddenStates(client, calibration, decoder)
+        calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
+        start = start_of(tensors)
+        at = states.latest(self.block - 1 if start else self.block)
+        if at is None and (self.block <= 1 or not start):
+            windows = calibration_windows(client, calibration.samples, calibration.length, calibration.seed)
+            at = states.write(0, (decoder.embed(ids[None])[0] for ids in windows), calibration.samples)
+        if at is None or (start and at != self.block - 1):
+            raise client.error('its working files are gone; it can take part again with source = "dense"')
+        for passed in range(at, self.block):
+            with decoder.loaded(passed, start) as block:
+                outputs = (decoder.run(block, hidden, calls[passed]) for hidden in states.read(passed))
+                states.write(passed + 1, outputs, calibration.samples)
+
+        def begin(name: str) -> Statistic:
+            if self.consumers.get(name) != name:
+                raise client.error(f"its model reads the inputs of {name} in another way than the server's")
+            scale = tensors[SCALE + name].to(decoder.device)
+            norm = noise.norms[name] if noise else None
+            return Statistic(name, scale, name in self.products, self.limit, norm, self.moments)
+
+        with decoder.loaded(self.block) as block, shared_inputs(block, begin) as inputs:
+            outputs = (decoder.run(block, hidden, calls[self.block]) for hidden in states.read(self.block))
+            if calibration.through == "dense" and self.block < len(decoder) - 1:
+                states.write(self.block + 1, outputs, calibration.samples)
+            else:
+                for _ in outputs:
+                    pass
+        states.forget(before=self.block - 1)
+        sums: Tensors = {}
+        for first in sorted(set(self.consumers.values())):
+            statistic = inputs[first]
+            if noise:
+                statistic.squares = add_noise(
+                    statistic.squares, noise.norms[first], noise.inputs, noise.clients, noise.epsilon, noise.delta, bits=BITS
+                )
+            sums |= statistic.answer()
+        return Response(sums, Tokens(tokens=calibration.samples * calibration.length))
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        return expected(self.widths, self.products, self.moments)
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert isinstance(reply, Tokens)
+        tokens = self.calibration.samples * self.calibration.length
+        if reply.tokens != tokens:
+            raise WireError(f"it claims {reply.tokens} tokens, not {tokens}")
+        moments = self.calibration.length if self.moments else 0
+        check_sums(tensors, self.widths, self.products, self.calibration.samples, self.limit, moments=moments)
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        if config.method.SOLVED_AT != "server":
+            return "kind"
+        if self.calibration.length != config.length:
+            return "length"
+        if self.products and config.solver.NEEDS != "gram":
+            return "products"
+        if (config.epsilon is None) != (self.noise is None):
+            return "epsilon"
+        if self.noise and config.epsilon is not None and self.noise.epsilon > config.epsilon:
+            return "epsilon"
+        return None
+
+
+def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:
+    """What a client's sums tell of its text."""
+    if products:
+        return frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS})
+    return frozenset({Disclosure.MOMENTS if moments else Disclosure.SQUARES})
+
+
+class InputSums(IntegerSums):
+    """The server's half: sums over everybody's text.
+
+    Attributes:
+        tokens: summed over.
+        clients: whose.
+    """
+
+    def __init__(self, messages: Mapping[str, Message]):
+        super().__init__()
+        self.tokens = 0
+        self.clients: list[str] = []
+        self._requests = _requests_of(messages)
+        every = self._requests.values()
+        tokens = sum(request.calibration.samples * request.calibration.length for request in every)
+        self._ring = ring_bits(tokens)
+        self._largest = LARGEST
+
+    def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
+        """No client's number may take the sum out of the ring."""
+        self._largest = 2 ** (self._ring - 2)
+        limited: dict[str, Message] = {}
+        for client, message in messages.items():
+            request = self._requests[client].model_copy(update={"limit": self._largest // len(messages)})
+            self._requests[client] = request
+            limited[client] = Message(request, message.tensors)
+        return limited
+
+    def ring_bits(self) -> int:
+        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
+        return self._ring
+
+    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
+        super().add(client, tensors, reply)
+        self._count({client: reply})
+
+    def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
+        requests = [self._requests[client] for client in replies]
+        first = requests[0]
+        windows = sum(request.calibration.samples for request in requests)
+        moments = first.calibration.length if first.moments else 0
+        noisy = first.noise is not None
+        check_sums(total, first.widths, first.products, windows, self._largest, noisy=noisy, moments=moments)
+        super().add_total(total, replies)
+        self._count(replies)
+
+    def _count(self, replies: Mapping[str, Reply]) -> None:
+        for client, reply in replies.items():
+            assert isinstance(reply, Tokens)
+            self.tokens += reply.tokens
+            self.clients.append(client)
+
+
+def _requests_of(messages: Mapping[str, Message]) -> dict[str, SumInputs]:
+    requests = {}
+    for client, message in messages.items():
+        assert isinstance(message.request, SumInputs)
+        requests[client] = message.request
+    return requests
+
+
+def largest_per_client(clients: int) -> int:
+    """The largest number that one of so many clients may send in the open."""
+    return LARGEST // clients

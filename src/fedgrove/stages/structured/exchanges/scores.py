@@ -1,0 +1,104 @@
+"""Every client sums, over its windows, what the loss would change without a channel or a head; the server adds the sums up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.width import family_of, width_of
+from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.gradients import group_products
+from fedgrove.stages.structured.scores import score_of
+
+CODE = FixedPoint(fraction_bits=24)  # of what one window adds
+LARGEST = 2**62  # of a sum over all clients
+
+
+class Tokens(Reply):
+    """How many tokens were summed over."""
+
+    tokens: int
+
+
+class ScoreGroups(Request):
+    """Sum what the loss on your text would change, were a channel or a group of heads cut; all of them at once.
+
+    The response holds ``change/<block>/channels`` and ``change/<block>/heads``: (groups,) int64, multiples of 2⁻²⁴.
+
+    Attributes:
+        score: see :mod:`fedgrove.stages.structured.scores`.
+        calibration: the windows.
+        limit: the largest number that may be sent.
+    """
+
+    KIND: ClassVar[str] = "structured/scores"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SCORES})
+    REPLY: ClassVar[type[Reply]] = Tokens
+
+    score: str
+    calibration: Calibration
+    limit: int
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        score = score_of(self.score)
+        decoder = decoder_of(client, device)
+        windows = calibration_windows(client, self.calibration.samples, self.calibration.length, self.calibration.seed)
+        states = HiddenStates(client, self.calibration, decoder)
+        sums: Tensors = {}
+        try:
+            for block, found in group_products(decoder, windows, states):
+                for kind, products in found.items():
+                    sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(score.weigh(products), self.limit)
+        except OutOfRange as error:
+            raise client.error(
+                'the gradients of its text are not finite or too large; try model.dtype = "float32"'
+            ) from error
+        except FedgroveError as error:
+            raise client.error(str(error)) from error
+        finally:
+            states.forget(before=len(decoder) + 1)  # half of them are gradients by now: no pass may begin with them
+        return Response(sums, Tokens(tokens=windows.numel()))
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        config = layout.checkpoint.config
+        width = width_of(config)
+        kinds = ["channels"] if family_of(config).heads is None else ["channels", "heads"]
+        return {
+            f"{CHANGE}{block}/{kind}": (torch.Size([getattr(width, kind)]), torch.int64)
+            for block in range(len(layout))
+            for kind in kinds
+        }
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert isinstance(reply, Tokens)
+        if reply.tokens != self.calibration.samples * self.calibration.length:
+            raise WireError(f"it claims {reply.tokens} tokens, not {self.calibration.samples * self.calibration.length}")
+        check_values(tensors, score_of(self.score).SIGNED, self.limit)
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        if self.score != config.score:
+            return "score"
+        return "length" if self.calibration.length != config.length else None
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], signed: bool, limit: int) -> None:
+    """Refuses sums that are too large, or negative where nothing negative is added.
+
+    Raises:
+        WireError: names the first.
+    """
+    for name, tensor in tensors.items():
+        if (tensor > limit).any() or (tensor < (-limit if signed else 0)).any():
+            raise WireError(f"{name} is out of range")
