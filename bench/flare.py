@@ -22,8 +22,8 @@ from typing import Any
 
 import psutil
 
-from fedgrove.engines.worker import Child, Reply
 from fedgrove.engines.flare import FlareEngine, Hub, Seat
+from fedgrove.engines.worker import Child, Reply
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 20

@@ -16,11 +16,11 @@ import time
 
 import page
 
-from fedgrove.stages.tune.config import Config as TuneStage
-from fedgrove.stages.prune.plan import Capabilities
+from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.tune import cost as budget
+from fedgrove.stages.tune.config import Config as TuneStage
 from fedgrove.stages.tune.cost import ModelCost
-from fedgrove.stages.tune.plan import TunePlan, make_tune_plan
+from fedgrove.stages.tune.plan import TunePlan
 
 BLOCKS, WIDTH, INNER, WORDS, LENGTH = 32, 4096, 11008, 32000, 512
 CLIENTS = 100
@@ -54,7 +54,7 @@ def configure(kinds: int, seed: int) -> tuple[float, TunePlan]:
     raw = {name: rng.random() ** 3 for name in sizes().linears}
     importance = {name: value / sum(raw.values()) for name, value in raw.items()}
     begun = time.process_time()
-    plan = make_tune_plan(0, TuneStage(kind="tune"), sizes(), cards(kinds), importance)
+    plan = make_plan(0, TuneStage(kind="tune"), sizes(), cards(kinds), importance)
     return time.process_time() - begun, plan
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.privacy import secure
-from fedgrove.privacy.secure import SessionStore, Opening, new_session
+from fedgrove.privacy.secure import Opening, SessionStore, new_session
 from fedgrove.rounds import wire
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 

@@ -34,7 +34,6 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.runfolder import read_lines
 from fedgrove.stages.tune import cost as budget
-from fedgrove.stages.tune.plan import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"

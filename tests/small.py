@@ -239,7 +239,9 @@ def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: di
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
     os.environ.update(env)
-    fedgrove.stages.prune.pruners.__path__.extend(folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder)
+    fedgrove.stages.prune.pruners.__path__.extend(
+        folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder
+    )
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it starts in the background deaf to it
     if moment:
@@ -339,7 +341,9 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     folder = tmp_path / "plugins"
     folder.mkdir()
     (folder / "faulty.py").write_text(FAULTY.format(folder=str(tmp_path)))
-    (folder / "sitecustomize.py").write_text(f"import fedgrove.stages.prune.pruners\nfedgrove.pruners.__path__.append({str(folder)!r})\n")
+    (folder / "sitecustomize.py").write_text(
+        f"import fedgrove.stages.prune.pruners\nfedgrove.pruners.__path__.append({str(folder)!r})\n"
+    )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT / "src")]))
     monkeypatch.setattr(fedgrove.stages.prune.pruners, "__path__", [*fedgrove.stages.prune.pruners.__path__, str(folder)])
     monkeypatch.delitem(sys.modules, "fedgrove.stages.prune.pruners.faulty", raising=False)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fedgrove.stages.prune.allocation import Options, even, owl
 from fedgrove.data import calibration_windows
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.job.load import load
+from fedgrove.stages.prune.allocation import Options, even, owl
+from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import CLIENTS, LENGTH, SAMPLES, Moment, Small, cli, complaint, killed
 from test_architectures import plain
 from test_statistics import owners  # noqa: F401 (a fixture)
@@ -134,7 +134,9 @@ def test_elsewhere_it_is_of_the_mean_of_what_clients_measure(small: Small) -> No
     assert list(told(run).values()) == pytest.approx(owl.allocate(mean, [1, 1], 0.5, Options(2.0, 0.1)), abs=2e-3)
 
 
-@pytest.mark.parametrize("changes", [{"pruner": "sparsegpt"}, {"pruner": "magnitude"}, {"aggregation": "fedprllm"}, {"rounds": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"pruner": "sparsegpt"}, {"pruner": "magnitude"}, {"aggregation": "fedprllm"}, {"rounds": 2}]
+)
 def test_every_pruner_and_rule_prunes_unevenly(small: Small, changes: dict[str, Any]) -> None:
     run = small.undisturbed(**OWL, **{f"stages__0__{key}": value for key, value in changes.items()})
     assert told(run) == told(small.undisturbed(**OWL))
@@ -147,7 +149,9 @@ def test_every_pruner_and_rule_prunes_unevenly(small: Small, changes: dict[str, 
 def test_secure_aggregation_finds_the_same_sparsities(small: Small, tmp_path: Path, aggregation: str) -> None:
     job = small.job("secure", **OWL, stages__0__rule=aggregation, privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
-    assert told(tmp_path / "run") == told(small.undisturbed(**OWL, **({} if aggregation == "fedspallm" else {"stages__0__rule": aggregation})))
+    assert told(tmp_path / "run") == told(
+        small.undisturbed(**OWL, **({} if aggregation == "fedspallm" else {"stages__0__rule": aggregation}))
+    )
 
 
 def test_a_killed_run_does_not_ask_again(small: Small, tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedgrove.client.handlers import _training_windows, _windows
 
 from fedgrove.centralized import centralized_job, centralized_site
-from fedgrove.client.handlers import _training_windows, _windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load, load_federated
-from fedgrove.stages.prune.config import Config as PruneStage
-from fedgrove.stages.tune.config import Config as TuneStage
 from fedgrove.report.summary import CENTRALIZED, read
 from fedgrove.run import local_sites, open_model
+from fedgrove.stages.prune.config import Config as PruneStage
+from fedgrove.stages.tune.config import Config as TuneStage
 from small import CLIENTS, SAMPLES, Moment, Small, cli, measurements, process
 
 

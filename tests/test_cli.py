@@ -10,20 +10,20 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import fedgrove.client.handlers
 import pytest
 import tomli_w
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fedgrove.client.handlers
 import fedgrove.rounds.collect
 from fedgrove import plugins
 from fedgrove.data import calibration_windows
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.models.masks import Target
-from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.rounds import wire
+from fedgrove.stages.prune.calibration_pass import windows_at_once
+from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import CLIENTS, LENGTH, SAMPLES, Small, cli, lines, make_model, make_texts, measurements, process, result
 
 # The run folder

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from fedgrove import doctor
 from fedgrove.client.handlers import LocalClient
+
+from fedgrove import doctor
 from small import Small, cli
 
 

@@ -51,7 +51,7 @@ def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Itera
     run = RunFolder(out, job, watch=heard)
     try:
         engine: Engine = Wrapped(server.local_engine(job, run.path / "clients"), change)
-        server.main(job, engine, run)
+        server.run_job(job, engine, run)
     finally:
         run.close()
     return heard.lines

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 from fedgrove.cli import app
 from fedgrove.data import calibration_windows
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.config import Config as PruneStage
-from fedgrove.models.masks import Target
+from fedgrove.export import export
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import Experts
+from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.stages.prune.plan import Capabilities, make_plan
+from fedgrove.rounds.capabilities import Capabilities, make_plan
+from fedgrove.stages.prune.config import Config as PruneStage
+from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import magnitude, pruner_for, sparsegpt
-from fedgrove.export import export
 from test_architectures import EXPERTS, LENGTH, LLAMA, run_job, same_bits, save, some_ids, tensors_of, two
 
 FUSED = ("gate_up_proj", "down_proj")
@@ -116,7 +116,9 @@ def test_a_checkpoint_of_fused_experts_is_pruned_like_one_of_single_ones(
     results = []
     for source in (single, fused):
         (tmp_path / f"work-{source.name}").mkdir()
-        results.append(run_job(source, tmp_path / f"work-{source.name}", two(demo), pruner="wanda", sparsity=0.5, aggregation=aggregation))
+        results.append(
+            run_job(source, tmp_path / f"work-{source.name}", two(demo), pruner="wanda", sparsity=0.5, aggregation=aggregation)
+        )
     of_single, of_fused = (Checkpoint(run / "model") for run in results)
     before, after = tensors_of(fused), tensors_of(of_fused.path)
     assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
@@ -175,7 +177,8 @@ def test_parts_of_a_fused_tensor_and_the_whole_lie_over_each_other_in_order(grov
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "pruner"), [("fedspallm", "sparsegpt"), ("pooled", "sparsegpt"), ("pooled", "dsnot"), ("fedspallm", "wanda")]
+    ("aggregation", "pruner"),
+    [("fedspallm", "sparsegpt"), ("pooled", "sparsegpt"), ("pooled", "dsnot"), ("fedspallm", "wanda")],
 )
 def test_an_expert_that_saw_no_token_loses_its_smallest_weights(
     aggregation: str, pruner: str, demo: Path, grove: Path, tmp_path: Path
@@ -195,7 +198,9 @@ def test_an_expert_that_saw_no_token_loses_its_smallest_weights(
         if ".experts.0." in name:
             assert torch.equal(after[name], magnitude.prune(weight.clone(), InputStatistics("nothing"), Target(0.5))[0]), name
         elif ".experts." in name:
-            assert not torch.equal(after[name] != 0, magnitude.prune(weight.clone(), InputStatistics("nothing"), Target(0.5))[1]), name
+            assert not torch.equal(
+                after[name] != 0, magnitude.prune(weight.clone(), InputStatistics("nothing"), Target(0.5))[1]
+            ), name
         elif ".gate." in name:
             assert same_bits(after[name], weight), name
 

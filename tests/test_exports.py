@@ -25,14 +25,14 @@ from transformers import (
 )
 
 import fedgrove.cli
+from fedgrove import export as exporting
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
+from fedgrove.export import Texts, export
 from fedgrove.exports import Source
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.stages.prune.pruners import magnitude
-from fedgrove import export as exporting
-from fedgrove.export import Texts, export
 from small import CLIENTS, DEMO, TOKENIZER, Small, cli, complaint, make_model
 
 SIZES = {

@@ -22,13 +22,13 @@ pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installe
 from cryptography import x509
 
 from federated import OPERATOR, Lines, Running, environment
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.doctor import shake_hands
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.deploy.flare.site import credentials
-from fedgrove.job.load import load_federated
+from fedgrove.errors import FedgroveError
 from fedgrove.export import export
+from fedgrove.job.load import load_federated
 from small import Small, cli, complaint, wait_until
 
 SECRET = "zanzibar-7413"

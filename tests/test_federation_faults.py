@@ -19,8 +19,8 @@ pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installe
 
 import fedgrove.stages.prune.pruners
 from federated import MODEL, Lines, Running, environment
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare import node, operator
+from fedgrove.errors import FedgroveError
 from small import ROOT, Small, make_model
 
 pytestmark = pytest.mark.federation

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from fedgrove.client.handlers import HANDLERS, TEXTLESS
-from fedgrove.engines import error_codes as faults
-from fedgrove.engines.error_codes import Refusal
-from fedgrove.errors import FedgroveError
+
 from fedgrove.deploy.flare import files
 from fedgrove.deploy.flare.doctor import clock
 from fedgrove.deploy.flare.files import Allow, Federation, SiteFile
 from fedgrove.deploy.flare.site import STAGES, answer, keeps_to, refused
+from fedgrove.engines import error_codes as faults
+from fedgrove.engines.error_codes import Refusal
+from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load_federated
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.job.tables import Client, Job
-from fedgrove.stages.prune.config import LayerSampling
 from fedgrove.models.masks import Target
+from fedgrove.stages.prune.config import LayerSampling
 from small import Small
 
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.models.masks import Target
+from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import sparsegpt
 
 pytest.importorskip("triton")

@@ -22,11 +22,11 @@ from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.experts import TYPES
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of
-from fedgrove.stages.structured.gradients import group_products
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE
-from fedgrove.stages.structured.scores import LARGEST, fisher, fixed_point, taylor
 from fedgrove.runfolder import RunFolder
+from fedgrove.stages.structured.gradients import group_products
+from fedgrove.stages.structured.scores import LARGEST, fisher, fixed_point, taylor
 from fedgrove.stages.structured.stage import cut_block
 from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
@@ -325,7 +325,7 @@ def run_meddled(small: Small, out: Path, does: str, **changes: Any) -> list[str]
     wanted = load(small.job("meddled", stages=STAGES, **changes))
     run = RunFolder(out, wanted, watch=heard)
     try:
-        server.main(wanted, Meddling(server.local_engine(wanted, out / "clients"), does), run)
+        server.run_job(wanted, Meddling(server.local_engine(wanted, out / "clients"), does), run)
     finally:
         run.close()
     return heard.lines

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.prune.plan import Capabilities, draw_blocks, share_blocks
+from fedgrove.rounds.capabilities import Capabilities, draw_blocks, share_blocks
 
 
 def test_equal_clients_get_equal_shares() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedgrove.progress import Bar, Lines, Several, Listener
+from fedgrove.progress import Bar, Lines, Listener, Several
 from small import CLIENTS, Heard, Small, cli
 
 
@@ -125,7 +125,7 @@ def test_a_run_tells_its_steps_and_every_client_that_it_asks(small: Small, tmp_p
     measured.names = []
     job = load(small.job())
     run = RunFolder(tmp_path / "run", job, watch=Several([heard, clients, measured]))
-    server.main(job, server.local_engine(job, run.path / "clients"), run)
+    server.run_job(job, server.local_engine(job, run.path / "clients"), run)
     run.close()
     assert clients.asked_of == list(CLIENTS)
     assert "evaluate: the dense model on held-1" in heard.lines

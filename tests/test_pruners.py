@@ -11,13 +11,13 @@ from torch import Tensor
 
 import reference
 from fedgrove import plugins
-from fedgrove.stages.prune import pruners
 from fedgrove.data import calibration_windows
-from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.models.masks import Target
 from fedgrove.models.blocks import Decoder
-from fedgrove.stages.prune.calibration_pass import gather
+from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
+from fedgrove.stages.prune import pruners
+from fedgrove.stages.prune.calibration_pass import gather
+from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import dsnot, magnitude, sparsegpt, wanda
 
 PRUNERS = plugins.names("stages.prune.pruners")
@@ -195,7 +195,9 @@ def test_with_damping_each_a_channel_of_another_size_changes_nothing_else() -> N
     assert torch.equal(plain_mask, other_mask)
     torch.testing.assert_close(other * sizes, plain)
     assert not torch.equal(
-        pruners.prune("sparsegpt", weight / sizes, InputStatistics("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean")[1],
+        pruners.prune(
+            "sparsegpt", weight / sizes, InputStatistics("gram", scaled.tokens, scaled.gram / 2**20), Target(0.6), "mean"
+        )[1],
         sparsegpt.prune(weight.clone(), InputStatistics("gram", inputs.tokens, inputs.gram), Target(0.6))[1],
     )
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from fedgrove.client.handlers import HANDLERS, LocalClient
 from safetensors.torch import load_file
 
-from fedgrove.client.handlers import HANDLERS, LocalClient
 from fedgrove.models.masks import Target, lowest
-from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
-from fedgrove.stages.prune.aggregation import Options, fedprllm as masks, fedspallm as votes
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.stages.prune.aggregation import Options
+from fedgrove.stages.prune.aggregation import fedprllm as masks
+from fedgrove.stages.prune.aggregation import fedspallm as votes
 from small import Small, cli, complaint
 
 

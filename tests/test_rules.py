@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.models.masks import Target
-from fedgrove.stages.prune.pruners import magnitude
 from fedgrove.rounds.aggregator import weighted_sum as fold
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.stages.prune.aggregation import Options
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.pruners import magnitude
 
 RULES = ["fedspallm", "fedavg", "fedprllm"]
 PAPER = Options()
@@ -48,13 +48,19 @@ def make_clients(
 def add_up(aggregation: str, before: Tensor, clients: list[Client]) -> WeightedSum:
     sums = WeightedSum()
     for client in clients:
-        change, weight = plugins.load("stages.prune.aggregation", aggregation).weigh(before, client.weight, client.mask, client.tokens)
+        change, weight = plugins.load("stages.prune.aggregation", aggregation).weigh(
+            before, client.weight, client.mask, client.tokens
+        )
         sums.add(change, weight, client.scale)
     return sums
 
 
-def finish(aggregation: str, before: Tensor, clients: list[Client], target: Target, options: Options = PAPER) -> tuple[Tensor, Tensor]:
-    weight, mask = plugins.load("stages.prune.aggregation", aggregation).finish(before, add_up(aggregation, before, clients), target, options)
+def finish(
+    aggregation: str, before: Tensor, clients: list[Client], target: Target, options: Options = PAPER
+) -> tuple[Tensor, Tensor]:
+    weight, mask = plugins.load("stages.prune.aggregation", aggregation).finish(
+        before, add_up(aggregation, before, clients), target, options
+    )
     assert weight.dtype == before.dtype
     assert mask.dtype == torch.bool
     assert not weight[~mask].view(torch.uint8).any(), "a pruned weight is not +0.0"

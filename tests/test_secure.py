@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import shamirs
 import torch
+from fedgrove.client.handlers import HANDLERS, LocalClient, serve
 
 from fedgrove import run as server
-from fedgrove.client.handlers import HANDLERS, LocalClient, serve
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.privacy import secure
-from fedgrove.privacy.secure import Credentials, SessionStore, Opening, SecureError, Session, as_rings, new_session
+from fedgrove.privacy.secure import Credentials, Opening, SecureError, Session, SessionStore, as_rings, new_session
 from fedgrove.rounds import wire
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from small import LENGTH, Small, complaint
@@ -464,7 +464,9 @@ def test_votes_and_values_that_do_not_add_up_are_refused(
 
     monkeypatch.setitem(HANDLERS, "prune", poison)
     with pytest.raises(FedgroveError, match="other votes or values than can be"):
-        prune(small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, aggregation="fedspallm", pruner="wanda")
+        prune(
+            small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, aggregation="fedspallm", pruner="wanda"
+        )
 
 
 @pytest.mark.parametrize("kind", ["secure-keys", "secure-shares", "pooled", "secure-check", "secure-open"])

@@ -14,15 +14,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedgrove import run as server
 from fedgrove.engines.local import LocalEngine
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.job.load import load
 from fedgrove.models.blocks import find_blocks
-from fedgrove.stages.prune.calibration_pass import watching
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WireError
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.aggregation.pooled import Statistic
-from fedgrove.runfolder import RunFolder
+from fedgrove.stages.prune.calibration_pass import watching
+from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
 SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner
@@ -76,7 +76,7 @@ def prune(
     wanted = load(job)
     run = RunFolder(folder / "run", wanted)
     sites = server.local_engine(wanted, run.path / "clients")._sites
-    server.main(wanted, engine(list(sites.values())), run)
+    server.run_job(wanted, engine(list(sites.values())), run)
     run.close()
     tensors = json.loads((run.path / "pruning.json").read_text())["tensors"]
     return {row["name"]: (row["sha256"], row["pruned"], row["clients"]) for row in tensors}

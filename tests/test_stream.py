@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fedgrove.errors import FedgroveError
+from fedgrove.export import export, folder_bytes
 from fedgrove.exports import packed as packing
 from fedgrove.exports.packed import FILES, LAYOUT
-from fedgrove.models.masks import Target
 from fedgrove.models import stream
+from fedgrove.models.masks import Target
 from fedgrove.models.stream import INDEX, Checkpoint, find_model, save_tensors, write_safetensors
 from fedgrove.stages.prune.pruners import magnitude
-from fedgrove.export import export, folder_bytes
 
 SHARD = "model-00002-of-"
 

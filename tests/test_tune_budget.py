@@ -15,16 +15,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedgrove.client.handlers import LocalClient, other_devices
+from fedgrove.client.devices import other_devices
+from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.tune.config import Config as TuneStage
-from fedgrove.stages.prune.plan import Capabilities
+from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.tune import cost as budget
-from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace, Infeasible, ModelCost
+from fedgrove.stages.tune.config import Config as TuneStage
+from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, ModelCost, SearchSpace
 from fedgrove.stages.tune.importance import BETA, Smoothed, importance, shares, triplet_scores
-from fedgrove.stages.tune.lora import Settings
-from fedgrove.stages.tune.plan import even, make_tune_plan
 from fedgrove.stages.tune.knapsack import Solution, search
+from fedgrove.stages.tune.plan import even, make_plan
+from fedgrove.stages.tune.training import Settings
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
 SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
@@ -100,8 +101,11 @@ def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch:
     """Proven to half a percent by the quick search alone, each within its own memory."""
     monkeypatch.setattr(budget, "solve", lambda *args: pytest.fail("the program was needed"))
     sizes, weight = seven_billion()
-    cards = {f"{i}": Capabilities(memory=(8 + i) * 2**30, speed=300.0 + 90 * i, uplink=10**7 * (2 + i), tokens=100) for i in range(10)}
-    plan = make_tune_plan(0, TuneStage(kind="tune"), sizes, cards, weight)
+    cards = {
+        f"{i}": Capabilities(memory=(8 + i) * 2**30, speed=300.0 + 90 * i, uplink=10**7 * (2 + i), tokens=100)
+        for i in range(10)
+    }
+    plan = make_plan(0, TuneStage(kind="tune"), sizes, cards, weight)
     assert not plan.left_out
     assert len({json.dumps(share.ranks) for share in plan.clients.values()}) > 1
     assert all(share.memory <= cards[name].memory for name, share in plan.clients.items())
@@ -138,7 +142,7 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
     monkeypatch.setattr(budget, "best", lambda *args: solved.append(args) or real(*args))
     cards = {f"client-{i:03d}": Capabilities(memory=2**20 * (1 + i % 4), tokens=100 + i) for i in range(100)}
     stage = TuneStage(kind="tune", ranks=(2, 4), batches=(1, 2), length=32)
-    plan = make_tune_plan(0, stage, SIZES, cards, even(SIZES))
+    plan = make_plan(0, stage, SIZES, cards, even(SIZES))
     assert len(solved) == 4
     for name, share in plan.clients.items():
         assert share.ranks == plan.clients[f"client-{int(name[-3:]) % 4:03d}"].ranks
@@ -149,7 +153,7 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
 def test_a_client_with_several_devices_shares_a_step_among_them(method: Any) -> None:
     cards = {f"{number}": Capabilities(devices=number, tokens=100) for number in (1, 3, 4)}
     stage = TuneStage(kind="tune", method=method, aggregation="flexlora", ranks=(2, 4), batches=(4,), bits=(16,), length=32)
-    given = make_tune_plan(0, stage, SIZES, cards, even(SIZES)).clients
+    given = make_plan(0, stage, SIZES, cards, even(SIZES)).clients
     assert {name: share.micro for name, share in given.items()} == {"1": 4, "3": 1, "4": 1}
     assert given["3"].compute == pytest.approx(given["1"].compute / 2, rel=0.1), "the busiest of three has two of four"
     assert given["4"].compute == pytest.approx(given["1"].compute / 4, rel=0.1), "ranks differ a little"
@@ -160,7 +164,7 @@ def test_more_devices_than_there_are_is_a_line(monkeypatch: pytest.MonkeyPatch, 
     assert other_devices(site, torch.device("cpu")) == [], "on a CPU one copy of the model uses all cores"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert other_devices(site, torch.device("cuda", 1)) == [torch.device("cuda", 2), torch.device("cuda", 3)]
-    with pytest.raises(FedgroveError, match=r"devices = 3, but from cuda:2 on there are 2; mend clients.devices"):
+    with pytest.raises(FedgroveError, match=r"devices = 3, but from cuda:2 on there are 2; fix clients.devices"):
         other_devices(site, torch.device("cuda", 2))
 
 
@@ -192,8 +196,10 @@ import sys, torch
 from pathlib import Path
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.tune.aggregation import Start
-from fedgrove.tuning import lora
+from fedgrove.stages.tune.changes import Start
+from fedgrove.stages.tune import frozen, training
+    from fedgrove.stages.tune.parametrizations import Attachment, lora
+    from fedgrove.stages.tune.trainers import sgd
 from fedgrove.stages.tune.factors import Factors, fill
 
 def status(key):
@@ -202,11 +208,11 @@ def status(key):
 def tune(model, bits, micro, length):
     decoder = Decoder(Checkpoint(Path(model)))
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-    loaded = lora.load(decoder, bits)
+    loaded = frozen.load(decoder, bits)
     starts = {name: Start(fill(Factors.none(*s), 8, name, "0"), Factors.none(*s)) for name, s in shapes.items()}
-    lora.attach(loaded, starts, dict.fromkeys(starts, 2.0), {})
+    lora.attach(loaded, starts, Attachment(dict.fromkeys(starts, 2.0), {}))
     ids = torch.randint(0, 900, (micro, length))
-    lora.train(loaded, lora.draw(ids, ids, micro, 0, "0"), lora.Settings(2, micro, micro, 1e-3, max_grad_norm=1.0))
+    sgd.train_on(loaded, training.draw(ids, ids, micro, 0, "0"), training.Settings(2, micro, micro, 1e-3, max_grad_norm=1.0))
 
 torch.set_num_threads(1)
 tiny, model, bits, micro = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -242,7 +248,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_peak_of_memory_is_predicted_within_a_fifth(models: Path, name: str, bits: int, micro: int) -> None:
     from fedgrove.models.blocks import Decoder
     from fedgrove.models.stream import Checkpoint
-    from fedgrove.stages.tune.plan import measure
 
     if bits < 16:
         pytest.importorskip("bitsandbytes")

@@ -14,23 +14,25 @@ import numpy as np
 import pytest
 import torch
 
-from fedgrove.job.load import load as jobs
 from fedgrove import run as server
-from fedgrove.client.handlers import serve
+from fedgrove.client.serve import serve
 from fedgrove.data import IGNORED
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load as jobs
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy import tuning as dp
 from fedgrove.privacy.noise import agreed, multiplier, once
 from fedgrove.privacy.secure import as_rings
 from fedgrove.rounds import wire
-from fedgrove.stages.tune.aggregation import Start
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.tune import lora, fixed_point as whole
-from fedgrove.stages.tune.trainers import dp_sgd as private
+from fedgrove.stages.tune import fixed_point as whole
+from fedgrove.stages.tune import training
+from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.factors import Factors, initial_a
+from fedgrove.stages.tune.parametrizations import lora
+from fedgrove.stages.tune.trainers import dp_sgd as private
 from small import CLIENTS, Moment, Small, cli, complaint, killed, measurements
 from test_secure import uniform
 from test_tune_stage import PRUNE, TUNE, mean_perplexity, weights
@@ -57,7 +59,7 @@ def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **chan
     job = jobs.load(small.job(out.name, **{"evaluate__alone": False, **changes}))
     begun = RunFolder(out, job)
     sites = server.local_engine(job, out / "clients")._sites
-    server.main(job, engine(list(sites.values())), begun)
+    server.run_job(job, engine(list(sites.values())), begun)
     begun.close()
     return out
 
@@ -234,7 +236,7 @@ def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_
 
     def learnt(ids: torch.Tensor, labels: torch.Tensor, noise: float, bound: float) -> torch.Tensor:
         model = Line()
-        settings = lora.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
+        settings = training.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
         private.train(
             model, ids, labels, settings, client="ash", epsilon=50.0, delta=0.05, noise=noise, rounds=1, bound=bound
         )  # fmt: skip
@@ -254,7 +256,7 @@ def test_a_client_trains_nothing_with_less_noise_than_was_promised() -> None:
     for noise, rounds in ((0.9 * enough, 10), (enough, 20)):
         with pytest.raises(FedgroveError, match="'ash': noise of"):
             private.train(
-                Line(), ids, ids, lora.Settings(1, 2, 1, 0.1), client="ash", epsilon=1.0, delta=1e-5, noise=noise,
+                Line(), ids, ids, training.Settings(1, 2, 1, 0.1), client="ash", epsilon=1.0, delta=1e-5, noise=noise,
                 rounds=rounds, bound=1.0,
             )  # fmt: skip
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.tune.aggregation import Options, State
+from fedgrove.stages.tune.aggregation import Options
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.factors import Factors, ProductSum, fill, initial_a
-from fedgrove.stages.tune.lora import merge
+from fedgrove.stages.tune.parametrizations.lora import merge_dense as merge
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 
 OUT, IN = 12, 9

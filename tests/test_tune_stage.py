@@ -11,23 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from fedgrove.client.handlers import _training_windows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedgrove.job.load import load as jobs
 from fedgrove import run as server
-from fedgrove.client.handlers import _training_windows
 from fedgrove.data import IGNORED
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load as jobs
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
-from fedgrove.stages.tune.aggregation import Start
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.tune import lora
+from fedgrove.stages.tune import frozen, training
+from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.factors import Factors, fill
+from fedgrove.stages.tune.parametrizations import Attachment, lora
 from fedgrove.stages.tune.personal import hold_out, mean_loss
+from fedgrove.stages.tune.trainers import sgd
 from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_report import Page
 
@@ -86,7 +88,7 @@ def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | N
     job = jobs.load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
     run = RunFolder(out, job, watch=heard)
     try:
-        server.main(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
+        server.run_job(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
     finally:
         run.close()
     return heard.lines
@@ -149,23 +151,23 @@ def test_what_was_trained_under_the_mask_is_what_is_merged(small: Small) -> None
     decoder = Decoder(Checkpoint(small.model))
     masks = {name: torch.rand(decoder.read_shape(name)) > 0.5 for name in decoder.linear_names()}
     weights_ = {name: decoder.read_matrix(name).float() * masks[name] for name in masks}
-    model = lora.load(decoder, 32)
+    model = frozen.load(decoder, 32)
     for name, weight in weights_.items():
         model.get_submodule(name).weight.data = weight.clone()
     starts = {}
     for name, weight in weights_.items():
         rest = Factors(torch.randn(weight.shape[0], 2) * 0.1, torch.randn(2, weight.shape[1]) * 0.1)
         starts[name] = Start(fill(Factors.none(*weight.shape), 3, name, "0"), rest)
-    lora.attach(model, starts, dict.fromkeys(starts, 2.0), masks)
+    lora.attach(model, starts, Attachment(dict.fromkeys(starts, 2.0), masks))
     ids = torch.randint(0, 4000, (4, 16))
-    lora.train(model, lora.draw(ids, ids, 4, 0, "0"), lora.Settings(3, 4, 2, 0.05))
-    adapted = lora.loss_sum(model, ids, ids)
-    trained = lora.detach(model, list(starts))
-    plain = lora.load(Decoder(Checkpoint(small.model)), 32)
+    sgd.train_on(model, training.draw(ids, ids, 4, 0, "0"), training.Settings(3, 4, 2, 0.05))
+    adapted = training.loss_sum(model, ids, ids)
+    trained = lora.detach(model, list(starts), {})
+    plain = frozen.load(Decoder(Checkpoint(small.model)), 32)
     for name, weight in weights_.items():
         change = trained[name].product() + starts[name].rest.product()
-        plain.get_submodule(name).weight.data = lora.merge(weight, change * masks[name], masked=True)
-    torch.testing.assert_close(adapted, lora.loss_sum(plain, ids, ids))
+        plain.get_submodule(name).weight.data = lora.merge_dense(weight, change * masks[name], masked=True)
+    torch.testing.assert_close(adapted, training.loss_sum(plain, ids, ids))
 
 
 def test_the_adapter_gives_plain_peft_the_logits_of_the_merged_model(small: Small) -> None:
@@ -199,19 +201,19 @@ def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small)
     decoder = Decoder(Checkpoint(small.model, torch.float32))
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
     starts = {n: Start(fill(Factors.none(*s), rank, n, "0/0"), Factors.none(*s)) for n, s in shapes.items()}
-    model = lora.load(decoder, 32)
-    lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
+    model = frozen.load(decoder, 32)
+    lora.attach(model, starts, Attachment(dict.fromkeys(starts, 2.0), {}))
     total = sum(tokens.values())
     with torch.enable_grad():
         for (ids, labels), name in zip(windows, CLIENTS, strict=True):
-            drawn, wanted = next(lora.draw(ids, labels, number, 0, f"0/0/{name}"))
+            drawn, wanted = next(training.draw(ids, labels, number, 0, f"0/0/{name}"))
             share = tokens[name] / total / (number * 15)
-            (lora.loss_sum(model, drawn, wanted) * share).backward()
+            (training.loss_sum(model, drawn, wanted) * share).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:
             parameter -= rate * parameter.grad
-    want = lora.detach(model, list(starts))
+    want = lora.detach(model, list(starts), {})
     got = weights(run_folder)
     before = load_file(small.model / "model.safetensors")
     for name, factors in want.items():
@@ -280,12 +282,12 @@ def test_too_few_answers_end_the_run_with_a_line(small: Small, tmp_path: Path, c
 
 def test_a_loss_that_is_not_finite_is_told_on_the_client(small: Small) -> None:
     decoder = Decoder(Checkpoint(small.model))
-    model = lora.load(decoder, 32)
+    model = frozen.load(decoder, 32)
     model.get_input_embeddings().weight.data[0] = float("nan")
     lora.open_weights(model, ["model.layers.0.mlp.up_proj"])
     ids = torch.zeros(2, 16, dtype=torch.int64)
     with pytest.raises(FedgroveError, match="not finite"):
-        lora.train(model, lora.draw(ids, ids, 2, 0, "0"), lora.Settings(1, 2, 2, 0.1))
+        sgd.train_on(model, training.draw(ids, ids, 2, 0, "0"), training.Settings(1, 2, 2, 0.1))
 
 
 def test_clients_are_given_what_they_can_hold_and_the_rest_are_named(small: Small) -> None:
@@ -388,11 +390,11 @@ def test_only_the_answer_is_learnt(small: Small, tmp_path: Path) -> None:
 
 def test_the_order_of_windows_covers_all_of_them_in_every_epoch() -> None:
     ids = torch.arange(7)[:, None].repeat(1, 3)
-    batches = lora.draw(ids, ids, 2, 0, "0")
+    batches = training.draw(ids, ids, 2, 0, "0")
     seen = torch.cat([next(batches)[0][:, 0] for _ in range(7)]).tolist()
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
     assert seen[:7] != seen[7:]
-    later = lora.draw(ids, ids, 2, 4, "0")
+    later = training.draw(ids, ids, 2, 4, "0")
     assert next(later)[0][:, 0].tolist() == seen[4:6]
 
 
@@ -402,21 +404,21 @@ def sample(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5, -100)
 
 
-def trained(small: Small, settings: lora.Settings, others: int = 0) -> tuple[float, dict[str, Factors]]:
+def trained(small: Small, settings: training.Settings, others: int = 0) -> tuple[float, dict[str, Factors]]:
     decoder = Decoder(Checkpoint(small.model))
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-    model = lora.load(decoder, 32)
+    model = frozen.load(decoder, 32)
     starts = {n: Start(fill(Factors.none(*s), 2, n, "0"), Factors.none(*s)) for n, s in shapes.items()}
-    lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
-    batches = lora.draw(*sample(settings.batch), settings.batch, 0, "0")
-    loss = lora.train(model, batches, settings, others=[torch.device("cpu")] * others)
-    return loss, lora.detach(model, list(shapes))
+    lora.attach(model, starts, Attachment(dict.fromkeys(starts, 2.0), {}))
+    batches = training.draw(*sample(settings.batch), settings.batch, 0, "0")
+    loss = sgd.train_on(model, batches, settings, others=[torch.device("cpu")] * others)
+    return loss, lora.detach(model, list(shapes), {})
 
 
 @pytest.mark.parametrize(("micro", "others"), [(4, 0), (6, 0), (1, 1), (2, 2), (6, 1)])
 def test_windows_at_once_or_one_by_one_or_on_several_devices_make_no_difference(small: Small, micro: int, others: int) -> None:
-    loss, factors = trained(small, lora.Settings(2, 6, micro, 0.1, optimizer="sgd"), others)
-    alone, expected = trained(small, lora.Settings(2, 6, 1, 0.1, optimizer="sgd"))
+    loss, factors = trained(small, training.Settings(2, 6, micro, 0.1, optimizer="sgd"), others)
+    alone, expected = trained(small, training.Settings(2, 6, 1, 0.1, optimizer="sgd"))
     assert abs(loss - alone) < 1e-4
     for name, pair in factors.items():
         torch.testing.assert_close(pair.product(), expected[name].product(), atol=1e-5, rtol=1e-3)
@@ -425,9 +427,9 @@ def test_windows_at_once_or_one_by_one_or_on_several_devices_make_no_difference(
 def test_the_proximal_term_pulls_back_to_where_the_round_began(small: Small) -> None:
     """Two SGD steps by hand: the second gradient gains μ(θ₁ − θ₀), and nothing else changes."""
     rate, mu = 0.1, 3.0
-    _, free = trained(small, lora.Settings(1, 6, 6, rate, optimizer="sgd"))
-    _, plain = trained(small, lora.Settings(2, 6, 6, rate, optimizer="sgd"))
-    _, bound = trained(small, lora.Settings(2, 6, 6, rate, optimizer="sgd", proximal=mu))
+    _, free = trained(small, training.Settings(1, 6, 6, rate, optimizer="sgd"))
+    _, plain = trained(small, training.Settings(2, 6, 6, rate, optimizer="sgd"))
+    _, bound = trained(small, training.Settings(2, 6, 6, rate, optimizer="sgd", proximal=mu))
     moved = 0.0
     for name, factors in free.items():
         begun = fill(Factors.none(factors.b.shape[0], factors.a.shape[1]), 2, name, "0")
@@ -543,4 +545,4 @@ def test_without_bitsandbytes_a_client_offers_no_few_bits_and_asking_for_them_is
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
     assert "8 and 4 need bitsandbytes" in complaint("plan", small.job("few-bits", stages=tune(method="fedpipe", bits=[4])))
     with pytest.raises(FedgroveError, match="pip install"):
-        lora.load(Decoder(Checkpoint(small.model)), 4)
+        frozen.load(Decoder(Checkpoint(small.model)), 4)

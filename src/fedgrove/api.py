@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgrove import run as server, tracking
+from fedgrove import tracking
 from fedgrove.data import evaluation_windows
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, load, parse
-from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
+from fedgrove.evaluation.metrics import read_pairs
+from fedgrove.export import find_result
+from fedgrove.job.load import load, parse
+from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.progress import Several, part_of, watch
 from fedgrove.report.summary import Summary, read
+from fedgrove.rounds.federation import Federation
+from fedgrove.run import local_engine, make_plans, open_model, run_job
 from fedgrove.runfolder import RunFolder
-from fedgrove.export import find_result
 
 AnyJob = Job | Mapping[str, Any] | str | Path
 
@@ -94,9 +97,9 @@ def run(
             if track:
                 told = [trackers.enter_context(tracking.track(kind, wanted.name, folder.path)) for kind in track]
                 folder.follow(Several([shown, *told]))
-            engine = server.local_engine(wanted, folder.path / "clients", workers)
+            engine = local_engine(wanted, folder.path / "clients", workers)
             try:
-                server.main(wanted, engine, folder)
+                run_job(wanted, engine, folder)
             finally:
                 engine.close()
         finally:
@@ -116,9 +119,9 @@ def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
         tempfile.TemporaryDirectory() as folder,
         watch(quiet) as seen,
         closing(RunFolder(Path(folder) / "run", wanted, watch=seen)) as asked,
-        closing(server.local_engine(wanted, asked.path / "clients")) as engine,
+        closing(local_engine(wanted, asked.path / "clients")) as engine,
     ):
-        return server.make_plans(wanted, server.open_model(wanted.model), engine, asked)
+        return make_plans(wanted, open_model(wanted.model), Federation(engine, asked))
 
 
 def evaluate(

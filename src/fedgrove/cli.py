@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 from fedgrove import heap
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare.commands import COMMANDS
+from fedgrove.errors import FedgroveError
 
 if TYPE_CHECKING:
     from fedgrove.api import Result
@@ -181,9 +181,9 @@ def plan(
     Example: fedgrove plan job.toml --set stages.0.samples=64
     """
     from fedgrove import api
-    from fedgrove.job import load
-    from fedgrove.stages.prune.plan import SPEED, Plan
+    from fedgrove.job.load import load
     from fedgrove.report.plans import plan_table
+    from fedgrove.rounds.capabilities import SPEED
 
     wanted = load(job, set_ or [])
     plans = api.plan(wanted, quiet=quiet)
@@ -193,10 +193,11 @@ def plan(
     console = Console()
     for plan, stage in zip(plans, wanted.stages, strict=True):
         console.print(plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
-        if isinstance(plan, Plan) and plan.choices:
-            sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in plan.choices.items())
+        choices: dict[str, int] = getattr(plan, "choices", {})
+        if choices:
+            sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in choices.items())
             console.print(f"Uplink of a client by what is summed: {sizes}.")
-        for note in getattr(plan, "notes", []):
+        for note in plan.notes:
             console.print(f"Note: {note}")
     console.print(
         "Memory is the peak besides the program itself (about 500 MiB). "
@@ -221,7 +222,7 @@ def doctor(
     """
     from fedgrove import doctor as looking
     from fedgrove.api import hush
-    from fedgrove.job import load
+    from fedgrove.job.load import load
 
     hush()
     folder = out or Path("runs")
@@ -252,7 +253,7 @@ def run(
     import torch
 
     from fedgrove import api
-    from fedgrove.job import load
+    from fedgrove.job.load import load
 
     if threads:
         torch.set_num_threads(threads)
@@ -323,11 +324,11 @@ def export(
 
     Example: fedgrove export runs/first --to packed
     """
+    from fedgrove import export as exporting
     from fedgrove.api import hush
     from fedgrove.progress import watch
     from fedgrove.report.exports import export_table
     from fedgrove.report.summary import read_exports
-    from fedgrove import export as exporting
 
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")

@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,20 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from fedgrove import plugins
-from fedgrove.client.handlers import Site
+from fedgrove.client.local_client import LocalClient
 from fedgrove.data import DEFAULT_TEMPLATE, Chat, as_text, is_hub, read_fields
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job, StructuredStage, PruneStage, TuneStage
+from fedgrove.job.tables import KINDS, Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.prune.plan import Capabilities, make_plan
-from fedgrove.stages.tune.plan import TunePlan, measure
+from fedgrove.rounds.federation import Federation
+from fedgrove.run import local_engine, make_plans, open_model
+from fedgrove.runfolder import RunFolder
+from fedgrove.stages.base import stage_of
 
 SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
-RANK, LENGTH, WINDOWS = 8, 512, 16  # with which "could hold" is counted: the defaults of a job, and a middling rank
+LENGTH = 512  # tokens of the windows with which "could hold" is counted: the default of a job
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def examine(job: Job, folder: Path) -> list[Check]:
     return checks
 
 
-def site(client: Site) -> list[Check]:
+def site(client: LocalClient) -> list[Check]:
     """What one client has: its copy of the model, its text, and what its memory could hold.
 
     ``sample`` of a check is the client's own text: whoever sends the checks on leaves it out.
@@ -106,7 +107,7 @@ def site(client: Site) -> list[Check]:
     for file in client.data:
         checks += text(client.name, file, templates, client.model if readable else None)
     if readable:
-        checks.append(could_hold(client.model, client.dtype, client.card.get("memory")))
+        checks.append(could_hold(client.model, client.dtype, client.capabilities.get("memory")))
     return checks
 
 
@@ -219,23 +220,12 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
     Args:
         memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
     """
-    from fedgrove.stages.tune import cost as budget
-
     decoder = Decoder(Checkpoint(path, dtype))
     free = memory or _free_memory()
     length = min(LENGTH, getattr(decoder.checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH))
     needs: dict[str, float] = {}
-    for pruner in ("wanda", "sparsegpt"):
-        stage = PruneStage(kind="prune", pruner=pruner, sparsity=0.5, samples=WINDOWS, length=length)
-        shares = make_plan(0, stage, decoder, {"one": Capabilities()}, plugins.load("stages.prune.pruners", pruner).NEEDS, 0).clients
-        needs[f"prune with {pruner}"] = shares["one"].memory
-    grid = budget.SearchSpace((32, 16, 8, 4), (1,), (RANK,), 1)
-    with suppress(FedgroveError):  # a mixture of experts is not tuned
-        sizes = measure(decoder, length, masked=True)
-        for bits in grid.bits:
-            rank = min(RANK, *(min(shape) for shape in sizes.linears.values()))
-            choice = budget.ClientConfig(bits, 1, 1, dict.fromkeys(sizes.linears, rank))
-            needs[f"tune in {bits} bits"] = budget.memory(sizes, grid, choice)
+    for kind in KINDS:
+        needs |= stage_of(kind).typical_memory(decoder, length)
     fits = [f"{what} ({_size(need)})" for what, need in needs.items() if need <= free]
     more = [f"{what} ({_size(need)})" for what, need in needs.items() if need > free]
     said = f"of {_size(free)}: {', '.join(fits) or 'nothing'}"
@@ -246,24 +236,18 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
 
 def _plans(job: Job) -> list[Check]:
     """Every client's part in every stage, against this machine's memory: here one client works at a time."""
-    from fedgrove.runfolder import RunFolder
-    from fedgrove.run import local_engine, make_plans, open_model
-
     free = _free_memory()
     checks = []
     with tempfile.TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run", job)) as run:
         try:
             with closing(local_engine(job, run.path / "clients")) as engine:
-                plans = make_plans(job, open_model(job.model), engine, run)
+                plans = make_plans(job, open_model(job.model), Federation(engine, run))
         except FedgroveError as fault:
             return [_refused("plan", fault)]
-    for plan, stage in zip(plans, job.stages, strict=True):
-        shares = plan.clients.items()
-        name, most = max(((name, share.memory) for name, share in shares), key=lambda pair: pair[1])
-        upload = sum(share.upload for _, share in shares) * (stage.rounds if isinstance(stage, TuneStage) else 1)
-        said = f"{len(shares)} clients, at most {_size(most)} of memory ({name}), {_size(upload)} to send in all"
-        left_out = plan.left_out if isinstance(plan, TunePlan) else {}
-        for client, why in sorted(left_out.items()):
+    for plan in plans:
+        name, most = max(((name, assignment.memory) for name, assignment in plan.clients.items()), key=lambda pair: pair[1])
+        said = f"{len(plan.clients)} clients, at most {_size(most)} of memory ({name}), {_size(plan.uploads())} to send in all"
+        for client, why in sorted(plan.left_out.items()):
             said += f"; {client} is left out: {why}"
         fits = most <= free
         remedy = "" if fits else f"{_size(free)} are free here; lower samples or length, or close other programs"
@@ -279,11 +263,13 @@ def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
     """Room for the run folder: the result, every stage's changed tensors, and the clients' hidden states."""
     width = checkpoint.config.get_text_config().hidden_size
     need = checkpoint.num_bytes()
+    num_blocks = checkpoint.config.get_text_config().num_hidden_layers
     for stage in job.stages:
-        need += stage.rounds * checkpoint.num_bytes() if isinstance(stage, PruneStage) else checkpoint.num_bytes()
-        if isinstance(stage, PruneStage | StructuredStage):
-            kept = 3 if isinstance(stage, PruneStage) else checkpoint.config.get_text_config().num_hidden_layers + 2
-            need += sum(kept * 4 * (client.samples or stage.samples) * stage.length * width for client in job.clients)
+        need += stage.passes() * checkpoint.num_bytes()
+        windows = stage.calibration_windows()
+        if windows is not None:
+            samples = sum(client.samples or windows[0] for client in job.clients)
+            need += stage.hidden_states_kept(num_blocks) * 4 * samples * windows[1] * width
     if job.evaluate.alone:
         need += len(job.clients) * checkpoint.num_bytes()
     if job.evaluate.centralized:

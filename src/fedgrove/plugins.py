@@ -42,7 +42,9 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     protocol = protocol or getattr(importlib.import_module(f"fedgrove.{package}"), "METHOD", None)
     lacking = _lacking(module, protocol) if protocol is not None else None
     if lacking:
-        raise FedgroveError(f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for; add it")
+        raise FedgroveError(
+            f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for; add it"
+        )
     return module
 
 

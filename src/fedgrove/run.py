@@ -68,6 +68,7 @@ def make_model(job: Job, federation: Federation) -> None:
     evaluate(model, None, run)
     evaluate_directory(model.path, None, run)
     for config, plan in zip(job.stages, plans, strict=True):
+        run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))  # decided before the first round
         before = model
         model = stage_of(config.kind).run(model, plan, config, federation).model
         evaluate(model, plan.stage, run)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import filelock
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Job
+from fedgrove.job.tables import Job
 from fedgrove.progress import Listener
 
 

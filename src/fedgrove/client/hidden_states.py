@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +29,7 @@ class Calibration(BaseModel):
         through: what the text passes through on its way to a block: "dense", the model as it came; "server", the blocks that the
             server pruned in the run of that name (``server/NAME``); "own", the blocks that this client pruned, by that recipe
             (``own/DIGEST``); "gradients", hidden states that are replaced by their gradients.
+        windows_per_run: how many windows pass through a block together, and lie on disk together.
         compute_dtype: what the blocks compute in; None: the device's default.
     """
 
@@ -41,6 +41,7 @@ class Calibration(BaseModel):
     length: int
     seed: str
     through: str = "dense"
+    windows_per_run: int = 1
     compute_dtype: str | None = None
 
 

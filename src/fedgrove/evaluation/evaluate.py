@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence, Set
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fedgrove.data import evaluation_windows, facts_of
-from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.tables import Evaluate
-from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
-from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import perplexity
+from fedgrove.evaluation.metrics import read_pairs
+from fedgrove.evaluation.rounds import heldout_windows
+from fedgrove.job.stage_config import StageConfig
 from fedgrove.models.stream import Checkpoint
-from fedgrove.rounds.federation import Federation
-from fedgrove.stages.base import Plan, stage_of
 from fedgrove.progress import part_of
+from fedgrove.rounds.federation import Federation
 from fedgrove.runfolder import RunFolder
+from fedgrove.stages.base import Plan, stage_of
 
 
 def evaluate(model: Checkpoint, stage: int | None, run: RunFolder) -> None:
@@ -38,7 +31,7 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder) -> None:
     if not wanted.data:
         return
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
-    windows = _windows(model, run)
+    windows = heldout_windows(model, run)
     examiner = Examiner(model)
     for number, text in enumerate(wanted.data):
         first = "rougeL" if text.measure == "generation" else text.measure
@@ -71,7 +64,7 @@ def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federatio
     if plan.stage > 0 or not wanted.alone or not wanted.data:
         return
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
-    windows = _windows(model, run)
+    windows = heldout_windows(model, run)
 
     def missing(client: str) -> list[str]:
         return [name for name in windows if (plan.stage, client, f"perplexity/{name}") not in done]
@@ -122,32 +115,3 @@ def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any
     for name in sorted(found, key=lambda name: name == last):
         if (stage, None, f"{name}/{text}") not in done:
             run.log(stage, None, None, f"{name}/{text}", found[name])
-
-
-def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder) -> None:
-    """Likewise, in the middle of a stage: after a round."""
-    done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
-    decoder = Decoder(model)
-    windows = _windows(model, run)
-    for number, (name, texts) in enumerate(windows.items()):
-        if (stage, round_, f"perplexity/{name}") not in done:
-            what = f"evaluate: round {round_ + 1} on {name}"
-            run.step(what, number, len(windows))
-            measured = perplexity(decoder, texts, part_of(run.watch, what, number, len(windows)))
-            run.log(stage, round_, None, f"perplexity/{name}", measured)
-
-
-def _windows(model: Checkpoint, run: RunFolder) -> dict[str, list[Tensor]]:
-    wanted = run.job.evaluate
-    return _tokenised(model.path, wanted, json.dumps([facts_of(text.path) for text in wanted.data]))
-
-
-@lru_cache(maxsize=1)
-def _tokenised(model: Path, wanted: Evaluate, facts: str) -> dict[str, list[Tensor]]:
-    """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
-    tokenizer = Checkpoint(model).tokenizer()
-    return {
-        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows)
-        for text in wanted.data
-        if text.measure == "perplexity"
-    }

@@ -20,7 +20,7 @@ from fedgrove.exports import Source
 from fedgrove.models.perplexity import of_logits
 from fedgrove.models.stream import Checkpoint, find_model, small_files
 from fedgrove.report.words import file_name
-from fedgrove.stages.tune.lora import hush
+from fedgrove.stages.tune.frozen import hush
 
 WHAT = "LoRA adapter for peft, beside the model that the job began with"
 EXACT = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgrove.exports import Source, need, no_experts
 from fedgrove.models.perplexity import of_logits
 from fedgrove.models.stream import small_files
-from fedgrove.stages.tune.lora import hush
+from fedgrove.stages.tune.frozen import hush
 
 WHAT = "linears in 8 bits (LLM.int8)"
 EXACT = False

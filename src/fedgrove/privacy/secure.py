@@ -31,10 +31,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,25 +42,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.noise import agreed
-from fedgrove.rounds.collect import Message, ask
-from fedgrove.rounds.clock import Clock
-from fedgrove.rounds.wire import Info, WireError
-from fedgrove.runfolder import RunFolder
 
 if TYPE_CHECKING:
-    from fedgrove.client.handlers import LocalClient
+    from fedgrove.client.local_client import LocalClient
 
+Info = dict[str, Any]
 Ints = np.ndarray[Any, Any]
 
 PRIME = 2**128 + 51  # the first prime that is larger than every 16-byte secret
 SECRET = 16
 RINGS = {torch.uint8: np.uint8, torch.int32: np.uint32, torch.int64: np.uint64}
 CHUNK = 2**17  # bytes of keystream that are made at once: they stay in a core's cache
-SECURE = "secure"  # the key of an ask's JSON that has its answer masked
-KINDS = ("secure-keys", "secure-shares", "secure-check", "secure-open")
 
 
 class SecureError(FedgroveError):
@@ -309,7 +301,9 @@ def confirm(session: Session, client: str, credentials: Credentials, memory: Ses
     return {"signature": _sign(credentials.key, _survivors_bytes(session, survivors)).hex()}
 
 
-def reveal(session: Session, client: str, credentials: Credentials, memory: SessionStore, signatures: Mapping[str, str]) -> Info:
+def reveal(
+    session: Session, client: str, credentials: Credentials, memory: SessionStore, signatures: Mapping[str, str]
+) -> Info:
     """Gives out a share of the self-mask of every neighbour that survived, and of the mask key of every one that dropped.
 
     Which of the two follows from the list that this client signed itself, so it never gives out both of one client.
@@ -341,7 +335,7 @@ def reveal(session: Session, client: str, credentials: Credentials, memory: Sess
 class Opening:
     """The server's side of one sum: takes masked answers in, then takes the masks off their sum.
 
-    SessionStore: one answer's worth, whatever the number of clients.
+    Memory: one answer's worth, whatever the number of clients.
 
     Args:
         session: the sum.
@@ -413,76 +407,6 @@ class Opening:
         return f"{secret % 2 ** (8 * SECRET):0{2 * SECRET}x}"
 
 
-def sum_securely(
-    engine: Engine,
-    run: RunFolder,
-    kind: str,
-    messages: Mapping[str, Message],
-    *,
-    stage: int,
-    round_: int,
-    check: Callable[[str, dict[str, Tensor], Info], None],
-    bits: int = 64,
-    clock: Clock | None = None,
-) -> tuple[dict[str, Info], dict[str, Tensor]]:
-    """Asks clients like :func:`fedgrove.rounds.collect.ask`, and learns the sum of their tensors only.
-
-    Args:
-        messages: for each client its tensors and its JSON; the session is added to the latter.
-        check: given client, masked tensors and JSON. It can tell names, shapes and dtypes, and no value: see to the values
-            where they are made, and look at the sum.
-        bits: of the ring of int64 tensors; no sum may be as large as 2 to the bits − 1.
-        clock: what the messages would take on the clients' own machines; their work is counted in the ask itself.
-
-    Returns:
-        The JSON of each client that is in the sum, and the sum, in the dtypes that clients sent.
-
-    Raises:
-        FedgroveError: too few clients answered in one of the five asks; nothing was opened.
-    """
-    session = new_session(messages, bits)
-    facts = asdict(session)
-    idle = Clock({name: replace(pace, compute=0.0) for name, pace in clock.paces.items()}, clock.spent) if clock else None
-
-    def collect(ask_kind: str, to: Mapping[str, Info], form: Mapping[str, int] | None = None) -> dict[str, Info]:
-        """Answers without tensors; ``form``: the bytes of each of their strings, or the clients' names where it is None."""
-
-        def well_formed(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-            if form is not None:
-                right = info.keys() == form.keys() and all(_is_hex(info[key], size) for key, size in form.items())
-            elif ask_kind == "secure-shares":
-                right = all(name in to and _is_hex(text, 2 * (SECRET + 1) + 16) for name, text in info.items())
-            else:
-                right = all(name in sealed and _is_share(share) for name, share in info.items())
-            if tensors or not right:
-                raise WireError(f"it is no answer to {ask_kind}")
-
-        sent: dict[str, Message] = {client: ({}, {"session": facts, **info}) for client, info in to.items()}
-        got = ask(engine, run, ask_kind, sent, stage=stage, round_=round_, check=well_formed, clock=idle)
-        return {client: info for client, _, info in got}
-
-    advert = {"mask": 32, "channel": 32, "commitment": 32, "signature": 64}
-    adverts = collect("secure-keys", {client: {} for client in messages}, advert)
-    near = {client: [peer for peer in session.neighbours(client) if peer in adverts] for client in adverts}
-    sealed = collect(
-        "secure-shares", {client: {"adverts": {peer: adverts[peer] for peer in near[client]}} for client in adverts}
-    )
-    asked: dict[str, Message] = {}
-    for client in sealed:
-        ciphertexts = {peer: sealed[peer][client] for peer in near[client] if client in sealed.get(peer, {})}
-        asked[client] = (messages[client][0], {**messages[client][1], SECURE: {"session": facts, "ciphertexts": ciphertexts}})
-    opening, infos = Opening(session, adverts, sealed), {}
-    for client, tensors, info in ask(engine, run, kind, asked, stage=stage, round_=round_, check=check, clock=clock):
-        opening.add(client, tensors)
-        infos[client] = info
-    survivors = opening.survivors
-    signatures = collect("secure-check", {client: {"survivors": survivors} for client in survivors}, {"signature": 64})
-    signed = {client: info["signature"] for client, info in signatures.items()}
-    nearby = {client: {peer: signed[peer] for peer in session.holders(client) if peer in signed} for client in signed}
-    revealed = collect("secure-open", {client: {"signatures": nearby[client]} for client in signed})
-    return infos, opening.open(revealed)
-
-
 def at_zero(shares: Mapping[int, int]) -> int:
     """Lagrange's interpolation at 0 modulo ``PRIME``: the secret of Shamir shares {index: value}.
 
@@ -498,14 +422,6 @@ def at_zero(shares: Mapping[int, int]) -> int:
                 below = below * (j - i) % PRIME
         secret += above * pow(below, -1, PRIME)
     return secret % PRIME
-
-
-def _is_hex(text: Any, size: int) -> bool:
-    return isinstance(text, str) and re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", text) is not None
-
-
-def _is_share(share: Any) -> bool:
-    return isinstance(share, dict) and len(share) == 1 and all(_is_hex(text, SECRET + 1) for text in share.values())
 
 
 # Rings and keystreams
@@ -578,46 +494,15 @@ class SessionStore:
             beside.replace(path)
 
 
-# The asks
-
-
-def serve_secure(kind: str) -> Callable[[dict[str, Tensor], Info, LocalClient, str], tuple[dict[str, Tensor], Info]]:
-    """The client's handler for an ask of ``KINDS``. Ask and answer: the arguments and results of the functions above."""
-
-    def handler(tensors: dict[str, Tensor], info: Info, site: LocalClient, device: str) -> tuple[dict[str, Tensor], Info]:
-        session, credentials, memory = Session.of(info["session"]), credentials_of(site), SessionStore(site.folder / "secure")
-        if kind == "secure-keys":
-            return {}, keys(session, site.name, credentials, memory)
-        if kind == "secure-shares":
-            return {}, share(session, site.name, credentials, memory, info["adverts"])
-        if kind == "secure-check":
-            signed = confirm(session, site.name, credentials, memory, info["survivors"])
-            with memory.opened(session) as own:
-                release = own["release"]
-            if release is not None:
-                agreed(site.folder, release, site.name, info["survivors"])
-            return {}, signed
-        return {}, reveal(session, site.name, credentials, memory, info["signatures"])
-
-    return handler
-
-
-def mask_answer(site: LocalClient, secure: Info, tensors: Mapping[str, Tensor], release: str | None) -> dict[str, Tensor]:
-    """What a client does with the answer of an ask whose JSON holds ``SECURE``."""
-    credentials_of(site)
-    session, memory = Session.of(secure["session"]), SessionStore(site.folder / "secure")
-    return mask(session, site.name, memory, secure["ciphertexts"], tensors, release)
-
-
-def credentials_of(site: LocalClient) -> Credentials:
+def credentials_of(client: LocalClient) -> Credentials:
     """A client's credentials.
 
     Raises:
         SecureError: it has none.
     """
-    if site.credentials is None:
-        raise SecureError(f"client '{site.name}': it has no key and no roster for secure aggregation; give it both")
-    return site.credentials
+    if client.credentials is None:
+        raise SecureError(f"client '{client.name}': it has no key and no roster for secure aggregation; give it both")
+    return client.credentials
 
 
 def make_credentials(clients: Iterable[str], min_group: int = 3) -> dict[str, Credentials]:

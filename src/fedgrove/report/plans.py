@@ -48,10 +48,12 @@ def _pruning(plan: Mapping[str, Any], stage: Mapping[str, Any]) -> Group:
 
 def _tuning(plan: Mapping[str, Any]) -> Group:
     deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
-    table = _table(f"stage {plan['stage']}: tune, {plan['method']}{deadline}; each client, in a round")
+    table = _table(
+        f"stage {plan['stage']}: tune, {plan['parametrization'] if plan['planner'] == 'uniform' else plan['planner']}{deadline}; each client, in a round"
+    )
     _columns(table, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
     for name, share in plan["clients"].items():
-        card = plan["cards"][name]
+        card = plan["capabilities"][name]
         has = [mebibytes(card["memory"])] if card["memory"] else []
         has += [f"speed {card['speed']:g}"]
         has += [f"{card['uplink'] / 1e6:,.0f} Mbit up"] if card["uplink"] else []

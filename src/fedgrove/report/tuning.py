@@ -24,7 +24,7 @@ class Tuning:
 
     def __init__(self, summary: Summary, plan: dict[str, Any]):
         self.number: int = plan["stage"]
-        self.whole: bool = not plan["rank"]
+        self.whole: bool = plan["parametrization"] == "full"
         self.left_out: dict[str, str] = dict(sorted(plan["left_out"].items()))
         self._plan = plan
         self._clients = sorted(plan["clients"])
@@ -34,13 +34,15 @@ class Tuning:
     @property
     def scored(self) -> bool:
         """Whether the clients were asked which matrices matter."""
-        return bool(self._plan["method"] == "fedpipe")
+        return bool(self._plan["planner"] == "fedpipe")
 
     @property
     def says(self) -> str:
         """What happened, in a sentence or two."""
-        method = self._plan["method"]
-        parts = [f"{plural(len(self._clients), 'client')} trained for {plural(len(self._rounds), 'round')}: {METHODS[method]}."]
+        method = self._plan["planner"] if self._plan["planner"] != "uniform" else self._plan["parametrization"]
+        parts = [
+            f"{plural(len(self._clients), 'client')} trained for {plural(len(self._rounds), 'round')}: {METHODS.get(method, method)}."
+        ]
         clock = self._of_round(self._rounds[-1], "clock") if self._rounds else None
         if clock is not None:
             parts.append(
@@ -61,7 +63,7 @@ class Tuning:
         ]  # fmt: skip
         rows = []
         for client in self._clients:
-            share, card = self._plan["clients"][client], self._plan["cards"][client]
+            share, card = self._plan["clients"][client], self._plan["capabilities"][client]
             ranks = share["ranks"]
             uplink = card["uplink"] / 1e6 if card["uplink"] else None
             losses = [self._measured.get((r, client, "loss")) for r in self._rounds]

@@ -118,7 +118,7 @@ def method(stage: Mapping[str, Any]) -> str:
             f"narrow by {stage['channels']:.0%} of the channels and {stage['heads']:.0%} of the heads, score {stage['score']}"
         )
     if stage["kind"] != "prune":
-        by = stage.get("method")
+        by = stage.get("parametrization") if stage.get("planner") == "uniform" else stage.get("planner")
         return f"{stage['kind']} with {by}, aggregation {stage.get('aggregation')}" if by else str(stage["kind"])
     target = stage.get("pattern") or f"{100 * stage.get('sparsity', 0):g}%"
     uneven = f" ({stage['allocation']})" if stage.get("allocation", "even") != "even" else ""
@@ -171,9 +171,9 @@ def _sent(stage: Mapping[str, Any]) -> str:
     if stage["kind"] == "structured":
         return "for each channel and head of every block one number: how much the loss on its text would change without it"
     if stage["kind"] == "tune":
-        what = "the change of each matrix" if stage.get("method") == "full" else "the factors of low-rank changes"
+        what = "the change of each matrix" if stage.get("parametrization") == "full" else "the factors of low-rank changes"
         says = f"in each round {what} that it had trained on its text, and its loss"
-        if stage.get("method") == "fedpipe":
+        if stage.get("planner") == "fedpipe":
             says += "; before the first a score for each matrix"
         return says + ("; in the end two losses on text that it held out for itself" if stage.get("personal") else "")
     if stage.get("aggregation") == "pooled":

@@ -31,6 +31,6 @@ class Capabilities(Reply):
     downlink: Annotated[int, Field(gt=0)] | None = None
     bits: tuple[Bits, ...] = (32, 16, 8, 4)
     devices: Annotated[int, Field(ge=1, le=64)] = 1
-    tokens: dict[int, Annotated[int, Field(ge=0)]] = {}
+    tokens: dict[int, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     samples: Annotated[int, Field(gt=0)] | None = None
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None

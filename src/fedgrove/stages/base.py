@@ -1,8 +1,9 @@
-"""What a kind of stage is: a folder, whose ``stage.py`` holds three functions.
+"""What a kind of stage is: a folder, whose ``stage.py`` holds four functions.
 
     plan(index, config, decoder, capabilities, job) -> Plan
     run(model, plan, config, federation) -> Result
     alone(model, plan, config, clients, windows, federation) -> what each client would have had without the others
+    typical_memory(decoder, length) -> what a client needs, for ``fedgrove doctor``
 
 ``config.py`` beside it holds the stage's table of the job file (see :mod:`fedgrove.job.stage_config`), ``exchanges/`` what its clients
 are asked (see :mod:`fedgrove.rounds.request`), and ``report.py`` what the report says of it. The folder's name is the stage's kind:
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.job.stage_config import STAGES, StageConfig
+from fedgrove.job.stage_config import STAGES
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
@@ -94,9 +95,7 @@ class Result:
 class Stage(Protocol):
     """The functions of a stage's ``stage.py``."""
 
-    def plan(
-        self, index: int, config: Any, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job
-    ) -> Plan:
+    def plan(self, index: int, config: Any, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
         """Decides who does what.
 
         Args:
@@ -126,17 +125,19 @@ class Stage(Protocol):
         """Measures what each of these clients would have had without the others, on held-out windows by text."""
         ...
 
+    def typical_memory(self, decoder: Decoder, length: int) -> dict[str, float]:
+        """Bytes that one client needs for the stage's usual settings, by what is done; for ``fedgrove doctor``."""
+        ...
+
 
 def stage_of(kind: str) -> Stage:
     """The stage of a kind."""
-    return cast(Stage, plugins.load(f"{STAGES}.{kind}", "stage"))
+    return cast(Stage, plugins.load(f"{STAGES}.{kind}", "stage", Stage))
 
 
 def names_of(disclosures: frozenset[Disclosure]) -> tuple[str, ...]:
     """For a plan: the names of disclosures, in the order of their definition."""
     return tuple(one.name for one in Disclosure if one in disclosures)
-
-
 
 
 def calibration_seed(seed: int, stage: int) -> str:

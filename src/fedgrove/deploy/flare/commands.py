@@ -213,8 +213,8 @@ def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
 
     Example: fedgrove federation doctor kits/sites/ash
     """
-    from fedgrove.doctor import show
     from fedgrove.deploy.flare.doctor import examine
+    from fedgrove.doctor import show
 
     checks = examine(kit)
     show(checks, as_json)

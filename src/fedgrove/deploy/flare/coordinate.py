@@ -16,18 +16,18 @@ import torch
 from pydantic import ValidationError
 
 from fedgrove import run as server
-from fedgrove.engines.base import Engine
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare.files import SERVER, ServerFile, model_folder, read
 from fedgrove.deploy.flare.site import DONE, JOIN, RESULT
+from fedgrove.engines.base import Engine
+from fedgrove.errors import FedgroveError
+from fedgrove.export import Texts, export
 from fedgrove.job import FederatedJob, load_federated
 from fedgrove.models.digest import digests
-from fedgrove.stages.prune.plan import Capabilities
 from fedgrove.progress import Listener
 from fedgrove.rounds.collect import ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.runfolder import RunFolder
-from fedgrove.export import Texts, export
+from fedgrove.stages.prune.plan import Capabilities
 
 JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (

@@ -13,13 +13,13 @@ from pathlib import Path
 from cryptography import x509
 
 from fedgrove import doctor
-from fedgrove.doctor import Check
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.files import SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
 from fedgrove.deploy.flare.kits import HUB, NEVER, SEAT
 from fedgrove.deploy.flare.node import address, kind_of, running
 from fedgrove.deploy.flare.site import CLOCK, credentials, described, name_of
+from fedgrove.doctor import Check
+from fedgrove.errors import FedgroveError
 
 APART = 300.0  # seconds between two clocks; a message takes a few of them
 SOON = 30  # days before a certificate ends in which it is time to renew it

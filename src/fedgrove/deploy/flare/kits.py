@@ -22,10 +22,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-from fedgrove.engines.error_codes import VERSION
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.files import FEDERATION, SERVER, SITE, Federation
+from fedgrove.engines.error_codes import VERSION
+from fedgrove.errors import FedgroveError
 
 HUB, SEAT = "fedgrove.engines.flare.Hub", "fedgrove.engines.flare.Seat"
 PATIENCE = 7200  # seconds after which the server forgets a silent site; a run asks it again and again before that

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.files import SERVER, SITE, ServerFile, SiteFile, read
 from fedgrove.deploy.flare.kits import keep_jobs_in
+from fedgrove.errors import FedgroveError
 
 PID = "process.pid"
 MODULES = "nvflare.private.fed.app"

@@ -15,12 +15,12 @@ from typing import Any
 
 import tomli_w
 
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.coordinate import JOB, SAID, STATE, TEXTS
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.deploy.flare.kits import HUB, SEAT
 from fedgrove.deploy.flare.node import address, kind_of, reachable
+from fedgrove.errors import FedgroveError
 from fedgrove.job import FederatedJob, load_federated
 from fedgrove.progress import Listener
 

@@ -21,18 +21,18 @@ import torch
 
 from fedgrove.client import handlers as client
 from fedgrove.client.handlers import TEXTLESS, LocalClient
-from fedgrove.engines import error_codes as faults
-from fedgrove.engines.worker import Reply
-from fedgrove.engines.error_codes import Refusal
-from fedgrove.errors import FedgroveError
 from fedgrove.deploy.flare.files import SITE, Allow, SiteFile, model_folder, read
 from fedgrove.deploy.flare.kits import KEY, ROSTER, SIGNATURE, TRUSTED
+from fedgrove.engines import error_codes as faults
+from fedgrove.engines.error_codes import Refusal
+from fedgrove.engines.worker import Reply
+from fedgrove.errors import FedgroveError
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.prune.plan import Capabilities
 from fedgrove.privacy.secure import Credentials
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import Info
+from fedgrove.stages.prune.plan import Capabilities
 
 JOIN, RESULT, DONE = "join", "result", "done"
 CLOCK = "log/clock.json"  # the server's clock and this one, when a job was last asked for
@@ -41,7 +41,14 @@ STAGES = {  # kinds of ask by kind of stage
     "structured": {"structured"},
     "tune": {"base", "importance", "train", "personal"},
 }
-SETTINGS = ("pruner", "aggregation", "score", "length", "allocation", "personal")  # of a stage, which an ask may repeat and not change
+SETTINGS = (
+    "pruner",
+    "aggregation",
+    "score",
+    "length",
+    "allocation",
+    "personal",
+)  # of a stage, which an ask may repeat and not change
 METHODS = ("pruner", "method", "aggregation", "score", "allocation")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -40,7 +40,7 @@ class SecureAggregator:
         messages = into.masked(messages)
         session = new_session(messages, into.ring_bits())
         first = next(iter(messages.values())).request
-        place = {"stage": first.stage, "round": first.round, "session": session}
+        place: dict[str, Any] = {"stage": first.stage, "round": first.round, "session": session}
         idle = Clock({name: replace(pace, compute=0.0) for name, pace in clock.paces.items()}, clock.spent) if clock else None
 
         def phase(requests: Mapping[str, Request], said: type[Said]) -> dict[str, Said]:

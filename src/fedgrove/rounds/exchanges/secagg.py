@@ -7,7 +7,6 @@ response masked travels beside that request, as :class:`Masking`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,12 +19,10 @@ from fedgrove.privacy.secure import SECRET, Session, SessionStore, credentials_o
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
 from fedgrove.rounds.wire import WireError
 
-
-def _hex(size: int) -> type[str]:
-    return Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * size}}}$")]  # type: ignore[return-value]
-
-
-Key, Signature, Share, Ciphertext = _hex(32), _hex(64), _hex(SECRET + 1), _hex(2 * (SECRET + 1) + 16)
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * (SECRET + 1)}}}$")]
+Ciphertext = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * (2 * (SECRET + 1) + 16)}}}$")]  # two shares and a tag of 16 bytes
 
 
 class Advert(Reply):
@@ -138,8 +135,3 @@ class Open(_Phase):
         assert isinstance(reply, Revealed)
         if not reply.shares.keys() <= set(self.session.clients):
             raise WireError("it reveals shares of clients that were not asked")
-
-
-def facts(session: Session) -> dict[str, object]:
-    """A session as plain data."""
-    return asdict(session)

@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.federation import Federation
@@ -17,7 +18,7 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.prune.allocation import Options, allocation_of
 from fedgrove.stages.prune.config import Config
-from fedgrove.stages.prune.exchanges.outliers import CODE, Calibration, MeasureBlocks, check_range
+from fedgrove.stages.prune.exchanges.outliers import CODE, MeasureBlocks, check_range
 from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pooled import SharedInput, pooled_squares
 
@@ -101,7 +102,11 @@ def _request(plan: Plan, config: Config, federation: Federation, client: str) ->
         compute_dtype=config.compute_dtype,
     )
     return MeasureBlocks(
-        stage=plan.stage, allocation=config.allocation, owl_m=config.owl_m, owl_lambda=config.owl_lambda, calibration=calibration
+        stage=plan.stage,
+        allocation=config.allocation,
+        owl_m=config.owl_m,
+        owl_lambda=config.owl_lambda,
+        calibration=calibration,
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 from fedgrove.models.blocks import Call, Decoder, linears
+from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 
 
 class Adds(Protocol):

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Delta, Epsilon, Sparsity, Table, method_of
+from fedgrove.models.masks import Target
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
 from fedgrove.stages.prune.allocation import allocation_of
-from fedgrove.models.masks import Target
 from fedgrove.stages.prune.pruners import Pruner, pruner_of
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ class Config(StageConfig):
             raise ValueError(f'pattern "{self.pattern}": N of every M inputs are kept, so 0 < N < M')
         for key in sorted(AGGREGATION_KEYS - self.method.READS):
             if getattr(self, key) != type(self).model_fields[key].default:
-                owners = [name for name in aggregation_names() if key in aggregation_of(name).READS]
-                raise ValueError(f"{key} belongs to aggregation = {' or '.join(f'\"{name}\"' for name in owners)}; leave it out")
+                owners = [f'"{name}"' for name in aggregation_names() if key in aggregation_of(name).READS]
+                raise ValueError(f"{key} belongs to aggregation = {' or '.join(owners)}; leave it out")
         if self.trim and self.layers != "all":
             raise ValueError('trim needs layers = "all": every client counts alike')
         if self.damping is not None and self.solver.NEEDS != "gram":
@@ -214,7 +214,9 @@ class Config(StageConfig):
                     f'{at}.aggregation: "{self.aggregation}" sums over the model that the clients have; make it the first stage'
                 )
             if own_sparsity:
-                raise ValueError(f'clients.sparsity: with aggregation "{self.aggregation}" ({at}) the server prunes; leave it out')
+                raise ValueError(
+                    f'clients.sparsity: with aggregation "{self.aggregation}" ({at}) the server prunes; leave it out'
+                )
         if self.measures_blocks:
             if own_sparsity:
                 raise ValueError(f"clients.sparsity: {at}.allocation gives every block its own; leave it out")

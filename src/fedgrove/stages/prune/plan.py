@@ -60,7 +60,7 @@ class Plan(base.Plan):
     clients: dict[str, Assignment]
     sums: bool
     num_blocks: int
-    choices: dict[str, int] = {}
+    choices: dict[str, int]
 
     def contributors(self, round_: int, block: int) -> list[str]:
         """The clients that are given a block in a round, by name."""
@@ -272,7 +272,7 @@ def _cost(block: _Block, stage: Config, client: Capabilities, needs: Needs, mask
     solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
     sparsity = _target_of(stage, client).sparsity
     upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
-    if stage.method.SENDS == {Disclosure.MASKS}:
+    if {Disclosure.MASKS} == stage.method.SENDS:
         upload = parameters // 8
     if masked is not None:
         upload = math.ceil(parameters * masked)

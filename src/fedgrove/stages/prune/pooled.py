@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.experts import expert_of
 from fedgrove.models.masks import Target
@@ -22,7 +23,7 @@ from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.calibration_pass import shared_inputs
 from fedgrove.stages.prune.config import Config
-from fedgrove.stages.prune.exchanges.block import START, Calibration
+from fedgrove.stages.prune.exchanges.block import START
 from fedgrove.stages.prune.exchanges.statistics import SCALE, InputSums, Noise, SumInputs, largest_per_client
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.plan import Plan

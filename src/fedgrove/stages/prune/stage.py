@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
@@ -22,18 +23,17 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result, calibration_seed
 from fedgrove.stages.prune.aggregation import Options, client_solved
 from fedgrove.stages.prune.allocate import block_sparsities, read_sparsities
+from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.alone import WINDOW, EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import START, BlockSums, Calibration, PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import START, BlockSums, PruneBlock, Recipe
 from fedgrove.stages.prune.plan import Plan, make_plan
 from fedgrove.stages.prune.pooled import Pruned, SharedInput, probe, prune_by_sums, prune_without_data
 
 Record = dict[str, Any]
 
 
-def plan(
-    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job
-) -> Plan:
+def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.prune.plan.make_plan`."""
     alone = job.evaluate.alone and index == 0
     return make_plan(index, config, decoder, capabilities, job.seed, job.privacy.secure_aggregation, alone)
@@ -98,6 +98,16 @@ def alone(
             counts = [ids.numel() - 1 for ids in texts]
             losses[name] = list(zip(answer[CHANGE + name].tolist(), counts, strict=True))
         yield client, losses
+
+
+def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
+    """With the pruner that needs least of the text's sums, and with the one that needs most."""
+    needs = {}
+    for pruner in ("wanda", "sparsegpt"):
+        config = Config(kind="prune", pruner=pruner, sparsity=0.5, length=length)
+        assignment = make_plan(0, config, decoder, {"one": Capabilities()}, seed=0).clients["one"]
+        needs[f"prune with {pruner}"] = float(assignment.memory)
+    return needs
 
 
 def _prune_block(
@@ -199,6 +209,7 @@ def prune_request(
         length=config.length,
         seed=calibration_seed(job.seed, plan.stage),
         through="dense" if config.calibration_source == "dense" else recipe.through,
+        windows_per_run=windows_at_once(assignment.samples, config.length, config.compute_dtype),
         compute_dtype=config.compute_dtype,
     )
     return PruneBlock(

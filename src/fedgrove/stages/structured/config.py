@@ -52,7 +52,9 @@ class Config(StageConfig):
 
     def check(self, job: Job, index: int) -> None:
         if index > 0:
-            raise ValueError(f'stages.{index}.kind: "{self.kind}" cuts the model that the clients have; make it the first stage')
+            raise ValueError(
+                f'stages.{index}.kind: "{self.kind}" cuts the model that the clients have; make it the first stage'
+            )
 
     def centralized(self, job: Job) -> Self:
         return self.model_copy(update={"samples": sum(client.samples or self.samples for client in job.clients)})

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
@@ -26,16 +27,14 @@ from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result, calibration_seed
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, Calibration, ScoreGroups, Tokens, check_values
+from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, Tokens, check_values
 from fedgrove.stages.structured.plan import Plan, make_plan
 from fedgrove.stages.structured.scores import score_of
 
 Kept = dict[str, Tensor]  # "channels" and "heads": ascending indices of the groups that stay
 
 
-def plan(
-    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job
-) -> Plan:
+def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.structured.plan.make_plan`."""
     return make_plan(index, config, decoder, capabilities, job.privacy.secure_aggregation)
 
@@ -109,6 +108,15 @@ def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run:
     return model.over(overlay, width=plan.after)
 
 
+def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
+    """A quarter of the channels and heads; nothing for architectures that cannot be cut."""
+    config = Config(kind="structured", length=length)
+    try:
+        return {"cut channels and heads": float(make_plan(0, config, decoder, {"one": Capabilities()}).clients["one"].memory)}
+    except FedgroveError:
+        return {}
+
+
 class _Scores(IntegerSums):
     """The clients' sums, and where it is wanted each client's part of them."""
 
@@ -141,9 +149,7 @@ def score_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreGro
         seed=calibration_seed(job.seed, plan.stage),
         through="gradients",
     )
-    return ScoreGroups(
-        stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients)
-    )
+    return ScoreGroups(stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients))
 
 
 def _cut(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgrove import plugins
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Bits, Choices, Delta, Epsilon, method_of
+from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of
+from fedgrove.stages.tune.parametrizations import parametrization_of
+from fedgrove.stages.tune.planners import planner_of
+from fedgrove.stages.tune.trainers import Trainer, trainer_of
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -18,9 +23,12 @@ class Config(StageConfig):
 
     Attributes:
         kind: what the stage does.
-        method: "fedpipe" gives each client a configuration of its own; "lora" gives all the one that the weakest can hold;
-            "full" trains the whole linears.
-        aggregation: what the server makes of the adapters.
+        planner: who gets what: "fedpipe" gives each client a configuration of its own; "uniform" gives all the one that the
+            weakest can hold. Default: "fedpipe" for "lora", else "uniform".
+        parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the weights.
+        trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: what ``epsilon`` asks for.
+        aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", else "fedavg".
+        method: a short form: the name of a planner, or of a parametrization for the planner "uniform".
         rounds: how often the clients train and the server makes one adapter of theirs.
         steps: optimizer steps of each client in a round, the same for all.
         length: tokens per window.
@@ -53,7 +61,9 @@ class Config(StageConfig):
     """
 
     kind: Literal["tune"]
-    method: Literal["fedpipe", "lora", "full"] = "fedpipe"
+    planner: Annotated[str, method_of("stages.tune.planners")] = "fedpipe"
+    parametrization: Annotated[str, method_of("stages.tune.parametrizations")] = "lora"
+    trainer: Annotated[str, method_of("stages.tune.trainers")] = "sgd"
     aggregation: Annotated[str, method_of("stages.tune.aggregation")] = "flexlora"
     rounds: Annotated[int, Field(ge=1)] = 10
     steps: Annotated[int, Field(ge=1)] = 16
@@ -82,35 +92,86 @@ class Config(StageConfig):
     personal: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     eval_every: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, value: Any) -> Any:
+        """Expands ``method``, and fills in what follows from the other keys, so that a job says what it does."""
+        if not isinstance(value, dict):
+            return value
+        filled = dict(value)
+        short = filled.pop("method", None)
+        if short is not None:
+            planners, parametrizations = plugins.names("stages.tune.planners"), plugins.names("stages.tune.parametrizations")
+            if short not in (*planners, *parametrizations):
+                raise ValueError(f"method: choose one of {', '.join(sorted({*planners, *parametrizations}))}")
+            means = {"planner": short} if short in planners else {"planner": "uniform", "parametrization": short}
+            for key, name in means.items():
+                if filled.setdefault(key, name) != name:
+                    raise ValueError(f'method "{short}" means {key} = "{name}"; leave one of them out')
+        parametrization = filled.setdefault("parametrization", "lora")
+        if parametrization in plugins.names("stages.tune.parametrizations"):
+            method = parametrization_of(parametrization)
+            filled.setdefault("planner", "fedpipe" if method.RANKED else "uniform")
+            filled.setdefault("aggregation", method.AGGREGATION)
+        windows = filled.get("epsilon") is not None and filled.get("dp_unit", "window") == "window"
+        filled.setdefault("trainer", "dp_sgd" if windows else "sgd")
+        return filled
+
     @model_validator(mode="after")
-    def _fits_method(self) -> Self:
-        if self.method == "fedpipe" and self.aggregation == "fedex_lora":
-            raise ValueError('aggregation "fedex_lora" needs equal ranks: use method = "lora", or aggregation = "flexlora"')
-        if self.method == "full" and self.aggregation != "flexlora":
-            raise ValueError('method "full" has no adapters: leave aggregation out')
-        if self.method == "full" and self.personal:
-            raise ValueError('method "full" has no adapters: leave personal out')
-        if self.server_optimizer != "average" and (self.method == "full" or self.aggregation != "flexlora"):
-            raise ValueError(f'server_optimizer "{self.server_optimizer}" works on adapters with aggregation = "flexlora"')
-        if self.precision == "fixed" and (self.method == "full" or self.aggregation != "ffa_lora"):
-            raise ValueError('precision "fixed": whole numbers add up where all share one factor; set aggregation = "ffa_lora"')
-        if self.epsilon is not None and self.method != "lora":
-            what = (
-                'the scores by which "fedpipe" plans have no noise'
-                if self.method == "fedpipe"
-                else "there is noise for adapters"
+    def _fits(self) -> Self:
+        what, takes = parametrization_of(self.parametrization), self.aggregation_method
+        planner = planner_of(self.planner)
+        if what.FORM not in takes.TAKES:
+            fitting = [name for name in plugins.names("stages.tune.aggregation") if what.FORM in aggregation_of(name).TAKES]
+            raise ValueError(
+                f'aggregation "{self.aggregation}" does not take what parametrization "{self.parametrization}" trains; '
+                f"use one of {', '.join(fitting)}"
             )
+        if planner.NEEDS_RANKS and not what.RANKED:
+            raise ValueError(f'planner "{self.planner}" chooses ranks, and "{self.parametrization}" has none; use "uniform"')
+        if takes.EQUAL_RANKS and not planner.EQUAL_RANKS:
+            raise ValueError(
+                f'aggregation "{self.aggregation}" needs equal ranks: use method = "lora", or aggregation = "flexlora"'
+            )
+        if self.personal and not what.PERSONAL:
+            raise ValueError(f'parametrization "{self.parametrization}" has no adapters: leave personal out')
+        if self.server_optimizer != "average" and not takes.SERVER_OPTIMIZERS:
+            raise ValueError(
+                f'server_optimizer "{self.server_optimizer}" works on changes that aggregation = "flexlora" or "fedavg" makes'
+            )
+        if self.precision == "fixed" and not (takes.SHARED_A or what.RELATIVE):
+            raise ValueError('precision "fixed": whole numbers add up where all share one factor; set aggregation = "ffa_lora"')
+        if self.epsilon is not None:
+            self._check_private(what.PRIVATE, planner.NEEDS_IMPORTANCE)
+        elif self.trainer_method.PRIVATE:
+            raise ValueError(f'trainer "{self.trainer}" adds noise: give epsilon beside it')
+        return self
+
+    def _check_private(self, noise: bool, scores: bool) -> None:
+        if scores or not noise:
+            what = f'the scores by which "{self.planner}" plans have no noise' if scores else "there is noise for adapters"
             raise ValueError(f'epsilon: {what}; set method = "lora"')
-        if self.epsilon is not None and self.personal:
+        if self.personal:
             raise ValueError("epsilon: the losses by which adapters are chosen have no noise; leave personal out")
-        if self.epsilon is not None and self.dp_unit == "client" and self.precision != "fixed":
+        if self.dp_unit == "client" and self.precision != "fixed":
             raise ValueError(
                 'epsilon: the noise is on a sum of changes; set aggregation = "ffa_lora" and precision = "fixed" beside it'
             )
-        return self
+        if (self.dp_unit == "window") != self.trainer_method.PRIVATE:
+            raise ValueError(f'trainer "{self.trainer}" does not protect a {self.dp_unit}; leave trainer out')
 
     @property
-    def dtype(self) -> str:
+    def aggregation_method(self) -> Aggregation:
+        """The aggregation's file."""
+        return aggregation_of(self.aggregation)
+
+    @property
+    def trainer_method(self) -> Trainer:
+        """The trainer's file."""
+        return trainer_of(self.trainer)
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
         """Of the adapters on the wire; with "fixed", on their way down."""
         return "float32" if self.precision == "fixed" else self.precision
 
@@ -121,7 +182,7 @@ class Config(StageConfig):
         return self.epsilon
 
     def methods(self) -> set[str]:
-        return {self.method, self.aggregation}
+        return {self.planner, self.parametrization, self.trainer, self.aggregation}
 
     def check_secure(self, job: Job, index: int) -> None:
         at = f"privacy.secure_aggregation: stages.{index}"
@@ -133,9 +194,10 @@ class Config(StageConfig):
             raise ValueError(f"{at}.personal: its losses are not summed; set it to 0")
 
     def centralized(self, job: Job) -> Self:
-        """As many steps as all clients take together, each on the largest batch at the largest ranks, by plain LoRA or "full"."""
+        """As many steps as all clients take together, each on the largest batch at the largest ranks, without a planner."""
         changes = {
-            "method": self.method if self.method == "full" else "lora", "aggregation": "flexlora", "steps": self.steps * len(job.clients),
-            "server_optimizer": "average", "precision": "float32", "epsilon": None, "personal": 0.0, "proximal": 0.0, "eval_every": 0,
+            "planner": "uniform", "trainer": "sgd", "aggregation": parametrization_of(self.parametrization).AGGREGATION,
+            "steps": self.steps * len(job.clients), "server_optimizer": "average", "precision": "float32", "epsilon": None,
+            "personal": 0.0, "proximal": 0.0, "eval_every": 0,
         }  # fmt: skip
         return self.model_copy(update=changes)

@@ -8,14 +8,14 @@ are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedgrove.models.cost import ModelCost
 from fedgrove.quantities import mebibytes
-from fedgrove.stages.tune.knapsack import Array, Solution, KnapsackSide, search
+from fedgrove.stages.tune.knapsack import Array, KnapsackSide, Solution, search
 
 QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
@@ -203,7 +203,9 @@ def check_feasible(sizes: ModelCost, grid: SearchSpace, budget: Budget) -> None:
         raise Infeasible(f"the least that tunes anything takes {needed:.3g} s a round, but deadline is {budget.seconds:.3g} s")
 
 
-def best(sizes: ModelCost, grid: SearchSpace, budget: Budget, importance: Mapping[str, float], gap: float | None = None) -> ClientConfig:
+def best(
+    sizes: ModelCost, grid: SearchSpace, budget: Budget, importance: Mapping[str, float], gap: float | None = None
+) -> ClientConfig:
     """The configuration of the highest :func:`value` within a budget, to within ``gap``.
 
     A quick search comes first (see :mod:`fedgrove.stages.tune.knapsack`); where it cannot prove that nothing is better by more than
@@ -225,7 +227,10 @@ def best(sizes: ModelCost, grid: SearchSpace, budget: Budget, importance: Mappin
     gains = [gain(rank, grid.ranks[-1]) for rank in grid.ranks]
     worth = np.outer([importance[name] for name in names], gains) - grid.upload_price / _largest(sizes, grid) * numbers
     trained = PER_TUNED * numbers + 4.0 * sizes.length * np.add.outer(inputs, grid.ranks)
-    bits = [KnapsackSide(-QUANTIZATION_PRICE[b], trained, budget.memory - memory(sizes, grid, ClientConfig(b, 1, 1, {}))) for b in grid.bits]
+    bits = [
+        KnapsackSide(-QUANTIZATION_PRICE[b], trained, budget.memory - memory(sizes, grid, ClientConfig(b, 1, 1, {})))
+        for b in grid.bits
+    ]
     batches = []
     for batch in grid.batches:
         number = 6.0 * sizes.length * grid.steps * each_device(batch, budget) / budget.speed + grid.number / budget.uplink
@@ -306,8 +311,18 @@ def micros(batches: tuple[int, ...]) -> list[int]:
     return sorted({1, *batches})
 
 
-def widest(sizes: ModelCost, grid: SearchSpace, budget: Budget, choice: ClientConfig) -> ClientConfig:
-    """The same configuration with as many windows at once as fit: fewer, larger products are faster."""
+def widest(
+    sizes: ModelCost,
+    grid: SearchSpace,
+    budget: Budget,
+    choice: ClientConfig,
+    need: Callable[[ModelCost, SearchSpace, ClientConfig], float] = memory,
+) -> ClientConfig:
+    """The same configuration with as many windows at once as fit: fewer, larger products are faster.
+
+    Args:
+        need: bytes of a configuration.
+    """
     fits = [micro for micro in micros(grid.batches) if micro <= each_device(choice.batch, budget)]
-    fits = [m for m in fits if memory(sizes, grid, ClientConfig(choice.bits, choice.batch, m, choice.ranks)) <= budget.memory]
+    fits = [m for m in fits if need(sizes, grid, ClientConfig(choice.bits, choice.batch, m, choice.ranks)) <= budget.memory]
     return ClientConfig(choice.bits, choice.batch, max([choice.micro, *fits]), choice.ranks)

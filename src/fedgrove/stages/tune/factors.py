@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,19 @@ class Factors:
 
     b: Tensor
     a: Tensor
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> Factors:
+        """From its tensors ``b`` and ``a``."""
+        return cls(parts["b"], parts["a"])
+
+    def parts(self) -> dict[str, Tensor]:
+        """``b`` and ``a``; empty where the rank is 0."""
+        return {"b": self.b, "a": self.a} if self.rank else {}
+
+    def numel(self) -> int:
+        """Numbers of the product."""
+        return self.b.shape[0] * self.a.shape[1]
 
     @classmethod
     def none(cls, num_out: int, num_in: int) -> Factors:

@@ -1,9 +1,9 @@
-"""Adapters with a shared frozen factor as whole numbers: a sum that is exact, that can be taken unseen, and that takes noise.
+"""Changes as whole numbers: a sum that is exact, that can be taken unseen, and that takes noise.
 
-With one A for all (aggregation ``ffa_lora``) the mean of the clients' adapters is a plain sum of their B's. Here it is a sum of
-whole multiples of 2⁻²⁴ of (weight · what B changed by) in 32-bit words: the same bits in the open and under secure
-aggregation, whoever is added first. Weights are public and add up to at most one, so the sum needs no more room than one
-client. Everybody sends the columns that the widest client trains, those that it does not train as zeros: shapes tell
+Where what a round changed adds up (with one A for all, or with tensors that are averaged as they are), the mean of the clients'
+changes is a plain sum. Here it is a sum of whole multiples of 2⁻²⁴ of (weight · what changed) in 32-bit words: the same bits in the
+open and under secure aggregation, whoever is added first. Weights are public and add up to at most one, so the sum needs no more
+room than one client. Everybody sends the columns that the widest client trains, those that it does not train as zeros: shapes tell
 nothing. The loss, and the scores of the linears, go the same way.
 
 FFA-LoRA (arXiv 2403.12313) names exact means and privacy as what one frozen factor is good for; words and weights are ours.
@@ -11,49 +11,106 @@ FFA-LoRA (arXiv 2403.12313) names exact means and privacy as what one frozen fac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fedgrove.errors import FedgroveError
-from fedgrove.rounds.wire import CHANGE, WireError
+from fedgrove.privacy import tuning as dp
+from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
+from fedgrove.rounds.request import CHANGE, Tensors
+from fedgrove.rounds.wire import WireError
 
 BITS = 24  # after the point
 LARGEST = 64  # of any number before it is weighted
+CODE = FixedPoint(BITS, torch.int32, toward_zero=True)
 LOSS = "loss"
 
 
-def encode(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+class ClientNoise(BaseModel):
+    """Differential privacy of a whole client: its change is clipped, and the sum of a round gets noise.
+
+    Attributes:
+        epsilon, delta: what all rounds together may spend.
+        clip: the largest norm of a client's change.
+        rounds: how many there are.
+        adders: clients that share the noise, under secure aggregation; 0: the server adds it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epsilon: float
+    delta: float
+    clip: float
+    rounds: int
+    adders: int
+
+    def clipped(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The client's half: its changes, together no longer than ``clip``."""
+        return dp.clipped(changes, self.clip)
+
+    def add_share(self, numbers: Tensors, weight: float) -> Tensors:
+        """The client's half: its part of the noise, where clients add it."""
+        if not self.adders:
+            return numbers
+        sigma = dp.client_noise(self.epsilon, self.delta, self.rounds) * self.clip * weight
+        return dp.add_whole(numbers, sigma * 2.0**BITS / math.sqrt(self.adders))
+
+    def add_at_server(self, total: Tensors, clients: int) -> Tensors:
+        """The server's half: all of the noise, where clients add none.
+
+        Args:
+            total: the sum of the whole numbers.
+            clients: how many there are, whether they answered or not: each weighs as much.
+        """
+        if self.adders:
+            return total
+        sigma = dp.client_noise(self.epsilon, self.delta, self.rounds) * self.clip / clients
+        return dp.add_whole(total, sigma * 2.0**BITS)
+
+
+class WholeNumbers(BaseModel):
+    """What a client is told that sends whole numbers.
+
+    Attributes:
+        weight: its weight in the sum; those of all clients add up to one at most.
+        widest: by linear, the columns to send.
+        noise: that protects a client; None: none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: float
+    widest: dict[str, int]
+    noise: ClientNoise | None = None
+
+
+def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:
     """A client's numbers, weighted, as int32; rounded towards zero, so that no norm grows.
 
     Args:
         values: by name.
-        share: the client's weight in the sum; those of all clients add up to one at most.
+        weight: the client's weight in the sum.
 
     Raises:
-        FedgroveError: a value is not finite or not between ±``LARGEST``.
+        OutOfRange: a value is not finite or not between ±``LARGEST``.
     """
     for name, value in values.items():
         if not (value.abs() < LARGEST).all():
-            raise FedgroveError(f"{name}: what it learnt is not finite or past {LARGEST}; lower learning_rate")
-    return {CHANGE + name: (value.double() * share * 2.0**BITS).trunc().int() for name, value in values.items()}
+            raise OutOfRange(f"{name}: what it learnt is not finite or past {LARGEST}; lower learning_rate")
+    return {CHANGE + name: CODE.encode(value.double() * weight) for name, value in values.items()}
 
 
-def padded(change: Tensor, widest: int) -> Tensor:
-    """The change of a B (out, rank), with zeros for the columns that others train: (out, widest)."""
-    return torch.nn.functional.pad(change, (0, widest - change.shape[1]))
-
-
-def check(tensors: Mapping[str, Tensor], share: float) -> None:
+def check(tensors: Mapping[str, Tensor], weight: float) -> None:
     """Refuses numbers that no client of that weight, or no sum of such clients, can have sent.
 
     Raises:
         WireError: one is too large.
     """
     for name, tensor in tensors.items():
-        if (tensor.long().abs() > share * LARGEST * 2.0**BITS).any():
+        if (tensor.long().abs() > weight * LARGEST * 2.0**BITS).any():
             raise WireError(f"{name} is out of range")
 
 
@@ -64,11 +121,6 @@ def mean(total: Tensor, weight: Tensor | float) -> Tensor:
         total: whole numbers.
         weight: of those who are in the sum: one number, or one for each column.
     """
-    value = total.double() * 2.0**-BITS
+    value = CODE.decode(total)
     weight = torch.as_tensor(weight, dtype=torch.float64)
     return torch.where(weight > 0, value / weight.clamp(min=1e-300), torch.zeros_like(value))
-
-
-def facts(share: float, ranks: Mapping[str, int], noise: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a client is told: its weight, the columns to send for each linear, and the noise that protects a client."""
-    return {"share": share, "ranks": dict(ranks), "noise": noise}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.stages.tune.factors import initial_a
-from fedgrove.stages.tune.lora import Settings, loss_sum, pieces
+from fedgrove.stages.tune.training import Settings, loss_sum, pieces
 
 RANK = 4  # of the adapters that are only scored
 BETA = 0.85  # AdaLoRA's β₁ and β₂
@@ -77,7 +77,7 @@ def importance(
     Args:
         model: frozen; it is left as it was.
         shapes: (out, in) of each linear that can be tuned.
-        batches: of windows; see :func:`fedgrove.stages.tune.lora.draw`.
+        batches: of windows; see :func:`fedgrove.stages.tune.training.draw`.
         settings: of the steps; all start from λ = 0, so at least two are needed for P and Q to count.
         seed: draws P and Q, the same for all clients.
 

@@ -14,12 +14,12 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import save_tensors
 from fedgrove.report.words import file_name
 from fedgrove.stages.tune.factors import Factors
-from fedgrove.stages.tune.lora import hush
+from fedgrove.stages.tune.frozen import hush
 
 
-def write_adapter(
+def write_lora(
     out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
-) -> None:
+) -> bool:
     """Writes what tuning changed as a LoRA adapter that plain peft loads.
 
     Each linear keeps the rank that its change has (no approximation), with α = rank, so that peft scales it by 1.
@@ -37,7 +37,7 @@ def write_adapter(
     kept = {name: factors.compress() for name, factors in changes.items()}
     kept = {name: factors for name, factors in kept.items() if factors.rank}
     if not kept:
-        return
+        return False
     beside = out.with_name(out.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -65,6 +65,7 @@ def write_adapter(
     (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
+    return True
 
 
 def _card(base: str, title: str, pruned: bool, changed: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from fedgrove.data import IGNORED
 from fedgrove.models.stream import save_tensors
-from fedgrove.stages.tune.factors import Factors
-from fedgrove.stages.tune.lora import loss_sum, pieces
+from fedgrove.stages.tune.changes import Change
+from fedgrove.stages.tune.parametrizations import Parametrization
+from fedgrove.stages.tune.training import loss_sum, pieces
 
 MOST = 32  # windows held out, at most: measuring them twice a round must not cost more than training
 Windows = tuple[Tensor, Tensor]
@@ -48,31 +50,35 @@ def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
     return total / int((labels[:, 1:] != IGNORED).sum())
 
 
-def keep_best(folder: Path, loss: float, changes: Mapping[str, Factors], begin: bool) -> None:
-    """Keeps a trained adapter where it is better than the one that is kept.
+def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mapping[str, Change], begin: bool) -> None:
+    """Keeps a trained change where it is better than the one that is kept.
 
     Args:
         folder: the client's own.
+        method: the parametrization of the changes.
         changes: by linear: everything that the client computed with.
         begin: this is the first round; what an earlier run left there goes.
     """
     if begin:
         shutil.rmtree(folder, ignore_errors=True)
-    kept = best(folder)
+    kept = best(folder, method)
     if kept is not None and kept[0] <= loss:
         return
-    factors = {f"{part}/{name}": getattr(pair, part) for name, pair in changes.items() for part in ("b", "a")}
-    save_tensors({name: value.float().contiguous() for name, value in factors.items()}, _file(folder), {"loss": repr(loss)})
+    tensors = {f"{part}/{name}": value for name, change in changes.items() for part, value in change.parts().items()}
+    save_tensors({name: value.float().contiguous() for name, value in tensors.items()}, _file(folder), {"loss": repr(loss)})
 
 
-def best(folder: Path) -> tuple[float, dict[str, Factors]] | None:
-    """The kept adapter and its loss."""
+def best(folder: Path, method: Parametrization) -> tuple[float, dict[str, Any]] | None:
+    """The kept change of each linear, and its loss; None where nothing is kept."""
     if not _file(folder).is_file():
         return None
+    parts: dict[str, dict[str, Tensor]] = {}
     with safe_open(_file(folder), framework="pt") as opened:
-        names = [name.removeprefix("b/") for name in opened.keys() if name.startswith("b/")]  # noqa: SIM118
-        changes = {name: Factors(opened.get_tensor(f"b/{name}"), opened.get_tensor(f"a/{name}")) for name in names}
-        return float(opened.metadata()["loss"]), changes
+        for key in opened.keys():  # noqa: SIM118
+            part, _, name = key.partition("/")
+            parts.setdefault(name, {})[part] = opened.get_tensor(key)
+        loss = float(opened.metadata()["loss"])
+    return loss, {name: method.change_of(tensors) for name, tensors in parts.items()}
 
 
 def _file(folder: Path) -> Path:

@@ -1,162 +1,122 @@
-"""The stage ``tune``: in every round clients train adapters on their own text, and the server makes one of theirs."""
+"""The stage ``tune``: in every round clients train on their own text, and the server makes one change of theirs."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from fedgrove import plugins
-from fedgrove.engines.base import Engine
-from fedgrove.job import TuneStage
+from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.rounds import evaluate_round
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.cost import ModelCost, measure_cost
 from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.rounds.collect import Message, ask
+from fedgrove.privacy.secure import smallest_sum
+from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.clock import Clock, Pace
-from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.wire import CHANGE, WEIGHT, Info, WireError
-from fedgrove.rounds.wire import check as check_tensors
-from fedgrove.stages.tune.aggregation import Options, State
+from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import Message
 from fedgrove.runfolder import RunFolder
-from fedgrove.evaluation.evaluate import evaluate_round
-from fedgrove.stages.tune.fixed_point_stage import private_facts, sum_whole, whole_facts
-from fedgrove.stages.tune import importance as scoring
-from fedgrove.stages.tune import fixed_point as whole
-from fedgrove.stages.tune.factors import Factors, fill
-from fedgrove.stages.tune.lora import merge
+from fedgrove.stages.base import Losses, Result
+from fedgrove.stages.tune.aggregation import Options, aggregation_of
+from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
+from fedgrove.stages.tune.exchanges.base import KeepWeights
+from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
+from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
+from fedgrove.stages.tune.exchanges.train import FloatRound, Train, Training, WholeRound, WindowNoise, start_tensors
+from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, WholeNumbers
+from fedgrove.stages.tune.parametrizations import parametrization_of
+from fedgrove.stages.tune.plan import Plan, even, importance_seconds, make_plan, worth
+from fedgrove.stages.tune.planners import planner_of
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
-from fedgrove.stages.tune.plan import TunePlan, TuneAssignment, make_tune_plan, measure, importance_seconds, worth
+from fedgrove.stages.tune.state import TuningState
 
 FEW_ZEROS = 0.001  # a linear with more of them was pruned, and keeps them
 HYSTERESIS = 1.05  # a new plan must be worth so much more than the old one, or the old one stays
 KEPT_SCORE = 0.5  # of the old importance in the new
+TYPICAL_RANK = 8  # for ``doctor``
 
 
-@dataclass
-class TuningState:
-    """A tuning stage between two rounds: what a killed run goes on from.
-
-    Attributes:
-        plan: the configuration that is in force.
-        states: by linear, the adapter; dense: by linear, the change, where whole linears are trained.
-        memories: by linear, the server optimizer's.
-        seen: windows that each client was given.
-        clock: modelled seconds.
-        metrics: what the latest round measured: (client, name, value).
-    """
-
-    plan: TunePlan
-    states: dict[str, State] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
-    memories: dict[str, ServerOptimizerState] = field(default_factory=dict)
-    seen: dict[str, int] = field(default_factory=dict)
-    clock: float = 0.0
-    metrics: list[tuple[str | None, str, float]] = field(default_factory=list)
+def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
+    """See :func:`fedgrove.stages.tune.plan.make_plan`; before anything was measured all linears matter the same."""
+    zeros = any(stage.makes_zeros() for stage in job.stages[:index]) or bool(pruned_linears(decoder))
+    cost = measure_cost(decoder, config.length, zeros)
+    secure = job.privacy.secure_aggregation
+    return make_plan(index, config, cost, capabilities, even(cost), together=job.together, secure=secure)
 
 
-def tune(model: Checkpoint, plan: TunePlan, engine: Engine, run: RunFolder) -> Checkpoint:
+def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
     """Tunes a model with the plan's clients.
 
-    After every round the adapters are a file in the run folder, so a stage that was killed goes on with the next round; a
+    After every round the changes are a file in the run folder, so a stage that was killed goes on with the next round; a
     round that was cut short is asked anew and comes to the same bits. A client that fails is named and left out of the
     round while ``rounds.quorum`` holds.
 
     Returns:
-        The model with the changes merged, in its own dtype, laid over it. ``RUN/adapter`` holds them as a PEFT adapter.
+        The model with the changes merged, in its own dtype, laid over it. ``RUN/adapter`` holds them as a PEFT adapter, where the
+        parametrization has such a form.
     """
-    stage = run.job.tuning(plan.stage)
-    decoder = Decoder(model)
-    masked = pruned_linears(decoder)
+    run = federation.run
     for client, why in sorted(plan.left_out.items()):
         run.say(f"tune: client '{client}' is left out: {why}")
-    done = [r for r in range(stage.rounds) if _file(run, plan.stage, r).is_file()]
-    progress = _read(_file(run, plan.stage, done[-1]), plan) if done else TuningState(plan)
+    done = [round_ for round_ in range(config.rounds) if _file(run, plan.stage, round_).is_file()]
+    state = TuningState.read(_file(run, plan.stage, done[-1])) if done else TuningState(plan)
+    stage = _Stage(model, Decoder(model), config, federation, state)
+    stage.write_plan()
     if done:
-        _log(progress, plan.stage, done[-1], run)
-        _measure(model, decoder, progress, done[-1], stage, masked, run)
-    if len(done) < stage.rounds:
-        parts, took = _give_base(decoder, model, plan, engine, run)
-        progress.clock += 0.0 if done else took
-        for round_ in range(len(done), stage.rounds):
-            progress.metrics.clear()
-            if stage.method == "fedpipe" and (round_ == 0 or (stage.replan_every and round_ % stage.replan_every == 0)):
-                _plan_anew(decoder, progress, round_, stage, parts, masked, engine, run)
-            run.step(f"tune: round {round_ + 1} of {stage.rounds}", round_, stage.rounds)
-            _train_round(decoder, progress, round_, stage, parts, masked, engine, run)
-            _write(_file(run, plan.stage, round_), progress)
-            _log(progress, plan.stage, round_, run)
-            _measure(model, decoder, progress, round_, stage, masked, run)
-    run.write_json(f"plan-{plan.stage}-tune.json", progress.plan.model_dump(mode="json"))
-    if stage.personal:
-        _keep_personal(decoder, model, progress, stage, masked, engine, run)
-    overlay = run.overlay(plan.stage, stage.rounds)
-    _merge(decoder, progress, masked, overlay, run)
-    if not progress.dense:
-        from fedgrove.stages.tune.peft_adapter import write_adapter
-
-        totals = {name: state.total() for name, state in progress.states.items()}
-        base, title = run.job.model.path, f"{run.job.name}: adapter"
-        write_adapter(run.path / "adapter", decoder, totals, base, title, pruned=bool(masked), changed=bool(model.changed()))
-    return model.over(overlay)
+        stage.log(done[-1])
+        stage.evaluate(done[-1])
+    if len(done) < config.rounds:
+        stage.send_base()
+        for round_ in range(len(done), config.rounds):
+            state.metrics.clear()
+            replan = round_ == 0 or (config.replan_every and round_ % config.replan_every == 0)
+            if planner_of(config.planner).NEEDS_IMPORTANCE and replan:
+                stage.plan_anew(round_)
+            run.step(f"tune: round {round_ + 1} of {config.rounds}", round_, config.rounds)
+            stage.train_round(round_)
+            state.write(_file(run, plan.stage, round_))
+            stage.log(round_)
+            stage.evaluate(round_)
+    if config.personal:
+        stage.keep_personal()
+    overlay = run.overlay(plan.stage, config.rounds)
+    stage.merge(overlay)
+    adapter = stage.write_adapter()
+    return Result(model.over(overlay), {} if adapter is None else {"adapter": adapter})
 
 
-def _keep_personal(
-    decoder: Decoder, model: Checkpoint, progress: TuningState, stage: TuneStage, masked: list[str], engine: Engine, run: RunFolder
-) -> None:
-    """Lets every client compare the result with its own best adapter, on its own held-out text, and keep the better one."""
-    plan = progress.plan
-    done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (plan.stage, "personal/shared")}
-    left = {client: share for client, share in plan.clients.items() if client not in done}
-    if not left:
-        return
-    parts, _ = _give_base(decoder, model, plan, engine, run)
-    tensors: dict[str, Tensor] = {}
-    for name, state in progress.states.items():
-        total = state.total().compress()
-        tensors |= {f"rest/{name}/b": total.b.float().contiguous(), f"rest/{name}/a": total.a.float().contiguous()}
-    messages: dict[str, Message] = {}
-    for client, share in left.items():
-        info = {**_common(decoder, stage, plan, share, parts, run), "masked": masked, "micro": share.micro}
-        messages[client] = (tensors, {**info, "base": run.job.model.path, "title": f"{run.job.name}: {client}'s own adapter"})
-
-    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        check_tensors(tensors, {})
-        losses = [info.get("shared"), info.get("own")]
-        if losses != [None, None] and not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
-            raise WireError("its losses are not finite numbers")
-
-    for client, _, info in ask(engine, run, "personal", messages, stage=plan.stage, round_=stage.rounds, check=check):
-        if info["shared"] is None:
-            run.say(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
-            continue
-        run.log(plan.stage, None, client, "personal/own", info["own"])
-        run.log(plan.stage, None, client, "personal/shared", info["shared"])
+def alone(
+    model: Checkpoint,
+    plan: Plan,
+    config: Config,
+    clients: Sequence[str],
+    windows: Mapping[str, list[Tensor]],
+    federation: Federation,
+) -> Iterator[tuple[str, Losses]]:
+    """What a client would have tuned without the others is not known: nothing is measured."""
+    return iter(())
 
 
-def _measure(
-    model: Checkpoint, decoder: Decoder, progress: TuningState, round_: int, stage: TuneStage, masked: list[str], run: RunFolder
-) -> None:
-    """Evaluates the model as it is after a round, where the job asks for it."""
-    if stage.eval_every and (round_ + 1) % stage.eval_every == 0:
-        folder = run.path / "work" / f"stage-{progress.plan.stage}" / "measured"
-        _merge(decoder, progress, masked, folder, run)
-        evaluate_round(model.over(folder), progress.plan.stage, round_, run)
-
-
-def _log(progress: TuningState, stage: int, round_: int, run: RunFolder) -> None:
-    """Writes what a round measured, after the round is safe: one that is asked anew is not told of twice."""
-    there = {(line["client"], line["name"]) for line in run.metrics() if (line["stage"], line["round"]) == (stage, round_)}
-    for client, name, value in progress.metrics:
-        if (client, name) not in there:
-            run.log(stage, round_, client, name, value)
+def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
+    """LoRA of a middling rank on a pruned model, one window at once; nothing for models that cannot be tuned."""
+    try:
+        cost = measure_cost(decoder, length, masked=True)
+    except FedgroveError:  # a mixture of experts
+        return {}
+    space = SearchSpace((32, 16, 8, 4), (1,), (TYPICAL_RANK,), 1)
+    rank = min(TYPICAL_RANK, *(min(shape) for shape in cost.linears.values()))
+    ranks = dict.fromkeys(cost.linears, rank)
+    return {f"tune in {bits} bits": memory(cost, space, ClientConfig(bits, 1, 1, ranks)) for bits in space.bits}
 
 
 def pruned_linears(decoder: Decoder) -> list[str]:
@@ -164,363 +124,314 @@ def pruned_linears(decoder: Decoder) -> list[str]:
     return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
 
 
-def _give_base(decoder: Decoder, model: Checkpoint, plan: TunePlan, engine: Engine, run: RunFolder) -> tuple[int, float]:
-    """Sends every client what earlier stages changed, a block at a time: the number of parts, and modelled seconds."""
-    changed = model.changed()
-    parts = 0
-    clock = _clock(plan, {})
-    for block in range(len(decoder)):
-        weights = decoder.block_names(block).values()
-        biases = {name.removesuffix("weight") + "bias" for name in weights}
-        names = [name for name in changed if name in weights or name in biases]
-        if not names:
-            continue
-        run.step(f"sending the model: block {block + 1} of {len(decoder)}", block, len(decoder))
-        message: Message = ({name: model.read(name) for name in names}, {"stage": plan.stage, "part": parts})
-        messages = dict.fromkeys(plan.clients, message)
-        list(ask(engine, run, "base", messages, stage=plan.stage, round_=0, check=_nothing, clock=clock))
-        parts += 1
-    return parts, clock.slowest(clock.spent)
-
-
-def _plan_anew(
-    decoder: Decoder,
-    progress: TuningState,
-    round_: int,
-    stage: TuneStage,
-    parts: int,
-    masked: list[str],
-    engine: Engine,
-    run: RunFolder,
-) -> None:
-    """Asks the clients which linears matter, and gives each a configuration by that."""
-    run.step("tune: asking which weights are worth tuning", round_, run.job.tuning(progress.plan.stage).rounds)
-    plan = progress.plan
-    names = list(decoder.linear_names())
-    facts = whole_facts(run, plan)
-    messages: dict[str, Message] = {}
-    for client, share in plan.clients.items():
-        settings = {"steps": stage.importance_steps, "batch": share.micro, "micro": 1, "learning_rate": stage.learning_rate}
-        common = _common(decoder, stage, plan, share, parts, run)
-        messages[client] = ({}, {**common, "settings": settings, "whole": facts.get(client)})
-    scalar = (torch.Size(()), torch.float64)
-    expected = {CHANGE + "importance": (torch.Size([len(names)]), torch.float64), WEIGHT + "tokens": scalar}
-
-    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        check_tensors(tensors, expected)
-        _check_tokens(client, tensors, plan)
-
-    sizes = measure(decoder, stage.length, bool(masked))
-    clock = _clock(plan, importance_seconds(plan.clients, stage, sizes, plan.cards))
-    if stage.precision == "fixed":
-        shapes = {"importance": torch.Size([len(names)])}
-        _, means = sum_whole(engine, run, "importance", messages, plan=plan, round_=round_, shapes=shapes, clock=clock)
-        parts_ = means["importance"] / means["importance"].sum()
-        importance = {name: float(part) for name, part in zip(names, parts_, strict=True)}
-    else:
-        sums = WeightedSum()
-        answers = ask(engine, run, "importance", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
-        for client, tensors, _ in answers:
-            sums.add(tensors[CHANGE + "importance"], float(plan.clients[client].tokens))
-        importance = scoring.shares(sums.mean(), names)
-    if round_ > 0:
-        importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
-    secure = run.job.privacy.secure_aggregation
-    new = make_tune_plan(plan.stage, stage, sizes, plan.cards, importance, round_, together=run.job.together, secure=secure)
-    if round_ == 0 or worth(new, stage, importance) > HYSTERESIS * worth(plan, stage, importance):
-        progress.plan = new
-    else:
-        progress.plan = plan.model_copy(update={"importance": importance})
-    progress.clock += clock.slowest(clock.spent)
-    progress.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
-    run.write_json(f"plan-{plan.stage}-tune.json", progress.plan.model_dump(mode="json"))
-
-
-def _clock(plan: TunePlan, compute: Mapping[str, float]) -> Clock:
-    """Of one exchange with the plan's clients, by their cards."""
-    cards = {client: plan.cards[client] for client in plan.clients}
-    return Clock({client: Pace(compute.get(client, 0.0), card.uplink, card.downlink) for client, card in cards.items()})
-
-
-def _common(decoder: Decoder, stage: TuneStage, plan: TunePlan, share: TuneAssignment, parts: int, run: RunFolder) -> Info:
-    width = decoder.checkpoint.width
-    return {
-        "stage": plan.stage,
-        "parts": parts,
-        "width": asdict(width) if width else None,
-        "bits": share.bits,
-        "length": stage.length,
-        "seed": f"{run.job.seed}/{plan.stage}",
-        "personal": stage.personal,
-    }
-
-
-def _train_round(
-    decoder: Decoder, progress: TuningState, round_: int, stage: TuneStage, parts: int, masked: list[str], engine: Engine, run: RunFolder
-) -> None:
-    plan = progress.plan
-    messages = {
-        client: _message(decoder, client, progress, round_, stage, parts, masked, run) for client in sorted(plan.clients)
-    }
-    clock = _clock(plan, {client: share.compute for client, share in plan.clients.items()})
-    if stage.precision == "fixed":
-        heard = _add_whole(decoder, progress, round_, stage, messages, clock, engine, run)
-        _count_round(progress, stage, heard, clock)
-        return
-    check = _checker(decoder, stage, plan)
-    answers = ask(engine, run, "train", messages, stage=plan.stage, round_=round_, check=check, clock=clock)
-    losses = WeightedSum()
-    heard = []
-
-    def each() -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for client, tensors, info in answers:
-            heard.append(client)
-            if stage.epsilon is None:
-                losses.add(torch.tensor(info["loss"], dtype=torch.float64), float(plan.clients[client].tokens))
-                progress.metrics.append((client, "loss", info["loss"]))
-            progress.metrics.append((client, "seconds", clock.spent[client]))
-            yield client, tensors
-
-    if plan.rank:
-        _fold_adapters(decoder, progress, stage, each(), run)
-    else:
-        _fold_dense(decoder, progress, each())
-    if stage.epsilon is None:
-        progress.metrics.append((None, "loss", float(losses.mean())))
-    _count_round(progress, stage, heard, clock)
-
-
-def _count_round(progress: TuningState, stage: TuneStage, heard: list[str], clock: Clock) -> None:
-    plan = progress.plan
-    for client in heard:
-        progress.seen[client] = progress.seen.get(client, 0) + stage.steps * plan.clients[client].batch
-    progress.clock += clock.slowest(heard)
-    progress.metrics.append((None, "clock", progress.clock))
-
-
-def _add_whole(
-    decoder: Decoder,
-    progress: TuningState,
-    round_: int,
-    stage: TuneStage,
-    messages: dict[str, Message],
-    clock: Clock,
-    engine: Engine,
-    run: RunFolder,
-) -> list[str]:
-    """A round in whole numbers: what all changed together, on top of where all began; returns who is in the sum."""
-    plan = progress.plan
-    widest = plan.widest()
-    shapes = {f"{name}/b": torch.Size([decoder.read_shape(name)[0], rank]) for name, rank in widest.items()}
-    if stage.epsilon is None:
-        shapes[whole.LOSS] = torch.Size([1])
-    heard, changes = sum_whole(engine, run, "train", messages, plan=plan, round_=round_, shapes=shapes, clock=clock)
-    seed = f"{run.job.seed}/{plan.stage}"
-    for name, rank in widest.items():
-        num_out, num_in = decoder.read_shape(name)
-        old = progress.states.get(name, State(Factors.none(num_out, num_in), Factors.none(num_out, num_in)))
-        own = fill(old.live.part(0, rank), rank, name, seed)
-        began = own.b.to(getattr(torch, stage.dtype)).double()  # as the clients were given it
-        live = Factors(began + changes[f"{name}/b"], own.a.double())
-        progress.states[name] = State(live.plus(old.live.part(rank, old.live.rank)), old.frozen)
-    progress.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
-    if whole.LOSS in changes:
-        progress.metrics.append((None, "loss", float(changes[whole.LOSS])))
-    return heard
-
-
-def _message(
-    decoder: Decoder,
-    client: str,
-    progress: TuningState,
-    round_: int,
-    stage: TuneStage,
-    parts: int,
-    masked: list[str],
-    run: RunFolder,
-) -> Message:
-    """What one client is asked to do in a round: see :func:`fedgrove.client.handlers.train`."""
-    plan = progress.plan
-    share = plan.clients[client]
-    dtype = getattr(torch, stage.dtype)
-    falling = 1 - 0.9 * round_ / max(1, stage.rounds - 1) if stage.lr_schedule == "linear" else 1.0
-    info = {
-        **_common(decoder, stage, plan, share, parts, run),
-        "ranks": share.ranks if plan.rank else None,
-        "scales": {name: scale(stage, rank) for name, rank in share.ranks.items()},
-        "masked": masked,
-        "round": round_,
-        "seen": progress.seen.get(client, 0),
-        "trains": _rule(stage).TRAINS,
-        "whole": whole_facts(run, plan).get(client),
-        "private": private_facts(run, plan, client),
-        "release": f"{run.name}/{plan.stage}/{round_}" if stage.epsilon is not None else None,
-        "precision": stage.dtype,
-        "settings": {
-            "steps": stage.steps,
-            "batch": share.batch,
-            "micro": share.micro,
-            "learning_rate": stage.learning_rate * falling,
-            "optimizer": stage.optimizer,
-            "max_grad_norm": stage.max_grad_norm,
-            "proximal": stage.proximal,
-        },
-    }
-    if not plan.rank:
-        return {f"own/{name}": change.to(dtype) for name, change in progress.dense.items()}, info
-    tensors: dict[str, Tensor] = {}
-    for name, state in progress.states.items():
-        start = _rule(stage).begin(state, share.ranks.get(name, 0))
-        for kind, factors in (("own", start.own), ("rest", start.rest)):
-            if factors.rank:
-                tensors[f"{kind}/{name}/b"] = factors.b.to(dtype).contiguous()
-                if _rule(stage).TRAINS == "ab":
-                    tensors[f"{kind}/{name}/a"] = factors.a.to(dtype).contiguous()
-    return tensors, info
-
-
-def scale(stage: TuneStage, rank: int) -> float:
+def scale(config: Config, rank: int) -> float:
     """α/r, or rank-stabilised where the job gives no α: 2 at the largest rank, and ∝ 1/√r (rsLoRA, arXiv 2312.03732).
 
     So a step of the optimizer moves the weight about as far at any rank, and a client of low rank learns as fast.
     """
-    return 2.0 * math.sqrt(stage.ranks[-1] / rank) if stage.alpha is None else stage.alpha / rank
+    return 2.0 * math.sqrt(config.ranks[-1] / rank) if config.alpha is None else config.alpha / rank
 
 
-def _fold_adapters(
-    decoder: Decoder, progress: TuningState, stage: TuneStage, answers: Iterator[tuple[str, dict[str, Tensor]]], run: RunFolder
-) -> None:
-    plan, aggregation = progress.plan, _rule(stage)
-    shapes = {name: decoder.read_shape(name) for name in plan.tuned()}
-    old = {name: progress.states.get(name, State(Factors.none(*shape), Factors.none(*shape))) for name, shape in shapes.items()}
-    ranks = {name: [share.ranks[name] for share in plan.clients.values() if name in share.ranks] for name in shapes}
-    sums = {name: aggregation.sums(old[name], ranks[name]) for name in shapes}
-    seed = f"{run.job.seed}/{plan.stage}"
-    for client, tensors in answers:
-        share = plan.clients[client]
-        for name, rank in share.ranks.items():
-            a = tensors.get(f"{CHANGE}{name}/a")
-            if a is None:
-                a = fill(aggregation.begin(old[name], rank).own, rank, name, seed).a
-            aggregation.add(sums[name], Factors(tensors[f"{CHANGE}{name}/b"], a), float(share.tokens))
-    for name in shapes:
-        rank = max(ranks[name])
-        new = aggregation.finish(old[name], sums[name], Options(max(rank, old[name].live.rank), stage.partition))
-        memory = progress.memories.get(name, ServerOptimizerState(Factors.none(*shapes[name])))
-        live, memory = step(stage.server_optimizer, old[name].live, new.live, memory, stage.server_lr, max(rank, old[name].live.rank))
-        progress.states[name] = State(live, new.frozen)
-        if stage.server_optimizer != "average":
-            progress.memories[name] = memory
+@dataclass
+class _Stage:
+    """A stage while it runs."""
 
+    model: Checkpoint
+    decoder: Decoder
+    config: Config
+    federation: Federation
+    state: TuningState
+    parts: int = 0  # files of the base that every client has
 
-def _fold_dense(decoder: Decoder, progress: TuningState, answers: Iterator[tuple[str, dict[str, Tensor]]]) -> None:
-    sums = {name: WeightedSum() for name in decoder.linear_names()}
-    for client, tensors in answers:
-        for name, total in sums.items():
-            total.add(tensors[CHANGE + name], float(progress.plan.clients[client].tokens))
-    for name, total in sums.items():
-        change = total.mean()
-        progress.dense[name] = (progress.dense[name] + change if name in progress.dense else change).float()
+    def __post_init__(self) -> None:
+        self.run = self.federation.run
+        self.masked = tuple(pruned_linears(self.decoder))
+        self.method = parametrization_of(self.config.parametrization)
+        self.aggregation = aggregation_of(self.config.aggregation)
+        self.dtype = getattr(torch, self.config.dtype)
 
+    @property
+    def plan(self) -> Plan:
+        """The one in force."""
+        return self.state.plan
 
-def _checker(decoder: Decoder, stage: TuneStage, plan: TunePlan) -> Callable[[str, dict[str, Tensor], Info], None]:
-    """What an answer must look like: names, shapes, dtypes, finite values, and the number of tokens that the card said."""
-    dtype = getattr(torch, stage.dtype)
+    @property
+    def seed(self) -> str:
+        """Draws batches and shared factors."""
+        return f"{self.federation.job.seed}/{self.plan.stage}"
 
-    def check(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-        expected: dict[str, tuple[torch.Size, torch.dtype]] = {WEIGHT + "tokens": (torch.Size(()), torch.float64)}
-        if plan.rank:
-            for name, rank in plan.clients[client].ranks.items():
-                num_out, num_in = decoder.read_shape(name)
-                expected[f"{CHANGE}{name}/b"] = (torch.Size([num_out, rank]), dtype)
-                if "a" in _rule(stage).TRAINS:
-                    expected[f"{CHANGE}{name}/a"] = (torch.Size([rank, num_in]), dtype)
+    def write_plan(self) -> None:
+        """The run folder holds the plan that is in force, also after a run was continued."""
+        self.run.write_json(f"plan-{self.plan.stage}-tune.json", self.plan.model_dump(mode="json"))
+
+    def send_base(self) -> None:
+        """Sends every client what earlier stages changed, a block at a time."""
+        changed = self.model.changed()
+        self.parts = 0
+        clock = self._clock({})
+        for block in range(len(self.decoder)):
+            weights = self.decoder.block_names(block).values()
+            biases = {name.removesuffix("weight") + "bias" for name in weights}
+            names = [name for name in changed if name in weights or name in biases]
+            if not names:
+                continue
+            self.run.step(f"sending the model: block {block + 1} of {len(self.decoder)}", block, len(self.decoder))
+            message = Message(
+                KeepWeights(stage=self.plan.stage, part=self.parts), {name: self.model.read(name) for name in names}
+            )
+            for _ in self.federation.collect(dict.fromkeys(self.plan.clients, message), clock=clock):
+                pass
+            self.parts += 1
+        if not self.state.states:
+            self.state.clock += clock.slowest(clock.spent)
+
+    def plan_anew(self, round_: int) -> None:
+        """Asks the clients which linears matter, and gives each a configuration by that."""
+        config, plan = self.config, self.plan
+        self.run.step("tune: asking which weights are worth tuning", round_, config.rounds)
+        names = list(self.decoder.linear_names())
+        messages = {}
+        for client, assignment in plan.clients.items():
+            request = ScoreLinears(
+                **self._common(client, round_),
+                tokens=assignment.tokens,
+                steps=config.importance_steps,
+                micro=assignment.micro,
+                learning_rate=config.learning_rate,
+                whole=self._whole(client),
+            )
+            messages[client] = Message(request)
+        cost = self.cost()
+        clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
+        total = ImportanceSum(names, plan.weights(alike=self._client_noise() is not None))
+        self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
+        importance = total.importance()
+        if round_ > 0:
+            importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
+        job = self.federation.job
+        new = make_plan(
+            plan.stage, config, cost, plan.capabilities, importance, round_, job.together, job.privacy.secure_aggregation
+        )
+        if round_ == 0 or worth(new, config, importance) > HYSTERESIS * worth(plan, config, importance):
+            self.state.plan = new.model_copy(update={"notes": plan.notes})
         else:
-            expected.update({CHANGE + name: (torch.Size(decoder.read_shape(name)), dtype) for name in decoder.linear_names()})
-        check_tensors(tensors, expected)
-        _check_tokens(client, tensors, plan)
-        loss = info.get("loss")
-        if stage.epsilon is not None:
+            self.state.plan = plan.model_copy(update={"importance": importance})
+        self.state.clock += clock.slowest(clock.spent)
+        self.state.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
+        self.write_plan()
+
+    def cost(self) -> ModelCost:
+        """What the model costs to train."""
+        return measure_cost(self.decoder, self.config.length, bool(self.masked))
+
+    def train_round(self, round_: int) -> None:
+        """One round: the clients train, the server makes one change of theirs."""
+        plan, state = self.plan, self.state
+        requests = {client: self._request(client, round_) for client in sorted(plan.clients)}
+        messages = {client: Message(request, self._start(client)) for client, request in requests.items()}
+        clock = self._clock({client: assignment.compute for client, assignment in plan.clients.items()})
+        if self.config.precision == "fixed":
+            heard = self._sum_whole(requests, messages, clock)
+        else:
+            heard = self._sum_floats(messages, clock)
+        for client in heard:
+            state.seen[client] = state.seen.get(client, 0) + self.config.steps * plan.clients[client].batch
+        state.clock += clock.slowest(heard)
+        state.metrics.append((None, "clock", state.clock))
+
+    def _sum_floats(self, messages: Mapping[str, Message], clock: Clock) -> list[str]:
+        plan, config, state = self.plan, self.config, self.state
+        shapes = {name: self.decoder.read_shape(name) for name in plan.tuned()}
+        old = {name: state.state_of(name, shape) for name, shape in shapes.items()}
+        ranks = {name: [one.ranks[name] for one in plan.clients.values() if name in one.ranks] for name in shapes}
+        assigned = {client: one.ranks for client, one in plan.clients.items()}
+        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed)
+        heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
+        for client in heard:
+            if client in sums.losses:
+                state.metrics.append((client, "loss", sums.losses[client]))
+            state.metrics.append((client, "seconds", clock.spent[client]))
+        for name, shape in shapes.items():
+            rank = max(ranks[name])
+            if self.method.RANKED:
+                rank = max(rank, old[name].live.rank)
+            new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
+            remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
+            live, remembered = step(config.server_optimizer, old[name].live, new.live, remembered, config.server_lr, rank)
+            state.put(name, shape, State(live, new.frozen))
+            if config.server_optimizer != "average":
+                state.optimizer[name] = remembered
+        loss = sums.loss()
+        if loss is not None:
+            state.metrics.append((None, "loss", loss))
+        return heard
+
+    def _sum_whole(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
+        """What all changed together, on top of where all began."""
+        state, widest = self.state, self.plan.widest()
+        sums = WholeRound(requests)
+        heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
+        means = sums.means(heard)
+        for name, rank in widest.items():
+            shape = self.decoder.read_shape(name)
+            old = state.state_of(name, shape)
+            parts = {key.rpartition("/")[2]: value for key, value in means.items() if key.rpartition("/")[0] == name}
+            live = self.method.after_round(old, parts, rank, self.dtype, name, self.seed)
+            state.put(name, shape, State(live, old.frozen))
+        state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
+        if LOSS in means:
+            state.metrics.append((None, "loss", float(means[LOSS])))
+        return heard
+
+    def _common(self, client: str, round_: int) -> dict[str, Any]:
+        return {
+            "stage": self.plan.stage,
+            "round": round_,
+            "parts": self.parts,
+            "width": self.decoder.checkpoint.width,
+            "bits": self.plan.clients[client].bits,
+            "length": self.config.length,
+            "seed": self.seed,
+            "personal": self.config.personal,
+        }
+
+    def _request(self, client: str, round_: int) -> Train:
+        """What one client is asked to do in a round."""
+        config, assignment = self.config, self.plan.clients[client]
+        falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
+        return Train(
+            **self._common(client, round_),
+            run=self.run.name,
+            parametrization=config.parametrization,
+            trainer=config.trainer,
+            shared_a=self.aggregation.SHARED_A,
+            ranks=assignment.ranks,
+            scales={name: scale(config, rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
+            masked=self.masked,
+            tokens=assignment.tokens,
+            seen=self.state.seen.get(client, 0),
+            dtype=config.dtype,
+            training=Training(
+                steps=config.steps,
+                batch=assignment.batch,
+                micro=assignment.micro,
+                learning_rate=config.learning_rate * falling,
+                optimizer=config.optimizer,
+                max_grad_norm=config.max_grad_norm,
+                proximal=config.proximal,
+            ),
+            whole=self._whole(client),
+            windows=self._window_noise(client),
+        )
+
+    def _start(self, client: str) -> dict[str, Tensor]:
+        """Where a client starts: what it trains of every linear, and the rest."""
+        ranks = self.plan.clients[client].ranks
+        starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
+        return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
+
+    def _whole(self, client: str) -> WholeNumbers | None:
+        """What a client is told where responses are whole numbers."""
+        if self.config.precision != "fixed":
+            return None
+        noise = self._client_noise()
+        weight = self.plan.weights(alike=noise is not None)[client]
+        return WholeNumbers(weight=weight, widest=self.plan.widest(), noise=noise)
+
+    def _client_noise(self) -> ClientNoise | None:
+        config = self.config
+        if config.epsilon is None or config.trainer_method.PRIVATE:
+            return None
+        secure = self.federation.job.privacy.secure_aggregation
+        return ClientNoise(
+            epsilon=config.epsilon,
+            delta=config.delta,
+            clip=config.dp_clip,
+            rounds=config.rounds,
+            adders=smallest_sum(len(self.plan.clients)) if secure else 0,
+        )
+
+    def _window_noise(self, client: str) -> WindowNoise | None:
+        config = self.config
+        if config.epsilon is None or not config.trainer_method.PRIVATE:
+            return None
+        noise = self.plan.noise[client]
+        return WindowNoise(epsilon=config.epsilon, delta=config.delta, noise=noise, rounds=config.rounds, clip=config.dp_clip)
+
+    def _clock(self, compute: Mapping[str, float]) -> Clock:
+        """Of one exchange with the plan's clients, by their capabilities."""
+        known = {client: self.plan.capabilities[client] for client in self.plan.clients}
+        return Clock({name: Pace(compute.get(name, 0.0), one.uplink, one.downlink) for name, one in known.items()})
+
+    def log(self, round_: int) -> None:
+        """Writes what a round measured, after the round is safe: one that is asked anew is not told of twice."""
+        lines = self.run.metrics()
+        known = {
+            (line["client"], line["name"]) for line in lines if (line["stage"], line["round"]) == (self.plan.stage, round_)
+        }
+        for client, name, value in self.state.metrics:
+            if (client, name) not in known:
+                self.run.log(self.plan.stage, round_, client, name, value)
+
+    def evaluate(self, round_: int) -> None:
+        """Measures the model as it is after a round, where the job asks for it."""
+        if self.config.eval_every and (round_ + 1) % self.config.eval_every == 0:
+            folder = self.run.path / "work" / f"stage-{self.plan.stage}" / "measured"
+            self.merge(folder)
+            evaluate_round(self.model.over(folder), self.plan.stage, round_, self.run)
+
+    def keep_personal(self) -> None:
+        """Lets every client compare the result with its own best change, on its own held-out text, and keep the better one."""
+        stage, run, job = self.plan.stage, self.run, self.federation.job
+        done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "personal/shared")}
+        left = {client: assignment for client, assignment in self.plan.clients.items() if client not in done}
+        if not left:
             return
-        if not isinstance(loss, float) or not math.isfinite(loss):
-            raise WireError("its loss is not a finite number")
+        self.send_base()
+        tensors: dict[str, Tensor] = {}
+        for name, state in self.state.states.items():
+            for part, value in state.total().compress().parts().items():
+                tensors[f"rest/{name}/{part}"] = value.float().contiguous()
+        messages = {}
+        for client, assignment in left.items():
+            request = ComparePersonal(
+                **self._common(client, self.config.rounds),
+                parametrization=self.config.parametrization,
+                masked=self.masked,
+                micro=assignment.micro,
+                base=job.model.path,
+                title=f"{job.name}: {client}'s own adapter",
+            )
+            messages[client] = Message(request, tensors)
+        for client, _, reply in self.federation.collect(messages):
+            assert isinstance(reply, PersonalLosses)
+            if reply.shared is None or reply.own is None:
+                run.say(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
+                continue
+            run.log(stage, None, client, "personal/own", reply.own)
+            run.log(stage, None, client, "personal/shared", reply.shared)
 
-    return check
+    def merge(self, folder: Path) -> None:
+        """Writes the linears with their changes, block by block, in the checkpoint's dtype."""
+        for block in range(len(self.decoder)):
+            merged = {}
+            for linear, stored in self.decoder.block_names(block).items():
+                name = f"{self.decoder.prefix}.{block}.{linear}"
+                if name in self.state.states:
+                    total = self.state.states[name].total()
+                    weight = self.method.merge(self.decoder.read_matrix(name), total, name in self.masked)
+                    merged[stored] = as_matrix(self.decoder.model.get_submodule(name), weight).contiguous()
+            if merged:
+                save_tensors(merged, folder / f"block-{block:04d}.safetensors")
 
-
-def _check_tokens(client: str, tensors: dict[str, Tensor], plan: TunePlan) -> None:
-    claimed = float(tensors[WEIGHT + "tokens"])
-    if claimed != plan.clients[client].tokens:
-        raise WireError(f"it claims {claimed:g} tokens, but its card said {plan.clients[client].tokens}")
-
-
-def _nothing(client: str, tensors: dict[str, Tensor], info: Info) -> None:
-    check_tensors(tensors, {})
-
-
-def _merge(decoder: Decoder, progress: TuningState, masked: list[str], folder: Path, run: RunFolder) -> None:
-    """Writes the linears with their changes, block by block, in the checkpoint's dtype."""
-    for block in range(len(decoder)):
-        merged = {}
-        for linear, stored in decoder.block_names(block).items():
-            name = f"{decoder.prefix}.{block}.{linear}"
-            change = progress.dense.get(name)
-            if name in progress.states:
-                change = progress.states[name].total().product()
-            if change is not None:
-                weight = merge(decoder.read_matrix(name), change, name in masked)
-                merged[stored] = as_matrix(decoder.model.get_submodule(name), weight).contiguous()
-        if merged:
-            save_tensors(merged, folder / f"block-{block:04d}.safetensors")
-
-
-def _rule(stage: TuneStage) -> ModuleType:
-    return plugins.load("stages.tune.aggregation", stage.aggregation)
+    def write_adapter(self) -> Path | None:
+        """The changes as an adapter beside the merged model; None where there is no such form."""
+        job, out = self.federation.job, self.run.path / "adapter"
+        totals = {name: state.total() for name, state in self.state.states.items()}
+        title, pruned, changed = f"{job.name}: adapter", bool(self.masked), bool(self.model.changed())
+        written = self.method.write_adapter(out, self.decoder, totals, job.model.path, title, pruned, changed)
+        return out if written else None
 
 
 def _file(run: RunFolder, stage: int, round_: int) -> Path:
-    return run.path / "work" / f"stage-{stage}" / f"adapters-{round_:04d}.safetensors"
-
-
-def _write(file: Path, progress: TuningState) -> None:
-    tensors: dict[str, Tensor] = {f"dense/{name}": change for name, change in progress.dense.items()}
-
-    def put(kind: str, name: str, factors: Factors) -> None:
-        tensors[f"{kind}/b/{name}"], tensors[f"{kind}/a/{name}"] = factors.b, factors.a
-
-    for name, state in progress.states.items():
-        put("live", name, state.live)
-        put("frozen", name, state.frozen)
-    for name, memory in progress.memories.items():
-        put("first", name, memory.first)
-    facts = {
-        "plan": progress.plan.model_dump(mode="json"),
-        "seen": progress.seen,
-        "clock": progress.clock,
-        "metrics": progress.metrics,
-        "second": {name: memory.second for name, memory in progress.memories.items()},
-    }
-    save_tensors(tensors, file, {"progress": json.dumps(facts)})
-
-
-def _read(file: Path, plan: TunePlan) -> TuningState:
-    with safe_open(file, framework="pt") as opened:
-        facts: dict[str, Any] = json.loads(opened.metadata()["progress"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    progress = TuningState(TunePlan(**facts["plan"]), seen=facts["seen"], clock=facts["clock"])
-    progress.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
-
-    def get(kind: str, name: str) -> Factors:
-        return Factors(tensors[f"{kind}/b/{name}"], tensors[f"{kind}/a/{name}"])
-
-    for key in tensors:
-        kind, _, name = key.partition("/")
-        if kind == "dense":
-            progress.dense[name] = tensors[key]
-        elif key.startswith("live/b/"):
-            name = key.removeprefix("live/b/")
-            progress.states[name] = State(get("live", name), get("frozen", name))
-        elif key.startswith("first/b/"):
-            name = key.removeprefix("first/b/")
-            progress.memories[name] = ServerOptimizerState(get("first", name), facts["second"][name])
-    return progress
+    return run.path / "work" / f"stage-{stage}" / f"changes-{round_:04d}.safetensors"

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.input_statistics import moments as moments_of
 from fedgrove.privacy.noise import clipped
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 from fedgrove.rounds.request import CHANGE, Disclosure, TensorSpecs
 from fedgrove.rounds.wire import WireError, check
+from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.input_statistics import moments as moments_of
 
 SENDS = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})  # by pruner: see exchanges/statistics.py
 SOLVED_AT: Literal["client", "server"] = "server"

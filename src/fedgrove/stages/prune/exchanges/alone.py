@@ -48,7 +48,9 @@ class EvaluateAlone(Request):
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         return {
-            f"{part}{name}": (torch.Size([number]), torch.float64) for name, number in self.texts.items() for part in (CHANGE, WEIGHT)
+            f"{part}{name}": (torch.Size([number]), torch.float64)
+            for name, number in self.texts.items()
+            for part in (CHANGE, WEIGHT)
         }
 
     def beyond(self, config: object) -> str | None:

@@ -27,7 +27,7 @@ from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Reply, 
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.aggregation import ClientSolved, client_solved
-from fedgrove.stages.prune.calibration_pass import gather, windows_at_once
+from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.pruners import Damping
 
@@ -79,7 +79,7 @@ class FixedPoints(BaseModel):
     @property
     def limit(self) -> int:
         """What no client's number reaches, so that the sum fits the ring."""
-        return 2 ** (VALUE_BITS - 2) // self.clients
+        return (1 << (VALUE_BITS - 2)) // self.clients
 
     def encode(self, name: str, change: Tensor) -> Tensor:
         """A pruned weight as int64.
@@ -251,10 +251,12 @@ def prune_block(
     decoder = decoder_of(client, device, calibration.compute_dtype)
     states = HiddenStates(client, calibration, decoder)
     at = states.latest(index)
-    together = windows_at_once(calibration.samples, calibration.length, calibration.compute_dtype)
+    together = calibration.windows_per_run
     number = calibration.samples // together
     if at is None:
-        texts = calibration_windows(client, calibration.samples, calibration.length, calibration.seed).view(number, together, -1)
+        texts = calibration_windows(client, calibration.samples, calibration.length, calibration.seed).view(
+            number, together, -1
+        )
         at = states.write(0, (decoder.embed(ids)[0] for ids in texts), number)
     calls = decoder.calls(together, calibration.length)
     decoder.forget_ends()

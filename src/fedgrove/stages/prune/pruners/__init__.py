@@ -17,8 +17,8 @@ from typing import Literal, Protocol, cast
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 from fedgrove.models.masks import Target
+from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 
 Damping = Literal["mean", "each"]
 PACKAGE = "stages.prune.pruners"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 from fedgrove.models.masks import Target, keep_highest
+from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 
 NEEDS: Needs = "moments"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 from fedgrove.models.masks import Target, keep
+from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 
 NEEDS: Needs = "nothing"
 

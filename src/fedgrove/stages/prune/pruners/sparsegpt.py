@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 from fedgrove.models.masks import Target, lowest, lowest_of_few
+from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
 
 NEEDS: Needs = "gram"
 

@@ -60,9 +60,7 @@ class ScoreGroups(Request):
                 for kind, products in found.items():
                     sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(score.weigh(products), self.limit)
         except OutOfRange as error:
-            raise client.error(
-                'the gradients of its text are not finite or too large; try model.dtype = "float32"'
-            ) from error
+            raise client.error('the gradients of its text are not finite or too large; try model.dtype = "float32"') from error
         except FedgroveError as error:
             raise client.error(str(error)) from error
         finally:

@@ -1,28 +1,27 @@
-"""Rules for adapters of one linear: what a client starts from, and what the server makes of what came back.
+"""What the server makes of the clients' changes of one linear: a new aggregation is a new file here.
 
-Both halves of one published idea live in one file; its name is the stage's ``aggregation``. An aggregation holds
-
-    TRAINS                              "ab" or "b": the factors that clients train and send
-    begin(state, rank) -> Start         what a client that tunes this linear at ``rank`` (0: not) begins with
-    sums(state, ranks) -> S             an empty sum; ``ranks`` are the planned ranks of this round's clients
-    add(sum, factors, weight)           one client: its B and A as trained, scales folded in, and its number of tokens
-    finish(state, sum, options) -> State
-
-The change of the weight is always ``state.total()``: what is frozen for the clients and what they go on training. A client
-computes with all of it (its start and the rest), whatever its own rank: so no client trains against a model that nobody
-has.
+Both halves of one published idea stand in one file; its name is the stage's ``aggregation``. The change of the weight is always
+``state.total()``: what is frozen for the clients and what they go on training. A client computes with all of it (its start and the
+rest), whatever its own rank: so no client trains against a model that nobody has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
 
+from fedgrove import plugins
+from fedgrove.stages.tune.changes import Start, State
 from fedgrove.stages.tune.factors import Factors
+
+PACKAGE = "stages.tune.aggregation"
+Form = Literal["factors", "tensors"]  # of a change: two factors, or tensors that can be averaged as they are
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a job may say to an aggregation (see ``[[stages]]`` of kind "tune").
+    """The keys of a stage's table that :meth:`Aggregation.finish` reads.
 
     Attributes:
         rank: the largest rank of the adapter that the server keeps.
@@ -33,36 +32,46 @@ class Options:
     partition: bool = True
 
 
-@dataclass(frozen=True)
-class State:
-    """A linear's adapter on the server, in float64.
+class Aggregation(Protocol):
+    """What an aggregation's file holds.
 
     Attributes:
-        live: what clients train on: its first terms, as many as their rank.
-        frozen: what has become part of the base.
+        TAKES: the forms of change that it can sum.
+        EQUAL_RANKS: whether all clients must have the same ranks.
+        SHARED_A: whether all clients share one A, which is neither trained nor sent.
+        SERVER_OPTIMIZERS: whether what it makes of a round can be smoothed over rounds.
     """
 
-    live: Factors
-    frozen: Factors
+    TAKES: frozenset[Form]
+    EQUAL_RANKS: bool
+    SHARED_A: bool
+    SERVER_OPTIMIZERS: bool
 
-    def total(self) -> Factors:
-        """The change of the weight, as factors."""
-        return self.frozen.plus(self.live)
+    def begin(self, state: State[Any], rank: int) -> Start[Any]:
+        """What a client that tunes this linear at ``rank`` (0: not) begins with."""
+        ...
+
+    def sums(self, state: State[Any], ranks: Sequence[int]) -> Any:
+        """An empty sum; ``ranks`` are the planned ranks of this round's clients."""
+        ...
+
+    def add(self, sums: Any, change: Any, weight: float) -> None:
+        """Adds one client: its change as trained, scales folded in, and its number of tokens."""
+        ...
+
+    def finish(self, state: State[Any], sums: Any, options: Options) -> State[Any]:
+        """The new state of the linear."""
+        ...
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a client begins with.
-
-    Attributes:
-        own: what it trains; its rank may be less than planned, then fresh terms (B = 0) fill it up.
-        rest: the remainder of the change, which it computes with and does not touch.
-    """
-
-    own: Factors
-    rest: Factors
+METHOD = Aggregation
 
 
-def leading(state: State, rank: int) -> Start:
+def aggregation_of(name: str) -> Aggregation:
+    """The aggregation of that name."""
+    return cast(Aggregation, plugins.load(PACKAGE, name))
+
+
+def leading(state: State[Factors], rank: int) -> Start[Factors]:
     """The first ``rank`` terms to train, everything else to hold."""
     return Start(state.live.part(0, rank), state.frozen.plus(state.live.part(rank, state.live.rank)))

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.tune.aggregation import Options, Start, State, fedit as mean
+from fedgrove.stages.tune.aggregation import Form, Options
+from fedgrove.stages.tune.aggregation import fedit as mean
 from fedgrove.stages.tune.aggregation import leading as begin
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.factors import Factors, ProductSum
 
-TRAINS = "ab"
+TAKES: frozenset[Form] = frozenset({"factors"})
+EQUAL_RANKS = True
+SHARED_A = False
+SERVER_OPTIMIZERS = False
 
-__all__ = ["TRAINS", "Start", "add", "begin", "finish", "sums"]
+__all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
 Sum = tuple[mean.Pair, ProductSum]
 
 
-def sums(state: State, ranks: Sequence[int]) -> Sum:
+def sums(state: State[Factors], ranks: Sequence[int]) -> Sum:
     """The sums of the factors and of their products.
 
     Raises:
@@ -33,7 +38,7 @@ def add(sum_: Sum, factors: Factors, weight: float) -> None:
     sum_[1].add(factors, weight)
 
 
-def finish(state: State, sum_: Sum, options: Options) -> State:
+def finish(state: State[Factors], sum_: Sum, options: Options) -> State[Factors]:
     """Mean(B), mean(A), and the residual mean(B·A) − mean(B)·mean(A) frozen: together the exact mean, and A and B stay warm.
 
     The residual's rank is at most (clients − 1)·rank; it is kept as factors, without loss.

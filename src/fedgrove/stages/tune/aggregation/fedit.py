@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import torch
 
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.stages.tune.aggregation import Options, Start, State
+from fedgrove.stages.tune.aggregation import Form, Options
 from fedgrove.stages.tune.aggregation import leading as begin
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.factors import Factors
 
-TRAINS = "ab"
+TAKES: frozenset[Form] = frozenset({"factors"})
+EQUAL_RANKS = False
+SHARED_A = False
+SERVER_OPTIMIZERS = False
 
-__all__ = ["TRAINS", "Start", "add", "begin", "finish", "sums"]
+__all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
 Pair = tuple[WeightedSum, WeightedSum, int]
 
 
-def sums(state: State, ranks: Sequence[int]) -> Pair:
+def sums(state: State[Factors], ranks: Sequence[int]) -> Pair:
     """A sum for each factor."""
     return WeightedSum(), WeightedSum(), max(ranks)
 
@@ -34,7 +38,7 @@ def add(pair: Pair, factors: Factors, weight: float) -> None:
     a_sums.add(a, has[:, None].expand_as(a), weight)
 
 
-def finish(state: State, pair: Pair, options: Options) -> State:
+def finish(state: State[Factors], pair: Pair, options: Options) -> State[Factors]:
     """The weighted means.
 
     Mean(B)·mean(A) is not the mean of the products B·A; how far it is off grows with the differences between the clients.

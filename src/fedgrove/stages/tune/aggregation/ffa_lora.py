@@ -7,18 +7,22 @@ from collections.abc import Sequence
 import torch
 
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.stages.tune.aggregation import Options, Start, State
+from fedgrove.stages.tune.aggregation import Form, Options
 from fedgrove.stages.tune.aggregation import leading as begin
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.factors import Factors
 
-TRAINS = "b"
+TAKES: frozenset[Form] = frozenset({"factors"})
+EQUAL_RANKS = False
+SHARED_A = True
+SERVER_OPTIMIZERS = False
 
-__all__ = ["TRAINS", "Start", "add", "begin", "finish", "sums"]
+__all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
 Sum = tuple[WeightedSum, list[Factors], int]  # the sum, the widest factors seen (for their A, which all share), the rank
 
 
-def sums(state: State, ranks: Sequence[int]) -> Sum:
+def sums(state: State[Factors], ranks: Sequence[int]) -> Sum:
     """A sum for B."""
     return WeightedSum(), [], max(ranks)
 
@@ -32,7 +36,7 @@ def add(sum_: Sum, factors: Factors, weight: float) -> None:
         widest[:] = [factors]
 
 
-def finish(state: State, sum_: Sum, options: Options) -> State:
+def finish(state: State[Factors], sum_: Sum, options: Options) -> State[Factors]:
     """Mean(B)·A, which is the mean of the products, A being the same for all.
 
     The paper's: equal ranks. Ours: clients of lower rank use the first rows of the one A, and a column is the mean over

@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from fedgrove.stages.tune.aggregation import Options, Start, State
+from fedgrove.stages.tune.aggregation import Form, Options
 from fedgrove.stages.tune.aggregation import leading as begin
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.factors import Factors, ProductSum
 
-TRAINS = "ab"
+TAKES: frozenset[Form] = frozenset({"factors"})
+EQUAL_RANKS = False
+SHARED_A = False
+SERVER_OPTIMIZERS = True
 
-__all__ = ["TRAINS", "Start", "add", "begin", "finish", "sums"]
+__all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
 Bands = dict[tuple[int, int], ProductSum]  # terms from..to, cut where some client's rank ends
 
 
-def sums(state: State, ranks: Sequence[int]) -> Bands:
+def sums(state: State[Factors], ranks: Sequence[int]) -> Bands:
     """One sum for each band of terms, cut at the planned ranks: not at those who answered, which nobody can foresee."""
     shape = state.live.b.shape[0], state.live.a.shape[1]
     edges = sorted({0, *ranks})
@@ -30,7 +34,7 @@ def add(bands: Bands, factors: Factors, weight: float) -> None:
             band.add(factors.part(start, end), weight)
 
 
-def finish(state: State, bands: Bands, options: Options) -> State:
+def finish(state: State[Factors], bands: Bands, options: Options) -> State[Factors]:
     """Σ over bands of the mean of the products, back to ``options.rank`` terms through QR and a small SVD.
 
     With ``partition`` (raFLoRA) a band is the mean over those who have it, so that energy above the smallest rank does not
@@ -38,7 +42,7 @@ def finish(state: State, bands: Bands, options: Options) -> State:
     then the result is exactly the mean of the clients' whole models. With equal ranks both are the same.
 
     The papers': bands, contributors, √S on both sides. Ours: terms that a client does not train are not lost to it (see
-    :class:`~fedgrove.stages.tune.aggregation.Start`), so without ``partition`` nothing shrinks either; terms that nobody trained in
+    :class:`~fedgrove.stages.tune.changes.Start`), so without ``partition`` nothing shrinks either; terms that nobody trained in
     this round keep their value.
     """
     everybody = max((band.weight for band in bands.values()), default=0.0)

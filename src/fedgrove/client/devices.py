@@ -1,0 +1,23 @@
+"""The accelerators of a client."""
+
+from __future__ import annotations
+
+import torch
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.errors import FedgroveError
+
+
+def other_devices(client: LocalClient, first: torch.device) -> list[torch.device]:
+    """The devices after the first that this client's capabilities promise. On a CPU one copy of the model uses all cores.
+
+    Raises:
+        FedgroveError: there are fewer.
+    """
+    number = int(client.capabilities.get("devices", 1))
+    if first.type == "cpu":
+        return []
+    start, present = first.index or 0, torch.get_device_module(first).device_count()
+    if start + number > present:
+        raise FedgroveError(f"devices = {number}, but from {first} on there are {present - start}; fix clients.devices")
+    return [torch.device(first.type, start + i) for i in range(1, number)]

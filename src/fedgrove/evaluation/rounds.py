@@ -1,0 +1,47 @@
+"""Perplexity in the middle of a stage, and the windows of held-out text that every measurement uses."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from fedgrove.data import evaluation_windows, facts_of
+from fedgrove.job.tables import Evaluate
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import perplexity
+from fedgrove.models.stream import Checkpoint
+from fedgrove.progress import part_of
+from fedgrove.runfolder import RunFolder
+
+
+def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder) -> None:
+    """Writes ``perplexity/<text>`` of a model as it is after a round. What the metrics hold already is not measured again."""
+    done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
+    decoder = Decoder(model)
+    windows = heldout_windows(model, run)
+    for number, (name, texts) in enumerate(windows.items()):
+        if (stage, round_, f"perplexity/{name}") not in done:
+            what = f"evaluate: round {round_ + 1} on {name}"
+            run.step(what, number, len(windows))
+            measured = perplexity(decoder, texts, part_of(run.watch, what, number, len(windows)))
+            run.log(stage, round_, None, f"perplexity/{name}", measured)
+
+
+def heldout_windows(model: Checkpoint, run: RunFolder) -> dict[str, list[Tensor]]:
+    """By text, token ids (1, tokens) of each window of the texts whose perplexity is measured."""
+    wanted = run.job.evaluate
+    return _tokenised(model.path, wanted, json.dumps([facts_of(text.path) for text in wanted.data]))
+
+
+@lru_cache(maxsize=1)
+def _tokenised(model: Path, wanted: Evaluate, facts: str) -> dict[str, list[Tensor]]:
+    """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
+    tokenizer = Checkpoint(model).tokenizer()
+    return {
+        text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows)
+        for text in wanted.data
+        if text.measure == "perplexity"
+    }

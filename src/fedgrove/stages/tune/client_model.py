@@ -1,0 +1,59 @@
+"""What every request of a tuning stage has in common: which model a client tunes, and on which windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import training_windows
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.width import Width
+from fedgrove.rounds.request import Request
+from fedgrove.stages.tune.config import Config
+
+
+class TuneRequest(Request):
+    """A request that needs the model of a tuning stage.
+
+    Attributes:
+        parts: files that :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights` brought before.
+        width: of the blocks, where they are narrower than the client's own copy.
+        bits: of each frozen weight.
+        length: tokens of a window.
+        seed: the stage's.
+        personal: the fraction of the windows that the client holds out.
+    """
+
+    parts: int
+    width: Width | None
+    bits: int
+    length: int
+    seed: str
+    personal: float
+
+    def model_and_windows(self, client: LocalClient, device: str) -> tuple[Decoder, Tensor, Tensor]:
+        """The model with nothing in it yet, and this client's windows: token ids and labels."""
+        folder = base_folder(client, self.stage)
+        if len(list(folder.glob("part-*.safetensors"))) < self.parts:
+            raise client.error("its working files are gone; continue the run with --resume")
+        checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
+        return Decoder(checkpoint, device), *training_windows(client, self.length)
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        if self.length != config.length:
+            return "length"
+        return "personal" if self.personal != config.personal else None
+
+
+def base_folder(client: LocalClient, stage: int) -> Path:
+    """Where a client keeps what earlier stages changed."""
+    return client.folder / f"base-{stage}"
+
+
+def best_folder(client: LocalClient, stage: int) -> Path:
+    """Where a client keeps its own best change."""
+    return client.folder / f"best-{stage}"

@@ -1,0 +1,1 @@
+"""What clients are asked in a stage that fine-tunes."""

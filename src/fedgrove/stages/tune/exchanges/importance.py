@@ -1,0 +1,135 @@
+"""Before a planner chooses ranks, every client scores the linears on its text; the server adds the scores up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.tune import fixed_point
+from fedgrove.stages.tune import importance as scoring
+from fedgrove.stages.tune.client_model import TuneRequest
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.fixed_point import WholeNumbers
+from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.personal import hold_out
+from fedgrove.stages.tune.training import Settings, draw
+
+IMPORTANCE = f"{CHANGE}importance"
+
+
+class Tokens(Reply):
+    """How many tokens the client's text has: its weight."""
+
+    tokens: int
+
+
+class ScoreLinears(TuneRequest):
+    """Score every linear on your text, in a few steps of training that are then forgotten.
+
+    The response holds ``change/importance``: (linears,) in the model's order: float64, or int32, of scores that add up to one,
+    where there are ``whole``.
+
+    Attributes:
+        tokens: of the client's text, as it said.
+        steps, micro, learning_rate: of the training; batches are of ``micro`` windows.
+        whole: for sums of whole numbers.
+    """
+
+    KIND: ClassVar[str] = "tune/importance"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.IMPORTANCE})
+    REPLY: ClassVar[type[Reply]] = Tokens
+
+    tokens: int
+    steps: int
+    micro: int
+    learning_rate: float
+    whole: WholeNumbers | None = None
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        decoder, ids, labels = self.model_and_windows(client, device)
+        tokens = ids.numel()
+        (ids, labels), _ = hold_out(ids, labels, self.personal)
+        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        settings = Settings(steps=self.steps, batch=self.micro, micro=1, learning_rate=self.learning_rate)
+        batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")
+        scores = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)
+        if self.whole is None:
+            return Response({IMPORTANCE: scores}, Tokens(tokens=tokens))
+        parts = torch.tensor(list(scoring.shares(scores, list(shapes)).values()), dtype=torch.float64)
+        return Response(fixed_point.encode({"importance": parts}, self.whole.weight), Tokens(tokens=tokens))
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        number = len(list(layout.linear_names()))
+        return {IMPORTANCE: (torch.Size([number]), torch.float64 if self.whole is None else torch.int32)}
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert isinstance(reply, Tokens)
+        check_tokens(reply.tokens, self.tokens)
+        if self.whole is not None:
+            fixed_point.check(tensors, self.whole.weight)
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        return "epsilon" if config.epsilon is not None else super().beyond(config)
+
+
+def check_tokens(claimed: int, said: int) -> None:
+    """Refuses a client that weighs itself otherwise than it said before.
+
+    Raises:
+        WireError: it does.
+    """
+    if claimed != said:
+        raise WireError(f"it claims {claimed} tokens, but it said {said} before")
+
+
+class ImportanceSum:
+    """The server's half: the importance of each linear, together 1.
+
+    Args:
+        names: of the linears; weights: of the clients in a sum of whole numbers, by name.
+    """
+
+    def __init__(self, names: list[str], weights: Mapping[str, float]):
+        self._names, self._weights = names, weights
+        self._scores = WeightedSum()
+        self._whole: tuple[torch.Tensor, float] | None = None
+
+    def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
+        """Stages that are summed unseen send whole numbers already."""
+        return dict(messages)
+
+    def ring_bits(self) -> int:
+        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
+        return 64
+
+    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
+        """Adds a client's scores."""
+        assert isinstance(reply, Tokens)
+        scores = tensors[IMPORTANCE]
+        if scores.is_floating_point():
+            self._scores.add(scores, float(reply.tokens))
+            return
+        total, weight = self._whole or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
+        self._whole = total + scores.long(), weight + self._weights[client]
+
+    def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
+        """Takes an opened sum."""
+        fixed_point.check(total, 1.0)
+        self._whole = total[IMPORTANCE].long(), sum(self._weights[client] for client in sorted(replies))
+
+    def importance(self) -> dict[str, float]:
+        """By linear."""
+        if self._whole is None:
+            return scoring.shares(self._scores.mean(), self._names)
+        mean = fixed_point.mean(*self._whole)
+        parts = mean / mean.sum()
+        return {name: float(part) for name, part in zip(self._names, parts, strict=True)}

@@ -1,0 +1,78 @@
+"""After the last round every client compares the shared change with its own best one, and keeps what is better for itself."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from typing import ClassVar
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.tune.client_model import TuneRequest, best_folder
+from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.parametrizations import Attachment, parametrization_of
+from fedgrove.stages.tune.personal import best, hold_out, mean_loss
+
+
+class Losses(Reply):
+    """Mean losses of a learnt token on held-out windows; None where there was too little text to hold some out."""
+
+    shared: float | None
+    own: float | None
+
+
+class ComparePersonal(TuneRequest):
+    """Compare, on your own held-out text, the shared change with your own best one.
+
+    An own one that is better lies in ``personal/stage-N`` of this client's folder; it is never sent. Tensors beside the request:
+    ``rest/<linear>/<part>``: the shared change.
+
+    Attributes:
+        parametrization: of the changes.
+        masked: the linears whose zeros stay zero.
+        micro: windows at once.
+        base, title: for the card of what is kept.
+    """
+
+    KIND: ClassVar[str] = "tune/personal"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.HELD_OUT_LOSSES})
+    REPLY: ClassVar[type[Reply]] = Losses
+
+    parametrization: str
+    masked: tuple[str, ...]
+    micro: int
+    base: str
+    title: str
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        method = parametrization_of(self.parametrization)
+        decoder, ids, labels = self.model_and_windows(client, device)
+        _, held_out = hold_out(ids, labels, self.personal)
+        kept = best(best_folder(client, self.stage), method)
+        if held_out is None or kept is None:
+            return Response({}, Losses(shared=None, own=None))
+        own, changes = kept
+        masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
+        model = load(decoder, self.bits)
+        starts = {}
+        for name in sorted({key.split("/")[1] for key in tensors}):
+            parts = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.startswith(f"rest/{name}/")}
+            starts[name] = method.start({}, parts, decoder.read_shape(name), 0, name, self.seed)
+        method.attach(model, starts, Attachment({}, masks))
+        shared = mean_loss(model, held_out, self.micro)
+        out = client.folder / "personal" / f"stage-{self.stage}"
+        if own < shared:
+            plain = Decoder(Checkpoint(client.model, client.dtype))
+            method.write_adapter(out, plain, changes, self.base, self.title, pruned=bool(masks), changed=self.parts > 0)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+        return Response({}, Losses(shared=shared, own=own))
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert isinstance(reply, Losses)
+        losses = [reply.shared, reply.own]
+        if losses != [None, None] and not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+            raise WireError("its losses are not finite numbers")

@@ -1,0 +1,373 @@
+"""A round of tuning: every client trains on its own text from where the server is; the server makes one change of theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fedgrove.client.devices import other_devices
+from fedgrove.client.local_client import LocalClient
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
+from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.tune import fixed_point, training
+from fedgrove.stages.tune.aggregation import Aggregation
+from fedgrove.stages.tune.changes import Start, State
+from fedgrove.stages.tune.client_model import TuneRequest, best_folder
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.exchanges.importance import check_tokens
+from fedgrove.stages.tune.fixed_point import LOSS, WholeNumbers
+from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
+from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
+from fedgrove.stages.tune.trainers import trainer_of
+
+OWN, REST = "own", "rest"  # tensors of a request: what a client trains, and what it only computes with
+
+
+class Training(BaseModel):
+    """How a client trains in a round; see :class:`fedgrove.stages.tune.training.Settings`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    batch: int
+    micro: int
+    learning_rate: float
+    optimizer: Literal["adamw", "sgd"]
+    max_grad_norm: float
+    proximal: float
+
+
+class WindowNoise(BaseModel):
+    """Differential privacy of a client's windows; see :class:`fedgrove.stages.tune.training.Budget`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epsilon: float
+    delta: float
+    noise: float
+    rounds: int
+    clip: float
+
+
+class Trained(Reply):
+    """The client's tokens, which are its weight, and its mean training loss.
+
+    Attributes:
+        tokens: of the client's text.
+        loss: None where it is summed as a whole number, or where nobody may be told.
+    """
+
+    tokens: int
+    loss: float | None = None
+
+
+class Train(TuneRequest):
+    """Train on your text for one round.
+
+    Tensors beside the request: ``own/<linear>/<part>`` and ``rest/<linear>/<part>``: where to start; a part that is missing
+    begins anew. The response holds ``change/<linear>/<part>``: the change as trained, or what the round changed, as the
+    parametrization says; with ``whole`` int32, what the round changed, and ``change/loss``.
+
+    Attributes:
+        run: names the run: what is noisy is made once in it.
+        parametrization, trainer: what is trained, and how.
+        shared_a: all clients share one A, which is not trained.
+        ranks: by linear, of those that this client trains.
+        scales: by linear: LoRA's α/r.
+        masked: the linears whose zeros stay zero.
+        tokens: of the client's text, as it said.
+        seen: windows that this client was given in earlier rounds.
+        dtype: of the response.
+        training: the settings.
+        whole: for sums of whole numbers; None: floats.
+        windows: for trainers that add noise.
+    """
+
+    KIND: ClassVar[str] = "tune/train"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset(
+        {Disclosure.FACTORS, Disclosure.CHANGES, Disclosure.SCALES, Disclosure.LOSS}
+    )
+    REPLY: ClassVar[type[Reply]] = Trained
+
+    run: str
+    parametrization: str
+    trainer: str
+    shared_a: bool
+    ranks: dict[str, int]
+    scales: dict[str, float]
+    masked: tuple[str, ...]
+    tokens: int
+    seen: int
+    dtype: Literal["float32", "bfloat16"]
+    training: Training
+    whole: WholeNumbers | None = None
+    windows: WindowNoise | None = None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether noise protects what is sent: then no loss is."""
+        return self.windows is not None or (self.whole is not None and self.whole.noise is not None)
+
+    @property
+    def method(self) -> Parametrization:
+        """The parametrization's file."""
+        return parametrization_of(self.parametrization)
+
+    def discloses(self) -> frozenset[Disclosure]:
+        return frozenset({self.method.DISCLOSES} | (set() if self.noisy else {Disclosure.LOSS}))
+
+    def release(self) -> str | None:
+        return f"{self.run}/{self.stage}/{self.round}" if self.noisy else None
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        method = self.method
+        decoder, ids, labels = self.model_and_windows(client, device)
+        tokens = ids.numel()
+        (ids, labels), held_out = hold_out(ids, labels, self.personal)
+        noise = self.windows or (self.whole and self.whole.noise)
+        if noise and not self.round < noise.rounds:
+            raise client.error(f"round {self.round + 1} of {noise.rounds}: its budget is spent")
+        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
+        model = load(decoder, self.bits)
+        starts = {
+            name: method.start(
+                _parts(tensors, OWN, name), _parts(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
+            )
+            for name, shape in shapes.items()
+        }
+        gradient_masks = method.attach(model, starts, Attachment(self.scales, masks, self.shared_a))
+        work = training.Work(
+            ids,
+            labels,
+            self.seen,
+            f"{self.seed}/{client.name}",
+            gradient_masks,
+            other_devices(client, next(model.parameters()).device),
+            training.Budget(**self.windows.model_dump()) if self.windows else None,
+        )
+        try:
+            loss = trainer_of(self.trainer).train(model, work, training.Settings(**self.training.model_dump()))
+            trained = method.detach(model, list(self.ranks), starts)
+            if held_out:
+                total = {n: method.total(trained[n], begun) if n in trained else begun.rest for n, begun in starts.items()}
+                own_loss = mean_loss(model, held_out, self.training.micro)
+                keep_best(best_folder(client, self.stage), method, own_loss, total, begin=self.round == 0)
+            return Response(*self._packed(method, trained, starts, shapes, tokens, loss))
+        except FedgroveError as error:
+            raise client.error(str(error)) from error
+
+    def _packed(
+        self,
+        method: Parametrization,
+        trained: Mapping[str, Any],
+        starts: Mapping[str, Start[Any]],
+        shapes: Mapping[str, tuple[int, int]],
+        tokens: int,
+        loss: float | None,
+    ) -> tuple[Tensors, Trained]:
+        if self.whole is None:
+            dtype = getattr(torch, self.dtype)
+            sent = {
+                f"{CHANGE}{name}/{part}": value.to(dtype)
+                for name, change in trained.items()
+                for part, value in change.parts().items()
+                if not (self.shared_a and part == "a")
+            }
+            return sent, Trained(tokens=tokens, loss=None if self.noisy else loss)
+        changes = {
+            f"{name}/{part}": value
+            for name, change in trained.items()
+            for part, value in method.round_change(change, starts[name], self.shared_a).items()
+        }
+        noise = self.whole.noise
+        if noise:
+            changes = noise.clipped(changes)
+        values: dict[str, Tensor] = {}
+        for name, shape in self._whole_shapes(shapes).items():
+            change = changes.get(name)  # narrower than the widest client's, or not trained here
+            values[name] = (
+                torch.zeros(shape) if change is None else nn.functional.pad(change, (0, shape[-1] - change.shape[-1]))
+            )
+        if loss is not None and not noise:
+            values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
+        numbers = fixed_point.encode(values, self.whole.weight)
+        return (noise.add_share(numbers, self.whole.weight) if noise else numbers), Trained(tokens=tokens)
+
+    def _whole_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
+        assert self.whole is not None
+        return {
+            f"{name}/{part}": shape
+            for name, widest in self.whole.widest.items()
+            for part, (shape, _) in self.method.expected(shapes[name], widest, torch.float32, self.shared_a).items()
+        }
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        shapes = {name: layout.read_shape(name) for name in layout.linear_names()}
+        if self.whole is not None:
+            specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self._whole_shapes(shapes).items()}
+            return specs if self.noisy else {**specs, CHANGE + LOSS: (torch.Size([1]), torch.int32)}
+        dtype = getattr(torch, self.dtype)
+        return {
+            f"{CHANGE}{name}/{part}": spec
+            for name, rank in self.ranks.items()
+            for part, spec in self.method.expected(shapes[name], rank, dtype, self.shared_a).items()
+        }
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert isinstance(reply, Trained)
+        check_tokens(reply.tokens, self.tokens)
+        if self.whole is None:
+            if (reply.loss is None) != self.noisy or (reply.loss is not None and not math.isfinite(reply.loss)):
+                raise WireError("its loss is not a finite number")
+            return
+        fixed_point.check(tensors, self.whole.weight)
+        for name, tensor in tensors.items():
+            linear = name.removeprefix(CHANGE).rpartition("/")[0]
+            rank = self.ranks.get(linear, 0) if self.method.RANKED else None
+            if linear and rank is not None and tensor[:, rank:].any():
+                raise WireError(f"{name} has columns that this client does not train")
+
+    def beyond(self, config: object) -> str | None:
+        assert isinstance(config, Config)
+        asked = {
+            "parametrization": self.parametrization, "trainer": self.trainer, "steps": self.training.steps,
+            "shared_a": self.shared_a, "fixed": self.whole is not None,
+        }  # fmt: skip
+        agreed = {
+            "parametrization": config.parametrization, "trainer": config.trainer, "steps": config.steps,
+            "shared_a": config.aggregation_method.SHARED_A, "fixed": config.precision == "fixed",
+        }  # fmt: skip
+        differs = next((key for key in asked if asked[key] != agreed[key]), None)
+        if differs is None and config.epsilon is not None:
+            noise = self.windows if config.trainer_method.PRIVATE else (self.whole.noise if self.whole else None)
+            if (
+                noise is None
+                or noise.epsilon > config.epsilon
+                or noise.delta > config.delta
+                or noise.rounds < config.rounds
+                or noise.clip != config.dp_clip
+            ):
+                return "epsilon"
+        return differs or super().beyond(config)
+
+
+def _parts(tensors: Tensors, kind: str, name: str) -> Tensors:
+    start = f"{kind}/{name}/"
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+
+
+def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a: bool) -> Tensors:
+    """What travels beside a :class:`Train` request."""
+    return {
+        f"{kind}/{name}/{part}": value.to(dtype).contiguous()
+        for name, start in starts.items()
+        for kind, change in ((OWN, start.own), (REST, start.rest))
+        for part, value in change.parts().items()
+        if not (shared_a and part == "a")
+    }
+
+
+class FloatRound:
+    """The server's half where clients send floats: the aggregation's sum of each linear, one client after the other.
+
+    Args:
+        states: of every linear that is tuned; ranks: of each, those of this round's clients.
+        assigned: by client and linear, the rank.
+        seed: the stage's, from which a shared A follows.
+    """
+
+    def __init__(
+        self,
+        method: Parametrization,
+        aggregation: Aggregation,
+        states: Mapping[str, State[Any]],
+        ranks: Mapping[str, list[int]],
+        assigned: Mapping[str, Mapping[str, int]],
+        seed: str,
+    ):
+        self._method, self._aggregation, self._states, self._assigned, self._seed = method, aggregation, states, assigned, seed
+        self.sums = {name: aggregation.sums(states[name], ranks[name]) for name in states}
+        self.losses: dict[str, float] = {}
+        self._loss = WeightedSum()
+
+    def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
+        """Floats cannot be summed unseen; jobs that would are refused when they are read."""
+        raise FedgroveError('privacy.secure_aggregation: only whole numbers can be summed unseen; set precision = "fixed"')
+
+    def ring_bits(self) -> int:
+        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
+        return 64
+
+    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
+        """Adds a client's changes, weighted by its tokens."""
+        assert isinstance(reply, Trained)
+        if reply.loss is not None:
+            self._loss.add(torch.tensor(reply.loss, dtype=torch.float64), float(reply.tokens))
+            self.losses[client] = reply.loss
+        for name, rank in self._assigned[client].items():
+            own = self._aggregation.begin(self._states[name], rank).own
+            change = self._method.received(_parts(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
+            self._aggregation.add(self.sums[name], change, float(reply.tokens))
+
+    def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
+        """There is no total of floats: see :meth:`masked`."""
+        raise NotImplementedError
+
+    def loss(self) -> float | None:
+        """The weighted mean of the clients' losses."""
+        return float(self._loss.mean()) if self.losses else None
+
+
+class WholeRound(IntegerSums):
+    """The server's half where clients send whole numbers: the mean of what they changed.
+
+    Args:
+        requests: by client.
+    """
+
+    def __init__(self, requests: Mapping[str, Train]):
+        super().__init__(lambda sums, replies: fixed_point.check(sums, 1.0))
+        self._requests = requests
+
+    def means(self, clients: list[str]) -> dict[str, Tensor]:
+        """By linear and part, float64: the weighted mean of what changed, each column over those who train it; and ``loss``.
+
+        Args:
+            clients: who is in the sum.
+        """
+        first = next(iter(self._requests.values()))
+        assert first.whole is not None
+        noise, sums = first.whole.noise, self.sums
+        if noise:
+            sums = noise.add_at_server(sums, len(self._requests))
+        means = {}
+        for name, total in sums.items():
+            linear = name.rpartition("/")[0]
+            means[name] = fixed_point.mean(total, 1.0 if noise else self._weight(linear, total, clients))
+        return means
+
+    def _weight(self, linear: str, total: Tensor, clients: list[str]) -> Tensor | float:
+        weights = {client: self._weight_of(client) for client in clients}
+        if not linear or not next(iter(self._requests.values())).method.RANKED:
+            return sum(weights.values())
+        columns = torch.zeros(total.shape[1], dtype=torch.float64)
+        for client, weight in weights.items():
+            columns[: self._requests[client].ranks.get(linear, 0)] += weight
+        return columns
+
+    def _weight_of(self, client: str) -> float:
+        whole = self._requests[client].whole
+        assert whole is not None
+        return whole.weight

@@ -1,0 +1,64 @@
+"""The frozen model of a client that tunes: whole in memory, its linears in few bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder, as_matrix, linears
+
+
+def load(decoder: Decoder, bits: int) -> nn.Module:
+    """A decoder's whole model, frozen, its linears in that many bits.
+
+    32 and 16 are float32 and bfloat16, for all weights. 8 (LLM.int8) and 4 (NF4) are bitsandbytes', for the linears of the
+    blocks; the ends and norms are bfloat16. Zero is a code of both, so pruned weights stay zero.
+
+    Raises:
+        FedgroveError: 8 or 4 bits without bitsandbytes.
+    """
+    dtype = torch.float32 if bits == 32 else torch.bfloat16
+    if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
+        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"; or leave it out of bits')
+
+    def change(part: nn.Module) -> None:
+        for parameter in part.parameters():
+            if parameter.is_floating_point() and not parameter.is_meta:
+                parameter.data = parameter.data.to(dtype)
+        if bits < 16 and part is not decoder.model:
+            for name, module in linears(part).items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(part.get_submodule(owner), leaf, _quantized(module, bits, dtype, decoder.device))
+
+    model = decoder.whole(change)
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):  # how peft knows what it puts its adapters on
+        setattr(model, flag, flag == f"is_loaded_in_{bits}bit")
+    return model.requires_grad_(False)
+
+
+def _quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    hush()
+    import bitsandbytes
+
+    weight = as_matrix(module, cast(Tensor, module.weight).data).contiguous()
+    num_out, num_in = weight.shape
+    has_bias = getattr(module, "bias", None) is not None
+    if bits == 8:
+        small = bitsandbytes.nn.Linear8bitLt(num_in, num_out, has_bias, has_fp16_weights=False, device="meta")
+        small.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        small = bitsandbytes.nn.Linear4bit(num_in, num_out, has_bias, dtype, quant_type="nf4", device="meta")
+        small.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    if has_bias:
+        small.bias = nn.Parameter(cast(Tensor, module.bias).data, requires_grad=False)
+    return cast(nn.Module, small.to(device))
+
+
+def hush() -> None:
+    """Silences bitsandbytes, which peft imports where it is installed and which logs its wishes on import."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,250 @@
+"""LoRA (Hu et al., ICLR 2022): the change of a weight as the product of two small factors, on a frozen model.
+
+The adapters are peft's, one rank for each linear. What peft has not is a mask: on a pruned model an ordinary adapter would
+refill the zeros, so there the product of the factors is masked before it is used, and what was trained is what is merged.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.cost import ModelCost
+from fedgrove.quantities import mebibytes
+from fedgrove.rounds.request import Disclosure, TensorSpecs
+from fedgrove.stages.tune import cost as costs
+from fedgrove.stages.tune import peft_adapter
+from fedgrove.stages.tune.aggregation import Form
+from fedgrove.stages.tune.changes import Start, State
+from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
+from fedgrove.stages.tune.factors import Factors, fill, initial_a
+from fedgrove.stages.tune.frozen import hush
+from fedgrove.stages.tune.parametrizations import Attachment
+from fedgrove.stages.tune.training import GradientMasks
+
+FORM: Form = "factors"
+DISCLOSES = Disclosure.FACTORS
+AGGREGATION = "flexlora"
+RANKED = True
+RELATIVE = False
+PRIVATE = True
+PERSONAL = True
+
+OWN, REST = "own", "rest"  # the adapter that is trained, and the one that is only computed with
+
+
+def none(shape: tuple[int, int]) -> Factors:
+    """Rank 0."""
+    return Factors.none(*shape)
+
+
+def change_of(parts: Mapping[str, Tensor]) -> Factors:
+    """From its tensors."""
+    return Factors.of(parts)
+
+
+def start(
+    own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
+) -> Start[Factors]:
+    """Factors that came, filled up to ``rank`` with fresh terms that change nothing yet.
+
+    Where all share one A it does not come: the rows of the rest come after those of what is trained.
+    """
+
+    def given(parts: Mapping[str, Tensor], first: int) -> Factors:
+        b = parts.get("b", torch.zeros(shape[0], 0)).float()
+        a = parts.get("a")
+        return Factors(b, initial_a(name, first + b.shape[1], shape[1], seed)[first:] if a is None else a.float())
+
+    trained = given(own, 0)
+    return Start(fill(trained, rank, name, seed), given(rest, trained.rank))
+
+
+def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachment) -> GradientMasks:
+    """Puts adapters into a model; an own rank of 0 is not trained.
+
+    On a pruned model the product of the factors is masked before it is used, so no gradient needs a mask.
+    """
+    scales, masks = how.scales, how.masks
+    hush()
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    for adapter in (OWN, REST):
+        factors = {name: getattr(start, adapter) for name, start in starts.items()}
+        factors = {name: pair for name, pair in factors.items() if pair.rank}
+        if not factors:
+            continue
+        config = LoraConfig(
+            r=1,
+            target_modules=list(factors),
+            rank_pattern={re.escape(name): pair.rank for name, pair in factors.items()},
+            init_lora_weights=False,
+            fan_in_fan_out=not isinstance(_base_layer(model.get_submodule(next(iter(factors)))), nn.Linear),
+        )
+        if masks:
+            kinds = {type(_base_layer(model.get_submodule(name))) for name in factors}
+            config._register_custom_module(dict.fromkeys(kinds, _masked_layer()))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters: we know
+            inject_adapter_in_model(config, model, adapter)
+        for name, pair in factors.items():
+            layer = cast(Any, model.get_submodule(name))
+            scale = scales[name] if adapter == OWN else 1.0
+            layer.scaling[adapter] = scale
+            device = next(layer.parameters()).device
+            layer.lora_A[adapter].weight = nn.Parameter(pair.a.to(device, torch.float32))
+            layer.lora_B[adapter].weight = nn.Parameter((pair.b / scale).to(device, torch.float32))
+            if name in masks:
+                layer.mask = masks[name].to(device)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter([adapter for adapter in (OWN, REST) if adapter in module.lora_A])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{OWN}." in name)
+    if how.shared_a:
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    return ()
+
+
+def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Factors]]) -> dict[str, Factors]:
+    """The trained adapters, on the CPU, the scale folded into B."""
+    result = {}
+    for name in names:
+        layer = cast(Any, model.get_submodule(name))
+        b, a = layer.lora_B[OWN].weight, layer.lora_A[OWN].weight
+        result[name] = Factors((b.detach() * layer.scaling[OWN]).cpu(), a.detach().cpu())
+    return result
+
+
+def received(parts: Mapping[str, Tensor], own: Factors, rank: int, name: str, seed: str) -> Factors:
+    """B, and A: the client's, or the one that all share."""
+    return Factors(parts["b"], parts["a"] if "a" in parts else fill(own, rank, name, seed).a)
+
+
+def total(trained: Factors, start: Start[Factors]) -> Factors:
+    """What was trained, and the rest."""
+    return trained.plus(start.rest)
+
+
+def round_change(trained: Factors, start: Start[Factors], shared_a: bool) -> dict[str, Tensor]:
+    """What B changed by, (out, rank): with one A for all, the mean of the adapters is a plain sum of these."""
+    assert shared_a, "products of two factors that both change do not add up"
+    return {"b": trained.b - start.own.b}
+
+
+def after_round(
+    state: State[Factors], change: Mapping[str, Tensor], rank: int, dtype: torch.dtype, name: str, seed: str
+) -> Factors:
+    """The mean change on top of where all began; terms that nobody trained keep their value."""
+    own = fill(state.live.part(0, rank), rank, name, seed)
+    began = own.b.to(dtype).double()  # as the clients were given it
+    live = Factors(began + change["b"], own.a.double())
+    return live.plus(state.live.part(rank, state.live.rank))
+
+
+def expected(shape: tuple[int, int], rank: int, dtype: torch.dtype, shared_a: bool) -> TensorSpecs:
+    """B (out, rank), and A (rank, in) where it is trained."""
+    specs: TensorSpecs = {"b": (torch.Size([shape[0], rank]), dtype)}
+    return specs if shared_a else {**specs, "a": (torch.Size([rank, shape[1]]), dtype)}
+
+
+def merge(weight: Tensor, change: Factors, masked: bool) -> Tensor:
+    """weight + B·A in the weight's own dtype, rounded once."""
+    return merge_dense(weight, change.product(), masked)
+
+
+def merge_dense(weight: Tensor, change: Tensor, masked: bool) -> Tensor:
+    """weight + change in the weight's own dtype, rounded once; zeros stay zero if ``masked``, and nothing else becomes zero.
+
+    Args:
+        weight: (out, in), any float dtype.
+        change: (out, in).
+    """
+    merged = (weight.double() + change.double()).to(weight.dtype)
+    if not masked:
+        return merged
+    return torch.where((weight != 0) & (merged == 0), weight, merged).masked_fill_(weight == 0, 0.0)
+
+
+def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
+    """One rank for all linears: the most bits first, then the largest rank."""
+    return [
+        ClientConfig(bits, batch, 1, dict.fromkeys(cost.linears, rank))
+        for bits in sorted(space.bits, reverse=True)
+        for rank in reversed(space.ranks)
+    ]
+
+
+memory = costs.memory
+compute_seconds = costs.compute_seconds
+
+
+def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
+    """rank·(out + in) for each linear; rank·out where A is shared."""
+    return sum(rank * (cost.linears[name][0] if shared_a else sum(cost.linears[name])) for name, rank in ranks.items())
+
+
+def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
+    """The smallest rank in the fewest bits is too much."""
+    least = ClientConfig(min(space.bits), space.batches[-1], 1, dict.fromkeys(cost.linears, space.ranks[0]))
+    return (
+        f"rank {space.ranks[0]} in every linear needs {mebibytes(memory(cost, space, least), enough=True)} of memory, but it has "
+        f"{mebibytes(budget.memory)} (clients.memory); lower length, or allow fewer bits"
+    )
+
+
+def write_adapter(
+    out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
+) -> bool:
+    """A LoRA adapter; each linear keeps the rank that its change has."""
+    return peft_adapter.write_lora(out, decoder, changes, base, title, pruned, changed)
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """x·(mask ∘ B·A)ᵀ. The dense product is made anew in the backward pass: only the factors are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor, a: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, b, a, mask)
+        return x @ ((b @ a) * mask).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, b, a, mask = ctx.saved_tensors
+        (grad,) = grads
+        dense = (grad.flatten(0, -2).T @ x.flatten(0, -2)) * mask
+        return grad @ ((b @ a) * mask), dense @ a.T, b.T @ dense, None
+
+
+def _masked_layer() -> type[nn.Module]:
+    """The class, made when peft is here: importing fedgrove imports no peft."""
+    from peft.tuners import lora
+
+    class MaskedLora(lora.Linear):  # type: ignore[misc]
+        """peft's adapters of a linear; where there is a mask, their product is masked before it is used."""
+
+        mask: Tensor | None = None
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in self.active_adapters], 1)
+            a = torch.cat([self.lora_A[name].weight for name in self.active_adapters])
+            mask = self.mask.to(b.device) if self.mask is not None else torch.ones((), dtype=torch.bool, device=b.device)
+            return result + cast(Tensor, _MaskedProduct.apply(x.to(a.dtype), b, a, mask)).to(result.dtype)  # type: ignore[no-untyped-call]
+
+    return MaskedLora
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    get = getattr(module, "get_base_layer", None)
+    return cast(nn.Module, get()) if get else module

@@ -1,0 +1,54 @@
+"""FedPipe (arXiv 2404.06448): bits, batch and ranks of each client by an optimisation over its memory, its time and its uplink.
+
+Ours: the objective and the linear form, see :mod:`fedgrove.stages.tune.cost`; equal clients are solved for once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fedgrove.models.cost import ModelCost
+from fedgrove.stages.tune import cost
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, SearchSpace
+from fedgrove.stages.tune.planners import Choice, Problem
+
+NEEDS_IMPORTANCE = True
+NEEDS_RANKS = True
+EQUAL_RANKS = False
+
+
+def choose(config: Config, problem: Problem) -> Choice:
+    """Solves :func:`fedgrove.stages.tune.cost.best` for each client."""
+    space = SearchSpace(
+        config.bits, config.batches, config.ranks, config.steps, config.ranks[-1], problem.number, config.upload_price
+    )
+    deadline = config.deadline or default_deadline(problem.cost, space, problem.budgets)
+    solved: dict[tuple[Budget, SearchSpace], ClientConfig | Infeasible] = {}
+    chosen, left_out = {}, {}
+    for client, given in problem.budgets.items():
+        budget = replace(given, seconds=deadline)
+        bits = tuple(b for b in sorted(config.bits, reverse=True) if b in problem.bits[client])
+        own = replace(space, bits=bits)
+        if (budget, own) not in solved:
+            try:
+                if not bits:
+                    raise Infeasible(
+                        f"it can hold none of bits = {list(config.bits)} (clients.bits; 8 and 4 need bitsandbytes there)"
+                    )
+                solved[budget, own] = cost.best(problem.cost, own, budget, problem.importance)
+            except Infeasible as error:
+                solved[budget, own] = error
+        answer = solved[budget, own]
+        if isinstance(answer, ClientConfig):
+            chosen[client] = answer
+        else:
+            left_out[client] = str(answer)
+    return Choice(chosen, left_out, deadline)
+
+
+def default_deadline(model: ModelCost, space: SearchSpace, budgets: Mapping[str, Budget]) -> float:
+    """What the slowest client needs for the smallest batch at the smallest ranks: small steps teach more in the same time."""
+    least = ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[0]))
+    return max(cost.seconds(model, space, budget, least) for budget in budgets.values())

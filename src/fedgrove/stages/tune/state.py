@@ -1,0 +1,94 @@
+"""A tuning stage between two rounds: what a killed run goes on from, whatever is trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fedgrove.models.stream import save_tensors
+from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.parametrizations import parametrization_of
+from fedgrove.stages.tune.plan import Plan
+from fedgrove.stages.tune.server_optimizers import ServerOptimizerState
+
+Measurement = tuple[str | None, str, float]  # client, name, value
+
+
+@dataclass
+class TuningState:
+    """See above.
+
+    Attributes:
+        plan: the configuration that is in force.
+        states: by linear, the change at the server.
+        optimizer: by linear, what the server optimizer remembers.
+        seen: windows that each client was given.
+        clock: modelled seconds.
+        metrics: what the latest round measured.
+        shapes: (out, in) of every linear that has a state.
+    """
+
+    plan: Plan
+    states: dict[str, State[Any]] = field(default_factory=dict)
+    optimizer: dict[str, ServerOptimizerState[Any]] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+    clock: float = 0.0
+    metrics: list[Measurement] = field(default_factory=list)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def write(self, file: Path) -> None:
+        """Writes all of it, atomically."""
+        tensors: dict[str, Tensor] = {}
+        for name, state in self.states.items():
+            for kind, change in (("live", state.live), ("frozen", state.frozen)):
+                tensors |= {f"{kind}/{part}/{name}": value for part, value in change.parts().items()}
+        for name, remembered in self.optimizer.items():
+            tensors |= {f"first/{part}/{name}": value for part, value in remembered.first.parts().items()}
+        facts = {
+            "plan": self.plan.model_dump(mode="json"),
+            "linears": {name: list(shape) for name, shape in self.shapes.items()},
+            "seen": self.seen,
+            "clock": self.clock,
+            "metrics": self.metrics,
+            "second": {name: remembered.second for name, remembered in self.optimizer.items()},
+        }
+        save_tensors(tensors, file, {"state": json.dumps(facts)})
+
+    def put(self, name: str, shape: tuple[int, int], state: State[Any]) -> None:
+        """The new state of a linear (out, in)."""
+        self.states[name] = state
+        self.shapes[name] = shape
+
+    def state_of(self, name: str, shape: tuple[int, int]) -> State[Any]:
+        """The state of a linear; no change where nobody tuned it yet."""
+        none = parametrization_of(self.plan.parametrization).none(shape)
+        return self.states.get(name, State(none, none))
+
+    @classmethod
+    def read(cls, file: Path) -> TuningState:
+        """What :meth:`write` wrote."""
+        with safe_open(file, framework="pt") as opened:
+            facts: dict[str, Any] = json.loads(opened.metadata()["state"])
+            parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+            for key in opened.keys():  # noqa: SIM118
+                kind, part, name = key.split("/", 2)
+                parts.setdefault((kind, name), {})[part] = opened.get_tensor(key)
+        plan = Plan(**facts["plan"])
+        method = parametrization_of(plan.parametrization)
+        found = cls(plan, seen=facts["seen"], clock=facts["clock"])
+        found.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
+
+        def change(kind: str, name: str, shape: tuple[int, int]) -> Any:
+            return method.change_of(parts[kind, name]) if (kind, name) in parts else method.none(shape)
+
+        for name, (rows, columns) in facts["linears"].items():
+            shape = (rows, columns)
+            found.put(name, shape, State(change("live", name, shape), change("frozen", name, shape)))
+            if name in facts["second"]:
+                found.optimizer[name] = ServerOptimizerState(change("first", name, shape), facts["second"][name])
+        return found
