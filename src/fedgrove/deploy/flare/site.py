@@ -30,7 +30,7 @@ from fedgrove.deploy.flare.kits import KEY, ROSTER, SIGNATURE, TRUSTED
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.prune.plan import Capabilities
-from fedgrove.privacy.secure import Credentials
+from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import Info
 

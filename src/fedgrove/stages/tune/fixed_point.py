@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.privacy.accounting import gaussian_noise_multiplier
+from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.wire import CHANGE, WireError
 
 BITS = 24  # after the point
@@ -39,6 +41,18 @@ def encode(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         if not (value.abs() < LARGEST).all():
             raise FedgroveError(f"{name}: what it learnt is not finite or past {LARGEST}; lower learning_rate")
     return {CHANGE + name: (value.double() * share * 2.0**BITS).trunc().int() for name, value in values.items()}
+
+
+def mechanism(noise: Mapping[str, Any], share: float) -> GaussianMechanism:
+    """The noise that protects a whole client; the same for the client, which clips its change, and for the server.
+
+    Args:
+        noise: ``epsilon``, ``delta``; ``bound``, the largest norm of a client's change; ``rounds``, in how many sums it is;
+            ``adders``, how many clients share the noise, 0: the server adds it.
+        share: every client's weight in the sum.
+    """
+    noise_multiplier = gaussian_noise_multiplier(noise["epsilon"], noise["delta"], noise["rounds"])
+    return GaussianMechanism(noise["bound"], noise_multiplier, noise["adders"], weight=share, bits=BITS)
 
 
 def padded(change: Tensor, widest: int) -> Tensor:

@@ -14,8 +14,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job import TuneStage
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.stages.prune.plan import SPEED, Capabilities
-from fedgrove.privacy import tuning as dp
-from fedgrove.privacy.secure import smallest_sum
+from fedgrove.privacy import accounting, release
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds import wire
 from fedgrove.stages.tune import cost as budget, fixed_point as whole
@@ -230,7 +230,9 @@ def _noise(stage: TuneStage, shares: Mapping[str, TuneAssignment]) -> dict[str, 
         return {}
     steps = stage.rounds * stage.steps
     return {
-        name: dp.window_noise(stage.epsilon, stage.delta, min(1.0, share.batch * stage.length / share.tokens), steps)
+        name: accounting.dp_sgd_noise_multiplier(
+            stage.epsilon, stage.delta, min(1.0, share.batch * stage.length / share.tokens), steps
+        )
         for name, share in shares.items()
     }
 
@@ -240,15 +242,15 @@ def _notes(stage: TuneStage, clients: int, secure: bool) -> list[str]:
         return []
     if stage.dp_unit == "window":
         steps = stage.rounds * stage.steps
-        return [dp.window_statement(stage.epsilon, stage.delta, stage.length, steps, stage.dp_clip)]
-    sigma = dp.client_noise(stage.epsilon, stage.delta, stage.rounds) * stage.dp_clip / clients
+        return [release.window_statement(stage.epsilon, stage.delta, stage.length, steps, stage.dp_clip)]
+    sigma = accounting.gaussian_noise_multiplier(stage.epsilon, stage.delta, stage.rounds) * stage.dp_clip / clients
     if sigma > whole.LARGEST / 16:
         raise FedgroveError(
             f"epsilon: every number would get noise of {sigma:.3g}, which is more than the sum can hold; raise epsilon, or "
             "lower bound or rounds"
         )
-    adders = smallest_sum(clients)
-    return [dp.client_statement(stage.epsilon, stage.delta, stage.rounds, stage.dp_clip, secure, adders)]
+    adders = min_survivors(clients)
+    return [release.client_statement(stage.epsilon, stage.delta, stage.rounds, stage.dp_clip, secure, adders)]
 
 
 def worth(plan: TunePlan, stage: TuneStage, importance: Mapping[str, float]) -> float:

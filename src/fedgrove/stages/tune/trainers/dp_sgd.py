@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedgrove.data import IGNORED
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.tuning import enough, gaussian, picked
+from fedgrove.privacy.accounting import dp_sgd_keeps
+from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
 from fedgrove.stages.tune.lora import Settings, loss_sum
 
 
@@ -48,38 +48,33 @@ def train(
         FedgroveError: the noise is too little for what was promised.
     """
     rate = min(1.0, settings.batch / len(ids))
-    if not enough(noise, epsilon, delta, rate, rounds * settings.steps):
+    if not dp_sgd_keeps(noise, epsilon, delta, rate, rounds * settings.steps):
         raise FedgroveError(f"client '{client}': noise of {noise:g} is too little for epsilon = {epsilon:g}; it trains nothing")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
+    mechanism = GaussianMechanism(bound, noise, adders=1)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    anchors = [parameter.detach().clone() for parameter in parameters.values()] if settings.proximal else []
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = make(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = make(parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
     model.eval()
     with torch.enable_grad():
         for _ in range(settings.steps):
-            sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-            for window in picked(len(ids), rate):
-                for total, gradient in zip(sums, _gradient(model, parameters, ids[window], labels[window], bound), strict=True):
-                    total += gradient
-            for parameter, total in zip(parameters, sums, strict=True):
-                drawn = gaussian(total.numel(), noise * bound).view(total.shape).to(total.device)
-                parameter.grad = ((total + drawn) / (rate * len(ids))).to(parameter.dtype)
+            sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
+            for window in poisson_sample(len(ids), rate):
+                for name, gradient in mechanism.clip(_gradient(model, parameters, ids[window], labels[window])).items():
+                    sums[name] += gradient
+            for name, total in mechanism.add_share(sums).items():
+                parameters[name].grad = (total / (rate * len(ids))).to(parameters[name].dtype)
             if settings.proximal:
-                for parameter, anchor in zip(parameters, anchors, strict=True):
+                for parameter, anchor in zip(parameters.values(), anchors, strict=True):
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal)
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _gradient(model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, labels: Tensor, bound: float) -> list[Tensor]:
-    """Of the mean loss of one window, (length,) each, no longer than ``bound``."""
+def _gradient(model: nn.Module, parameters: Mapping[str, nn.Parameter], ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The gradient of the mean loss of one window, ids and labels (length,), by parameter; without those that took no part."""
     learnt = int((labels[1:] != IGNORED).sum())
     loss = loss_sum(model, ids[None], labels[None]) / max(1, learnt)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    found = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found))
-    if not math.isfinite(norm):
-        return [torch.zeros_like(gradient) for gradient in found]
-    scale = min(1.0, bound * (1 - 1e-6) / max(norm, 1e-300))  # less than the rounding of float32 could add
-    return [gradient * scale for gradient in found]
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
