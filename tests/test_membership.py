@@ -11,18 +11,18 @@ from torch import Tensor
 
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.privacy import tuning as dp
+from fedgrove.privacy.accounting import dp_sgd_noise_multiplier
 from fedgrove.privacy.membership import advantage, bound
-from fedgrove.stages.tune.aggregation import Start
 from fedgrove.stages.tune import lora
-from fedgrove.stages.tune.trainers import dp_sgd as private
+from fedgrove.stages.tune.aggregation import Start
 from fedgrove.stages.tune.factors import Factors, fill
+from fedgrove.stages.tune.trainers import dp_sgd
 from small import Small
 
 WINDOWS, LENGTH, STEPS, BATCH, DELTA = 60, 12, 40, 12, 1e-3
 
 
-def test_the_bound_is_that_of_randomised_response() -> None:
+def test_the_bound_is_that_of_randomized_response() -> None:
     assert bound(0.0, 0.0) == 0.0
     for epsilon in (0.1, 1.0, 5.0):  # who answers truly with probability p = e^ε/(1 + e^ε) keeps to ε, and gains 2p − 1
         assert bound(epsilon, 0.0) == pytest.approx(2 * math.exp(epsilon) / (1 + math.exp(epsilon)) - 1)
@@ -49,9 +49,9 @@ def learnt(small: Small, inside: Tensor, epsilon: float | None) -> torch.nn.Modu
     if epsilon is None:
         lora.train(model, lora.draw(inside, inside, BATCH, 0, "seed"), settings)
     else:
-        noise = dp.window_noise(epsilon, DELTA, BATCH / WINDOWS, STEPS)
+        noise = dp_sgd_noise_multiplier(epsilon, DELTA, BATCH / WINDOWS, STEPS)
         facts = {"epsilon": epsilon, "delta": DELTA, "noise": noise, "rounds": 1, "bound": 0.5}
-        private.train(model, inside, inside, settings, client="ash", **facts)  # type: ignore[arg-type]
+        dp_sgd.train(model, inside, inside, settings, client="ash", **facts)  # type: ignore[arg-type]
     return model
 
 
