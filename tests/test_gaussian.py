@@ -11,7 +11,8 @@ import torch
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism, clip, gaussian_noise, poisson_sample
-from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic, mechanism
+from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
+from fedgrove.stages.prune.exchanges.statistics import Noise
 from fedgrove.stages.tune import fixed_point as whole
 
 
@@ -42,8 +43,8 @@ def test_changes_are_clipped_together_and_rounded_towards_zero() -> None:
 
 def test_the_clients_share_the_noise_of_the_sum() -> None:
     zeros = torch.zeros(20_000, dtype=torch.int64)
-    noise = {"epsilon": 1.0, "delta": 1e-5, "inputs": 12, "clients": 4}
-    total = sum(mechanism(noise, 2.0).add_share(zeros) for _ in range(4))
+    noise = Noise(norms={"x": 2.0}, inputs=12, clients=4, epsilon=1.0, delta=1e-5)
+    total = sum(noise.mechanism("x").add_share(zeros) for _ in range(4))
     deviation = float((total.double() * 2.0**-BITS).std())  # type: ignore[union-attr]
     sensitivity = 2.0 + 0.5 * math.sqrt(20_000) * 2.0**-BITS
     assert deviation == pytest.approx(gaussian_noise_multiplier(1.0, 1e-5) * sensitivity * math.sqrt(12), rel=0.04)

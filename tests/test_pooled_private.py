@@ -51,10 +51,10 @@ def test_little_noise_leaves_the_result_almost_as_it_was(small: Small, tmp_path:
         ({"privacy": {}}, "epsilon: noise protects the sum alone"),
         ({"stages__0__pruner": "sparsegpt"}, 'epsilon: there is noise for pruner "wanda"'),
         ({"stages__0__source": "sequential"}, 'epsilon: there is noise for pruner "wanda"'),
-        ({"stages__0__rule": "fedspallm"}, "epsilon belong to aggregation"),
+        ({"stages__0__aggregation": "fedspallm"}, "epsilon belong to aggregation"),
         ({"stages__0__epsilon": 0.0}, "stages.0.epsilon"),
     ],
 )
 def test_no_promise_is_made_where_none_holds(small: Small, changes: dict[str, object], says: str) -> None:
-    spec = {"stages__0__rule": "pooled", "stages__0__epsilon": 1.0, "privacy": SECURE, "evaluate": {}, **changes}
+    spec = {"stages__0__aggregation": "pooled", "stages__0__epsilon": 1.0, "privacy": SECURE, "evaluate": {}, **changes}
     assert says in complaint("plan", small.job("refused", **spec))

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import shamirs
 import torch
+from pydantic import ValidationError
 
-from fedgrove.privacy.secagg import client, keys, masking, server, sharing
-from fedgrove.privacy.secagg.keys import Advert, make_credentials
+from fedgrove.privacy.secagg import client, keys, masking, sharing
+from fedgrove.privacy.secagg.keys import make_credentials
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.privacy.secagg.session import SecureError, Session, new_session
 from fedgrove.privacy.secagg.sharing import PRIME
 from fedgrove.privacy.secagg.store import SessionStore
+from fedgrove.rounds.exchanges.secagg import Advert, Ciphertexts, Open, Revealed, Shares
+from fedgrove.rounds.wire import WireError
 from secagg import Federation, inputs_of, same, total, uniform
 
 
@@ -211,26 +214,32 @@ def test_whoever_is_not_on_the_signed_roster_is_refused(tmp_path: Path) -> None:
 def test_a_session_that_protects_nobody_is_refused(change: dict[str, Any]) -> None:
     facts = asdict(Session("x", tuple("abcdef"), 5, 4, 4))
     with pytest.raises(SecureError):
-        Session.of({**facts, **change})
+        Session(**{**facts, **change})
 
 
 def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 3)
     federation.run(inputs_of(federation.names))
+    session = federation.session
     facts = asdict(federation.adverts["c000"])
-    assert Advert.of(facts) == federation.adverts["c000"]
+    assert asdict(keys.Advert(**Advert(**facts).model_dump())) == facts
     short, upper = facts["mask_key"][2:], facts["mask_key"][:-1] + "A"
-    for wrong in (None, {}, {**facts, "more": ""}, *({**facts, "mask_key": value} for value in (1, short, upper))):
-        with pytest.raises(SecureError, match="keys that are not understood"):
-            Advert.of(wrong)
+    for wrong in ({}, {**facts, "more": ""}, *({**facts, "mask_key": value} for value in (1, short, upper))):
+        with pytest.raises(ValidationError):
+            Advert.model_validate(wrong)
+
     sealed, revealed = federation.sealed["c000"], federation.revealed["c000"]
-    assert server.are_sealed_shares(sealed, federation.names)
-    assert server.are_shares(revealed, federation.names)
-    assert not server.are_sealed_shares(sealed, federation.names[:2])
-    assert not server.are_shares(revealed, federation.names[:2])
-    for value in (1, "00", "zz" * sharing.SHARE_BYTES):
-        assert not server.are_sealed_shares({**sealed, "c001": value}, federation.names)
-        assert not server.are_shares({**revealed, "c001": {"self": value}}, federation.names)
+    shares, opened = Shares(stage=0, session=session, adverts={}), Open(stage=0, session=session, signatures={})
+    shares.check({}, Ciphertexts(sealed_shares=sealed), None)
+    opened.check({}, Revealed.model_validate({"shares": revealed}), None)
+    with pytest.raises(WireError, match="to clients that are not asked"):
+        shares.check({}, Ciphertexts(sealed_shares={**sealed, "zed": sealed["c001"]}), None)
+    with pytest.raises(WireError, match="of clients that were not asked"):
+        opened.check({}, Revealed.model_validate({"shares": {**revealed, "zed": revealed["c001"]}}), None)
     share = revealed["c001"]["self"]
-    for shares in (share, {}, {"other": share}, {"self": share, "mask": share}):
-        assert not server.are_shares({**revealed, "c001": shares}, federation.names)
+    for value in (1, "00", "zz" * sharing.SHARE_BYTES):
+        with pytest.raises(ValidationError):
+            Ciphertexts.model_validate({"sealed_shares": {**sealed, "c001": value}})
+    for one in (share, {}, {"other": share}, {"self": share, "mask": share}, {"self": share[2:]}):
+        with pytest.raises(ValidationError):
+            Revealed.model_validate({"shares": {**revealed, "c001": one}})

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shamirs
 import torch
 
+from fedgrove.client.local_client import LocalClient
+from fedgrove.errors import FedgroveError
+from fedgrove.privacy.release import agree_on_survivors
+from fedgrove.privacy.secagg import server
+from fedgrove.privacy.secagg.keys import Advert
 from fedgrove.privacy.secagg.session import SecureError, new_session
 from fedgrove.privacy.secagg.sharing import PRIME, at_zero
 from fedgrove.rounds import wire
+from fedgrove.rounds.exchanges import secagg as exchange
+from fedgrove.rounds.request import Request, parse
 from secagg import PHASES, Federation, inputs_of, same, total
 
 
@@ -110,3 +120,45 @@ def test_a_client_that_is_asked_again_gives_the_same_response(tmp_path: Path) ->
         assert federation.share(name, federation.adverts) == federation.sealed[name]
         assert federation.confirm(name, survivors) == federation.signatures[name]
         assert federation.reveal(name, federation.signatures) == federation.revealed[name]
+
+
+def test_requests_carry_the_protocol(tmp_path: Path) -> None:
+    """Every message goes through JSON, as it would over the wire."""
+    federation = Federation(tmp_path, 4)
+    session, names = federation.session, federation.names
+    inputs = inputs_of(names)
+    clients = {
+        name: LocalClient(name, tmp_path / "clients" / name, tmp_path, None, (), None, {}, federation.credentials[name])
+        for name in names
+    }
+
+    def said(name: str, request: Request) -> Any:
+        received = parse(request.KIND, json.loads(request.model_dump_json()))
+        reply = received.respond({}, clients[name], "cpu").reply
+        reply = request.REPLY.model_validate_json(reply.model_dump_json())
+        request.check({}, reply, None)
+        return reply
+
+    adverts = {name: Advert(**said(name, exchange.Keys(stage=0, session=session)).model_dump()) for name in names}
+    sealed = {}
+    for name in names:
+        request = exchange.Shares(stage=0, session=session, adverts=server.adverts_for(session, name, adverts))
+        sealed[name] = said(name, request).sealed_shares
+    opening = server.Opening(session, adverts, sealed)
+    for name in names[1:]:
+        masking = exchange.Masking(session=session, sealed_shares=server.sealed_shares_for(session, name, sealed))
+        masking = exchange.Masking.model_validate_json(masking.model_dump_json())
+        opening.add(name, masking.apply(clients[name], inputs[name], "run/0/0"))
+    signatures = {
+        name: said(name, exchange.Check(stage=0, session=session, survivors=opening.survivors)).signature
+        for name in opening.survivors
+    }
+    revealed = {}
+    for name in signatures:
+        shown = server.signatures_for(session, name, signatures)
+        revealed[name] = said(name, exchange.Open(stage=0, session=session, signatures=shown)).shares
+    assert same(opening.open(revealed), total(inputs, names[1:]))
+    with pytest.raises(FedgroveError, match="in a sum of other clients already"):  # each noted with whom its release was summed
+        agree_on_survivors(clients["c001"].folder, "run/0/0", "c001", names)
+    with pytest.raises(FedgroveError, match="'c001': it has no key and no roster"):
+        exchange.Keys(stage=0, session=session).respond({}, replace(clients["c001"], credentials=None), "cpu")

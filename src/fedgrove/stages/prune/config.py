@@ -101,8 +101,8 @@ class Config(StageConfig):
             raise ValueError(f'pattern "{self.pattern}": N of every M inputs are kept, so 0 < N < M')
         for key in sorted(AGGREGATION_KEYS - self.method.READS):
             if getattr(self, key) != type(self).model_fields[key].default:
-                owners = [name for name in aggregation_names() if key in aggregation_of(name).READS]
-                raise ValueError(f"{key} belongs to aggregation = {' or '.join(f'\"{name}\"' for name in owners)}; leave it out")
+                owners = " or ".join(f'"{name}"' for name in aggregation_names() if key in aggregation_of(name).READS)
+                raise ValueError(f"{key} belongs to aggregation = {owners}; leave it out")
         if self.trim and self.layers != "all":
             raise ValueError('trim needs layers = "all": every client counts alike')
         if self.damping is not None and self.solver.NEEDS != "gram":
