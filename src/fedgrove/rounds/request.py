@@ -12,6 +12,7 @@ where a file holds several, ``room/file/part``. That is the registry: a new exch
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -136,7 +137,8 @@ class Request(BaseModel):
     @property
     def digest(self) -> str:
         """Names this request; its response repeats it, so that a response to another request is noticed."""
-        return hashlib.sha256(f"{self.KIND} {self.model_dump_json()}".encode()).hexdigest()[:32]
+        fields = json.dumps(self.model_dump(mode="json"), sort_keys=True)  # the wire sorts keys, so their order must not count
+        return hashlib.sha256(f"{self.KIND} {fields}".encode()).hexdigest()[:32]
 
 
 class Message(NamedTuple):
