@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,13 +37,13 @@ from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint, save_tensors, write_safetensors
 from fedgrove.models.width import Width
 from fedgrove.stages.structured.gradients import group_products
-from fedgrove.privacy.release import release_once
-from fedgrove.privacy.secagg.keys import Credentials
+from fedgrove.privacy.noise import add_noise, once
+from fedgrove.privacy.secure import KINDS, SECURE, Credentials, mask_answer, serve_secure
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import CHANGE, WEIGHT, Info
 from fedgrove.stages.prune.aggregation import to_integers
 from fedgrove.stages.structured.scores import fixed_point
-from fedgrove.stages.prune.aggregation.pooled import Statistic, mechanism
+from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.tune.personal import best, hold_out, keep_best, mean_loss
 
 START = "start/"  # tensors of an ask: the weights that a round starts from, where they are not the client's own copy
@@ -97,7 +98,7 @@ def serve(kind: str, message: bytes, site: LocalClient, device: str) -> bytes:
         if release is None:
             answer, told = HANDLERS[kind](tensors, info, site, device)
         else:
-            answer, told = release_once(site.folder, release, site.name, lambda: HANDLERS[kind](tensors, info, site, device))
+            answer, told = once(site.folder, release, site.name, lambda: HANDLERS[kind](tensors, info, site, device))
     if secure is not None:
         answer = mask_answer(site, secure, answer, release)
     return wire.pack(answer, told)
@@ -211,9 +212,8 @@ def statistics(tensors: Tensors, info: Info, site: LocalClient, device: str) -> 
         readers: for each linear of the block the input that it reads.
         products: the inputs whose products are wanted, not just their squares. moments: whether sums and variances are.
         limit: the largest number that may be sent.
-        noise: None, or {norms: by input, inputs, clients, epsilon, delta}: see
-            :func:`fedgrove.stages.prune.aggregation.pooled.mechanism`;
-        release: with noise, a name for what is released, see :func:`fedgrove.privacy.release.release_once`.
+        noise: None, or {norms: by input, inputs, clients, epsilon, delta}: see :func:`fedgrove.privacy.noise.add_noise`;
+        release: with noise, a name for what is released, see :func:`fedgrove.privacy.noise.once`.
         tensors ``scale/<input>``: (in,) float32 powers of two.
         tensors ``start/<linear>``: (out, in), the block before this one, pruned; only with ``sequential``.
 
@@ -251,8 +251,8 @@ def statistics(tensors: Tensors, info: Info, site: LocalClient, device: str) -> 
         if readers.get(name) != name:
             raise FedgroveError(f"client '{site.name}': its model reads the inputs of {name} in another way than the server's")
         scale = tensors[SCALE + name].to(decoder.device)
-        private = mechanism(noise, noise["norms"][name]) if noise else None
-        return Statistic(name, scale, name in info["products"], limit, private, bool(info["moments"]))
+        norm = noise["norms"][name] if noise else None
+        return Statistic(name, scale, name in info["products"], limit, norm, bool(info["moments"]))
 
     with decoder.loaded(index) as block, watching(block, begin) as inputs:
         if info["source"] == "dense" and index < len(decoder) - 1:
@@ -263,7 +263,11 @@ def statistics(tensors: Tensors, info: Info, site: LocalClient, device: str) -> 
     states.forget(before=index - 1)
     answer: Tensors = {}
     for first in sorted(set(readers.values())):
-        answer |= inputs[first].answer()
+        statistic = inputs[first]
+        if noise:
+            shared = {key: noise[key] for key in ("inputs", "clients", "epsilon", "delta")}
+            statistic.squares = add_noise(statistic.squares, noise["norms"][first], **shared, bits=BITS)
+        answer |= statistic.answer()
     return answer, {"stage": info["stage"], "block": index, "tokens": samples * info["length"]}
 
 
@@ -381,8 +385,7 @@ def train(tensors: Tensors, info: Info, site: LocalClient, device: str) -> tuple
         trains: "ab" or "b"; precision: dtype of the answer.
         whole: None, or {share, ranks, noise}: the answer in whole numbers, see :mod:`fedgrove.stages.tune.fixed_point`.
         private: None, or {epsilon, delta, noise, rounds, bound}: DP-SGD, see :func:`fedgrove.stages.tune.trainers.dp_sgd.train`.
-        release: where there is noise, a name that ends in /stage/round, see
-            :func:`fedgrove.privacy.release.release_once`.
+        release: where there is noise, a name that ends in /stage/round, see :func:`fedgrove.privacy.noise.once`.
         tensors ``own/<linear>/b``, ``own/<linear>/a``, ``rest/<linear>/b``, …: where to start; a missing factor begins anew.
         With whole linears ``own/<linear>``: the change so far.
 
@@ -620,22 +623,26 @@ def other_devices(site: LocalClient, first: torch.device) -> list[torch.device]:
 
 def _whole(site: LocalClient, changes: Tensors, shapes: dict[str, tuple[int, int]], wanted: Info, told: Info) -> dict[str, Tensor]:
     """What a round changed, as whole numbers: clipped and noisy if a client is to be protected, else with the loss."""
+    from fedgrove.privacy import tuning as dp
     from fedgrove.stages.tune import fixed_point as whole
 
-    private = whole.mechanism(wanted["noise"], wanted["share"]) if wanted["noise"] else None
-    if private:
-        changes = private.clip(changes)
+    noise = wanted["noise"]
+    if noise:
+        changes = dp.clipped(changes, noise["bound"])
     values = {}
     for name, widest in wanted["ranks"].items():
         change = changes.get(name)
         values[f"{name}/b"] = whole.padded(torch.zeros(shapes[name][0], 0) if change is None else change, widest)
-    if told and not private:
+    if told and not noise:
         values[whole.LOSS] = torch.tensor([min(told["loss"], whole.LARGEST - 1.0)])
     try:
         answer = whole.encode(values, wanted["share"])
     except FedgroveError as fault:
         raise FedgroveError(f"client '{site.name}': {fault}") from fault
-    return private.add_share(answer) if private else answer
+    if not noise or not noise["adders"]:
+        return answer
+    sigma = dp.client_noise(noise["epsilon"], noise["delta"], noise["rounds"]) * noise["bound"] * wanted["share"]
+    return dp.add_whole(answer, sigma * 2.0**whole.BITS / math.sqrt(noise["adders"]))
 
 
 def _tokens(ids: Tensor) -> Tensor:

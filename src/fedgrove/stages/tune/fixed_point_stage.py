@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.secagg.session import min_survivors
+from fedgrove.privacy import tuning as dp
+from fedgrove.privacy.secure import smallest_sum, sum_securely
 from fedgrove.rounds.collect import Message, ask
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
@@ -25,23 +26,17 @@ def whole_facts(run: RunFolder, plan: TunePlan) -> dict[str, Info]:
     stage = run.job.tuning(plan.stage)
     if stage.precision != "fixed":
         return {}
-    noise = _noise_facts(run, plan)
+    noise = None
+    if stage.epsilon is not None and stage.dp_unit == "client":
+        noise = {
+            "epsilon": stage.epsilon,
+            "delta": stage.delta,
+            "bound": stage.dp_clip,
+            "rounds": stage.rounds,
+            "adders": smallest_sum(len(plan.clients)) if run.job.privacy.secure_aggregation else 0,
+        }
     weights = plan.weights(alike=noise is not None)
     return {client: whole.facts(weight, plan.widest(), noise) for client, weight in weights.items()}
-
-
-def _noise_facts(run: RunFolder, plan: TunePlan) -> Info | None:
-    """What :func:`fedgrove.stages.tune.fixed_point.mechanism` reads, where whole clients are protected."""
-    stage = run.job.tuning(plan.stage)
-    if stage.epsilon is None or stage.dp_unit != "client":
-        return None
-    return {
-        "epsilon": stage.epsilon,
-        "delta": stage.delta,
-        "bound": stage.dp_clip,
-        "rounds": stage.rounds,
-        "adders": min_survivors(len(plan.clients)) if run.job.privacy.secure_aggregation else 0,
-    }
 
 
 def private_facts(run: RunFolder, plan: TunePlan, client: str) -> Info | None:
@@ -81,8 +76,8 @@ def sum_whole(
     Raises:
         FedgroveError: too few answered, or the sum cannot be one.
     """
-    noise = _noise_facts(run, plan)
-    private = noise is not None
+    stage = run.job.tuning(plan.stage)
+    private = stage.epsilon is not None and stage.dp_unit == "client"
     weights = plan.weights(alike=private)
     expected = {CHANGE + name: (shape, torch.int32) for name, shape in shapes.items()}
 
@@ -114,8 +109,10 @@ def sum_whole(
             for name, total in totals.items():
                 total.add(tensors[name], 1.0)
         sums = {name: total.value for name, total in totals.items() if total.value is not None}
-        if noise:
-            sums = whole.mechanism(noise, 1 / len(plan.clients)).add_at_server(sums)
+        if private:
+            assert stage.epsilon is not None
+            sigma = dp.client_noise(stage.epsilon, stage.delta, stage.rounds) * stage.dp_clip / len(plan.clients)
+            sums = dp.add_whole(sums, sigma * 2.0**whole.BITS)
     means = {}
     for name, shape in shapes.items():
         linear, _, factor = name.rpartition("/")
