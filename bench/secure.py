@@ -13,9 +13,9 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ import page
 import torch
 from torch import Tensor
 
-from fedgrove.privacy import secure
-from fedgrove.privacy.secure import Opening, SessionStore, new_session
+from fedgrove.privacy.secagg import client, server
+from fedgrove.privacy.secagg.keys import make_credentials
+from fedgrove.privacy.secagg.server import Opening
+from fedgrove.privacy.secagg.session import new_session
+from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds import wire
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 
@@ -114,44 +117,42 @@ def in_the_open(clients: int, count: int) -> tuple[Cost, Tensor]:
 
 def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
     cost = Cost(names=[f"c{i:03d}" for i in range(clients)])
-    credentials = secure.make_credentials(cost.names)
+    credentials = make_credentials(cost.names)
     session = new_session(cost.names)
     with tempfile.TemporaryDirectory() as folder:
-        memory = {name: SessionStore(Path(folder) / name) for name in cost.names}
+        stores = {name: SessionStore(Path(folder) / name) for name in cost.names}
 
-        def said(name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Any:
+        def sent(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> bytes:
             message = wire.pack(tensors, dict(info))
             cost.sent += len(message)
             return message
 
         with cost.by("client"):
-            adverts = {name: secure.keys(session, name, credentials[name], memory[name]) for name in cost.names}
+            adverts = {name: client.advertise(session, name, credentials[name], stores[name]) for name in cost.names}
             for name in cost.names:
-                said(name, {}, adverts[name])
+                sent({}, asdict(adverts[name]))
             sealed = {}
             for name in cost.names:
-                near = {peer: adverts[peer] for peer in session.neighbours(name)}
-                sealed[name] = secure.share(session, name, credentials[name], memory[name], near)
-                said(name, {}, sealed[name])
+                shown = server.adverts_for(session, name, adverts)
+                sealed[name] = client.share(session, name, credentials[name], stores[name], shown)
+                sent({}, sealed[name])
         opening = Opening(session, adverts, sealed)
         for i, name in enumerate(cost.names[: clients - silent]):
             values = numbers_of(i, count)
             with cost.by("client"):
-                mine = {peer: sealed[peer][name] for peer in session.neighbours(name)}
-                message = said(name, secure.mask(session, name, memory[name], mine, {"change/x": values}), {})
+                received = server.sealed_shares_for(session, name, sealed)
+                message = sent(client.mask(session, name, stores[name], received, {"change/x": values}), {})
             with cost.by("server"):
                 opening.add(name, wire.unpack(message)[0])
         with cost.by("client"):
-            survivors: Sequence[str] = opening.survivors
-            confirmed = {
-                name: secure.confirm(session, name, credentials[name], memory[name], list(survivors)) for name in survivors
-            }
-            signed = {name: answer["signature"] for name, answer in confirmed.items()}
-            near = {name: {peer: signed[peer] for peer in session.holders(name) if peer in signed} for name in survivors}
-            revealed = {name: secure.reveal(session, name, credentials[name], memory[name], near[name]) for name in survivors}
+            survivors = opening.survivors
+            signatures = {name: client.confirm(session, name, credentials[name], stores[name], survivors) for name in survivors}
+            revealed = {}
             for name in survivors:
-                said(name, {}, confirmed[name])
-                said(name, {}, revealed[name])
+                shown_signatures = server.signatures_for(session, name, signatures)
+                revealed[name] = client.reveal(session, name, credentials[name], stores[name], shown_signatures)
+                sent({}, {"signature": signatures[name]})
+                sent({}, revealed[name])
         with cost.by("server"):
             opened = opening.open(revealed)["change/x"].long()
     return cost, opened

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedgrove.client.handlers import serve
 
 from fedgrove import run as server
-from fedgrove.client.serve import serve
-from fedgrove.data import IGNORED
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load as jobs
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.privacy import tuning as dp
-from fedgrove.privacy.noise import agreed, multiplier, once
-from fedgrove.privacy.secure import as_rings
+from fedgrove.privacy import accounting
+from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.rounds import wire
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.tune import fixed_point as whole
-from fedgrove.stages.tune import training
-from fedgrove.stages.tune.changes import Start
+from fedgrove.stages.tune import lora
+from fedgrove.stages.tune.aggregation import Start
 from fedgrove.stages.tune.factors import Factors, initial_a
-from fedgrove.stages.tune.parametrizations import lora
-from fedgrove.stages.tune.trainers import dp_sgd as private
+from secagg import uniform
 from small import CLIENTS, Moment, Small, cli, complaint, killed, measurements
-from test_secure import uniform
 from test_tune_stage import PRUNE, TUNE, mean_perplexity, weights
 
 WHOLE = {**TUNE, "aggregation": "ffa_lora", "precision": "fixed"}
@@ -59,7 +53,7 @@ def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **chan
     job = jobs.load(small.job(out.name, **{"evaluate__alone": False, **changes}))
     begun = RunFolder(out, job)
     sites = server.local_engine(job, out / "clients")._sites
-    server.run_job(job, engine(list(sites.values())), begun)
+    server.main(job, engine(list(sites.values())), begun)
     begun.close()
     return out
 
@@ -155,138 +149,10 @@ def test_what_cannot_be_promised_is_refused(small: Small, changes: dict[str, Any
 def test_without_the_accountant_there_is_one_line(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "dp_accounting" else find(name, *rest))
-    dp.spent.cache_clear()
-    dp.window_noise.cache_clear()
+    accounting.dp_sgd_epsilon.cache_clear()
+    accounting.dp_sgd_noise_multiplier.cache_clear()
     job = small.job("unaccounted", stages=[{**TUNE, "epsilon": 1.0}], evaluate={})
     assert 'pip install "fedgrove[privacy]"' in complaint("plan", job)
-
-
-# How much noise
-
-
-@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.1), (0.7, 0.5), (2.0, 1.0)])
-def test_a_step_spends_what_its_definition_says(noise: float, rate: float) -> None:
-    x = torch.linspace(-15 * noise, 15 * noise + 1, 100_001, dtype=torch.float64)
-
-    def density(mean: float) -> torch.Tensor:
-        return torch.exp(-((x - mean) ** 2) / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
-
-    without, with_it = density(0.0), (1 - rate) * density(0.0) + rate * density(1.0)
-
-    def delta(epsilon: float) -> float:  # the larger of both directions
-        pairs = ((with_it, without), (without, with_it))
-        return max(float(torch.trapezoid((p - math.exp(epsilon) * q).clamp(min=0), x)) for p, q in pairs)
-
-    epsilon = dp.spent(noise, rate, 1, 1e-4)
-    assert delta(epsilon * 1.001) <= 1e-4
-    assert delta(epsilon * 0.98) > 1e-4
-
-
-def test_many_steps_without_sampling_are_one_gaussian() -> None:
-    noise = dp.client_noise(3.0, 1e-5, 16)
-    assert noise == pytest.approx(4 * multiplier(3.0, 1e-5))
-    assert dp.spent(noise, 1.0, 16, 1e-5) == pytest.approx(3.0, rel=2e-3)
-    assert dp.window_noise(3.0, 1e-5, 1.0, 16) == noise
-    assert dp.window_noise(3.0, 1e-5, 0.99, 16) == pytest.approx(noise, rel=0.02)
-
-
-def test_the_noise_is_gaussian_and_whole() -> None:
-    drawn = dp.gaussian(400_001, 3.0)
-    assert len(drawn) == 400_001
-    assert float(drawn.mean()) == pytest.approx(0, abs=0.03)
-    assert float(drawn.std()) == pytest.approx(3.0, rel=0.01)
-    assert float((drawn.abs() < 3.0).double().mean()) == pytest.approx(0.6827, abs=0.004)
-    noisy = dp.add_whole({"b": torch.zeros(100, 100, dtype=torch.int32)}, 1000.0)["b"]
-    assert noisy.dtype == torch.int32
-    assert float(noisy.double().std()) == pytest.approx(1000, rel=0.05)
-
-
-def test_changes_are_clipped_together_and_rounded_towards_zero() -> None:
-    torch.manual_seed(0)
-    changes = {"a": torch.randn(5, 3), "b": torch.randn(7, 2)}
-    clipped = dp.clipped(changes, 0.5)
-    sent = whole.encode(clipped, 1.0)
-    norm = math.sqrt(sum(float((value.double() * 2.0**-whole.BITS).square().sum()) for value in sent.values()))
-    assert 0.4999 < norm <= 0.5
-    quiet = {name: 1e-3 * value for name, value in changes.items()}
-    torch.testing.assert_close(dp.clipped(quiet, 0.5)["a"], quiet["a"].double())
-    assert not any(value.any() for value in dp.clipped({**changes, "b": changes["b"] / 0}, 0.5).values())
-    with pytest.raises(FedgroveError, match="lower learning_rate"):
-        whole.encode({"a": torch.tensor([math.nan])}, 1.0)
-
-
-class Line(torch.nn.Module):
-    """A model of one matrix: logits of each token are a row of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = torch.nn.Parameter(torch.zeros(6, 6))
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        return type("Output", (), {"logits": self.table[input_ids]})
-
-
-def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_the_promise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ids = torch.randint(6, (5, 9), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[4] = IGNORED
-    steps: list[torch.Tensor] = []
-
-    def learnt(ids: torch.Tensor, labels: torch.Tensor, noise: float, bound: float) -> torch.Tensor:
-        model = Line()
-        settings = training.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
-        private.train(
-            model, ids, labels, settings, client="ash", epsilon=50.0, delta=0.05, noise=noise, rounds=1, bound=bound
-        )  # fmt: skip
-        return -model.table.detach() * len(ids)
-
-    monkeypatch.setattr(private, "enough", lambda *facts: True)
-    alone = [learnt(ids[i : i + 1], labels[i : i + 1], 0.0, 0.2) for i in range(5)]
-    assert [round(float(gradient.norm()), 4) for gradient in alone] == [0.2, 0.2, 0.2, 0.2, 0.0]
-    torch.testing.assert_close(learnt(ids, labels, 0.0, 0.2), torch.stack(alone).sum(0), atol=1e-6, rtol=1e-4)
-    steps = [learnt(ids[4:], labels[4:], 3.0, 0.2) for _ in range(200)]  # nothing but noise
-    assert float(torch.stack(steps).std()) == pytest.approx(0.6, rel=0.05)
-
-
-def test_a_client_trains_nothing_with_less_noise_than_was_promised() -> None:
-    ids = torch.zeros(20, 8, dtype=torch.int64)
-    enough = dp.window_noise(1.0, 1e-5, 0.1, 10)
-    for noise, rounds in ((0.9 * enough, 10), (enough, 20)):
-        with pytest.raises(FedgroveError, match="'ash': noise of"):
-            private.train(
-                Line(), ids, ids, training.Settings(1, 2, 1, 0.1), client="ash", epsilon=1.0, delta=1e-5, noise=noise,
-                rounds=rounds, bound=1.0,
-            )  # fmt: skip
-
-
-def test_windows_take_part_by_chance_as_often_as_was_counted() -> None:
-    counts = torch.zeros(50)
-    for _ in range(2000):
-        counts[dp.picked(50, 0.1)] += 1
-    assert float(counts.mean()) == pytest.approx(200, rel=0.03)
-    assert float(counts.var()) == pytest.approx(2000 * 0.1 * 0.9, rel=0.6)
-
-
-# Once
-
-
-def test_a_noisy_answer_is_made_once_and_given_again(tmp_path: Path) -> None:
-    drawn = iter(range(9))
-
-    def make() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {"x": torch.tensor([next(drawn)])}, {"stage": 0}
-
-    first = once(tmp_path, "run/0/1", "ash", make)
-    assert once(tmp_path, "run/0/1", "ash", make) == first == ({"x": torch.tensor([0])}, {"stage": 0})
-    agreed(tmp_path, "run/0/1", "ash", ["ash", "birch", "cedar"])
-    agreed(tmp_path, "run/0/1", "ash", ["ash", "birch", "cedar"])
-    with pytest.raises(FedgroveError, match="'ash': its noisy answer is in a sum of other clients"):
-        agreed(tmp_path, "run/0/1", "ash", ["ash", "birch"])
-    assert once(tmp_path, "run/0/2", "ash", make)[0]["x"] == 1
-    with pytest.raises(FedgroveError, match="'ash': it has released this once"):
-        once(tmp_path, "run/0/1", "ash", make)
 
 
 def test_a_killed_run_with_noise_goes_on_and_draws_nothing_twice(small: Small, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fedgrove.exports.hf import USE
 from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
-from fedgrove.privacy.secure import Credentials, make_credentials
+from fedgrove.privacy.secagg.keys import Credentials, make_credentials
 from fedgrove.progress import Within
 from fedgrove.report.model_card import card
 from fedgrove.report.page import write_report

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.secure import Credentials
+from fedgrove.privacy.secagg.keys import Credentials
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.privacy.noise import once
+from fedgrove.privacy.release import release_once
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
 from fedgrove.rounds.request import Disclosure, Request, Response, parse
@@ -43,7 +43,7 @@ def answer(
         if release is None:
             response = request.respond(tensors, client, device)
         else:  # what is noisy is made once
-            made = once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
+            made = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
             response = Response(made[0], request.REPLY.model_validate(made[1]))
     sent = response.tensors if masking is None else masking.apply(client, response.tensors, release)
     return wire.pack(sent, {"request": request.digest, **response.reply.model_dump(mode="json")})

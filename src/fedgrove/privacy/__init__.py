@@ -1,1 +1,1 @@
-"""Privacy around the sums: each file holds what the client does and what the server does, so that they agree."""
+"""Privacy around the sums: secure aggregation, Gaussian noise, how much of it a promise needs, and what is promised."""

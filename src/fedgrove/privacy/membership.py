@@ -1,4 +1,4 @@
-"""The attack that a promise is measured against: was this window learnt from? By its loss (Yeom et al., CSF 2018)."""
+"""The attack that a promise is measured against: was a window trained on? Told by its loss (Yeom et al., CSF 2018)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def advantage(inside: Tensor, outside: Tensor) -> float:
     gains nothing; the result may then be negative. It scatters by about 1/√windows.
 
     Args:
-        inside: (windows,) losses of those that were learnt from.
+        inside: (windows,) losses of those that were trained on.
         outside: (windows,) losses of others of the same kind.
     """
-    found = []
-    for first in (0, 1):
-        own, other = inside[first::2], outside[first::2]
-        thresholds = torch.cat([own, other]).sort().values
-        gains = (own <= thresholds[:, None]).double().mean(1) - (other <= thresholds[:, None]).double().mean(1)
+    advantages = []
+    for half in (0, 1):
+        members, others = inside[half::2], outside[half::2]
+        thresholds = torch.cat([members, others]).sort().values
+        gains = (members <= thresholds[:, None]).double().mean(1) - (others <= thresholds[:, None]).double().mean(1)
         threshold = thresholds[gains.argmax()]
-        rest, others = inside[1 - first :: 2], outside[1 - first :: 2]
-        found.append(float((rest <= threshold).double().mean() - (others <= threshold).double().mean()))
-    return sum(found) / 2
+        members, others = inside[1 - half :: 2], outside[1 - half :: 2]
+        advantages.append(float((members <= threshold).double().mean() - (others <= threshold).double().mean()))
+    return sum(advantages) / 2

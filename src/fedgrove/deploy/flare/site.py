@@ -29,7 +29,7 @@ from fedgrove.engines.worker import Reply
 from fedgrove.errors import FedgroveError
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
-from fedgrove.privacy.secure import Credentials
+from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import Info
 from fedgrove.stages.prune.plan import Capabilities

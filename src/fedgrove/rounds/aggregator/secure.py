@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
-from fedgrove.privacy.secure import Opening, new_session
+from fedgrove.privacy.secagg import keys, server
+from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds.aggregator.base import Accumulator
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.collect import collect
@@ -51,15 +52,15 @@ class SecureAggregator:
                 found[client] = reply
             return found
 
-        adverts = phase({client: Keys(**place) for client in messages}, Advert)
-        near = {client: [peer for peer in session.neighbours(client) if peer in adverts] for client in adverts}
-        shares = {client: Shares(**place, adverts={peer: adverts[peer] for peer in near[client]}) for client in adverts}
-        sealed = {client: reply.ciphertexts for client, reply in phase(shares, Ciphertexts).items()}
+        advertised = phase({client: Keys(**place) for client in messages}, Advert)
+        adverts = {client: keys.Advert(**reply.model_dump()) for client, reply in advertised.items()}
+        shares = {client: Shares(**place, adverts=server.adverts_for(session, client, adverts)) for client in adverts}
+        sealed = {client: reply.sealed_shares for client, reply in phase(shares, Ciphertexts).items()}
         masking: dict[str, Any] = {}
         for client in sealed:
-            ciphertexts = {peer: sealed[peer][client] for peer in near[client] if client in sealed.get(peer, {})}
-            masking[client] = Masking(session=session, ciphertexts=ciphertexts).model_dump(mode="json")
-        opening = Opening(session, {client: advert.model_dump() for client, advert in adverts.items()}, sealed)
+            received = server.sealed_shares_for(session, client, sealed)
+            masking[client] = Masking(session=session, sealed_shares=received).model_dump(mode="json")
+        opening = server.Opening(session, adverts, sealed)
         replies: dict[str, Reply] = {}
         asked = {client: messages[client] for client in sealed}
         for client, tensors, reply in collect(self.engine, self.run, asked, layout=layout, clock=clock, masking=masking):
@@ -67,10 +68,9 @@ class SecureAggregator:
             replies[client] = reply
         survivors = opening.survivors
         signed = phase({client: Check(**place, survivors=survivors) for client in survivors}, Signed)
-        signatures = {
-            client: {peer: signed[peer].signature for peer in session.holders(client) if peer in signed} for client in signed
-        }
-        opened = phase({client: Open(**place, signatures=signatures[client]) for client in signed}, Revealed)
+        signatures = {client: reply.signature for client, reply in signed.items()}
+        shown = {client: server.signatures_for(session, client, signatures) for client in signed}
+        opened = phase({client: Open(**place, signatures=shown[client]) for client in signed}, Revealed)
         total = opening.open({client: reply.shares for client, reply in opened.items()})
         try:
             into.add_total(total, replies)

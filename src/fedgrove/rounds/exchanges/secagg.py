@@ -1,43 +1,53 @@
-"""The four phases around a sum that is taken unseen: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secure`.
+"""The four phases around a sum that is taken unseen: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secagg`.
 
-None of them discloses anything of a client's text. Between ``shares`` and ``check`` the sum's own request goes out; what has its
-response masked travels beside that request, as :class:`Masking`.
+None of them discloses anything of a client's text. Between ``shares`` and ``check`` the sum's own request goes out; what has
+its response masked travels beside that request, as :class:`Masking`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.models.blocks import Decoder
-from fedgrove.privacy import secure
-from fedgrove.privacy.noise import agreed
-from fedgrove.privacy.secure import SECRET, Session, SessionStore, credentials_of
+from fedgrove.privacy.release import agree_on_survivors
+from fedgrove.privacy.secagg import client as protocol
+from fedgrove.privacy.secagg import keys
+from fedgrove.privacy.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, Credentials
+from fedgrove.privacy.secagg.session import Session
+from fedgrove.privacy.secagg.sharing import SHARE_BYTES, Secret
+from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
 from fedgrove.rounds.wire import WireError
 
-Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
-Share = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * (SECRET + 1)}}}$")]
-Ciphertext = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{2 * (2 * (SECRET + 1) + 16)}}}$")]  # two shares and a tag of 16 bytes
+
+def _hex(size: int) -> Any:
+    return Field(pattern=rf"^[0-9a-f]{{{2 * size}}}$")
+
+
+Key = Annotated[str, _hex(KEY_BYTES)]
+Signature = Annotated[str, _hex(SIGNATURE_BYTES)]
+Share = Annotated[str, _hex(SHARE_BYTES)]
+SealedShares = Annotated[str, _hex(2 * SHARE_BYTES + TAG_BYTES)]
 
 
 class Advert(Reply):
-    """The public halves of a client's keys for one sum, signed with its lasting key."""
+    """The public halves of a client's keys for one sum, signed with its long-term key; see :class:`~keys.Advert`."""
 
-    mask: Key
-    channel: Key
+    mask_key: Key
+    channel_key: Key
     commitment: Key
     signature: Signature
 
 
 class Ciphertexts(Reply):
-    """For each neighbour the shares of this client's secrets, encrypted for the neighbour's eyes."""
+    """For each neighbor the shares of this client's secrets, encrypted for the neighbor's eyes."""
 
-    ciphertexts: dict[str, Ciphertext]
+    sealed_shares: dict[str, SealedShares]
 
 
 class Signed(Reply):
@@ -47,58 +57,56 @@ class Signed(Reply):
 
 
 class Revealed(Reply):
-    """By owner one share: of the self-mask of a survivor (``self``), or of the mask key of a client that dropped (``seed``)."""
+    """By owner one share: of the self-mask of a survivor, or of the mask key of a client that dropped."""
 
-    shares: dict[str, Annotated[dict[str, Share], Field(min_length=1, max_length=1)]]
+    shares: dict[str, Annotated[dict[Secret, Share], Field(min_length=1, max_length=1)]]
 
 
 class Masking(BaseModel):
-    """What has a response masked: the session, and what the neighbours sent to this client."""
+    """What has a response masked: the session, and what the neighbors sent to this client."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     session: Session
-    ciphertexts: dict[str, Ciphertext]
+    sealed_shares: dict[str, SealedShares]
 
-    def apply(self, client: LocalClient, tensors: Mapping[str, object], release: str | None) -> Tensors:
+    def apply(self, client: LocalClient, tensors: Mapping[str, Tensor], release: str | None) -> Tensors:
         """A response's tensors, hidden: nobody can tell them from random ones."""
-        credentials_of(client)
-        store = SessionStore(client.folder / "secure")
-        return secure.mask(self.session, client.name, store, self.ciphertexts, tensors, release)  # type: ignore[arg-type]
+        _credentials_of(client)
+        return protocol.mask(self.session, client.name, _store_of(client), self.sealed_shares, tensors, release)
 
 
 class _Phase(Request):
     session: Session
 
-    def _own(self, client: LocalClient) -> tuple[Session, str, secure.Credentials, SessionStore]:
-        return self.session, client.name, credentials_of(client), SessionStore(client.folder / "secure")
+    def _own(self, client: LocalClient) -> tuple[Session, str, Credentials, SessionStore]:
+        return self.session, client.name, _credentials_of(client), _store_of(client)
 
 
 class Keys(_Phase):
-    """Make two keys, and advertise their public halves."""
+    """Make two key pairs, and advertise their public halves."""
 
     KIND: ClassVar[str] = "rounds/secagg/keys"
     REPLY: ClassVar[type[Reply]] = Advert
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        return Response({}, Advert(**secure.keys(*self._own(client))))
+        return Response({}, Advert(**vars(protocol.advertise(*self._own(client)))))
 
 
 class Shares(_Phase):
-    """Check the neighbours' keys, and give each a share of this client's two secrets."""
+    """Check the neighbors' keys, and give each a share of this client's two secrets."""
 
     KIND: ClassVar[str] = "rounds/secagg/shares"
     REPLY: ClassVar[type[Reply]] = Ciphertexts
 
-    adverts: dict[str, Advert]
+    adverts: dict[str, keys.Advert]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        adverts = {peer: advert.model_dump() for peer, advert in self.adverts.items()}
-        return Response({}, Ciphertexts(ciphertexts=secure.share(*self._own(client), adverts)))
+        return Response({}, Ciphertexts(sealed_shares=protocol.share(*self._own(client), self.adverts)))
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         assert isinstance(reply, Ciphertexts)
-        if not reply.ciphertexts.keys() <= set(self.session.clients):
+        if not reply.sealed_shares.keys() <= set(self.session.clients):
             raise WireError("it sends shares to clients that are not asked")
 
 
@@ -112,12 +120,12 @@ class Check(_Phase):
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         session, name, credentials, store = self._own(client)
-        signed = secure.confirm(session, name, credentials, store, self.survivors)
-        with store.opened(session) as own:
-            release = own["release"]
+        signature = protocol.confirm(session, name, credentials, store, self.survivors)
+        with store.opened(session) as state:
+            release = state.release
         if release is not None:
-            agreed(client.folder, release, name, self.survivors)
-        return Response({}, Signed(**signed))
+            agree_on_survivors(client.folder, release, name, self.survivors)
+        return Response({}, Signed(signature=signature))
 
 
 class Open(_Phase):
@@ -129,9 +137,19 @@ class Open(_Phase):
     signatures: dict[str, Signature]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        return Response({}, Revealed(shares=secure.reveal(*self._own(client), self.signatures)))
+        return Response({}, Revealed.model_validate({"shares": protocol.reveal(*self._own(client), self.signatures)}))
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         assert isinstance(reply, Revealed)
         if not reply.shares.keys() <= set(self.session.clients):
             raise WireError("it reveals shares of clients that were not asked")
+
+
+def _credentials_of(client: LocalClient) -> Credentials:
+    if client.credentials is None:
+        raise client.error("it has no key and no roster for secure aggregation; give it both")
+    return client.credentials
+
+
+def _store_of(client: LocalClient) -> SessionStore:
+    return SessionStore(client.folder / "secure")

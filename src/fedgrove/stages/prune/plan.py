@@ -15,8 +15,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.experts import expert_of
 from fedgrove.models.masks import Target
-from fedgrove.privacy import noise
-from fedgrove.privacy.secure import smallest_sum
+from fedgrove.privacy import release
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
@@ -356,7 +356,7 @@ def _notes(stage: Config, secure: bool, assignments: Mapping[str, Assignment], p
             return []
         return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
     if stage.epsilon is not None:
-        return [noise.statement(stage.epsilon, stage.delta, stage.length, smallest_sum(len(assignments)))]
+        return [release.statistics_statement(stage.epsilon, stage.delta, stage.length, min_survivors(len(assignments)))]
     widest = max(products, default=0)
     few = sum(share.samples * stage.length < widest for share in assignments.values())
     spans = (

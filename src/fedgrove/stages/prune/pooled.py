@@ -14,8 +14,7 @@ from fedgrove.client.hidden_states import Calibration
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.experts import expert_of
 from fedgrove.models.masks import Target
-from fedgrove.privacy import noise
-from fedgrove.privacy.secure import smallest_sum
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.base import calibration_seed
@@ -30,6 +29,7 @@ from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pruners import magnitude
 
 PROBE = 512  # random tokens at most that the model is run over to see how large its inputs are
+CLIP_FACTOR = 1.5  # with noise, a window's Σ x² is clipped at this many times the norm that random tokens have
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def probe(decoder: Decoder, stage: Config, seed: int) -> list[dict[str, SharedIn
         for names in consumers.values():
             seen = _seen(names[0], inputs)
             scale = statistics.scale_of(seen).cpu()
-            norm = noise.NORM * stage.length / length * float((seen.squares.cpu() * scale.square()).norm())
+            norm = CLIP_FACTOR * stage.length / length * float((seen.squares.cpu() * scale.square()).norm())
             inputs_of_block[names[0]] = SharedInput(names, scale, _wants_products(stage, len(scale), width), norm)
         blocks.append(inputs_of_block)
     return blocks
@@ -220,7 +220,7 @@ def sum_request(
         private = Noise(
             norms={first: one.norm for first, one in inputs.items()},
             inputs=num_inputs,
-            clients=smallest_sum(len(plan.clients)),
+            clients=min_survivors(len(plan.clients)),
             epsilon=config.epsilon,
             delta=config.delta,
         )

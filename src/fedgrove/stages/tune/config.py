@@ -52,7 +52,7 @@ class Config(StageConfig):
         server_lr: multiplies the change, or is the step of "adam".
         precision: dtype of the adapters on the wire; "fixed" sends up whole numbers, which add up exactly, whoever adds them
             (see :mod:`fedgrove.stages.tune.fixed_point`), and float32 down. Secure aggregation needs it.
-        epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.tuning`.
+        epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.release`.
         dp_unit: what may be there or not without anybody noticing: a whole "client", or one "window" of its text.
         dp_clip: the largest norm of what it contributes: of a client's change, or of a window's gradient.
         personal: the share of its windows that each client does not train on, but chooses by which adapter it keeps for

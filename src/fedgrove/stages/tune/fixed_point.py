@@ -11,14 +11,14 @@ FFA-LoRA (arXiv 2403.12313) names exact means and privacy as what one frozen fac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from fedgrove.privacy import tuning as dp
+from fedgrove.privacy.accounting import gaussian_noise_multiplier
+from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
 from fedgrove.rounds.request import CHANGE, Tensors
 from fedgrove.rounds.wire import WireError
@@ -47,28 +47,14 @@ class ClientNoise(BaseModel):
     rounds: int
     adders: int
 
-    def clipped(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The client's half: its changes, together no longer than ``clip``."""
-        return dp.clipped(changes, self.clip)
-
-    def add_share(self, numbers: Tensors, weight: float) -> Tensors:
-        """The client's half: its part of the noise, where clients add it."""
-        if not self.adders:
-            return numbers
-        sigma = dp.client_noise(self.epsilon, self.delta, self.rounds) * self.clip * weight
-        return dp.add_whole(numbers, sigma * 2.0**BITS / math.sqrt(self.adders))
-
-    def add_at_server(self, total: Tensors, clients: int) -> Tensors:
-        """The server's half: all of the noise, where clients add none.
+    def mechanism(self, weight: float) -> GaussianMechanism:
+        """Both halves: clip and add a share at the client, or add all of the noise at the server.
 
         Args:
-            total: the sum of the whole numbers.
-            clients: how many there are, whether they answered or not: each weighs as much.
+            weight: of a client in the sum.
         """
-        if self.adders:
-            return total
-        sigma = dp.client_noise(self.epsilon, self.delta, self.rounds) * self.clip / clients
-        return dp.add_whole(total, sigma * 2.0**BITS)
+        multiplier = gaussian_noise_multiplier(self.epsilon, self.delta, self.rounds)
+        return GaussianMechanism(self.clip, multiplier, self.adders, weight=weight, bits=BITS)
 
 
 class WholeNumbers(BaseModel):

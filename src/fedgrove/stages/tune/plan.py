@@ -11,8 +11,9 @@ import torch
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.cost import ModelCost
-from fedgrove.privacy import tuning as dp
-from fedgrove.privacy.secure import smallest_sum
+from fedgrove.privacy.accounting import dp_sgd_noise_multiplier, gaussian_noise_multiplier
+from fedgrove.privacy.release import client_statement, window_statement
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.request import Disclosure
@@ -247,7 +248,7 @@ def _noise(config: Config, assignments: Mapping[str, Assignment]) -> dict[str, f
         return {}
     steps = config.rounds * config.steps
     return {
-        name: dp.window_noise(config.epsilon, config.delta, min(1.0, one.batch * config.length / one.tokens), steps)
+        name: dp_sgd_noise_multiplier(config.epsilon, config.delta, min(1.0, one.batch * config.length / one.tokens), steps)
         for name, one in assignments.items()
     }
 
@@ -257,15 +258,15 @@ def _notes(config: Config, clients: int, secure: bool) -> list[str]:
         return []
     if config.trainer_method.PRIVATE:
         steps = config.rounds * config.steps
-        return [dp.window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip)]
-    sigma = dp.client_noise(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
+        return [window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip)]
+    sigma = gaussian_noise_multiplier(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
     if sigma > fixed_point.LARGEST / 16:
         raise FedgroveError(
             f"epsilon: every number would get noise of {sigma:.3g}, which is more than the sum can hold; raise epsilon, or "
             "lower dp_clip or rounds"
         )
-    adders = smallest_sum(clients)
-    return [dp.client_statement(config.epsilon, config.delta, config.rounds, config.dp_clip, secure, adders)]
+    adders = min_survivors(clients)
+    return [client_statement(config.epsilon, config.delta, config.rounds, config.dp_clip, secure, adders)]
 
 
 def worth(plan: Plan, config: Config, importance: Mapping[str, float]) -> float:

@@ -17,7 +17,7 @@ from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.cost import ModelCost, measure_cost
 from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.privacy.secure import smallest_sum
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation
@@ -348,7 +348,7 @@ class _Stage:
             delta=config.delta,
             clip=config.dp_clip,
             rounds=config.rounds,
-            adders=smallest_sum(len(self.plan.clients)) if secure else 0,
+            adders=min_survivors(len(self.plan.clients)) if secure else 0,
         )
 
     def _window_noise(self, client: str) -> WindowNoise | None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.noise import clipped
+from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 from fedgrove.rounds.request import CHANGE, Disclosure, TensorSpecs
 from fedgrove.rounds.wire import WireError, check
@@ -58,6 +58,7 @@ class Statistic:
         limit: the largest sum that may be sent.
         squares: (in,) int64.
         upper: (in, in) int64, right of the diagonal; what lies left of it has no meaning.
+        mechanism: clips each window's squares and adds this client's share of the noise, for differential privacy.
         sums, spreads: (in,) int64: Σ x, and Σ over windows of Σ (x − the window's mean)².
     """
 
@@ -65,7 +66,7 @@ class Statistic:
     scale: Tensor
     products: bool
     limit: int = LARGEST
-    norm: float | None = None  # windows are clipped to it, for differential privacy
+    mechanism: GaussianMechanism | None = None
     moments: bool = False
     tokens: int = 0
     squares: Tensor = field(init=False)
@@ -88,8 +89,8 @@ class Statistic:
         for window in x[None] if x.dim() == 2 else x.flatten(0, -3):
             scaled = window.float() * self.scale
             squares = scaled.square().sum(0, dtype=torch.float64)
-            if self.norm is not None:
-                squares = clipped(squares, self.norm)
+            if self.mechanism is not None and torch.isfinite(squares).all():  # what is not is refused below, not clipped to 0
+                squares = self.mechanism.clip(squares)
             if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _whole(squares)).any():
                 raise FedgroveError(
                     f"the inputs of {self.name} are not finite or far larger than the model's on random tokens; "
@@ -107,8 +108,12 @@ class Statistic:
             self.tokens += window.shape[0]
 
     def answer(self) -> dict[str, Tensor]:
-        """What is put into the sum: ``squares`` (in,), ``products`` (in·(in − 1)/2,), rows one after the other, ``sums``, …"""
-        answer = {f"{CHANGE}{self.name}/squares": self.squares}
+        """What is put into the sum: ``squares`` (in,), ``products`` (in·(in − 1)/2,), rows one after the other, ``sums``, …
+
+        With noise every call draws anew.
+        """
+        squares = self.squares if self.mechanism is None else self.mechanism.add_share(self.squares)
+        answer = {f"{CHANGE}{self.name}/squares": squares}
         if self.upper is not None:
             answer[f"{CHANGE}{self.name}/products"] = self.upper[_above(self.scale)]
         if self.moments:

@@ -8,16 +8,17 @@ each request: a client whose hidden states are gone cannot go on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.models.blocks import Decoder
-from fedgrove.privacy.noise import add_noise
+from fedgrove.privacy.accounting import gaussian_noise_multiplier
+from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
@@ -30,7 +31,7 @@ SCALE = "scale/"  # tensors of a request: what the channels of an input are mult
 
 
 class Noise(BaseModel):
-    """Differential privacy of one window of text; see :mod:`fedgrove.privacy.noise`.
+    """Differential privacy of one window of text; see :mod:`fedgrove.privacy.gaussian`.
 
     Attributes:
         norms: by input, what a window's Σ x² is clipped to.
@@ -43,9 +44,14 @@ class Noise(BaseModel):
 
     norms: dict[str, float]
     inputs: int
-    clients: int
+    clients: Annotated[int, Field(ge=1)]
     epsilon: float
     delta: float
+
+    def mechanism(self, name: str) -> GaussianMechanism:
+        """What clips a window's Σ x² of one input, and the noise on its sum; all inputs together are one Gaussian mechanism."""
+        noise_multiplier = gaussian_noise_multiplier(self.epsilon, self.delta, self.inputs)
+        return GaussianMechanism(self.norms[name], noise_multiplier, self.clients, bits=BITS, rounding=0.5)
 
 
 class Tokens(Reply):
@@ -116,8 +122,8 @@ class SumInputs(Request):
             if self.consumers.get(name) != name:
                 raise client.error(f"its model reads the inputs of {name} in another way than the server's")
             scale = tensors[SCALE + name].to(decoder.device)
-            norm = noise.norms[name] if noise else None
-            return Statistic(name, scale, name in self.products, self.limit, norm, self.moments)
+            mechanism = noise.mechanism(name) if noise else None
+            return Statistic(name, scale, name in self.products, self.limit, mechanism, self.moments)
 
         with decoder.loaded(self.block) as block, shared_inputs(block, begin) as inputs:
             outputs = (decoder.run(block, hidden, calls[self.block]) for hidden in states.read(self.block))
@@ -129,12 +135,7 @@ class SumInputs(Request):
         states.forget(before=self.block - 1)
         sums: Tensors = {}
         for first in sorted(set(self.consumers.values())):
-            statistic = inputs[first]
-            if noise:
-                statistic.squares = add_noise(
-                    statistic.squares, noise.norms[first], noise.inputs, noise.clients, noise.epsilon, noise.delta, bits=BITS
-                )
-            sums |= statistic.answer()
+            sums |= inputs[first].answer()
         return Response(sums, Tokens(tokens=calibration.samples * calibration.length))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:

@@ -190,19 +190,19 @@ class Train(TuneRequest):
             for name, change in trained.items()
             for part, value in method.round_change(change, starts[name], self.shared_a).items()
         }
-        noise = self.whole.noise
-        if noise:
-            changes = noise.clipped(changes)
+        mechanism = self.whole.noise.mechanism(self.whole.weight) if self.whole.noise else None
+        if mechanism:
+            changes = mechanism.clip(changes)
         values: dict[str, Tensor] = {}
         for name, shape in self._whole_shapes(shapes).items():
             change = changes.get(name)  # narrower than the widest client's, or not trained here
             values[name] = (
                 torch.zeros(shape) if change is None else nn.functional.pad(change, (0, shape[-1] - change.shape[-1]))
             )
-        if loss is not None and not noise:
+        if loss is not None and not mechanism:
             values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
         numbers = fixed_point.encode(values, self.whole.weight)
-        return (noise.add_share(numbers, self.whole.weight) if noise else numbers), Trained(tokens=tokens)
+        return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=tokens)
 
     def _whole_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
         assert self.whole is not None
@@ -351,7 +351,7 @@ class WholeRound(IntegerSums):
         assert first.whole is not None
         noise, sums = first.whole.noise, self.sums
         if noise:
-            sums = noise.add_at_server(sums, len(self._requests))
+            sums = noise.mechanism(1 / len(self._requests)).add_at_server(sums)
         means = {}
         for name, total in sums.items():
             linear = name.rpartition("/")[0]

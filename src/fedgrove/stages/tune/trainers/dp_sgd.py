@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from fedgrove.data import IGNORED
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.tuning import enough, gaussian, picked
+from fedgrove.privacy.accounting import dp_sgd_keeps
+from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
 from fedgrove.stages.tune.training import Settings, Work, loss_sum, trained_parameters
 
 PRIVATE = True
@@ -36,8 +36,9 @@ def train(model: nn.Module, work: Work, settings: Settings) -> None:
     budget, ids, labels = work.budget, work.ids, work.labels
     assert budget is not None
     rate = min(1.0, settings.batch / len(ids))
-    if not enough(budget.noise, budget.epsilon, budget.delta, rate, budget.rounds * settings.steps):
+    if not dp_sgd_keeps(budget.noise, budget.epsilon, budget.delta, rate, budget.rounds * settings.steps):
         raise FedgroveError(f"noise of {budget.noise:g} is too little for epsilon = {budget.epsilon:g}; it trains nothing")
+    mechanism = GaussianMechanism(budget.clip, budget.noise, adders=1)
     parameters = trained_parameters(model)
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
     make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
@@ -45,14 +46,13 @@ def train(model: nn.Module, work: Work, settings: Settings) -> None:
     model.eval()
     with torch.enable_grad():
         for _ in range(settings.steps):
-            sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-            for window in picked(len(ids), rate):
-                gradients = _gradient(model, parameters, ids[window], labels[window], budget.clip)
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total += gradient
-            for parameter, total in zip(parameters, sums, strict=True):
-                drawn = gaussian(total.numel(), budget.noise * budget.clip).view(total.shape).to(total.device)
-                parameter.grad = ((total + drawn) / (rate * len(ids))).to(parameter.dtype)
+            sums = {str(i): torch.zeros_like(parameter, dtype=torch.float64) for i, parameter in enumerate(parameters)}
+            for window in poisson_sample(len(ids), rate):
+                for name, gradient in mechanism.clip(_gradient(model, parameters, ids[window], labels[window])).items():
+                    sums[name] += gradient
+            noisy = mechanism.add_share(sums)
+            for i, parameter in enumerate(parameters):
+                parameter.grad = (noisy[str(i)] / (rate * len(ids))).to(parameter.dtype)
             for weight, mask in work.masks:
                 assert weight.grad is not None
                 weight.grad.mul_(mask)
@@ -64,14 +64,9 @@ def train(model: nn.Module, work: Work, settings: Settings) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _gradient(model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, labels: Tensor, clip: float) -> list[Tensor]:
-    """Of the mean loss of one window, (length,) each, no longer than ``clip``."""
+def _gradient(model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of the mean loss of one window, (length,) each: by the number of the parameter."""
     learnt = int((labels[1:] != IGNORED).sum())
     loss = loss_sum(model, ids[None], labels[None]) / max(1, learnt)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    found = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found))
-    if not math.isfinite(norm):
-        return [torch.zeros_like(gradient) for gradient in found]
-    scale = min(1.0, clip * (1 - 1e-6) / max(norm, 1e-300))  # less than the rounding of float32 could add
-    return [gradient * scale for gradient in found]
+    return {str(i): torch.zeros_like(p) if g is None else g for i, (g, p) in enumerate(zip(gradients, parameters, strict=True))}

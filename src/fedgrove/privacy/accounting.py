@@ -1,0 +1,120 @@
+"""How much noise a promise of (ε, δ)-differential privacy needs, and how much of the promise noise spends.
+
+- **The Gaussian mechanism** is calibrated exactly by the analytic formula of Balle & Wang (ICML 2018, Theorem 8). Several
+  releases of the same unit are one Gaussian mechanism of √releases times the sensitivity, whatever each depends on.
+- **DP-SGD** (Abadi et al., CCS 2016) gains by sampling: each window takes part in a step with the same small probability. Its
+  accountant is the privacy loss distribution of Google's ``dp-accounting``, for the composition of Poisson-sampled Gaussians,
+  with every rounding upwards. Without sampling (probability one) the Gaussian formula serves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+from fedgrove.errors import FedgroveError
+
+
+def gaussian_noise_multiplier(epsilon: float, delta: float, releases: int = 1) -> float:
+    """The least noise with which Gaussian releases together keep to (ε, δ).
+
+    Args:
+        epsilon: ε > 0.
+        delta: 0 < δ < 1.
+        releases: how many sums are opened that one protected unit is part of.
+
+    Returns:
+        The standard deviation of the noise on each sum, in units of its sensitivity.
+    """
+
+    def spent(sigma: float) -> float:
+        return _normal_cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * _normal_cdf(-0.5 / sigma - epsilon * sigma)
+
+    low, high = 1e-3, 1.0
+    while spent(high) > delta:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > delta else (low, middle)
+    return high * math.sqrt(releases)
+
+
+def _normal_cdf(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+@lru_cache(maxsize=256)
+def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """The least noise, or a little more, with which so many steps of DP-SGD keep to (ε, δ).
+
+    Args:
+        epsilon: ε > 0.
+        delta: 0 < δ < 1.
+        rate: the probability with which a window takes part in a step, independent of all else.
+        steps: how many there are, in all rounds.
+
+    Returns:
+        The standard deviation of the noise on a step's sum of gradients, in units of the norm that each is clipped to.
+
+    Raises:
+        FedgroveError: ``dp-accounting`` is not installed.
+    """
+    if rate >= 1:
+        return gaussian_noise_multiplier(epsilon, delta, steps)
+    require_accountant()
+    from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism, pld  # an optional extra
+
+    noise_multiplier: float = calibrate_dp_mechanism(
+        lambda: _accountant(pld),
+        lambda noise: _event(noise, rate, steps),
+        epsilon,
+        delta,
+        LowerEndpointAndGuess(0.2, 1.0),
+        tol=2e-3,
+    )
+    return noise_multiplier
+
+
+@lru_cache(maxsize=256)
+def dp_sgd_epsilon(noise_multiplier: float, delta: float, rate: float, steps: int) -> float:
+    """The ε of so many steps of DP-SGD, an upper bound; arguments as for :func:`dp_sgd_noise_multiplier`.
+
+    Raises:
+        FedgroveError: ``dp-accounting`` is not installed.
+    """
+    require_accountant()
+    from dp_accounting import pld  # an optional extra
+
+    return float(_accountant(pld).compose(_event(noise_multiplier, rate, steps)).get_epsilon(delta))
+
+
+def dp_sgd_keeps(noise_multiplier: float, epsilon: float, delta: float, rate: float, steps: int) -> bool:
+    """Whether so many steps of DP-SGD keep to (ε, δ); arguments as for :func:`dp_sgd_noise_multiplier`."""
+    if rate >= 1:
+        return noise_multiplier >= gaussian_noise_multiplier(epsilon, delta, steps) * (1 - 1e-9)
+    return dp_sgd_epsilon(noise_multiplier, delta, rate, steps) <= epsilon
+
+
+def require_accountant() -> None:
+    """Checks that the accountant of DP-SGD is there.
+
+    Raises:
+        FedgroveError: ``dp-accounting`` is not installed.
+    """
+    if importlib.util.find_spec("dp_accounting") is None:
+        raise FedgroveError('epsilon: counting the budget of windows needs dp-accounting: pip install "fedgrove[privacy]"')
+
+
+def _accountant(pld: Any) -> Any:
+    from dp_accounting import NeighboringRelation  # an optional extra
+
+    return pld.PLDAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-3)
+
+
+def _event(noise_multiplier: float, rate: float, steps: int) -> Any:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent  # an optional extra
+
+    step = GaussianDpEvent(noise_multiplier)
+    return SelfComposedDpEvent(step if rate >= 1 else PoissonSampledDpEvent(rate, step), steps)

@@ -1,0 +1,183 @@
+"""What a client does in the five phases of a secure sum; :mod:`fedgrove.privacy.secagg` tells the protocol.
+
+Every function may be called again with the same arguments and gives the same result, except :func:`mask`: a session hides one
+input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedgrove.privacy.secagg import keys, masking, sharing
+from fedgrove.privacy.secagg.keys import Advert, Credentials
+from fedgrove.privacy.secagg.session import SecureError, Session
+from fedgrove.privacy.secagg.sharing import Secret
+from fedgrove.privacy.secagg.store import SessionStore
+
+
+def advertise(session: Session, client: str, credentials: Credentials, store: SessionStore) -> Advert:
+    """Phase 1: makes the secrets of a session, and signs their public halves.
+
+    Raises:
+        SecureError: the sum is too small for this client, or somebody in it is not on the roster.
+    """
+    if client not in session.clients:
+        raise SecureError("secure aggregation: this client is asked into a sum that it is no part of")
+    if len(session.clients) < credentials.min_group:
+        raise SecureError(f"a sum of {len(session.clients)} clients is refused; it takes {credentials.min_group} or more")
+    for other in session.clients:
+        credentials.public_key(other)
+    with store.opened(session, begin=True) as state:
+        unsigned = Advert(
+            mask_key=keys.public_hex(keys.session_key(state.mask_seed, "mask", session)),
+            channel_key=keys.public_hex(keys.session_key(state.channel_seed, "channel", session)),
+            commitment=keys.commitment(state.self_seed, session),
+            signature="",
+        )
+    return replace(unsigned, signature=keys.sign(credentials.key, keys.advert_message(session, client, unsigned)))
+
+
+def share(
+    session: Session, client: str, credentials: Credentials, store: SessionStore, adverts: Mapping[str, Advert]
+) -> dict[str, str]:
+    """Phase 2: checks the neighbors' keys and encrypts for each of them a share of this client's two secrets.
+
+    Args:
+        adverts: of the neighbors; those who fell silent are left out. This client's own may be among them.
+
+    Returns:
+        By neighbor, the encrypted shares in hex.
+
+    Raises:
+        SecureError: keys that are not signed, not a neighbor's, too few, or others than before.
+    """
+    adverts = {peer: advert for peer, advert in sorted(adverts.items()) if peer != client}
+    if not set(adverts) <= set(session.neighbors(client)) or len(adverts) + 1 < session.threshold:
+        raise SecureError("secure aggregation: keys of others than the neighbors, or of too few of them")
+    for peer, advert in adverts.items():
+        signed = keys.advert_message(session, peer, advert)
+        if not keys.verify(credentials.public_key(peer), advert.signature, signed):
+            raise SecureError(f"secure aggregation: the keys of client '{peer}' are not signed by it; refused")
+    with store.opened(session) as state:
+        if state.adverts is None:
+            state.adverts = adverts
+        if state.adverts != adverts:
+            raise SecureError("secure aggregation: other keys than before were sent for the same session; refused")
+        if state.sealed_shares is None:
+            holders = session.holders(client)
+            mask_shares = sharing.split(state.mask_seed, holders, session.threshold)
+            self_shares = sharing.split(state.self_seed, holders, session.threshold)
+            state.own_shares = {"mask": mask_shares[client], "self": self_shares[client]}
+            private = keys.session_key(state.channel_seed, "channel", session)
+            state.sealed_shares = {
+                peer: keys.seal(
+                    private, advert.channel_key, session, client, peer, bytes.fromhex(mask_shares[peer] + self_shares[peer])
+                )
+                for peer, advert in adverts.items()
+            }
+        return state.sealed_shares
+
+
+def mask(
+    session: Session,
+    client: str,
+    store: SessionStore,
+    sealed_shares: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    release: str | None = None,
+) -> dict[str, Tensor]:
+    """Phase 3: hides an input: adds this client's self-mask and its half of the pairwise masks.
+
+    Two inputs under the same masks would show their difference, so a session hides one.
+
+    Args:
+        sealed_shares: by neighbor, the encrypted shares that it sent to this client; those who sent none are left out.
+        tensors: dtypes as in ``masking.RINGS``.
+        release: the name of the noisy release that the input is, if it is one; kept until the survivors are confirmed, see
+            :func:`fedgrove.privacy.release.agree_on_survivors`.
+
+    Returns:
+        The masked tensors: same names, shapes and dtypes, on the CPU.
+
+    Raises:
+        SecureError: the session has hidden an input, or the shares are not those of enough neighbors.
+    """
+    with store.opened(session) as state:
+        if state.adverts is None or state.masked:
+            raise SecureError("secure aggregation: this session has had its answer, or has not begun; refused")
+        peers = sorted(sealed_shares)
+        if not set(peers) <= set(state.adverts) or len(peers) + 1 < session.threshold:
+            raise SecureError("secure aggregation: shares of others than the neighbors, or of too few of them")
+        channel = keys.session_key(state.channel_seed, "channel", session)
+        for peer in peers:
+            sealed = sealed_shares[peer]
+            plain = keys.unseal(channel, state.adverts[peer].channel_key, session, peer, client, sealed)
+            size = sharing.SHARE_BYTES
+            state.held_shares[peer] = {"mask": plain[:size].hex(), "self": plain[size:].hex()}
+        state.masked, state.release = True, release
+    hidden = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    rings = masking.as_rings(hidden)
+    masking.add_keystream(rings, keys.self_mask_key(state.self_seed, session), +1)
+    private = keys.session_key(state.mask_seed, "mask", session)
+    for peer in peers:
+        key = keys.pair_mask_key(private, state.adverts[peer].mask_key, session, client, peer)
+        masking.add_keystream(rings, key, masking.pair_sign(client, peer))
+    masking.reduce(rings, session)
+    return hidden
+
+
+def confirm(session: Session, client: str, credentials: Credentials, store: SessionStore, survivors: list[str]) -> str:
+    """Phase 4: signs the list of those whose masked inputs are in the sum; one list a session.
+
+    Returns:
+        The signature in hex.
+
+    Raises:
+        SecureError: the list is too short, without this client, or another than this client signed before.
+    """
+    if survivors != sorted(set(survivors)) or client not in survivors or not set(survivors) <= set(session.clients):
+        raise SecureError("secure aggregation: a list of survivors that is none")
+    if len(survivors) < max(session.quorum, credentials.min_group):
+        raise SecureError(f"secure aggregation: a sum of {len(survivors)} clients is too small to be opened")
+    with store.opened(session) as state:
+        if not state.masked or (state.survivors or survivors) != survivors:
+            raise SecureError("secure aggregation: this client has no part in the sum, or signed another list; refused")
+        state.survivors = survivors
+    return keys.sign(credentials.key, keys.survivors_message(session, survivors))
+
+
+def reveal(
+    session: Session, client: str, credentials: Credentials, store: SessionStore, signatures: Mapping[str, str]
+) -> dict[str, dict[Secret, str]]:
+    """Phase 5: gives out shares: of the self-mask of every neighbor that survived, of the mask key of every one that dropped.
+
+    Which of the two follows from the list that this client signed itself, so it never gives out both of one client.
+
+    Args:
+        signatures: of that list, by at least ``threshold`` of this client and its neighbors. Two overlapping neighborhoods
+            cannot both collect so many for different lists.
+
+    Returns:
+        By owner of the secret, {"self": share} or {"mask": share}, in hex.
+
+    Raises:
+        SecureError: too few signatures, or a wrong one.
+    """
+    with store.opened(session) as state:
+        if state.survivors is None or state.own_shares is None:
+            raise SecureError("secure aggregation: nothing was confirmed in this session; refused")
+    message = keys.survivors_message(session, state.survivors)
+    signers = set(session.holders(client)) & set(state.survivors)
+    for name, signature in signatures.items():
+        if name not in signers or not keys.verify(credentials.public_key(name), signature, message):
+            raise SecureError(f"secure aggregation: client '{name}' did not sign this list of survivors; refused")
+    if len(signatures) < session.threshold:
+        raise SecureError(f"secure aggregation: {len(signatures)} clients signed the list, {session.threshold} must; refused")
+    revealed: dict[str, dict[Secret, str]] = {}
+    for owner, shares in {**state.held_shares, client: state.own_shares}.items():
+        which: Secret = "self" if owner in state.survivors else "mask"
+        revealed[owner] = {which: shares[which]}
+    return revealed

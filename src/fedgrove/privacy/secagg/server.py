@@ -1,0 +1,115 @@
+"""What the server does in a secure sum: it forwards the clients' messages, adds up masked inputs, and removes the masks.
+
+The form of what clients send (names, lengths of keys and shares) has to be checked before it comes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from fedgrove.privacy.secagg import keys, masking
+from fedgrove.privacy.secagg.keys import Advert
+from fedgrove.privacy.secagg.session import SecureError, Session
+from fedgrove.privacy.secagg.sharing import Secret, recover
+
+Revealed = Mapping[str, Mapping[str, Mapping[Secret, str]]]  # client -> owner of a secret -> which -> share in hex
+
+
+def adverts_for(session: Session, client: str, adverts: Mapping[str, Advert]) -> dict[str, Advert]:
+    """For phase 2: the keys of the client's neighbors, as far as they came."""
+    return {peer: adverts[peer] for peer in session.neighbors(client) if peer in adverts}
+
+
+def sealed_shares_for(session: Session, client: str, sealed_shares: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """For phase 3: the shares that the client's neighbors encrypted for it.
+
+    Args:
+        sealed_shares: by sender, what :func:`fedgrove.privacy.secagg.client.share` returned.
+    """
+    return {peer: sealed_shares[peer][client] for peer in session.neighbors(client) if client in sealed_shares.get(peer, {})}
+
+
+def signatures_for(session: Session, client: str, signatures: Mapping[str, str]) -> dict[str, str]:
+    """For phase 5: the signatures of the client and its neighbors, as far as they came."""
+    return {holder: signatures[holder] for holder in session.holders(client) if holder in signatures}
+
+
+class Opening:
+    """The server's side of one sum: adds up masked inputs, then takes the masks off their sum.
+
+    Memory: one client's input, whatever the number of clients.
+
+    Args:
+        session: the sum.
+        adverts: by client; those who fell silent are left out.
+        sharers: who sent shares: their pairwise masks are in their neighbors' inputs.
+
+    Attributes:
+        survivors: whose inputs are in the sum, sorted.
+    """
+
+    def __init__(self, session: Session, adverts: Mapping[str, Advert], sharers: Iterable[str]):
+        self.session = session
+        self.adverts = adverts
+        self.sharers = sorted(sharers)
+        self.survivors: list[str] = []
+        self._sum: dict[str, Tensor] = {}
+
+    def add(self, client: str, tensors: Mapping[str, Tensor]) -> None:
+        """Adds a masked input; names, shapes and dtypes must be those of the first one."""
+        if not self._sum:
+            self._sum = {name: tensor.clone() for name, tensor in tensors.items()}
+        else:
+            for total, new in zip(masking.as_rings(self._sum), masking.as_rings(tensors), strict=True):
+                np.add(total, new, out=total)
+        self.survivors = sorted([*self.survivors, client])
+
+    def open(self, revealed: Revealed) -> dict[str, Tensor]:
+        """The sum of the survivors' tensors, in the dtypes that they sent. The masked sum is used up.
+
+        Args:
+            revealed: by client, what :func:`fedgrove.privacy.secagg.client.reveal` returned.
+
+        Raises:
+            SecureError: fewer shares than the threshold, or shares that are not those of the secret.
+        """
+        rings = masking.as_rings(self._sum)
+        for client in self.survivors:
+            seed = self.secret(client, "self", revealed)
+            if keys.commitment(seed, self.session) != self.adverts[client].commitment:
+                raise SecureError(f"secure aggregation: the shares of client '{client}' do not fit together; ask again")
+            masking.add_keystream(rings, keys.self_mask_key(seed, self.session), -1)
+        for dropped in sorted(set(self.sharers) - set(self.survivors)):
+            peers = [client for client in self.session.neighbors(dropped) if client in self.survivors]
+            if not peers:
+                continue
+            private = keys.session_key(self.secret(dropped, "mask", revealed), "mask", self.session)
+            if keys.public_hex(private) != self.adverts[dropped].mask_key:
+                raise SecureError(f"secure aggregation: the shares of client '{dropped}' do not fit together; ask again")
+            for client in peers:
+                key = keys.pair_mask_key(private, self.adverts[client].mask_key, self.session, dropped, client)
+                masking.add_keystream(rings, key, -masking.pair_sign(client, dropped))
+        masking.reduce(rings, self.session)
+        masking.restore_signs(rings, self.session)
+        return self._sum
+
+    def secret(self, owner: str, which: Secret, revealed: Revealed) -> str:
+        """A client's secret in hex, from the first ``threshold`` shares of it.
+
+        Raises:
+            SecureError: fewer shares than the threshold.
+        """
+        shares: dict[int, str] = {}
+        for place, holder in enumerate(self.session.holders(owner)):
+            value = revealed.get(holder, {}).get(owner, {}).get(which)
+            if value is not None and len(shares) < self.session.threshold:
+                shares[place] = value
+        if len(shares) < self.session.threshold:
+            raise SecureError(
+                f"secure aggregation: {len(shares)} shares of client '{owner}', {self.session.threshold} needed: "
+                "too many clients dropped; nothing is opened"
+            )
+        return recover(shares)

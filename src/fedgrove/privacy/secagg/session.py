@@ -1,0 +1,113 @@
+"""The public facts of one secure sum: who takes part, who shares masks with whom, and how many must stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+
+from fedgrove.errors import FedgroveError
+
+
+class SecureError(FedgroveError):
+    """A message that a client refuses, or a sum that cannot be opened."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """The public facts of one sum. Every client signs them together with its keys.
+
+    Attributes:
+        name: fresh for every sum.
+        clients: who is asked to take part, sorted.
+        degree: the number of neighbors of each client: even, or all other clients.
+        threshold: how many of the ``degree`` + 1 shares of a secret recover it, and how many clients among a client's
+            neighbors and itself must have signed the list of survivors.
+        quorum: how many clients at least must survive.
+        bits: size of the ring of int64 tensors, 8 to 64.
+
+    Raises:
+        SecureError: the facts do not fit together, or would protect nobody.
+    """
+
+    name: str
+    clients: tuple[str, ...]
+    degree: int
+    threshold: int
+    quorum: int
+    bits: int = 64
+
+    def __post_init__(self) -> None:
+        number = len(self.clients)
+        if not all(type(fact) is int for fact in (self.degree, self.threshold, self.quorum, self.bits)):
+            raise SecureError("secure aggregation: a session that is not understood")
+        if sorted(set(self.clients)) != list(self.clients):
+            raise SecureError("secure aggregation: the clients are not sorted, or named twice")
+        if not 0 < self.degree < number or (self.degree % 2 and self.degree < number - 1):
+            raise SecureError(f"secure aggregation: {self.degree} neighbors among {number} clients")
+        if not self.degree + 1 < 2 * self.threshold <= 2 * (self.degree + 1):
+            raise SecureError("secure aggregation: fewer than half of the shares would open a secret")
+        if not number < 2 * self.quorum <= 2 * number:
+            raise SecureError("secure aggregation: fewer than half of the clients would open a sum")
+        if not 8 <= self.bits <= 64:
+            raise SecureError("secure aggregation: a ring is of 8 to 64 bits")
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of all facts, 32 bytes."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
+
+    def ring_bits(self, itemsize: int) -> int:
+        """The size in bits of the ring in which numbers of ``itemsize`` bytes are summed."""
+        return {1: len(self.clients).bit_length(), 4: 32, 8: self.bits}[itemsize]
+
+    def neighbors(self, client: str) -> list[str]:
+        """The clients with whom a client shares masks, sorted: ``degree`` / 2 on each side of a ring that the name shuffles."""
+        if self.degree >= len(self.clients) - 1:
+            return [other for other in self.clients if other != client]
+        ring = _ring(self)
+        at, half = ring.index(client), self.degree // 2
+        return sorted(ring[(at + step) % len(ring)] for step in range(-half, half + 1) if step)
+
+    def holders(self, client: str) -> list[str]:
+        """The clients that hold shares of a client's secrets, sorted: its neighbors and itself."""
+        return sorted([*self.neighbors(client), client])
+
+
+@lru_cache(maxsize=8)
+def _ring(session: Session) -> list[str]:
+    return sorted(session.clients, key=lambda client: hashlib.sha256(f"{session.name}/{client}".encode()).digest())
+
+
+def new_session(clients: Iterable[str], bits: int = 64) -> Session:
+    """The facts of the next sum.
+
+    Up to about forty clients everybody is everybody's neighbor, and two thirds of them (rounded up) have to survive. More
+    clients have 8·log₂ n neighbors each; two thirds of all clients and about half of each neighborhood have to survive.
+    Neighborhoods are random, so some lose more than a third of their members when a third of all clients drops out.
+
+    Args:
+        clients: their names.
+        bits: size of the ring of int64 tensors.
+
+    Raises:
+        SecureError: fewer than two clients.
+    """
+    names = tuple(sorted(clients))
+    number = len(names)
+    if number < 2:
+        raise SecureError("secure aggregation: a sum of one client is its own; there must be at least two")
+    quorum = min_survivors(number)
+    degree = 8 * math.ceil(math.log2(number))
+    if degree >= number - 1:
+        return Session(secrets.token_hex(16), names, number - 1, quorum, quorum, bits)
+    return Session(secrets.token_hex(16), names, degree, degree // 2 + 2, quorum, bits)
+
+
+def min_survivors(clients: int) -> int:
+    """How many of so many clients are at least in any sum that is opened: two thirds, and more than half."""
+    return max(clients - clients // 3, clients // 2 + 1)

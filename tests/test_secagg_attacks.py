@@ -1,0 +1,245 @@
+"""Attacks on the secure sum: what the server sees cannot be told from random, and what would open more is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shamirs
+import torch
+from pydantic import ValidationError
+
+from fedgrove.privacy.secagg import client, keys, masking, sharing
+from fedgrove.privacy.secagg.keys import make_credentials
+from fedgrove.privacy.secagg.masking import as_rings
+from fedgrove.privacy.secagg.session import SecureError, Session, new_session
+from fedgrove.privacy.secagg.sharing import PRIME
+from fedgrove.privacy.secagg.store import SessionStore
+from fedgrove.rounds.exchanges.secagg import Advert, Ciphertexts, Open, Revealed, Shares
+from fedgrove.rounds.wire import WireError
+from secagg import Federation, inputs_of, same, total, uniform
+
+
+def test_what_the_server_sees_cannot_be_told_from_random(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 4)
+    zeros = {name: {"x": torch.zeros(100_000, dtype=torch.int32)} for name in federation.names}
+    federation.run(zeros)
+    seen = [as_rings(federation.masked[name])[0] for name in federation.names]
+    assert not uniform(as_rings(zeros[federation.names[0]])[0])
+    for i, mine in enumerate(seen):
+        assert uniform(mine)
+        for theirs in seen[:i]:  # no two inputs hold the same mask, nor opposite ones
+            assert uniform(mine - theirs)
+            assert uniform(mine + theirs)
+    assert uniform(seen[0] + seen[1] + seen[2])  # all but one of them tell no more than each
+    again = Federation(tmp_path / "again", 4)
+    again.run(zeros)
+    assert uniform(seen[0] - as_rings(again.masked[again.names[0]])[0])
+
+
+def test_the_late_input_of_a_dropped_client_stays_closed(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 5)
+    inputs = inputs_of(federation.names)
+    late = federation.names[2]
+    survivors, opened = federation.run(inputs, {"masked": [late]})
+    assert same(opened, total(inputs, survivors))
+    answer = federation.mask(late, federation.sealed, inputs[late])  # it comes after the sum was opened
+    assert all("self" not in given[late] for given in federation.revealed.values())
+    rings = as_rings(answer)
+    seed = federation.summed().secret(late, "mask", federation.revealed)
+    private = keys.session_key(seed, "mask", federation.session)
+    for peer in federation.session.neighbors(late):  # all that its neighbors' shares allow the server to take off
+        key = keys.pair_mask_key(private, federation.adverts[peer].mask_key, federation.session, late, peer)
+        masking.add_keystream(rings, key, -masking.pair_sign(late, peer))
+    large = rings[sorted(inputs[late]).index("small")]
+    assert uniform(large - as_rings(inputs[late])[sorted(inputs[late]).index("small")])
+
+
+def test_no_client_gives_out_both_shares_of_another(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 6)
+    inputs = inputs_of(federation.names)
+    federation.run(inputs, {"masked": [federation.names[0]]})
+    for given in federation.revealed.values():
+        assert given.keys() == set(federation.names)
+        for owner, shares in given.items():
+            assert shares.keys() == ({"mask"} if owner == federation.names[0] else {"self"})
+    with pytest.raises(SecureError, match="signed another list"):
+        federation.confirm(federation.names[2], federation.names[2:])
+    other = [name for name in federation.names if name != federation.names[1]]
+    with pytest.raises(SecureError, match="signed another list"):
+        federation.confirm(federation.names[2], other)
+
+
+def test_fewer_shares_than_the_threshold_open_nothing(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 6)
+    inputs = inputs_of(federation.names)
+    federation.run(inputs)
+    few = dict(list(federation.revealed.items())[: federation.session.threshold - 1])
+    with pytest.raises(SecureError, match="nothing is opened"):
+        federation.summed().open(few)
+    with federation.stores["c000"].opened(federation.session) as state:
+        secret = int(state.self_seed, 16)
+    points = [shamirs.share(i + 1, int(few[name]["c000"]["self"], 16), PRIME) for i, name in enumerate(few)]
+    guesses = {  # one more share of any value leads anywhere: the ones that are there do not narrow it down
+        shamirs.interpolate([*points, shamirs.share(6, value, PRIME)]) for value in range(50)
+    }
+    assert len(guesses) == 50
+    assert secret not in guesses
+
+
+def test_a_session_hides_one_input(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    inputs = inputs_of(federation.names)
+    federation.run(inputs)
+    with pytest.raises(SecureError, match="has had its answer"):
+        federation.mask("c000", federation.sealed, inputs["c001"])
+
+
+def test_an_older_session_is_over(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    inputs = inputs_of(federation.names)
+    federation.run(inputs)
+    old, signatures = federation.session, federation.signatures
+    federation.session = new_session(federation.names)
+    federation.run(inputs)
+    federation.session = old
+    with pytest.raises(SecureError, match="is over"):
+        federation.reveal("c000", signatures)
+    with pytest.raises(SecureError, match="is over"):
+        federation.mask("c000", federation.sealed, inputs["c000"])
+
+
+def test_messages_of_another_session_are_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    federation.run(inputs_of(federation.names))
+    adverts, sealed = federation.adverts, federation.sealed
+    federation.session = new_session(federation.names)
+    fresh = federation.advertise(federation.names)
+    with pytest.raises(SecureError, match="not signed by it"):
+        federation.share("c000", adverts)
+    for name in federation.names:
+        federation.share(name, fresh)
+    with pytest.raises(SecureError, match="changed on their way"):
+        federation.mask("c000", sealed, {"x": torch.zeros(4, dtype=torch.int32)})
+
+
+def test_forged_keys_are_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    adverts = federation.advertise(federation.names)
+    mallory = make_credentials(federation.names)
+    store = SessionStore(tmp_path / "mallory")
+    forged = client.advertise(federation.session, "c001", replace(mallory["c001"], min_group=2), store)
+    with pytest.raises(SecureError, match="'c001' are not signed by it"):
+        federation.share("c000", {**adverts, "c001": forged})
+    changed = replace(adverts["c001"], mask_key=adverts["c002"].mask_key)
+    with pytest.raises(SecureError, match="'c001' are not signed by it"):
+        federation.share("c000", {**adverts, "c001": changed})
+    federation.share("c000", adverts)
+    with pytest.raises(SecureError, match="other keys than before"):
+        federation.share("c000", {name: adverts[name] for name in ("c000", "c001")})
+
+
+def test_a_session_that_differs_between_clients_is_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 4)
+    session = federation.session
+    federation.session = replace(session, threshold=4)
+    others = federation.advertise(federation.names[1:])
+    federation.session = session
+    mine = federation.advertise(["c000"])
+    with pytest.raises(SecureError, match="not signed by it"):
+        federation.share("c000", {**others, **mine})
+
+
+def test_changed_shares_are_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    adverts = federation.advertise(federation.names)
+    sealed = {name: federation.share(name, adverts) for name in federation.names}
+    text = sealed["c001"]["c000"]
+    sealed["c001"]["c000"] = ("0" if text[0] != "0" else "1") + text[1:]
+    with pytest.raises(SecureError, match="'c001' were changed"):
+        federation.mask("c000", sealed, {"x": torch.zeros(4, dtype=torch.int32)})
+    sealed["c001"]["c000"] = sealed["c001"]["c002"]  # meant for another
+    with pytest.raises(SecureError, match="'c001' were changed"):
+        federation.mask("c000", sealed, {"x": torch.zeros(4, dtype=torch.int32)})
+
+
+def test_survivors_that_did_not_sign_open_nothing(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 6)
+    inputs = inputs_of(federation.names)
+    adverts = federation.advertise(federation.names)
+    sealed = {name: federation.share(name, adverts) for name in federation.names}
+    for name in federation.names:
+        federation.mask(name, sealed, inputs[name])
+    with pytest.raises(SecureError, match="nothing was confirmed"):
+        federation.reveal("c000", {})
+    five = federation.names[:5]
+    signatures = {name: federation.confirm(name, federation.names if name == "c004" else five) for name in five}
+    with pytest.raises(SecureError, match="'c004' did not sign this list"):
+        federation.reveal("c000", signatures)
+    few = {name: signatures[name] for name in five[: federation.session.threshold - 1]}
+    with pytest.raises(SecureError, match="3 clients signed the list, 4 must"):
+        federation.reveal("c000", few)
+    with pytest.raises(SecureError, match="too small to be opened"):
+        federation.confirm("c005", ["c000", "c001", "c005"])
+
+
+def test_a_wrong_share_is_noticed(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    federation.run(inputs_of(federation.names))
+    federation.revealed["c000"]["c001"]["self"] = f"{12345:034x}"
+    with pytest.raises(SecureError, match="'c001' do not fit together"):
+        federation.summed().open(federation.revealed)
+
+
+def test_whoever_is_not_on_the_signed_roster_is_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    mine = federation.credentials["c000"]
+    store = federation.stores["c000"]
+    with pytest.raises(SecureError, match="'zed' is not on the roster"):
+        client.advertise(new_session([*federation.names, "zed"]), "c000", mine, store)
+    forged = json.dumps({"clients": {**json.loads(mine.roster)["clients"], "zed": "00" * 32}}).encode()
+    with pytest.raises(SecureError, match="not signed by the operator"):
+        client.advertise(new_session([*federation.names, "zed"]), "c000", replace(mine, roster=forged), store)
+    with pytest.raises(SecureError, match="it takes 3 or more"):
+        client.advertise(new_session(["c000", "c001"]), "c000", replace(mine, min_group=3), store)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"threshold": 3}, {"quorum": 3}, {"degree": 3}, {"clients": ("b", "a")}, {"threshold": 7}, {"bits": 64.0}, {"bits": 65}],
+)
+def test_a_session_that_protects_nobody_is_refused(change: dict[str, Any]) -> None:
+    facts = asdict(Session("x", tuple("abcdef"), 5, 4, 4))
+    with pytest.raises(SecureError):
+        Session(**{**facts, **change})
+
+
+def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    federation.run(inputs_of(federation.names))
+    session = federation.session
+    facts = asdict(federation.adverts["c000"])
+    assert asdict(keys.Advert(**Advert(**facts).model_dump())) == facts
+    short, upper = facts["mask_key"][2:], facts["mask_key"][:-1] + "A"
+    for wrong in ({}, {**facts, "more": ""}, *({**facts, "mask_key": value} for value in (1, short, upper))):
+        with pytest.raises(ValidationError):
+            Advert.model_validate(wrong)
+
+    sealed, revealed = federation.sealed["c000"], federation.revealed["c000"]
+    shares, opened = Shares(stage=0, session=session, adverts={}), Open(stage=0, session=session, signatures={})
+    shares.check({}, Ciphertexts(sealed_shares=sealed), None)
+    opened.check({}, Revealed.model_validate({"shares": revealed}), None)
+    with pytest.raises(WireError, match="to clients that are not asked"):
+        shares.check({}, Ciphertexts(sealed_shares={**sealed, "zed": sealed["c001"]}), None)
+    with pytest.raises(WireError, match="of clients that were not asked"):
+        opened.check({}, Revealed.model_validate({"shares": {**revealed, "zed": revealed["c001"]}}), None)
+    share = revealed["c001"]["self"]
+    for value in (1, "00", "zz" * sharing.SHARE_BYTES):
+        with pytest.raises(ValidationError):
+            Ciphertexts.model_validate({"sealed_shares": {**sealed, "c001": value}})
+    for one in (share, {}, {"other": share}, {"self": share, "mask": share}, {"self": share[2:]}):
+        with pytest.raises(ValidationError):
+            Revealed.model_validate({"shares": {**revealed, "c001": one}})

@@ -1,0 +1,152 @@
+"""Jobs under secure aggregation: the same model as in the open, whoever drops out, and no response in the open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedgrove import run as server
+from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import serve
+from fedgrove.engines.local import LocalEngine
+from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load
+from fedgrove.privacy.secagg.keys import Credentials
+from fedgrove.privacy.secagg.masking import as_rings
+from fedgrove.rounds import wire
+from fedgrove.rounds.request import Response
+from fedgrove.stages.prune.aggregation import pooled as statistics
+from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
+from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.statistics import SumInputs
+from secagg import uniform
+from small import LENGTH, Small, complaint
+from test_statistics import hashes, prune
+
+OWNERS = ("ash", "birch", "cedar", "dogwood")
+
+
+@pytest.fixture(scope="module")
+def texts(small: Small) -> dict[str, list[str]]:
+    words = "\n".join(path.read_text() for path in small.texts.values()).split()
+    return {name: [" ".join(words[60 * i : 60 * i + 60])] for i, name in enumerate(OWNERS)}
+
+
+class Recorder(LocalEngine):
+    """Keeps what clients sent; some do not respond to some requests."""
+
+    seen: list[tuple[str, str, bytes]]
+    silent: frozenset[tuple[str, str]] = frozenset()
+
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+    ) -> Iterator[tuple[str, bytes | None, str | None]]:
+        for client, answer, error in super().request(kind, messages, timeout):
+            if (client, kind) in self.silent:
+                yield client, None, "gone"
+                continue
+            if answer is not None:
+                self.seen.append((client, kind, answer))
+            yield client, answer, error
+
+
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
+def test_a_job_gives_the_same_bits_with_and_without(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, pruner: str
+) -> None:
+    class Engine(Recorder):
+        seen = []  # noqa: RUF012
+
+    plain = prune(small, tmp_path / "plain", texts, pruner=pruner)
+    hidden = prune(small, tmp_path / "hidden", texts, Engine, privacy={"secure_aggregation": True}, pruner=pruner)
+    assert hashes(hidden) == hashes(plain)
+    answers = [wire.unpack(message)[0] for _, kind, message in Engine.seen if kind == "prune/statistics"]
+    assert len(answers) == 2 * len(OWNERS)
+    for tensors in answers:
+        joined = np.concatenate(as_rings(tensors))
+        bits = statistics.ring_bits(LENGTH * len(OWNERS))
+        assert uniform((joined >> np.uint64(bits - 8)).astype(np.uint8))
+        assert uniform(joined.view(np.uint8).reshape(-1, 8)[:, : bits // 8].flatten())
+        assert not (joined >> np.uint64(bits)).any()
+
+
+@pytest.mark.parametrize("aggregation", ["fedspallm", "fedprllm"])
+def test_pruned_weights_and_votes_give_the_same_bits_with_and_without(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, aggregation: str
+) -> None:
+    stage = {"pruner": "sparsegpt", "aggregation": aggregation, "rounds": 2}
+    plain = prune(small, tmp_path / "plain", texts, **stage)
+    assert plain == prune(small, tmp_path / "hidden", texts, privacy={"secure_aggregation": True}, **stage)
+
+
+@pytest.mark.parametrize("part", ["weight/", "change/"])
+def test_votes_and_values_that_do_not_add_up_are_refused(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    honest = PruneBlock.respond
+
+    def poison(request: PruneBlock, tensors: Any, client: LocalClient, device: str) -> Response:
+        response = honest(request, tensors, client, device)
+        if client.name != "cedar":  # it votes for everything, or sends the largest number that the ring holds
+            return response
+        lie = 1 if part == "weight/" else 2**46
+        lies = {name: torch.full_like(sent, lie) if name.startswith(part) else sent for name, sent in response.tensors.items()}
+        return Response(lies, response.reply)
+
+    monkeypatch.setattr(PruneBlock, "respond", poison)
+    with pytest.raises(FedgroveError, match="other votes or values than can be"):
+        prune(
+            small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, aggregation="fedspallm", pruner="wanda"
+        )
+
+
+@pytest.mark.parametrize(
+    "kind", ["rounds/secagg/keys", "rounds/secagg/shares", "prune/statistics", "rounds/secagg/check", "rounds/secagg/open"]
+)
+def test_a_job_goes_on_when_a_client_drops_at_any_request(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, kind: str
+) -> None:
+    class Engine(Recorder):
+        seen = []  # noqa: RUF012
+        silent = frozenset({("cedar", kind)})
+
+    hidden = prune(small, tmp_path / "hidden", texts, Engine, privacy={"secure_aggregation": True}, pruner="wanda")
+    early = kind not in ("rounds/secagg/check", "rounds/secagg/open")
+    rest = {name: text for name, text in texts.items() if not early or name != "cedar"}
+    assert hashes(hidden) == hashes(prune(small, tmp_path / "rest", rest, pruner="wanda"))
+    assert all(row[2] == sorted(rest) for row in hidden.values())
+
+
+def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp_path: Path) -> None:
+    job = load(small.job("open", stages__0__aggregation="pooled", evaluate={}, privacy={"secure_aggregation": True}))
+    client = server.local_clients(job, server.open_model(job.model), tmp_path)[0]
+    assert isinstance(client.credentials, Credentials)
+    calibration = Calibration(stage=0, samples=1, length=LENGTH, seed="s")
+    recipe = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
+    block = PruneBlock(stage=0, block=0, calibration=calibration, recipe=recipe, aggregation="fedspallm")
+    sums = SumInputs(
+        stage=0, run="r", block=0, calibration=calibration, consumers={}, widths={}, products=(), moments=False, limit=1
+    )
+    for request in (block, sums, EvaluateAlone(stage=0, texts={}, prune=block)):
+        with pytest.raises(FedgroveError, match="only under secure aggregation"):
+            serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), client, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stages__0__aggregation": "fedavg"}, 'aggregation "fedavg": use'),
+        ({"evaluate__alone": True}, "evaluate.alone: under secure"),
+        ({"privacy__min_group": 4}, "privacy.min_group: 4 clients"),
+        ({"stages__0__layers": {"sample": 0.5}}, "every client is in every sum"),
+    ],
+)
+def test_jobs_that_secure_aggregation_cannot_do_are_refused(small: Small, changes: dict[str, Any], says: str) -> None:
+    spec = {"stages__0__aggregation": "pooled", "privacy__secure_aggregation": True, "evaluate": {}, **changes}
+    assert says in complaint("plan", small.job("refused", **spec))
