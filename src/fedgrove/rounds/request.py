@@ -167,8 +167,9 @@ def request_type(kind: str) -> type[Request]:
 
 def request_types() -> list[type[Request]]:
     """All types of requests, by kind: everything that a client can be asked."""
-    packages = ["rounds.exchanges", *(f"stages.{kind}.exchanges" for kind in plugins.names("stages", folders=True))]
-    found = [one for package in packages for name in plugins.names(package) for one in _types_in(package, name)]
+    kinds = plugins.names("stages", folders=True)
+    asking = [f"stages.{kind}.exchanges" for kind in kinds if "exchanges" in plugins.names(f"stages.{kind}", folders=True)]
+    found = [one for package in ["rounds.exchanges", *asking] for name in plugins.names(package) for one in _types_in(package, name)]
     return sorted(found, key=lambda one: one.KIND)
 
 

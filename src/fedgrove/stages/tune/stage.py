@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.job.tables import Job
-from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.cost import ModelCost, measure_cost
-from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.privacy.secagg.session import min_survivors
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.cost import measure_cost
+from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.capabilities import Capabilities
-from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import Message
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result
-from fedgrove.stages.tune.aggregation import Options, aggregation_of
-from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
-from fedgrove.stages.tune.exchanges.base import KeepWeights
-from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
-from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
-from fedgrove.stages.tune.exchanges.train import FloatRound, Train, Training, WholeRound, WindowNoise, start_tensors
-from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, WholeNumbers
-from fedgrove.stages.tune.parametrizations import parametrization_of
-from fedgrove.stages.tune.plan import Plan, even, importance_seconds, make_plan, worth
+from fedgrove.stages.tune.plan import Plan, even, make_plan
 from fedgrove.stages.tune.planners import planner_of
-from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.state import TuningState
+from fedgrove.stages.tune.tuning import Tuning, pruned_linears
 
-FEW_ZEROS = 0.001  # a linear with more of them was pruned, and keeps them
-HYSTERESIS = 1.05  # a new plan must be worth so much more than the old one, or the old one stays
-KEPT_SCORE = 0.5  # of the old importance in the new
 TYPICAL_RANK = 8  # for ``doctor``
 
 
@@ -70,7 +50,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         run.say(f"tune: client '{client}' is left out: {why}")
     done = [round_ for round_ in range(config.rounds) if _file(run, plan.stage, round_).is_file()]
     state = TuningState.read(_file(run, plan.stage, done[-1])) if done else TuningState(plan)
-    stage = _Stage(model, Decoder(model), config, federation, state)
+    stage = Tuning(model, Decoder(model), config, federation, state)
     stage.write_plan()
     if done:
         stage.log(done[-1])
@@ -117,320 +97,6 @@ def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
     rank = min(TYPICAL_RANK, *(min(shape) for shape in cost.linears.values()))
     ranks = dict.fromkeys(cost.linears, rank)
     return {f"tune in {bits} bits": memory(cost, space, ClientConfig(bits, 1, 1, ranks)) for bits in space.bits}
-
-
-def pruned_linears(decoder: Decoder) -> list[str]:
-    """The linears that have zeros to keep: those of an earlier stage, or of whoever pruned the model before."""
-    return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
-
-
-def scale(config: Config, rank: int) -> float:
-    """α/r, or rank-stabilised where the job gives no α: 2 at the largest rank, and ∝ 1/√r (rsLoRA, arXiv 2312.03732).
-
-    So a step of the optimizer moves the weight about as far at any rank, and a client of low rank learns as fast.
-    """
-    return 2.0 * math.sqrt(config.ranks[-1] / rank) if config.alpha is None else config.alpha / rank
-
-
-@dataclass
-class _Stage:
-    """A stage while it runs."""
-
-    model: Checkpoint
-    decoder: Decoder
-    config: Config
-    federation: Federation
-    state: TuningState
-    parts: int = 0  # files of the base that every client has
-
-    def __post_init__(self) -> None:
-        self.run = self.federation.run
-        self.masked = tuple(pruned_linears(self.decoder))
-        self.method = parametrization_of(self.config.parametrization)
-        self.aggregation = aggregation_of(self.config.aggregation)
-        self.dtype = getattr(torch, self.config.dtype)
-
-    @property
-    def plan(self) -> Plan:
-        """The one in force."""
-        return self.state.plan
-
-    @property
-    def seed(self) -> str:
-        """Draws batches and shared factors."""
-        return f"{self.federation.job.seed}/{self.plan.stage}"
-
-    def write_plan(self) -> None:
-        """The run folder holds the plan that is in force, also after a run was continued."""
-        self.run.write_json(f"plan-{self.plan.stage}-tune.json", self.plan.model_dump(mode="json"))
-
-    def send_base(self) -> None:
-        """Sends every client what earlier stages changed, a block at a time."""
-        changed = self.model.changed()
-        self.parts = 0
-        clock = self._clock({})
-        for block in range(len(self.decoder)):
-            weights = self.decoder.block_names(block).values()
-            biases = {name.removesuffix("weight") + "bias" for name in weights}
-            names = [name for name in changed if name in weights or name in biases]
-            if not names:
-                continue
-            self.run.step(f"sending the model: block {block + 1} of {len(self.decoder)}", block, len(self.decoder))
-            message = Message(
-                KeepWeights(stage=self.plan.stage, part=self.parts), {name: self.model.read(name) for name in names}
-            )
-            for _ in self.federation.collect(dict.fromkeys(self.plan.clients, message), clock=clock):
-                pass
-            self.parts += 1
-        if not self.state.states:
-            self.state.clock += clock.slowest(clock.spent)
-
-    def plan_anew(self, round_: int) -> None:
-        """Asks the clients which linears matter, and gives each a configuration by that."""
-        config, plan = self.config, self.plan
-        self.run.step("tune: asking which weights are worth tuning", round_, config.rounds)
-        names = list(self.decoder.linear_names())
-        messages = {}
-        for client, assignment in plan.clients.items():
-            request = ScoreLinears(
-                **self._common(client, round_),
-                tokens=assignment.tokens,
-                steps=config.importance_steps,
-                micro=assignment.micro,
-                learning_rate=config.learning_rate,
-                whole=self._whole(client),
-            )
-            messages[client] = Message(request)
-        cost = self.cost()
-        clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
-        total = ImportanceSum(names, plan.weights(alike=self._client_noise() is not None))
-        self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
-        importance = total.importance()
-        if round_ > 0:
-            importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
-        job = self.federation.job
-        new = make_plan(
-            plan.stage, config, cost, plan.capabilities, importance, round_, job.together, job.privacy.secure_aggregation
-        )
-        if round_ == 0 or worth(new, config, importance) > HYSTERESIS * worth(plan, config, importance):
-            self.state.plan = new.model_copy(update={"notes": plan.notes})
-        else:
-            self.state.plan = plan.model_copy(update={"importance": importance})
-        self.state.clock += clock.slowest(clock.spent)
-        self.state.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
-        self.write_plan()
-
-    def cost(self) -> ModelCost:
-        """What the model costs to train."""
-        return measure_cost(self.decoder, self.config.length, bool(self.masked))
-
-    def train_round(self, round_: int) -> None:
-        """One round: the clients train, the server makes one change of theirs."""
-        plan, state = self.plan, self.state
-        requests = {client: self._request(client, round_) for client in sorted(plan.clients)}
-        messages = {client: Message(request, self._start(client)) for client, request in requests.items()}
-        clock = self._clock({client: assignment.compute for client, assignment in plan.clients.items()})
-        if self.config.precision == "fixed":
-            heard = self._sum_whole(requests, messages, clock)
-        else:
-            heard = self._sum_floats(messages, clock)
-        for client in heard:
-            state.seen[client] = state.seen.get(client, 0) + self.config.steps * plan.clients[client].batch
-        state.clock += clock.slowest(heard)
-        state.metrics.append((None, "clock", state.clock))
-
-    def _sum_floats(self, messages: Mapping[str, Message], clock: Clock) -> list[str]:
-        plan, config, state = self.plan, self.config, self.state
-        shapes = {name: self.decoder.read_shape(name) for name in plan.tuned()}
-        old = {name: state.state_of(name, shape) for name, shape in shapes.items()}
-        ranks = {name: [one.ranks[name] for one in plan.clients.values() if name in one.ranks] for name in shapes}
-        assigned = {client: one.ranks for client, one in plan.clients.items()}
-        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed)
-        heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
-        for client in heard:
-            if client in sums.losses:
-                state.metrics.append((client, "loss", sums.losses[client]))
-            state.metrics.append((client, "seconds", clock.spent[client]))
-        for name, shape in shapes.items():
-            rank = max(ranks[name])
-            if self.method.RANKED:
-                rank = max(rank, old[name].live.rank)
-            new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
-            remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
-            live, remembered = step(config.server_optimizer, old[name].live, new.live, remembered, config.server_lr, rank)
-            state.put(name, shape, State(live, new.frozen))
-            if config.server_optimizer != "average":
-                state.optimizer[name] = remembered
-        loss = sums.loss()
-        if loss is not None:
-            state.metrics.append((None, "loss", loss))
-        return heard
-
-    def _sum_whole(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
-        """What all changed together, on top of where all began."""
-        state, widest = self.state, self.plan.widest()
-        sums = WholeRound(requests)
-        heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
-        means = sums.means(heard)
-        for name, rank in widest.items():
-            shape = self.decoder.read_shape(name)
-            old = state.state_of(name, shape)
-            parts = {key.rpartition("/")[2]: value for key, value in means.items() if key.rpartition("/")[0] == name}
-            live = self.method.after_round(old, parts, rank, self.dtype, name, self.seed)
-            state.put(name, shape, State(live, old.frozen))
-        state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
-        if LOSS in means:
-            state.metrics.append((None, "loss", float(means[LOSS])))
-        return heard
-
-    def _common(self, client: str, round_: int) -> dict[str, Any]:
-        return {
-            "stage": self.plan.stage,
-            "round": round_,
-            "parts": self.parts,
-            "width": self.decoder.checkpoint.width,
-            "bits": self.plan.clients[client].bits,
-            "length": self.config.length,
-            "seed": self.seed,
-            "personal": self.config.personal,
-        }
-
-    def _request(self, client: str, round_: int) -> Train:
-        """What one client is asked to do in a round."""
-        config, assignment = self.config, self.plan.clients[client]
-        falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
-        return Train(
-            **self._common(client, round_),
-            run=self.run.name,
-            parametrization=config.parametrization,
-            trainer=config.trainer,
-            shared_a=self.aggregation.SHARED_A,
-            ranks=assignment.ranks,
-            scales={name: scale(config, rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
-            masked=self.masked,
-            tokens=assignment.tokens,
-            seen=self.state.seen.get(client, 0),
-            dtype=config.dtype,
-            training=Training(
-                steps=config.steps,
-                batch=assignment.batch,
-                micro=assignment.micro,
-                learning_rate=config.learning_rate * falling,
-                optimizer=config.optimizer,
-                max_grad_norm=config.max_grad_norm,
-                proximal=config.proximal,
-            ),
-            whole=self._whole(client),
-            windows=self._window_noise(client),
-        )
-
-    def _start(self, client: str) -> dict[str, Tensor]:
-        """Where a client starts: what it trains of every linear, and the rest."""
-        ranks = self.plan.clients[client].ranks
-        starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
-        return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
-
-    def _whole(self, client: str) -> WholeNumbers | None:
-        """What a client is told where responses are whole numbers."""
-        if self.config.precision != "fixed":
-            return None
-        noise = self._client_noise()
-        weight = self.plan.weights(alike=noise is not None)[client]
-        return WholeNumbers(weight=weight, widest=self.plan.widest(), noise=noise)
-
-    def _client_noise(self) -> ClientNoise | None:
-        config = self.config
-        if config.epsilon is None or config.trainer_method.PRIVATE:
-            return None
-        secure = self.federation.job.privacy.secure_aggregation
-        return ClientNoise(
-            epsilon=config.epsilon,
-            delta=config.delta,
-            clip=config.dp_clip,
-            rounds=config.rounds,
-            adders=min_survivors(len(self.plan.clients)) if secure else 0,
-        )
-
-    def _window_noise(self, client: str) -> WindowNoise | None:
-        config = self.config
-        if config.epsilon is None or not config.trainer_method.PRIVATE:
-            return None
-        noise = self.plan.noise[client]
-        return WindowNoise(epsilon=config.epsilon, delta=config.delta, noise=noise, rounds=config.rounds, clip=config.dp_clip)
-
-    def _clock(self, compute: Mapping[str, float]) -> Clock:
-        """Of one exchange with the plan's clients, by their capabilities."""
-        known = {client: self.plan.capabilities[client] for client in self.plan.clients}
-        return Clock({name: Pace(compute.get(name, 0.0), one.uplink, one.downlink) for name, one in known.items()})
-
-    def log(self, round_: int) -> None:
-        """Writes what a round measured, after the round is safe: one that is asked anew is not told of twice."""
-        lines = self.run.metrics()
-        known = {
-            (line["client"], line["name"]) for line in lines if (line["stage"], line["round"]) == (self.plan.stage, round_)
-        }
-        for client, name, value in self.state.metrics:
-            if (client, name) not in known:
-                self.run.log(self.plan.stage, round_, client, name, value)
-
-    def evaluate(self, round_: int) -> None:
-        """Measures the model as it is after a round, where the job asks for it."""
-        if self.config.eval_every and (round_ + 1) % self.config.eval_every == 0:
-            folder = self.run.path / "work" / f"stage-{self.plan.stage}" / "measured"
-            self.merge(folder)
-            evaluate_round(self.model.over(folder), self.plan.stage, round_, self.run)
-
-    def keep_personal(self) -> None:
-        """Lets every client compare the result with its own best change, on its own held-out text, and keep the better one."""
-        stage, run, job = self.plan.stage, self.run, self.federation.job
-        done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "personal/shared")}
-        left = {client: assignment for client, assignment in self.plan.clients.items() if client not in done}
-        if not left:
-            return
-        self.send_base()
-        tensors: dict[str, Tensor] = {}
-        for name, state in self.state.states.items():
-            for part, value in state.total().compress().parts().items():
-                tensors[f"rest/{name}/{part}"] = value.float().contiguous()
-        messages = {}
-        for client, assignment in left.items():
-            request = ComparePersonal(
-                **self._common(client, self.config.rounds),
-                parametrization=self.config.parametrization,
-                masked=self.masked,
-                micro=assignment.micro,
-                base=job.model.path,
-                title=f"{job.name}: {client}'s own adapter",
-            )
-            messages[client] = Message(request, tensors)
-        for client, _, reply in self.federation.collect(messages):
-            assert isinstance(reply, PersonalLosses)
-            if reply.shared is None or reply.own is None:
-                run.say(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
-                continue
-            run.log(stage, None, client, "personal/own", reply.own)
-            run.log(stage, None, client, "personal/shared", reply.shared)
-
-    def merge(self, folder: Path) -> None:
-        """Writes the linears with their changes, block by block, in the checkpoint's dtype."""
-        for block in range(len(self.decoder)):
-            merged = {}
-            for linear, stored in self.decoder.block_names(block).items():
-                name = f"{self.decoder.prefix}.{block}.{linear}"
-                if name in self.state.states:
-                    total = self.state.states[name].total()
-                    weight = self.method.merge(self.decoder.read_matrix(name), total, name in self.masked)
-                    merged[stored] = as_matrix(self.decoder.model.get_submodule(name), weight).contiguous()
-            if merged:
-                save_tensors(merged, folder / f"block-{block:04d}.safetensors")
-
-    def write_adapter(self) -> Path | None:
-        """The changes as an adapter beside the merged model; None where there is no such form."""
-        job, out = self.federation.job, self.run.path / "adapter"
-        totals = {name: state.total() for name, state in self.state.states.items()}
-        title, pruned, changed = f"{job.name}: adapter", bool(self.masked), bool(self.model.changed())
-        written = self.method.write_adapter(out, self.decoder, totals, job.model.path, title, pruned, changed)
-        return out if written else None
 
 
 def _file(run: RunFolder, stage: int, round_: int) -> Path:
