@@ -23,7 +23,8 @@ import torch
 from packaging.requirements import Requirement
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data import DEFAULT_TEMPLATE, Chat, as_text, is_hub, read_fields
+from fedgrove.data.chat import Chat, as_text
+from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.models.blocks import Decoder
@@ -178,7 +179,7 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
 
     Args:
         owner: whose.
-        templates: see :func:`fedgrove.data.read_fields`.
+        templates: see :func:`fedgrove.data.sources.read_fields`.
         model: whose tokenizer counts; None: nothing is counted.
     """
     name = f"{owner}: {file if is_hub(file) else file.name}"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.data import evaluation_windows
+from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
 from fedgrove.exports.packed import is_packed

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedgrove.data import DEFAULT_TEMPLATE, read_records, template_fields
+from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records, template_fields
 from fedgrove.errors import FedgroveError
 
 Way = Literal["iid", "dirichlet", "field", "size"]
@@ -74,7 +74,7 @@ def split(
     """Deals the records of a source to clients and writes a file for each, a job file, and what is held out.
 
     Args:
-        source: see :mod:`fedgrove.data`; of plain text the passages are dealt.
+        source: see :mod:`fedgrove.data.sources`; of plain text the passages are dealt.
         out: a folder that does not exist yet.
         by: "iid": at random, as evenly as can be. "dirichlet": each value of ``field`` in proportions over the clients that
             are drawn from a Dirichlet distribution (Yurochkin et al. 2019): a small ``alpha`` gives each client few values.
