@@ -114,7 +114,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
     """
     file = folder / "job.toml"
     if file.exists():
-        raise FedgroveError(f"{file} exists already; edit it, or name another folder")
+        raise FedgroveError(f"{file} exists already", "edit it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text((files("fedgrove") / "template.toml").read_text(encoding="utf-8"), encoding="utf-8")
     print(f"Wrote {file}. Edit it, then: fedgrove doctor {file}; fedgrove run {file}")

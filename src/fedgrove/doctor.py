@@ -389,10 +389,9 @@ def _reaches(address: str) -> Check:
         return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
 
 
-def _refused(name: str, fault: FedgroveError) -> Check:
-    """A check from an error that a run would end with; its last part is the remedy."""
-    what, _, remedy = " ".join(str(fault).split()).rpartition("; ")
-    return Check(name, False, what or remedy, remedy if what else "")
+def _refused(name: str, error: FedgroveError) -> Check:
+    """A check from an error that a run would end with."""
+    return Check(name, False, str(FedgroveError(error.what, client=error.client)), error.remedy or "")
 
 
 def _size(number: float) -> str:

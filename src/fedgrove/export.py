@@ -88,7 +88,7 @@ def export(
     form = plugins.load("exports", to)
     out = out or source / getattr(form, "FOLDER", to)
     if out.exists():
-        raise FedgroveError(f"{out} exists already; choose another folder or remove it")
+        raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
     given = find_source(source)
     beside = out.with_name(out.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -116,7 +116,7 @@ def find_source(path: Path) -> Source:
     if not (path / "job.toml").is_file():
         return Source(path)
     if not (path / "model").is_dir():
-        raise FedgroveError(unfinished(path))
+        raise unfinished(path)
     return Source(path / "model", path)
 
 
@@ -163,8 +163,8 @@ def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Tex
         found[name] = math.exp(total / count)
         if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
             raise FedgroveError(
-                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has "
-                f"{of_model[name]:.3f}; it was not kept. Export --to hf, and tell us of the model"
+                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",
+                "it was not kept. Export --to hf, and tell us of the model",
             )
     of = {name: of_model[name] for name in found if name in of_model}
     return Measured(to, folder_bytes(folder), folder_bytes(source.model), found, of, texts.length)
