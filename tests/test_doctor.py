@@ -94,3 +94,12 @@ def test_a_check_tells_what_is_wrong_apart_from_the_remedy(tmp_path: Path) -> No
     assert check.remedy == "give a Hugging Face model directory"
     (check,) = doctor.text("ash", tmp_path / "nowhere.txt", {"text": "{text}"})
     assert (check.ok, check.text, check.remedy) == (False, f"{tmp_path}/nowhere.txt: no such file or folder", "")
+
+
+def test_held_out_text_is_read_by_the_templates_of_what_is_measured_on_it(small: Small, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"q": "Which tree?", "a": "ash"}\n')
+    data = [{"name": "trees", "path": str(file), "measure": "accuracy", "prompt": "{q}", "answer": " {a}"}]
+    status, found = checks(small.job("answers", evaluate={"data": data}))
+    assert found["held-out trees: questions.jsonl"]["sample"] == "Which tree? ash"
+    assert status == 0

@@ -86,7 +86,7 @@ def examine(job: Job, folder: Path) -> list[Check]:
         templates = _templates(client.text, client.prompt, client.answer)
         checks += [check for file in client.data for check in text(client.name, file, templates, path if readable else None)]
     for held_out in job.evaluate.data:
-        templates = _templates(held_out.text)
+        templates = _templates(held_out.text, held_out.prompt, held_out.answer)
         checks += text(f"held-out {held_out.name}", held_out.path, templates, path if readable else None)
     if path is None or not readable:
         return checks

@@ -75,7 +75,7 @@ def export(
         source: a run folder, a Hugging Face model directory, or what the form ``packed`` wrote.
         to: the form.
         out: a folder that does not exist yet; default: named as the form, in ``source``.
-        texts: what to measure on; default: the run's held-out texts, as the run measured.
+        texts: what to measure on; default: the run's held-out texts, as the run measured their perplexity.
         say: gets one line of progress at a time.
 
     Returns:
@@ -130,12 +130,16 @@ def find_result(path: Path) -> Path:
 
 
 def held_out(source: Source) -> Texts:
-    """The held-out texts of a run that are still there, and what the run measured on them."""
+    """The held-out texts of a run that are still there, and the perplexity that the run measured on them.
+
+    Texts of which the run measured accuracy or generation are none: they have a prompt and an answer, and no text.
+    """
     if source.run is None:
         return Texts()
     job = tomllib.loads((source.run / "job.toml").read_text(encoding="utf-8"))
     wanted: dict[str, Any] = job.get("evaluate", {})
-    files = [(text["name"], Path(text["path"]), text.get("text")) for text in wanted.get("data", [])]
+    texts = [text for text in wanted.get("data", []) if text.get("measure", "perplexity") == "perplexity"]
+    files = [(text["name"], Path(text["path"]), text.get("text")) for text in texts]
     last = len(job["stages"]) - 1
     known = {
         line["name"].removeprefix("perplexity/"): line["value"]
