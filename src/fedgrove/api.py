@@ -1,7 +1,7 @@
-"""The Python API, as small as the command line, which is made of it: ``run``, ``plan`` and ``evaluate`` of ``fedgrove``.
+"""The Python API, as small as the command line, which is made of it: :func:`run`, :func:`plan` and :func:`evaluate`.
 
->>> import fedgrove                                                          # doctest: +SKIP
->>> result = fedgrove.run("job.toml", out="runs/first")                      # doctest: +SKIP
+>>> from fedgrove import api                                                 # doctest: +SKIP
+>>> result = api.run("job.toml", out="runs/first")                           # doctest: +SKIP
 >>> result.sparsity, result.perplexity["federated"]                          # doctest: +SKIP
 """
 
