@@ -71,7 +71,7 @@ def _kept(client: LocalClient, settings: list[Any], cut: Callable[[], dict[str, 
         if not file.is_file():
             save_tensors({name: windows.int() for name, windows in cut().items()}, file)
     except FedgroveError as error:
-        raise client.error(str(error)) from error
+        raise client.error(error.what, error.remedy) from error
     windows: dict[str, Tensor] = load_file(file)
     return windows
 
