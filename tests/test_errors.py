@@ -35,3 +35,11 @@ def test_an_error_comes_whole_out_of_another_process() -> None:
     error = pickle.loads(pickle.dumps(FedgroveError("out of memory", "lower length", client="ash")))
     assert (error.what, error.remedy, error.client) == ("out of memory", "lower length", "ash")
     assert str(error) == "client 'ash': out of memory; lower length"
+    error = pickle.loads(pickle.dumps(Coded(3, remedy="lower length")))
+    assert (str(error), error.number) == ("error 3; lower length", 3)
+
+
+class Coded(FedgroveError):
+    def __init__(self, number: int, remedy: str | None = None):
+        super().__init__(f"error {number}", remedy)
+        self.number = number

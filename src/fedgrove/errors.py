@@ -16,7 +16,7 @@ class FedgroveError(Exception):
     """
 
     def __init__(self, what: str, remedy: str | None = None, *, client: str | None = None):
-        super().__init__(what, remedy)  # with these it is made again where another process unpickles it
+        # Exception's __init__ is not called: args stay what the class was called with, so that subclasses unpickle too.
         self.what = what
         self.remedy = remedy
         self.client = client
