@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from fedgrove.client.handlers import LocalClient
+from fedgrove.client.local_client import LocalClient
 
 from fedgrove import doctor
 from small import Small, cli

@@ -165,9 +165,7 @@ def _what(job: str) -> dict[str, Any]:
 
 def unfinished(run: Path) -> FedgroveError:
     """What to raise of a run that has not ended."""
-    return FedgroveError(
-        f"{run}: this run has not ended", f"continue it: fedgrove run {run / 'job.toml'} --out {run} --resume"
-    )
+    return FedgroveError(f"{run}: this run has not ended", f"continue it: fedgrove run {run / 'job.toml'} --out {run} --resume")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
