@@ -28,7 +28,7 @@ import shapes
 import tomli_w
 import torch
 
-from fedgrove.data import calibration_windows, evaluation_windows
+from fedgrove.data.windows import calibration_windows, evaluation_windows
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint

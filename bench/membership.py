@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from fedgrove import api
-from fedgrove.data import DEFAULT_TEMPLATE, read_texts, training_windows
+from fedgrove.data.sources import DEFAULT_TEMPLATE, read_texts
+from fedgrove.data.windows import training_windows
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods

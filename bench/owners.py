@@ -26,7 +26,7 @@ from results import Kept
 from transformers.utils import logging
 
 from fedgrove import api
-from fedgrove.data import read_texts
+from fedgrove.data.sources import read_texts
 from fedgrove.job.tables import Job
 
 QUESTION = "{question}\n{answer}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fedgrove.data import calibration_windows
+from fedgrove.data.windows import calibration_windows
 from fedgrove.job.load import load
 from fedgrove.stages.prune.allocation import Options, even, owl
 from fedgrove.stages.prune.input_statistics import InputStatistics

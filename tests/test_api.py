@@ -10,36 +10,46 @@ from pathlib import Path
 import pytest
 
 import fedgrove
+from fedgrove import api
 from fedgrove.cli import app
 from small import ROOT, Small, cli, result
 
 
 def test_importing_fedgrove_imports_nothing_else() -> None:
-    code = "import sys, fedgrove; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'rich', 'pydantic')))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = "import sys, fedgrove; print(sorted(m for m in sys.modules if m.split('.')[0] in {'torch', 'rich', 'pydantic'}));"
+    code += "print(sorted(m for m in sys.modules if m.startswith('fedgrove')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n['fedgrove']\n"
+
+
+def test_the_error_is_there_under_its_short_name() -> None:
+    from fedgrove.errors import FedgroveError
+
+    assert fedgrove.FedgroveError is FedgroveError
+    assert "FedgroveError" in dir(fedgrove)
 
 
 def test_a_run_from_python_is_the_run_of_the_command(small: Small, tmp_path: Path) -> None:
-    ended = fedgrove.run(small.spec(), tmp_path / "run", quiet=True)
+    ended = api.run(small.spec(), tmp_path / "run", quiet=True)
     assert result(ended.path) == {**result(small.undisturbed()), "job.toml": result(ended.path)["job.toml"]}
     assert ended.sparsity == 0.5
     assert set(ended.perplexity) == {"dense", "alone", "federated"}
     assert ended.report.is_file()
-    told = fedgrove.evaluate(ended.model, small.texts["held-0"], length=32, quiet=True)
+    told = api.evaluate(ended.model, small.texts["held-0"], length=32, quiet=True)
     assert told[str(small.texts["held-0"])]["windows"] > 4
 
 
 def test_a_plan_from_python_is_that_of_the_run(small: Small) -> None:
-    (plan,) = fedgrove.plan(small.job(), quiet=True)
+    (plan,) = api.plan(small.job(), quiet=True)
     assert set(plan.clients) == {"ash", "birch", "cedar"}
     assert plan.num_blocks == 2
 
 
 def test_complaints_name_the_key(small: Small, tmp_path: Path) -> None:
     with pytest.raises(fedgrove.FedgroveError, match=r"job: stages\.0\.sparsity"):
-        fedgrove.plan(small.spec(stages__0__sparsity=2))
+        api.plan(small.spec(stages__0__sparsity=2))
     with pytest.raises(fedgrove.FedgroveError, match="no such job file"):
-        fedgrove.run(tmp_path / "nowhere.toml")
+        api.run(tmp_path / "nowhere.toml")
     with pytest.raises(AttributeError):
         _ = fedgrove.nothing
 

@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from fedgrove.cli import app
-from fedgrove.data import calibration_windows
+from fedgrove.data.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder, as_matrix, find_blocks, linears
 from fedgrove.models.experts import expert_of, unfuse

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedgrove.rounds.collect
 from fedgrove import plugins
-from fedgrove.data import calibration_windows
+from fedgrove.data.windows import calibration_windows
 from fedgrove.models.masks import Target
 from fedgrove.rounds import wire
 from fedgrove.stages.prune.calibration_pass import windows_at_once

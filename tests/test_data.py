@@ -11,15 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fedgrove.data import (
-    IGNORED,
-    calibration_windows,
-    evaluation_windows,
-    facts_of,
-    read_texts,
-    template_fields,
-    training_windows,
-)
+from fedgrove.data.sources import facts_of, read_texts, template_fields
+from fedgrove.data.windows import IGNORED, calibration_windows, evaluation_windows, training_windows
 from fedgrove.errors import FedgroveError
 from small import Small
 
@@ -284,4 +277,70 @@ def test_a_source_that_was_given_no_template_is_told_one(tmp_path: Path) -> None
     file = tmp_path / "a.csv"
     file.write_text("note\nhello\n")
     with pytest.raises(FedgroveError, match=r"it has: note\. Mend the template \(key text\): .* such as text = \"\{note\}\""):
+        list(read_texts(file))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet", "txt"])
+def test_a_long_text_is_read_whole(tmp_path: Path, suffix: str) -> None:
+    long = "word " * 60_000  # longer than the 131,072 characters that csv takes by default
+    file = tmp_path / f"a.{suffix}"
+    match suffix:
+        case "csv" | "tsv":
+            with file.open("w", newline="", encoding="utf-8") as opened:
+                writer = csv.writer(opened, delimiter="," if suffix == "csv" else "\t")
+                writer.writerows([["id", "text"], ["1", long], ["2", "short"]])
+        case "parquet":
+            datasets.Dataset.from_list([{"text": long}, {"text": "short"}]).to_parquet(file)
+        case "jsonl":
+            file.write_text(f"{json.dumps({'text': long})}\n{json.dumps({'text': 'short'})}\n")
+        case "txt":
+            file.write_text(f"{long}\nshort")
+    texts = list(read_texts(file))
+    assert texts == ([f"{long}\n", "short"] if suffix == "txt" else [long, "short"])
+
+
+def test_a_tsv_is_read_by_tabs_whatever_else_its_first_line_holds(tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv"
+    file.write_text("name, first, last\tnote\nAsh, the tree\thello\n")
+    assert list(read_texts(file, "{note}")) == ["hello"]
+    file = tmp_path / "a.csv"
+    file.write_text('"first, last, or both";note\nAsh;hello\n')
+    assert list(read_texts(file, "{note}")) == ["hello"], "what is quoted separates nothing"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('note\none\n"two\nthree\nfour\n', 3),
+        ('note\n"one"\n"two', 3),
+        ('"note\none\ntwo\n', 1),
+        ('id,note\n1,"a ""b"" c\n2,d\n', 2),
+    ],
+)
+def test_a_quote_that_is_never_closed_does_not_swallow_the_rest_of_the_file(tmp_path: Path, content: str, line: int) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(content)
+    with pytest.raises(FedgroveError, match=f"a.csv, line {line}: the record that begins here opens a double quote") as caught:
+        list(read_texts(file, "{note}"))
+    assert caught.value.remedy is not None
+
+
+def test_a_csv_without_a_last_line_end_or_without_records_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    for content, texts in (('note\none\n"two"', ["one", "two"]), ("note\n", []), ("note", []), ("", [])):
+        file.write_text(content)
+        assert list(read_texts(file, "{note}")) == texts
+
+
+def test_a_parquet_file_may_have_brackets_in_its_name(tmp_path: Path) -> None:
+    for name in ("notes [2024].parquet", "notes 2.parquet"):
+        datasets.Dataset.from_list([{"text": name}]).to_parquet(tmp_path / name)
+    assert list(read_texts(tmp_path / "notes [2024].parquet")) == ["notes [2024].parquet"]
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 100_000])
+def test_json_that_python_does_not_read_is_named(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"text": {value}}}\n')
+    with pytest.raises(FedgroveError, match=r"a\.jsonl, line 1: not JSON \(.*\); one object a line is expected"):
         list(read_texts(file))

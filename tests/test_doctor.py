@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from fedgrove.client.handlers import LocalClient
+from fedgrove.client.local_client import LocalClient
 
 from fedgrove import doctor
 from small import Small, cli
@@ -86,3 +86,20 @@ def test_a_site_keeps_its_text_out_of_what_may_be_sent(small: Small, tmp_path: P
     assert any(check.sample for check in looked_at)
     assert looked_at[-1].text.startswith("of 4.0 MiB: nothing"), "what the client allows, not what the machine has"
     assert not looked_at[-1].ok
+
+
+def test_a_check_tells_what_is_wrong_apart_from_the_remedy(tmp_path: Path) -> None:
+    (check,) = doctor.model(tmp_path)
+    assert (check.ok, check.text) == (False, f"model: {tmp_path} has no config.json")
+    assert check.remedy == "give a Hugging Face model directory"
+    (check,) = doctor.text("ash", tmp_path / "nowhere.txt", {"text": "{text}"})
+    assert (check.ok, check.text, check.remedy) == (False, f"{tmp_path}/nowhere.txt: no such file or folder", "")
+
+
+def test_held_out_text_is_read_by_the_templates_of_what_is_measured_on_it(small: Small, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"q": "Which tree?", "a": "ash"}\n')
+    data = [{"name": "trees", "path": str(file), "measure": "accuracy", "prompt": "{q}", "answer": " {a}"}]
+    status, found = checks(small.job("answers", evaluate={"data": data}))
+    assert found["held-out trees: questions.jsonl"]["sample"] == "Which tree? ash"
+    assert status == 0

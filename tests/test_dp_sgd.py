@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedgrove.data import IGNORED
+from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_noise_multiplier
 from fedgrove.stages.tune import lora

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from fedgrove.cli import app
-from fedgrove.data import calibration_windows
+from fedgrove.data.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.models.blocks import Decoder

@@ -317,3 +317,19 @@ def test_a_source_that_is_a_model_directory_is_measured_itself(small: Small, tmp
     assert told["perplexity"] == told["of_perplexity"]
     assert math.isfinite(told["perplexity"]["held"])
     assert exporting.held_out(Source(small.model)) == Texts()
+
+
+def test_a_run_that_measured_answers_is_exported_and_measured_by_its_other_texts(small: Small, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"q": f"Tree {i}?", "a": f"{'ash' if i % 2 else 'oak'}"}) + "\n" for i in range(4)))
+    pair = {"path": str(questions), "prompt": "{q}", "answer": " {a}"}
+    answers = [{"name": name, "measure": name, **pair} for name in ("accuracy", "generation")]
+    for name, data in (("both", [str(small.texts["held-0"]), *answers]), ("answers", answers)):
+        wanted = {"data": data, "length": 32, "windows": 2, "tokens": 2}
+        run = tmp_path / f"run-{name}"
+        assert cli("run", small.job(f"export-{name}", evaluate=wanted), "--out", run, "--quiet")[0] == 0
+        status, said, err = cli("export", run, "--to", "hf", "--out", tmp_path / name, "--quiet")
+        assert (status, err) == (0, "")
+        told = json.loads((tmp_path / f"{name}.export.json").read_text())
+        assert list(told["perplexity"]) == list(told["of_perplexity"]) == (["held-0"] if name == "both" else [])
+        assert ("not measured" in said) == (name == "answers")

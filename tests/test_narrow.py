@@ -227,7 +227,7 @@ def test_what_was_cut_is_what_matters_least_to_all_text_together(small: Small) -
     run = small.undisturbed(stages=[{**NARROW, "heads": 0.0}])
     decoder = Decoder(Checkpoint(small.model))
     job = load(run / "job.toml")
-    from fedgrove.data import calibration_windows
+    from fedgrove.data.windows import calibration_windows
 
     tokenizer = AutoTokenizer.from_pretrained(small.model)
     ids = torch.cat([calibration_windows(c.data, c.text, tokenizer, 3, LENGTH, f"0/0/{c.name}") for c in job.clients])

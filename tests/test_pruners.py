@@ -11,7 +11,7 @@ from torch import Tensor
 
 import reference
 from fedgrove import plugins
-from fedgrove.data import calibration_windows
+from fedgrove.data.windows import calibration_windows
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint

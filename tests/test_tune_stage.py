@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedgrove import run as server
-from fedgrove.data import IGNORED
+from fedgrove.data.windows import IGNORED
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load as jobs

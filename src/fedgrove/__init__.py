@@ -1,7 +1,11 @@
 """Several owners of private text make one large language model smaller and better together.
 
-``fedgrove.run(job)``, ``fedgrove.plan(job)`` and ``fedgrove.evaluate(model, data)`` are the commands of the same names; see
-:mod:`fedgrove.api`. Importing fedgrove imports nothing else: the first use of one of them does.
+The Python API is :mod:`fedgrove.api`:
+
+>>> from fedgrove import api
+>>> result = api.run("job.toml", out="runs/first")  # doctest: +SKIP
+
+Importing fedgrove itself imports nothing else.
 """
 
 from __future__ import annotations
@@ -9,22 +13,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedgrove.api import Result, evaluate, plan, run
     from fedgrove.errors import FedgroveError
 
-__all__ = ["FedgroveError", "Result", "evaluate", "plan", "run"]
+__all__ = ["FedgroveError"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'fedgrove' has no attribute {name!r}")
     if name == "FedgroveError":
-        from fedgrove.errors import FedgroveError
+        from fedgrove.errors import FedgroveError  # when it is asked for: importing fedgrove does nothing
 
         return FedgroveError
-    from fedgrove import api
-
-    return getattr(api, name)
+    raise AttributeError(f"module 'fedgrove' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
-"""The Python API, as small as the command line, which is made of it: ``run``, ``plan`` and ``evaluate`` of ``fedgrove``.
+"""The Python API, as small as the command line, which is made of it: :func:`run`, :func:`plan` and :func:`evaluate`.
 
->>> import fedgrove                                                          # doctest: +SKIP
->>> result = fedgrove.run("job.toml", out="runs/first")                      # doctest: +SKIP
+>>> from fedgrove import api                                                 # doctest: +SKIP
+>>> result = api.run("job.toml", out="runs/first")                           # doctest: +SKIP
 >>> result.sparsity, result.perplexity["federated"]                          # doctest: +SKIP
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedgrove import tracking
-from fedgrove.data import evaluation_windows
+from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.evaluation.metrics import read_pairs
@@ -145,7 +145,7 @@ def evaluate(
 
     Args:
         model: a run folder, a model directory or a hub id.
-        data: the held-out texts; see :mod:`fedgrove.data`.
+        data: the held-out texts; see :mod:`fedgrove.data.sources`.
         measure: "perplexity" of ``text``: consecutive windows of ``length`` tokens that do not overlap. "accuracy": how often
             the most likely of the ``labels`` is the ``answer`` to the ``prompt``. "generation": ROUGE and BLEU of what the
             model writes after the ``prompt`` against the ``answer``.

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from rich.console import Console
 from fedgrove import heap
 from fedgrove.deploy.flare.commands import COMMANDS
 from fedgrove.errors import FedgroveError
+from fedgrove.options import AsJson, Deal, Measure, Quiet, Resume, Set, Threads, Tracker, Workers
 
 if TYPE_CHECKING:
     from fedgrove.api import Result
@@ -32,38 +33,21 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: stages.0.sparsity=0.6")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
-Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clients' work is done in this process.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
 
 
-class Tracker(StrEnum):
-    """Where ``run`` hands its metrics on to."""
-
-    tensorboard = "tensorboard"
-    mlflow = "mlflow"
-
-
-class Measure(StrEnum):
-    """What ``evaluate`` measures on texts."""
-
-    perplexity = "perplexity"
-    accuracy = "accuracy"
-    generation = "generation"
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedgrove {version('fedgrove')}")
+        raise typer.Exit
 
 
-class Deal(StrEnum):
-    """How ``split`` deals."""
-
-    iid = "iid"
-    dirichlet = "dirichlet"
-    field = "field"
-    size = "size"
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """What is said before a command."""
 
 
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
@@ -114,7 +98,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
     """
     file = folder / "job.toml"
     if file.exists():
-        raise FedgroveError(f"{file} exists already; edit it, or name another folder")
+        raise FedgroveError(f"{file} exists already", "edit it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text((files("fedgrove") / "template.toml").read_text(encoding="utf-8"), encoding="utf-8")
     print(f"Wrote {file}. Edit it, then: fedgrove doctor {file}; fedgrove run {file}")

@@ -23,7 +23,8 @@ import torch
 from packaging.requirements import Requirement
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data import DEFAULT_TEMPLATE, Chat, as_text, is_hub, read_fields
+from fedgrove.data.chat import Chat, as_text
+from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.models.blocks import Decoder
@@ -85,7 +86,7 @@ def examine(job: Job, folder: Path) -> list[Check]:
         templates = _templates(client.text, client.prompt, client.answer)
         checks += [check for file in client.data for check in text(client.name, file, templates, path if readable else None)]
     for held_out in job.evaluate.data:
-        templates = _templates(held_out.text)
+        templates = _templates(held_out.text, held_out.prompt, held_out.answer)
         checks += text(f"held-out {held_out.name}", held_out.path, templates, path if readable else None)
     if path is None or not readable:
         return checks
@@ -178,7 +179,7 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
 
     Args:
         owner: whose.
-        templates: see :func:`fedgrove.data.read_fields`.
+        templates: see :func:`fedgrove.data.sources.read_fields`.
         model: whose tokenizer counts; None: nothing is counted.
     """
     name = f"{owner}: {file if is_hub(file) else file.name}"
@@ -388,10 +389,9 @@ def _reaches(address: str) -> Check:
         return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
 
 
-def _refused(name: str, fault: FedgroveError) -> Check:
-    """A check from an error that a run would end with; its last part is the remedy."""
-    what, _, remedy = " ".join(str(fault).split()).rpartition("; ")
-    return Check(name, False, what or remedy, remedy if what else "")
+def _refused(name: str, error: FedgroveError) -> Check:
+    """A check from an error that a run would end with."""
+    return Check(name, False, str(FedgroveError(error.what, client=error.client)), error.remedy or "")
 
 
 def _size(number: float) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.data import evaluation_windows
+from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
 from fedgrove.exports.packed import is_packed
@@ -75,7 +75,7 @@ def export(
         source: a run folder, a Hugging Face model directory, or what the form ``packed`` wrote.
         to: the form.
         out: a folder that does not exist yet; default: named as the form, in ``source``.
-        texts: what to measure on; default: the run's held-out texts, as the run measured.
+        texts: what to measure on; default: the run's held-out texts, as the run measured their perplexity.
         say: gets one line of progress at a time.
 
     Returns:
@@ -88,7 +88,7 @@ def export(
     form = plugins.load("exports", to)
     out = out or source / getattr(form, "FOLDER", to)
     if out.exists():
-        raise FedgroveError(f"{out} exists already; choose another folder or remove it")
+        raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
     given = find_source(source)
     beside = out.with_name(out.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -116,7 +116,7 @@ def find_source(path: Path) -> Source:
     if not (path / "job.toml").is_file():
         return Source(path)
     if not (path / "model").is_dir():
-        raise FedgroveError(unfinished(path))
+        raise unfinished(path)
     return Source(path / "model", path)
 
 
@@ -130,12 +130,16 @@ def find_result(path: Path) -> Path:
 
 
 def held_out(source: Source) -> Texts:
-    """The held-out texts of a run that are still there, and what the run measured on them."""
+    """The held-out texts of a run that are still there, and the perplexity that the run measured on them.
+
+    Texts of which the run measured accuracy or generation are none: they have a prompt and an answer, and no text.
+    """
     if source.run is None:
         return Texts()
     job = tomllib.loads((source.run / "job.toml").read_text(encoding="utf-8"))
     wanted: dict[str, Any] = job.get("evaluate", {})
-    files = [(text["name"], Path(text["path"]), text.get("text")) for text in wanted.get("data", [])]
+    texts = [text for text in wanted.get("data", []) if text.get("measure", "perplexity") == "perplexity"]
+    files = [(text["name"], Path(text["path"]), text.get("text")) for text in texts]
     last = len(job["stages"]) - 1
     known = {
         line["name"].removeprefix("perplexity/"): line["value"]
@@ -163,8 +167,8 @@ def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Tex
         found[name] = math.exp(total / count)
         if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
             raise FedgroveError(
-                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has "
-                f"{of_model[name]:.3f}; it was not kept. Export --to hf, and tell us of the model"
+                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",
+                "it was not kept. Export --to hf, and tell us of the model",
             )
     of = {name: of_model[name] for name in found if name in of_model}
     return Measured(to, folder_bytes(folder), folder_bytes(source.model), found, of, texts.length)

@@ -37,13 +37,13 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
             file lacks something that the package's protocol asks for.
     """
     if name not in names(package):
-        raise FedgroveError(f"{package}: there is no {name!r} here; choose one of {', '.join(names(package))}")
+        raise FedgroveError(f"{package}: there is no {name!r} here", f"choose one of {', '.join(names(package))}")
     module = importlib.import_module(f"fedgrove.{package}.{name}")
     protocol = protocol or getattr(importlib.import_module(f"fedgrove.{package}"), "METHOD", None)
     lacking = _lacking(module, protocol) if protocol is not None else None
     if lacking:
         raise FedgroveError(
-            f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for; add it"
+            f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for", "add it"
         )
     return module
 

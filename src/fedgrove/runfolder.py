@@ -40,22 +40,22 @@ class RunFolder:
         self.follow(watch or Listener())
         job_file = self.path / "job.toml"
         if self.path.is_file():
-            raise FedgroveError(f"--out {path}: this is a file; name a folder")
+            raise FedgroveError(f"--out {path}: this is a file", "name a folder")
         void = _void(self.path)
         started = job_file.is_file() and not void
         if started and not resume:
-            raise FedgroveError(f"--out {path}: a run is there already; continue it with --resume or name another folder")
+            raise FedgroveError(f"--out {path}: a run is there already", "continue it with --resume or name another folder")
         if not started and not void:
-            raise FedgroveError(f"--out {path}: the folder is not empty and holds no run; name another one")
+            raise FedgroveError(f"--out {path}: the folder is not empty and holds no run", "name another one")
         if started and _what(job_file.read_text(encoding="utf-8")) != _what(job.dumps()):
-            raise FedgroveError(f"--resume: the job differs from {job_file}; run that one, or name another --out")
+            raise FedgroveError(f"--resume: the job differs from {job_file}", "run that one, or name another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as fault:
             raise FedgroveError(
-                f"--out {path}: another process is running there; wait for it or name another folder"
+                f"--out {path}: another process is running there", "wait for it or name another folder"
             ) from fault
         self.write_text("job.toml", job.dumps())
         if void:
@@ -163,9 +163,9 @@ def _what(job: str) -> dict[str, Any]:
     return {key: value for key, value in tomllib.loads(job).items() if key != "rounds"}
 
 
-def unfinished(run: Path) -> str:
-    """What to say of a run that has not ended."""
-    return f"{run}: this run has not ended; continue it: fedgrove run {run / 'job.toml'} --out {run} --resume"
+def unfinished(run: Path) -> FedgroveError:
+    """What to raise of a run that has not ended."""
+    return FedgroveError(f"{run}: this run has not ended", f"continue it: fedgrove run {run / 'job.toml'} --out {run} --resume")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

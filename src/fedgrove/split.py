@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedgrove.data import DEFAULT_TEMPLATE, read_records, template_fields
+from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records, template_fields
 from fedgrove.errors import FedgroveError
 
 Way = Literal["iid", "dirichlet", "field", "size"]
@@ -74,7 +74,7 @@ def split(
     """Deals the records of a source to clients and writes a file for each, a job file, and what is held out.
 
     Args:
-        source: see :mod:`fedgrove.data`; of plain text the passages are dealt.
+        source: see :mod:`fedgrove.data.sources`; of plain text the passages are dealt.
         out: a folder that does not exist yet.
         by: "iid": at random, as evenly as can be. "dirichlet": each value of ``field`` in proportions over the clients that
             are drawn from a Dirichlet distribution (Yurochkin et al. 2019): a small ``alpha`` gives each client few values.
@@ -89,7 +89,7 @@ def split(
         FedgroveError: an argument does not fit the others or the source.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FedgroveError(f"--out {out}: it exists already; name another folder")
+        raise FedgroveError(f"--out {out}: it exists already", "name another folder")
     if by in ("dirichlet", "field") and not field:
         raise FedgroveError(f"--by {by}: name the field that decides: --field label")
     if clients is None and by != "field":
@@ -118,7 +118,7 @@ def split(
     empty = tuple(name for name, its in zip(names, dealt, strict=True) if not its)
     shares = {name: sorted(its) for name, its in zip(names, dealt, strict=True) if its}
     if not shares:
-        raise FedgroveError(f"{source}: {len(records)} records are too few; lower --clients or --heldout")
+        raise FedgroveError(f"{source}: {len(records)} records are too few", "lower --clients or --heldout")
 
     beside = out.with_name(out.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -159,11 +159,12 @@ def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[
         missing = [name for name in needed if name not in record]
         if missing:
             raise FedgroveError(
-                f"{where}: no field '{missing[0]}'; it has: {', '.join(map(str, record))}. "
-                "Say how a record becomes text, such as --text '{question} {answer}'"
+                f"{where}: no field '{missing[0]}'",
+                f"it has: {', '.join(map(str, record))}. "
+                "Say how a record becomes text, such as --text '{question} {answer}'",
             )
         if field is not None and field not in record:
-            raise FedgroveError(f"{where}: no field '{field}'; it has: {', '.join(map(str, record))}. Mend --field")
+            raise FedgroveError(f"{where}: no field '{field}'", f"it has: {', '.join(map(str, record))}. Mend --field")
         records.append(record)
         if field is not None:
             labels.append(str(record[field]))
@@ -196,7 +197,7 @@ def _by_field(
     if clients is None:
         clients = len(values)
     if clients > len(values):
-        raise FedgroveError(f"--clients {clients}: the field '{field}' has {len(values)} values; give {len(values)} at most")
+        raise FedgroveError(f"--clients {clients}: the field '{field}' has {len(values)} values", f"give {len(values)} at most")
     given: list[list[str]] = [[] for _ in range(clients)]
     for value in values:
         min(given, key=lambda its: sum(counts[one] for one in its)).append(value)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data import facts_of
+from fedgrove.data.sources import facts_of
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import write_safetensors
 

@@ -42,6 +42,6 @@ class LocalClient:
     answer: str | None = None
     owners: tuple[LocalClient, ...] = ()
 
-    def error(self, message: str) -> FedgroveError:
+    def error(self, what: str, remedy: str | None = None) -> FedgroveError:
         """An error of this client, in one line that names it."""
-        return FedgroveError(f"client '{self.name}': {message}")
+        return FedgroveError(what, remedy, client=self.name)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedgrove import data
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data import DEFAULT_TEMPLATE, facts_of
+from fedgrove.data import windows as packed
+from fedgrove.data.sources import DEFAULT_TEMPLATE, facts_of
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, save_tensors
@@ -41,7 +41,7 @@ def calibration_windows(client: LocalClient, samples: int, length: int, seed: st
     seed = f"{seed}/{client.name}"
 
     def cut() -> dict[str, Tensor]:
-        return {"ids": data.calibration_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed)}
+        return {"ids": packed.calibration_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed)}
 
     return _kept(client, [client.text, samples, length, seed], cut)["ids"].long()
 
@@ -56,7 +56,7 @@ def training_windows(client: LocalClient, length: int) -> tuple[Tensor, Tensor]:
         templates = {"prompt": client.prompt, "answer": client.answer}
 
     def cut() -> dict[str, Tensor]:
-        ids, labels = data.training_windows(client.data, templates, _tokenizer(client.model), length)
+        ids, labels = packed.training_windows(client.data, templates, _tokenizer(client.model), length)
         return {"ids": ids, "labels": labels}
 
     windows = _kept(client, [templates, length], cut)
@@ -71,7 +71,7 @@ def _kept(client: LocalClient, settings: list[Any], cut: Callable[[], dict[str, 
         if not file.is_file():
             save_tensors({name: windows.int() for name, windows in cut().items()}, file)
     except FedgroveError as error:
-        raise client.error(str(error)) from error
+        raise client.error(error.what, error.remedy) from error
     windows: dict[str, Tensor] = load_file(file)
     return windows
 

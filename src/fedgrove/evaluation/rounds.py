@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedgrove.data import evaluation_windows, facts_of
+from fedgrove.data.sources import facts_of
+from fedgrove.data.windows import evaluation_windows
 from fedgrove.job.tables import Evaluate
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity

@@ -54,4 +54,4 @@ def no_experts(form: str, source: Source) -> None:
 
     kind = Checkpoint(source.model).config.model_type
     if kind in TYPES:
-        raise FedgroveError(f"--to {form}: the experts of {kind} cannot be written in this form; use hf or packed")
+        raise FedgroveError(f"--to {form}: the experts of {kind} cannot be written in this form", "use hf or packed")

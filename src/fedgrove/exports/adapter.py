@@ -45,14 +45,14 @@ def write(source: Source, out: Path) -> None:
         raise FedgroveError("--to adapter: give the run folder; a model directory does not tell what tuning changed")
     made = source.run / "adapter"
     if not (made / "adapter_config.json").is_file():
-        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters; export --to hf gives the whole model")
+        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters", "export --to hf gives the whole model")
     config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint(source.model)
     for linear in config["target_modules"]:
         name = f"{linear}.weight"
         if name in checkpoint and float((checkpoint.read(name) == 0).double().mean()) > MOST_ZEROS:
             raise FedgroveError(
-                f"--to adapter: {linear} was pruned, and an adapter would refill its zeros; --to hf gives the merged model"
+                f"--to adapter: {linear} was pruned, and an adapter would refill its zeros", "--to hf gives the merged model"
             )
     config["base_model_name_or_path"] = file_name(_base(source)["path"])
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -59,7 +59,7 @@ def write(source: Source, out: Path) -> None:
     config = checkpoint.config.to_dict()
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
-        raise FedgroveError(f"--to gguf: {kind} is not written here ({', '.join(ARCHITECTURES)} are); {ELSEWHERE}")
+        raise FedgroveError(f"--to gguf: {kind} is not written here ({', '.join(ARCHITECTURES)} are)", ELSEWHERE)
     writer = gguf.GGUFWriter(None, ARCHITECTURES[kind])
     dtype = _dtype(checkpoint)
     _describe(writer, config, dtype, source)
@@ -71,7 +71,7 @@ def write(source: Source, out: Path) -> None:
     for name in checkpoint.names():
         known = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
-            raise FedgroveError(f"--to gguf: {name} has no place in a {ARCHITECTURES[kind]} file; {ELSEWHERE}")
+            raise FedgroveError(f"--to gguf: {name} has no place in a {ARCHITECTURES[kind]} file", ELSEWHERE)
         if name != "lm_head.weight" or not config.get("tie_word_embeddings"):
             named[known] = name
     for known, array in extra.items():
@@ -128,7 +128,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if dtype in found:
             return dtype
-    raise FedgroveError(f"--to gguf: the model's dtype is not one of float32, float16, bfloat16; {ELSEWHERE}")
+    raise FedgroveError("--to gguf: the model's dtype is not one of float32, float16, bfloat16", ELSEWHERE)
 
 
 def _describe(writer: Any, config: dict[str, Any], dtype: torch.dtype, source: Source) -> None:
@@ -137,7 +137,7 @@ def _describe(writer: Any, config: dict[str, Any], dtype: torch.dtype, source: S
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head = config.get("head_dim") or hidden // heads
     if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window"):
-        raise FedgroveError(f"--to gguf: this model's activation or sliding window is not written here; {ELSEWHERE}")
+        raise FedgroveError("--to gguf: this model's activation or sliding window is not written here", ELSEWHERE)
     writer.add_name((source.run or source.model).resolve().name)
     writer.add_file_type(
         {
@@ -179,7 +179,7 @@ def _rope(writer: Any, config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return {"rope_freqs.weight": (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)}
     elif kind != "default":
-        raise FedgroveError(f"--to gguf: positions of the kind {kind!r} are not written here; {ELSEWHERE}")
+        raise FedgroveError(f"--to gguf: positions of the kind {kind!r} are not written here", ELSEWHERE)
     return {}
 
 
@@ -201,11 +201,11 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint, size: int) -> None:
     tokenizer = checkpoint.tokenizer()
     file = checkpoint.path / "tokenizer.json"
     if not file.is_file():
-        raise FedgroveError(f"--to gguf: {file} is missing; {ELSEWHERE}")
+        raise FedgroveError(f"--to gguf: {file} is missing", ELSEWHERE)
     told = json.loads(file.read_text(encoding="utf-8"))
     cut = _cut(told)
     if cut is None:
-        raise FedgroveError(f"--to gguf: how this tokenizer cuts text is not known here; {ELSEWHERE}")
+        raise FedgroveError("--to gguf: how this tokenizer cuts text is not known here", ELSEWHERE)
     added = {entry["id"]: entry for entry in told.get("added_tokens", [])}
     words = {number: word for word, number in told["model"]["vocab"].items()}
     words |= {number: entry["content"] for number, entry in added.items()}

@@ -31,7 +31,9 @@ def write(source: Source, out: Path) -> None:
     for name in decoder.linear_names():
         num_in = decoder.read_shape(name)[1]
         if num_in % BLOCK:
-            raise FedgroveError(f"--to nf4: {name} has {num_in} inputs, and bitsandbytes needs a multiple of {BLOCK}; use int8")
+            raise FedgroveError(
+                f"--to nf4: {name} has {num_in} inputs, and bitsandbytes needs a multiple of {BLOCK}", "use int8"
+            )
     settings = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",

@@ -77,7 +77,7 @@ def unpack(source: Path, out: Path) -> None:
     def part(number: int) -> dict[str, Tensor]:
         tensors = _open(source / _part(number))
         if tensors.keys() != set(layout["parts"][number]):
-            raise FedgroveError(f"{source / LAYOUT}: it does not belong to {_part(number)}; copy it again")
+            raise FedgroveError(f"{source / LAYOUT}: it does not belong to {_part(number)}", "copy it again")
         return tensors
 
     for file, content in _open(source / FILES).items():
@@ -99,13 +99,13 @@ def _layout(file: Path) -> dict[str, Any]:
     try:
         layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if layout["format"] != 1:
-            raise FedgroveError(f"{file}: format {layout['format']} is unknown here; update fedgrove")
+            raise FedgroveError(f"{file}: format {layout['format']} is unknown here", "update fedgrove")
         in_parts = sorted(name for names in layout["parts"] for name in names)
         in_shards = sorted(name for names in layout["shards"].values() for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+        raise FedgroveError(f"{file}: missing or damaged", "copy it again") from fault
     if in_parts != in_shards:
-        raise FedgroveError(f"{file}: missing or damaged; copy it again")
+        raise FedgroveError(f"{file}: missing or damaged", "copy it again")
     return layout
 
 
@@ -113,7 +113,7 @@ def _open(file: Path) -> dict[str, Tensor]:
     try:
         return wire.unpack(file.read_bytes())[0]
     except (OSError, wire.WireError) as fault:
-        raise FedgroveError(f"{file}: missing or damaged; copy it again") from fault
+        raise FedgroveError(f"{file}: missing or damaged", "copy it again") from fault
 
 
 def _part(number: int) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from fedgrove import plugins
+from fedgrove.data.sources import template_fields
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -62,8 +63,6 @@ def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _template(value: str | None) -> str | None:
-    from fedgrove.data import template_fields  # the data libraries are slow to import, and most jobs name no template
-
     if value is not None:
         template_fields(value)
     return value

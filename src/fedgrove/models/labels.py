@@ -41,7 +41,7 @@ def score_labels(
             raise FedgroveError(f"label {label!r} {why}: give labels of which none is the beginning of another")
     longest = max(map(len, ids))
     if longest >= length:
-        raise FedgroveError(f"length: {length} tokens, but a label has {longest}; raise it")
+        raise FedgroveError(f"length: {length} tokens, but a label has {longest}", "raise it")
     device = next(model.parameters()).device
     padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in ids], device=device)
     counts = torch.tensor([len(tokens) for tokens in ids], device=device)

@@ -65,7 +65,7 @@ class Checkpoint:
         self.width = width
         self.overlays = tuple(Path(overlay) for overlay in overlays)
         if not (self.path / "config.json").is_file():
-            raise FedgroveError(f"model: {self.path} has no config.json; give a Hugging Face model directory")
+            raise FedgroveError(f"model: {self.path} has no config.json", "give a Hugging Face model directory")
         self.shards: dict[str, list[str]] = {}  # file name -> its tensors, in file order
         self._file_of: dict[str, Path] = {}
         self._slices: dict[str, tuple[str, int, slice]] = {}  # of fused experts: tensor, expert, rows
@@ -186,7 +186,7 @@ class Checkpoint:
             FedgroveError: ``out`` exists already.
         """
         if out.exists():
-            raise FedgroveError(f"{out} exists already; choose another folder or remove it")
+            raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
         beside = out.with_name(out.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -221,16 +221,16 @@ class Checkpoint:
                 index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
                 files = [self.path / name for name in sorted(set(index["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError) as fault:
-                raise FedgroveError(f"model: {self.path / INDEX} is damaged ({_first_line(fault)}); copy it again") from fault
+                raise FedgroveError(f"model: {self.path / INDEX} is damaged ({_first_line(fault)})", "copy it again") from fault
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise FedgroveError(f"model: {self.path} lacks {missing[0]}, which {INDEX} names; copy it there")
+                raise FedgroveError(f"model: {self.path} lacks {missing[0]}, which {INDEX} names", "copy it there")
             return files
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise FedgroveError(
-                f"model: {self.path} has no .safetensors file; convert it with "
-                "transformers: model.save_pretrained(DIR) (pickled weights are not read: they can run code)"
+                f"model: {self.path} has no .safetensors file",
+                "convert it with transformers: model.save_pretrained(DIR) (pickled weights are not read: they can run code)",
             )
         return files
 
@@ -323,11 +323,12 @@ def _headers(file: Path, changed: int) -> dict[str, Any]:
             parts = ((name, opened.get_slice(name)) for name in opened.offset_keys())
             header = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in parts}
     except (SafetensorError, OSError) as fault:
-        raise FedgroveError(f"model: {file} is damaged ({_first_line(fault)}); copy it again") from fault
+        raise FedgroveError(f"model: {file} is damaged ({_first_line(fault)})", "copy it again") from fault
     for name, entry in header.items():
         if entry["dtype"] not in _TORCH_DTYPES:
             raise FedgroveError(
-                f"model: {file}: {name} has dtype {entry['dtype']}, which fedgrove does not read; convert it to bfloat16 first"
+                f"model: {file}: {name} has dtype {entry['dtype']}, which fedgrove does not read",
+                "convert it to bfloat16 first",
             )
     return header
 

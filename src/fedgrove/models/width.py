@@ -81,7 +81,7 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise FedgroveError(
-            f"model: blocks of type {config.model_type} cannot be narrowed, those of {', '.join(FAMILIES)} can; prune instead"
+            f"model: blocks of type {config.model_type} cannot be narrowed, those of {', '.join(FAMILIES)} can", "prune instead"
         )
     return FAMILIES[config.model_type]
 
@@ -111,7 +111,9 @@ def narrowed(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> 
     if width.heads == _kv_heads(config):
         return new
     if family.heads is None or getattr(config, "qk_layernorm", False):
-        raise FedgroveError(f"heads: a configuration of type {kind} has no heads to spare; set it to 0 and cut channels alone")
+        raise FedgroveError(
+            f"heads: a configuration of type {kind} has no heads to spare", "set it to 0 and cut channels alone"
+        )
     queries = config.num_attention_heads // _kv_heads(config)
     heads = queries * width.heads
     new |= {
@@ -124,7 +126,8 @@ def narrowed(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> 
             fits = [n for n in range(1, _kv_heads(config)) if config.hidden_size % (queries * n) == 0]
             raise FedgroveError(
                 f"heads: a configuration of type {kind} cannot say {heads} heads at a width of {config.hidden_size}, which is "
-                f"no multiple of it; of {_kv_heads(config)} groups of heads {_any_of(fits)} may stay, or set it to 0"
+                "no multiple of it",
+                f"of {_kv_heads(config)} groups of heads {_any_of(fits)} may stay, or set it to 0",
             )
         given = {key: value for key, value in config.to_dict().items() if key in _MISTRAL_DEFAULTS and key not in raw}
         mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}

@@ -263,7 +263,7 @@ def read(run: Path) -> Summary:
     if not (run / "model").is_dir():
         from fedgrove.runfolder import unfinished  # not above: it brings torch, and a report shall be there at once
 
-        raise FedgroveError(unfinished(run))
+        raise unfinished(run)
     job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
     plans = sorted((_json(file) for file in run.glob("plan-*.json")), key=lambda plan: plan["stage"])
     pruning = _json(run / "pruning.json") if (run / "pruning.json").is_file() else {}

@@ -13,12 +13,11 @@ from typing import Annotated, Any
 import typer
 
 from fedgrove.errors import FedgroveError
+from fedgrove.options import AsJson, Quiet
 
 Kit = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a server or a site.")]
 OperatorKit = Annotated[Path, typer.Option("--kit", help="The folder of an operator.")]
 Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="The job's name; default: what was submitted last.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 
 
 def init(
@@ -42,7 +41,7 @@ def init(
     host, _, port = server.rpartition(":")
     sites = site or _asked("Sites, with spaces between").split()
     people = operator or _asked("Operators (e-mail addresses, with spaces between)").split()
-    template = Template((files("fedgrove") / "federation" / "texts" / "federation.toml").read_text(encoding="utf-8"))
+    template = Template((files("fedgrove") / "deploy" / "flare" / "texts" / "federation.toml").read_text(encoding="utf-8"))
     members = "\n".join(f"[[sites]]\nname = {json.dumps(one)}\n" for one in sites)
     operators = "\n".join(f"[[operators]]\nname = {json.dumps(one)}\n" for one in people)
     facts = {"name": json.dumps(name), "host": json.dumps(host or server), "port": port if host else "8002"}

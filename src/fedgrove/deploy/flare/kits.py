@@ -232,7 +232,7 @@ def _harden_operator(kit: Path) -> None:
 
 def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
     """The file that its owner edits, the page that its owner reads, the service that starts it."""
-    texts = files("fedgrove") / "federation" / "texts"
+    texts = files("fedgrove") / "deploy" / "flare" / "texts"
     facts = {
         "name": name,
         "federation": federation.name,

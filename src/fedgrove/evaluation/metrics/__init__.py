@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedgrove.data.chat import as_text
+from fedgrove.data.sources import read_fields
 from fedgrove.errors import FedgroveError
 
 if TYPE_CHECKING:  # a report reads intervals of a run, and shall be there at once
@@ -104,8 +106,6 @@ def read_pairs(
     path: Path, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[tuple[str, str]]:
     """The records of a source as (prompt, answer); at most ``limit``, from its beginning."""
-    from fedgrove.data import as_text, read_fields
-
     fields = islice(read_fields(path, {"prompt": prompt, "answer": answer}), limit)
     pairs = [(as_text(ask, tokenizer), as_text(said, tokenizer)) for ask, said in fields]
     if not pairs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 import triton
@@ -13,9 +13,11 @@ ROWS = 4  # outputs that one warp takes from the first column to the last, in it
 
 
 def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tensor, pattern: tuple[int, int] | None) -> None:
-    """A block of columns of SparseGPT, one after the other: what :func:`fedgrove.stages.prune.pruners.sparsegpt.columns` does, by rows.
+    """A block of columns of SparseGPT, one after the other, by rows.
 
-    Once the mask is chosen, rows do not know of each other, so each program does the whole block for a few of them. WeightedSum are
+    It does what :func:`fedgrove.stages.prune.pruners.sparsegpt.columns` does.
+
+    Once the mask is chosen, rows do not know of each other, so each program does the whole block for a few of them. Sums are
     taken in another order than there: from a column to all later ones, as in the paper.
 
     Args:
@@ -30,25 +32,25 @@ def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tens
     )  # fmt: skip
 
 
-@cache
-def usable(device: torch.device) -> bool:
-    """Whether the kernel compiles and runs on a device, and gives what torch gives; a compiler for C may be missing, say."""
-    from fedgrove.stages.prune.pruners import sparsegpt
+def check(device: torch.device, reference: Callable[..., None]) -> None:
+    """Compiles the kernel for a device, runs it, and compares it with ``reference``, which does the same in torch.
 
+    Raises:
+        RuntimeError: the numbers are not those of torch.
+        Exception: whatever Triton raises where it cannot compile or run; a compiler for C may be missing, say.
+    """
     random = torch.Generator().manual_seed(0)
     part, step = torch.randn(8, 24, generator=random).to(device), torch.randn(8, 8, generator=random).triu().to(device)
     step.diagonal().fill_(1.0)
     cost = torch.ones(8, 1, device=device)
     results = []
-    for solve in (sparsegpt.columns, columns):
+    for solve in (reference, columns):
         solved, gone = part.clone(), torch.empty_like(part)
-        try:
-            solve(solved, gone, torch.empty_like(part), step, cost, (2, 4))
-        except Exception:  # whatever it is, torch can do it
-            return False
+        solve(solved, gone, torch.empty_like(part), step, cost, (2, 4))
         results.append((solved, gone))
-    (expected, mask), (got, own) = results
-    return torch.equal(own, mask) and torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    (expected, expected_gone), (solved, gone) = results
+    if not (torch.equal(gone, expected_gone) and torch.allclose(solved, expected, rtol=1e-4, atol=1e-4)):
+        raise RuntimeError("it computes other numbers than torch")
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedgrove.data import IGNORED
+from fedgrove.data.windows import IGNORED
 from fedgrove.models.stream import save_tensors
 from fedgrove.stages.tune.changes import Change
 from fedgrove.stages.tune.parametrizations import Parametrization

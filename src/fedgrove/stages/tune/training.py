@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedgrove.data import IGNORED
+from fedgrove.data.windows import IGNORED
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from collections.abc import Callable
-from typing import cast
+from functools import cache
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ DAMPING = 0.01  # of the mean of the Gram matrix's diagonal; the paper's
 BLOCK = 128  # columns whose mask is chosen at once; the paper's
 TILE = 16  # columns that are updated one after the other; ours, it changes speed and nothing else
 FACTOR = torch.float32  # the factorisation's; float64 takes twice as long and decides near-ties as the mathematics would
+
+Solver: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int] | None], None]
 
 
 def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
@@ -108,14 +111,29 @@ def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tens
     part -= errors
 
 
-def _solver(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int] | None], None]:
+def _solver(weight: Tensor) -> Solver:
     """:func:`columns`, on a GPU in one kernel where Triton is installed and works."""
-    if weight.is_cuda and weight.dtype == torch.float32 and importlib.util.find_spec("triton"):
-        from fedgrove.stages.prune import kernels
-
-        if kernels.usable(weight.device):
-            return kernels.columns
+    if weight.is_cuda and weight.dtype == torch.float32:
+        return gpu_kernel(weight.device) or columns
     return columns
+
+
+@cache
+def gpu_kernel(device: torch.device) -> Solver | None:
+    """The kernel of :mod:`fedgrove.stages.prune.kernels` for a GPU, which does what :func:`columns` does, faster.
+
+    None where Triton is not installed, or where the kernel does not work: then a line on standard error says why, once.
+    """
+    try:
+        from fedgrove.stages.prune import kernels  # imports Triton, which is not installed everywhere
+
+        kernels.check(device, columns)
+    except Exception as error:  # whatever a compiler or a driver can do; torch does the same work without them
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"fedgrove: {device}: SparseGPT's kernel does not work ({why}); torch does its work, slower", file=sys.stderr)
+        return None
+    return kernels.columns
 
 
 def _invert(upper: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fedgrove.data import IGNORED
+from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_keeps
 from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedgrove.data import IGNORED
+from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.stages.tune.training import GradientMasks, Settings, Work, draw, loss_sum, pieces, trained_parameters
 
