@@ -34,11 +34,11 @@ from fedgrove.report.summary import geometric_mean
 from fedgrove.report.table import result_table
 from fedgrove.report.verdict import own_texts, verdict
 from fedgrove.report.words import change, ranges, size
-from fedgrove.rounds.request import Disclosure
-from fedgrove.stages.prune.report import contributors
+from fedgrove.rounds.disclosure import Disclosure
+from fedgrove.stages.prune.report import BLOCK, contributors
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-REQUEST = "prune/block"  # what brings a client's part of a block, as the ledger names it
+PRUNE = {"kind": "prune", "pruner": "wanda", "samples": 4, "length": 16, "rounds": 1}
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
 
 
@@ -114,8 +114,7 @@ def make_run(
         "model": {"path": "/home/alice/models/tiny", "dtype": "auto"},
         "clients": [{"name": name, "data": [f"/home/alice/private/{i}.jsonl"]} for i, name in enumerate(clients)],
         "stages": [
-            {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "samples": 4, "length": 16,
-             "rounds": rounds},
+            {**PRUNE, "aggregation": "fedspallm", "sparsity": 0.5, "rounds": rounds},
         ],
         "evaluate": {"length": 64, "alone": alone, "data": [{"name": t, "path": "/home/alice/held.txt"} for t in texts]},
     }
@@ -133,7 +132,8 @@ def make_run(
         }
         for client in clients
     }
-    plan = {"stage": 0, "kind": "prune", "request": REQUEST, "discloses": ["MASKS", "WEIGHTS"], "num_blocks": num_blocks}
+    discloses = ["MASKS", "WEIGHTS", *(["WINDOW_LOSSES"] if alone else [])]
+    plan = {"stage": 0, "kind": "prune", "sums": False, "discloses": discloses, "num_blocks": num_blocks}
     _write(folder / "plan-0-prune.json", {**plan, "clients": shares})
     records = [
         {
@@ -162,12 +162,14 @@ def make_run(
             examples.append(_examples(stage, client, text, value))
     _write_lines(folder / "metrics.jsonl", lines)
     _write_lines(folder / "examples.jsonl", examples)
-    ledger = [_message(0, 0, client, direction, "capabilities", 100) for client in clients for direction in ("down", "up")]
+    ledger = [
+        _message(0, 0, client, direction, "rounds/capabilities", 100) for client in clients for direction in ("down", "up")
+    ]
     for round_ in range(rounds):
         for client in clients:
             for _ in shares[client]["blocks"][round_]:
-                ledger.append(_message(0, round_, client, "down", REQUEST, 500 if round_ == 0 else 4000))
-                ledger.append(_message(0, round_, client, "up", REQUEST, 4000 + rng.randrange(1000)))
+                ledger.append(_message(0, round_, client, "down", BLOCK, 500 if round_ == 0 else 4000))
+                ledger.append(_message(0, round_, client, "up", BLOCK, 4000 + rng.randrange(1000)))
     _write_lines(folder / "ledger.jsonl", ledger)
     (folder / "model").mkdir()
     save_file({record["name"]: np.zeros((8, 8), np.float16) for record in records}, folder / "model" / "model.safetensors")
@@ -338,13 +340,14 @@ def set_stages(run: Path, *stages: dict[str, Any]) -> None:
     for number, stage in enumerate(stages):
         told = {key: stage.pop(key) for key in ("discloses", "notes") if key in stage}
         job["stages"].append(stage)
-        plan = {"stage": number, "kind": stage["kind"], "num_blocks": 2, "clients": of_first if number == 0 else {}, **told}
+        plan = {"stage": number, "kind": stage["kind"], "sums": stage.get("aggregation") == "pooled", "num_blocks": 2}
+        plan |= {"clients": of_first if number == 0 else {}, **told}
         _write(run / f"plan-{number}-{stage['kind']}.json", plan)
     (run / "job.toml").write_text(tomli_w.dumps(job))
 
 
-POOLED = {"kind": "prune", "aggregation": "pooled", "sparsity": 0.5, "samples": 4, "length": 16, "rounds": 1}
-MASKS = {"kind": "prune", "pruner": "wanda", "aggregation": "fedprllm", "sparsity": 0.7, "samples": 4, "length": 16, "rounds": 1}
+POOLED = {**PRUNE, "aggregation": "pooled", "sparsity": 0.5}
+MASKS = {**PRUNE, "aggregation": "fedprllm", "sparsity": 0.7}
 
 
 def test_each_stage_says_what_left_its_owner(run: Path) -> None:
@@ -375,21 +378,23 @@ def test_each_stage_says_what_left_its_owner(run: Path) -> None:
     ("stage", "sent", "kept"),
     [
         ({**POOLED, "pruner": "dsnot", "discloses": ["SQUARES", "MOMENTS"]}, {"SQUARES", "MOMENTS"}, "protect_first_block"),
-        ({**POOLED, "pruner": "wanda", "discloses": ["SQUARES"]}, {"SQUARES"}, "mixed = true"),
+        ({**POOLED, "discloses": ["SQUARES"]}, {"SQUARES"}, "mixed = true"),
         (
             {**POOLED, "pruner": "sparsegpt", "mixed": True, "discloses": ["SQUARES", "PRODUCTS"]},
             {"SQUARES", "PRODUCTS", "no wider than the hidden states (mixed = true)"},
             "protect_first_block",
         ),
         (
-            {**POOLED, "pruner": "wanda", "protect_first_block": True, "discloses": ["SQUARES"]},
+            {**POOLED, "protect_first_block": True, "discloses": ["SQUARES"]},
             {"SQUARES", "Nothing was sent of block 0"},
             "No text left its owner and",
         ),
         ({**MASKS, "discloses": ["MASKS", "OUTLIERS"]}, {"MASKS", "OUTLIERS"}, "mixed = true"),
     ],
 )
-def test_the_page_and_the_card_say_what_left_and_nothing_else(run: Path, stage: dict[str, Any], sent: set[str], kept: str) -> None:
+def test_the_page_and_the_card_say_what_left_and_nothing_else(
+    run: Path, stage: dict[str, Any], sent: set[str], kept: str
+) -> None:
     set_stages(run, {**stage, "notes": ["Mind the <words>."]})
     for text in (_page(run).text, card(run, None, "Use it.")):
         for one in Disclosure:
@@ -401,22 +406,21 @@ def test_the_page_and_the_card_say_what_left_and_nothing_else(run: Path, stage: 
 
 
 def test_where_there_is_noise_it_is_not_denied(run: Path) -> None:
-    private = {**POOLED, "pruner": "wanda", "epsilon": 4.0, "discloses": ["SQUARES"], "notes": ["(4, 1e-06)-differential privacy"]}
-    set_stages(run, private)
+    private = {**POOLED, "epsilon": 4.0, "discloses": ["SQUARES"]}
+    set_stages(run, private | {"notes": ["(4, 1e-06)-differential privacy"]})
     for text in (_page(run).text, card(run, None, "Use it.")):
         assert "Noise was added; what that promises is stated below." in text
         assert "(4, 1e-06)-differential privacy" in text
         assert "No noise" not in text
-    set_stages(run, private | {"discloses": ["SQUARES"]}, {**MASKS, "discloses": ["MASKS"]})
+    set_stages(run, dict(private), {**MASKS, "discloses": ["MASKS"]})
     assert "Noise was added in stage 0 only" in _page(run).text
 
 
-def test_losses_on_windows_are_told_where_clients_sent_them(run: Path) -> None:
-    says = Disclosure.WINDOW_LOSSES.sentence
-    assert says not in _page(run).text, "the server measured what clients have alone by itself"
-    _append(run / "ledger.jsonl", _message(0, 0, "law", "up", "evaluate/alone", 100))
-    assert says in _page(run).text
-    assert says in card(run, None, "Use it.")
+@pytest.mark.parametrize("alone", [True, False])
+def test_losses_on_windows_are_told_where_clients_sent_them(tmp_path: Path, alone: bool) -> None:
+    run = make_run(tmp_path / "run", alone=alone)
+    for text in (_page(run).text, card(run, None, "Use it.")):
+        assert (f"it sent {Disclosure.WINDOW_LOSSES.sentence}." in text) is alone
 
 
 def test_the_page_asks_nothing_of_a_network(run: Path) -> None:
@@ -552,7 +556,7 @@ def test_sampled_blocks_are_drawn_by_client_and_round(tmp_path: Path) -> None:
 
 def test_who_did_not_answer_is_named(run: Path) -> None:
     lines = _lines(run / "ledger.jsonl")
-    gone = max(i for i, m in enumerate(lines) if (m["client"], m["direction"], m["kind"]) == ("law", "up", REQUEST))
+    gone = max(i for i, m in enumerate(lines) if (m["client"], m["direction"], m["kind"]) == ("law", "up", BLOCK))
     _write_lines(run / "ledger.jsonl", lines[:gone] + lines[gone + 1 :])
     assert "not answered: law (1)" in _page(run).text
 

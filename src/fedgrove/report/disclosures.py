@@ -1,6 +1,6 @@
 """What left a client, from the plans' lists of disclosures: the page and the model card say the same.
 
-A plan's ``discloses`` holds names of :class:`~fedgrove.rounds.request.Disclosure`, decided from the requests that the stage
+A plan's ``discloses`` holds names of :class:`~fedgrove.rounds.disclosure.Disclosure`, decided from the requests that the stage
 makes; the phrases are that class's. Secure aggregation and noise are said around them.
 """
 
@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgrove.report.stage_reports import report_of
-from fedgrove.report.summary import MEASUREMENT, Stage, Traffic
+from fedgrove.report.summary import Stage
 from fedgrove.report.words import capitalized, listed
-from fedgrove.rounds.request import Disclosure
+from fedgrove.rounds.disclosure import Disclosure
 
 APART = frozenset({Disclosure.CAPABILITIES.name, Disclosure.WINDOW_LOSSES.name})  # said for the run, not for a stage
 
 
-def what_left(job: Mapping[str, Any], stages: Sequence[Stage], traffic: Sequence[Traffic]) -> list[str]:
+def what_left(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
     """What clients sent, stage by stage, and who could see it: a paragraph each."""
     says = [f"No text and no tokens left a client. Before the first stage each client sent {Disclosure.CAPABILITIES.sentence}."]
-    if _sent_window_losses(stages, traffic):
+    if any(Disclosure.WINDOW_LOSSES.name in stage.plan.get("discloses", ()) for stage in stages):
         says.append(f"To measure what each client has alone, it sent {Disclosure.WINDOW_LOSSES.sentence}.")
     for stage in stages:
         sent = f"each client sent {sent_in(stage)}."
@@ -45,11 +45,6 @@ def sent_in(stage: Stage) -> str:
 def noisy(stage: Stage) -> bool:
     """Whether noise was added to what clients sent, or to its sum."""
     return bool(stage.plan.get("noise")) or stage.config.get("epsilon") is not None
-
-
-def _sent_window_losses(stages: Sequence[Stage], traffic: Sequence[Traffic]) -> bool:
-    planned = any(Disclosure.WINDOW_LOSSES.name in stage.plan.get("discloses", ()) for stage in stages)
-    return planned or any(row.direction == "up" and row.kind.partition("/")[0] == MEASUREMENT for row in traffic)
 
 
 def _seen(job: Mapping[str, Any], stages: Sequence[Stage]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.report.disclosures import noisy, what_left
-from fedgrove.report.reader import read_job, read_perplexities, read_stages, read_traffic
+from fedgrove.report.reader import read_job, read_perplexities, read_stages
 from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import Stage
 from fedgrove.report.words import capitalized, change, file_name, plural
@@ -58,7 +58,7 @@ def card(run: Path, base_card: str | None, use: str) -> str:
         "## Quality",
         _quality(dense, after, job),
         "## Privacy",
-        "\n\n".join(privacy(run, job, stages)),
+        "\n\n".join(privacy(job, stages)),
         USE,
         use,
         "Check what it writes before anybody relies on it: it was measured on the texts above and on nothing else.",
@@ -95,11 +95,11 @@ def card_of_form(model: Path, form: str, use: str, folder: str, relation: str = 
     return f"---\n{card.data.to_yaml()}\n---\n{text.lstrip()}"
 
 
-def privacy(run: Path, job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
+def privacy(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
     """What left a client and who could see it, and what the plans state besides: a paragraph each."""
     notes = [note for stage in stages for note in stage.plan.get("notes", ())]
     repeats = [] if all(map(noisy, stages)) else ["A model can repeat text that it was made with."]
-    return [*what_left(job, stages, read_traffic(run)), *repeats, *notes]
+    return [*what_left(job, stages), *repeats, *notes]
 
 
 def _read(text: str) -> Any:

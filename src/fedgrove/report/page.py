@@ -62,7 +62,7 @@ def page(summary: Summary) -> str:
         bytes_by_round=traffic.bytes_by_round(summary),
         model=measurements.sizes(summary),
         exports=measurements.exports(summary),
-        left=what_left(summary.job, summary.stages, summary.traffic),
+        left=what_left(summary.job, summary.stages),
         notes=[note for stage in summary.stages for note in stage.plan.get("notes", ())],
         job=tomli_w.dumps(_without_folders(summary.job)),
         length=summary.job.get("evaluate", {}).get("length", 512),

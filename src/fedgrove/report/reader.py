@@ -36,7 +36,7 @@ def read(run: Path) -> Summary:
     job = read_job(run)
     stages = read_stages(run, job)
     files = _files(run, stages)
-    traffic = read_traffic(run)
+    traffic = _traffic(run)
     metrics = _lines(run / "metrics.jsonl")
 
     measured = _perplexities(metrics)
@@ -112,17 +112,6 @@ def read_perplexities(run: Path) -> dict[tuple[int | None, str | None], dict[str
     return _perplexities(_lines(run / "metrics.jsonl"))
 
 
-def read_traffic(run: Path) -> list[Traffic]:
-    """``ledger.jsonl``, summed by stage, round, client, direction and kind."""
-    sums: dict[tuple[int, int, str, str, str], list[int]] = {}
-    for line in _lines(run / "ledger.jsonl"):
-        key = (line["stage"], line["round"], line["client"], line["direction"], line["kind"])
-        total = sums.setdefault(key, [0, 0])
-        total[0] += 1
-        total[1] += line["bytes"]
-    return [Traffic(*key, *total) for key, total in sorted(sums.items())]
-
-
 def read_exports(folder: Path) -> list[dict[str, Any]]:
     """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
     found = []
@@ -159,6 +148,17 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         return []
     *whole, _ = file.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in whole if line]
+
+
+def _traffic(run: Path) -> list[Traffic]:
+    """``ledger.jsonl``, summed by stage, round, client, direction and kind."""
+    sums: dict[tuple[int, int, str, str, str], list[int]] = {}
+    for line in _lines(run / "ledger.jsonl"):
+        key = (line["stage"], line["round"], line["client"], line["direction"], line["kind"])
+        total = sums.setdefault(key, [0, 0])
+        total[0] += 1
+        total[1] += line["bytes"]
+    return [Traffic(*key, *total) for key, total in sorted(sums.items())]
 
 
 def _examples(run: Path) -> dict[tuple[int | None, str | None], dict[str, Parts]]:

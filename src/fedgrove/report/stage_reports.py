@@ -22,3 +22,8 @@ def report_of(kind: str) -> StageReport:
     if kind in plugins.names(STAGES, folders=True) and FILE in plugins.names(f"{STAGES}.{kind}"):
         return cast(StageReport, plugins.load(f"{STAGES}.{kind}", FILE, StageReport))
     return cast(StageReport, any_stage)
+
+
+def stage_files() -> list[str]:
+    """The files that any kind of stage may write into the run folder, besides its plan."""
+    return sorted({file for kind in plugins.names(STAGES, folders=True) for file in report_of(kind).FILES})

@@ -12,7 +12,7 @@ from fedgrove.report.paired import Interval, ratio_interval
 
 CENTRALIZED = "centralized"  # the owner of all the text, and the folder of its run
 PERPLEXITY = "perplexity/"
-CAPABILITIES, MEASUREMENT = "capabilities", "evaluate"  # requests around the stages, which do not go into their result
+CAPABILITIES, ALONE = "rounds/capabilities", "/alone"  # requests around a stage, not for its result, and how their kind ends
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by the names that safetensors gives to dtypes
 
 
@@ -31,7 +31,7 @@ class Traffic:
     @property
     def overhead(self) -> bool:
         """Whether it went around the stages, not into their result."""
-        return self.kind.partition("/")[0] in (CAPABILITIES, MEASUREMENT)
+        return self.kind.endswith((CAPABILITIES, ALONE))
 
 
 @dataclass(frozen=True)

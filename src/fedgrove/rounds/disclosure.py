@@ -9,7 +9,10 @@ from enum import Enum
 
 
 class Disclosure(Enum):
-    """What a response tells of a client's text. The value is a phrase that can follow "a client sends"; plans hold the names."""
+    """What a response tells of a client's text.
+
+    The value is a phrase that can stand behind "a client sends". Plans hold the names.
+    """
 
     CAPABILITIES = "a few numbers about itself (memory, speed, links, how much text it has)"
     MASKS = "which weights of each block it would keep"

@@ -24,7 +24,7 @@ DOING = "pruning"
 FILES = ("pruning.json",)
 TAGS = ("pruned", "sparse")
 CARD = "Pruned weights are exact zeros in dense tensors: whatever loads the base model loads this one."
-OF_OWN_WEIGHTS = frozenset({"MASKS", "WEIGHTS"})  # whoever sends one of these pruned; others sent sums of its inputs
+BLOCK, STATISTICS = "prune/block", "prune/statistics"  # kinds of request that bring a client's part of a block
 WHOLE, PERCENT = "{:,}".format, "{:.2%}".format
 
 Record = dict[str, Any]
@@ -137,8 +137,7 @@ def unanswered(summary: Summary, stage: Stage) -> dict[str, int]:
 
 def _request(stage: Stage) -> str:
     """The kind of request that brings a client's part of a block, as the ledger names it."""
-    request: str = stage.plan.get("request", stage.kind)
-    return request
+    return STATISTICS if stage.plan["sums"] else BLOCK
 
 
 def _records(files: Mapping[str, Any]) -> list[Record]:
@@ -287,9 +286,8 @@ class Contributions:
 
     def section(self, summary: Summary) -> Section:
         """Its section of the page."""
-        discloses = self.stage.plan.get("discloses")
-        pruned = discloses is None or bool(OF_OWN_WEIGHTS & set(discloses))
-        did = "pruned" if pruned else "sent sums of"
+        sums: bool = self.stage.plan["sums"]
+        did = "sent sums of" if sums else "pruned"
         several = self.rounds > 1
         parts: list[Part] = []
         if all(len(blocks) == self.num_blocks for by_client in self._by_round for blocks in by_client.values()):
@@ -297,7 +295,7 @@ class Contributions:
             parts.append(Paragraph(f"Every client {did} all {self.num_blocks} blocks{each_round}."))
         else:
             drawn = f", drawn anew in each of {self.rounds} rounds" if several else ""
-            rest = "it left unchanged in its copy of the model" if pruned else "were pruned without its sums"
+            rest = "were pruned without its sums" if sums else "it used as they were"
             parts.append(Paragraph(f"Each client {did} the blocks that it was given{drawn}; the others {rest}."))
             more = "; a stronger color means more rounds, and the number is their sum" if several else ", and how many"
             parts.append(Picture(self._map(), f"Blocks (columns) that each client (rows) {did}{more}."))

@@ -153,9 +153,8 @@ class Tuning:
         for client in self.stage.clients:
             assignment, capabilities = self._assignments[client], self._plan["capabilities"][client]
             uplink = capabilities["uplink"] / 1e6 if capabilities["uplink"] else None
-            rows.append([
-                client, assignment["tokens"], capabilities["memory"], capabilities["speed"], uplink, assignment.get("devices", 1)
-            ])  # fmt: skip
+            devices = assignment.get("devices", 1)
+            rows.append([client, assignment["tokens"], capabilities["memory"], capabilities["speed"], uplink, devices])
         return Table(f"stage-{self.stage.number}-capabilities", "What each client has", columns, rows)
 
     def _given(self) -> Table:
@@ -172,11 +171,10 @@ class Tuning:
             ranks = assignment["ranks"]
             losses = [self._measured.get((r, client, "loss")) for r in self._rounds]
             known = [loss for loss in losses if loss is not None]
-            rows.append([
-                client, assignment["bits"], assignment["batch"], assignment["micro"], len(ranks) or len(self._plan["importance"]),
-                sum(ranks.values()) / len(ranks) if ranks else None, assignment["memory"], assignment["upload"],
-                assignment["seconds"], known[0] if known else None, known[-1] if known else None,
-            ])  # fmt: skip
+            given = [assignment[key] for key in ("bits", "batch", "micro")]
+            given += [len(ranks) or len(self._plan["importance"]), sum(ranks.values()) / len(ranks) if ranks else None]
+            planned = [assignment[key] for key in ("memory", "upload", "seconds")]
+            rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
         return Table(f"stage-{self.stage.number}-given", "What each client was given", columns, rows)
 
     def _importance_map(self) -> Chart:
