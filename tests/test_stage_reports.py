@@ -36,7 +36,7 @@ from test_report import Page, make_run
 KINDS = plugins.names("stages", folders=True)
 METHODS = (
     "stages.prune.pruners", "stages.prune.aggregation", "stages.prune.allocation", "stages.structured.scores",
-    "stages.tune.aggregation", "stages.tune.trainers",
+    "stages.tune.aggregation", "stages.tune.trainers", "stages.tune.planners", "stages.tune.parametrizations",
 )  # fmt: skip
 TOY = """
 from fedgrove.report.any_stage import *
@@ -189,6 +189,10 @@ PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "pooled", "sparsity"
 STRUCTURED = {"kind": "structured", "channels": 0.25, "heads": 0.5, "score": "taylor"}
 CAPABLE = {"memory": 2**23, "speed": 2.0, "uplink": 3_000_000}
 COSTS = {"memory": 2**22, "upload": 2_500_000, "seconds": 12.4}
+LORA = {
+    "kind": "tune", "planner": "fedpipe", "parametrization": "lora", "discloses": ["FACTORS"], "deadline": None, "total": 9.0,
+    "left_out": {}, "capabilities": {"ward": CAPABLE},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -215,12 +219,18 @@ COSTS = {"memory": 2**22, "upload": 2_500_000, "seconds": 12.4}
              "1,000 to 800 weights (0.80)", "written as type mistral"],
         ),
         (
-            {"kind": "tune", "method": "fedpipe", "deadline": 1.5, "total": 9.0, "left_out": {"law": "it has too little"},
-             "importance": {"a": 0.5, "b": 0.3, "c": 0.2}, "capabilities": {"ward": CAPABLE},
+            {**LORA, "deadline": 1.5, "left_out": {"law": "it has too little"}, "importance": {"a": 0.5, "b": 0.3, "c": 0.2},
              "clients": {"ward": {**COSTS, "bits": 8, "batch": 4, "micro": 2, "ranks": {"a": 8, "b": 2}}}},
             {"kind": "tune"},
-            ["tune, fedpipe, deadline 1.5 s", "8 MiB, speed 2, 3 Mbit up", "4 (2 at once)", "8 in 1, 2 in 1, none in 1",
-             "All rounds together take 9.0 s", "law is left out: it has too little"],
+            ["tune lora, planner fedpipe, deadline 1.5 s", "8 MiB, speed 2, 3 Mbit up", "4 (2 at once)",
+             "8 in 1, 2 in 1, none in 1", "All rounds together take 9.0 s", "law is left out: it has too little"],
+        ),
+        (
+            {**LORA, "planner": "uniform", "parametrization": "full", "discloses": ["CHANGES"],
+             "importance": {"a": 0.6, "b": 0.4},
+             "clients": {"ward": {**COSTS, "bits": 32, "batch": 4, "micro": 4, "ranks": {"a": 1, "b": 1}}}},
+            {"kind": "tune"},
+            ["tune full, planner uniform; each client", "whole matrices in 2"],
         ),
     ],
 )  # fmt: skip
@@ -235,15 +245,15 @@ def test_a_plan_is_a_table_with_what_each_client_is_given(
 def test_a_terminal_shows_the_plan_of_a_stage_that_plans_again(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     job = tomllib.loads((run / "job.toml").read_text())
-    job["stages"].append({"kind": "tune", "method": "fedpipe", "aggregation": "flexlora", "rounds": 1, "steps": 2})
+    job["stages"].append(
+        {"kind": "tune", "planner": "fedpipe", "parametrization": "lora", "aggregation": "flexlora", "rounds": 1, "steps": 2}
+    )
     (run / "job.toml").write_text(tomli_w.dumps(job))
     assignment = {**COSTS, "tokens": 100, "bits": 8, "batch": 4, "micro": 2, "ranks": {"model.layers.0.mlp.up_proj": 8}}
-    plan = {"stage": 1, "kind": "tune", "method": "fedpipe", "deadline": None, "total": 9.0, "left_out": {},
-            "importance": {"model.layers.0.mlp.up_proj": 1.0}, "capabilities": {"ward": CAPABLE},
-            "clients": {"ward": assignment}, "discloses": ["FACTORS"]}  # fmt: skip
+    plan = {**LORA, "stage": 1, "importance": {"model.layers.0.mlp.up_proj": 1.0}, "clients": {"ward": assignment}}
     (run / "plan-1-tune.json").write_text(json.dumps(plan))
     text = text_of(result_table(read(run)))
-    assert text.index("stage 1: tune, fedpipe") < text.index("2 owners of text")
+    assert text.index("stage 1: tune lora, planner fedpipe") < text.index("2 owners of text")
     assert "low-rank adapters were trained in 1 round" in text
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert page.csv("stage-1-capabilities")[1:] == [["ward", "100", str(2**23), "2.0", "3.0", "1"]]

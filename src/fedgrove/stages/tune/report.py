@@ -29,8 +29,8 @@ IMPORTANCE = "importance/"
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """Such as "tune with fedpipe, aggregation flexlora"."""
-    return f"tune with {config.get('method')}, aggregation {config.get('aggregation')}"
+    """Such as "tune lora, planner fedpipe, aggregation flexlora"."""
+    return f"tune {config.get('parametrization')}, planner {config.get('planner')}, aggregation {config.get('aggregation')}"
 
 
 def recipe(config: Mapping[str, Any]) -> str:
@@ -45,7 +45,8 @@ def limits(config: Mapping[str, Any]) -> str:
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
     """What each client has, and what it is given in a round."""
     deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
-    title = f"stage {plan['stage']}: tune, {plan['method']}{deadline}; each client, in a round"
+    how = f"{plan['parametrization']}, planner {plan['planner']}{deadline}"
+    title = f"stage {plan['stage']}: tune {how}; each client, in a round"
     table = client_table(title, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
     for client, assignment in plan["clients"].items():
         capabilities = plan["capabilities"][client]
@@ -55,7 +56,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
         at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
         fill(
             table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
-            _ranks(assignment["ranks"], len(plan["importance"])), mebibytes(assignment["memory"]),
+            _ranks(plan, assignment["ranks"]), mebibytes(assignment["memory"]),
             megabytes(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
     left_out = [Text(f"{client} is left out: {why}") for client, why in sorted(plan["left_out"].items())]
@@ -88,11 +89,16 @@ def trained(plan: Mapping[str, Any]) -> str:
     return listed([TRAINED[name] for name in plan.get("discloses", ()) if name in TRAINED]) or "changes"
 
 
-def _ranks(ranks: Mapping[str, int], linears: int) -> str:
+def ranked(plan: Mapping[str, Any]) -> bool:
+    """Whether what is trained has ranks; where it has none, the plan says 1."""
+    return "FACTORS" in plan.get("discloses", ())
+
+
+def _ranks(plan: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
     """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"."""
-    if not ranks:
-        return "whole matrices"
-    values = list(ranks.values())
+    linears, values = len(plan["importance"]), list(ranks.values())
+    if not ranked(plan):
+        return f"{trained(plan)} in {len(values)}"
     parts = [f"{rank} in {values.count(rank)}" for rank in sorted(set(values), reverse=True)]
     return ", ".join(parts + ([f"none in {linears - len(values)}"] if len(values) < linears else []))
 
@@ -119,7 +125,7 @@ class Tuning:
                 "number is the sum of the row. Hover for the ranks."
             )
             parts.append(Picture(self._importance_map(), caption))
-        if any(assignment["ranks"] for assignment in self._assignments.values()):
+        if ranked(self._plan):
             parts.append(Sheet(self._linears(), folded=True))
         if self._rounds:
             parts.append(Sheet(self._by_round()))
@@ -168,11 +174,11 @@ class Tuning:
         rows = []
         for client in self.stage.clients:
             assignment = self._assignments[client]
-            ranks = assignment["ranks"]
+            ranks: dict[str, int] = assignment["ranks"]
+            rank = sum(ranks.values()) / len(ranks) if ranks and ranked(self._plan) else None
             losses = [self._measured.get((r, client, "loss")) for r in self._rounds]
             known = [loss for loss in losses if loss is not None]
-            given = [assignment[key] for key in ("bits", "batch", "micro")]
-            given += [len(ranks) or len(self._plan["importance"]), sum(ranks.values()) / len(ranks) if ranks else None]
+            given = [*(assignment[key] for key in ("bits", "batch", "micro")), len(ranks), rank]
             planned = [assignment[key] for key in ("memory", "upload", "seconds")]
             rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
         return Table(f"stage-{self.stage.number}-given", "What each client was given", columns, rows)
