@@ -304,7 +304,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, sou
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_the_report_says_what_was_sent_and_who_could_see_it(small: Small, tmp_path: Path, secure: bool) -> None:
-    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__rule="pooled")
+    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__aggregation="pooled")
     assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Every client sent sums of all 2 blocks" in page
