@@ -1,6 +1,6 @@
 """Makes the pages of docs/reference from the code, and takes links to sources out of what becomes the website.
 
-python docs/site.py            writes docs/reference/*.md
+python docs/site.py            writes docs/reference/*.md, and the table of what leaves a client in docs/security.md
 mkdocs build --strict          builds the site; calls on_page_markdown below
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +19,8 @@ from pydantic.fields import FieldInfo
 
 from fedgrove import job, plugins
 from fedgrove.cli import app
+from fedgrove.rounds.disclosure import Disclosure
+from fedgrove.rounds.request import Request, request_types
 
 HERE = Path(__file__).parent
 TABLES = (
@@ -27,6 +30,7 @@ TABLES = (
 METHODS = {"pruner": "pruners", "score": "rules.groups", "allocation": "allocations"}  # keys whose values are names of files
 RULES = {job.PruneStage: "rules", job.TuneStage: "rules.adapters"}
 QUANTITIES = {"memory": 'bytes, such as "8GiB"', "uplink": 'bits/s, such as "20Mbit"', "downlink": 'bits/s, such as "20Mbit"'}
+MARKS = ("<!-- made by `make docs` from the request types -->", "<!-- end of what is made -->")
 SOURCES = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]+\)")
 
 
@@ -156,6 +160,25 @@ def walk(path: str, command: Any) -> list[tuple[str, Any]]:
     return [leaf for name, part in command.commands.items() for leaf in walk(f"{path} {name}", part)]
 
 
+def disclosures(types: Iterable[type[Request]]) -> str:
+    """A table: what a client may be asked, and what its response discloses at most."""
+    rows = ["| request | what the client is asked | what its response discloses, at most |", "|---|---|---|"]
+    for one in sorted(types, key=lambda one: one.KIND):
+        asked = plain(" ".join(inspect.cleandoc(one.__doc__ or "").split("\n\n")[0].split()))
+        told = [disclosure.sentence for disclosure in Disclosure if disclosure in one.DISCLOSES]
+        rows.append(f"| `{one.KIND}` | {asked} | {'; '.join(told) or 'nothing of its text'} |")
+    return "\n".join(rows)
+
+
+def with_disclosures(page: str, types: Iterable[type[Request]]) -> str:
+    """A page whose table between the two ``MARKS`` is made anew."""
+    before, begin, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"the page has not both marks: {MARKS}")
+    return f"{before}{begin}\n\n{disclosures(types)}\n\n{end}{after}"
+
+
 def plain(text: str) -> str:
     """Docstring to Markdown: roles and double backticks become code."""
     return re.sub(r"``(.+?)``", r"`\1`", re.sub(r":\w+:`~?(.+?)`", r"`\1`", text))
@@ -166,3 +189,5 @@ PAGES = {"job.md": job_page, "commands.md": commands_page}
 if __name__ == "__main__":
     for name, make in PAGES.items():
         (HERE / "reference" / name).write_text(make(), encoding="utf-8")
+    security = HERE / "security.md"
+    security.write_text(with_disclosures(security.read_text(encoding="utf-8"), request_types()), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,26 +20,29 @@ pytest.importorskip("playwright", reason='no browser: pip install "fedgrove[brow
 pytest.importorskip("axe_playwright_python", reason='no axe: pip install "fedgrove[browser]"')
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Error, Request, sync_playwright
+from playwright.sync_api import Browser, Request, sync_playwright
 
 PHONE, DESK, PAPER = 390, 1280, 673  # pixels; paper: A4 less the margins
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FOLDERS = ("/usr/bin", "/usr/local/bin", "/snap/bin", "/opt/google/chrome")  # besides PATH, which may be short in a test
+
+
+def find_program(name: str) -> str | None:
+    """Where a program is installed."""
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(FOLDERS))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Playwright's own Chromium, or one of this machine."""
-    found = [None, *filter(None, map(shutil.which, PROGRAMS))]
+    """Playwright's own Chromium, or one of this machine. One that is installed and does not start is a failure, not a skip."""
     with sync_playwright() as playwright:
-        for program in found:
-            try:
-                opened = playwright.chromium.launch(executable_path=program)
-            except Error:
-                continue
-            yield opened
-            opened.close()
-            return
-    pytest.skip("no Chromium here: playwright install chromium")
+        own = Path(playwright.chromium.executable_path)
+        installed = [own] if own.is_file() else [Path(path) for path in map(find_program, PROGRAMS) if path]
+        if not installed:
+            pytest.skip("no Chromium is installed here: playwright install chromium, or apt-get install chromium")
+        opened = playwright.chromium.launch(executable_path=installed[0])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from fedgrove.client.handlers import _training_windows, _windows
 from fedgrove.centralized import centralized_job, centralized_site
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load, load_federated
-from fedgrove.report.summary import CENTRALIZED, read
+from fedgrove.report.reader import read
+from fedgrove.report.summary import CENTRALIZED
 from fedgrove.run import local_sites, open_model
 from fedgrove.stages.prune.config import Config as PruneStage
 from fedgrove.stages.tune.config import Config as TuneStage

@@ -14,7 +14,8 @@ import tomli_w
 
 from fedgrove.errors import FedgroveError
 from fedgrove.report.compare import names, shared_texts, write_comparison
-from fedgrove.report.summary import geometric_mean, read
+from fedgrove.report.reader import read
+from fedgrove.report.summary import geometric_mean
 from small import cli, complaint
 from test_report import Page, make_run
 
@@ -34,7 +35,7 @@ def set_keys(run: Path, **changes: Any) -> None:
 def runs(tmp_path: Path) -> list[Path]:
     first = make_run(tmp_path / "first")
     second = Path(shutil.copytree(first, tmp_path / "second"))
-    set_keys(second, stages__0__sparsity=0.7, stages__0__rule="mean", clients__1__memory=1000)
+    set_keys(second, stages__0__sparsity=0.7, stages__0__aggregation="fedavg", clients__1__memory=1000)
     lines = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line["value"] *= 1 if line["stage"] is None else 1.25
@@ -91,7 +92,7 @@ def test_only_settings_that_differ_are_shown(runs: list[Path], tmp_path: Path) -
     ]
     same = [runs[0], Path(shutil.copytree(runs[0], tmp_path / "same"))]
     write_comparison(same, tmp_path / "same.html")
-    assert "the same job, to the letter" in Page((tmp_path / "same.html").read_text()).text
+    assert "they ran exactly the same job" in Page((tmp_path / "same.html").read_text()).text
 
 
 def test_a_text_that_was_measured_otherwise_is_not_compared(runs: list[Path], tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_text_that_was_measured_otherwise_is_not_compared(runs: list[Path], tm
     assert shared_texts({run.name: read(run) for run in runs}) == ["law"]
     write_comparison(runs, tmp_path / "compare.html")
     page = Page((tmp_path / "compare.html").read_text())
-    assert "Left out, for not every run measured them alike: ward" in page.text
+    assert "Left out because not every run measured them alike: ward" in page.text
     assert [row[0] for row in page.csv("quality")] == ["held-out text", "law", "geometric mean"]
     set_keys(runs[1], evaluate__length=32)
     write_comparison(runs, tmp_path / "compare.html")

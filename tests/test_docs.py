@@ -9,6 +9,7 @@ import shlex
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import typer
@@ -16,6 +17,8 @@ import typer.core
 
 from fedgrove import job
 from fedgrove.cli import app
+from fedgrove.rounds.disclosure import Disclosure
+from fedgrove.rounds.request import Request, request_types
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +76,41 @@ def test_no_docstring_tells_of_a_key_that_is_not_there(site: ModuleType) -> None
 def test_the_reference_pages_are_those_that_the_code_makes(site: ModuleType) -> None:
     for name, make in site.PAGES.items():
         assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == make(), f"run: make docs ({name})"
+
+
+def test_the_table_of_what_leaves_a_client_is_that_of_the_request_types(site: ModuleType) -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    assert page == site.with_disclosures(page, request_types()), "run: make docs (security.md)"
+    for one in request_types():
+        assert f"| `{one.KIND}` |" in page
+        assert all(disclosure.sentence in page for disclosure in one.DISCLOSES)
+
+
+def test_the_table_says_of_a_new_request_what_it_asks_and_discloses(site: ModuleType) -> None:
+    class Toy(Request):
+        """Count the ``words`` of your text.
+
+        More that is not said in the table.
+        """
+
+        KIND: ClassVar[str] = "toy/count"
+        DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.LOSS, Disclosure.MASKS})
+
+    class Quiet(Request):
+        """Do nothing."""
+
+        KIND: ClassVar[str] = "toy/nothing"
+
+    begin, end = site.MARKS
+    page = site.with_disclosures(f"before {begin} old {end} after", [Quiet, Toy])
+    assert "old" not in page
+    assert page.startswith(f"before {begin}\n\n| request")
+    assert page.endswith(f"{end} after")
+    masks, loss = Disclosure.MASKS.sentence, Disclosure.LOSS.sentence
+    assert f"| `toy/count` | Count the `words` of your text. | {masks}; {loss} |\n" in page
+    assert "| `toy/nothing` | Do nothing. | nothing of its text |" in page
+    with pytest.raises(ValueError, match="marks"):
+        site.with_disclosures(f"only {begin}", [])
 
 
 def test_every_command_has_an_example(site: ModuleType) -> None:

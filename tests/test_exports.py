@@ -289,7 +289,7 @@ def test_the_card_tells_base_method_owners_metrics_privacy_and_use(small: Small,
     assert {f"perplexity/{r['dataset']['name']}": r["metrics"][0]["value"] for r in results} == {
         name: round(value, 3) for name, value in wanted.items()
     }
-    for word in (*CLIENTS, "wanda", "fedspallm", "## Privacy", "could see what each owner sent", "## How to use it"):
+    for word in (*CLIENTS, "wanda", "fedspallm", "## Privacy", "could see what each client sent", "## How to use it"):
         assert word in text
     assert str(small.folder) not in text
     card = ModelCard((export(run, "packed", tmp_path / "packed", Texts()) / "README.md").read_text())

@@ -23,6 +23,7 @@ from fedgrove.models.experts import TYPES
 from fedgrove.models.stream import Checkpoint, save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of
 from fedgrove.rounds import wire
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.gradients import group_products
@@ -390,13 +391,13 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     page = (run / "report.html").read_text()
     assert "Narrower blocks" in page
     assert "24 of 96 channels and 2 of 4 heads out of every block" in page
-    assert "Zeros take their room" not in page
-    assert "narrowed on its own text only" in page
-    assert "one number: how much the loss on its text would change without it" in page
+    assert "Zeros take as much room" not in page
+    assert "structurally pruned on its own text only" in page
+    assert Disclosure.SCORES.sentence in page
     card = (run / "model" / "README.md").read_text()
-    assert "narrow by 25% of the channels and 50% of the heads" in card
+    assert "Structured pruning of 25% of the channels and 50% of the heads" in card
     assert "exact zeros" not in card
-    sent = [line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("structured", "up")]
+    sent = [line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("structured/scores", "up")]
     assert max(sent) < 4000, "a number for each of 196 groups, and names"
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.rounds.capabilities import Capabilities, draw_blocks, share_blocks
+from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.stages.prune.plan import draw_blocks, share_blocks
 
 
 def test_equal_clients_get_equal_shares() -> None:

@@ -27,12 +27,18 @@ from safetensors.numpy import save_file
 
 from fedgrove.errors import FedgroveError
 from fedgrove.report import charts
+from fedgrove.report.model_card import card
 from fedgrove.report.page import write_report
-from fedgrove.report.summary import geometric_mean, read
+from fedgrove.report.reader import read
+from fedgrove.report.summary import geometric_mean
 from fedgrove.report.table import result_table
-from fedgrove.report.words import change, own_texts, ranges, size, verdict
+from fedgrove.report.verdict import own_texts, verdict
+from fedgrove.report.words import change, ranges, size
+from fedgrove.rounds.disclosure import Disclosure
+from fedgrove.stages.prune.report import BLOCK, contributors
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
+PRUNE = {"kind": "prune", "pruner": "wanda", "samples": 4, "length": 16, "rounds": 1}
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
 
 
@@ -107,7 +113,9 @@ def make_run(
         "seed": 0,
         "model": {"path": "/home/alice/models/tiny", "dtype": "auto"},
         "clients": [{"name": name, "data": [f"/home/alice/private/{i}.jsonl"]} for i, name in enumerate(clients)],
-        "stages": [{"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "rounds": rounds}],
+        "stages": [
+            {**PRUNE, "aggregation": "fedspallm", "sparsity": 0.5, "rounds": rounds},
+        ],
         "evaluate": {"length": 64, "alone": alone, "data": [{"name": t, "path": "/home/alice/held.txt"} for t in texts]},
     }
     (folder / "job.toml").write_text(tomli_w.dumps(job), encoding="utf-8")
@@ -124,7 +132,9 @@ def make_run(
         }
         for client in clients
     }
-    _write(folder / "plan-0-prune.json", {"stage": 0, "kind": "prune", "num_blocks": num_blocks, "clients": shares})
+    discloses = ["MASKS", "WEIGHTS", *(["WINDOW_LOSSES"] if alone else [])]
+    plan = {"stage": 0, "kind": "prune", "sums": False, "discloses": discloses, "num_blocks": num_blocks}
+    _write(folder / "plan-0-prune.json", {**plan, "clients": shares})
     records = [
         {
             "name": f"model.layers.{block}.{linear}.weight",
@@ -152,12 +162,14 @@ def make_run(
             examples.append(_examples(stage, client, text, value))
     _write_lines(folder / "metrics.jsonl", lines)
     _write_lines(folder / "examples.jsonl", examples)
-    ledger = [_message(0, 0, client, direction, "card", 100) for client in clients for direction in ("down", "up")]
+    ledger = [
+        _message(0, 0, client, direction, "rounds/capabilities", 100) for client in clients for direction in ("down", "up")
+    ]
     for round_ in range(rounds):
         for client in clients:
             for _ in shares[client]["blocks"][round_]:
-                ledger.append(_message(0, round_, client, "down", "prune", 500 if round_ == 0 else 4000))
-                ledger.append(_message(0, round_, client, "up", "prune", 4000 + rng.randrange(1000)))
+                ledger.append(_message(0, round_, client, "down", BLOCK, 500 if round_ == 0 else 4000))
+                ledger.append(_message(0, round_, client, "up", BLOCK, 4000 + rng.randrange(1000)))
     _write_lines(folder / "ledger.jsonl", ledger)
     (folder / "model").mkdir()
     save_file({record["name"]: np.zeros((8, 8), np.float16) for record in records}, folder / "model" / "model.safetensors")
@@ -238,8 +250,8 @@ def test_bytes_are_those_of_the_ledger(run: Path) -> None:
         of = dict(zip(head, row, strict=True))
         for column, direction in (("sent", "up"), ("received", "down")):
             of_client = [m["bytes"] for m in ledger if (m["client"], m["direction"]) == (of["client"], direction)]
-            assert int(of[column]) == sum(of_client) - 100  # less the card
-        assert int(of["cards and measurement"]) == 200
+            assert int(of[column]) == sum(of_client) - 100  # less the capabilities
+        assert int(of["capabilities and measurement"]) == 200
         assert int(of["dense, each way"]) == 4 * 64 * 2  # four matrices in float16
     assert int(rows[2][1]) == int(rows[0][1]) + int(rows[1][1])
 
@@ -314,27 +326,101 @@ def test_several_rounds_and_stages_tell_whose_work_is_in_them(tmp_path: Path) ->
         for r in range(2)
     ]  # fmt: skip
     summary = read(run)
-    assert summary.contributors[0, 0, 1] == ["a", "c"], "b was asked, but is not in it"
-    assert summary.contributors[0, 1, 1] == ["a", "b", "c"]
+    found = contributors(summary, summary.stages[0])
+    assert found[0, 1] == ["a", "c"], "b was asked, but is not in it"
+    assert found[1, 1] == ["a", "b", "c"]
+
+
+def set_stages(run: Path, *stages: dict[str, Any]) -> None:
+    """Gives a run other stages; ``discloses`` and ``notes`` of each go into its plan."""
+    job = tomllib.loads((run / "job.toml").read_text())
+    of_first = json.loads((run / "plan-0-prune.json").read_text())["clients"]
+    (run / "plan-0-prune.json").unlink()
+    job["stages"] = []
+    for number, stage in enumerate(stages):
+        told = {key: stage.pop(key) for key in ("discloses", "notes") if key in stage}
+        job["stages"].append(stage)
+        plan = {"stage": number, "kind": stage["kind"], "sums": stage.get("aggregation") == "pooled", "num_blocks": 2}
+        plan |= {"clients": of_first if number == 0 else {}, **told}
+        _write(run / f"plan-{number}-{stage['kind']}.json", plan)
+    (run / "job.toml").write_text(tomli_w.dumps(job))
+
+
+POOLED = {**PRUNE, "aggregation": "pooled", "sparsity": 0.5}
+MASKS = {**PRUNE, "aggregation": "fedprllm", "sparsity": 0.7}
 
 
 def test_each_stage_says_what_left_its_owner(run: Path) -> None:
-    job = tomllib.loads((run / "job.toml").read_text())
-    job["stages"] = [
-        {"kind": "prune", "pruner": "sparsegpt", "aggregation": "pooled", "sparsity": 0.5},
-        {"kind": "prune", "pruner": "wanda", "aggregation": "fedprllm", "sparsity": 0.7},
-        {"kind": "tune", "method": "lora", "aggregation": "flexlora"},
-    ]
-    (run / "job.toml").write_text(tomli_w.dumps(job))
+    set_stages(
+        run,
+        {**POOLED, "pruner": "sparsegpt", "discloses": ["PRODUCTS", "SQUARES"]},
+        {**MASKS, "discloses": ["MASKS"]},
+        {"kind": "distil", "discloses": ["FACTORS", "LOSS", "HELD_OUT_LOSSES"]},
+        {"kind": "distil"},
+    )
     text = _page(run).text
-    assert "Stage 0, prune: a client sent for each block sums over its text" in text
-    assert "products of its channels" in text
-    assert "Stage 1, prune: a client sent for each block which weights it would keep." in text
-    assert "Stage 2, tune: a client sent in each round the factors of low-rank changes" in text
+    squares, products, masks, factors, loss, held_out = (
+        Disclosure[name].sentence for name in ("SQUARES", "PRODUCTS", "MASKS", "FACTORS", "LOSS", "HELD_OUT_LOSSES")
+    )
+    assert f"Before the first stage each client sent {Disclosure.CAPABILITIES.sentence}." in text
+    assert f"Stage 0, pruning: each client sent {squares}, and {products}." in text
+    assert f"Stage 1, pruning: each client sent {masks}. Stage 2" in text
+    assert f"Stage 2, distil: each client sent {factors}; {loss}; and {held_out}. Stage 3" in text
+    assert "Stage 3, distil: each client sent something that its plan does not name." in text
     assert "could see what each client sent. No noise" in text
+    job = tomllib.loads((run / "job.toml").read_text())
     job["privacy"] = {"secure_aggregation": True}
     (run / "job.toml").write_text(tomli_w.dumps(job))
-    assert "saw these added up over the clients" in _page(run).text
+    assert "added up over the clients, and those of no single client" in _page(run).text
+
+
+@pytest.mark.parametrize(
+    ("stage", "sent", "kept"),
+    [
+        ({**POOLED, "pruner": "dsnot", "discloses": ["SQUARES", "MOMENTS"]}, {"SQUARES", "MOMENTS"}, "protect_first_block"),
+        ({**POOLED, "discloses": ["SQUARES"]}, {"SQUARES"}, "mixed = true"),
+        (
+            {**POOLED, "pruner": "sparsegpt", "mixed": True, "discloses": ["SQUARES", "PRODUCTS"]},
+            {"SQUARES", "PRODUCTS", "no wider than the hidden states (mixed = true)"},
+            "protect_first_block",
+        ),
+        (
+            {**POOLED, "protect_first_block": True, "discloses": ["SQUARES"]},
+            {"SQUARES", "Nothing was sent of block 0"},
+            "No text left its owner and",
+        ),
+        ({**MASKS, "discloses": ["MASKS", "OUTLIERS"]}, {"MASKS", "OUTLIERS"}, "mixed = true"),
+    ],
+)
+def test_the_page_and_the_card_say_what_left_and_nothing_else(
+    run: Path, stage: dict[str, Any], sent: set[str], kept: str
+) -> None:
+    set_stages(run, {**stage, "notes": ["Mind the <words>."]})
+    for text in (_page(run).text, card(run, None, "Use it.")):
+        for one in Disclosure:
+            assert (one.sentence in text) == (one.name in sent or one is Disclosure.CAPABILITIES), one
+        assert all(words in text for words in sent - set(Disclosure.__members__))
+        assert kept not in text
+        assert "Mind the <words>." in text
+        assert "No noise was added" in text
+
+
+def test_where_there_is_noise_it_is_not_denied(run: Path) -> None:
+    private = {**POOLED, "epsilon": 4.0, "discloses": ["SQUARES"]}
+    set_stages(run, private | {"notes": ["(4, 1e-06)-differential privacy"]})
+    for text in (_page(run).text, card(run, None, "Use it.")):
+        assert "Noise was added; what that promises is stated below." in text
+        assert "(4, 1e-06)-differential privacy" in text
+        assert "No noise" not in text
+    set_stages(run, dict(private), {**MASKS, "discloses": ["MASKS"]})
+    assert "Noise was added in stage 0 only" in _page(run).text
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_losses_on_windows_are_told_where_clients_sent_them(tmp_path: Path, alone: bool) -> None:
+    run = make_run(tmp_path / "run", alone=alone)
+    for text in (_page(run).text, card(run, None, "Use it.")):
+        assert (f"it sent {Disclosure.WINDOW_LOSSES.sentence}." in text) is alone
 
 
 def test_the_page_asks_nothing_of_a_network(run: Path) -> None:
@@ -470,7 +556,7 @@ def test_sampled_blocks_are_drawn_by_client_and_round(tmp_path: Path) -> None:
 
 def test_who_did_not_answer_is_named(run: Path) -> None:
     lines = _lines(run / "ledger.jsonl")
-    gone = max(i for i, m in enumerate(lines) if (m["client"], m["direction"], m["kind"]) == ("law", "up", "prune"))
+    gone = max(i for i, m in enumerate(lines) if (m["client"], m["direction"], m["kind"]) == ("law", "up", BLOCK))
     _write_lines(run / "ledger.jsonl", lines[:gone] + lines[gone + 1 :])
     assert "not answered: law (1)" in _page(run).text
 

@@ -19,8 +19,8 @@ from small import Small, lines
 from test_report import Page
 
 TABLES = {
-    "perplexity", "differences", "blocks", "matrices", "stage-0-clients", "stage-1-given", "stage-1-importance",
-    "stage-1-rounds", "bytes-by-client", "bytes-by-round", "size",
+    "perplexity", "differences", "blocks", "matrices", "stage-0-clients", "stage-1-capabilities", "stage-1-given",
+    "stage-1-importance", "stage-1-rounds", "bytes-by-client", "bytes-by-round", "size",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def in_folder(run: Path) -> np.ndarray:
     found.append(float(sum(file.stat().st_size for file in (run / "model").iterdir())))
     sums: dict[Any, float] = defaultdict(float)
     for line in lines(run / "ledger.jsonl"):
-        around = line["kind"] in ("card", "evaluate")
+        around = line["kind"].endswith(("/capabilities", "/alone"))
         keys = [(line["client"], around), ("all", around)]
         keys += [(*key, line["direction"]) for key in keys]
         keys += [(line["stage"], line["client"], line["direction"], around, line["kind"])]

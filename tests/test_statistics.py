@@ -17,6 +17,7 @@ from fedgrove.engines.local import LocalEngine
 from fedgrove.job.load import load
 from fedgrove.models.blocks import find_blocks
 from fedgrove.rounds import wire
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation import pooled as statistics
@@ -303,13 +304,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, sou
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_the_report_says_what_was_sent_and_who_could_see_it(small: Small, tmp_path: Path, secure: bool) -> None:
-    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__rule="pooled")
+    job = small.job(f"told-{secure}", evaluate={}, privacy={"secure_aggregation": secure}, stages__0__aggregation="pooled")
     assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Every client sent sums of all 2 blocks" in page
     assert "were not answered" not in page
-    assert "squares of what enters each matrix" in page
-    assert "products of its channels" not in page
+    assert Disclosure.SQUARES.sentence in page
+    assert Disclosure.PRODUCTS.sentence not in page
     assert ("Whoever ran the server could see what each client sent" in page) is not secure
     assert ("added up over the clients" in page) is secure
     assert "protect_first_block = true" in page

@@ -23,6 +23,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy import accounting
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.rounds import wire
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune import lora
 from fedgrove.stages.tune.aggregation import Start
@@ -216,7 +217,10 @@ def test_what_is_promised_is_said_and_no_loss_leaves(
     out = run(small, tmp_path / "said", Engine, **{**spec, "evaluate__alone": False})
     (note,) = json.loads((out / "plan-0-tune.json").read_text())["notes"]
     assert says in note
-    assert note in html.unescape((out / "report.html").read_text())
+    page = html.unescape((out / "report.html").read_text())
+    assert note in page
+    assert Disclosure.FACTORS.sentence in page
+    assert Disclosure.LOSS.sentence not in page
     assert not any(name == "loss" for _, _, _, name in measurements(out))
     for _, kind, message in Engine.seen:
         tensors, info = wire.unpack(message)

@@ -24,7 +24,8 @@ from fedgrove.job.load import load, parse
 from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.progress import Several, part_of, watch
-from fedgrove.report.summary import Summary, read
+from fedgrove.report.reader import read
+from fedgrove.report.summary import Summary
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model, run_job
 from fedgrove.runfolder import RunFolder

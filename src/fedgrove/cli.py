@@ -177,10 +177,6 @@ def plan(
     console = Console()
     for plan, stage in zip(plans, wanted.stages, strict=True):
         console.print(plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
-        choices: dict[str, int] = getattr(plan, "choices", {})
-        if choices:
-            sizes = "; ".join(f"{choice}: {size / 1e6:,.1f} MB" for choice, size in choices.items())
-            console.print(f"Uplink of a client by what is summed: {sizes}.")
         for note in plan.notes:
             console.print(f"Note: {note}")
     console.print(
@@ -312,7 +308,7 @@ def export(
     from fedgrove.api import hush
     from fedgrove.progress import watch
     from fedgrove.report.exports import export_table
-    from fedgrove.report.summary import read_exports
+    from fedgrove.report.reader import read_exports
 
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")
@@ -367,7 +363,6 @@ def main() -> None:
 
 
 def _show(result: Result, as_json: bool = False) -> None:
-    from fedgrove.report.plans import plan_table
     from fedgrove.report.table import result_table
 
     out, summary = result.path, result.summary
@@ -375,8 +370,6 @@ def _show(result: Result, as_json: bool = False) -> None:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
     console = Console()
-    for file in sorted(out.glob("plan-*-tune.json")):
-        console.print(plan_table(json.loads(file.read_text(encoding="utf-8")), {}))
     console.print(result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
 

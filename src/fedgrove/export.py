@@ -97,7 +97,9 @@ def export(
         say(f"export: writing {to}")
         form.write(given, beside)
         if to != "hf":
-            (beside / "README.md").write_text(card_of_form(given.model, to, form.USE, given.run, out.name), encoding="utf-8")
+            relation, library = getattr(form, "RELATION", "finetune"), getattr(form, "LIBRARY", None)
+            text = card_of_form(given.model, to, form.USE, out.name, relation, library)
+            (beside / "README.md").write_text(text, encoding="utf-8")
         measured = _measure(form, to, given, beside, held_out(given) if texts is None else texts, say)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

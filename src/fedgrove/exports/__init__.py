@@ -5,6 +5,8 @@ Each file has:
 - ``WHAT``: the form in a few words.
 - ``EXACT``: True if what is reloaded must have the perplexity of the model; False if it is quantized on purpose.
 - ``USE``: how it is used, Markdown for its model card; ``FOLDER`` there stands for the folder.
+- ``RELATION``, optional: what it is to the base model in its card's metadata, "quantized" or "adapter"; default: "finetune".
+- ``LIBRARY``, optional: the library that loads it, for the metadata; default: that of the model's card.
 - ``write(source, out)``: writes the form into ``out``, a folder that is there and empty.
 - ``losses(source, folder, windows)``: reloads what lies in ``folder``, as its user would, and gives −Σ log p in nats and the
   number of tokens predicted: see :func:`fedgrove.models.perplexity.negative_log_likelihood`.

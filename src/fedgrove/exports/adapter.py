@@ -24,6 +24,7 @@ from fedgrove.stages.tune.frozen import hush
 
 WHAT = "LoRA adapter for peft, beside the model that the job began with"
 EXACT = True
+RELATION, LIBRARY = "adapter", "peft"
 USE = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -25,6 +25,7 @@ from fedgrove.models.stream import Checkpoint
 
 WHAT = "GGUF for llama.cpp, in the model's own dtype"
 EXACT = True
+RELATION = "quantized"
 USE = """```sh
 llama-cli -m FOLDER/model.gguf -p "The"
 ```

@@ -16,6 +16,7 @@ from fedgrove.stages.tune.frozen import hush
 
 WHAT = "linears in 8 bits (LLM.int8)"
 EXACT = False
+RELATION = "quantized"
 USE = """With `pip install bitsandbytes`:
 
 ```python

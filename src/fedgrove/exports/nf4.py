@@ -16,6 +16,7 @@ __all__ = ["EXACT", "USE", "WHAT", "losses", "write"]
 
 WHAT = "linears in 4 bits (NF4)"
 EXACT = False
+RELATION = "quantized"
 BLOCK = 64
 
 

@@ -1,8 +1,8 @@
 """Charts for the page: rows of marks, placed in percent, drawn as inline SVG.
 
-Why not a library: the page must be one small file, take its colours from the reader's scheme (light, dark, print), keep its
+Why not a library: the page must be one small file, take its colors from the reader's scheme (light, dark, print), keep its
 letters readable on a phone, and show numbers on hover without a script. Plotly, Bokeh and Vega bring megabytes of script;
-what Matplotlib draws has one size, one set of colours and no hover; pygal has no heat map. Marks placed in percent need
+what Matplotlib draws has one size, one set of colors and no hover; pygal has no heat map. Marks placed in percent need
 none of that: an SVG without a view box stretches with its column, its text and its dots do not.
 
 Everything that is drawn is text with holes in it, filled by :class:`markupsafe.Markup`, which escapes.
@@ -86,7 +86,7 @@ def dot(scale: Scale, value: float, kind: str, title: str) -> Markup:
 
 
 def square(scale: Scale, value: float, kind: str, title: str) -> Markup:
-    """A square, to be told from a dot without its colour."""
+    """A square, to be told from a dot without its color."""
     return Markup(
         '<rect class="{}" x="{}" y="50%" width="9" height="9" transform="translate(-4.5 -4.5)"><title>{}</title></rect>'
     ).format(kind, scale.at(value), title)

@@ -15,8 +15,10 @@ from fedgrove.errors import FedgroveError
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.paired import ratio_interval, unclear
+from fedgrove.report.quality import perplexity_text
+from fedgrove.report.reader import read
 from fedgrove.report.sheet import Column, Table, render
-from fedgrove.report.summary import Summary, geometric_mean, read
+from fedgrove.report.summary import Summary, geometric_mean
 from fedgrove.report.words import change, file_name, plural, size
 
 FEWER = 0.99  # what is nearer to the next is not called fewer bytes
@@ -24,7 +26,7 @@ PATHS = frozenset({"data", "path"})  # keys of the job that hold paths of the ma
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
-    """Writes a page that puts runs side by side, whole or not at all.
+    """Writes a page that puts runs side by side, atomically.
 
     Args:
         runs: two or more run folders.
@@ -39,10 +41,10 @@ def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
     if len({run.resolve() for run in runs}) < len(runs):
         raise FedgroveError("report: a run is given twice; name each folder once")
     found = dict(zip(names(runs), map(read, runs), strict=True))
-    beside = out.with_name(out.name + ".partial")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(page(found), encoding="utf-8")
-    beside.replace(out)
+    temporary = out.with_name(out.name + ".partial")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(page(found), encoding="utf-8")
+    temporary.replace(out)
     return found
 
 
@@ -61,7 +63,7 @@ def page(runs: Mapping[str, Summary]) -> str:
     others = sorted({text for run in runs.values() for text in run.texts} - set(texts))
     says = f"Compared on {plural(len(texts), 'text')} that all of these runs measured." if texts else ""
     if others:
-        says += f" Left out, for not every run measured them alike: {', '.join(others)}."
+        says += f" Left out because not every run measured them alike: {', '.join(others)}."
     return render(
         "compare.html",
         page_name="runs",
@@ -92,20 +94,17 @@ def shared_texts(runs: Mapping[str, Summary]) -> list[str]:
 def quality(runs: Mapping[str, Summary], texts: Sequence[str]) -> Table:
     """Perplexity by text (rows) and run (columns); the dense model once, where all began with the same."""
 
-    def number(value: float) -> str:
-        return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
-
     first = next(iter(runs.values()))
     same = all(run.dense[text] == first.dense[text] for run in runs.values() for text in texts)
     columns, sources = [Column("held-out text")], []
     for name, run in runs.items():
         if not same:
-            columns.append(Column(f"{name}: dense", number))
+            columns.append(Column(f"{name}: dense", perplexity_text))
             sources.append(run.dense)
         elif run is first:
-            columns.append(Column("dense", number))
+            columns.append(Column("dense", perplexity_text))
             sources.append(run.dense)
-        columns.append(Column(name, number))
+        columns.append(Column(name, perplexity_text))
         sources.append(run.federated)
     rows = [[text, *(source[text] for source in sources)] for text in texts]
     mean = ["geometric mean", *(geometric_mean([source[text] for text in texts]) for source in sources)]
@@ -126,7 +125,7 @@ def cost(runs: Mapping[str, Summary]) -> Table:
         Column("sent by all", size),
         Column("received by all", size),
         Column("time", _seconds),
-        Column("time, modelled", _seconds),
+        Column("time, modeled", _seconds),
     ]
     rows = []
     for name, run in runs.items():
@@ -136,8 +135,8 @@ def cost(runs: Mapping[str, Summary]) -> Table:
         time = run.ended - run.began if run.ended is not None and run.began is not None else None
         sent = [max(up.values(), default=0), sum(up.values()), sum(down.values())]
         rows.append(
-            [name, len(run.clients), run.parameters, run.sparsity if run.tensors else None, run.model_bytes, run.packed_bytes,
-             *sent, time, max(clocks, default=None)]
+            [name, len(run.clients), run.parameters, run.sparsity if run.pruned_weights else None, run.model_bytes,
+             run.packed_bytes, *sent, time, max(clocks, default=None)]
         )  # fmt: skip
     used = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
     return Table(
@@ -175,7 +174,7 @@ def comparison_table(runs: Mapping[str, Summary]) -> rich.table.Table:
             Text(name),
             f"{mean:.1f}" if texts else "–",
             change(mean / geometric_mean(before)) if texts else "–",
-            f"{run.sparsity:.1%}" if run.tensors else "–",
+            f"{run.sparsity:.1%}" if run.pruned_weights else "–",
             size(run.model_bytes),
             size(sum(run.uplink.values())),
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgrove.report.words import change, file_name, method, plural
+from fedgrove.report.disclosures import noisy, what_left
+from fedgrove.report.reader import read_job, read_perplexities, read_stages
+from fedgrove.report.stage_reports import report_of
+from fedgrove.report.summary import Stage
+from fedgrove.report.words import capitalized, change, file_name, plural
 
 USE = "## How to use it"
-QUANTISED = ("gguf", "int8", "nf4")
 
 
 def card(run: Path, base_card: str | None, use: str) -> str:
@@ -23,17 +24,19 @@ def card(run: Path, base_card: str | None, use: str) -> str:
         base_card: README.md of the model that the job began with.
         use: Markdown; ``FOLDER`` in it stands for the model's folder.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData  # slow, and a report does without
 
-    job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
+    job = read_job(run)
+    stages = read_stages(run, job)
     base = _read(base_card or "")
-    dense, after = _perplexities(run, len(job["stages"]) - 1)
+    measured = read_perplexities(run)
+    dense = measured.get((None, None), {})
+    after = {text: value for text, value in measured.get((len(stages) - 1, None), {}).items() if text in dense}
     about: dict[str, Any] = base.data.to_dict()
     for key in ("base_model", "base_model_relation", "model-index", "model_name"):
         about.pop(key, None)
-    kinds = {stage["kind"] for stage in job["stages"]}
     tags = [*(about.pop("tags", None) or []), "fedgrove", "federated-learning"]
-    tags += ["pruned", "sparse"] if "prune" in kinds else []
+    tags += [tag for stage in stages for tag in report_of(stage.kind).TAGS]
     about = {"library_name": "transformers", "pipeline_tag": "text-generation", **about}
     results = [EvalResult("text-generation", text, text, "perplexity", round(value, 3)) for text, value in after.items()]
     data = ModelCardData(
@@ -50,36 +53,39 @@ def card(run: Path, base_card: str | None, use: str) -> str:
         f"Made from `{file_name(job['model']['path'])}` with fedgrove by "
         f"{plural(len(owners), 'owner')} of text together ({', '.join(owners)}); no text left its owner.",
         "## What was done",
-        "\n".join(f"{number}. {_done(stage)}" for number, stage in enumerate(job["stages"], 1)),
+        "\n".join(f"{number}. {_done(stage)}" for number, stage in enumerate(stages, 1)),
+        *dict.fromkeys(filter(None, (report_of(stage.kind).CARD for stage in stages))),
+        "## Quality",
+        _quality(dense, after, job),
+        "## Privacy",
+        "\n\n".join(privacy(job, stages)),
+        USE,
+        use,
+        "Check what it writes before anybody relies on it: it was measured on the texts above and on nothing else.",
     ]
-    if "structured" in kinds:
-        parts.append("Its blocks are narrower than those of the base model, all alike; `config.json` says how wide.")
-    if "prune" in kinds:
-        parts.append("Pruned weights are exact zeros in dense tensors: whatever loads the base model loads this one.")
-    parts += ["## Quality", _quality(dense, after, job), "## Privacy", privacy(job, run), USE, use]
-    parts.append("Check what it writes before anybody relies on it: it was measured on the texts above and on nothing else.")
     text = (base.text or "").strip()
     if text:
         parts += ["## The card of the model that it came from", text]
     return f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"
 
 
-def card_of_form(model: Path, form: str, use: str, run: Path | None, folder: str) -> str:
+def card_of_form(model: Path, form: str, use: str, folder: str, relation: str = "finetune", library: str | None = None) -> str:
     """The card of a model for another form of it: the same, but for how it is used and what it is on the hub.
 
     Args:
         model: the model's directory.
         form: what it became.
         use: Markdown of that form.
-        run: the run folder, if there is one.
         folder: the name of the folder.
+        relation: what it is to the base model, as the hub calls it.
+        library: that loads it; None: the one of the model's card.
     """
     file = model / "README.md"
     card = _read(file.read_text(encoding="utf-8") if file.is_file() else f"# {model.name}\n")
     about: Any = card.data
     base = str(about.get("base_model") or file_name(str(model.resolve())))
-    about.base_model_relation = "quantized" if form in QUANTISED else "adapter" if form == "adapter" else "finetune"
-    about.library_name = "peft" if form == "adapter" else about.get("library_name")
+    about.base_model_relation = relation
+    about.library_name = library or about.get("library_name")
     about.tags = list(dict.fromkeys([*(about.get("tags") or []), form]))
     use = use.replace("FOLDER", folder).replace("BASE", base)
     section = rf"(?ms)^{USE}\n.*?(?=^Check what it writes|^## |\Z)"
@@ -89,35 +95,24 @@ def card_of_form(model: Path, form: str, use: str, run: Path | None, folder: str
     return f"---\n{card.data.to_yaml()}\n---\n{text.lstrip()}"
 
 
-def privacy(job: Mapping[str, Any], run: Path | None = None) -> str:
-    """What whoever ran the server could see, in two or three sentences, and what the plans promise."""
-    says = ["No text and no tokens left their owner; what did leave was computed from text."]
-    if job.get("privacy", {}).get("secure_aggregation"):
-        says.append("Secure aggregation hid each owner's numbers: whoever ran the server saw their sums.")
-    else:
-        says.append("Whoever ran the server could see what each owner sent.")
-    notes = [note for file in sorted(run.glob("plan-*.json")) for note in _json(file).get("notes", ())] if run else []
-    noisy = any(stage.get("epsilon") is not None for stage in job["stages"])
-    if not noisy:
-        says.append("No noise was added: nothing here is a proof of differential privacy, and a model can repeat what it saw.")
-    return " ".join(says) + "".join(f"\n\n{note}" for note in notes)
+def privacy(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
+    """What left a client and who could see it, and what the plans state besides: a paragraph each."""
+    notes = [note for stage in stages for note in stage.plan.get("notes", ())]
+    repeats = [] if all(map(noisy, stages)) else ["A model can repeat text that it was made with."]
+    return [*what_left(job, stages), *repeats, *notes]
 
 
 def _read(text: str) -> Any:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard  # slow, likewise
 
     front = "" if text.startswith("---\n") else "---\nlibrary_name: transformers\n---\n"
     return ModelCard(front + text, ignore_metadata_errors=True)
 
 
-def _done(stage: Mapping[str, Any]) -> str:
-    if stage["kind"] == "prune":
-        how = f"{stage['samples']} windows of {stage['length']} tokens from each owner, rounds: {stage['rounds']}"
-    elif stage["kind"] == "structured":
-        how = f"{stage['samples']} windows of {stage['length']} tokens from each owner"
-    else:
-        how = f"{stage.get('rounds')} rounds of {stage.get('steps')} steps; merged into the weights"
-    return f"{method(stage)}; {how}"
+def _done(stage: Stage) -> str:
+    report = report_of(stage.kind)
+    recipe = report.recipe(stage.config)
+    return capitalized(report.describe(stage.config)) + (f"; {recipe}" if recipe else "")
 
 
 def _quality(dense: Mapping[str, float], after: Mapping[str, float], job: Mapping[str, Any]) -> str:
@@ -127,19 +122,3 @@ def _quality(dense: Mapping[str, float], after: Mapping[str, float], job: Mappin
     length = job.get("evaluate", {}).get("length", 512)
     head = "| held-out text | base model | this model | |\n|---|---|---|---|\n"
     return f"Perplexity per token, windows of {length} tokens; lower is better.\n\n{head}" + "\n".join(rows)
-
-
-def _perplexities(run: Path, last: int) -> tuple[dict[str, float], dict[str, float]]:
-    dense: dict[str, float] = {}
-    after: dict[str, float] = {}
-    for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (run / "metrics.jsonl").is_file() else ():
-        line = json.loads(text)
-        if line["client"] is None and line["round"] is None and line["name"].startswith("perplexity/"):
-            values = dense if line["stage"] is None else after if line["stage"] == last else {}
-            values[line["name"].removeprefix("perplexity/")] = line["value"]
-    return dense, {text: value for text, value in after.items() if text in dense}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value

@@ -56,7 +56,7 @@ def holdings_page(holdings: Sequence[Holding], title: str) -> str:
     columns = _columns(holdings)
     says = "Records of each client."
     if columns:
-        says = "A stronger colour: more of the client’s records; the number at the end counts them all. The columns: "
+        says = "A stronger color: more of the client’s records; the number at the end counts them all. The columns: "
         says += ", ".join(f"{number} {column}" for number, column in enumerate(columns, 1)) + "."
     return render(
         "split.html",

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import Summary
-from fedgrove.report.words import one_owner, own_texts, size, verdict
+from fedgrove.report.verdict import one_owner, own_texts, verdict
+from fedgrove.report.words import size
 
 MOST_COLUMNS = 5  # more clients than this share one column
 
 
 def result_table(summary: Summary) -> Group:
-    """Perplexity on every held-out text, dense, alone and federated; then what it says, and bytes."""
-    parts = [_perplexities(summary)] if summary.texts else []
+    """What stages show of themselves; perplexity on every text, dense, alone and federated; what that says, and bytes."""
+    parts: list[RenderableType] = [table for stage in summary.stages for table in report_of(stage.kind).result_tables(stage)]
+    parts += [_perplexities(summary)] if summary.texts else []
     return Group(*parts, Text("\n".join(_lines(summary))))
 
 

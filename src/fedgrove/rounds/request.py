@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
 
 if TYPE_CHECKING:
@@ -37,31 +37,6 @@ __all__ = [
 
 Tensors = dict[str, Tensor]
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
-
-
-class Disclosure(Enum):
-    """What a response tells of a client's text."""
-
-    CAPABILITIES = "a few numbers about the client: memory, speed, links, how much text it has"
-    MASKS = "which weights of each block it would keep"
-    WEIGHTS = "the values of the weights that it would keep"
-    SQUARES = "for each block the sums, over its text, of the squares of what enters each matrix"
-    PRODUCTS = "for each block the sums, over its text, of the products of the channels of what enters each matrix"
-    MOMENTS = "for each block the sums and variances, over its text, of what enters each matrix"
-    OUTLIERS = "one number for each block: its share of outliers"
-    SCORES = "one number for each channel and head of every block: how much the loss on its text would change without it"
-    IMPORTANCE = "a score for each matrix: how much tuning it would help"
-    FACTORS = "the factors of low-rank changes that it trained on its text"
-    CHANGES = "the changes of whole matrices that it trained on its text"
-    SCALES = "the changes of per-channel scales that it trained on its text"
-    LOSS = "its mean training loss of each round"
-    HELD_OUT_LOSSES = "two losses on text that it held out for itself"
-    WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
-
-    @property
-    def sentence(self) -> str:
-        """In plain words, to stand behind "a client sends"."""
-        return self.value
 
 
 class Reply(BaseModel):

@@ -24,6 +24,7 @@ from fedgrove.export import Texts, export
 from fedgrove.job import FederatedJob, load_federated
 from fedgrove.models.digest import digests
 from fedgrove.progress import Listener
+from fedgrove.report.stage_reports import stage_files
 from fedgrove.rounds.collect import ask
 from fedgrove.rounds.wire import Info, WireError
 from fedgrove.runfolder import RunFolder
@@ -31,8 +32,8 @@ from fedgrove.stages.prune.plan import Capabilities
 
 JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
-    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
-    JOB, SAID, "adapter", "model",
+    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", *stage_files(), "samples.json", JOB, SAID, "adapter",
+    "model",
 )  # fmt: skip
 Reach = Callable[[list[str], str, float], Engine]  # the members, the name of their working files, seconds to fetch an ask
 

@@ -1,0 +1,183 @@
+"""The one reader of a run folder: what its files say, as plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.metrics import Parts
+from fedgrove.report.stage_reports import report_of
+from fedgrove.report.summary import CENTRALIZED, PERPLEXITY, Stage, Summary, Traffic
+
+
+def read(run: Path) -> Summary:
+    """Reads a run folder.
+
+    Lines that say a thing again (a resumed run) count as the last one says; metrics and messages of kinds that are not
+    known here are passed over or only summed.
+
+    Raises:
+        FedgroveError: it is no run folder, or the run has not ended.
+    """
+    if not (run / "job.toml").is_file():
+        raise FedgroveError(f"{run}: no run folder (it has no job.toml)")
+    if not (run / "model").is_dir():
+        from fedgrove.runfolder import unfinished  # slow: it imports torch, which a report does without
+
+        raise unfinished(run)
+    job = read_job(run)
+    stages = read_stages(run, job)
+    files = _files(run, stages)
+    traffic = _traffic(run)
+    metrics = _lines(run / "metrics.jsonl")
+
+    measured = _perplexities(metrics)
+    dense = measured.get((None, None), {})
+    after = {stage: of for (stage, client), of in sorted(measured.items(), key=str) if stage is not None and client is None}
+    last = after.get(len(stages) - 1, {})
+    texts = [text["name"] for text in job.get("evaluate", {}).get("data", [])]
+    texts = [text for text in texts if text in dense and text in last]
+    alone_stage = max((stage for stage, client in measured if stage in after and client is not None), default=None)
+    alone = {
+        client: of
+        for (stage, client), of in sorted(measured.items(), key=str)
+        if client is not None and stage == alone_stage and of.keys() >= set(texts)
+    }
+
+    inner = run / CENTRALIZED
+    ended = (inner / "model").is_dir()  # it may still be running
+    one_owner = {
+        line["name"]: line["value"]
+        for line in (_lines(inner / "metrics.jsonl") if ended else ())
+        if (line["stage"], line["round"], line["client"]) == (len(stages) - 1, None, None)
+    }
+    centralized = {name.removeprefix(PERPLEXITY): value for name, value in one_owner.items() if name.startswith(PERPLEXITY)}
+
+    clients = {client["name"] for client in job.get("clients", [])} | {row.client for row in traffic}
+    parameters, dtype = _weights(run / "model")
+    return Summary(
+        name=run.resolve().name,
+        job=job,
+        stages=stages,
+        outcomes=[report_of(stage.kind).outcome(stage, files) for stage in stages],
+        files=files,
+        clients=sorted(clients.union(*(stage.clients for stage in stages))),
+        texts=texts,
+        dense=dense,
+        after=after,
+        alone=alone,
+        alone_stage=alone_stage if alone else None,
+        centralized=centralized if centralized.keys() >= set(texts) else {},
+        centralized_measured=one_owner,
+        examples=_examples(run),
+        centralized_examples=_examples(inner).get((len(stages) - 1, None), {}) if ended else {},
+        exports=read_exports(run),
+        samples=read_json(run / "samples.json")["samples"] if (run / "samples.json").is_file() else [],
+        rounds_measured={
+            (line["stage"], line["round"], line["client"], line["name"]): line["value"]
+            for line in metrics
+            if line["round"] is not None or not line["name"].startswith(PERPLEXITY)
+        },
+        traffic=traffic,
+        dtype=dtype,
+        parameters=parameters,
+        model_bytes=_folder_bytes(run / "model"),
+        packed_bytes=_folder_bytes(run / "packed") if (run / "packed").is_dir() else None,
+        began=min((line["time"] for line in metrics), default=None),
+        ended=max((line["time"] for line in metrics), default=None),
+    )
+
+
+def read_job(run: Path) -> dict[str, Any]:
+    """``job.toml`` as it ran."""
+    return tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
+
+
+def read_stages(run: Path, job: Mapping[str, Any]) -> list[Stage]:
+    """The job's stages with their plans, as far as those are written."""
+    plans = {plan["stage"]: plan for plan in map(read_json, run.glob("plan-*.json"))}
+    return [Stage(number, table["kind"], table, plans.get(number, {})) for number, table in enumerate(job["stages"])]
+
+
+def read_perplexities(run: Path) -> dict[tuple[int | None, str | None], dict[str, float]]:
+    """Perplexity by (stage, client) and text, of whole stages; the last line of a measurement counts."""
+    return _perplexities(_lines(run / "metrics.jsonl"))
+
+
+def read_exports(folder: Path) -> list[dict[str, Any]]:
+    """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
+    found = []
+    for file in sorted(folder.glob("*.export.json")):
+        name = file.name.removesuffix(".export.json")
+        if (folder / name).is_dir():
+            found.append({**read_json(file), "folder": name})
+    return sorted(found, key=lambda one: (one["bytes"], one["folder"]))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of a JSON file."""
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value
+
+
+def _files(run: Path, stages: Sequence[Stage]) -> dict[str, Any]:
+    names = {name for stage in stages for name in report_of(stage.kind).FILES}
+    return {name: read_json(run / name) for name in sorted(names) if (run / name).is_file()}
+
+
+def _perplexities(metrics: Sequence[dict[str, Any]]) -> dict[tuple[int | None, str | None], dict[str, float]]:
+    found: dict[tuple[int | None, str | None], dict[str, float]] = {}
+    for line in metrics:
+        if line["name"].startswith(PERPLEXITY) and line["round"] is None:
+            of_model = found.setdefault((line["stage"], line["client"]), {})
+            of_model[line["name"].removeprefix(PERPLEXITY)] = line["value"]
+    return found
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if there is no file. What a kill cut short at its end is passed over."""
+    if not file.is_file():
+        return []
+    *whole, _ = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole if line]
+
+
+def _traffic(run: Path) -> list[Traffic]:
+    """``ledger.jsonl``, summed by stage, round, client, direction and kind."""
+    sums: dict[tuple[int, int, str, str, str], list[int]] = {}
+    for line in _lines(run / "ledger.jsonl"):
+        key = (line["stage"], line["round"], line["client"], line["direction"], line["kind"])
+        total = sums.setdefault(key, [0, 0])
+        total[0] += 1
+        total[1] += line["bytes"]
+    return [Traffic(*key, *total) for key, total in sorted(sums.items())]
+
+
+def _examples(run: Path) -> dict[tuple[int | None, str | None], dict[str, Parts]]:
+    found: dict[tuple[int | None, str | None], dict[str, Parts]] = {}
+    for line in _lines(run / "examples.jsonl"):
+        found.setdefault((line["stage"], line["client"]), {})[line["name"]] = line["parts"]
+    return found
+
+
+def _weights(model: Path) -> tuple[int, str | None]:
+    """Parameters of a model directory, and the dtype that most of them have; from the files' headers alone."""
+    by_dtype = Counter[str]()
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = opened.get_slice(name)
+                by_dtype[str(tensor.get_dtype())] += math.prod(tensor.get_shape())
+    return by_dtype.total(), max(by_dtype, key=lambda dtype: by_dtype[dtype], default=None)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,36 @@
+"""What may leave a client: the one list of words for it, shared by plans, report, model card and ``docs/security.md``.
+
+It is apart from :mod:`fedgrove.rounds.request`, which imports torch: the report does without.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Disclosure(Enum):
+    """What a response tells of a client's text.
+
+    The value is a phrase that can stand behind "a client sends". Plans hold the names.
+    """
+
+    CAPABILITIES = "a few numbers about itself (memory, speed, links, how much text it has)"
+    MASKS = "which weights of each block it would keep"
+    WEIGHTS = "the values of the weights that it would keep"
+    SQUARES = "for each block the sums, over its text, of the squares of what enters each matrix"
+    PRODUCTS = "for each block the sums, over its text, of the products of the channels of what enters a matrix"
+    MOMENTS = "for each block the sums and variances, over its text, of what enters each matrix"
+    OUTLIERS = "one number for each block, its share of outliers"
+    SCORES = "one number for each channel and head of every block, how much the loss on its text would change without it"
+    IMPORTANCE = "a score for each matrix, how much tuning it would help"
+    FACTORS = "the factors of low-rank changes that it trained on its text"
+    CHANGES = "the changes of whole matrices that it trained on its text"
+    SCALES = "the changes of per-channel scales that it trained on its text"
+    LOSS = "its mean training loss of each round"
+    HELD_OUT_LOSSES = "two losses on text that it held out for itself"
+    WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
+
+    @property
+    def sentence(self) -> str:
+        """The phrase in plain words."""
+        return self.value

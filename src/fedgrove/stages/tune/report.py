@@ -1,0 +1,273 @@
+"""What the report, the terminal and the model card tell of a stage that fine-tunes: from its plan and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fedgrove.quantities import mebibytes
+from fedgrove.report import charts
+from fedgrove.report.charts import Chart, Row
+from fedgrove.report.sections import Bullets, Figure, Paragraph, Part, Picture, Section, Sheet, numbered
+from fedgrove.report.sheet import Column, Table
+from fedgrove.report.summary import PERPLEXITY, Outcome, Stage, Summary
+from fedgrove.report.terminal import client_table, fill, megabytes, seconds
+from fedgrove.report.words import listed, plural, size
+
+DID = "tuned"
+DOING = "tuning"
+FILES: tuple[str, ...] = ()
+TAGS: tuple[str, ...] = ()
+CARD = ""
+MOST_COLUMNS = 8  # the ranks of more clients than this share three columns: lowest, mean, highest
+TRAINED = {"FACTORS": "low-rank adapters", "CHANGES": "whole matrices", "SCALES": "scales of channels"}  # by what is sent
+IMPORTANCE = "importance/"
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Such as "tune lora, planner fedpipe, aggregation flexlora"."""
+    return f"tune {config.get('parametrization')}, planner {config.get('planner')}, aggregation {config.get('aggregation')}"
+
+
+def recipe(config: Mapping[str, Any]) -> str:
+    """Rounds and steps."""
+    return f"{plural(config['rounds'], 'round')} of {plural(config['steps'], 'step')}; merged into the weights"
+
+
+def limits(config: Mapping[str, Any]) -> str:
+    return ""
+
+
+def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
+    """What each client has, and what it is given in a round."""
+    deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
+    how = f"{plan['parametrization']}, planner {plan['planner']}{deadline}"
+    title = f"stage {plan['stage']}: tune {how}; each client, in a round"
+    table = client_table(title, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
+    for client, assignment in plan["clients"].items():
+        capabilities = plan["capabilities"][client]
+        has = [mebibytes(capabilities["memory"])] if capabilities["memory"] else []
+        has += [f"speed {capabilities['speed']:g}"]
+        has += [f"{capabilities['uplink'] / 1e6:,.0f} Mbit up"] if capabilities["uplink"] else []
+        at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
+        fill(
+            table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
+            _ranks(plan, assignment["ranks"]), mebibytes(assignment["memory"]),
+            megabytes(assignment["upload"]), seconds(assignment["seconds"], 1),
+        )  # fmt: skip
+    left_out = [Text(f"{client} is left out: {why}") for client, why in sorted(plan["left_out"].items())]
+    total = Text(f"All rounds together take {plan['total']:,.1f} s of the clients' own time, modeled from their capabilities.")
+    return Group(table, total, *left_out)
+
+
+def result_tables(stage: Stage) -> list[RenderableType]:
+    """The plan: clients were given what they had measured, so it may differ from the one that was shown before the run."""
+    return [plan_table(stage.plan, stage.config)] if stage.plan else []
+
+
+def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
+    """What was trained."""
+    rounds = f" in {plural(stage.config['rounds'], 'round')}" if "rounds" in stage.config else ""
+    return Outcome(f"{trained(stage.plan)} were trained{rounds} and merged into it")
+
+
+def figures(summary: Summary, stage: Stage) -> list[Figure]:
+    return []
+
+
+def sections(summary: Summary, stage: Stage) -> list[Section]:
+    """Who was given what and why, which matrices matter, and what came of it."""
+    return [Tuning(summary, stage).section(summary)] if stage.plan else []
+
+
+def trained(plan: Mapping[str, Any]) -> str:
+    """What the clients trained: "low-rank adapters"."""
+    return listed([TRAINED[name] for name in plan.get("discloses", ()) if name in TRAINED]) or "changes"
+
+
+def ranked(plan: Mapping[str, Any]) -> bool:
+    """Whether what is trained has ranks; where it has none, the plan says 1."""
+    return "FACTORS" in plan.get("discloses", ())
+
+
+def _ranks(plan: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
+    """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"."""
+    linears, values = len(plan["importance"]), list(ranks.values())
+    if not ranked(plan):
+        return f"{trained(plan)} in {len(values)}"
+    parts = [f"{rank} in {values.count(rank)}" for rank in sorted(set(values), reverse=True)]
+    return ", ".join(parts + ([f"none in {linears - len(values)}"] if len(values) < linears else []))
+
+
+class Tuning:
+    """A stage that fine-tunes."""
+
+    def __init__(self, summary: Summary, stage: Stage):
+        self.stage = stage
+        self._plan = stage.plan
+        self._assignments: dict[str, dict[str, Any]] = stage.plan["clients"]
+        self._measured = {key[1:]: value for key, value in summary.rounds_measured.items() if key[0] == stage.number}
+        self._rounds = sorted({r for r, _, name in self._measured if r is not None and name in ("loss", "clock")})
+
+    def section(self, summary: Summary) -> Section:
+        """Its section of the page."""
+        parts: list[Part] = [Paragraph(self._says())]
+        if self._plan["left_out"]:
+            parts.append(Bullets([f"{client} was left out: {why}" for client, why in sorted(self._plan["left_out"].items())]))
+        parts += [Sheet(self._capabilities()), Sheet(self._given())]
+        if any(name.startswith(IMPORTANCE) for _, _, name in self._measured):
+            caption = (
+                "How much it is worth to tune each matrix (rows) of each block (columns): its share of the importance; the "
+                "number is the sum of the row. Hover for the ranks."
+            )
+            parts.append(Picture(self._importance_map(), caption))
+        if ranked(self._plan):
+            parts.append(Sheet(self._linears(), folded=True))
+        if self._rounds:
+            parts.append(Sheet(self._by_round()))
+        if self._personal:
+            parts += [Paragraph(self._gained()), Sheet(self._personal)]
+        return Section(f"stage-{self.stage.number}", numbered(summary, self.stage, "Tuning"), parts)
+
+    def _says(self) -> str:
+        """What happened, in a sentence or two."""
+        given = [{key: of[key] for key in ("bits", "batch", "ranks")} for of in self._assignments.values()]
+        alike = all(one == given[0] for one in given)
+        who = "all were given the same" if alike else "each was given what its memory, speed and uplink allow"
+        clients = plural(len(given), "client")
+        says = f"{clients} trained {trained(self._plan)} for {plural(len(self._rounds), 'round')}: {who}."
+        clock = self._of_round(self._rounds[-1], "clock") if self._rounds else None
+        if clock is None:
+            return says
+        slowest = max(self.stage.clients, key=lambda client: self._assignments[client]["seconds"])
+        return (
+            f"{says} On machines with the capabilities that the clients report this takes {clock:,.1f} s (modeled); a round "
+            f"ends when the slowest client has answered, most often {slowest}."
+        )
+
+    def _capabilities(self) -> Table:
+        """What every client has."""
+        columns = [
+            Column("client"), Column("tokens", "{:,}".format), Column("memory", size), Column("speed", "{:g}".format),
+            Column("uplink, Mbit/s", "{:g}".format), Column("devices", "{:g}".format),
+        ]  # fmt: skip
+        rows = []
+        for client in self.stage.clients:
+            assignment, capabilities = self._assignments[client], self._plan["capabilities"][client]
+            uplink = capabilities["uplink"] / 1e6 if capabilities["uplink"] else None
+            devices = assignment.get("devices", 1)
+            rows.append([client, assignment["tokens"], capabilities["memory"], capabilities["speed"], uplink, devices])
+        return Table(f"stage-{self.stage.number}-capabilities", "What each client has", columns, rows)
+
+    def _given(self) -> Table:
+        """What every client was given, what it was to take, and its losses."""
+        columns = [
+            Column("client"), Column("bits", "{:g}".format), Column("batch", "{:g}".format), Column("at once", "{:g}".format),
+            Column("matrices", "{:g}".format), Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
+            Column("upload a round", size), Column("time a round", "{:,.2f} s".format),
+            Column("loss, first round", "{:.3f}".format), Column("loss, last round", "{:.3f}".format),
+        ]  # fmt: skip
+        rows = []
+        for client in self.stage.clients:
+            assignment = self._assignments[client]
+            ranks: dict[str, int] = assignment["ranks"]
+            rank = sum(ranks.values()) / len(ranks) if ranks and ranked(self._plan) else None
+            losses = [self._measured.get((r, client, "loss")) for r in self._rounds]
+            known = [loss for loss in losses if loss is not None]
+            given = [*(assignment[key] for key in ("bits", "batch", "micro")), len(ranks), rank]
+            planned = [assignment[key] for key in ("memory", "upload", "seconds")]
+            rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
+        return Table(f"stage-{self.stage.number}-given", "What each client was given", columns, rows)
+
+    def _importance_map(self) -> Chart:
+        """Importance of each linear (rows) in each block (columns)."""
+        importance: dict[str, float] = self._plan["importance"]
+        places = {name: _place(name) for name in importance}
+        blocks = sorted({block for block, _ in places.values()})
+        highest = max(importance.values()) or 1.0
+        rows = []
+        for linear in dict.fromkeys(linear for _, linear in places.values()):
+            of = {places[name][0]: name for name in importance if places[name][1] == linear}
+            cells = {
+                column: (
+                    0.05 + 0.95 * importance[of[block]] / highest,
+                    f"block {block}, {linear}: {importance[of[block]]:.2%}, {self._ranks_say(of[block])}",
+                )
+                for column, block in enumerate(blocks)
+                if block in of
+            }
+            rows.append(Row(linear, charts.cells(len(blocks), cells), f"{sum(importance[name] for name in of.values()):.1%}"))
+        alt = "Importance by kind of matrix, over all blocks: " + ", ".join(f"{row.label} {row.value}" for row in rows) + "."
+        return Chart("heat", alt, rows, charts.column_labels([str(block) for block in blocks]))
+
+    def _linears(self) -> Table:
+        """Every linear: its importance and the ranks that it was given."""
+        clients = self.stage.clients
+        few = len(clients) <= MOST_COLUMNS
+        titles = [f"rank, {client}" for client in clients] if few else ["rank, lowest", "rank, mean", "rank, highest"]
+        rows = []
+        for name, importance in self._plan["importance"].items():
+            ranks = self._ranks_of(name)
+            rows.append([name, importance, *(ranks if few else (min(ranks), sum(ranks) / len(ranks), max(ranks)))])
+        columns = [Column("matrix"), Column("importance", "{:.2%}".format), *(Column(title, "{:g}".format) for title in titles)]
+        caption = "Importance of every matrix, and the rank it was given"
+        return Table(f"stage-{self.stage.number}-importance", caption, columns, rows)
+
+    def _by_round(self) -> Table:
+        """Every round: the clients' loss, modeled time, and held-out perplexity where it was measured."""
+        texts = sorted({name for r, c, name in self._measured if r is not None and c is None and name.startswith(PERPLEXITY)})
+        columns = [
+            Column("round"),
+            Column("loss of the clients, mean", "{:.3f}".format),
+            Column("modeled seconds", "{:,.2f}".format),
+        ]
+        columns += [Column(f"perplexity, {text.removeprefix(PERPLEXITY)}", "{:.1f}".format) for text in texts]
+        rows = [[r, *(self._of_round(r, name) for name in ("loss", "clock", *texts))] for r in self._rounds]
+        return Table(f"stage-{self.stage.number}-rounds", "Round by round", columns, rows)
+
+    @cached_property
+    def _personal(self) -> Table | None:
+        """Who kept an adapter of its own, and what it gains by it."""
+        rows = []
+        for client in self.stage.clients:
+            own, shared = (self._measured.get((None, client, f"personal/{which}")) for which in ("own", "shared"))
+            if own is not None and shared is not None:
+                rows.append([client, shared, own, "its own" if own < shared else "the shared one"])
+        columns = [
+            Column("client"),
+            Column("loss, shared", "{:.3f}".format),
+            Column("loss, own best", "{:.3f}".format),
+            Column("keeps"),
+        ]
+        caption = "The shared adapter and each client's own best, on text that the client held out for itself"
+        return Table(f"stage-{self.stage.number}-personal", caption, columns, rows) if rows else None
+
+    def _gained(self) -> str:
+        """Who gains by an adapter of its own."""
+        clients = [row[0] for row in self._personal.rows if row[2] < row[1]] if self._personal else []
+        if not clients:
+            return "No client has an adapter of its own that is better for it than the shared one."
+        return f"Better off with an adapter of its own, which it keeps for itself: {', '.join(clients)}."
+
+    def _of_round(self, round_: int, name: str) -> float | None:
+        return self._measured.get((round_, None, name))
+
+    def _ranks_of(self, linear: str) -> list[int]:
+        return [self._assignments[client]["ranks"].get(linear, 0) for client in self.stage.clients]
+
+    def _ranks_say(self, linear: str) -> str:
+        ranks = self._ranks_of(linear)
+        if not any(ranks):
+            return "tuned by nobody"
+        return f"rank {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"rank {max(ranks)}"
+
+
+def _place(linear: str) -> tuple[int, str]:
+    """(3, "mlp.up_proj") of "model.layers.3.mlp.up_proj"."""
+    parts = linear.split(".")
+    at = next(i for i, part in enumerate(parts) if part.isdigit())
+    return int(parts[at]), ".".join(parts[at + 1 :])
