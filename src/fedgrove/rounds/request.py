@@ -13,13 +13,14 @@ for what a site of a federation is asked itself. That is the registry: a new exc
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fedgrove import plugins
@@ -38,6 +39,7 @@ __all__ = [
 
 Tensors = dict[str, Tensor]
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
+Index = Annotated[int, Field(ge=0, strict=True)]
 OTHER_ROOMS = {"rounds": "rounds.exchanges", "deploy": "deploy.flare.exchanges"}  # those of no stage
 
 
@@ -104,8 +106,8 @@ class Request(BaseModel):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()
     REPLY: ClassVar[type[Reply]] = Reply
 
-    stage: int
-    round: int = 0
+    stage: Index
+    round: Index = 0
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         """The client's half.
@@ -184,7 +186,8 @@ def request_type(kind: str) -> type[Request]:
 def request_types() -> list[type[Request]]:
     """All types of requests, by kind: everything that a client can be asked."""
     packages = [*OTHER_ROOMS.values(), *(f"stages.{kind}.exchanges" for kind in plugins.names("stages", folders=True))]
-    found = [one for package in packages for name in plugins.names(package) for one in _types_in(package, name)]
+    there = [package for package in packages if importlib.util.find_spec(f"fedgrove.{package}") is not None]
+    found = [one for package in there for name in plugins.names(package) for one in _types_in(package, name)]
     return sorted(found, key=lambda one: one.KIND)
 
 

@@ -10,12 +10,12 @@ The engine is :mod:`fedgrove.engines.flare`.
 
 from __future__ import annotations
 
+import importlib.resources
 import importlib.util
-from importlib.resources import files
 
 from fedgrove.errors import FedgroveError
 
-TEMPLATES = files("fedgrove") / "deploy" / "flare" / "texts"  # of what a kit holds
+TEMPLATES = importlib.resources.files("fedgrove") / "deploy" / "flare" / "texts"  # of what a kit holds
 
 
 def require_flare() -> None:

@@ -16,7 +16,7 @@ from fedgrove.deploy.flare.kits import KEY, ROSTER, SIGNATURE, TRUSTED, name_of
 from fedgrove.errors import FedgroveError
 from fedgrove.job.units import Bits
 from fedgrove.privacy.secagg.keys import Credentials
-from fedgrove.rounds.request import Reply, Request, Response, Tensors
+from fedgrove.rounds.request import Index, Reply, Request, Response, Tensors
 
 
 class Declared(Reply):
@@ -92,7 +92,7 @@ class Installation:
 class SiteRequest(Request):
     """A request to a site itself, before the stages or after them: its client has no part in it."""
 
-    stage: int = 0
+    stage: Index = 0
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
         """The site's half.
