@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare import files
 from fedgrove.deploy.flare.doctor import clock
@@ -43,6 +44,11 @@ from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+from fedgrove.stages.tune.exchanges.base import KeepWeights
+from fedgrove.stages.tune.exchanges.importance import ScoreLinears
+from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
+from fedgrove.stages.tune.fixed_point import ClientNoise, WholeNumbers
 from small import Small, complaint, make_model
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "samples": 16, "length": 512}
@@ -67,8 +73,8 @@ def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
         ({"methods": ("wanda", "fedspallm")}, terms({**PRUNE, "allocation": "owl"}), "allow.methods"),
         ({"methods": ("fisher",)}, terms(STRUCTURED), None),
         ({"methods": ("taylor",)}, terms(STRUCTURED), "allow.methods"),
-        ({"methods": ("fedpipe", "flexlora")}, terms(TUNE), None),
-        ({"methods": ("lora", "flexlora")}, terms(TUNE), "allow.methods"),
+        ({"methods": ("fedpipe", "lora", "sgd", "flexlora")}, terms(TUNE), None),
+        ({"methods": ("uniform", "lora", "sgd", "flexlora")}, terms(TUNE), "allow.methods"),
         ({"group": 4}, terms(PRUNE), "allow.group"),
         ({"group": 3}, terms(PRUNE, clients=["ash", "ash", "ash"]), "allow.group"),
         ({"secure": True}, terms(PRUNE), "allow.secure"),
@@ -106,6 +112,18 @@ SUM = SumInputs(
 SCORES = ScoreGroups(stage=0, score="fisher", limit=2**40, calibration=Calibration(stage=0, samples=16, length=512, seed="0/0"))
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
 ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK)
+TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 32, "length": 512, "seed": "0/1", "personal": 0.0}
+TRAINING = Training(steps=4, batch=1, micro=1, learning_rate=1e-3, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
+TRAIN = Train(
+    **TUNED, run="r", parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 1.0}, masked=(),
+    tokens=9, seen=0, dtype="bfloat16", training=TRAINING,
+)  # fmt: skip
+IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
+PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
+WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
+ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
+WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
+NUMBERS = WholeNumbers(weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=3))
 
 
 def changed(request: Any, **changes: Any) -> Any:
@@ -124,6 +142,10 @@ def by_recipe(recipe: Recipe) -> PruneBlock:
     """The request to prune by this recipe."""
     block: PruneBlock = changed(BLOCK, recipe=recipe, calibration__through=recipe.through)
     return block
+
+
+def dp_sgd(request: Train, **changes: Any) -> Any:
+    return changed(request, stage=0, trainer="dp_sgd", **changes)
 
 
 def moved(request: Any, stage: int, **changes: Any) -> Any:
@@ -171,6 +193,22 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (moved(OUTLIERS, 2), "kind"),
         (SCORES, "kind"),
         (ALONE, "evaluate.alone"),
+        (TRAIN, None),
+        (changed(TRAIN, training__steps=5), "steps"),
+        (changed(TRAIN, parametrization="full"), "parametrization"),
+        (changed(TRAIN, trainer="dp_sgd"), "trainer"),
+        (changed(TRAIN, shared_a=True), "shared_a"),
+        (changed(TRAIN, length=1024), "length"),
+        (changed(TRAIN, personal=0.5), "personal"),
+        (changed(TRAIN, stage=0), "kind"),
+        (changed(TRAIN, stage=4), "stage"),
+        (IMPORTANCE, None),
+        (changed(IMPORTANCE, stage=0), "kind"),
+        (changed(IMPORTANCE, length=1024), "length"),
+        (PERSONAL, None),
+        (changed(PERSONAL, personal=0.5), "personal"),
+        (KeepWeights(stage=1, part=0), None),
+        (KeepWeights(stage=0, part=0), "kind"),
     ],
 )
 def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word: str | None) -> None:
@@ -197,6 +235,16 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (STRUCTURED, changed(SCORES, score="taylor"), "score"),
         (STRUCTURED, changed(SCORES, calibration__samples=17), "samples"),
         (STRUCTURED, moved(OUTLIERS, 0), "kind"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=WINDOWS), None),
+        (ADAPTERS, dp_sgd(TRAIN), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, epsilon=4.1)), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, delta=1e-5)), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, rounds=1)), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
+        (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, whole=NUMBERS), None),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, whole=changed(NUMBERS, noise=None)), "epsilon"),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True), "fixed"),
     ],
 )
 def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], request_: Request, word: str | None) -> None:
@@ -225,6 +273,14 @@ def test_what_holds_no_text_is_answered_in_every_job() -> None:
     assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) is None
     session = new_session(["ash", "birch", "cedar"], 64)
     assert refusal(Allow(), terms(TUNE), Keys(stage=9, session=session)) is None
+
+
+def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_path: Path) -> None:
+    secret: Any = object()
+    client = LocalClient("ash", tmp_path, tmp_path, None, (), None, credentials=secret)
+    numbers = changed(NUMBERS, noise=changed(NUMBERS.noise, adders=0))
+    with pytest.raises(FedgroveError, match="clients add the noise"):
+        changed(TRAIN, whole=numbers).respond({}, client, "cpu")
 
 
 def refusal(allow: Allow, agreed: Terms, request: Request) -> tuple[str, str] | None:

@@ -21,9 +21,9 @@ from fedgrove.errors import FedgroveError
 class LocalEngine:
     """Answers requests on this machine.
 
-    Without workers requests are answered in this process, one client after the other, and a timeout cannot stop it. With workers
-    each has a process of its own: several clients work at once, one that hangs or is killed becomes an error and
-    its worker starts anew. The bits of a result do not depend on the number of workers.
+    Without workers requests are answered in this process, one client after the other, and a timeout cannot stop it. With
+    workers each has a process of its own: several clients work at once, one that hangs or is killed becomes an error and its
+    worker starts anew. The bits of a result do not depend on the number of workers.
 
     Args:
         clients: the clients.
