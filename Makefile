@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test federation-test federation-faults lint docs site clean
+.PHONY: demo test federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
@@ -17,8 +17,8 @@ federation-test: .venv/installed
 	$(BIN)/pytest tests/test_federation.py tests/test_federation_site.py
 
 # Everything that can go wrong with them: the table in docs/federation.md. Several minutes.
-federation-faults: .venv/installed
-	$(BIN)/pytest tests/test_federation_faults.py
+federation-errors: .venv/installed
+	$(BIN)/pytest tests/test_federation_errors.py
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/flare.py --write
 
-A server and three sites are processes of this machine, over mTLS on the loopback address. For the first two, sites give
-back what they are sent, from the working process as in a real run; the classes that do so are here, and this federation's
+A server and three sites are processes of this machine, over mTLS on the loopback address. For the first two, sites send
+back what they receive, from the working process as in a real run; the classes that do so are here, and this federation's
 kits are made to accept them. The third is a real run: a random Llama of 30 blocks is pruned by three sites.
 """
 
@@ -22,8 +22,11 @@ from typing import Any
 
 import psutil
 
-from fedgrove.engines.flare import FlareEngine, Hub, Seat
-from fedgrove.engines.worker import Child, Reply
+from fedgrove.deploy.flare.controller import FedgroveController
+from fedgrove.deploy.flare.executor import FedgroveExecutor
+from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
+from fedgrove.engines.flare import FlareEngine
+from fedgrove.engines.worker import Reply, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 20
@@ -31,21 +34,21 @@ LARGE, LARGE_ROUNDS = 500 * 10**6, 2
 
 
 def echo(kit: Path, run: str, kind: str, message: bytes) -> Reply:
-    """Gives back what came."""
+    """Sends back what came."""
     return message, None
 
 
-class EchoSeat(Seat):
-    """A site that gives back what it is sent."""
+class EchoExecutor(FedgroveExecutor):
+    """A site that sends back what it receives."""
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
-        if self._child is None:
-            self._child = Child(echo, 1)
+        if self._worker is None:
+            self._worker = Worker(echo, 1)
         super().handle_event("" if event_type == "_about_to_start_run" else event_type, fl_ctx)
 
 
-class EchoHub(Hub):
-    """Asks, and writes down how long it took."""
+class EchoController(FedgroveController):
+    """Sends requests, and writes down how long it took."""
 
     def control_flow(self, abort_signal: Any, fl_ctx: Any) -> None:
         from nvflare.app_common.utils.tensor_disk_offload_context import setup_tensor_disk_offload
@@ -58,16 +61,16 @@ class EchoHub(Hub):
         def timed(sites: list[str], size: int) -> float:
             message = os.urandom(size)
             start = time.perf_counter()
-            for site, answer, error in flare.ask("echo", dict.fromkeys(sites, message), 300):
-                assert answer == message, (site, error)
+            for site, response, error in flare.request("echo", dict.fromkeys(sites, message), 300):
+                assert response == message, (site, error)
             return time.perf_counter() - start
 
         timed(names, 100)
-        told = {
+        seconds = {
             "tiny": [timed(names, 100) for _ in range(ROUNDS)],
             "large": [timed(names[:1], LARGE) for _ in range(LARGE_ROUNDS)],
         }
-        (Path(engine.get_workspace().get_root_dir()) / "bench.json").write_text(json.dumps(told))
+        (Path(engine.get_workspace().get_root_dir()) / "bench.json").write_text(json.dumps(seconds))
 
 
 def main() -> None:
@@ -109,21 +112,26 @@ def echoes(folder: Path) -> tuple[list[float], list[float]]:
     running = Running(Small(folder), folder / "kits")
     for kit in [running.server, *running.sites.values()]:
         resources = kit / "local" / "resources.json"
-        resources.write_text(resources.read_text().replace("fedgrove.engines.flare.", "flare.Echo"))
+        resources.write_text(_with_echo(resources.read_text()))
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), str(ROOT / "src")])}
     try:
         with within(600):
             running.start(server=path, **dict.fromkeys(running.names, path))
             operator.write_flare_job(folder / "job", load_federated(running.job("echo"), sites=running.names), False)
             for config in (folder / "job").rglob("config_fed_*.json"):
-                config.write_text(config.read_text().replace("fedgrove.engines.flare.", "flare.Echo"))
+                config.write_text(_with_echo(config.read_text()))
             with operator.session(running.operator) as flare:
                 job = flare.submit_job(str(folder / "job"))
                 wait_until(lambda: (running.server / "bench.json").is_file() or _ended(flare, job))
-        told = json.loads((running.server / "bench.json").read_text())
-        return told["tiny"], told["large"]
+        seconds = json.loads((running.server / "bench.json").read_text())
+        return seconds["tiny"], seconds["large"]
     finally:
         running.close()
+
+
+def _with_echo(text: str) -> str:
+    """A file of FLARE's with the classes of this file in the place of fedgrove's."""
+    return text.replace(CONTROLLER, "flare.EchoController").replace(EXECUTOR, "flare.EchoExecutor")
 
 
 def _ended(flare: Any, job: str) -> bool:
@@ -162,8 +170,8 @@ def memory(folder: Path, blocks: int, width: int) -> tuple[list[float], int]:
     try:
         running.start()
         looking.start()
-        fault = running.run("memory", Watching(), evaluate__data=[])
-        assert fault is None, fault
+        error = running.run("memory", Watching(), evaluate__data=[])
+        assert error is None, error
     finally:
         over.set()
         running.close()

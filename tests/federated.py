@@ -51,7 +51,7 @@ class Lines(Listener):
 
 
 class Proxy:
-    """A way to the server that can be cut, as a network can: what is open breaks, nothing new gets through.
+    """A way to the server that can be cut, as a network can: open connections break, no new one gets through.
 
     Attributes:
         passed: every byte that went through, either way: what somebody on the line would have.
@@ -73,7 +73,7 @@ class Proxy:
                 one.shutdown(socket.SHUT_RDWR)
         self._open.clear()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._up = True
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Running:
         self.write(self.folder / FEDERATION, name="trial", server=server, sites=sites, operators=[{"name": OPERATOR}])
 
     def kits(self, *options: str) -> str:
-        """Says `fedgrove federation kits`, and gives what it prints."""
+        """Runs `fedgrove federation kits`, and gives what it prints."""
         status, out, _ = cli("federation", "kits", self.folder / FEDERATION, "--out", self.folder, *options)
         assert status == 0
         return out
@@ -167,8 +167,8 @@ class Running:
         """Waits until the server has heard of them, after a time (seconds since 1970)."""
 
         def heard() -> bool:
-            told = operator.status(self.operator)["sites"]
-            return all((site["heard"] or 0) > since for site in told if site["name"] in sites)
+            known = operator.status(self.operator)["sites"]
+            return all((site["heard"] or 0) > since for site in known if site["name"] in sites)
 
         wait_until(heard)
 
@@ -190,7 +190,7 @@ class Running:
         return operator.fetch(self.operator, name, self.folder / f"fetched-{name}-{free_port()}")
 
     def kill(self, kit: Path) -> None:
-        """SIGKILL to a member's process and all that it started: as if its machine lost power."""
+        """SIGKILL to a kit's process and everything that it started: as if its machine lost power."""
         process = node.running(kit)
         assert process is not None
         for one in [process, *process.children(recursive=True)]:
@@ -230,7 +230,7 @@ def within(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment(**changes: str) -> Iterator[None]:
-    """What the members' processes are started with."""
+    """What the kits' processes are started with."""
     before = dict(os.environ)
     os.environ.update({"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **changes})
     try:

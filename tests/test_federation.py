@@ -25,7 +25,7 @@ from federated import OPERATOR, Lines, Running, environment
 from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.doctor import shake_hands
 from fedgrove.deploy.flare.files import Allow
-from fedgrove.deploy.flare.site import credentials
+from fedgrove.deploy.flare.installation import credentials
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
@@ -171,7 +171,7 @@ def test_a_job_that_brings_code_is_refused(federation: Running, tmp_path: Path) 
     custom.mkdir()
     (custom / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
     file = folder / "app_site" / "config" / "config_fed_client.json"
-    file.write_text(file.read_text(encoding="utf-8").replace(kits.SEAT, "mine.Mine"), encoding="utf-8")
+    file.write_text(file.read_text(encoding="utf-8").replace(kits.EXECUTOR, "mine.Mine"), encoding="utf-8")
     assert "COMPLETED" not in submit_raw(federation, folder)
     assert not (tmp_path / "ran").exists()
     assert b"ash: NVFLARE_ERROR: BYOC not permitted" in everything(federation.server), "the site refuses it"
@@ -198,7 +198,7 @@ def test_a_site_is_added_and_certificates_are_renewed_while_the_federation_lives
     """As docs/federation.md says it: nobody restarts but those who are renewed. The next test asks them all."""
     four = (*federation.names, "dogwood")
     federation.file(four)
-    assert "sites/dogwood: hand this folder to the member" in federation.kits()
+    assert "sites/dogwood: hand this folder over" in federation.kits()
     federation.describe("dogwood")
     federation.start_site("dogwood")
     federation.wait_for(four)
@@ -206,13 +206,13 @@ def test_a_site_is_added_and_certificates_are_renewed_while_the_federation_lives
         assert all(credentials(site, Allow()).public_key(name) for name in four), "secure aggregation knows it too"
 
     renewed = (federation.server, federation.sites["cedar"])
-    before = [certificate(member) for member in renewed]
-    assert federation.kits("--renew", "server", "--renew", "cedar").count("hand its .crt file (no secret)") == 2
+    before = [certificate(kit) for kit in renewed]
+    assert federation.kits("--renew", "server", "--renew", "cedar").count("hand over its .crt file (no secret)") == 2
     for old, new in zip(before, map(certificate, renewed), strict=True):
         assert new.not_valid_after_utc > old.not_valid_after_utc
         assert new.public_key() == old.public_key()
-    for member in renewed:
-        node.stop(member)
+    for kit in renewed:
+        node.stop(kit)
     now = time.time()
     with environment():
         node.start(federation.server)
@@ -227,10 +227,10 @@ def certificate(kit: Path) -> x509.Certificate:
 def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
     federation.describe("cedar", allow={"secure": True})
     seen = Lines()
-    fault = federation.run("open", seen)
+    error = federation.run("open", seen)
     federation.describe("cedar")
     number = len(federation.sites)
-    assert fault == (
+    assert error == (
         "client 'cedar': it refuses what the job asks (allow.secure in its site.toml) "
         f"({number - 1} of {number} clients answered, {number} needed: rounds.quorum)"
     )
@@ -270,7 +270,7 @@ def test_nothing_of_a_site_is_anywhere_else(federation: Running) -> None:
     assert federation.proxy
     line = bytes(federation.proxy.passed)
     assert len(line) > 10**5
-    assert not [told for told in (SECRET.encode(), *sentences) if told in line]
+    assert not [secret for secret in (SECRET.encode(), *sentences) if secret in line]
     own = b"".join(contents(file) for file in federation.sites["ash"].rglob("*.toml"))
     assert SECRET.encode() in own, "where it belongs it is found"
 

@@ -1,36 +1,66 @@
-"""The site decides, the job asks; of a fault nothing leaves but a code. None of this needs FLARE."""
+"""The site decides, the job asks; of an error nothing leaves but a code. Hardly any of this needs FLARE."""
 
 from __future__ import annotations
 
 import errno
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fedgrove.client.handlers import HANDLERS, TEXTLESS
+import torch
+from pydantic import BaseModel, ValidationError
 
+from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare import files
 from fedgrove.deploy.flare.doctor import clock
+from fedgrove.deploy.flare.exchanges.done import EndRun
+from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
+from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
 from fedgrove.deploy.flare.files import Allow, Federation, SiteFile
-from fedgrove.deploy.flare.site import STAGES, answer, keeps_to, refused
-from fedgrove.engines import error_codes as faults
+from fedgrove.deploy.flare.installation import SiteRequest
+from fedgrove.deploy.flare.policy import Terms, check, refused_key
+from fedgrove.deploy.flare.site import respond
+from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load_federated
+from fedgrove.job.tables import KINDS
+from fedgrove.job.units import Table
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
+from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds import wire
+from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself
+from fedgrove.rounds.exchanges.secagg import Keys
+from fedgrove.rounds.request import Request, Tensors, request_types
+from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
+from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
+from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs
+from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+from fedgrove.stages.tune.exchanges.base import KeepWeights
+from fedgrove.stages.tune.exchanges.importance import ScoreLinears
+from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
+from fedgrove.stages.tune.fixed_point import ClientNoise, WholeNumbers
 from small import Small, complaint, make_model
 
-PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "samples": 16, "length": 512}
-SUMS = {**PRUNE, "aggregation": "pooled", "epsilon": 4.0}
+PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "samples": 16, "length": 512}
+SUMS = {**PRUNE, "aggregation": "pooled"}
+PRIVATE = {**SUMS, "epsilon": 4.0}
 TUNE = {"kind": "tune", "method": "fedpipe", "aggregation": "flexlora", "length": 512, "steps": 4}
+STRUCTURED = {"kind": "structured", "samples": 16, "length": 512}
 
 
-def terms(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {"stages": list(stages), "clients": ["ash", "birch", "cedar"], "secure": False, "alone": False, **changes}
+def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
+    fields = {"name": "job", "model": "m", "dtype": "auto", "digests": {}, "secure": False, "alone": False}
+    return Terms.model_validate({**fields, "clients": ["ash", "birch", "cedar"], "stages": list(stages), **changes})
 
 
 @pytest.mark.parametrize(
@@ -39,64 +69,238 @@ def terms(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({}, terms(PRUNE, TUNE), None),
         ({"stages": ("prune",)}, terms(PRUNE, TUNE), "allow.stages"),
         ({"methods": ("wanda", "fedspallm")}, terms(PRUNE), None),
-        ({"methods": ("wanda", "fedspallm")}, terms(SUMS), "allow.methods"),
+        ({"methods": ("wanda", "fedspallm")}, terms(PRIVATE), "allow.methods"),
+        ({"methods": ("wanda", "fedspallm")}, terms({**PRUNE, "allocation": "owl"}), "allow.methods"),
+        ({"methods": ("fisher",)}, terms(STRUCTURED), None),
+        ({"methods": ("taylor",)}, terms(STRUCTURED), "allow.methods"),
+        ({"methods": ("fedpipe", "lora", "sgd", "flexlora")}, terms(TUNE), None),
+        ({"methods": ("uniform", "lora", "sgd", "flexlora")}, terms(TUNE), "allow.methods"),
         ({"group": 4}, terms(PRUNE), "allow.group"),
         ({"group": 3}, terms(PRUNE, clients=["ash", "ash", "ash"]), "allow.group"),
         ({"secure": True}, terms(PRUNE), "allow.secure"),
         ({"secure": True}, terms(PRUNE, secure=True), None),
-        ({"epsilon": 4.0}, terms(SUMS), None),
-        ({"epsilon": 2.0}, terms(SUMS), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms(PRIVATE), None),
+        ({"epsilon": 2.0}, terms(PRIVATE), "allow.epsilon"),
         ({"epsilon": 2.0}, terms(PRUNE), "allow.epsilon"),
-        ({"epsilon": 4.0}, terms({**SUMS, "allocation": "owl"}), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms({**PRUNE, "allocation": "owl"}), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms(PRIVATE, alone=True), "allow.epsilon"),
         ({"alone": False}, terms(PRUNE, alone=True), "allow.alone"),
         ({"samples": 15}, terms(PRUNE), "allow.samples"),
+        ({"samples": 15}, terms(STRUCTURED), "allow.samples"),
+        ({"samples": 16}, terms(PRUNE, TUNE), None),
     ],
 )
-def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(
-    allow: dict[str, Any], wanted: dict[str, Any], key: str | None
-) -> None:
-    assert refused(Allow(**allow), wanted) == key
+def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(allow: dict[str, Any], wanted: Terms, key: str | None) -> None:
+    assert refused_key(Allow(**allow), wanted) == key
+
+
+def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:
+    with pytest.raises(ValidationError, match="allocation: the budget of epsilon is spent on one sum of each block"):
+        terms({**PRIVATE, "allocation": "owl"})
+    with pytest.raises(ValidationError, match="no-such-kind"):
+        terms({"kind": "no-such-kind"})
+
+
+RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
+CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through)
+DENSE = Calibration(stage=2, samples=16, length=512, seed="0/2")
+BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm")
+NOISE = Noise(norms={"x": 1.0}, inputs=4, clients=3, epsilon=4.0, delta=1e-6)
+SUM = SumInputs(
+    stage=2, run="r", block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**40
+)
+SCORES = ScoreGroups(stage=0, score="fisher", limit=2**40, calibration=Calibration(stage=0, samples=16, length=512, seed="0/0"))
+OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
+ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK)
+TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 32, "length": 512, "seed": "0/1", "personal": 0.0}
+TRAINING = Training(steps=4, batch=1, micro=1, learning_rate=1e-3, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
+TRAIN = Train(
+    **TUNED, run="r", parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 1.0}, masked=(),
+    tokens=9, seen=0, dtype="bfloat16", training=TRAINING,
+)  # fmt: skip
+IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
+PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
+WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
+ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
+WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
+NUMBERS = WholeNumbers(weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=3))
+
+
+def changed(request: Any, **changes: Any) -> Any:
+    """A request with other fields; ``calibration__length=1`` changes a field of a field."""
+    fields = request.model_dump()
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = fields
+        for step in path:
+            place = place[step]
+        place[last] = value.model_dump() if isinstance(value, BaseModel) else value
+    return type(request).model_validate(fields)
+
+
+def by_recipe(recipe: Recipe) -> PruneBlock:
+    """The request to prune by this recipe."""
+    block: PruneBlock = changed(BLOCK, recipe=recipe, calibration__through=recipe.through)
+    return block
+
+
+def dp_sgd(request: Train, **changes: Any) -> Any:
+    return changed(request, stage=0, trainer="dp_sgd", **changes)
+
+
+def moved(request: Any, stage: int, **changes: Any) -> Any:
+    return changed(request, stage=stage, calibration__stage=stage, **changes)
+
+
+JOB = (PRUNE, TUNE, PRIVATE, SUMS)
 
 
 @pytest.mark.parametrize(
-    ("kind", "ask", "word"),
+    ("request_", "word"),
     [
-        ("prune", {"stage": 0, "pruner": "wanda", "aggregation": "fedspallm", "length": 512, "samples": 16}, None),
-        ("prune", {"stage": 0, "pruner": "sparsegpt", "aggregation": "fedspallm"}, "pruner"),
-        ("prune", {"stage": 0, "aggregation": "fedit"}, "aggregation"),
-        ("prune", {"stage": 0, "length": 1024}, "length"),
-        ("prune", {"stage": 1}, "kind"),
-        ("prune", {"stage": 3}, "stage"),
-        ("prune", {"stage": True}, "stage"),
-        ("prune", {}, "stage"),
-        ("pooled", {"stage": 0}, "kind"),
-        ("pooled", {"stage": 2, "noise": {"epsilon": 4.0}, "products": []}, None),
-        ("pooled", {"stage": 2, "noise": {"epsilon": 4.1}, "products": []}, "epsilon"),
-        ("pooled", {"stage": 2, "noise": None, "products": []}, "epsilon"),
-        ("pooled", {"stage": 2, "noise": {"epsilon": 4.0}, "products": ["x"]}, "products"),
-        ("train", {"stage": 1, "length": 512, "settings": {"steps": 4}}, None),
-        ("train", {"stage": 1, "settings": {"steps": 5}}, "steps"),
-        ("train", {"stage": 0}, "kind"),
-        ("evaluate", {"walk": {"stage": 0}}, "evaluate.alone"),
+        (BLOCK, None),
+        (changed(BLOCK, block=0, keep=True, calibration__samples=15), None),
+        (changed(BLOCK, recipe__pruner="sparsegpt"), "pruner"),
+        (changed(BLOCK, aggregation="fedavg"), "aggregation"),
+        (changed(BLOCK, aggregation="fedit"), "aggregation"),
+        (changed(BLOCK, recipe__damping="each"), "damping"),
+        (changed(BLOCK, recipe__pattern=(2, 4)), "pattern"),
+        (changed(BLOCK, calibration__through="dense"), "source"),
+        (changed(BLOCK, calibration__compute_dtype="bfloat16"), "compute_dtype"),
+        (changed(BLOCK, max_weight_growth=9.0), "max_weight_growth"),
+        (changed(BLOCK, round=1), "rounds"),
+        (changed(BLOCK, calibration__length=1024), "length"),
+        (changed(BLOCK, calibration__samples=17), "samples"),
+        (changed(BLOCK, calibration__stage=1), "stage"),
+        (moved(BLOCK, 1), "kind"),
+        (moved(BLOCK, 2), "kind"),
+        (moved(BLOCK, 4), "stage"),
+        (moved(SUM, 0), "kind"),
+        (moved(SUM, 1), "kind"),
+        (changed(SUM, noise=NOISE), None),
+        (SUM, "epsilon"),
+        (changed(SUM, noise=changed(NOISE, epsilon=4.1)), "epsilon"),
+        (changed(SUM, noise=changed(NOISE, delta=1e-5)), "delta"),
+        (changed(SUM, noise=NOISE, products=("x",)), "products"),
+        (changed(SUM, noise=NOISE, moments=True), "moments"),
+        (changed(SUM, noise=NOISE, calibration__length=1024), "length"),
+        (changed(SUM, noise=NOISE, calibration__samples=17), "samples"),
+        (changed(SUM, noise=NOISE, calibration__through="server/r"), "source"),
+        (changed(SUM, noise=NOISE, calibration__compute_dtype="bfloat16"), "compute_dtype"),
+        (moved(SUM, 3), None),
+        (moved(SUM, 3, noise=NOISE), "epsilon"),
+        (moved(OUTLIERS, 0), "allocation"),
+        (moved(OUTLIERS, 2), "kind"),
+        (SCORES, "kind"),
+        (ALONE, "evaluate.alone"),
+        (TRAIN, None),
+        (changed(TRAIN, training__steps=5), "steps"),
+        (changed(TRAIN, parametrization="full"), "parametrization"),
+        (changed(TRAIN, trainer="dp_sgd"), "trainer"),
+        (changed(TRAIN, shared_a=True), "shared_a"),
+        (changed(TRAIN, length=1024), "length"),
+        (changed(TRAIN, personal=0.5), "personal"),
+        (changed(TRAIN, stage=0), "kind"),
+        (changed(TRAIN, stage=4), "stage"),
+        (IMPORTANCE, None),
+        (changed(IMPORTANCE, stage=0), "kind"),
+        (changed(IMPORTANCE, length=1024), "length"),
+        (PERSONAL, None),
+        (changed(PERSONAL, personal=0.5), "personal"),
+        (KeepWeights(stage=1, part=0), None),
+        (KeepWeights(stage=0, part=0), "kind"),
     ],
 )
-def test_an_ask_that_the_job_does_not_hold_is_refused(kind: str, ask: dict[str, Any], word: str | None) -> None:
-    wanted = terms(PRUNE, TUNE, SUMS)
-    if word is None:
-        keeps_to(Allow(), wanted, kind, ask)
-        return
-    with pytest.raises(Refusal) as refusal:
-        keeps_to(Allow(), wanted, kind, ask)
-    assert (refusal.value.code, refusal.value.word) == ("terms", word)
-
-
-def test_every_kind_of_ask_belongs_to_a_stage_or_holds_no_text() -> None:
-    known = set().union(*STAGES.values()) | TEXTLESS | {"evaluate"}
-    assert known == set(HANDLERS), "a new kind of ask: say in federation/site.py which stage may bring it"
+def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word: str | None) -> None:
+    assert refusal(Allow(), terms(*JOB), request_) == (None if word is None else ("terms", word))
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("stage", "request_", "word"),
+    [
+        ({**PRUNE, "pattern": "2:4", "sparsity": None}, BLOCK, "pattern"),
+        ({**PRUNE, "pattern": "2:4", "sparsity": None}, by_recipe(changed(RECIPE, pattern=(2, 4))), None),
+        ({**PRUNE, "source": "dense"}, changed(BLOCK, calibration__through="dense"), None),
+        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1), None),
+        ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0), None),
+        ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, owl_m=3.0), "owl_m"),
+        ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, allocation="even"), "allocation"),
+        ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, calibration__length=8), "length"),
+        ({**SUMS, "pruner": "sparsegpt"}, moved(SUM, 0, products=("x",)), None),
+        ({**SUMS, "pruner": "sparsegpt", "source": "sequential"}, moved(SUM, 0, calibration__through="server/r"), None),
+        ({**SUMS, "pruner": "dsnot"}, moved(SUM, 0, moments=True), None),
+        ({**SUMS, "protect_first_block": True}, moved(SUM, 0), "protect_first_block"),
+        ({**SUMS, "protect_first_block": True}, moved(SUM, 0, block=1), None),
+        (STRUCTURED, SCORES, None),
+        (STRUCTURED, changed(SCORES, score="taylor"), "score"),
+        (STRUCTURED, changed(SCORES, calibration__samples=17), "samples"),
+        (STRUCTURED, moved(OUTLIERS, 0), "kind"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=WINDOWS), None),
+        (ADAPTERS, dp_sgd(TRAIN), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, epsilon=4.1)), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, delta=1e-5)), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, rounds=1)), "epsilon"),
+        (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
+        (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, whole=NUMBERS), None),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, whole=changed(NUMBERS, noise=None)), "epsilon"),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True), "fixed"),
+    ],
+)
+def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], request_: Request, word: str | None) -> None:
+    table = {key: value for key, value in stage.items() if value is not None}
+    assert refusal(Allow(), terms(table), request_) == (None if word is None else ("terms", word))
+
+
+def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:
+    assert refusal(Allow(), terms(PRUNE, alone=True), ALONE) is None
+    assert refusal(Allow(), terms(PRUNE, alone=True), changed(ALONE, prune__recipe__pruner="magnitude")) == ("terms", "pruner")
+    assert refusal(Allow(), terms(PRUNE, alone=True), changed(ALONE, prune__calibration__length=8)) == ("terms", "length")
+    assert refusal(Allow(), terms(PRUNE, PRUNE, alone=True), changed(ALONE, prune__stage=1)) == ("terms", "stage")
+    assert refusal(Allow(alone=False), terms(PRUNE, alone=True), ALONE) == ("refused", "allow.alone")
+    recipe = changed(RECIPE, damping="each")
+    pooled = changed(BLOCK, aggregation="pooled", recipe=recipe, calibration__through="dense")
+    assert refusal(Allow(), terms(SUMS, alone=True), changed(ALONE, prune=pooled)) is None
+
+
+def test_a_site_that_became_stricter_refuses_what_it_agreed_to() -> None:
+    assert refusal(Allow(samples=15), terms(PRUNE), BLOCK) == ("refused", "allow.samples")
+    assert refusal(Allow(stages=("tune",)), terms(PRUNE), BLOCK) == ("refused", "allow.stages")
+    assert refusal(Allow(secure=True), terms(PRUNE), BLOCK) == ("refused", "allow.secure")
+
+
+def test_what_holds_no_text_is_answered_in_every_job() -> None:
+    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) is None
+    session = new_session(["ash", "birch", "cedar"], 64)
+    assert refusal(Allow(), terms(TUNE), Keys(stage=9, session=session)) is None
+
+
+def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_path: Path) -> None:
+    secret: Any = object()
+    client = LocalClient("ash", tmp_path, tmp_path, None, (), None, credentials=secret)
+    numbers = changed(NUMBERS, noise=changed(NUMBERS.noise, adders=0))
+    with pytest.raises(FedgroveError, match="clients add the noise"):
+        changed(TRAIN, whole=numbers).respond({}, client, "cpu")
+
+
+def refusal(allow: Allow, agreed: Terms, request: Request) -> tuple[str, str] | None:
+    try:
+        check(allow, agreed, request)
+    except Refusal as error:
+        return error.code, error.word
+    return None
+
+
+def test_every_request_belongs_to_a_stage_or_holds_no_text() -> None:
+    for kind in request_types():
+        if kind.KIND.partition("/")[0] in KINDS:
+            assert kind.beyond is not Request.beyond or not kind.DISCLOSES, f"{kind.KIND}: say what a job allows"
+        else:
+            assert issubclass(kind, SiteRequest) or kind.DISCLOSES <= HARMLESS, f"{kind.KIND}: a site would refuse it"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
     [
         (RuntimeError("secret"), "RuntimeError in its handler; the trace is in its own log/site.log"),
         (FedgroveError("/secret/notes.txt: too short"), "FedgroveError in its handler"),
@@ -107,15 +311,63 @@ def test_every_kind_of_ask_belongs_to_a_stage_or_holds_no_text() -> None:
         (type("Sec ret\n", (Exception,), {})(), "Secret in its handler"),
     ],
 )
-def test_the_text_of_an_exception_stays_at_the_site(fault: Exception, says: str) -> None:
-    travelled = faults.of(fault)
-    assert "secret" not in travelled
-    assert says in faults.told(travelled)
+def test_the_text_of_an_exception_stays_at_the_site(error: Exception, says: str) -> None:
+    code = error_codes.encode_exception(error)
+    assert "secret" not in code
+    assert says in error_codes.message(code)
 
 
-@pytest.mark.parametrize("sent", [None, "", "fault", "fault a b c", "unknown Error", "fault Err{word}", "fault E\nx"])
+@pytest.mark.parametrize("sent", [None, "", "error", "error a b c", "unknown Error", "error Err{word}", "error E\nx"])
 def test_what_is_no_code_of_ours_is_not_shown(sent: str | None) -> None:
-    assert faults.told(sent) == "it answered with an error that is not one of fedgrove's"
+    assert error_codes.message(sent) == "it answered with an error that is not one of fedgrove's"
+
+
+class Context:
+    """What FLARE hands an executor, as far as it is looked at."""
+
+    def __init__(self, kit: Path):
+        self._kit = kit
+
+    def get_engine(self) -> Context:
+        return self
+
+    get_workspace = get_engine
+
+    def get_root_dir(self) -> str:
+        return str(self._kit)
+
+
+def test_an_exception_of_the_executor_is_in_the_sites_log_and_a_code_is_the_response(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nvflare")
+    from nvflare.apis.event_type import EventType
+    from nvflare.apis.shareable import Shareable
+
+    from fedgrove.deploy.flare import executor
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("cannot start /secret")
+
+    monkeypatch.setattr(executor, "Worker", fail)
+    one, context, log = executor.FedgroveExecutor(), Context(tmp_path), tmp_path / "log" / "site.log"
+    one.handle_event(EventType.ABOUT_TO_START_RUN, context)
+    assert "RuntimeError: cannot start /secret" in log.read_text(encoding="utf-8")
+    log.unlink()
+
+    request = Shareable()
+    request.update({"nonce": "n", "version": error_codes.VERSION, "kind": "deploy/done", "run": "r", "seconds": 1, "body": b""})
+    reply = one.execute("fedgrove", request, context, None)
+    assert (reply["nonce"], reply["error"]) == ("n", "error RuntimeError")
+    assert "body" not in reply
+    assert "secret" not in str(dict(reply))
+    trace = log.read_text(encoding="utf-8")
+    assert "Traceback" in trace
+    assert "RuntimeError: cannot start /secret" in trace
+
+    (tmp_path / "log").rename(tmp_path / "elsewhere")
+    (tmp_path / "log").write_text("a file where the folder was")
+    assert one.execute("fedgrove", request, context, None)["error"] == "error RuntimeError", "a log that fails changes nothing"
 
 
 def test_the_first_block_in_which_two_models_differ_is_named(small: Small, tmp_path: Path) -> None:
@@ -128,13 +380,92 @@ def test_the_first_block_in_which_two_models_differ_is_named(small: Small, tmp_p
     assert first_difference(mine, {**mine, "tokenizer": "0"}) == "tokenizer"
 
 
+def message(request: Request, tensors: Tensors | None = None) -> bytes:
+    return wire.pack(tensors or {}, {"request": request.model_dump(mode="json")})
+
+
+def send(kit: Path, request: Request, tensors: Tensors | None = None, run: str = "run") -> tuple[bytes | None, str | None]:
+    return respond(kit, run, request.KIND, message(request, tensors))
+
+
+def make_site(kit: Path, small: Small, **settings: str) -> Path:
+    (kit / "startup").mkdir(parents=True)
+    (kit / "startup" / "fed_client.json").write_text(json.dumps({"client": {"fqsn": "ash"}}))
+    lines = [f'data = "{small.texts["ash"]}"', *(f"{key} = {value}" for key, value in settings.items())]
+    (kit / "site.toml").write_text("\n".join([*lines, "[models]", f'm = "{small.model}"', ""]))
+    return kit
+
+
 def test_a_site_that_did_not_agree_answers_nothing(small: Small, tmp_path: Path) -> None:
-    file = tmp_path / "site.toml"
-    message = wire.pack({}, {"calibrations": []})
-    assert answer(tmp_path, "run", "card", message) == (None, "site-file Refusal")
-    file.write_text(f'data = "{small.texts["ash"]}"\n[models]\nm = "{small.model}"\n')
-    assert answer(tmp_path, "run", "card", message) == (None, "joined Refusal")
-    assert answer(tmp_path, "../run", "card", message) == (None, "terms Refusal run")
+    request = DescribeYourself(calibrations=(), lengths=())
+    assert send(tmp_path, request) == (None, "site-file Refusal")
+    make_site(tmp_path, small)
+    assert send(tmp_path, request) == (None, "joined Refusal")
+    assert send(tmp_path, request, run="../run") == (None, "terms Refusal run")
+    assert send(tmp_path, EndRun()) == (None, "joined Refusal")
+    assert send(tmp_path, DeliverResult(file="x", last=True), {CONTENT: torch.zeros(1, dtype=torch.uint8)}) == (
+        None,
+        "joined Refusal",
+    )
+
+
+def test_a_site_joins_answers_takes_the_result_and_clears_its_files(small: Small, tmp_path: Path) -> None:
+    site = make_site(tmp_path, small, result="true", speed='"measure"')
+    wanted = terms({**PRUNE, "samples": 3, "length": 16}, digests=digests(Checkpoint(small.model)))
+    join = JoinRun(terms=wanted, clock=time.time())
+    response, error = send(site, join)
+    assert response, error
+    reply = wire.unpack(response)[1]
+    assert reply.pop("request") == join.digest
+    joined = Joined.model_validate(reply)
+    assert (joined.result, joined.capabilities.speed) == (True, "measure")
+
+    response, error = send(site, DescribeYourself(calibrations=(), lengths=(16,)))
+    assert response, error
+    reply = wire.unpack(response)[1]
+    reply.pop("request")
+    assert Capabilities.model_validate(reply).tokens.keys() == {16}
+
+    calibration = changed(CALIBRATION, samples=3, length=16)
+    block = changed(BLOCK, block=0, calibration=calibration)
+    response, error = send(site, block)
+    assert response, error
+    assert wire.unpack(response)[1]["request"] == block.digest
+    assert send(site, changed(block, aggregation="fedavg")) == (None, "terms Refusal aggregation")
+    assert send(site, moved(block, 1)) == (None, "terms Refusal stage")
+
+    for name in ("a.bin", "b.bin"):
+        request = DeliverResult(file=name, last=name == "b.bin")
+        assert send(site, request, {CONTENT: torch.tensor([1, 2], dtype=torch.uint8)})[1] is None
+    assert sorted(file.name for file in (site / "results" / "job").iterdir()) == ["a.bin", "b.bin"]
+    assert send(site, DeliverResult(file="c.bin", last=False)) == (None, "terms Refusal bytes")
+    assert (site / "work" / "run").is_dir()
+    assert send(site, EndRun())[1] is None
+    assert not (site / "work" / "run").exists()
+
+
+TERMS = terms(PRUNE).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "code"),
+    [
+        ("prune/block", {}, "terms Refusal stage"),
+        ("prune/block", {**BLOCK.model_dump(mode="json"), "stage": True}, "terms Refusal stage"),
+        ("prune/block", {**BLOCK.model_dump(mode="json"), "stage": -1}, "terms Refusal stage"),
+        ("prune/block", {**BLOCK.model_dump(mode="json"), "command": "rm"}, "terms Refusal command"),
+        ("prune/block", None, "terms Refusal"),
+        ("prune/nothing", {}, "terms Refusal kind"),
+        ("../secret", {}, "terms Refusal kind"),
+        ("deploy/result", {"file": "../x", "last": True}, "terms Refusal file"),
+        ("deploy/join", {"terms": {**TERMS, "name": "../x"}, "clock": 0}, "terms Refusal terms.name"),
+        ("deploy/join", {"terms": {**TERMS, "dtype": "nn"}, "clock": 0}, "terms Refusal terms.dtype"),
+    ],
+)
+def test_what_is_no_request_is_refused_by_the_field(kind: str, fields: object, code: str, small: Small, tmp_path: Path) -> None:
+    site = make_site(tmp_path, small)
+    assert respond(site, "run", kind, wire.pack({}, {"request": fields})) == (None, code)
+    assert respond(site, "run", kind, b"noise") == (None, "error WireError")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +481,7 @@ def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
 ) -> None:
     assert "not known before the first job" in clock(tmp_path, datetime.now(UTC)).text
     (tmp_path / "site.toml").write_text(f'data = "{small.texts["ash"]}"\n[models]\n')
-    answer(tmp_path, "run", "join", wire.pack({}, terms(PRUNE, clock=time.time() + behind, clients=["ash"])))
+    send(tmp_path, JoinRun(terms=terms(PRUNE, clients=["ash"]), clock=time.time() + behind))
     check = clock(tmp_path, datetime.now(UTC))
     assert (check.ok, check.text.startswith(says)) == (ok, True), check
 
@@ -168,9 +499,10 @@ def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
         ("data = []\n[models]", SiteFile, "data: write where this site's text lies"),
         ('data = "nowhere.txt"\n[models]', SiteFile, "data.0: no such file"),
         ("data = []\n[models]\n[allow]\nsecret = 1", SiteFile, "write where this site"),
+        ('stages = ["prun"]', Allow, "stages.0: choose one of prune, structured, tune"),
     ],
 )
-def test_a_mistake_in_a_file_is_named_by_its_key(text: str, kind: type[files.Part], says: str, tmp_path: Path) -> None:
+def test_a_mistake_in_a_file_is_named_by_its_key(text: str, kind: type[Table], says: str, tmp_path: Path) -> None:
     (tmp_path / "file.toml").write_text(text)
     with pytest.raises(FedgroveError, match=says):
         files.read(tmp_path / "file.toml", kind)

@@ -14,7 +14,7 @@ HARMLESS = frozenset({Disclosure.CAPABILITIES})  # what a client says in the ope
 
 
 def serve(kind: str, message: bytes, client: LocalClient, device: str) -> bytes:
-    """Answers one request.
+    """Responds to one request.
 
     Args:
         kind: the request's name on the wire.
@@ -24,18 +24,27 @@ def serve(kind: str, message: bytes, client: LocalClient, device: str) -> bytes:
 
     Raises:
         WireError: the message is damaged, or no request of that kind.
-        FedgroveError: the client cannot answer, or does not.
+        FedgroveError: the client cannot respond, or does not.
+    """
+    return respond(*read(kind, message), client, device)
+
+
+def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], Masking | None]:
+    """A message's request, the tensors beside it, and what has its response masked.
+
+    Raises:
+        WireError: the message is damaged, or no request of that kind.
     """
     tensors, info = wire.unpack(message)
     request = parse(kind, info.get("request"))
     masking = Masking.model_validate(info["masking"]) if info.get("masking") is not None else None
-    return answer(request, tensors, masking, client, device)
+    return request, tensors, masking
 
 
-def answer(
+def respond(
     request: Request, tensors: dict[str, torch.Tensor], masking: Masking | None, client: LocalClient, device: str
 ) -> bytes:
-    """Likewise, for a request that was read."""
+    """Responds to a request that was read; see :func:`serve`."""
     if client.credentials is not None and masking is None and not request.discloses() <= HARMLESS:
         raise client.error(f"it answers '{request.KIND}' only under secure aggregation")
     release = request.release()
@@ -45,8 +54,14 @@ def answer(
         else:  # what is noisy is made once
             made = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
             response = Response(made[0], request.REPLY.model_validate(made[1]))
-    sent = response.tensors if masking is None else masking.apply(client, response.tensors, release)
-    return wire.pack(sent, {"request": request.digest, **response.reply.model_dump(mode="json")})
+    if masking is not None:
+        response = Response(masking.apply(client, response.tensors, release), response.reply)
+    return pack(request, response)
+
+
+def pack(request: Request, response: Response) -> bytes:
+    """A response as it travels."""
+    return wire.pack(response.tensors, {"request": request.digest, **response.reply.model_dump(mode="json")})
 
 
 def _plain(response: Response) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

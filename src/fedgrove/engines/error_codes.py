@@ -1,6 +1,6 @@
-"""What a site tells of what went wrong: a code, the name of a class, at most one word of ours. Never a text.
+"""What a site tells of an error: a code, the name of a class, at most one word of ours. Never a text.
 
-The text may name files or quote data; it stays in the site's own log. The server makes a line of the code.
+The text of an exception may name files or quote data; it stays in the site's own log. The server makes a line of the code.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 from fedgrove.errors import FedgroveError
 
 VERSION = importlib.metadata.version("fedgrove")
-TOLD = {
+MESSAGES = {
     "version": "its fedgrove is {word}, this one is " + VERSION + "; install the same version",
     "refused": "it refuses what the job asks ({word} in its site.toml)",
-    "terms": "it refuses an ask that the job it agreed to does not hold ({word})",
+    "terms": "it refuses a request that the job it agreed to does not hold ({word})",
     "model": "its model differs from the job's at {word}; copy the model there again",
     "models": "it has no model of that name ([models] in its site.toml)",
     "site-file": "its site.toml does not hold together; `fedgrove federation doctor` there says where",
@@ -26,7 +26,7 @@ TOLD = {
     "memory": "out of memory; raise limit in its site.toml, or lower samples or length",
     "killed": "its working process was killed (status {word}); out of memory? Lower samples or length",
     "late": "it did not finish in time (rounds.timeout)",
-    "fault": "{name} in its handler; the trace is in its own log/site.log",
+    "error": "{name} in its handler; the trace is in its own log/site.log",
 }
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 
@@ -36,40 +36,51 @@ class Stopped(FedgroveError):
 
 
 class Refusal(FedgroveError):
-    """What a site does not do: a code of ``TOLD`` and at most one word."""
+    """What a site does not do.
+
+    Attributes:
+        code: of ``MESSAGES``.
+        word: the key, field or part of the model that is the reason; empty: none.
+    """
 
     def __init__(self, code: str, word: str = ""):
-        super().__init__(TOLD[code].format(word=word, name="Refusal"))
+        super().__init__(MESSAGES[code].format(word=word, name="Refusal"))
         self.code, self.word = code, word
 
 
-def line(code: str, name: str, word: str = "") -> str:
-    """What travels."""
+def encode(code: str, name: str, word: str = "") -> str:
+    """What is sent.
+
+    Args:
+        code: of ``MESSAGES``.
+        name: of the exception's class.
+        word: see above.
+    """
     return f"{code} {plain(name)} {plain(word)}".strip()
 
 
-def of(fault: BaseException) -> str:
-    """What travels for an exception: its text does not."""
-    name = type(fault).__name__
-    if isinstance(fault, Refusal):
-        return line(fault.code, name, fault.word)
-    if isinstance(fault, FedgroveError):
-        return line("data", name)
-    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
-        return line("disk", name)
-    if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault) or "OutOfMemory" in name:
-        return line("memory", name)
-    return line("fault", name)
+def encode_exception(error: BaseException) -> str:
+    """What is sent of an exception: its text is not."""
+    name = type(error).__name__
+    if isinstance(error, Refusal):
+        return encode(error.code, name, error.word)
+    if isinstance(error, FedgroveError):
+        return encode("data", name)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return encode("disk", name)
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "OutOfMemory" in name:
+        return encode("memory", name)
+    return encode("error", name)
 
 
-def told(travelled: Any) -> str:
-    """The server's line for what a site sent; anything else than our own codes says nothing."""
-    parts = travelled.split(" ") if isinstance(travelled, str) else []
-    if not 2 <= len(parts) <= 3 or parts[0] not in TOLD or not all(_WORD.fullmatch(part) for part in parts):
+def message(received: Any) -> str:
+    """The server's line for what a site sent. Anything else than our own codes is not shown."""
+    parts = received.split(" ") if isinstance(received, str) else []
+    if not 2 <= len(parts) <= 3 or parts[0] not in MESSAGES or not all(_WORD.fullmatch(part) for part in parts):
         return "it answered with an error that is not one of fedgrove's"
-    return TOLD[parts[0]].format(name=parts[1], word=parts[2] if len(parts) > 2 else "?")
+    return MESSAGES[parts[0]].format(name=parts[1], word=parts[2] if len(parts) > 2 else "?")
 
 
 def plain(word: Any) -> str:
-    """A word that holds nothing but letters, digits and dots."""
+    """A word without anything but letters, digits and ``_.+-``, 64 characters at most."""
     return re.sub(r"[^A-Za-z0-9_.+-]", "", str(word))[:64]

@@ -14,16 +14,16 @@ import torch
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
-from fedgrove.engines.worker import Child, ChildDied, Reply
+from fedgrove.engines.worker import Reply, Worker, WorkerDied
 from fedgrove.errors import FedgroveError
 
 
 class LocalEngine:
     """Answers requests on this machine.
 
-    Without workers requests are answered in this process, one client after the other, and a timeout cannot stop it. With workers
-    each has a process of its own: several clients work at once, one that hangs or is killed becomes an error and
-    its worker starts anew. The bits of a result do not depend on the number of workers.
+    Without workers requests are answered in this process, one client after the other, and a timeout cannot stop it. With
+    workers each has a process of its own: several clients work at once, one that hangs or is killed becomes an error and its
+    worker starts anew. The bits of a result do not depend on the number of workers.
 
     Args:
         clients: the clients.
@@ -35,7 +35,7 @@ class LocalEngine:
         self._clients = {client.name: client for client in clients}
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         self._devices = list(devices or gpus or ["cpu"])
-        self._workers = [Child(_try, torch.get_num_threads()) for _ in range(min(workers, len(clients)))]
+        self._workers = [Worker(_try, torch.get_num_threads()) for _ in range(min(workers, len(clients)))]
 
     def clients(self) -> list[str]:
         """The clients, sorted by name."""
@@ -51,7 +51,7 @@ class LocalEngine:
             return
         ends = time.monotonic() + timeout if timeout is not None else None
         waiting = deque(sorted(messages))
-        busy: dict[Any, tuple[Child, str]] = {}
+        busy: dict[Any, tuple[Worker, str]] = {}
         try:
             while waiting or busy:
                 for i, worker in enumerate(self._workers):
@@ -84,10 +84,10 @@ class LocalEngine:
         self._workers.clear()
 
 
-def _receive(worker: Child) -> Reply:
+def _receive(worker: Worker) -> Reply:
     try:
         return worker.receive()
-    except ChildDied as death:
+    except WorkerDied as death:
         return None, f"its process died (status {death.status}); out of memory? Lower samples or length"
 
 
@@ -95,14 +95,14 @@ def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
     """Serves a request; every failure becomes one line, and its trace stays on the client's own disk."""
     try:
         return serve(kind, message, client, device), None
-    except FedgroveError as fault:
-        return None, str(fault)
-    except Exception as fault:
+    except FedgroveError as error:
+        return None, str(error)
+    except Exception as error:
         log: Path = client.folder / "error.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
-        if isinstance(fault, OSError) and fault.strerror:
-            return None, f"{fault.strerror}: {fault.filename or client.folder}; fix that, then continue with --resume"
-        if isinstance(fault, MemoryError) or "can't allocate memory" in str(fault):
+        if isinstance(error, OSError) and error.strerror:
+            return None, f"{error.strerror}: {error.filename or client.folder}; fix that, then continue with --resume"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             return None, "out of memory; lower samples or length, or give its work to a larger machine"
-        return None, f"{type(fault).__name__} in its handler; the trace is in {log}"
+        return None, f"{type(error).__name__} in its handler; the trace is in {log}"

@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 
-Reply = tuple[bytes | None, str | None]  # an answer or an error
+Reply = tuple[bytes | None, str | None]  # a response or an error
 
 
-class ChildDied(Exception):
-    """The exit status of a process that ended before it answered; negative: the signal."""
+class WorkerDied(Exception):
+    """A process ended before it answered.
+
+    Attributes:
+        status: its exit status; negative: the signal.
+    """
 
     def __init__(self, status: int | None):
         super().__init__(status)
         self.status = status
 
 
-class Child:
-    """A process that answers one call at a time.
+class Worker:
+    """A process that answers one call at a time, and is started again where it dies.
 
     Args:
         function: what it calls: a function of a module, so that it can be named to the other process.
@@ -38,16 +42,16 @@ class Child:
 
     def _start(self) -> None:
         spawn = get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, *self._arguments), name="fedgrove-client", daemon=True)
+        self.pipe, worker_end = spawn.Pipe()
+        self._process = spawn.Process(target=_work, args=(worker_end, *self._arguments), name="fedgrove-client", daemon=True)
         main_thread = threading.current_thread() is threading.main_thread()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if main_thread else None
-        try:  # blocked until the child says what an interrupt shall do
+        try:  # blocked until the worker says what an interrupt shall do
             self._process.start()
         finally:
             if mask is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+        worker_end.close()
 
     def send(self, *arguments: Any) -> None:
         """Calls the function with these arguments; they are pickled, so they are this program's own."""
@@ -61,7 +65,7 @@ class Child:
         """What the function returned; waits for it.
 
         Raises:
-            ChildDied: the process is gone; another one is there already.
+            WorkerDied: the process is gone; another one is there already.
         """
         try:
             reply: Reply = self.pipe.recv()
@@ -70,7 +74,7 @@ class Child:
             self._process.join()
             code = self._process.exitcode
             self.restart()
-            raise ChildDied(code) from None
+            raise WorkerDied(code) from None
 
     def restart(self) -> None:
         """Ends whatever it does and begins anew."""
@@ -85,7 +89,7 @@ class Child:
 
 
 def _work(pipe: Any, function: Callable[..., Reply], threads: int, first_to_die: bool) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent says what is to be said
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent tells the user
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     oom = Path("/proc/self/oom_score_adj")

@@ -32,7 +32,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
 def load_federated(
     path: Path, changes: Sequence[str] = (), sites: Sequence[str] = (), texts: Path | None = None
 ) -> FederatedJob:
-    """Reads a job file for a federation. ``model.path`` is a name there: every member says where its own copy is.
+    """Reads a job file for a federation. ``model.path`` is a name there: each site's own file says where its copy is.
 
     Args:
         path: the TOML file; where it has no ``[[clients]]`` all sites take part.

@@ -6,18 +6,20 @@ text (:attr:`Request.DISCLOSES`). Nothing else in fedgrove repeats any of it: th
 docs/security.md and a site's policy read it from the type.
 
 A type's name on the wire is ``room/file``: ``prune/block`` is the request type of ``fedgrove/stages/prune/exchanges/block.py``, and
-where a file holds several, ``room/file/part``. That is the registry: a new exchange is a new file.
+where a file holds several, ``room/file/part``. Besides the kinds of stage two rooms have exchanges: ``rounds``, and ``deploy``
+for what a site of a federation is asked itself. That is the registry: a new exchange is a new file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fedgrove import plugins
@@ -31,12 +33,26 @@ if TYPE_CHECKING:
     from fedgrove.models.blocks import Decoder
 
 __all__ = [
-    "CHANGE", "WEIGHT", "Disclosure", "Message", "Reply", "Request", "Response", "TensorSpecs", "Tensors", "parse", "request_type",
-    "request_types",
+    "CHANGE", "WEIGHT", "Disclosure", "Message", "Reply", "Request", "RequestError", "Response", "TensorSpecs", "Tensors",
+    "parse", "request_type", "request_types",
 ]  # fmt: skip
 
 Tensors = dict[str, Tensor]
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
+Index = Annotated[int, Field(ge=0, strict=True)]
+OTHER_ROOMS = {"rounds": "rounds.exchanges", "deploy": "deploy.flare.exchanges"}  # those of no stage
+
+
+class RequestError(WireError):
+    """What came is no request.
+
+    Attributes:
+        field: the first that is not what the type says; "kind" where there is no such type.
+    """
+
+    def __init__(self, message: str, field: str):
+        super().__init__(message)
+        self.field = field
 
 
 class Reply(BaseModel):
@@ -65,8 +81,8 @@ class Request(BaseModel):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()
     REPLY: ClassVar[type[Reply]] = Reply
 
-    stage: int
-    round: int = 0
+    stage: Index
+    round: Index = 0
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         """The client's half.
@@ -104,6 +120,8 @@ class Request(BaseModel):
     def beyond(self, config: StageConfig) -> str | None:
         """The first field that the stage of an agreed job does not allow; None: the request keeps to the job.
 
+        Windows of text need not be compared: a site does that for every :class:`~fedgrove.client.hidden_states.Calibration`.
+
         Args:
             config: the stage of the job that a site agreed to.
         """
@@ -127,7 +145,7 @@ def request_type(kind: str) -> type[Request]:
     """The type of a kind's requests.
 
     Raises:
-        WireError: there is no such kind. The name may come from the network: nothing else is imported by it.
+        RequestError: there is no such kind. The name may come from the network: nothing else is imported by it.
     """
     room, _, rest = kind.partition("/")
     try:
@@ -137,14 +155,14 @@ def request_type(kind: str) -> type[Request]:
     for one in found:
         if kind == one.KIND:
             return one
-    raise WireError(f"there is no request {kind!a:.80}")
+    raise RequestError(f"there is no request {kind!a:.80}", "kind")
 
 
 def request_types() -> list[type[Request]]:
     """All types of requests, by kind: everything that a client can be asked."""
-    kinds = plugins.names("stages", folders=True)
-    asking = [f"stages.{kind}.exchanges" for kind in kinds if "exchanges" in plugins.names(f"stages.{kind}", folders=True)]
-    found = [one for package in ["rounds.exchanges", *asking] for name in plugins.names(package) for one in _types_in(package, name)]
+    packages = [*OTHER_ROOMS.values(), *(f"stages.{kind}.exchanges" for kind in plugins.names("stages", folders=True))]
+    there = [package for package in packages if importlib.util.find_spec(f"fedgrove.{package}") is not None]
+    found = [one for package in there for name in plugins.names(package) for one in _types_in(package, name)]
     return sorted(found, key=lambda one: one.KIND)
 
 
@@ -152,19 +170,19 @@ def parse(kind: str, fields: object) -> Request:
     """A request from what came over the wire.
 
     Raises:
-        WireError: there is no such kind, or a field is not what the type says; names the first.
+        RequestError: there is no such kind, or a field is not what the type says; names the first.
     """
     try:
         return request_type(kind).model_validate(fields)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise WireError(f"{kind}: {where:.80}: {error.errors()[0]['msg']}") from error
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise RequestError(f"{kind}: {field:.80}: {error.errors()[0]['msg']}", field) from error
 
 
 def _package(room: str) -> str:
-    if room != "rounds" and room not in plugins.names("stages", folders=True):
+    if room not in OTHER_ROOMS and room not in plugins.names("stages", folders=True):
         raise FedgroveError(f"there is no room {room!a:.80}")
-    return "rounds.exchanges" if room == "rounds" else f"stages.{room}.exchanges"
+    return OTHER_ROOMS.get(room, f"stages.{room}.exchanges")
 
 
 def _types_in(package: str, name: str) -> list[type[Request]]:

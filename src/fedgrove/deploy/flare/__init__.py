@@ -1,15 +1,21 @@
 """A federation between organisations, on NVIDIA FLARE: kits, the site's own file, starting, submitting, watching.
 
 ``files``: the files that people write. ``kits``: certificates and folders to hand out. ``node``: starts and stops a kit.
-``site``: what a site allows and answers. ``operator``: what is sent to a running federation. ``doctor``: what is wrong.
-The engine itself is :mod:`fedgrove.engines.flare`.
+``operator``: what is sent to a running federation. ``doctor``: what is wrong with a kit.
+
+A run at the server: ``controller`` (FLARE's end) and ``coordinate``. At a site: ``executor`` (FLARE's end), ``site`` (bytes in,
+bytes out), ``policy`` (what the site allows), ``installation`` (what it has), ``exchanges`` (what a site itself is asked).
+The engine is :mod:`fedgrove.engines.flare`.
 """
 
 from __future__ import annotations
 
+import importlib.resources
 import importlib.util
 
 from fedgrove.errors import FedgroveError
+
+TEMPLATES = importlib.resources.files("fedgrove") / "deploy" / "flare" / "texts"  # of what a kit holds
 
 
 def require_flare() -> None:

@@ -1,23 +1,27 @@
-"""The commands ``fedgrove federation …``. The substance is in the modules beside this one."""
+"""The commands ``fedgrove federation …``. The substance is in the other modules of this package.
+
+Each command imports what it needs when it is called, so that ``fedgrove --help`` does not wait for torch.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any
 
 import typer
 
+from fedgrove.deploy.flare import TEMPLATES
 from fedgrove.errors import FedgroveError
-from fedgrove.options import AsJson, Quiet
 
 Kit = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a server or a site.")]
 OperatorKit = Annotated[Path, typer.Option("--kit", help="The folder of an operator.")]
 Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="The job's name; default: what was submitted last.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 
 
 def init(
@@ -41,12 +45,12 @@ def init(
     host, _, port = server.rpartition(":")
     sites = site or _asked("Sites, with spaces between").split()
     people = operator or _asked("Operators (e-mail addresses, with spaces between)").split()
-    template = Template((files("fedgrove") / "deploy" / "flare" / "texts" / "federation.toml").read_text(encoding="utf-8"))
-    members = "\n".join(f"[[sites]]\nname = {json.dumps(one)}\n" for one in sites)
-    operators = "\n".join(f"[[operators]]\nname = {json.dumps(one)}\n" for one in people)
+    template = Template((TEMPLATES / "federation.toml").read_text(encoding="utf-8"))
+    site_tables = "\n".join(f"[[sites]]\nname = {json.dumps(one)}\n" for one in sites)
+    operator_tables = "\n".join(f"[[operators]]\nname = {json.dumps(one)}\n" for one in people)
     facts = {"name": json.dumps(name), "host": json.dumps(host or server), "port": port if host else "8002"}
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(template.substitute(facts, sites=members, operators=operators), encoding="utf-8")
+    file.write_text(template.substitute(facts, sites=site_tables, operators=operator_tables), encoding="utf-8")
     try:
         read(file, Federation)
     except FedgroveError:
@@ -57,10 +61,12 @@ def init(
 
 def kits(
     file: Annotated[Path, typer.Argument(metavar="[federation.toml]")] = Path("federation.toml"),
-    out: Annotated[Path | None, typer.Option(help="The folder of all kits; default: kits, beside the file.")] = None,
-    renew: Annotated[list[str] | None, typer.Option(help="A member (or 'server') whose certificate gets new dates.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of all kits; default: kits, next to the file.")] = None,
+    renew: Annotated[
+        list[str] | None, typer.Option(help="A site or operator (or 'server') whose certificate gets new dates.")
+    ] = None,
 ) -> None:
-    """Makes a folder for each member: certificate, hardened settings, its own file, a page to read.
+    """Makes a folder for the server, each site and each operator: certificate, settings, a file to edit, a page to read.
 
     Kits that are there are kept: add a site to the file and say this again.
 
@@ -74,13 +80,13 @@ def kits(
     there = [kit.resolve() for kit in (folder / "server", *folder.glob("sites/*"), *folder.glob("operators/*")) if kit.is_dir()]
     for kit in make_kits(federation, folder, tuple(renew or ())):
         if kit in there:
-            print(f"{kit}/startup: hand its .crt file (no secret) to the member, who puts it there and restarts")
+            print(f"{kit}/startup: hand over its .crt file (no secret); put it there, and restart")
         else:
-            print(f"{kit}: hand this folder to the member over a safe way")
+            print(f"{kit}: hand this folder over, by a safe way")
     for kit in there:
         if kit.parent.name == "sites" and kit.name not in {site.name for site in federation.sites}:
             print(f"{kit.name} is not in {file} any more; shut it out: fedgrove federation remove {kit.name} --kit OPERATOR")
-    print(f"{folder / AUTHORITY} can make more members: keep it, secret.")
+    print(f"{folder / AUTHORITY} can make more kits: keep it, secret.")
 
 
 def start(
@@ -124,15 +130,15 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
     """
     from fedgrove.deploy.flare.operator import status
 
-    told = status(kit)
+    found = status(kit)
     if as_json:
-        print(json.dumps(told, indent=2))
+        print(json.dumps(found, indent=2))
         return
-    for site in told["sites"]:
+    for site in found["sites"]:
         heard = "not connected" if site["heard"] is None else f"heard of {max(0, time.time() - site['heard']):.0f} s ago"
-        print(f"{site['name']:<20} {heard}{_can(site['card'])}")
-    for one in told["runs"]:
-        print(f"{one['name']:<20} {one['status']}")
+        print(f"{site['name']:<20} {heard}{_abilities(site['capabilities'])}")
+    for run in found["runs"]:
+        print(f"{run['name']:<20} {run['status']}")
 
 
 def submit(
@@ -151,10 +157,10 @@ def submit(
     from fedgrove.deploy.flare.operator import submit, watch
 
     name = submit(kit, job, set_ or [], resume)
-    with progress.watch(quiet, delay=0) as seen:
-        fault = watch(kit, name, seen, planned=not wait)
-    if fault:
-        raise FedgroveError(fault)
+    with progress.watch(quiet, delay=0) as listener:
+        error = watch(kit, name, listener, planned=not wait)
+    if error:
+        raise FedgroveError(error)
     print(f"{name}: {'ended' if wait else 'the sites agreed, the run goes on'}. fedgrove federation watch|fetch --kit {kit}")
 
 
@@ -166,10 +172,10 @@ def watch(run: Run = None, kit: OperatorKit = Path(), quiet: Quiet = False) -> N
     from fedgrove import progress
     from fedgrove.deploy.flare.operator import latest, watch
 
-    with progress.watch(quiet, delay=0) as seen:
-        fault = watch(kit, run or latest(kit), seen)
-    if fault:
-        raise FedgroveError(fault)
+    with progress.watch(quiet, delay=0) as listener:
+        error = watch(kit, run or latest(kit), listener)
+    if error:
+        raise FedgroveError(error)
 
 
 def fetch(
@@ -227,12 +233,13 @@ COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, docto
 def _asked(question: str, default: str | None = None) -> str:
     if not sys.stdin.isatty():
         raise FedgroveError(f"{question}? Give it as an option; `fedgrove federation init --help`")
-    answer: str = typer.prompt(question, default=default)
-    return answer
+    reply: str = typer.prompt(question, default=default)
+    return reply
 
 
-def _can(card: dict[str, Any] | None) -> str:
-    if card is None:
+def _abilities(capabilities: dict[str, Any] | None) -> str:
+    if capabilities is None:
         return ""
-    memory = f"{card['memory'] / 2**30:.1f} GiB" if card.get("memory") else "any memory"
-    return f"; {memory}, speed {card.get('speed')}, weights of {', '.join(map(str, card.get('bits', ())))} bits"
+    memory = f"{capabilities['memory'] / 2**30:.1f} GiB" if capabilities.get("memory") else "any memory"
+    bits = ", ".join(map(str, capabilities.get("bits", ())))
+    return f"; {memory}, speed {capabilities.get('speed')}, weights of {bits} bits"

@@ -13,38 +13,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
-from fedgrove import run as server
+from fedgrove.deploy.flare.exchanges.done import EndRun
+from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
+from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
 from fedgrove.deploy.flare.files import SERVER, ServerFile, model_folder, read
-from fedgrove.deploy.flare.site import DONE, JOIN, RESULT
+from fedgrove.deploy.flare.policy import Terms
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.export import Texts, export
-from fedgrove.job import FederatedJob, load_federated
+from fedgrove.job.load import load_federated
+from fedgrove.job.tables import FederatedJob
 from fedgrove.models.digest import digests
 from fedgrove.progress import Listener
-from fedgrove.report.stage_reports import stage_files
-from fedgrove.rounds.collect import ask
-from fedgrove.rounds.wire import Info, WireError
+from fedgrove.rounds import wire
+from fedgrove.rounds.collect import collect
+from fedgrove.rounds.request import Message
+from fedgrove.run import open_model, run_job
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.prune.plan import Capabilities
 
-JOB, TEXTS, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
+JOB, HELD_OUT, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
-    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", *stage_files(), "samples.json", JOB, SAID, "adapter",
-    "model",
+    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
+    JOB, SAID, "adapter", "model",
 )  # fmt: skip
-Reach = Callable[[list[str], str, float], Engine]  # the members, the name of their working files, seconds to fetch an ask
+Connect = Callable[[list[str], str, float], Engine]  # clients, the name of their working files, seconds to fetch a request
 
 
 class Recorder(Listener):
-    """Keeps every event of a run, for whoever asks from afar; what is to be read afterwards goes into a file too."""
+    """Keeps every event of a run, for operators who ask from afar; messages go into a file too."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, list[Any]]] = []
         self.file: Path | None = None
-        self.cards: dict[str, Any] = {}
+        self.capabilities: dict[str, Any] = {}
 
     def say(self, line: str) -> None:
         self.events.append(("say", [line]))
@@ -68,15 +70,15 @@ class Recorder(Listener):
         self.events.append(("measured", [dict(line)]))
 
 
-def conduct(kit: Path, config: Path, leave: Path, resume: bool, reach: Reach, recorder: Recorder) -> str | None:
+def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Connect, recorder: Recorder) -> str | None:
     """Runs a submitted job.
 
     Args:
         kit: the server's folder.
         config: where the job's files lie as they were submitted.
-        leave: where the operator fetches from; the result is put there.
+        results: where the operator fetches from; the result is put there.
         resume: continue the run of this name.
-        reach: makes the engine.
+        connect: makes the engine.
         recorder: gets the events of the run.
 
     Returns:
@@ -85,109 +87,102 @@ def conduct(kit: Path, config: Path, leave: Path, resume: bool, reach: Reach, re
     state: dict[str, str] = {"state": "ended"}
     folder = None
     try:
-        own = read(kit / SERVER, ServerFile)
-        torch.set_num_threads(own.threads or os.cpu_count() or 1)
-        job, model = open_job(kit, config, own)
+        settings = read(kit / SERVER, ServerFile)
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        job, model = open_job(kit, config, settings)
         folder = kit / "runs" / job.name
         run = RunFolder(folder, job, resume=resume, watch=recorder)
         try:
             recorder.file = folder / SAID
-            run_job(job, model, own, reach, run, recorder)
+            run_with_sites(job, model, settings, connect, run, recorder)
         finally:
             run.close()
-    except FedgroveError as fault:
-        state = {"state": "failed", "line": str(fault)}
-    except Exception as fault:
-        state = {"state": "failed", "line": f"{type(fault).__name__} at the server; the trace is in its log"}
+    except FedgroveError as error:
+        state = {"state": "failed", "line": str(error)}
+    except Exception as error:
+        state = {"state": "failed", "line": f"{type(error).__name__} at the server; the trace is in its log"}
         raise
     finally:
         recorder.say(state.get("line", "the run has ended"))
-        _offer(folder, leave / "run", state)
+        _offer(folder, results / "run", state)
     return state.get("line")
 
 
-def open_job(kit: Path, config: Path, own: ServerFile) -> tuple[FederatedJob, str]:
-    """The submitted job with the server's own copy of the model, and the model's name; no submitted path is followed."""
-    texts = config / TEXTS
-    kept = kit / TEXTS
-    if texts.is_dir():
-        for file in texts.iterdir():  # their paths are part of the job, which must be the same when it is continued
-            kept.mkdir(exist_ok=True)
-            shutil.copyfile(file, kept / file.name)
-    job = load_federated(config / JOB, texts=kept)
-    if any(text.path.parent != kept.resolve() for text in job.evaluate.data):
+def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJob, str]:
+    """The submitted job with the server's copy of the model, and the model's name; no submitted path is followed."""
+    submitted, texts = config / HELD_OUT, kit / HELD_OUT
+    if submitted.is_dir():
+        for file in submitted.iterdir():  # their paths are part of the job, which must be the same when it is continued
+            texts.mkdir(exist_ok=True)
+            shutil.copyfile(file, texts / file.name)
+    job = load_federated(config / JOB, texts=texts)
+    if any(text.path.parent != texts.resolve() for text in job.evaluate.data):
         raise FedgroveError("evaluate.data: a held-out text travels with the job; a path at the server is not read")
-    copy = job.model.model_copy(update={"path": str(model_folder(own.models, job.model.path, kit))})
+    copy = job.model.model_copy(update={"path": str(model_folder(settings.models, job.model.path, kit))})
     return job.model_copy(update={"model": copy}), job.model.path
 
 
-def run_job(job: FederatedJob, model: str, own: ServerFile, reach: Reach, run: RunFolder, recorder: Recorder) -> None:
-    """From the members' agreement to the result."""
+def run_with_sites(
+    job: FederatedJob, model: str, settings: ServerFile, connect: Connect, run: RunFolder, recorder: Recorder
+) -> None:
+    """From the sites' agreement to the result.
+
+    Args:
+        model: the name by which sites know the job's model.
+    """
     facts = run.path / FACTS
     if not facts.is_file():
         run.write_json(FACTS, {"run": f"{job.name[:40]}-{secrets.token_hex(8)}"})
-    named = str(json.loads(facts.read_text(encoding="utf-8"))["run"])
-    agreed = agree(job, model, reach([client.name for client in job.clients], named, own.grace), run)
-    recorder.cards = {site: info["card"] for site, info in agreed.items()}
-    engine = reach(list(agreed), named, own.grace)
-    server.main(job, engine, run)
+    name = str(json.loads(facts.read_text(encoding="utf-8"))["run"])
+    joined = join(job, model, connect([client.name for client in job.clients], name, settings.grace), run)
+    recorder.capabilities = {site: reply.capabilities.model_dump(mode="json") for site, reply in joined.items()}
+    engine = connect(list(joined), name, settings.grace)
+    run_job(job, engine, run)
     if job.result == "sites":
-        give(engine, run, [site for site, info in agreed.items() if info["result"]])
-    for _ in engine.ask(DONE, dict.fromkeys(engine.sites(), _empty()), run.job.rounds.timeout):
+        deliver(engine, run, [site for site, reply in joined.items() if reply.result])
+    end = wire.pack({}, {"request": EndRun().model_dump(mode="json")})
+    for _ in engine.request(EndRun.KIND, dict.fromkeys(engine.clients(), end), run.job.rounds.timeout):
         pass  # a site that does not hear it deletes its working files another time
 
 
-def agree(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[str, Info]:
-    """Asks the members whether they take part in this job on the model of that name; what those say who do.
+def join(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[str, Joined]:
+    """Asks the sites whether they take part in this job on the model of that name; what those reply who do.
 
     Raises:
         FedgroveError: fewer agree than the quorum; names the first that does not, and why.
     """
     run.step("asking the sites whether they take part")
-    terms = {
-        "name": job.name,
-        "model": model,
-        "dtype": job.model.dtype,
-        "digests": digests(server.open_model(job.model), run.path / "work" / "digests.json"),
-        "stages": [stage.model_dump(mode="json") for stage in job.stages],
-        "secure": job.privacy.secure_aggregation,
-        "alone": job.evaluate.alone,
-        "clients": engine.sites(),
-        "clock": time.time(),
-    }
-
-    def check(client: str, tensors: dict[str, torch.Tensor], info: Info) -> None:
-        if not isinstance(info.get("result"), bool) or not isinstance(info.get("card"), dict):
-            raise WireError("it neither agrees nor refuses")
-        try:
-            Capabilities(**{**info["card"], "speed": 1.0})  # "measure" becomes a number when it is planned
-        except ValidationError as fault:
-            raise WireError("its card is not understood") from fault
-
-    answers = ask(engine, run, JOIN, {site: ({}, terms) for site in engine.sites()}, stage=0, round_=0, check=check)
-    return {site: info for site, _, info in answers}
+    terms = Terms(
+        name=job.name,
+        model=model,
+        dtype=job.model.dtype,
+        digests=digests(open_model(job.model), run.path / "work" / "digests.json"),
+        stages=job.stages,
+        secure=job.privacy.secure_aggregation,
+        alone=job.evaluate.alone,
+        clients=tuple(engine.clients()),
+    )
+    message = Message(JoinRun(terms=terms, clock=time.time()))
+    joined = {}
+    for site, _, reply in collect(engine, run, dict.fromkeys(engine.clients(), message)):
+        assert isinstance(reply, Joined)
+        joined[site] = reply
+    return joined
 
 
-def give(engine: Engine, run: RunFolder, wants: list[str]) -> None:
-    """Sends the finished model, packed, to those who want it."""
+def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
+    """Sends the finished model, packed, to the sites that want it."""
     packed = run.path / "work" / "packed"
     shutil.rmtree(packed, ignore_errors=True)
     export(run.path / "model", "packed", packed, Texts())
-    parts = sorted(packed.iterdir())
-    for file in parts:
-        run.step(f"giving the result to {', '.join(wants) or 'nobody: no site asks for it'}")
+    files = sorted(packed.iterdir())
+    for file in files:
+        run.step(f"giving the result to {', '.join(sites) or 'nobody: no site asks for it'}")
         content = torch.from_numpy(np.fromfile(file, np.uint8))
-        info = {"file": file.name, "last": file == parts[-1]}
-        messages = dict.fromkeys(wants, ({"bytes": content}, info))
-        for _ in ask(engine, run, RESULT, messages, stage=0, round_=0, check=lambda client, tensors, told: None):
+        message = Message(DeliverResult(file=file.name, last=file == files[-1]), {CONTENT: content})
+        for _ in collect(engine, run, dict.fromkeys(sites, message)):
             pass
     shutil.rmtree(run.path / "work", ignore_errors=True)
-
-
-def _empty() -> bytes:
-    from fedgrove.rounds import wire
-
-    return wire.pack({}, {})
 
 
 def _offer(run: Path | None, out: Path, state: dict[str, str]) -> None:
@@ -197,8 +192,7 @@ def _offer(run: Path | None, out: Path, state: dict[str, str]) -> None:
     if run is None:
         return
     for name in [*FETCHED, *(file.name for file in run.glob("plan-*.json"))]:
-        found = [run / name] if (run / name).is_file() else sorted((run / name).rglob("*"))
-        for file in found:
+        for file in [run / name] if (run / name).is_file() else sorted((run / name).rglob("*")):
             if file.is_file():
                 target = out / file.relative_to(run)
                 target.parent.mkdir(parents=True, exist_ok=True)

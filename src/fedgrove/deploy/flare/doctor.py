@@ -1,4 +1,4 @@
-"""What a kit would stumble over: the network, certificates, its own file, its text and its model."""
+"""What would go wrong with a kit: the network, certificates, its own file, its text and its model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from cryptography import x509
 
 from fedgrove import doctor
 from fedgrove.deploy.flare import require_flare
+from fedgrove.deploy.flare.exchanges.join import CLOCK
 from fedgrove.deploy.flare.files import SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
-from fedgrove.deploy.flare.kits import HUB, NEVER, SEAT
+from fedgrove.deploy.flare.installation import Installation, credentials
+from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, NEVER, name_of
 from fedgrove.deploy.flare.node import address, kind_of, running
-from fedgrove.deploy.flare.site import CLOCK, credentials, described, name_of
 from fedgrove.doctor import Check
 from fedgrove.errors import FedgroveError
 
@@ -55,8 +56,8 @@ def certificate(kit: Path, kind: str, now: datetime) -> Check:
     file = kit / "startup" / ("server.crt" if kind == "server" else "client.crt")
     try:
         ends = x509.load_pem_x509_certificate(file.read_bytes())
-    except (OSError, ValueError) as fault:
-        return Check("certificate", False, f"{file} is not readable ({type(fault).__name__})", "get the kit again")
+    except (OSError, ValueError) as error:
+        return Check("certificate", False, f"{file} is not readable ({type(error).__name__})", "get the kit again")
     remedy = "ask the operator: fedgrove federation kits --renew NAME"
     if now < ends.not_valid_before_utc:
         return Check("certificate", False, "it is not valid yet by this machine's clock", "set the clock (NTP)")
@@ -70,8 +71,8 @@ def certificate(kit: Path, kind: str, now: datetime) -> Check:
 def clock(kit: Path, now: datetime) -> Check:
     """Whether this machine's clock is the server's, as far as can be known: the server tells its time with every job."""
     try:
-        told = json.loads((kit / CLOCK).read_text(encoding="utf-8"))
-        ahead, asked = told["here"] - told["server"], datetime.fromtimestamp(told["here"], UTC)
+        times = json.loads((kit / CLOCK).read_text(encoding="utf-8"))
+        ahead, asked = times["here"] - times["server"], datetime.fromtimestamp(times["here"], UTC)
     except FileNotFoundError:
         text = f"{now:%Y-%m-%d %H:%M} UTC here; the server's is not known before the first job: compare it with `date -u` there"
         return Check("clock", True, text)
@@ -94,8 +95,8 @@ def accepted(kit: Path, host: str, port: int) -> Check:
     """Whether the server shows a certificate of this federation and accepts ours."""
     try:
         shake_hands(kit / "startup", host, port)
-    except (OSError, ssl.SSLError) as fault:
-        text = f"{host}:{port}: no TLS connection with this kit's certificate ({type(fault).__name__})"
+    except (OSError, ssl.SSLError) as error:
+        text = f"{host}:{port}: no TLS connection with this kit's certificate ({type(error).__name__})"
         return Check("server", False, text, "is it this federation's server, and is a proxy in between that ends TLS?")
     return Check("server", True, f"{host}:{port} and this kit accept each other's certificates")
 
@@ -121,43 +122,43 @@ def hardened(kit: Path, kind: str) -> Check:
     resources = json.loads((kit / "local" / "resources.json").read_text(encoding="utf-8"))
     rights = json.loads((kit / "local" / "authorization.json").read_text(encoding="utf-8"))["permissions"]
     loose = [f"{role}.{right}" for role, has in rights.items() for right in NEVER if has.get(right, "none") != "none"]
-    if resources.get("class_allow_list") != [HUB if kind == "server" else SEAT]:
+    if resources.get("class_allow_list") != [CONTROLLER if kind == "server" else EXECUTOR]:
         loose.append("class_allow_list")
     if kind == "site" and resources.get("allow_log_streaming") is not False:
         loose.append("allow_log_streaming")
-    left = [file.name for file in (kit / "local").glob("*.default") if not file.name.startswith("log_config")]
-    if loose or left:
-        return Check("hardened", False, f"local/ allows more than it should: {', '.join(loose + left)}", "get the kit again")
+    defaults = [file.name for file in (kit / "local").glob("*.default") if not file.name.startswith("log_config")]
+    if loose or defaults:
+        text = f"local/ allows more than it should: {', '.join(loose + defaults)}"
+        return Check("hardened", False, text, "get the kit again")
     return Check("hardened", True, "no custom code, no shell, one class, no log leaves")
 
 
 def _server(kit: Path) -> list[Check]:
     try:
-        own = read(kit / SERVER, ServerFile)
-        checks = [Check(SERVER, True, f"models: {', '.join(own.models) or 'none yet'}")]
-        for name in own.models:
-            checks += doctor.model(model_folder(own.models, name, kit))
-    except FedgroveError as fault:
-        return [Check(SERVER, False, str(fault), "mend that")]
+        settings = read(kit / SERVER, ServerFile)
+        checks = [Check(SERVER, True, f"models: {', '.join(settings.models) or 'none yet'}")]
+        for name in settings.models:
+            checks += doctor.model(model_folder(settings.models, name, kit))
+    except FedgroveError as error:
+        return [Check(SERVER, False, str(error), "fix that")]
     return checks
 
 
 def _site(kit: Path) -> list[Check]:
     try:
-        own = read(kit / SITE, SiteFile)
-    except FedgroveError as fault:
-        return [Check(SITE, False, str(fault), "mend that")]
-    checks = [
-        Check(SITE, bool(own.models), f"models: {', '.join(own.models) or 'none'}", "" if own.models else "write [models]")
-    ]
-    for name in own.models:
+        settings = read(kit / SITE, SiteFile)
+    except FedgroveError as error:
+        return [Check(SITE, False, str(error), "fix that")]
+    models = settings.models
+    checks = [Check(SITE, bool(models), f"models: {', '.join(models) or 'none'}", "" if models else "write [models]")]
+    for name in models:
         try:
-            model_folder(own.models, name, kit)
-        except FedgroveError as fault:
-            checks.append(Check("model", False, str(fault), "mend that"))
+            model_folder(models, name, kit)
+        except FedgroveError as error:
+            checks.append(Check("model", False, str(error), "fix that"))
             continue
-        checks += doctor.site(described(kit, own, kit / own.work, {"model": name, "dtype": "auto", "secure": False}))
-    work = kit / own.work
+        checks += doctor.site(Installation(kit, settings, run="").client(name))
+    work = kit / settings.work
     work.mkdir(parents=True, exist_ok=True)
     if not os.access(work, os.W_OK):
         checks.append(Check("work", False, f"{work} cannot be written to", "give this user the folder"))
@@ -169,7 +170,7 @@ def roster(kit: Path) -> Check:
     name = name_of(kit)
     try:
         credentials(kit, Allow()).public_key(name)
-    except FedgroveError as fault:
-        return Check("roster", False, str(fault), "get secure/ again from the operator")
+    except FedgroveError as error:
+        return Check("roster", False, str(error), "get secure/ again from the operator")
     trusted = (kit / "secure" / "operator.pub").read_text(encoding="utf-8")
     return Check("roster", True, f"signed by the operator whose key is {trusted[:16]}…; compare it by telephone")

@@ -9,7 +9,9 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job import Bits, BitsPerSecond, Bytes, Files, Name, Part, Template, complaint, whole_pair
+from fedgrove.job.load import complaint
+from fedgrove.job.tables import KINDS, whole_pair
+from fedgrove.job.units import Bits, BitsPerSecond, Bytes, Files, Name, Table, Template
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -21,41 +23,53 @@ def _folder(path: Path) -> Path:
     return path.expanduser()
 
 
+def _stage_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"choose one of {', '.join(KINDS)}")
+    return kind
+
+
 Folder = Annotated[Path, AfterValidator(_folder)]
+StageKind = Annotated[str, AfterValidator(_stage_kind)]
 Models = dict[Name, Folder]
 
 
-class Server(Part):
+class Server(Table):
     """``[server]`` of a federation: the name that sites reach it by (it stands in its certificate) and its port."""
 
     host: Host = "localhost"
     port: Port = 8002
 
 
-class Member(Part):
-    """``[[sites]]``: an owner of text. ``connect``: HOST:PORT where it reaches the server by another way (a proxy)."""
+class Site(Table):
+    """``[[sites]]``: an installation at an owner of text.
+
+    Attributes:
+        name: in its certificate; the client has the same one.
+        connect: HOST:PORT where it reaches the server by another way (a proxy).
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
     connect: Address | None = None
 
 
-class Operator(Part):
+class Operator(Table):
     """``[[operators]]``: a person who may submit jobs; an e-mail address as name."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$", max_length=64)]
 
 
-class Federation(Part):
+class Federation(Table):
     """``federation.toml``: who takes part. It holds no secret.
 
     Attributes:
-        days: how long the root certificate of a new federation is valid; those of members: 360 days, at most as long.
+        days: how long the root certificate of a new federation is valid; those of its participants: 360 days, at most as long.
         min_group: no sum of fewer sites is opened under secure aggregation.
     """
 
     name: Name
     server: Server = Server()
-    sites: Annotated[tuple[Member, ...], Field(min_length=1)]
+    sites: Annotated[tuple[Site, ...], Field(min_length=1)]
     operators: Annotated[tuple[Operator, ...], Field(min_length=1)]
     days: Annotated[int, Field(ge=1, le=7300)] = 1080
     min_group: Annotated[int, Field(ge=2)] = 3
@@ -69,20 +83,20 @@ class Federation(Part):
         return self
 
 
-class Allow(Part):
-    """``[allow]`` of a site: the site decides, the job asks.
+class Allow(Table):
+    """``[allow]`` of a site: the job asks, the site decides; see :mod:`fedgrove.deploy.flare.policy`.
 
     Attributes:
         stages: kinds of stages.
-        methods: pruners, rules, scores and tuning methods by name; "all", or a list.
+        methods: pruners, aggregations, allocations, scores and tuning methods by name; "all", or a list.
         group: takes part in no job of fewer sites.
         secure: answers only under secure aggregation.
         epsilon: answers only where noise of differential privacy is added, with at most this ε a stage.
-        alone: tells what it would have had alone (perplexities).
+        alone: tells what it would have had alone: its loss on each window of held-out text.
         samples: the most calibration windows in a stage.
     """
 
-    stages: tuple[Literal["prune", "structured", "tune"], ...] = ("prune", "structured", "tune")
+    stages: tuple[StageKind, ...] = KINDS
     methods: Literal["all"] | tuple[Name, ...] = "all"
     group: Annotated[int, Field(ge=1)] = 2
     secure: bool = False
@@ -91,7 +105,7 @@ class Allow(Part):
     samples: Annotated[int, Field(gt=0)] | None = None
 
 
-class SiteFile(Part):
+class SiteFile(Table):
     """``site.toml``: a site's own, never sent. Paths are relative to its folder.
 
     Attributes:
@@ -132,13 +146,13 @@ class SiteFile(Part):
     _whole_pair = model_validator(mode="after")(whole_pair)
 
 
-class ServerFile(Part):
+class ServerFile(Table):
     """``server.toml``: the server's own.
 
     Attributes:
         models: by the name that jobs use, where the server's copy is.
         threads: of linear algebra; default: one a core.
-        grace: seconds in which a site must fetch an ask; one that does not is missing, and is asked again the next time.
+        grace: seconds in which a site must fetch a request; one that does not is missing, and is asked again the next time.
     """
 
     models: Models
@@ -146,35 +160,38 @@ class ServerFile(Part):
     grace: Annotated[float, Field(gt=0)] = 60.0
 
 
-Own = TypeVar("Own", bound=Part)
+File = TypeVar("File", bound=Table)
 
 
-def read(file: Path, kind: type[Own]) -> Own:
+def read(path: Path, kind: type[File]) -> File:
     """Reads one of these files; paths in it are relative to its folder.
 
     Raises:
         FedgroveError: names the file and the key.
     """
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-        return kind.model_validate(raw, context={"folder": file.parent.resolve()})
-    except OSError as fault:
-        raise FedgroveError(f"{file}: no such file; `fedgrove federation init` and `kits` write them") from fault
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise FedgroveError(f"{file}: not TOML: {fault}") from fault
-    except ValidationError as fault:
-        raise FedgroveError(f"{file}: {complaint(fault)}") from fault
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return kind.model_validate(raw, context={"folder": path.parent.resolve()})
+    except OSError as error:
+        raise FedgroveError(f"{path}: no such file; `fedgrove federation init` and `kits` write them") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FedgroveError(f"{path}: not TOML: {error}") from error
+    except ValidationError as error:
+        raise FedgroveError(f"{path}: {complaint(error)}") from error
 
 
-def model_folder(models: Models, name: str, beside: Path) -> Path:
+def model_folder(models: Models, name: str, kit: Path) -> Path:
     """Where the model of that name is.
+
+    Args:
+        models: ``[models]`` of a file; paths are relative to the kit.
 
     Raises:
         FedgroveError: it is not listed, or not there.
     """
     if name not in models:
         raise FedgroveError(f'[models] has no {name!r}; add it: {name} = "/path/to/its/directory"')
-    folder = beside / models[name]
+    folder = kit / models[name]
     if not folder.is_dir():
         raise FedgroveError(f"models.{name}: no such directory: {folder}")
     return folder

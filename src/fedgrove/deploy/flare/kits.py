@@ -1,7 +1,7 @@
-"""Makes what each member is handed: a folder with its certificate, hardened settings, its own file and a page to read.
+"""Makes the kits of server, sites and operators: a certificate, hardened settings, a file to edit and a page to read.
 
 FLARE's ``provision`` makes keys and certificates; what it leaves permissive is closed here, before anybody starts
-anything. The folder ``authority`` can make more members: whoever runs this keeps it secret.
+anything. Whoever has the folder ``authority`` can make more kits: it stays with whoever runs this, secret.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -20,16 +19,19 @@ from typing import Any
 import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-from fedgrove.deploy.flare import require_flare
+from fedgrove.deploy.flare import TEMPLATES, require_flare
 from fedgrove.deploy.flare.files import FEDERATION, SERVER, SITE, Federation
 from fedgrove.engines.error_codes import VERSION
 from fedgrove.errors import FedgroveError
+from fedgrove.job.tables import KINDS
 
-HUB, SEAT = "fedgrove.engines.flare.Hub", "fedgrove.engines.flare.Seat"
+CONTROLLER = "fedgrove.deploy.flare.controller.FedgroveController"  # the one class that FLARE may make at the server
+EXECUTOR = "fedgrove.deploy.flare.executor.FedgroveExecutor"  # and at a site
 PATIENCE = 7200  # seconds after which the server forgets a silent site; a run asks it again and again before that
-LIFETIME = timedelta(days=360)  # of a member's certificate, as FLARE makes them
+LIFETIME = timedelta(days=360)  # of a certificate, as FLARE makes them
 AUTHORITY = "authority"
 ROSTER, SIGNATURE, KEY, TRUSTED = "roster.json", "roster.sig", "site.key", "operator.pub"
 # What an operator's certificate may do. Nobody brings code, nobody runs a shell.
@@ -44,7 +46,7 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
 
     Args:
         out: the folder of all kits.
-        renew: members that are given a new certificate for the key that they have; "server" for the server.
+        renew: sites and operators that are given a new certificate for the key that they have; "server" for the server.
 
     Returns:
         The folders that were made or renewed.
@@ -54,52 +56,52 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
     """
     require_flare()
     out = out.resolve()
-    places = _places(federation, out)
+    kits = _kits(federation, out)
     for name in renew:
-        if name not in places:
-            raise FedgroveError(f"--renew {name}: no such member; there are {', '.join(sorted(places))}")
+        if name not in kits:
+            raise FedgroveError(f"--renew {name}: no such participant; there are {', '.join(sorted(kits))}")
     authority = out / AUTHORITY
     authority.mkdir(parents=True, exist_ok=True)
     authority.chmod(0o700)
     for name in renew:
         _prolong(authority, federation.server.host if name == "server" else name)
-    made = _provision(federation, authority)
+    packages = _provision(federation, authority)
     changed = []
-    for name, place in places.items():
-        source = made / (federation.server.host if name == "server" else name)
-        if place.is_dir():
+    for name, kit in kits.items():
+        source = packages / (federation.server.host if name == "server" else name)
+        if kit.is_dir():
             if name in renew:
                 for certificate in source.glob("startup/*.crt"):
-                    shutil.copy2(certificate, place / "startup" / certificate.name)
-                changed.append(place)
+                    shutil.copy2(certificate, kit / "startup" / certificate.name)
+                changed.append(kit)
             continue
-        beside = place.with_name(f"{place.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, beside)
-        beside.chmod(0o700)
-        if place.parent.name == "operators":
-            _harden_operator(beside)
+        partial = kit.with_name(f"{kit.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, partial)
+        partial.chmod(0o700)
+        if kit.parent.name == "operators":
+            _harden_operator(partial)
         elif name == "server":
-            _harden(beside, "server", _server_resources)
-            _fill(beside, federation, name, "server")
+            _harden(partial, "server", _server_resources)
+            _fill(partial, federation, name, "server")
         else:
-            _harden(beside, "site", _site_resources)
-            _fill(beside, federation, name, "site")
-        beside.rename(place)
-        changed.append(place)
-    shutil.rmtree(made.parent.parent)  # a second copy of every secret
+            _harden(partial, "site", _site_resources)
+            _fill(partial, federation, name, "site")
+        partial.rename(kit)
+        changed.append(kit)
+    shutil.rmtree(packages.parent.parent)  # a second copy of every secret
     for person in federation.operators:
         described = tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True))
-        (places[person.name] / FEDERATION).write_text(described, encoding="utf-8")
-    _sign_roster(federation, authority, places)
+        (kits[person.name] / FEDERATION).write_text(described, encoding="utf-8")
+    _sign_roster(federation, authority, kits)
     return changed
 
 
-def _places(federation: Federation, out: Path) -> dict[str, Path]:
-    places = {"server": out / "server"}
-    places |= {site.name: out / "sites" / site.name for site in federation.sites}
-    return places | {person.name: out / "operators" / person.name for person in federation.operators}
+def _kits(federation: Federation, out: Path) -> dict[str, Path]:
+    kits = {"server": out / "server"}
+    kits |= {site.name: out / "sites" / site.name for site in federation.sites}
+    return kits | {person.name: out / "operators" / person.name for person in federation.operators}
 
 
 def _provision(federation: Federation, authority: Path) -> Path:
@@ -110,43 +112,43 @@ def _provision(federation: Federation, authority: Path) -> Path:
     for site in federation.sites:
         entry: dict[str, Any] = {"name": site.name, "type": "client", "org": "fedgrove"}
         if site.connect:
-            host, _, there = site.connect.rpartition(":")
-            entry["connect_to"] = {"host": host, "port": int(there)}
+            host, _, proxy_port = site.connect.rpartition(":")
+            entry["connect_to"] = {"host": host, "port": int(proxy_port)}
         participants.append(entry)
     participants += [
         {"name": person.name, "type": "admin", "org": "fedgrove", "role": "project_admin"} for person in federation.operators
     ]
-    of = "nvflare.lighter.impl"
+    impl = "nvflare.lighter.impl"
     project = {
         "api_version": 3,
         "name": federation.name,
         "description": "made by fedgrove",
         "participants": participants,
         "builders": [
-            {"path": f"{of}.workspace.WorkspaceBuilder"},
-            {"path": f"{of}.static_file.StaticFileBuilder", "args": {"config_folder": "config", "scheme": "grpc"}},
-            {"path": f"{of}.cert.CertBuilder", "args": {"root_valid_days": federation.days}},
-            {"path": f"{of}.signature.SignatureBuilder"},
+            {"path": f"{impl}.workspace.WorkspaceBuilder"},
+            {"path": f"{impl}.static_file.StaticFileBuilder", "args": {"config_folder": "config", "scheme": "grpc"}},
+            {"path": f"{impl}.cert.CertBuilder", "args": {"root_valid_days": federation.days}},
+            {"path": f"{impl}.signature.SignatureBuilder"},
         ],
     }
     described = authority / "project.yml"
     described.write_text(json.dumps(project, indent=2), encoding="utf-8")  # JSON is YAML
     workspace = authority / "packages"
     shutil.rmtree(workspace, ignore_errors=True)
-    kept = authority / "cert.json"
+    state_file = authority / "cert.json"
     state = workspace / federation.name / "state"
-    if kept.is_file():
+    if state_file.is_file():
         state.mkdir(parents=True)
-        shutil.copy2(kept, state / kept.name)
+        shutil.copy2(state_file, state / state_file.name)
     command = [sys.executable, "-m", "nvflare.cli", "provision", "-p", str(described), "-w", str(workspace), "--force"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=authority, check=False)
-    made = sorted((workspace / federation.name).glob("prod_*"))
-    if done.returncode or not made:
-        told = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise FedgroveError(f"nvflare provision failed: {told[-1] if told else done.returncode}")
-    shutil.copy2(state / kept.name, kept)
-    kept.chmod(0o600)
-    return made[-1]
+    packages = sorted((workspace / federation.name).glob("prod_*"))
+    if done.returncode or not packages:
+        output = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise FedgroveError(f"nvflare provision failed: {output[-1] if output else done.returncode}")
+    shutil.copy2(state / state_file.name, state_file)
+    state_file.chmod(0o600)
+    return packages[-1]
 
 
 def _prolong(authority: Path, subject: str) -> None:
@@ -155,8 +157,8 @@ def _prolong(authority: Path, subject: str) -> None:
     Sites hold tokens that the server signed: with another key it would know none of them any more. And no secret has to
     travel.
     """
-    kept = authority / "cert.json"
-    state = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    state_file = authority / "cert.json"
+    state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
     if subject not in state:
         return  # it has none yet, and gets one now
     root = x509.load_pem_x509_certificate(state["root_cert"].encode())
@@ -176,25 +178,25 @@ def _prolong(authority: Path, subject: str) -> None:
         extensions=list(old.extensions),
     )
     state[subject]["cert"] = new.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
-    beside = kept.with_suffix(".partial")
-    beside.unlink(missing_ok=True)
-    _write_secret(beside, json.dumps(state))
-    beside.replace(kept)
+    partial = state_file.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    _write_secret(partial, json.dumps(state))
+    partial.replace(state_file)
 
 
 def _harden(kit: Path, kind: str, change: Any) -> None:
-    """Settles who may do what at this member; FLARE's defaults let more happen."""
+    """Settles who may do what at the server or a site; FLARE's defaults let more happen."""
     local = kit / "local"
     resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     change(resources)
     resources["class_list_enforcement_mode"] = "enforce"
-    resources["class_allow_list"] = [HUB if kind == "server" else SEAT]
+    resources["class_allow_list"] = [CONTROLLER if kind == "server" else EXECUTOR]
     rights = {"project_admin": AT_SERVER if kind == "server" else AT_SITE}
     authorization = {"format_version": "1.0", "permissions": rights}
     (local / "resources.json").write_text(json.dumps(resources, indent=2), encoding="utf-8")
     (local / "authorization.json").write_text(json.dumps(authorization, indent=2), encoding="utf-8")
-    for left in ("resources.json.default", "authorization.json.default", "privacy.json.sample"):
-        (local / left).unlink()
+    for unused in ("resources.json.default", "authorization.json.default", "privacy.json.sample"):
+        (local / unused).unlink()
     for script in [*(kit / "startup").glob("*.sh"), kit / "readme.txt"]:
         script.unlink(missing_ok=True)  # `fedgrove federation start` starts it, with this Python
 
@@ -206,6 +208,13 @@ def _server_resources(resources: dict[str, Any]) -> None:
         if part["id"] == "job_scheduler":
             part["args"]["max_jobs"] = 1
     resources["components"] = components
+
+
+def name_of(kit: Path) -> str:
+    """Under which name a site's certificate was made."""
+    settings = json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))
+    name: str = settings["client"]["fqsn"]
+    return name
 
 
 def keep_jobs_in(kit: Path) -> None:
@@ -226,13 +235,12 @@ def _site_resources(resources: dict[str, Any]) -> None:
 
 
 def _harden_operator(kit: Path) -> None:
-    for left in [*(kit / "startup").glob("*.sh"), *(kit / "startup").glob("*.ipynb"), kit / "startup" / "readme.txt"]:
-        left.unlink(missing_ok=True)
+    for unused in [*(kit / "startup").glob("*.sh"), *(kit / "startup").glob("*.ipynb"), kit / "startup" / "readme.txt"]:
+        unused.unlink(missing_ok=True)
 
 
 def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
-    """The file that its owner edits, the page that its owner reads, the service that starts it."""
-    texts = files("fedgrove") / "deploy" / "flare" / "texts"
+    """The file that somebody edits there, the page that somebody reads, the service that starts it."""
     facts = {
         "name": name,
         "federation": federation.name,
@@ -242,6 +250,7 @@ def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
         "operators": ", ".join(person.name for person in federation.operators),
         "unit": f"fedgrove-{name}.service",
         "package": f"fedgrove[flare]=={VERSION}",
+        "stages": json.dumps(KINDS),
         "ports": f'"{federation.server.port}:{federation.server.port}"' if kind == "server" else "",
     }
     for source, target in (
@@ -250,29 +259,27 @@ def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
         ("unit.service", facts["unit"]),
         ("compose.yaml", "compose.yaml"),
     ):
-        text = Template((texts / source).read_text(encoding="utf-8")).safe_substitute(facts)
+        text = Template((TEMPLATES / source).read_text(encoding="utf-8")).safe_substitute(facts)
         (kit / target).write_text(text, encoding="utf-8")
 
 
-def _sign_roster(federation: Federation, authority: Path, places: dict[str, Path]) -> None:
+def _sign_roster(federation: Federation, authority: Path, kits: dict[str, Path]) -> None:
     """Keys of the sites for secure aggregation, and the list of them under the operator's signature, in every site's kit."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     signing = authority / "operator.key"
     if not signing.is_file():
         _write_secret(signing, Ed25519PrivateKey.generate().private_bytes_raw().hex())
     operator = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(signing.read_text(encoding="utf-8")))
     public = {}
     for site in federation.sites:
-        own = authority / "public-keys" / site.name
-        if not own.is_file():
+        public_key = authority / "public-keys" / site.name
+        if not public_key.is_file():
             key = Ed25519PrivateKey.generate()
-            _write_secret(places[site.name] / "secure" / KEY, key.private_bytes_raw().hex())
-            own.parent.mkdir(exist_ok=True)
-            own.write_text(key.public_key().public_bytes_raw().hex(), encoding="utf-8")
-        public[site.name] = own.read_text(encoding="utf-8").strip()
+            _write_secret(kits[site.name] / "secure" / KEY, key.private_bytes_raw().hex())
+            public_key.parent.mkdir(exist_ok=True)
+            public_key.write_text(key.public_key().public_bytes_raw().hex(), encoding="utf-8")
+        public[site.name] = public_key.read_text(encoding="utf-8").strip()
     roster = json.dumps({"clients": public, "min_group": federation.min_group}, sort_keys=True)
-    for folder in [authority, *(places[site.name] / "secure" for site in federation.sites)]:
+    for folder in [authority, *(kits[site.name] / "secure" for site in federation.sites)]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ROSTER).write_text(roster, encoding="utf-8")
         (folder / SIGNATURE).write_text(operator.sign(roster.encode()).hex(), encoding="utf-8")

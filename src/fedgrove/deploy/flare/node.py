@@ -16,7 +16,7 @@ import psutil
 
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.files import SERVER, SITE, ServerFile, SiteFile, read
-from fedgrove.deploy.flare.kits import keep_jobs_in
+from fedgrove.deploy.flare.kits import keep_jobs_in, name_of
 from fedgrove.errors import FedgroveError
 
 PID = "process.pid"
@@ -87,7 +87,7 @@ def start(kit: Path, foreground: bool = False) -> int:
 
 
 def stop(kit: Path) -> None:
-    """Stops a kit's process and all that it started.
+    """Stops a kit's process and everything that it started.
 
     Raises:
         FedgroveError: it does not run.
@@ -95,13 +95,13 @@ def stop(kit: Path) -> None:
     process = running(kit)
     if process is None:
         raise FedgroveError(f"{kit}: it does not run")
-    family = [*process.children(recursive=True), process]
-    for member in reversed(family):  # the parent first, so that it starts nobody anew
-        _quietly(member.terminate)
-    _, left = psutil.wait_procs(family, timeout=5)
-    for member in left:
-        _quietly(member.kill)
-    psutil.wait_procs(left, timeout=5)
+    processes = [*process.children(recursive=True), process]
+    for one in reversed(processes):  # the parent first, so that it starts nobody anew
+        _quietly(one.terminate)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for one in alive:
+        _quietly(one.kill)
+    psutil.wait_procs(alive, timeout=5)
     (kit / PID).unlink(missing_ok=True)
 
 
@@ -110,8 +110,8 @@ def running(kit: Path) -> psutil.Process | None:
     try:
         process = psutil.Process(int((kit / PID).read_text()))
         # In a container the number is the same after every restart: it may be this very process, about to start.
-        own = str(kit.resolve()) in process.cmdline() and any(part.startswith(MODULES) for part in process.cmdline())
-        if own and process.status() != psutil.STATUS_ZOMBIE:
+        is_kits = str(kit.resolve()) in process.cmdline() and any(part.startswith(MODULES) for part in process.cmdline())
+        if is_kits and process.status() != psutil.STATUS_ZOMBIE:
             return process
     except (OSError, ValueError, psutil.Error):
         pass
@@ -143,8 +143,6 @@ def _command(kit: Path, kind: str) -> list[str]:
     role = "server" if kind == "server" else "client"
     settings = ["secure_train=true", "org=fedgrove", "config_folder=config"]
     if kind == "site":
-        from fedgrove.deploy.flare.site import name_of
-
         settings.append(f"uid={name_of(kit)}")
     module = f"{MODULES}.{role}.{role}_train"
     return [sys.executable, "-u", "-m", module, "-m", str(kit), "-s", f"fed_{role}.json", "--set", *settings]

@@ -16,15 +16,16 @@ from typing import Any
 import tomli_w
 
 from fedgrove.deploy.flare import require_flare
-from fedgrove.deploy.flare.coordinate import JOB, SAID, STATE, TEXTS
+from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, SAID, STATE
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
-from fedgrove.deploy.flare.kits import HUB, SEAT
+from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
 from fedgrove.errors import FedgroveError
-from fedgrove.job import FederatedJob, load_federated
+from fedgrove.job.load import load_federated
+from fedgrove.job.tables import FederatedJob
 from fedgrove.progress import Listener
 
-CARDS = "cards.json"  # what each site said of itself when a run was watched last
+CAPABILITIES = "capabilities.json"  # what each site said of itself when a run was watched last
 SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
 ENDED = ("FINISHED", "ABORTED", "FAILED")
 GOING = ("DISPATCHED", "RUNNING")
@@ -55,8 +56,8 @@ def session(kit: Path) -> Iterator[Any]:
     with redirect_stdout(None):  # FLARE writes between our lines
         try:
             opened = new_secure_session(settings["username"], str(kit.resolve()), timeout=15)
-        except Exception as fault:  # FLARE raises many kinds
-            raise FedgroveError(f"{host}:{port}: the server does not accept this kit ({type(fault).__name__})") from fault
+        except Exception as error:  # FLARE raises many kinds
+            raise FedgroveError(f"{host}:{port}: the server does not accept this kit ({type(error).__name__})") from error
     try:
         yield _Quiet(opened)
     finally:
@@ -79,8 +80,8 @@ class _Quiet:
             with redirect_stdout(None):
                 try:
                     return call(*args, **kwargs)
-                except AuthorizationError as fault:
-                    raise FedgroveError("the server does not let this kit do that; is it an operator's?") from fault
+                except AuthorizationError as error:
+                    raise FedgroveError("the server does not let this kit do that; is it an operator's?") from error
 
         return quietly
 
@@ -99,9 +100,9 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
     federation = read(kit / FEDERATION, Federation)
     job = load_federated(file, changes, [site.name for site in federation.sites])
     with session(kit) as flare:
-        here = {client.name for client in flare.get_system_info().client_info}
+        connected = {client.name for client in flare.get_system_info().client_info}
         wanted = [client.name for client in job.clients]
-        away = [name for name in wanted if name not in here]
+        away = [name for name in wanted if name not in connected]
         quorum = job.rounds.quorum or len(wanted)
         if len(wanted) - len(away) < quorum:
             raise FedgroveError(
@@ -119,9 +120,9 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
 
 def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
     """FLARE's three JSON files, which name installed classes and bring no code; our job file and its held-out texts."""
-    hub, seat = folder / "app_server" / "config", folder / "app_site" / "config"
-    hub.mkdir(parents=True)
-    seat.mkdir(parents=True)
+    at_server, at_site = folder / "app_server" / "config", folder / "app_site" / "config"
+    at_server.mkdir(parents=True)
+    at_site.mkdir(parents=True)
     names = [client.name for client in job.clients]
     meta = {
         "name": job.name,
@@ -129,7 +130,7 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
         "min_clients": min(job.rounds.quorum or len(names), len(names)),
         "deploy_map": {"app_server": ["server"], "app_site": names},
     }
-    workflow = {"id": "hub", "path": HUB, "args": {"resume": resume}}
+    workflow = {"id": "fedgrove", "path": CONTROLLER, "args": {"resume": resume}}
     server = {
         "format_version": 2,
         "server": {"task_request_interval": 0.1},
@@ -138,7 +139,7 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
         "task_data_filters": [],
         "task_result_filters": [],
     }
-    executor = {"tasks": ["fedgrove"], "executor": {"path": SEAT, "args": {}}}
+    executor = {"tasks": ["fedgrove"], "executor": {"path": EXECUTOR, "args": {}}}
     site = {
         "format_version": 2,
         "executors": [executor],
@@ -147,22 +148,22 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
         "task_result_filters": [],
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-    (hub / "config_fed_server.json").write_text(json.dumps(server, indent=2), encoding="utf-8")
-    (seat / "config_fed_client.json").write_text(json.dumps(site, indent=2), encoding="utf-8")
-    plain = job.model_dump(mode="json", exclude_none=True)
-    plain["clients"] = [{"name": name} for name in names]
-    for text in plain["evaluate"]["data"]:
+    (at_server / "config_fed_server.json").write_text(json.dumps(server, indent=2), encoding="utf-8")
+    (at_site / "config_fed_client.json").write_text(json.dumps(site, indent=2), encoding="utf-8")
+    tables = job.model_dump(mode="json", exclude_none=True)
+    tables["clients"] = [{"name": name} for name in names]
+    for text in tables["evaluate"]["data"]:
         source = Path(text["path"])
         content = source.read_bytes()
         name = f"{hashlib.sha256(content).hexdigest()[:16]}{source.suffix}"
-        (hub / TEXTS).mkdir(exist_ok=True)
-        (hub / TEXTS / name).write_bytes(content)
+        (at_server / HELD_OUT).mkdir(exist_ok=True)
+        (at_server / HELD_OUT / name).write_bytes(content)
         text["path"] = name
-    (hub / JOB).write_text(tomli_w.dumps(plain), encoding="utf-8")
+    (at_server / JOB).write_text(tomli_w.dumps(tables), encoding="utf-8")
 
 
-def watch(kit: Path, name: str, seen: Listener, *, planned: bool = False) -> str | None:
-    """Hands the events of a run to a watch, until it ends.
+def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) -> str | None:
+    """Hands the events of a run to a listener, until it ends.
 
     Args:
         planned: return as soon as the sites have agreed and the plan is made.
@@ -176,20 +177,19 @@ def watch(kit: Path, name: str, seen: Listener, *, planned: bool = False) -> str
         while True:
             try:
                 status = str(flare.get_job_status(job))
-            except Exception as fault:  # FLARE raises many kinds
+            except Exception as error:  # FLARE raises many kinds
                 raise FedgroveError(
-                    f"{name}: the server is gone ({type(fault).__name__}); start it again, then submit with --resume"
-                ) from fault
+                    f"{name}: the server is gone ({type(error).__name__}); start it again, then submit with --resume"
+                ) from error
             try:
-                told = flare.do_app_command(job, "progress", {"since": number})
+                progress = flare.do_app_command(job, "progress", {"since": number})
             except Exception:  # it does not run yet, or no more
-                told = {"events": [], "cards": {}}
-            events = told["events"]
-            if told["cards"]:
-                (kit / CARDS).write_text(json.dumps(told["cards"], indent=2), encoding="utf-8")
-            for kind, arguments in events:
+                progress = {"events": [], "capabilities": {}}
+            if progress["capabilities"]:
+                (kit / CAPABILITIES).write_text(json.dumps(progress["capabilities"], indent=2), encoding="utf-8")
+            for kind, arguments in progress["events"]:
                 number += 1
-                getattr(seen, kind)(*arguments)
+                getattr(listener, kind)(*arguments)
                 if planned and kind == "step" and not arguments[0].startswith("asking the"):
                     return None
             if status.startswith(ENDED):
@@ -203,7 +203,7 @@ def watch(kit: Path, name: str, seen: Listener, *, planned: bool = False) -> str
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
         if number == 0 and (fetched / SAID).is_file():
             for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
-                seen.say(line)
+                listener.say(line)
     return None if state["state"] == "ended" else str(state["line"])
 
 
@@ -223,15 +223,15 @@ def fetch(kit: Path, name: str, out: Path) -> Path:
 def _fetch(kit: Path, job: str, folder: Path) -> Path:
     with session(kit) as flare:
         try:
-            place = flare.download_job_result(job, str(folder))
-        except Exception as fault:
+            download = flare.download_job_result(job, str(folder))
+        except Exception as error:
             raise FedgroveError(
-                f"there is nothing to fetch yet ({type(fault).__name__}); `fedgrove federation watch` waits"
-            ) from fault
-    found = sorted(Path(place).rglob(STATE))
-    if not found:
+                f"there is nothing to fetch yet ({type(error).__name__}); `fedgrove federation watch` waits"
+            ) from error
+    states = sorted(Path(download).rglob(STATE))
+    if not states:
         raise FedgroveError("the run left nothing; the server's log says why")
-    return found[0].parent
+    return states[0].parent
 
 
 def stop(kit: Path, name: str) -> None:
@@ -239,8 +239,8 @@ def stop(kit: Path, name: str) -> None:
     with session(kit) as flare:
         try:
             flare.abort_job(sent(kit, name))
-        except Exception as fault:
-            raise FedgroveError(f"{name}: it does not run ({type(fault).__name__})") from fault
+        except Exception as error:
+            raise FedgroveError(f"{name}: it does not run ({type(error).__name__})") from error
 
 
 def _end(flare: Any, job: str) -> bool:
@@ -273,7 +273,7 @@ def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
         FedgroveError: there is no such site, or none that was shut out.
     """
     check_kit(kit)
-    known = [member.name for member in read(kit / FEDERATION, Federation).sites]
+    known = [entry.name for entry in read(kit / FEDERATION, Federation).sites]
     with session(kit) as flare:
         if undo:
             if not flare.enable_client(site)["clients"][0]["was_disabled"]:
@@ -291,15 +291,19 @@ def status(kit: Path) -> dict[str, Any]:
     check_kit(kit)
     federation = read(kit / FEDERATION, Federation)
     with session(kit) as flare:
-        told = flare.get_system_info()
-        heard = {client.name: client.last_connect_time for client in told.client_info}
+        system = flare.get_system_info()
+        heard = {client.name: client.last_connect_time for client in system.client_info}
         jobs = [
             {"name": job.get("job_name", job.get("name")), "job": job["job_id"], "status": job["status"]}
             for job in flare.list_jobs()
         ]
-    cards = json.loads((kit / CARDS).read_text(encoding="utf-8")) if (kit / CARDS).is_file() else {}
-    sites = [{"name": site.name, "heard": heard.get(site.name), "card": cards.get(site.name)} for site in federation.sites]
-    return {"server": told.server_info.status, "sites": sites, "runs": jobs}
+    file = kit / CAPABILITIES
+    capabilities = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    sites = [
+        {"name": site.name, "heard": heard.get(site.name), "capabilities": capabilities.get(site.name)}
+        for site in federation.sites
+    ]
+    return {"server": system.server_info.status, "sites": sites, "runs": jobs}
 
 
 def sent(kit: Path, name: str | None) -> str:

@@ -11,6 +11,7 @@ from fedgrove.client.windows import checkpoint_of, decoder_of
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.block import PruneBlock, alone_file, prune_block
 
 WINDOW = "window/"  # tensors of a request: token ids to evaluate on
@@ -54,4 +55,5 @@ class EvaluateAlone(Request):
         }
 
     def beyond(self, config: object) -> str | None:
-        return self.prune.beyond(config)
+        assert isinstance(config, Config)
+        return "stage" if self.prune.stage != self.stage else self.prune.pass_beyond(config)

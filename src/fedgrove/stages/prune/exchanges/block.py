@@ -219,14 +219,29 @@ class PruneBlock(Request):
         assert isinstance(config, Config)
         if config.method.SOLVED_AT != "client":
             return "kind"
+        return "aggregation" if self.aggregation != config.aggregation else self.pass_beyond(config)
+
+    def pass_beyond(self, config: Config) -> str | None:
+        """Likewise, of the client's pass alone: of whatever its blocks are made afterwards."""
+        calibration, recipe = self.calibration, self.recipe
         asked = {
-            "pruner": self.recipe.pruner, "aggregation": self.aggregation, "damping": self.recipe.damping,
-            "length": self.calibration.length, "compute_dtype": self.calibration.compute_dtype,
-        }  # fmt: skip
+            "pruner": recipe.pruner,
+            "damping": recipe.damping,
+            "pattern": recipe.pattern,
+            "source": calibration.through,
+            "compute_dtype": calibration.compute_dtype,
+            "max_weight_growth": self.max_weight_growth,
+        }
         agreed = {
-            "pruner": config.pruner, "aggregation": config.aggregation, "damping": config.damping_mode,
-            "length": config.length, "compute_dtype": config.compute_dtype,
-        }  # fmt: skip
+            "pruner": config.pruner,
+            "damping": config.damping_mode,
+            "pattern": config.kept_of if config.pattern else None,
+            "source": "dense" if config.calibration_source == "dense" else recipe.through,
+            "compute_dtype": config.compute_dtype,
+            "max_weight_growth": config.max_weight_growth,
+        }
+        if not 0 <= self.round < config.rounds:
+            return "rounds"
         return next((key for key in asked if asked[key] != agreed[key]), None)
 
 

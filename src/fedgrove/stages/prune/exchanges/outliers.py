@@ -69,9 +69,14 @@ class MeasureBlocks(Request):
 
     def beyond(self, config: object) -> str | None:
         assert isinstance(config, Config)
-        if self.allocation != config.allocation:
+        if config.method.SOLVED_AT != "client":
+            return "kind"
+        if not config.measures_blocks:
             return "allocation"
-        return "length" if self.calibration.length != config.length else None
+        asked = (self.allocation, self.owl_m, self.owl_lambda, self.calibration.compute_dtype)
+        agreed = (config.allocation, config.owl_m, config.owl_lambda, config.compute_dtype)
+        names = ("allocation", "owl_m", "owl_lambda", "compute_dtype")
+        return next((name for name, one, other in zip(names, asked, agreed, strict=True) if one != other), None)
 
 
 def check_range(measured: torch.Tensor, samples: int) -> None:

@@ -153,15 +153,21 @@ class SumInputs(Request):
         assert isinstance(config, Config)
         if config.method.SOLVED_AT != "server":
             return "kind"
-        if self.calibration.length != config.length:
-            return "length"
+        if self.block == 0 and config.protect_first_block:
+            return "protect_first_block"
+        if self.calibration.through != "dense" and config.calibration_source == "dense":
+            return "source"
+        if self.calibration.compute_dtype != config.compute_dtype:
+            return "compute_dtype"
         if self.products and config.solver.NEEDS != "gram":
             return "products"
+        if self.moments and config.solver.NEEDS != "moments":
+            return "moments"
         if (config.epsilon is None) != (self.noise is None):
             return "epsilon"
         if self.noise and config.epsilon is not None and self.noise.epsilon > config.epsilon:
             return "epsilon"
-        return None
+        return "delta" if self.noise and self.noise.delta > config.delta else None
 
 
 def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:

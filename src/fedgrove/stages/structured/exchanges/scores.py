@@ -86,9 +86,7 @@ class ScoreGroups(Request):
 
     def beyond(self, config: object) -> str | None:
         assert isinstance(config, Config)
-        if self.score != config.score:
-            return "score"
-        return "length" if self.calibration.length != config.length else None
+        return "score" if self.score != config.score else None
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], signed: bool, limit: int) -> None:

@@ -131,6 +131,8 @@ class Train(TuneRequest):
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
+        if client.credentials is not None and self.whole and self.whole.noise and not self.whole.noise.adders:
+            raise client.error("where sums are taken unseen clients add the noise; this request leaves it to the server")
         decoder, ids, labels = self.model_and_windows(client, device)
         tokens = ids.numel()
         (ids, labels), held_out = hold_out(ids, labels, self.personal)

@@ -1,6 +1,6 @@
 """Whatever befalls a site, the network or the server: the run says so, goes on while the quorum holds, and loses nothing.
 
-One FLARE job takes a quarter of a minute to begin and to end, so several faults befall one run, a block each.
+One FLARE job takes a quarter of a minute to begin and to end, so several errors befall one run, a block each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEEDS = "squares"
 
 
 def prune(weight, inputs, target):
-    script = Path("faults.txt")
+    script = Path("errors.txt")
     lines = script.read_text().splitlines() if script.is_file() else []
     if lines and weight.shape == (64, 96):  # one linear of each block
         script.write_text("\\n".join(lines[1:]))
@@ -80,18 +80,18 @@ LATE = 61  # seconds: one more than the job allows
 
 class Tamper(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "fedgrove.engines.flare":
+        if name != "fedgrove.deploy.flare.executor":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
         def changed(module):
             execute(module)
-            honest, earlier = module.Seat.execute, []
+            honest, earlier = module.FedgroveExecutor.execute, []
 
             def answer(self, task_name, shareable, fl_ctx, abort_signal):
                 script = Path("lies.txt")
-                lies = script.read_text().splitlines() if script.is_file() and shareable["kind"] == "prune" else []
+                lies = script.read_text().splitlines() if script.is_file() and shareable["kind"] == "prune/block" else []
                 if lies:
                     script.write_text("\\n".join(lies[1:]))
                 if lies and lies[0] == "late":
@@ -107,7 +107,7 @@ class Tamper(importlib.abc.MetaPathFinder):
                         reply["body"] = b"noise"
                 return reply
 
-            module.Seat.execute = answer
+            module.FedgroveExecutor.execute = answer
 
         spec.loader.exec_module = changed
         return spec
@@ -129,7 +129,7 @@ importlib.metadata.version = lambda name: "0.0.9" if name == "fedgrove" else kno
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    """A federation whose model has a block for each fault."""
+    """A federation whose model has a block for each error."""
     folder = tmp_path_factory.mktemp("grown")
     small = Small(folder)
     small.model = make_model(folder / "long", num_hidden_layers=BLOCKS)
@@ -187,13 +187,13 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     federation.describe("birch", limit="3GiB")
     federation.describe("cedar", allow={"secure": True})
     federation.describe("dogwood", models={MODEL: str(changed_copy(grown.model, tmp_path / "other"))})
-    faults = ["", "raise", "data", "disk", "memory", "kill", "hang", "", "", "", "", ""]
+    errors = ["", "raise", "data", "disk", "memory", "kill", "hang", "", "", "", "", ""]
     lies = ["", "", "", "", "", "", "", "text", "replay", "noise", "late", ""]
-    (federation.sites["birch"] / "faults.txt").write_text("\n".join(faults))
+    (federation.sites["birch"] / "errors.txt").write_text("\n".join(errors))
     (federation.sites["birch"] / "lies.txt").write_text("\n".join(lies))
     seen = Lines()
-    assert federation.run("faults", seen, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
-    told = [line.partition(": ")[2] for line in seen.said if line.startswith("birch: ")]
+    assert federation.run("errors", seen, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
+    messages = [line.partition(": ")[2] for line in seen.said if line.startswith("birch: ")]
     expected = [
         "RuntimeError in its handler; the trace is in its own log/site.log",
         "FedgroveError in its handler; its text or settings are at fault, and its own log/site.log says how",
@@ -202,11 +202,11 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
         "its working process was killed (status -9); out of memory? Lower samples or length",
         "no answer in 60 s (rounds.timeout)",
         "it answered with an error that is not one of fedgrove's",
-        "its answer was refused: it belongs to another ask",
+        "its answer was refused: it belongs to another request",
         "its answer was refused: the message is damaged (SafetensorError)",
         "no answer in 60 s (rounds.timeout)",  # it comes a second later, and nobody waits for it
     ]
-    assert told == expected
+    assert messages == expected
     for line in (
         "cedar: it refuses what the job asks (allow.secure in its site.toml)",
         "dogwood: its model differs from the job's at block-0007; copy the model there again",
@@ -214,7 +214,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     ):
         assert line in seen.said
     both, one = ["ash", "birch"], ["ash"]
-    who = contributors(federation.fetch("faults"))
+    who = contributors(federation.fetch("errors"))
     assert who == [both, *[one] * 10, both], "what came late is in no block"
     for folder in (federation.server, federation.operator, *(kit for name, kit in federation.sites.items() if name != "birch")):
         for file in (file for file in folder.rglob("*") if file.is_file()):
@@ -229,10 +229,10 @@ def test_too_few_end_the_run_and_resuming_it_loses_nothing(federation: Running) 
     for name in NAMES:
         federation.describe(name)
     three = [{"name": name} for name in NAMES[:3]]
-    (federation.sites["birch"] / "faults.txt").write_text("\n".join(["", "", "raise"]))
-    fault = federation.run("few", clients=three, stages__0__pruner="faulty", rounds={"quorum": 3})
-    assert fault
-    assert "(2 of 3 clients answered, 3 needed: rounds.quorum)" in fault
+    (federation.sites["birch"] / "errors.txt").write_text("\n".join(["", "", "raise"]))
+    error = federation.run("few", clients=three, stages__0__pruner="faulty", rounds={"quorum": 3})
+    assert error
+    assert "(2 of 3 clients answered, 3 needed: rounds.quorum)" in error
     seen = Lines()
     assert federation.run("few", seen, resume=True, clients=three, stages__0__pruner="faulty", rounds={"quorum": 3}) is None
     assert BLOCK.format(1) not in seen.steps, "finished blocks are not done again"
@@ -246,18 +246,18 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
     seen = Lines()
     seen.at[BLOCK.format(3)] = federation.proxy.cut
     cedar = federation.sites["cedar"]  # it takes its time until dogwood is back: FLARE needs up to a minute to connect anew
-    (cedar / "faults.txt").write_text("\n".join(["wait" if block >= 4 else "" for block in range(BLOCKS)]))
+    (cedar / "errors.txt").write_text("\n".join(["wait" if block >= 4 else "" for block in range(BLOCKS)]))
 
-    def mend() -> None:  # it was cut off before the ask came, or before the answer went
+    def restore() -> None:  # it was cut off before the request came, or before the response went
         assert federation.proxy
-        federation.proxy.mend()
+        federation.proxy.restore()
         seen.answers["dogwood"] = back
 
     def back() -> None:
         (cedar / "go-on.txt").touch()
         federation.kill(federation.sites["ash"])
 
-    seen.hears["dogwood: "] = mend
+    seen.hears["dogwood: "] = restore
     assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
     who = contributors(federation.fetch("lost"))
     assert who[0] == ["ash", "birch", "cedar", "dogwood"]
@@ -274,12 +274,12 @@ def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
     """FLARE hands a job out once; submitting it anew with resume stops the run, and it goes on with all who are there."""
     for name in NAMES:
         federation.describe(name)
-        (federation.sites[name] / "faults.txt").unlink(missing_ok=True)
+        (federation.sites[name] / "errors.txt").unlink(missing_ok=True)
     if node.running(federation.sites["ash"]) is not None:
         federation.kill(federation.sites["ash"])
     federation.start_site("ash", **paths["faulty"])
     federation.wait_for(NAMES[:4])
-    (federation.sites["birch"] / "faults.txt").write_text("\n".join([""] * 6 + ["nap"] * 6))  # time to submit it anew
+    (federation.sites["birch"] / "errors.txt").write_text("\n".join([""] * 6 + ["nap"] * 6))  # time to submit it anew
     changes = {"clients": FOUR, "stages__0__pruner": "faulty", "rounds": {"quorum": 3, "timeout": 60}}
     seen = Lines()
     seen.at[BLOCK.format(4)] = lambda: federation.kill(federation.sites["ash"])
@@ -298,8 +298,8 @@ def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
     federation.wait_for(("ash",), since=now)
     seen, stopped = Lines(), []
     seen.at[BLOCK.format(11)] = lambda: stopped.extend(operator.remove(federation.operator, "elm"))
-    fault = federation.run("back", seen, resume=True, **changes)
-    assert (fault, stopped) == ("the run was stopped; continue it with --resume", ["back"]), "removing a site stops a run"
+    error = federation.run("back", seen, resume=True, **changes)
+    assert (error, stopped) == ("the run was stopped; continue it with --resume", ["back"]), "removing a site stops a run"
     assert BLOCK.format(1) not in seen.steps
     operator.remove(federation.operator, "elm", undo=True)
     assert federation.run("back", resume=True, **changes) is None
@@ -343,8 +343,8 @@ def test_what_is_learnt_leaves_a_site_under_a_mask_with_noise_and_without_its_lo
     """Differential privacy of a whole client: a site that asks for noise agrees to a job with it, and to no other."""
     federation.describe("cedar", allow={"secure": True, "epsilon": 20.0})
     stage = {
-        "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "precision": "fixed", "rounds": 2, "steps": 1, "length": 16,
-        "batches": [2], "ranks": [2], "bits": [32], "dp_unit": "client", "epsilon": 20.0, "delta": 1e-3,
+        "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "precision": "fixed", "rounds": 2, "steps": 1,
+        "length": 16, "batches": [2], "ranks": [2], "bits": [32], "dp_unit": "client", "epsilon": 20.0, "delta": 1e-3,
     }  # fmt: skip
     private = {"clients": FOUR, "privacy": {"secure_aggregation": True}, "evaluate": {}}
     assert "allow.epsilon" in str(federation.run("louder", stages=[{**stage, "epsilon": 30.0}], **private))

@@ -1,0 +1,81 @@
+"""A run begins with the question whether the site takes part in this job, on this model."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import ClassVar
+
+from pydantic import ValidationError
+
+from fedgrove.deploy.flare.files import model_folder
+from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, torch_dtype
+from fedgrove.deploy.flare.policy import Terms, refused_key
+from fedgrove.engines.error_codes import Refusal
+from fedgrove.errors import FedgroveError
+from fedgrove.models.digest import digests, first_difference
+from fedgrove.models.stream import Checkpoint
+from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
+
+CLOCK = "log/clock.json"  # the server's clock and this one, when the site was last asked to join
+
+
+class Joined(Reply):
+    """The site takes part.
+
+    Attributes:
+        result: whether it wants the finished model.
+        capabilities: what it says of itself.
+    """
+
+    result: bool
+    capabilities: Declared
+
+
+class JoinRun(SiteRequest):
+    """Take part in a job; later requests are compared with its terms.
+
+    Attributes:
+        terms: what the job wants.
+        clock: the server's, in seconds since 1970.
+    """
+
+    KIND: ClassVar[str] = "deploy/join"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.CAPABILITIES})
+    REPLY: ClassVar[type[Reply]] = Joined
+
+    terms: Terms
+    clock: float
+
+    def respond_at(self, tensors: Tensors, site: Installation) -> Response:
+        kit, settings, terms = site.kit, site.settings, self.terms
+        (kit / "log").mkdir(exist_ok=True)
+        (kit / CLOCK).write_text(json.dumps({"server": self.clock, "here": time.time()}), encoding="utf-8")
+        key = refused_key(settings.allow, terms)
+        if key is not None:
+            raise Refusal("refused", key)
+        try:
+            path = model_folder(settings.models, terms.model, kit)
+        except FedgroveError as error:
+            raise Refusal("models") from error
+        checkpoint = Checkpoint(path, torch_dtype(terms.dtype))
+        different = first_difference(terms.digests, digests(checkpoint, kit / settings.work / f"digests-{terms.model}.json"))
+        if different is not None:
+            raise Refusal("model", different)
+        site.folder.mkdir(parents=True, exist_ok=True)
+        partial = site.folder / "agreed.partial"
+        partial.write_text(terms.model_dump_json(), encoding="utf-8")
+        partial.replace(site.folder / "agreed.json")
+        return Response({}, Joined(result=settings.result, capabilities=site.declared()))
+
+
+def agreed_terms(site: Installation) -> Terms:
+    """What the site agreed to in this run.
+
+    Raises:
+        Refusal: it did not agree to it.
+    """
+    try:
+        return Terms.model_validate_json((site.folder / "agreed.json").read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise Refusal("joined") from error

@@ -1,0 +1,47 @@
+"""The finished model goes, file by file, to the sites that want it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import ClassVar
+
+import torch
+
+from fedgrove.deploy.flare.exchanges.join import agreed_terms
+from fedgrove.deploy.flare.installation import Installation, SiteRequest
+from fedgrove.engines.error_codes import Refusal
+from fedgrove.job.units import Name
+from fedgrove.rounds.request import Reply, Response, Tensors
+
+CONTENT = "bytes"  # the tensor that travels with the request
+
+
+class DeliverResult(SiteRequest):
+    """Take one file of the packed result; with the last one the folder ``results/NAME`` is complete.
+
+    Tensor with the request: ``bytes``, (size,) uint8.
+
+    Attributes:
+        file: its name.
+        last: whether it is the last one.
+    """
+
+    KIND: ClassVar[str] = "deploy/result"
+
+    file: Name
+    last: bool
+
+    def respond_at(self, tensors: Tensors, site: Installation) -> Response:
+        folder = site.results / agreed_terms(site).name
+        if not site.settings.result:
+            raise Refusal("refused", "result")
+        content = tensors.get(CONTENT)
+        if content is None or content.dtype != torch.uint8:
+            raise Refusal("terms", CONTENT)
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / self.file).write_bytes(content.numpy().tobytes())
+        if self.last:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        return Response({}, Reply())

@@ -1,0 +1,133 @@
+"""What a site allows: it compares a job with its ``site.toml`` before anything runs, and every later request with that job.
+
+It is an allow-list of request types. By the room in its name on the wire a request belongs to a stage of the job that the site
+agreed to, and it says itself what that stage does not allow (:meth:`~fedgrove.rounds.request.Request.beyond`). A request that
+belongs to no stage is allowed only where its response holds nothing of a client's text. So a new kind of request or stage needs
+nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.serve import HARMLESS
+from fedgrove.deploy.flare.files import Allow
+from fedgrove.engines.error_codes import Refusal
+from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.tables import KINDS, AnyStage
+from fedgrove.job.units import Name
+from fedgrove.rounds.request import Disclosure, Request
+
+
+class Terms(BaseModel):
+    """What a job wants of a site, as far as the site decides it.
+
+    Attributes:
+        name: of the job.
+        model: its name: each site's own file says where the copy is.
+        dtype: in which the model is read.
+        digests: of the server's copy, see :func:`fedgrove.models.digest.digests`.
+        stages: the job's tables.
+        secure: whether sums are taken unseen.
+        alone: whether clients tell what they would have had without the others.
+        clients: who is asked to take part.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    model: Name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    digests: dict[str, str]
+    stages: tuple[AnyStage, ...]
+    secure: bool
+    alone: bool
+    clients: tuple[Name, ...]
+
+
+def refused_key(allow: Allow, terms: Terms) -> str | None:
+    """The key of ``[allow]`` that a job goes beyond; None: the site allows it."""
+    stages: tuple[StageConfig, ...] = terms.stages
+    if any(stage.kind not in allow.stages for stage in stages):
+        return "allow.stages"
+    if allow.methods != "all" and any(not stage.methods() <= set(allow.methods) for stage in stages):
+        return "allow.methods"
+    if len(set(terms.clients)) < allow.group:
+        return "allow.group"
+    if allow.secure and not terms.secure:
+        return "allow.secure"
+    if allow.epsilon is not None:
+        budgets = [stage.privacy_budget() for stage in stages]
+        if terms.alone or any(epsilon is None or epsilon > allow.epsilon for epsilon in budgets):
+            return "allow.epsilon"  # what a client tells of itself alone has no noise
+    if terms.alone and not allow.alone:
+        return "allow.alone"
+    windows = [stage.calibration_windows() for stage in stages]
+    if allow.samples is not None and any(one is not None and one[0] > allow.samples for one in windows):
+        return "allow.samples"
+    return None
+
+
+def check(allow: Allow, terms: Terms, request: Request) -> None:
+    """Refuses a request that the job which the site agreed to does not hold, or that the site does not allow any more.
+
+    Args:
+        allow: as it is now: ``site.toml`` may have become stricter since the site agreed.
+        terms: what it agreed to.
+
+    Raises:
+        Refusal: names the key of ``[allow]``, or the field of the request.
+    """
+    key = refused_key(allow, terms)
+    if key is not None:
+        raise Refusal("refused", key)
+    room = request.KIND.partition("/")[0]
+    if room not in KINDS:
+        if not request.DISCLOSES <= HARMLESS:
+            raise Refusal("terms", "kind")
+        return
+    if Disclosure.WINDOW_LOSSES in request.DISCLOSES and not terms.alone:
+        raise Refusal("terms", "evaluate.alone")
+    if not 0 <= request.stage < len(terms.stages):
+        raise Refusal("terms", "stage")
+    stage: StageConfig = terms.stages[request.stage]
+    if room != stage.kind:
+        raise Refusal("terms", "kind")
+    for calibration in _calibrations(request):
+        if allow.samples is not None and calibration.samples > allow.samples:
+            raise Refusal("refused", "allow.samples")
+        field = _calibration_beyond(calibration, request, stage)
+        if field is not None:
+            raise Refusal("terms", field)
+    field = request.beyond(stage)
+    if field is not None:
+        raise Refusal("terms", field)
+
+
+def _calibration_beyond(calibration: Calibration, request: Request, stage: StageConfig) -> str | None:
+    """The first field of a request's calibration that the agreed stage does not allow."""
+    samples, length = stage.calibration_windows() or (0, 0)
+    if calibration.stage != request.stage:
+        return "stage"
+    if calibration.length != length:
+        return "length"
+    return "samples" if calibration.samples > samples else None
+
+
+def _calibrations(value: object) -> Iterator[Calibration]:
+    """Every calibration in a request, however deep."""
+    if isinstance(value, Calibration):
+        yield value
+    elif isinstance(value, BaseModel):
+        for _, part in value:
+            yield from _calibrations(part)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _calibrations(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _calibrations(part)
