@@ -1,8 +1,8 @@
 """A method is a file, and its file name is its name in the job: that is the whole registry.
 
-A kind of stage is a folder of ``fedgrove.stages``; every other kind of method (a pruner, an aggregation, a planner, an export) is
-a file in a package. The package's ``__init__`` may name, as ``METHOD``, the protocol that its files have to fulfil: a file that
-lacks part of it is refused when it is loaded, in one line.
+A kind of stage is a folder of ``fedgrove.stages``; every other kind of method (a pruner, an aggregation, a planner, an export)
+is a file in a package. The package's ``__init__`` may name, as ``METHOD``, the protocol that its files have to fulfil: a file
+that lacks part of it is refused when it is loaded, in one line.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ class Calibration(BaseModel):
         stage, round: of the job.
         samples, length: windows, and tokens of each.
         seed: draws them.
-        through: what the text passes through on its way to a block: "dense", the model as it came; "server", the blocks that the
-            server pruned in the run of that name (``server/NAME``); "own", the blocks that this client pruned, by that recipe
-            (``own/DIGEST``); "gradients", hidden states that are replaced by their gradients.
+        through: what the text passes through on its way to a block: "dense", the model as it came; "server", the blocks that
+            the server pruned in the run of that name (``server/NAME``); "own", the blocks that this client pruned, by that
+            recipe (``own/DIGEST``); "gradients", hidden states that are replaced by their gradients.
         windows_per_run: how many windows pass through a block together, and lie on disk together.
         compute_dtype: what the blocks compute in; None: the device's default.
     """

@@ -17,7 +17,8 @@ TRIES = 3
 
 
 def block_speed(decoder: Decoder) -> float:
-    """Operations a second through one frozen block, relative to :data:`fedgrove.rounds.capabilities.SPEED`: the best of three tries."""
+    """Operations a second through one frozen block, relative to :data:`fedgrove.rounds.capabilities.SPEED`: the best of three
+    tries."""
     hidden, calls = decoder.embed(torch.zeros(1, TOKENS, dtype=torch.int64))
     fastest = float("inf")
     with decoder.loaded(0) as block, torch.enable_grad():

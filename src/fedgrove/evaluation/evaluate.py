@@ -21,7 +21,8 @@ from fedgrove.stages.base import Plan, stage_of
 def evaluate(model: Checkpoint, stage: int | None, run: RunFolder) -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>``, ``accuracy/<text>``, … to the metrics.
 
-    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. What the metrics hold already is not measured again.
+    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. What the metrics hold already is not measured
+    again.
 
     Args:
         model: the model.

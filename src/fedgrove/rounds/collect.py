@@ -38,14 +38,15 @@ def collect(
     """Sends each client its message and yields the responses by client name, whoever was first.
 
     A response that comes before its turn waits on disk, so memory does not grow with the number of clients. A client that
-    raises, does not answer in time or sends what its request does not expect is asked again (``rounds.retries``), then left out.
+    raises, does not answer in time or sends what its request does not expect is asked again (``rounds.retries``), then left
+    out.
 
     Args:
         messages: for each client its request and the tensors beside it; all requests are of one type.
         layout: the model at the server, by which requests say what they expect.
         clock: what the messages would take on the clients' own machines; the ledger then tells it.
-        masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and only
-            names, shapes and dtypes are checked.
+        masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and
+            only names, shapes and dtypes are checked.
 
     Yields:
         client, tensors, reply.

@@ -1,13 +1,13 @@
 """Requests: one typed, frozen message to one client. Both halves of an exchange live in one file.
 
-A request type says, in the file that owns it, what a client is asked (its fields), what the client does (:meth:`Request.respond`),
-what its response has to hold (:meth:`Request.expected`, :meth:`Request.check`) and what the response discloses of the client's
-text (:attr:`Request.DISCLOSES`). Nothing else in fedgrove repeats any of it: the plan, the report, the model card, the table in
-docs/security.md and a site's policy read it from the type.
+A request type says, in the file that owns it, what a client is asked (its fields), what the client does
+(:meth:`Request.respond`), what its response has to hold (:meth:`Request.expected`, :meth:`Request.check`) and what the response
+discloses of the client's text (:attr:`Request.DISCLOSES`). Nothing else in fedgrove repeats any of it: the plan, the report,
+the model card, the table in docs/security.md and a site's policy read it from the type.
 
-A type's name on the wire is ``room/file``: ``prune/block`` is the request type of ``fedgrove/stages/prune/exchanges/block.py``, and
-where a file holds several, ``room/file/part``. Besides the kinds of stage two rooms have exchanges: ``rounds``, and ``deploy``
-for what a site of a federation is asked itself. That is the registry: a new exchange is a new file.
+A type's name on the wire is ``room/file``: ``prune/block`` is the request type of ``fedgrove/stages/prune/exchanges/block.py``,
+and where a file holds several, ``room/file/part``. Besides the kinds of stage two rooms have exchanges: ``rounds``, and
+``deploy`` for what a site of a federation is asked itself. That is the registry: a new exchange is a new file.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
     alone(model, plan, config, clients, windows, federation) -> what each client would have had without the others
     typical_memory(decoder, length) -> what a client needs, for ``fedgrove doctor``
 
-``config.py`` beside it holds the stage's table of the job file (see :mod:`fedgrove.job.stage_config`), ``exchanges/`` what its clients
-are asked (see :mod:`fedgrove.rounds.request`), and ``report.py`` what the report says of it. The folder's name is the stage's kind:
-that is the registry.
+``config.py`` beside it holds the stage's table of the job file (see :mod:`fedgrove.job.stage_config`), ``exchanges/`` what its
+clients
+are asked (see :mod:`fedgrove.rounds.request`), and ``report.py`` what the report says of it. The folder's name is the stage's
+kind: that is the registry.
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ class Config(StageConfig):
         trim: aggregation "fedspallm": leave out so many of the highest and of the lowest values of every weight, against liars.
         source: what text passes through on its way to a block: "sequential", the pruned blocks before it, or "dense", the
             model as it came, which takes half the time. Default: "dense" with aggregation "pooled", else "sequential".
-        compute_dtype: what the blocks compute in while text passes through them: "float32", or "bfloat16", twice as fast on CPUs that
-            know it. The weights that are pruned are not rounded. Default: "float32" on a CPU, on a GPU the model's own dtype.
+        compute_dtype: what the blocks compute in while text passes through them: "float32", or "bfloat16", twice as fast on
+            CPUs that know it. The weights that are pruned are not rounded. Default: "float32" on a CPU, on a GPU the model's
+            own dtype.
         damping: what SparseGPT adds to the sums of squares, so that they can be solved: "mean", 1 % of their mean (the paper),
             or "each", 1 % of each channel's own. Default: "each" with aggregation "pooled", else "mean".
         mixed: of aggregation "pooled" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
@@ -242,8 +243,9 @@ class Config(StageConfig):
     def centralized(self, job: Job) -> Self:
         """What one owner of all text would do.
 
-        An aggregation that is solved at the server gives that owner the federation's model, bit for bit, unless noise, ``mixed``
-        or ``protect_first_block`` changed it; every other leaves a single client's weights as they are, so FedSpaLLM's does.
+        An aggregation that is solved at the server gives that owner the federation's model, bit for bit, unless noise,
+        ``mixed`` or ``protect_first_block`` changed it; every other leaves a single client's weights as they are, so
+        FedSpaLLM's does.
         """
         changes = {
             "samples": sum(client.samples or self.samples for client in job.clients),

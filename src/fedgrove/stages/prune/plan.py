@@ -360,8 +360,8 @@ def _notes(stage: Config, secure: bool, assignments: Mapping[str, Assignment], p
     widest = max(products, default=0)
     few = sum(share.samples * stage.length < widest for share in assignments.values())
     spans = (
-        f"{few} of {len(assignments)} clients send products of inputs of {widest} channels over fewer tokens than that: they hold "
-        "the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
+        f"{few} of {len(assignments)} clients send products of inputs of {widest} channels over fewer tokens than that: they "
+        "hold the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
     )
     notes = [spans] if few and not secure else []
     if stage.protect_first_block:

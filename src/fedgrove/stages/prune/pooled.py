@@ -1,4 +1,5 @@
-"""Pruning by sums over everybody's text: the clients sum, the server prunes with the totals, exactly as if all text lay in one place."""
+"""Pruning by sums over everybody's text: the clients sum, the server prunes with the totals, exactly as if all text lay in one
+place."""
 
 from __future__ import annotations
 

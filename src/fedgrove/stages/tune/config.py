@@ -25,7 +25,8 @@ class Config(StageConfig):
         kind: what the stage does.
         planner: who gets what: "fedpipe" gives each client a configuration of its own; "uniform" gives all the one that the
             weakest can hold. Default: "fedpipe" for "lora", else "uniform".
-        parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the weights.
+        parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the
+            weights.
         trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: what ``epsilon`` asks for.
         aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", else "fedavg".
         method: a short form: the name of a planner, or of a parametrization for the planner "uniform".
@@ -47,7 +48,8 @@ class Config(StageConfig):
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first.
         importance_steps: optimizer steps from which the importance is measured.
         proximal: FedProx's μ.
-        partition: of aggregation "flexlora": ranks that only some clients have are the mean over those; false: over everybody, exactly.
+        partition: of aggregation "flexlora": ranks that only some clients have are the mean over those; false: over everybody,
+            exactly.
         server_optimizer: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
         server_lr: multiplies the change, or is the step of "adam".
         precision: dtype of the adapters on the wire; "fixed" sends up whole numbers, which add up exactly, whoever adds them

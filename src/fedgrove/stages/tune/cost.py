@@ -208,9 +208,9 @@ def best(
 ) -> ClientConfig:
     """The configuration of the highest :func:`value` within a budget, to within ``gap``.
 
-    A quick search comes first (see :mod:`fedgrove.stages.tune.knapsack`); where it cannot prove that nothing is better by more than
-    the gap, the answer is that of a mixed-integer linear program. Windows are computed one at once in both, which takes the
-    least memory and is worth the same; :func:`widest` then uses what is left.
+    A quick search comes first (see :mod:`fedgrove.stages.tune.knapsack`); where it cannot prove that nothing is better by more
+    than the gap, the answer is that of a mixed-integer linear program. Windows are computed one at once in both, which takes
+    the least memory and is worth the same; :func:`widest` then uses what is left.
 
     Args:
         importance: of each linear, not negative, together 1.

@@ -37,8 +37,8 @@ def step(
 ) -> tuple[C, ServerOptimizerState[C]]:
     """One step from ``old`` towards what the aggregation made of the round, ``new``; at most ``rank`` terms.
 
-    FedAvg takes ``new`` (or ``learning_rate`` of the way). FedAvgM adds the smoothed change. FedAdam divides it by the root of a
-    smoothed mean square. The paper has one such number for every weight, which would need the dense product; ours is one for
+    FedAvg takes ``new`` (or ``learning_rate`` of the way). FedAvgM adds the smoothed change. FedAdam divides it by the root of
+    a smoothed mean square. The paper has one such number for every weight, which would need the dense product; ours is one for
     every linear.
     """
     rate = LEARNING_RATES[kind] if learning_rate is None else learning_rate

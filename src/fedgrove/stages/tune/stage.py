@@ -42,8 +42,8 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     round while ``rounds.quorum`` holds.
 
     Returns:
-        The model with the changes merged, in its own dtype, laid over it. ``RUN/adapter`` holds them as a PEFT adapter, where the
-        parametrization has such a form.
+        The model with the changes merged, in its own dtype, laid over it. ``RUN/adapter`` holds them as a PEFT adapter, where
+        the parametrization has such a form.
     """
     run = federation.run
     for client, why in sorted(plan.left_out.items()):

@@ -2,14 +2,17 @@
 
 There are two kinds, told apart by ``SOLVED_AT``:
 
-**At the client.** Each client prunes a block on its own text; both halves of one federated idea stand in one file, matrix by matrix:
+**At the client.** Each client prunes a block on its own text; both halves of one federated idea stand in one file, matrix by
+matrix:
 
     weigh(before, after, mask, tokens) -> (change, weight)     on the client: what is put into the sum
     finish(before, sums, target, options) -> (weight, mask)    on the server: what is made of the sum
 
-``before`` is the weight as the round began, ``after`` and ``mask`` what the pruner made of it (True = kept), ``tokens`` the number
-of calibration tokens, ``sums`` the :class:`~fedgrove.rounds.aggregator.weighted_sum.WeightedSum` of this matrix. ``change`` is a
-tensor, or None (only the weight is sent); ``weight`` is a bool mask or one number. Matrices lie as the linear multiplies: (out, in).
+``before`` is the weight as the round began, ``after`` and ``mask`` what the pruner made of it (True = kept), ``tokens`` the
+number
+of calibration tokens, ``sums`` the :class:`~fedgrove.rounds.aggregator.weighted_sum.WeightedSum` of this matrix. ``change`` is
+a tensor, or None (only the weight is sent); ``weight`` is a bool mask or one number. Matrices lie as the linear multiplies:
+(out, in).
 
 **At the server.** Clients send sums over their text, and the server prunes with the totals: see
 :mod:`fedgrove.stages.prune.aggregation.pooled`.

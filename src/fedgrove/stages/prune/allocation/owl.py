@@ -43,8 +43,8 @@ def allocate(measured: Sequence[float], sizes: Sequence[int], sparsity: float, o
     """Spreads a sparsity over blocks: those with the most outliers lose 2λ less than those with the fewest.
 
     The paper's (as in its code): kept_b = 2λ·(D_b − min D)/(max D − min D), shifted so that the mean is 1 − sparsity; λ is
-    ``options.owl_lambda``. Ours: blocks of unequal size count by their weights; where a block would lose less than nothing or more
-    than 99 %, it is held there and the others make up for it; ratios that are all alike give all blocks the same.
+    ``options.owl_lambda``. Ours: blocks of unequal size count by their weights; where a block would lose less than nothing or
+    more than 99 %, it is held there and the others make up for it; ratios that are all alike give all blocks the same.
 
     Args:
         measured: D by block.

@@ -20,8 +20,8 @@ WINDOW = "window/"  # tensors of a request: token ids to evaluate on
 class EvaluateAlone(Request):
     """Measure the model that you pruned by yourself.
 
-    Tensors beside the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds of each text, (windows,) float64:
-    ``change/<text>``, negative log-likelihoods, and ``weight/<text>``, numbers of predicted tokens.
+    Tensors beside the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds of each text, (windows,)
+    float64: ``change/<text>``, negative log-likelihoods, and ``weight/<text>``, numbers of predicted tokens.
 
     Attributes:
         texts: windows of each held-out text.

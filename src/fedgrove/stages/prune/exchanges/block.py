@@ -118,12 +118,13 @@ class PruneBlock(Request):
     """Prune one block on your own text, and send what the aggregation makes of it.
 
     A client runs through the model once a round. With ``through`` the recipe's, hidden states pass through the blocks that it
-    pruned, as it pruned them, and through its own dense copy of the blocks that it was not given; with "dense" they pass through
-    all blocks as they came, in the run that sums their inputs. They wait on its disk between requests; where they are gone, the
-    pass begins anew and comes to the same states.
+    pruned, as it pruned them, and through its own dense copy of the blocks that it was not given; with "dense" they pass
+    through all blocks as they came, in the run that sums their inputs. They wait on its disk between requests; where they are
+    gone, the pass begins anew and comes to the same states.
 
     Tensors beside the request: ``start/<linear>``: (out, in), what to begin with instead of the dense copy. The response holds
-    ``change/<linear>`` and ``weight/<linear>`` as the aggregation's ``weigh`` says; whole numbers where there are ``fixed_point``.
+    ``change/<linear>`` and ``weight/<linear>`` as the aggregation's ``weigh`` says; whole numbers where there are
+    ``fixed_point``.
 
     Attributes:
         block: the block to prune.
@@ -203,7 +204,8 @@ class PruneBlock(Request):
                 limit = self.max_weight_growth * float(layout.read_linear(self.block, name).abs().max())
                 if float(tensors[CHANGE + name].abs().max()) > limit:
                     raise WireError(
-                        f"{CHANGE}{name} is more than {self.max_weight_growth:g} times the largest weight before (max_weight_growth)"
+                        f"{CHANGE}{name} is more than {self.max_weight_growth:g} times the largest weight before "
+                        "(max_weight_growth)"
                     )
             weight = tensors[WEIGHT + name]
             if weight.dtype == torch.bool:

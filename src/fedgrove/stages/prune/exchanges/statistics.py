@@ -1,7 +1,8 @@
 """Every client sums what a pruner needs to know of one block's inputs, over its own text; the server adds the sums up.
 
 For source "dense" hidden states pass through the client's own copy of the model: where working files are gone the pass begins
-anew, so a client may miss any request. For "sequential" they pass through the pruned blocks that the server made, which come with
+anew, so a client may miss any request. For "sequential" they pass through the pruned blocks that the server made, which come
+with
 each request: a client whose hidden states are gone cannot go on.
 """
 
@@ -64,8 +65,8 @@ class SumInputs(Request):
     """Sum, over your text, what the pruner has to know of one block's inputs.
 
     Tensors beside the request: ``scale/<input>``: (in,) float32 powers of two; ``start/<linear>``: (out, in), the block before
-    this one, pruned, for source "sequential". The response holds ``change/<input>/squares`` and, as asked, ``/products``, ``/sums``
-    and ``/spreads``: see :class:`~fedgrove.stages.prune.aggregation.pooled.Statistic`.
+    this one, pruned, for source "sequential". The response holds ``change/<input>/squares`` and, as asked, ``/products``,
+    ``/sums`` and ``/spreads``: see :class:`~fedgrove.stages.prune.aggregation.pooled.Statistic`.
 
     Attributes:
         run: names the run: what is noisy is made once in it.

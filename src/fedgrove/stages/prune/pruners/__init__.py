@@ -5,7 +5,8 @@ A pruner's file holds two names:
     NEEDS: "nothing", "squares", "moments" or "gram": what it wants to know of the inputs of a linear
     prune(weight, inputs, target) -> (weight, mask)
 
-``weight`` is (out, in) in float32 and may be overwritten; ``inputs`` is an :class:`~fedgrove.stages.prune.input_statistics.InputStatistics`;
+``weight`` is (out, in) in float32 and may be overwritten; ``inputs`` is an
+:class:`~fedgrove.stages.prune.input_statistics.InputStatistics`;
 ``target`` a :class:`~fedgrove.models.masks.Target`. The result is the pruned weight, zero where the mask is False, and the
 mask (True = kept), with exactly ``target.num_pruned(weight.numel())`` entries False.
 """

@@ -1,8 +1,8 @@
 """What the server makes of the clients' changes of one linear: a new aggregation is a new file here.
 
 Both halves of one published idea stand in one file; its name is the stage's ``aggregation``. The change of the weight is always
-``state.total()``: what is frozen for the clients and what they go on training. A client computes with all of it (its start and the
-rest), whatever its own rank: so no client trains against a model that nobody has.
+``state.total()``: what is frozen for the clients and what they go on training. A client computes with all of it (its start and
+the rest), whatever its own rank: so no client trains against a model that nobody has.
 """
 
 from __future__ import annotations

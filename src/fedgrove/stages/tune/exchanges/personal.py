@@ -27,8 +27,8 @@ class Losses(Reply):
 class ComparePersonal(TuneRequest):
     """Compare, on your own held-out text, the shared change with your own best one.
 
-    An own one that is better lies in ``personal/stage-N`` of this client's folder; it is never sent. Tensors beside the request:
-    ``rest/<linear>/<part>``: the shared change.
+    An own one that is better lies in ``personal/stage-N`` of this client's folder; it is never sent. Tensors beside the
+    request: ``rest/<linear>/<part>``: the shared change.
 
     Attributes:
         parametrization: of the changes.

@@ -198,8 +198,8 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
     """The smallest rank in the fewest bits is too much."""
     least = ClientConfig(min(space.bits), space.batches[-1], 1, dict.fromkeys(cost.linears, space.ranks[0]))
     return (
-        f"rank {space.ranks[0]} in every linear needs {mebibytes(memory(cost, space, least), enough=True)} of memory, but it has "
-        f"{mebibytes(budget.memory)} (clients.memory); lower length, or allow fewer bits"
+        f"rank {space.ranks[0]} in every linear needs {mebibytes(memory(cost, space, least), enough=True)} of memory, but it "
+        f"has {mebibytes(budget.memory)} (clients.memory); lower length, or allow fewer bits"
     )
 
 
