@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from fedgrove.rounds.request import request_types
+from fedgrove.rounds.request import OTHER_ROOMS, request_types
 from small import LENGTH, ROOT, Small
 
 SOURCE = ROOT / "src" / "fedgrove"
 LEVELS = [  # rooms from the lowest to the highest: a module imports those of its own level and below
-    {"errors", "files", "heap", "plugins", "quantities"},
+    {"errors", "files", "heap", "lazy", "options", "plugins", "quantities"},
     {"data", "job", "models"},
     {"privacy"},
     {"events", "progress", "runfolder"},
     {"client", "engines.base", "rounds"},
-    {"engines", "evaluation", "stages"},
-    {"centralized", "exports", "report"},
+    {"engines", "evaluation", "report", "stages"},
+    {"centralized", "exports"},
     {"export", "run", "split", "tracking"},
     {"api", "doctor"},
     {"deploy"},
@@ -104,7 +104,8 @@ def test_every_request_is_named_after_its_file_and_says_what_it_discloses() -> N
     assert len(set(kinds)) == len(kinds) > 10
     for one in request_types():
         room, file, *_ = one.KIND.split("/")
-        assert one.__module__.endswith(f"{room}.exchanges.{file}" if room == "rounds" else f"stages.{room}.exchanges.{file}")
+        package = OTHER_ROOMS.get(room, f"stages.{room}.exchanges")
+        assert one.__module__ == f"fedgrove.{package}.{file}"
         assert all(field.annotation is not dict for field in one.model_fields.values())
         assert one.__doc__
 
