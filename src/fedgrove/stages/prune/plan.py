@@ -26,9 +26,9 @@ from fedgrove.stages.prune.aggregation.pooled import ring_bits
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config, LayerSampling
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import VALUE_BITS
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import disclosed_by
+from fedgrove.stages.prune.fixed_weights import VALUE_BITS
 from fedgrove.stages.prune.input_statistics import Needs
 
 

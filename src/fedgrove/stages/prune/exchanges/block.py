@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +19,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Call, Decoder, as_matrix
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import save_tensors
-from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
+from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
@@ -29,11 +28,10 @@ from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.aggregation import ClientSolved, client_solved
 from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.fixed_weights import GROWTH, VALUE_BITS, FixedWeights, unit_of
 from fedgrove.stages.prune.pruners import Damping
 
 START = "start/"  # tensors of a request: the weights that a round starts from, where they are not the client's own copy
-VALUE_BITS = 48  # of the ring in which masked weights are summed
-GROWTH = 8  # a pruner may make a weight at most so many times larger than the largest one of its matrix
 
 
 class Recipe(BaseModel):
@@ -61,51 +59,6 @@ class Recipe(BaseModel):
     def through(self) -> str:
         """For :class:`~fedgrove.client.hidden_states.Calibration`: text passes through blocks that were pruned like this."""
         return f"own/{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]}"
-
-
-class FixedPoints(BaseModel):
-    """Weights as whole numbers, for a sum that is taken unseen.
-
-    Attributes:
-        units: by linear, the exponent of two by which its weights are multiplied.
-        clients: how many at most are summed.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    units: dict[str, int]
-    clients: int
-
-    @property
-    def limit(self) -> int:
-        """What no client's number reaches, so that the sum fits the ring."""
-        return (1 << (VALUE_BITS - 2)) // self.clients
-
-    def encode(self, name: str, change: Tensor) -> Tensor:
-        """A pruned weight as int64.
-
-        Raises:
-            OutOfRange: a value is not finite, or so large that the sum could overflow.
-        """
-        return FixedPoint(self.units[name]).encode(change, self.limit)
-
-    def decode(self, name: str, total: Tensor) -> Tensor:
-        """The sum of what clients encoded, float64."""
-        return FixedPoint(self.units[name]).decode(total)
-
-
-def unit_of(before: Tensor, clients: int) -> int:
-    """The exponent of two by which a linear's weights are multiplied to make whole numbers of them.
-
-    With eight clients the unit is 2⁻³⁹ of the largest weight: the values of a bfloat16 model travel as they are down to
-    2⁻³² of the largest, those of a float32 model lose what lies below 2⁻³⁹.
-
-    Args:
-        before: the linear's weight.
-        clients: how many at most are summed.
-    """
-    largest = max(float(before.abs().max()), torch.finfo(torch.float32).tiny)
-    return VALUE_BITS - 2 - math.ceil(math.log2(GROWTH * clients * largest))
 
 
 class Tokens(Reply):
@@ -146,7 +99,7 @@ class PruneBlock(Request):
     aggregation: str
     max_weight_growth: float | None = None
     keep: bool = False
-    fixed_point: FixedPoints | None = None
+    fixed_point: FixedWeights | None = None
 
     @property
     def method(self) -> ClientSolved:
@@ -364,7 +317,7 @@ class BlockSums:
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
         """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.masked`."""
         units = {name: unit_of(self._layout.read_linear(self._block, name), len(messages)) for name in self.sums}
-        code = FixedPoints(units=units, clients=len(messages))
+        code = FixedWeights(units=units, clients=len(messages))
         for client, message in messages.items():
             assert isinstance(message.request, PruneBlock)
             self._requests[client] = message.request.model_copy(update={"fixed_point": code})
