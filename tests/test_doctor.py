@@ -7,9 +7,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from fedgrove.client.local_client import LocalClient
-
 from fedgrove import doctor
+from fedgrove.client.local_client import LocalClient
 from small import Small, cli
 
 

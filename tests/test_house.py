@@ -19,7 +19,7 @@ from small import LENGTH, ROOT, Small
 
 SOURCE = ROOT / "src" / "fedgrove"
 LEVELS = [  # rooms from the lowest to the highest: a module imports those of its own level and below
-    {"errors", "files", "heap", "lazy", "options", "plugins", "quantities"},
+    {"errors", "files", "heap", "lazy", "machine", "options", "plugins", "quantities"},
     {"data", "job", "models"},
     {"privacy"},
     {"events", "progress", "runfolder"},
@@ -110,6 +110,29 @@ def test_every_request_is_named_after_its_file_and_says_what_it_discloses() -> N
         assert one.__doc__
 
 
+def test_nobody_asks_which_kind_a_stage_is_or_what_a_method_is_called() -> None:
+    """Kinds and methods say what they can do; a name is compared in its own file at most."""
+    folders = ["stages/prune/pruners", "stages/prune/aggregation", "stages/prune/allocation", "stages/structured/scores"]
+    folders += [f"stages/tune/{name}" for name in ("aggregation", "parametrizations", "planners", "trainers")]
+    methods = {file.stem for folder in folders for file in (SOURCE / folder).glob("*.py")} - {"__init__"}
+    kinds = {file.parent.name for file in (SOURCE / "stages").glob("*/config.py")}
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            where = f"{file.relative_to(SOURCE)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                assert not re.search(r"(?i)\b(stage|plan)\b", ast.unparse(node.args[0])), where
+            if isinstance(node, ast.Compare):
+                names = {one.value for one in [node.left, *node.comparators] if isinstance(one, ast.Constant)}
+                assert not names & (methods | kinds) - {file.stem}, where
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                assert not re.fullmatch(r"request|info", ast.unparse(node.value)), where
+
+
+def test_no_file_is_long() -> None:
+    long = [file.relative_to(SOURCE) for file in SOURCE.rglob("*.py") if len(file.read_text().splitlines()) > 400]
+    assert not long
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package, to which methods are added."""
@@ -178,6 +201,20 @@ def test_a_method_under_another_name_is_one_new_file(package: Path, tmp_path: Pa
         assert hashes[f"copy-{number}"] == hashes[f"original-{number}"], new
 
 
+def test_a_form_of_export_under_another_name_is_one_new_file(package: Path, tmp_path: Path) -> None:
+    small = Small(tmp_path)
+    exports = package / "fedgrove" / "exports"
+    shutil.copyfile(exports / "packed.py", exports / "parcel.py")
+    outs = [tmp_path / name for name in ("packed", "parcel")]
+    code = "import sys; from fedgrove.cli import main; main()"
+    for out in outs:
+        command = [sys.executable, "-c", code, "export", str(small.model), "--to", out.name, "--out", str(out), "--no-measure"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(package)})
+        assert done.returncode == 0, done.stderr
+    first, second = ({file.name: file.read_bytes() for file in out.glob("*.packed")} for out in outs)
+    assert first == second
+
+
 TOY_CONFIG = '''
 from typing import Literal
 from fedgrove.job.stage_config import StageConfig
@@ -194,7 +231,7 @@ class Config(StageConfig):
     kind: Literal["rescale"]
     factor: float = 1.0
 '''
-TOY_STAGE = '''
+TOY_STAGE = """
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import save_tensors
 from fedgrove.stages.base import Assignment, Plan, Result
@@ -218,7 +255,7 @@ def alone(model, plan, config, clients, windows, federation):
 
 def typical_memory(decoder, length):
     return {}
-'''
+"""
 
 
 def test_a_kind_of_stage_is_one_new_folder(package: Path, tmp_path: Path) -> None:
@@ -231,7 +268,9 @@ def test_a_kind_of_stage_is_one_new_folder(package: Path, tmp_path: Path) -> Non
     (folder / "stage.py").write_text(TOY_STAGE)
     toy = {"kind": "rescale"}
     tune = {**TUNE, "method": "lora"}
-    hashes = run_in(package, small, {"toy": [PRUNE, toy], "pruned": [PRUNE], "between": [PRUNE, toy, tune], "both": [PRUNE, tune]})
+    hashes = run_in(
+        package, small, {"toy": [PRUNE, toy], "pruned": [PRUNE], "between": [PRUNE, toy, tune], "both": [PRUNE, tune]}
+    )
     assert hashes["toy"] == hashes["pruned"]
     assert hashes["between"] == hashes["both"]
 

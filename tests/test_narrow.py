@@ -397,7 +397,11 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     card = (run / "model" / "README.md").read_text()
     assert "Structured pruning of 25% of the channels and 50% of the heads" in card
     assert "exact zeros" not in card
-    sent = [line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("structured/scores", "up")]
+    sent = [
+        line["bytes"]
+        for line in lines(run / "ledger.jsonl")
+        if (line["kind"], line["direction"]) == ("structured/scores", "up")
+    ]
     assert max(sent) < 4000, "a number for each of 196 groups, and names"
 
 

@@ -206,7 +206,7 @@ def doctor(
 
     hush()
     folder = out or Path("runs")
-    checks = looking.machine(folder, listen or (), connect or ())
+    checks = check_machine(folder, listen or (), connect or ())
     if job is not None:
         checks += looking.examine(load(job, set_ or []), folder)
     looking.show(checks, as_json)

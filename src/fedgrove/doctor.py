@@ -5,28 +5,20 @@ Nothing here raises for what is wrong with the machine, the model or a text: tha
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import math
-import os
-import platform
-import shutil
-import socket
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from packaging.requirements import Requirement
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data.chat import Chat, as_text
 from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
+from fedgrove.machine import Check, free_disk, free_memory, size_of
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
@@ -34,28 +26,8 @@ from fedgrove.run import local_engine, make_plans, open_model
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import stage_of
 
-SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
 LENGTH = 512  # tokens of the windows with which "could hold" is counted: the default of a job
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what.
-        ok: whether a run would get past it.
-        text: what was found. It holds nothing of anybody's text, so that it may be sent.
-        remedy: what to do where it is not ok.
-        sample: the owner's own text, to be shown to the owner alone.
-    """
-
-    name: str
-    ok: bool
-    text: str
-    remedy: str = ""
-    sample: str = ""
 
 
 def show(checks: Sequence[Check], as_json: bool = False) -> None:
@@ -112,17 +84,6 @@ def site(client: LocalClient) -> list[Check]:
     return checks
 
 
-def machine(folder: Path, listen: Sequence[int] = (), connect: Sequence[str] = ()) -> list[Check]:
-    """Versions, devices, memory, disk and ports.
-
-    Args:
-        folder: where runs are written.
-        listen: ports that a server would listen on here; without any, FLARE's own are looked at and none is required.
-        connect: HOST:PORT that a client would reach.
-    """
-    return [*_versions(), _devices(), _memory(), _disk(folder), *_ports(listen), *map(_reaches, connect)]
-
-
 def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
     """Where a model is. One that is on the hub and not yet here is asked for, not fetched: None, and how much it is."""
     if Path(path).is_dir():
@@ -146,7 +107,9 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
             "mend model.path; without a network, copy the model here and name its directory",
         )
     size = sum(file.size or 0 for file in told.siblings or [] if file.rfilename.endswith(".safetensors"))
-    return None, Check("model", True, f"{path}: on the hub, {_size(size)} to fetch; a run fetches it, and then it can be tried")
+    return None, Check(
+        "model", True, f"{path}: on the hub, {size_of(size)} to fetch; a run fetches it, and then it can be tried"
+    )
 
 
 def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
@@ -159,7 +122,7 @@ def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
         decoder = Decoder(checkpoint)
         numel = sum(checkpoint.spec(name)[0].numel() for name in checkpoint.names())
         kind = type(decoder.model).__name__
-        about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {_size(checkpoint.num_bytes())}"
+        about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {size_of(checkpoint.num_bytes())}"
         checks = [Check("model readable", True, about)]
     except FedgroveError as fault:
         return [_refused("model readable", fault)]
@@ -222,14 +185,14 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
         memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
     """
     decoder = Decoder(Checkpoint(path, dtype))
-    free = memory or _free_memory()
+    free = memory or free_memory()
     length = min(LENGTH, getattr(decoder.checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH))
     needs: dict[str, float] = {}
     for kind in KINDS:
         needs |= stage_of(kind).typical_memory(decoder, length)
-    fits = [f"{what} ({_size(need)})" for what, need in needs.items() if need <= free]
-    more = [f"{what} ({_size(need)})" for what, need in needs.items() if need > free]
-    said = f"of {_size(free)}: {', '.join(fits) or 'nothing'}"
+    fits = [f"{what} ({size_of(need)})" for what, need in needs.items() if need <= free]
+    more = [f"{what} ({size_of(need)})" for what, need in needs.items() if need > free]
+    said = f"of {size_of(free)}: {', '.join(fits) or 'nothing'}"
     if more:
         said += f"; too large: {', '.join(more)}"
     return Check("could hold", bool(fits), said, "" if fits else "take a smaller model, or a machine with more memory")
@@ -237,7 +200,7 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
 
 def _plans(job: Job) -> list[Check]:
     """Every client's part in every stage, against this machine's memory: here one client works at a time."""
-    free = _free_memory()
+    free = free_memory()
     checks = []
     with tempfile.TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run", job)) as run:
         try:
@@ -247,11 +210,13 @@ def _plans(job: Job) -> list[Check]:
             return [_refused("plan", fault)]
     for plan in plans:
         name, most = max(((name, assignment.memory) for name, assignment in plan.clients.items()), key=lambda pair: pair[1])
-        said = f"{len(plan.clients)} clients, at most {_size(most)} of memory ({name}), {_size(plan.uploads())} to send in all"
+        said = (
+            f"{len(plan.clients)} clients, at most {size_of(most)} of memory ({name}), {size_of(plan.uploads())} to send in all"
+        )
         for client, why in sorted(plan.left_out.items()):
             said += f"; {client} is left out: {why}"
         fits = most <= free
-        remedy = "" if fits else f"{_size(free)} are free here; lower samples or length, or close other programs"
+        remedy = "" if fits else f"{size_of(free)} are free here; lower samples or length, or close other programs"
         checks.append(Check(f"stage {plan.stage} ({plan.kind})", fits, said, remedy))
     return checks
 
@@ -275,129 +240,11 @@ def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
         need += len(job.clients) * checkpoint.num_bytes()
     if job.evaluate.centralized:
         need *= 2
-    free = _free_disk(folder)
-    said = f"a run needs about {_size(need)} in {folder.resolve()}, {_size(free)} are free"
+    free = free_disk(folder)
+    said = f"a run needs about {size_of(need)} in {folder.resolve()}, {size_of(free)} are free"
     return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or give --out another disk")
-
-
-def _versions() -> list[Check]:
-    wrong: list[str] = []
-    packages: list[str] = []
-    extras: dict[str, bool] = {}
-    for line in importlib.metadata.requires("fedgrove") or []:
-        wanted = Requirement(line)
-        extra = _extra(wanted)
-        if extra == "dev":
-            continue
-        try:
-            version = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        if extra is not None:
-            extras[extra] = extras.get(extra, True) and version is not None
-        elif version is None:
-            wrong.append(f"{wanted.name} is missing")
-        elif not wanted.specifier.contains(version, prereleases=True):
-            wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
-        if wanted.name in ("torch", "transformers"):
-            packages.append(f"{wanted.name} {version}")
-    said = f"fedgrove {importlib.metadata.version('fedgrove')}, Python {platform.python_version()}, {', '.join(packages)}"
-    remedy = "" if not wrong else "pip install --upgrade fedgrove"
-    checks = [Check("versions", not wrong, "; ".join([said, *wrong]), remedy)]
-    if extras:
-        have = [name for name, there in sorted(extras.items()) if there]
-        lack = [f'{name} (pip install "fedgrove[{name}]")' for name, there in sorted(extras.items()) if not there]
-        checks.append(
-            Check("extras", True, f"installed: {', '.join(have) or 'none'}; not installed: {', '.join(lack) or 'none'}")
-        )
-    return checks
-
-
-def _extra(wanted: Requirement) -> str | None:
-    """The extra that a requirement belongs to; None: it belongs to everybody."""
-    if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
-        return None
-    names = importlib.metadata.metadata("fedgrove").get_all("Provides-Extra") or []
-    return next((name for name in names if wanted.marker.evaluate({"extra": name})), None)
-
-
-def _devices() -> Check:
-    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        gpus.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, {_size(free)} of {_size(total)} free")
-    return Check("devices", True, "; ".join([cpu, *(gpus or ["no GPU"])]))
-
-
-def _memory() -> Check:
-    memory = psutil.virtual_memory()
-    said = f"{_size(memory.available)} of {_size(memory.total)} are free"
-    enough = memory.available >= 2**30  # the libraries alone take half of it
-    return Check("memory", enough, said, "" if enough else "close other programs: fedgrove alone needs about 1 GiB")
-
-
-def _disk(folder: Path) -> Check:
-    free = _free_disk(folder)
-    enough = free >= 2**30
-    return Check("disk", enough, f"{_size(free)} are free in {folder.resolve()}", "" if enough else "free some space")
-
-
-def _free_disk(folder: Path) -> int:
-    at = folder.resolve()
-    while not at.exists():
-        at = at.parent
-    return shutil.disk_usage(at).free
-
-
-def _free_memory() -> int:
-    if torch.cuda.is_available():
-        return max(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-    return int(psutil.virtual_memory().available)
-
-
-def _ports(listen: Iterable[int]) -> list[Check]:
-    listen = list(listen)
-    free = {port: _is_free(port) for port in listen or SERVER_PORTS}
-    said = "; ".join(f"{port} {'free' if is_free else 'taken by another program'}" for port, is_free in free.items())
-    if not listen:
-        return [Check("ports", True, f"{said} (only the server of a deployment listens; a run on one machine uses none)")]
-    ok = all(free.values())
-    return [Check("ports", ok, said, "" if ok else "end the other program, or give the server another port")]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
-def _reaches(address: str) -> Check:
-    host, _, port = address.rpartition(":")
-    name = f"reach {address}"
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        return Check(name, False, "this is no HOST:PORT", "write for instance server.example.org:8002")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-            return Check(name, True, "it answers")
-    except OSError as fault:
-        what = str(fault.strerror or fault or type(fault).__name__)
-        return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
 
 
 def _refused(name: str, error: FedgroveError) -> Check:
     """A check from an error that a run would end with."""
     return Check(name, False, str(FedgroveError(error.what, client=error.client)), error.remedy or "")
-
-
-def _size(number: float) -> str:
-    if not math.isfinite(number):
-        return "any"
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= unit:
-            return f"{number / unit:,.1f} {name}"
-    return f"{number:,.0f} bytes"

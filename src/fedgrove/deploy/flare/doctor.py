@@ -19,8 +19,8 @@ from fedgrove.deploy.flare.files import SERVER, SITE, Allow, ServerFile, SiteFil
 from fedgrove.deploy.flare.installation import Installation, credentials
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, NEVER, name_of
 from fedgrove.deploy.flare.node import address, kind_of, running
-from fedgrove.doctor import Check
 from fedgrove.errors import FedgroveError
+from fedgrove.machine import Check, check_machine
 
 APART = 300.0  # seconds between two clocks; a message takes a few of them
 SOON = 30  # days before a certificate ends in which it is time to renew it
@@ -34,7 +34,7 @@ def examine(kit: Path) -> list[Check]:
     alive = running(kit) is not None
     listen = [port] if kind == "server" and not alive else []
     connect = [f"{host}:{port}"] if kind != "server" or alive else []
-    checks = doctor.machine(kit, listen, connect)
+    checks = check_machine(kit, listen, connect)
     checks.append(certificate(kit, kind, datetime.now(UTC)))
     checks.append(private_keys(kit))
     if connect and kind != "server":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,3 +118,9 @@ def draw(ids: Tensor, labels: Tensor, batch: int, seen: int, seed: str) -> Itera
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What requires a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """The clients' optimizer, with no weight decay; its state begins anew."""
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    return kinds[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_keeps
 from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
-from fedgrove.stages.tune.training import Settings, Work, loss_sum, trained_parameters
+from fedgrove.stages.tune.training import Settings, Work, loss_sum, make_optimizer, trained_parameters
 
 PRIVATE = True
 
@@ -41,8 +39,7 @@ def train(model: nn.Module, work: Work, settings: Settings) -> None:
     mechanism = GaussianMechanism(budget.clip, budget.noise, adders=1)
     parameters = trained_parameters(model)
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
-    make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = make(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = make_optimizer(parameters, settings)
     model.eval()
     with torch.enable_grad():
         for _ in range(settings.steps):

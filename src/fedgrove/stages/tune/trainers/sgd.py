@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.tune.training import GradientMasks, Settings, Work, draw, loss_sum, pieces, trained_parameters
+from fedgrove.stages.tune.training import (
+    GradientMasks,
+    Settings,
+    Work,
+    draw,
+    loss_sum,
+    make_optimizer,
+    pieces,
+    trained_parameters,
+)
 
 PRIVATE = False
 
@@ -50,8 +59,7 @@ def train_on(
     """
     parameters = trained_parameters(model)
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
-    make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = make(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = make_optimizer(parameters, settings)
     model.eval()
     copies = [model, *(copy.deepcopy(model).to(device) for device in others)]
     total, count = 0.0, 0

@@ -1,0 +1,170 @@
+"""What a machine is good for, whatever runs there: versions, devices, memory, disk, ports. Each check comes with its remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        ok: whether a run would get past it.
+        text: what was found. It holds nothing of anybody's text, so that it may be sent.
+        remedy: what to do where it is not ok.
+        sample: the owner's own text, to be shown to the owner alone.
+    """
+
+    name: str
+    ok: bool
+    text: str
+    remedy: str = ""
+    sample: str = ""
+
+
+def check_machine(folder: Path, listen: Sequence[int] = (), connect: Sequence[str] = ()) -> list[Check]:
+    """Versions, devices, memory, disk and ports.
+
+    Args:
+        folder: where runs are written.
+        listen: ports that a server would listen on here; without any, FLARE's own are looked at and none is required.
+        connect: HOST:PORT that a client would reach.
+    """
+    return [*_versions(), _devices(), _memory(), _disk(folder), *_ports(listen), *map(_reaches, connect)]
+
+
+def _versions() -> list[Check]:
+    wrong: list[str] = []
+    packages: list[str] = []
+    extras: dict[str, bool] = {}
+    for line in importlib.metadata.requires("fedgrove") or []:
+        wanted = Requirement(line)
+        extra = _extra(wanted)
+        if extra == "dev":
+            continue
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if extra is not None:
+            extras[extra] = extras.get(extra, True) and version is not None
+        elif version is None:
+            wrong.append(f"{wanted.name} is missing")
+        elif not wanted.specifier.contains(version, prereleases=True):
+            wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
+        if wanted.name in ("torch", "transformers"):
+            packages.append(f"{wanted.name} {version}")
+    said = f"fedgrove {importlib.metadata.version('fedgrove')}, Python {platform.python_version()}, {', '.join(packages)}"
+    remedy = "" if not wrong else "pip install --upgrade fedgrove"
+    checks = [Check("versions", not wrong, "; ".join([said, *wrong]), remedy)]
+    if extras:
+        have = [name for name, there in sorted(extras.items()) if there]
+        lack = [f'{name} (pip install "fedgrove[{name}]")' for name, there in sorted(extras.items()) if not there]
+        checks.append(
+            Check("extras", True, f"installed: {', '.join(have) or 'none'}; not installed: {', '.join(lack) or 'none'}")
+        )
+    return checks
+
+
+def _extra(wanted: Requirement) -> str | None:
+    """The extra that a requirement belongs to; None: it belongs to everybody."""
+    if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+        return None
+    names = importlib.metadata.metadata("fedgrove").get_all("Provides-Extra") or []
+    return next((name for name in names if wanted.marker.evaluate({"extra": name})), None)
+
+
+def _devices() -> Check:
+    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        gpus.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, {size_of(free)} of {size_of(total)} free")
+    return Check("devices", True, "; ".join([cpu, *(gpus or ["no GPU"])]))
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    said = f"{size_of(memory.available)} of {size_of(memory.total)} are free"
+    enough = memory.available >= 2**30  # the libraries alone take half of it
+    return Check("memory", enough, said, "" if enough else "close other programs: fedgrove alone needs about 1 GiB")
+
+
+def _disk(folder: Path) -> Check:
+    free = free_disk(folder)
+    enough = free >= 2**30
+    return Check("disk", enough, f"{size_of(free)} are free in {folder.resolve()}", "" if enough else "free some space")
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk of a folder, which need not be there yet."""
+    at = folder.resolve()
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at).free
+
+
+def free_memory() -> int:
+    """Bytes free on the GPU, or else in this machine."""
+    if torch.cuda.is_available():
+        return max(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return int(psutil.virtual_memory().available)
+
+
+def _ports(listen: Iterable[int]) -> list[Check]:
+    listen = list(listen)
+    free = {port: _is_free(port) for port in listen or SERVER_PORTS}
+    said = "; ".join(f"{port} {'free' if is_free else 'taken by another program'}" for port, is_free in free.items())
+    if not listen:
+        return [Check("ports", True, f"{said} (only the server of a deployment listens; a run on one machine uses none)")]
+    ok = all(free.values())
+    return [Check("ports", ok, said, "" if ok else "end the other program, or give the server another port")]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _reaches(address: str) -> Check:
+    host, _, port = address.rpartition(":")
+    name = f"reach {address}"
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        return Check(name, False, "this is no HOST:PORT", "write for instance server.example.org:8002")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            return Check(name, True, "it answers")
+    except OSError as fault:
+        what = str(fault.strerror or fault or type(fault).__name__)
+        return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
+
+
+def size_of(number: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    if not math.isfinite(number):
+        return "any"
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= unit:
+            return f"{number / unit:,.1f} {name}"
+    return f"{number:,.0f} bytes"
