@@ -100,7 +100,7 @@ def run(
                 folder.follow(Several([shown, *told]))
             engine = local_engine(wanted, folder.path / "clients", workers)
             try:
-                run_job(wanted, engine, folder)
+                run_job(wanted, engine, folder, engine.device)
             finally:
                 engine.close()
         finally:

@@ -203,6 +203,7 @@ def doctor(
     from fedgrove import doctor as looking
     from fedgrove.api import hush
     from fedgrove.job.load import load
+    from fedgrove.machine import check_machine
 
     hush()
     folder = out or Path("runs")

@@ -210,9 +210,8 @@ def _plans(job: Job) -> list[Check]:
             return [_refused("plan", fault)]
     for plan in plans:
         name, most = max(((name, assignment.memory) for name, assignment in plan.clients.items()), key=lambda pair: pair[1])
-        said = (
-            f"{len(plan.clients)} clients, at most {size_of(most)} of memory ({name}), {size_of(plan.uploads())} to send in all"
-        )
+        said = f"{len(plan.clients)} clients, at most {size_of(most)} of memory ({name}), "
+        said += f"{size_of(plan.uploads())} to send in all"
         for client, why in sorted(plan.left_out.items()):
             said += f"; {client} is left out: {why}"
         fits = most <= free

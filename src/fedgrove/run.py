@@ -37,25 +37,26 @@ from fedgrove.runfolder import RunFolder, read_lines
 from fedgrove.stages.base import Plan, calibration_seed, stage_of
 
 
-def run_job(job: Job, engine: Engine, run: RunFolder) -> None:
+def run_job(job: Job, engine: Engine, run: RunFolder, device: str = "cpu") -> None:
     """Runs a job.
 
     Args:
         job: what is wanted.
         engine: reaches the clients.
         run: the run folder; an interrupted run continues.
+        device: where the server computes.
 
     Raises:
         FedgroveError: an error that the user can fix.
     """
     if not run.has_model():
-        make_model(job, Federation(engine, run))
+        make_model(job, Federation(engine, run, device))
     write_samples(run)
     evaluate_directory(run.path / "model", len(job.stages) - 1, run)
     if job.evaluate.speed:
         evaluate_speed(open_model(job.model).path, run.path / "model", run)
     if job.evaluate.centralized:
-        run_centralized(job, run)
+        run_centralized(job, run, device)
     write_report(run.path)
     run.finish()
 
@@ -65,13 +66,13 @@ def make_model(job: Job, federation: Federation) -> None:
     run = federation.run
     model = open_model(job.model)
     plans = make_plans(job, model, federation)  # every client's text is tried before anything is computed
-    evaluate(model, None, run)
+    evaluate(model, None, run, federation.device)
     evaluate_directory(model.path, None, run)
     for config, plan in zip(job.stages, plans, strict=True):
         run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))  # decided before the first round
         before = model
         model = stage_of(config.kind).run(model, plan, config, federation).model
-        evaluate(model, plan.stage, run)
+        evaluate(model, plan.stage, run, federation.device)
         evaluate_alone(before, plan, config, federation)
     run.step("writing the model")
     heap.release_freed_memory()  # what the last stage worked with
@@ -136,7 +137,7 @@ def notes_on_other_stages(job: Job, index: int) -> list[str]:
     return notes
 
 
-def run_centralized(job: Job, run: RunFolder) -> None:
+def run_centralized(job: Job, run: RunFolder, device: str) -> None:
     """Runs the job as one owner of everybody's text, in a run folder within this one. In a simulation only."""
     wanted, folder = centralized_job(job), run.path / CENTRALIZED
     inner = RunFolder(folder, wanted, resume=True, watch=Within(run.watch, CENTRALIZED))
@@ -146,7 +147,7 @@ def run_centralized(job: Job, run: RunFolder) -> None:
                 lines = [line for line in read_lines(run.path / name) if line["stage"] is None]
                 inner.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
         clients = local_clients(job, open_model(job.model), folder / "clients")
-        run_job(wanted, LocalEngine([centralized_client(clients, folder / "clients")]), inner)
+        run_job(wanted, LocalEngine([centralized_client(clients, folder / "clients")]), inner, device)
     finally:
         inner.close()
 

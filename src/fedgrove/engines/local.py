@@ -37,6 +37,11 @@ class LocalEngine:
         self._devices = list(devices or gpus or ["cpu"])
         self._workers = [Worker(_try, torch.get_num_threads()) for _ in range(min(workers, len(clients)))]
 
+    @property
+    def device(self) -> str:
+        """The first device: where the server of a run on this machine computes too."""
+        return self._devices[0]
+
     def clients(self) -> list[str]:
         """The clients, sorted by name."""
         return sorted(self._clients)

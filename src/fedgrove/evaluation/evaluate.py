@@ -18,7 +18,7 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Plan, stage_of
 
 
-def evaluate(model: Checkpoint, stage: int | None, run: RunFolder) -> None:
+def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str = "cpu") -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>``, ``accuracy/<text>``, … to the metrics.
 
     ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. What the metrics hold already is not measured
@@ -27,13 +27,14 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder) -> None:
     Args:
         model: the model.
         stage: the one that made the model; None before the first.
+        device: where to compute.
     """
     wanted = run.job.evaluate
     if not wanted.data:
         return
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
     windows = heldout_windows(model, run)
-    examiner = Examiner(model)
+    examiner = Examiner(model, device)
     for number, text in enumerate(wanted.data):
         first = "rougeL" if text.measure == "generation" else text.measure
         if (stage, None, f"{first}/{text.name}") in done:

@@ -20,17 +20,18 @@ from fedgrove.progress import Listener
 class Examiner:
     """A model that is asked several things. Perplexity streams it block by block; other measures hold it whole."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
         self.tokenizer = checkpoint.tokenizer()
         self._checkpoint = checkpoint
+        self._device = device
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self._checkpoint)
+        return Decoder(self._checkpoint, self._device)
 
     @cached_property
     def _whole(self) -> nn.Module:
-        return Decoder(self._checkpoint).whole()
+        return Decoder(self._checkpoint, self._device).whole()
 
     def perplexity(self, windows: Sequence[Tensor], told: Told) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval draws windows again."""

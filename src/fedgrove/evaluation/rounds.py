@@ -18,10 +18,10 @@ from fedgrove.progress import part_of
 from fedgrove.runfolder import RunFolder
 
 
-def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder) -> None:
+def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder, device: str = "cpu") -> None:
     """Writes ``perplexity/<text>`` of a model as it is after a round. What the metrics hold already is not measured again."""
     done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
-    decoder = Decoder(model)
+    decoder = Decoder(model, device)
     windows = heldout_windows(model, run)
     for number, (name, texts) in enumerate(windows.items()):
         if (stage, round_, f"perplexity/{name}") not in done:

@@ -24,11 +24,13 @@ class Federation:
     Attributes:
         engine: reaches the clients.
         run: the run folder; its job is what is run.
+        device: where the server computes.
         aggregator: computes sums over clients, in the open or unseen: a stage cannot tell which.
     """
 
     engine: Engine
     run: RunFolder
+    device: str = "cpu"
     aggregator: Aggregator = field(init=False)
 
     def __post_init__(self) -> None:

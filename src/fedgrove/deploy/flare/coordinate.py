@@ -137,7 +137,7 @@ def run_with_sites(
     joined = join(job, model, connect([client.name for client in job.clients], name, settings.grace), run)
     recorder.capabilities = {site: reply.capabilities.model_dump(mode="json") for site, reply in joined.items()}
     engine = connect(list(joined), name, settings.grace)
-    run_job(job, engine, run)
+    run_job(job, engine, run, settings.device)
     if job.result == "sites":
         deliver(engine, run, [site for site, reply in joined.items() if reply.result])
     end = wire.pack({}, {"request": EndRun().model_dump(mode="json")})

@@ -151,11 +151,13 @@ class ServerFile(Table):
 
     Attributes:
         models: by the name that jobs use, where the server's copy is.
+        device: where the server computes, such as "cuda:0".
         threads: of linear algebra; default: one a core.
         grace: seconds in which a site must fetch a request; one that does not is missing, and is asked again the next time.
     """
 
     models: Models
+    device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     grace: Annotated[float, Field(gt=0)] = 60.0
 

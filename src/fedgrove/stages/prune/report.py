@@ -28,12 +28,13 @@ BLOCK, STATISTICS = "prune/block", "prune/statistics"  # kinds of request that b
 WHOLE, PERCENT = "{:,}".format, "{:.2%}".format
 
 Record = dict[str, Any]
+EVENLY = "even"  # the allocation that needs no mention
 
 
 def describe(config: Mapping[str, Any]) -> str:
     """Such as "prune with sparsegpt to 50%, aggregation fedspallm"."""
     target = config.get("pattern") or f"{100 * config.get('sparsity', 0):g}%"
-    uneven = f" ({config['allocation']})" if config.get("allocation", "even") != "even" else ""
+    uneven = f" ({config['allocation']})" if config.get("allocation", EVENLY) != EVENLY else ""
     return f"prune with {config.get('pruner')} to {target}{uneven}, aggregation {config.get('aggregation')}"
 
 

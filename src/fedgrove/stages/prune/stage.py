@@ -56,7 +56,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     sparsities: list[float] = []
     for round_ in range(config.rounds):
         overlay = run.overlay(plan.stage, round_)
-        decoder = Decoder(model)
+        decoder = Decoder(model, federation.device)
         inputs = probe(decoder, config, run.job.seed) if plan.sums else []
         if round_ == 0:
             sparsities = block_sparsities(decoder, inputs, plan, config, federation)
@@ -180,8 +180,9 @@ def _prune_by_solutions(
         total = sums.take(name)
         if total.clients == 0:
             continue  # nobody sent it: it stays as it was
-        weight, mask = method.finish(decoder.read_linear(block, name), total, target, options)
-        made[name] = Pruned(weight, mask, clients, _agreement(total))
+        before = decoder.read_linear(block, name).to(decoder.device)
+        weight, mask = method.finish(before, total, target, options)
+        made[name] = Pruned(weight.cpu(), mask.cpu(), clients, _agreement(total))
     return made
 
 

@@ -90,7 +90,7 @@ def alone(
     run = federation.run
     for number, client in enumerate(clients):
         run.step(f"evaluate: what {client} would have had alone", number, len(clients))
-        decoder = Decoder(alone_model(model, plan, config, client, run))
+        decoder = Decoder(alone_model(model, plan, config, client, run), federation.device)
         yield client, {name: negative_log_likelihoods(decoder, texts) for name, texts in windows.items()}
 
 
@@ -135,7 +135,7 @@ def _collect(model: Checkpoint, plan: Plan, config: Config, federation: Federati
     """Who is in the sum, of how many tokens, the sum, and each client's part of it where that is wanted."""
     messages = {client: Message(score_request(plan, config, client, federation.job)) for client in plan.clients}
     scores = _Scores(score_of(config.score).SIGNED, federation.job.evaluate.alone)
-    replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model))
+    replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model, federation.device))
     tokens = sum(reply.tokens for reply in replies.values() if isinstance(reply, Tokens))
     return sorted(replies), tokens, {CHANGE + name: value for name, value in scores.sums.items()} | scores.parts
 

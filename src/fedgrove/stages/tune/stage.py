@@ -50,7 +50,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         run.say(f"tune: client '{client}' is left out: {why}")
     done = [round_ for round_ in range(config.rounds) if _file(run, plan.stage, round_).is_file()]
     state = TuningState.read(_file(run, plan.stage, done[-1])) if done else TuningState(plan)
-    stage = Tuning(model, Decoder(model), config, federation, state)
+    stage = Tuning(model, Decoder(model, federation.device), config, federation, state)
     stage.write_plan()
     if done:
         stage.log(done[-1])

@@ -303,7 +303,7 @@ class Tuning:
         if self.config.eval_every and (round_ + 1) % self.config.eval_every == 0:
             folder = self.run.path / "work" / f"stage-{self.plan.stage}" / "measured"
             self.merge(folder)
-            evaluate_round(self.model.over(folder), self.plan.stage, round_, self.run)
+            evaluate_round(self.model.over(folder), self.plan.stage, round_, self.run, self.federation.device)
 
     def keep_personal(self) -> None:
         """Lets every client compare the result with its own best change, on its own held-out text, and keep the better one."""

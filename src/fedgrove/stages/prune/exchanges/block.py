@@ -310,7 +310,7 @@ class BlockSums:
         self._layout, self._block, self._scales = layout, block, scales
         self._requests: dict[str, PruneBlock] = {}
         self.sums: dict[str, WeightedSum] = {
-            name: TrimmedSum(trim=trim, before=layout.read_linear(block, name)) if trim else WeightedSum()
+            name: TrimmedSum(trim=trim, before=layout.read_linear(block, name).to(layout.device)) if trim else WeightedSum()
             for name in layout.block_names(block)
         }
 
@@ -330,8 +330,11 @@ class BlockSums:
     def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
         """Adds one client's block."""
         for name, total in self.sums.items():
-            weight = tensors.pop(WEIGHT + name)
-            total.add(tensors.pop(CHANGE + name, None), weight if weight.dim() else float(weight), self._scales[client])
+            weight, change = tensors.pop(WEIGHT + name), tensors.pop(CHANGE + name, None)
+            if weight.dim():
+                weight = weight.to(self._layout.device)
+            change = None if change is None else change.to(self._layout.device)
+            total.add(change, weight if weight.dim() else float(weight), self._scales[client])
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
         """Takes the sum of the clients' whole numbers, if it can be one of clients that pruned as they were asked."""
@@ -347,8 +350,9 @@ class BlockSums:
                 or (value is not None and (value.abs() > code.limit * votes.long()).any())
             ):
                 raise WireError(f"block {self._block}, {name} holds other votes or values than can be")
-            decoded = None if value is None else code.decode(name, value)
-            self.sums[name] = WeightedSum(decoded, votes.double(), float(len(requests)))
+            device = self._layout.device
+            decoded = None if value is None else code.decode(name, value.to(device))
+            self.sums[name] = WeightedSum(decoded, votes.to(device).double(), float(len(requests)))
 
     def take(self, name: str) -> WeightedSum:
         """A linear's sums, which are not kept any longer."""
