@@ -37,7 +37,8 @@ def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], M
     """
     tensors, info = wire.unpack(message)
     request = parse(kind, info.get("request"))
-    masking = Masking.model_validate(info["masking"]) if info.get("masking") is not None else None
+    masked = info.get("masking")
+    masking = None if masked is None else Masking.model_validate(masked)
     return request, tensors, masking
 
 
