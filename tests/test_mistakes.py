@@ -155,9 +155,9 @@ def test_a_csv_without_the_field_is_named(small: Small, tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "' + BYTES + b'"}\n', ("a.jsonl: not UTF-8",)),
         ("a.json", b'[\n{"text": "pretty"}\n]', ("a.json, line 1: not JSON",)),
         ("a.csv", b"text\n", ("a.csv: it holds no text",)),
-        ("a.csv", b'text\n"' + b"x" * 200_000 + b'"\n', ("a.csv, line",)),
+        ("a.csv", b'text\n"' + b"x" * 200_000 + b"\nmore\n", ("a.csv, line 2", "opens a double quote and never closes it")),
         ("a.parquet", b"PAR1 not really", ("a.parquet: not a parquet file",)),
-        ("a.docx", b"PK", ("a.docx: unknown kind of file; use .csv, .json, .jsonl, .md, .parquet, .txt",)),
+        ("a.docx", b"PK", ("a.docx: unknown kind of file; use .csv, .json, .jsonl, .md, .parquet, .tsv, .txt",)),
     ],
     ids=lambda value: value[:12].decode(errors="replace") if isinstance(value, bytes) else "",
 )

@@ -144,3 +144,19 @@ def test_the_undisturbed_run_measured_everything_once(small: Small) -> None:
     wanted = {(None, None, None), (0, None, None), *((0, None, client) for client in CLIENTS)}
     ends = {(*key, f"perplexity{end}") for key in wanted for end in ("", ".low", ".high") if not end or key[2] is None}
     assert set(measured) == {(*key, f"{name}/{text}") for *key, name in ends for text in ("held-0", "held-1")}
+
+
+def test_the_plan_on_disk_is_the_one_in_force_also_while_a_continued_run_goes_on(small: Small, tmp_path: Path) -> None:
+    tune = {"kind": "tune", "rounds": 3, "steps": 1, "length": 16, "ranks": [2, 4], "batches": [1], "bits": [32]}
+    job = small.job("planned-anew", stages=[tune], evaluate={})
+    out = tmp_path / "run"
+    plan = out / "plan-0-tune.json"
+    second_round = Moment("os.rename", "*/stage-0/*0001.safetensors")
+    killed("run", job, "--out", out, "--quiet", moment=second_round)
+    anew = plan.read_text()
+    first = json.loads(cli("plan", job, "--json", "--quiet")[1])[0]
+    assert json.loads(anew)["clients"] != first["clients"], "it was planned anew, from what the clients measured"
+    killed("run", job, "--out", out, "--resume", "--quiet", moment=second_round)
+    assert plan.read_text() == anew
+    assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
+    assert plan.read_text() == anew

@@ -101,8 +101,10 @@ def make_plan(
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and costs[name].memory > client.memory:
             raise FedgroveError(
-                f"client '{name}': one block needs {mebibytes(costs[name].memory)} of memory, but it has "
-                f'{mebibytes(client.memory)} (clients.memory); lower length, use pruner "wanda", or leave it out'
+                f"one block needs {mebibytes(costs[name].memory)} of memory, but it has "
+                f"{mebibytes(client.memory)} (clients.memory)",
+                'lower length, use pruner "wanda", or leave it out',
+                client=name,
             )
     if isinstance(stage.layers, LayerSampling):
         pace = {name: 1 / costs[name].seconds for name in capabilities}
