@@ -17,18 +17,14 @@ import click
 import typer
 from pydantic.fields import FieldInfo
 
-from fedgrove import job, plugins
+from fedgrove import plugins
 from fedgrove.cli import app
+from fedgrove.job.tables import FederatedJob, Job
+from fedgrove.job.units import Table
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.request import Request, request_types
 
 HERE = Path(__file__).parent
-TABLES = (
-    job.Job, job.Model, job.Client, job.PruneStage, job.LayerSampling, job.StructuredStage, job.TuneStage, job.Evaluate, job.Text,
-    job.Rounds, job.Privacy, job.FederatedJob,
-)  # fmt: skip
-METHODS = {"pruner": "pruners", "score": "rules.groups", "allocation": "allocations"}  # keys whose values are names of files
-RULES = {job.PruneStage: "rules", job.TuneStage: "rules.adapters"}
 QUANTITIES = {"memory": 'bytes, such as "8GiB"', "uplink": 'bits/s, such as "20Mbit"', "downlink": 'bits/s, such as "20Mbit"'}
 MARKS = ("<!-- made by `make docs` from the request types -->", "<!-- end of what is made -->")
 SOURCES = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]+\)")
@@ -39,28 +35,45 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return SOURCES.sub(r"\1", markdown)
 
 
+def tables() -> list[type[Table]]:
+    """Every table that a job file can have, in the order in which the job names them; then that of a federation."""
+    found: list[type[Table]] = []
+
+    def walk(annotation: Any) -> None:
+        for part in get_args(annotation):
+            walk(part)
+        if isinstance(annotation, type) and issubclass(annotation, Table) and annotation not in found:
+            found.append(annotation)
+            for field in annotation.model_fields.values():
+                walk(field.annotation)
+
+    walk(Job)
+    return [*found, FederatedJob]
+
+
 def job_page() -> str:
     """Every key of a job: type, default, meaning."""
     parts = [
-        "# Every key of a job\n\nMade from `src/fedgrove/job.py` by `make docs`. A key that is not here is refused, by name. "
-        "Paths are relative to the job file. `fedgrove init` writes a job with comments; `--set stages.0.sparsity=0.6` changes "
-        "a key for one run."
+        "# Every key of a job\n\nMade from the tables in `src/fedgrove/job` and `src/fedgrove/stages` by `make docs`. "
+        "A key that is not here is refused, by name. Paths are relative to the job file. `fedgrove init` writes a job with "
+        "comments; `--set stages.0.sparsity=0.6` changes a key for one run."
     ]
-    for table in TABLES:
+    for table in tables():
         doc = inspect.cleandoc(table.__doc__ or "")
         says = plain(doc.split("\n\nAttributes:")[0])
         says = re.sub(r"^`[^:]*`: (.)", lambda found: found[1].upper(), says)
         meaning = meanings(table)
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        inherited = next((base.model_fields for base in table.__mro__[1:] if base in TABLES), {})
+        inherited = next((base.model_fields for base in table.__mro__[1:] if base in tables()), {})
         for key, field in table.model_fields.items():
             if key not in inherited:
                 rows.append(f"| `{key}` | {kind(table, key, field)} | {default(field)} | {meaning[key]} |")
+        rows += [f"| `{key}` | text | – | {meaning[key]} |" for key in sorted(table.SHORT_FORMS)]
         parts.append(f"## {title(table)}\n\n{says}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
 
-def title(table: type[job.Part]) -> str:
+def title(table: type[Table]) -> str:
     """The heading of a table: how it is written in the file."""
     found = re.match(r"``+(.+?)``+(?: of ``+(.+?)``+)?", inspect.cleandoc(table.__doc__ or ""))
     if found:
@@ -68,13 +81,13 @@ def title(table: type[job.Part]) -> str:
     return table.__name__
 
 
-def meanings(table: type[job.Part]) -> dict[str, str]:
+def meanings(table: type[Table]) -> dict[str, str]:
     """What the docstring says of each key, and of those that it inherits."""
     found: dict[str, str] = {}
-    for cls in [cls for cls in reversed(table.__mro__) if issubclass(cls, job.Part)]:
+    for cls in [cls for cls in reversed(table.__mro__) if issubclass(cls, Table)]:
         _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
         for entry in re.split(r"\n(?=    \S)", attributes.rstrip()):
-            keys = "|".join(table.model_fields)
+            keys = "|".join([*table.model_fields, *table.SHORT_FORMS])
             for part in re.split(rf"; (?=(?:{keys}): )", " ".join(entry.split())):
                 names, colon, text = part.partition(": ")
                 if colon:
@@ -82,14 +95,21 @@ def meanings(table: type[job.Part]) -> dict[str, str]:
     return found
 
 
-def kind(table: type[job.Part], key: str, field: FieldInfo) -> str:
+def kind(table: type[Table], key: str, field: FieldInfo) -> str:
     """The type of a key, for people."""
     if key in QUANTITIES:
         return QUANTITIES[key]
-    package = RULES.get(table) if key == "aggregation" else METHODS.get(key)
+    package = package_of(table, key)
     if package:
         return "one of " + ", ".join(f'`"{name}"`' for name in plugins.names(package))
     return spell(field.annotation) + limits(field.metadata)
+
+
+def package_of(table: type[Table], key: str) -> str | None:
+    """The package whose files are the values of a key of a stage: ``stages.prune.pruners`` for ``pruner``; None: no such."""
+    stage = re.fullmatch(r"fedgrove\.(stages\.\w+)\.config", table.__module__)
+    folders = plugins.names(stage[1], folders=True) if stage else []
+    return next((f"{stage[1]}.{name}" for name in (key, f"{key}s") if stage and name in folders), None)
 
 
 def spell(annotation: Any) -> str:
@@ -103,7 +123,7 @@ def spell(annotation: Any) -> str:
         return f"list of: {spell(args[0])}"
     if hasattr(annotation, "__metadata__"):
         return spell(args[0]) + limits(annotation.__metadata__)
-    if isinstance(annotation, type) and issubclass(annotation, job.Part):
+    if isinstance(annotation, type) and issubclass(annotation, Table):
         return f"a table, {title(annotation)}"
     words = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "file"}
     return words.get(annotation, str(annotation))
@@ -125,7 +145,7 @@ def default(field: FieldInfo) -> str:
     value = field.default
     if value is None:
         return "–"
-    if isinstance(value, job.Part):
+    if isinstance(value, Table):
         return "its defaults"
     if isinstance(value, tuple):
         return f"`{list(value)}`".replace("'", '"')

@@ -15,12 +15,17 @@ import pytest
 import typer
 import typer.core
 
-from fedgrove import job
 from fedgrove.cli import app
+from fedgrove.job.tables import Job
+from fedgrove.job.units import Table
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.request import Request, request_types
 
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = (
+    "stages.prune.pruners", "stages.prune.aggregation", "stages.prune.allocation", "stages.structured.scores",
+    "stages.tune.planners", "stages.tune.parametrizations", "stages.tune.trainers", "stages.tune.aggregation",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +39,19 @@ def site() -> ModuleType:
     return module
 
 
-def tables() -> list[type[job.Part]]:
+def tables() -> list[type[Table]]:
     """Every table that a job file can have, found by walking the job's own types."""
-    found: list[type[job.Part]] = []
+    found: list[type[Table]] = []
 
     def walk(annotation: object) -> None:
         for part in getattr(annotation, "__args__", ()):
             walk(part)
-        if isinstance(annotation, type) and issubclass(annotation, job.Part) and annotation not in found:
+        if isinstance(annotation, type) and issubclass(annotation, Table) and annotation not in found:
             found.append(annotation)
             for field in annotation.model_fields.values():
                 walk(field.annotation)
 
-    walk(job.Job)
+    walk(Job)
     return found
 
 
@@ -56,7 +61,7 @@ def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(si
     assert len(tables()) >= 11
     for table in tables():
         rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", sections[site.title(table)]))
-        assert rows.keys() == table.model_fields.keys(), table.__name__
+        assert rows.keys() == table.model_fields.keys() | table.SHORT_FORMS, table.__name__
         for key, field in table.model_fields.items():
             kind, default, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", rows[key]))
             assert kind
@@ -70,7 +75,8 @@ def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(si
 def test_no_docstring_tells_of_a_key_that_is_not_there(site: ModuleType) -> None:
     for table in tables():
         told = set(site.meanings(table))
-        assert told <= set(table.model_fields), f"{table.__name__}: {told - set(table.model_fields)}"
+        keys = set(table.model_fields) | table.SHORT_FORMS
+        assert told <= keys, f"{table.__name__}: {told - keys}"
 
 
 def test_the_reference_pages_are_those_that_the_code_makes(site: ModuleType) -> None:
@@ -122,7 +128,7 @@ def test_every_command_in_the_docs_exists_with_its_options() -> None:
     pages = [
         ROOT / "README.md",
         *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "src" / "fedgrove" / "federation" / "texts").iterdir(),
+        *(ROOT / "src" / "fedgrove" / "deploy" / "flare" / "texts").iterdir(),
     ]
     found = []
     for page in pages:
@@ -142,7 +148,7 @@ def test_every_command_in_the_docs_exists_with_its_options() -> None:
 
 
 def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:
-    keys = {table: set(table.model_fields) for table in tables()}
+    keys = {table: set(table.model_fields) | table.SHORT_FORMS for table in tables()}
     known = set().union(*keys.values())
 
     def check(page: Path, value: object) -> None:
@@ -174,7 +180,7 @@ def test_every_method_is_on_the_methods_page() -> None:
     from fedgrove import plugins
 
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for package in ("pruners", "allocations", "rules", "rules.adapters", "rules.groups"):
+    for package in METHODS:
         for name in plugins.names(package):
             assert f"| `{name}` |" in text, f"methods.md: {name}"
     export = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
@@ -15,9 +15,13 @@ _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10,
 
 
 class Table(BaseModel):
-    """A table of the job file: frozen; unknown keys are refused."""
+    """A table of the job file: frozen; unknown keys are refused.
+
+    ``SHORT_FORMS``: keys that a file may hold besides the fields, which stand for several of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    SHORT_FORMS: ClassVar[frozenset[str]] = frozenset()
 
 
 def quantity(unit: str, example: str) -> Any:

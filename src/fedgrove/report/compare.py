@@ -39,7 +39,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
         FedgroveError: a folder is no run, a run has not ended, or a folder is given twice.
     """
     if len({run.resolve() for run in runs}) < len(runs):
-        raise FedgroveError("report: a run is given twice; name each folder once")
+        raise FedgroveError("report: a run is given twice", "name each folder once")
     found = dict(zip(names(runs), map(read, runs), strict=True))
     temporary = out.with_name(out.name + ".partial")
     temporary.parent.mkdir(parents=True, exist_ok=True)

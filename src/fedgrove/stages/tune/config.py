@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,6 +61,8 @@ class Config(StageConfig):
             itself: the shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none.
         eval_every: the held-out perplexity is measured after every so many rounds; 0: only after the last.
     """
+
+    SHORT_FORMS: ClassVar[frozenset[str]] = frozenset({"method"})
 
     kind: Literal["tune"]
     planner: Annotated[str, method_of("stages.tune.planners")] = "fedpipe"
