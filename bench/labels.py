@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.job.tables import Job
-from fedgrove.runfolder import read_lines
+from fedgrove.files import read_lines
 
 LENGTH, AT_ONCE = 48, 32  # tokens of a post, and posts computed at once
 PROMPT, ANSWER = "{text}\nTopic:", " {label}"

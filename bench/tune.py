@@ -32,7 +32,7 @@ from fedgrove import api
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.runfolder import read_lines
+from fedgrove.files import read_lines
 from fedgrove.stages.tune import cost as budget
 
 ROOT = Path(__file__).resolve().parent.parent
