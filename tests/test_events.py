@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +176,36 @@ def test_several_listeners_get_every_event() -> None:
         for event in EVENTS:
             listener.on_event(event)
     assert all(kept.events == EVENTS and kept.closed for kept in both)
+
+
+def test_an_operator_passes_over_what_is_no_event_and_asks_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedgrove.deploy.flare import operator  # here, because it imports torch: the other tests need none
+
+    join, plan, evaluate = Phase("join"), Phase("plan"), Phase("evaluate", "the dense model")
+    replies: list[Any] = [
+        None,
+        ["no reply"],
+        {"events": "none", "cards": 3},
+        {"events": [to_json(join), {"event": "of a newer server"}, 7, {"event": "message", "text": 7}], "cards": {}},
+        {"events": [to_json(plan), to_json(evaluate), to_json(Message("not read any more"))], "cards": {"ash": {}}},
+    ]
+    since: list[int] = []
+
+    class Server:
+        def get_job_status(self, job: str) -> str:
+            return "RUNNING"
+
+        def do_app_command(self, job: str, command: str, data: dict[str, int]) -> Any:
+            since.append(data["since"])
+            return replies.pop(0)
+
+    monkeypatch.setattr(operator, "session", lambda kit: contextlib.nullcontext(Server()))
+    monkeypatch.setattr(operator, "sent", lambda kit, name: "job")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    kept = Kept()
+    assert operator.watch(tmp_path, "run", kept, planned=True) is None
+    assert kept.events == [join, plan, evaluate]
+    assert since == [0, 0, 0, 0, 4]
+    assert json.loads((tmp_path / operator.CARDS).read_text()) == {"ash": {}}
