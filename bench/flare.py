@@ -27,6 +27,7 @@ from fedgrove.deploy.flare.executor import FedgroveExecutor
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.engines.flare import FlareEngine
 from fedgrove.engines.worker import Reply, Worker
+from fedgrove.events import Event, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 20
@@ -152,8 +153,8 @@ def memory(folder: Path, blocks: int, width: int) -> tuple[list[float], int]:
     peaks: list[float] = []
 
     class Watching(Lines):
-        def step(self, what: str, done: float = 0, of: float = 0) -> None:
-            if what.startswith("prune"):
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, Phase) and event.action == "prune":
                 peaks.append(0.0)
 
     def look() -> None:

@@ -30,8 +30,8 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from fedgrove import api
+from fedgrove.files import read_lines
 from fedgrove.job.tables import Job
-from fedgrove.runfolder import read_lines
 
 LENGTH, AT_ONCE = 48, 32  # tokens of a post, and posts computed at once
 PROMPT, ANSWER = "{text}\nTopic:", " {label}"

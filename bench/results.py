@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fedgrove.runfolder import read_lines
+from fedgrove.files import read_lines
 
 
 def collect(file: Path | None, wanted: Iterable[dict[str, Any]], run: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:

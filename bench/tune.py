@@ -29,10 +29,10 @@ import torch
 from transformers.utils import logging
 
 from fedgrove import api
+from fedgrove.files import read_lines
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.runfolder import read_lines
 from fedgrove.stages.tune import cost as budget
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import tomli_w
 
 from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
-from fedgrove.progress import Listener
+from fedgrove.events import Event, Listener, Message, Phase, Responded
 from small import CLIENTS, ROOT, Small, cli, wait_until
 
 OPERATOR = "ops@example.org"
@@ -26,28 +26,37 @@ LONGEST = 900.0  # seconds for a run, on however busy a machine
 
 
 class Lines(Listener):
-    """Keeps what a run says, and does something at a step, at a line, at a client's answer."""
+    """Keeps messages and phases, and calls something once: at a phase, at a message, at a client's response.
+
+    Attributes:
+        messages: their texts.
+        phases: in order.
+        at_phase: by the phase's message; at_message: by words of the text; at_response: by client.
+    """
 
     def __init__(self) -> None:
-        self.said: list[str] = []
-        self.steps: list[str] = []
-        self.at: dict[str, Any] = {}
-        self.hears: dict[str, Any] = {}
-        self.answers: dict[str, Any] = {}
+        self.messages: list[str] = []
+        self.phases: list[Phase] = []
+        self.at_phase: dict[str, Any] = {}
+        self.at_message: dict[str, Any] = {}
+        self.at_response: dict[str, Any] = {}
 
-    def say(self, line: str) -> None:
-        self.said.append(line)
-        for words in [words for words in self.hears if words in line]:
-            self.hears.pop(words)()
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Message(text):
+                self.messages.append(text)
+                for words in [words for words in self.at_message if words in text]:
+                    self.at_message.pop(words)()
+            case Phase():
+                self.phases.append(event)
+                if event.message in self.at_phase:
+                    self.at_phase.pop(event.message)()
+            case Responded(client) if client in self.at_response:
+                self.at_response.pop(client)()
 
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
-        self.steps.append(what)
-        if what in self.at:
-            self.at.pop(what)()
-
-    def answered(self, client: str, num_bytes: int) -> None:
-        if client in self.answers:
-            self.answers.pop(client)()
+    def has_phase(self, message: str) -> bool:
+        """Whether the run told of a phase with that message."""
+        return any(phase.message == message for phase in self.phases)
 
 
 class Proxy:

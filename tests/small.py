@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fedgrove.stages.prune.pruners
-from fedgrove.progress import Listener
+from fedgrove.events import Event, Listener, Message, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "fedgrove" / "demo"
@@ -120,11 +120,12 @@ class Heard(Listener):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
-        self.lines.append(what)
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Message(text):
+                self.lines.append(text)
+            case Phase():
+                self.lines.append(event.message)
 
 
 def cli(*args: object) -> tuple[int, str, str]:

@@ -48,7 +48,7 @@ def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Itera
     """Runs a job on a wrapped engine; gives the lines of progress."""
     job = load(small.job(**changes))
     heard = Heard()
-    run = RunFolder(out, job, watch=heard)
+    run = RunFolder(out, job, listener=heard)
     try:
         engine: Engine = Wrapped(server.local_engine(job, run.path / "clients"), change)
         server.run_job(job, engine, run)

@@ -67,7 +67,7 @@ def federation(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Running, small: Small, tmp_path: Path) -> None:
     seen = Lines()
     assert federation.run("demo", seen, stages=stages(small), evaluate__alone=True, result="sites") is None
-    assert any(step.startswith("prune") for step in seen.steps)
+    assert any(phase.action == "prune" for phase in seen.phases)
     alone = small.undisturbed(stages=stages(small))
     fetched = federation.fetch("demo")
     weights = (fetched / "model" / "model.safetensors").read_bytes()
@@ -234,7 +234,7 @@ def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
         "client 'cedar': it refuses what the job asks (allow.secure in its site.toml) "
         f"({number - 1} of {number} clients answered, {number} needed: rounds.quorum)"
     )
-    assert not [step for step in seen.steps if step.startswith("prune")], "nothing is computed before all agree"
+    assert not [phase for phase in seen.phases if phase.action == "prune"], "nothing is computed before all agree"
 
 
 def test_a_removed_site_does_not_come_back(federation: Running) -> None:

@@ -193,7 +193,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     (federation.sites["birch"] / "lies.txt").write_text("\n".join(lies))
     seen = Lines()
     assert federation.run("errors", seen, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
-    messages = [line.partition(": ")[2] for line in seen.said if line.startswith("birch: ")]
+    messages = [line.partition(": ")[2] for line in seen.messages if line.startswith("birch: ")]
     expected = [
         "RuntimeError in its handler; the trace is in its own log/site.log",
         "FedgroveError in its handler; its text or settings are at fault, and its own log/site.log says how",
@@ -212,7 +212,7 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
         "dogwood: its model differs from the job's at block-0007; copy the model there again",
         "elm: its fedgrove is 0.0.9, this one is 0.1.0; install the same version",
     ):
-        assert line in seen.said
+        assert line in seen.messages
     both, one = ["ash", "birch"], ["ash"]
     who = contributors(federation.fetch("errors"))
     assert who == [both, *[one] * 10, both], "what came late is in no block"
@@ -235,7 +235,7 @@ def test_too_few_end_the_run_and_resuming_it_loses_nothing(federation: Running) 
     assert "(2 of 3 clients answered, 3 needed: rounds.quorum)" in error
     seen = Lines()
     assert federation.run("few", seen, resume=True, clients=three, stages__0__pruner="faulty", rounds={"quorum": 3}) is None
-    assert BLOCK.format(1) not in seen.steps, "finished blocks are not done again"
+    assert not seen.has_phase(BLOCK.format(1)), "finished blocks are not done again"
     assert contributors(federation.fetch("few")) == [list(NAMES[:3])] * BLOCKS
 
 
@@ -244,20 +244,20 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
         federation.describe(name)
     assert federation.proxy
     seen = Lines()
-    seen.at[BLOCK.format(3)] = federation.proxy.cut
+    seen.at_phase[BLOCK.format(3)] = federation.proxy.cut
     cedar = federation.sites["cedar"]  # it takes its time until dogwood is back: FLARE needs up to a minute to connect anew
     (cedar / "errors.txt").write_text("\n".join(["wait" if block >= 4 else "" for block in range(BLOCKS)]))
 
     def restore() -> None:  # it was cut off before the request came, or before the response went
         assert federation.proxy
         federation.proxy.restore()
-        seen.answers["dogwood"] = back
+        seen.at_response["dogwood"] = back
 
     def back() -> None:
         (cedar / "go-on.txt").touch()
         federation.kill(federation.sites["ash"])
 
-    seen.hears["dogwood: "] = restore
+    seen.at_message["dogwood: "] = restore
     assert federation.run("lost", seen, clients=FOUR, stages__0__pruner="faulty", rounds={"quorum": 1, "timeout": 60}) is None
     who = contributors(federation.fetch("lost"))
     assert who[0] == ["ash", "birch", "cedar", "dogwood"]
@@ -265,7 +265,7 @@ def test_a_lost_network_and_a_lost_site_cost_their_part_of_some_blocks(federatio
     assert without, "the cut was felt"
     assert "dogwood" in who[max(without) + 1], "and it was taken back"
     assert "ash" not in who[-1]
-    assert [line for line in seen.said if line.startswith("ash: it cannot be reached")]
+    assert [line for line in seen.messages if line.startswith("ash: it cannot be reached")]
 
 
 def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
@@ -282,7 +282,7 @@ def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
     (federation.sites["birch"] / "errors.txt").write_text("\n".join([""] * 6 + ["nap"] * 6))  # time to submit it anew
     changes = {"clients": FOUR, "stages__0__pruner": "faulty", "rounds": {"quorum": 3, "timeout": 60}}
     seen = Lines()
-    seen.at[BLOCK.format(4)] = lambda: federation.kill(federation.sites["ash"])
+    seen.at_phase[BLOCK.format(4)] = lambda: federation.kill(federation.sites["ash"])
 
     class Gone(Exception):
         """Whoever watches goes away; the run does not."""
@@ -290,17 +290,17 @@ def test_a_site_that_was_killed_is_taken_back_while_the_run_goes_on(
     def go() -> None:
         raise Gone
 
-    seen.at[BLOCK.format(8)] = go
+    seen.at_phase[BLOCK.format(8)] = go
     with pytest.raises(Gone):
         federation.run("back", seen, **changes)
     now = time.time()
     federation.start_site("ash", **paths["faulty"])
     federation.wait_for(("ash",), since=now)
     seen, stopped = Lines(), []
-    seen.at[BLOCK.format(11)] = lambda: stopped.extend(operator.remove(federation.operator, "elm"))
+    seen.at_phase[BLOCK.format(11)] = lambda: stopped.extend(operator.remove(federation.operator, "elm"))
     error = federation.run("back", seen, resume=True, **changes)
     assert (error, stopped) == ("the run was stopped; continue it with --resume", ["back"]), "removing a site stops a run"
-    assert BLOCK.format(1) not in seen.steps
+    assert not seen.has_phase(BLOCK.format(1))
     operator.remove(federation.operator, "elm", undo=True)
     assert federation.run("back", resume=True, **changes) is None
     who = contributors(federation.fetch("back"))
@@ -316,7 +316,7 @@ def test_a_killed_server_is_resumed_to_the_same_bits(
         federation.start_site("ash", **paths["faulty"])
         federation.wait_for(("ash",))
     seen = Lines()
-    seen.at[BLOCK.format(5)] = lambda: federation.kill(federation.server)
+    seen.at_phase[BLOCK.format(5)] = lambda: federation.kill(federation.server)
     with pytest.raises(FedgroveError, match="--resume"):
         federation.run("resumed", seen, clients=FOUR)
     with environment(**paths["faulty"]):
@@ -324,8 +324,8 @@ def test_a_killed_server_is_resumed_to_the_same_bits(
     federation.wait_for(NAMES[:4])
     seen = Lines()
     assert federation.run("resumed", seen, resume=True, clients=FOUR) is None
-    assert BLOCK.format(1) not in seen.steps, "finished blocks are not done again"
-    assert BLOCK.format(BLOCKS) in seen.steps
+    assert not seen.has_phase(BLOCK.format(1)), "finished blocks are not done again"
+    assert seen.has_phase(BLOCK.format(BLOCKS))
     alone = in_process(grown)
     model = federation.fetch("resumed") / "model" / "model.safetensors"
     assert model.read_bytes() == (alone / "model" / "model.safetensors").read_bytes()

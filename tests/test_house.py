@@ -19,10 +19,10 @@ from small import LENGTH, ROOT, Small
 
 SOURCE = ROOT / "src" / "fedgrove"
 LEVELS = [  # rooms from the lowest to the highest: a module imports those of its own level and below
-    {"errors", "files", "heap", "lazy", "machine", "options", "plugins", "quantities"},
+    {"errors", "events", "files", "heap", "lazy", "machine", "options", "plugins", "quantities"},
     {"data", "job", "models"},
     {"privacy"},
-    {"events", "progress", "runfolder"},
+    {"progress", "runfolder"},
     {"client", "engines.base", "rounds"},
     {"engines", "evaluation", "report", "stages"},
     {"centralized", "exports"},

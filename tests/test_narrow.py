@@ -324,7 +324,7 @@ class Meddling:
 def run_meddled(small: Small, out: Path, does: str, **changes: Any) -> list[str]:
     heard = Heard()
     wanted = load(small.job("meddled", stages=STAGES, **changes))
-    run = RunFolder(out, wanted, watch=heard)
+    run = RunFolder(out, wanted, listener=heard)
     try:
         server.run_job(wanted, Meddling(server.local_engine(wanted, out / "clients"), does), run)
     finally:

@@ -87,7 +87,7 @@ class Meddling:
 def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | None) -> list[str]:
     heard = Heard()
     job = jobs.load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
-    run = RunFolder(out, job, watch=heard)
+    run = RunFolder(out, job, listener=heard)
     try:
         server.run_job(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
     finally:

@@ -19,11 +19,12 @@ from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.evaluation.metrics import read_pairs
+from fedgrove.events import Phase, Several, announce
 from fedgrove.export import find_result
 from fedgrove.job.load import load, parse
 from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint, find_model
-from fedgrove.progress import Several, part_of, watch
+from fedgrove.progress import display
 from fedgrove.report.reader import read
 from fedgrove.report.summary import Summary
 from fedgrove.rounds.federation import Federation
@@ -92,12 +93,12 @@ def run(
     wanted = as_job(job)
     hush()
     place = Path(out) if out is not None else Path("runs") / wanted.name
-    with watch(quiet, delay=0) as shown, ExitStack() as trackers:
-        folder = RunFolder(place, wanted, resume=resume, watch=shown)
+    with display(quiet, delay=0) as listener, ExitStack() as trackers:
+        folder = RunFolder(place, wanted, resume=resume, listener=listener)
         try:
             if track:
-                told = [trackers.enter_context(tracking.track(kind, wanted.name, folder.path)) for kind in track]
-                folder.follow(Several([shown, *told]))
+                tracked = [trackers.enter_context(tracking.track(kind, wanted.name, folder.path)) for kind in track]
+                folder.listener = Several([listener, *tracked])
             engine = local_engine(wanted, folder.path / "clients", workers)
             try:
                 run_job(wanted, engine, folder, engine.device)
@@ -118,8 +119,8 @@ def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
     hush()
     with (
         tempfile.TemporaryDirectory() as folder,
-        watch(quiet) as seen,
-        closing(RunFolder(Path(folder) / "run", wanted, watch=seen)) as asked,
+        display(quiet) as listener,
+        closing(RunFolder(Path(folder) / "run", wanted, listener=listener)) as asked,
         closing(local_engine(wanted, asked.path / "clients")) as engine,
     ):
         return make_plans(wanted, open_model(wanted.model), Federation(engine, asked))
@@ -169,24 +170,24 @@ def evaluate(
     found: dict[str, dict[str, float]] = {}
     path = Path(model)
     folder = find_model(str(find_result(path)) if path.is_dir() else str(model))
-    with watch(quiet, delay=0) as seen:
+    with display(quiet, delay=0) as listener:
         if sources:
             checkpoint = Checkpoint(folder)
             examiner = Examiner(checkpoint)
             for number, source in enumerate(map(Path, sources)):
-                what = f"evaluate: {source}"
-                seen.step(what, number, len(sources))
-                told = part_of(seen, what, number, len(sources))
+                phase = Phase("evaluate", str(source), done=number, total=len(sources))
+                on_progress = announce(listener, phase)
                 if measure == "perplexity":
                     windows = evaluation_windows(source, text, examiner.tokenizer, length)
-                    measured, counted = plain(examiner.perplexity(windows, told)), sum(ids.numel() - 1 for ids in windows)
+                    measured = plain(examiner.perplexity(windows, on_progress))
+                    counted = sum(ids.numel() - 1 for ids in windows)
                     found[str(source)] = {**measured, "tokens": counted, "windows": len(windows)}
                 else:
                     pairs = read_pairs(source, prompt or "", answer or "", examiner.tokenizer, records)
-                    given = plain(examiner.answers(measure, pairs, told, labels=labels, length=length, tokens=tokens))
+                    given = plain(examiner.answers(measure, pairs, on_progress, labels=labels, length=length, tokens=tokens))
                     found[str(source)] = {**given, "records": len(pairs)}
         where = Path(tasks_from) if tasks_from is not None else None
-        found |= examine_directory(folder, seen, speed=speed, tasks=tasks, tasks_from=where, limit=records)
+        found |= examine_directory(folder, listener, speed=speed, tasks=tasks, tasks_from=where, limit=records)
     return found
 
 

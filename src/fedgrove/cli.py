@@ -125,11 +125,12 @@ def split(
     Example: fedgrove split posts.jsonl --clients 8 --by dirichlet --alpha 0.3 --field label --out posts
     """
     from fedgrove import split as dealing
-    from fedgrove.progress import watch
+    from fedgrove.events import Phase
+    from fedgrove.progress import display
     from fedgrove.report.split import holdings_page, holdings_table
 
-    with watch(quiet) as seen:
-        seen.step(f"reading {source}")
+    with display(quiet) as listener:
+        listener.on_event(Phase("split", title=f"reading {source}"))
         if Path(model).is_dir():
             model = str(Path(model).resolve())
         made = dealing.split(
@@ -307,7 +308,7 @@ def export(
     """
     from fedgrove import export as exporting
     from fedgrove.api import hush
-    from fedgrove.progress import watch
+    from fedgrove.progress import display
     from fedgrove.report.exports import export_table
     from fedgrove.report.reader import read_exports
 
@@ -321,8 +322,8 @@ def export(
         texts = exporting.Texts()
     elif windows:
         texts = replace(exporting.held_out(exporting.find_source(source)), windows=windows, known=())
-    with watch(quiet) as seen:
-        written = exporting.export(source, to, out, texts, seen.step)
+    with display(quiet) as listener:
+        written = exporting.export(source, to, out, texts, listener)
     Console().print(export_table(read_exports(written.parent)))
     print(f"Wrote {written} ({exporting.folder_bytes(written) / 1e6:.1f} MB) and {written.name}.export.json beside it")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +16,15 @@ from torch import Tensor
 from fedgrove import plugins
 from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Listener, Phase
 from fedgrove.exports import Source
 from fedgrove.exports.packed import is_packed
+from fedgrove.files import atomic_folder, read_lines, write_atomically
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.model_card import card_of_form
-from fedgrove.runfolder import read_lines, unfinished
+from fedgrove.runfolder import unfinished
 
 NEAR = 0.01  # how far an exact form's perplexity may lie from the model's, relatively: other programs round differently
 
@@ -65,7 +66,7 @@ class Measured:
 
 
 def export(
-    source: Path, to: str, out: Path | None = None, texts: Texts | None = None, say: Callable[[str], None] = lambda line: None
+    source: Path, to: str, out: Path | None = None, texts: Texts | None = None, listener: Listener | None = None
 ) -> Path:
     """Writes the model of a run, of a model directory or of a packed model in another form.
 
@@ -76,7 +77,7 @@ def export(
         to: the form.
         out: a folder that does not exist yet; default: named as the form, in ``source``.
         texts: what to measure on; default: the run's held-out texts, as the run measured their perplexity.
-        say: gets one line of progress at a time.
+        listener: gets the events of the export.
 
     Returns:
         The folder.
@@ -90,22 +91,16 @@ def export(
     if out.exists():
         raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
     given = find_source(source)
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        say(f"export: writing {to}")
-        form.write(given, beside)
+    listener = listener or Listener()
+    with atomic_folder(out) as partial:
+        listener.on_event(Phase("export", f"writing {to}"))
+        form.write(given, partial)
         if to != "hf":
             relation, library = getattr(form, "RELATION", "finetune"), getattr(form, "LIBRARY", None)
             text = card_of_form(given.model, to, form.USE, out.name, relation, library)
-            (beside / "README.md").write_text(text, encoding="utf-8")
-        measured = _measure(form, to, given, beside, held_out(given) if texts is None else texts, say)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    beside.rename(out)
-    out.with_name(f"{out.name}.export.json").write_text(json.dumps(asdict(measured), indent=2) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(text, encoding="utf-8")
+        measured = _measure(form, to, given, partial, held_out(given) if texts is None else texts, listener)
+    write_atomically(out.with_name(f"{out.name}.export.json"), json.dumps(asdict(measured), indent=2) + "\n")
     return out
 
 
@@ -157,14 +152,14 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Texts, say: Callable[[str], None]) -> Measured:
+def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Texts, listener: Listener) -> Measured:
     of_model = dict(texts.known)
     found: dict[str, float] = {}
     for name, windows in _windows(source, folder, texts):
         if name not in of_model and not is_packed(source.model):
-            say(f"export: measuring the model on {name}")
+            listener.on_event(Phase("export", "measuring the model", text=name))
             of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows)
-        say(f"export: measuring {to} on {name}")
+        listener.on_event(Phase("export", f"measuring {to}", text=name))
         total, count = form.losses(source, folder, windows)
         found[name] = math.exp(total / count)
         if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:

@@ -1,13 +1,12 @@
-"""What a run tells while it goes on. A run speaks to a :class:`Listener`; only this file knows of terminals."""
+"""Shows people the events of a run: a bar on a terminal, plain lines elsewhere. Only this file knows of terminals."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -16,209 +15,127 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-NAMED = 4  # clients that are waited for and named; the others are counted
-QUIET = 15.0  # seconds after which plain lines say again what goes on
-SHORT = 2.0  # seconds that a command may take without saying anything
+from fedgrove.events import Event, Listener, Message, Phase, Requested, Requesting, Responded
+
+MOST_NAMES = 4  # clients that are waited for and named; the others are counted
+QUIET = 15.0  # seconds without a line after which plain lines repeat what goes on
+SHORT = 2.0  # seconds that a command may take without showing anything
+LEAST_BYTES = 50_000  # fewer are not shown
 
 
-class Listener:
-    """Gets every event of a run. This one keeps silent: a subclass takes what it can use."""
+class _Display(Listener):
+    """What both kinds of display know: the phase, whom the run waits for, bytes, time left.
 
-    def say(self, line: str) -> None:
-        """Something that is to be read afterwards too: a client that failed, or was left out."""
-
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
-        """What begins now, or goes on: ``done`` of the ``of`` steps of its kind lie behind it; 0 of 0: nobody knows."""
-
-    def asking(self, clients: Sequence[str]) -> None:
-        """These clients are asked for their part in the step."""
-
-    def asked(self, client: str, num_bytes: int) -> None:
-        """A message went to a client."""
-
-    def answered(self, client: str, num_bytes: int) -> None:
-        """A client's answer came; 0 bytes: it failed."""
-
-    def measured(self, line: Mapping[str, Any]) -> None:
-        """A line of ``metrics.jsonl``; see :meth:`fedgrove.runfolder.Run.log`."""
-
-    def close(self) -> None:
-        """The run ended, well or not."""
-
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class Several(Listener):
-    """Hands every event to several watches."""
-
-    def __init__(self, watches: Sequence[Listener]):
-        self._watches = tuple(watches)
-
-    def say(self, line: str) -> None:
-        for watch in self._watches:
-            watch.say(line)
-
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
-        for watch in self._watches:
-            watch.step(what, done, of)
-
-    def asking(self, clients: Sequence[str]) -> None:
-        for watch in self._watches:
-            watch.asking(clients)
-
-    def asked(self, client: str, num_bytes: int) -> None:
-        for watch in self._watches:
-            watch.asked(client, num_bytes)
-
-    def answered(self, client: str, num_bytes: int) -> None:
-        for watch in self._watches:
-            watch.answered(client, num_bytes)
-
-    def measured(self, line: Mapping[str, Any]) -> None:
-        for watch in self._watches:
-            watch.measured(line)
-
-    def close(self) -> None:
-        for watch in self._watches:
-            watch.close()
-
-
-class Within(Listener):
-    """Hands on what a part of a run tells, under the part's name; but its measurements, which stand in its own folder."""
-
-    def __init__(self, watch: Listener, name: str):
-        self._watch, self._name = watch, name
-
-    def say(self, line: str) -> None:
-        self._watch.say(f"{self._name}: {line}")
-
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
-        self._watch.step(f"{self._name}: {what}", done, of)
-
-    def asking(self, clients: Sequence[str]) -> None:
-        self._watch.asking(clients)
-
-    def asked(self, client: str, num_bytes: int) -> None:
-        self._watch.asked(client, num_bytes)
-
-    def answered(self, client: str, num_bytes: int) -> None:
-        self._watch.answered(client, num_bytes)
-
-
-class _Shown(Listener):
-    """What both kinds of display know: where the run is, whom it waits for, bytes, time left.
-
-    A thread of its own looks after the display, for the run may be busy for minutes between two events.
+    A thread of its own refreshes the display, because the run may be busy for minutes between two events.
 
     Args:
-        delay: seconds before anything is shown: what ends sooner says nothing.
+        delay: seconds before anything is shown: a command that ends sooner shows nothing.
         clock: seconds from any start.
     """
 
-    TICK = 0.25  # seconds between two looks
+    TICK = 0.25  # seconds between two refreshes
 
     def __init__(self, delay: float = 0.0, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._delay = delay
-        self._began = clock()
-        self._what = ""
-        self._since = self._began  # when ``what`` began
-        self._done, self._of = 0.0, 0.0
-        self._start, self._first = self._began, 0.0  # when this kind of step began, and with how many behind it
-        self._clients = 0  # that are asked now
-        self._told: set[str] = set()  # of them, those that answered
-        self._out: dict[str, float] = {}  # those that have not, since when
-        self._bytes = 0
+        self._created = clock()
+        self._phase: Phase | None = None
+        self._phase_start = self._created
+        self._action_start, self._action_done = self._created, 0.0  # when this action began, and how much was done then
+        self._num_requested = 0  # clients that the phase needs
+        self._responded: set[str] = set()
+        self._waiting_since: dict[str, float] = {}  # clients that have not responded
+        self._num_bytes = 0  # since this action began
         self._lock = threading.RLock()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="fedgrove-progress", daemon=True)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="fedgrove-progress", daemon=True)
 
     def __enter__(self) -> Listener:
         self._thread.start()
         return self
 
     def close(self) -> None:
-        self._over.set()
+        self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
 
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
+    def on_event(self, event: Event) -> None:
         with self._lock:
-            now = self._clock()
-            if of != self._of or done < self._done or what.partition(":")[0] != self._what.partition(":")[0]:
-                self._start, self._first, self._bytes = now, done, 0
-            new = what != self._what
-            if new or done != self._done:
-                self._clients, self._told = 0, set()
-            self._what, self._done, self._of = what, done, of
-            if new:
-                self._since = now
-                self._begins()
-
-    def asking(self, clients: Sequence[str]) -> None:
-        with self._lock:
-            self._clients, self._told = len(clients), set()
-            self._out.clear()
-
-    def asked(self, client: str, num_bytes: int) -> None:
-        with self._lock:
-            self._out[client] = self._clock()
-            self._bytes += num_bytes
-
-    def answered(self, client: str, num_bytes: int) -> None:
-        with self._lock:
-            self._out.pop(client, None)
-            self._told.add(client)
-            self._bytes += num_bytes
-
-    def _begins(self) -> None:
-        """A new step."""
+            match event:
+                case Phase():
+                    self._on_phase(event)
+                case Message(text):
+                    self._on_message(text)
+                case Requesting(clients):
+                    self._num_requested, self._responded = len(clients), set()
+                    self._waiting_since.clear()
+                case Requested(client, num_bytes):
+                    self._waiting_since[client] = self._clock()
+                    self._num_bytes += num_bytes
+                case Responded(client, num_bytes):
+                    self._waiting_since.pop(client, None)
+                    self._responded.add(client)
+                    self._num_bytes += num_bytes
 
     def tick(self) -> None:
         """A quarter of a second went by."""
 
-    def _look(self) -> None:
-        while not self._over.wait(self.TICK):
+    def _on_phase(self, phase: Phase) -> None:
+        now, last = self._clock(), self._phase
+        if last is None or _action(phase) != _action(last) or phase.done < last.done:
+            self._action_start, self._action_done, self._num_bytes = now, phase.done, 0
+        begins = last is None or phase.message != last.message
+        if last is None or begins or phase.done != last.done:
+            self._num_requested, self._responded = 0, set()
+        self._phase = phase
+        if begins:
+            self._phase_start = now
+            self._on_new_phase()
+
+    def _on_new_phase(self) -> None:
+        """The phase's line is another one than before."""
+
+    def _on_message(self, text: str) -> None:
+        """A line that stays."""
+
+    def _refresh(self) -> None:
+        while not self._closed.wait(self.TICK):
             with self._lock:
-                if self._clock() - self._began >= self._delay:
+                if self._clock() - self._created >= self._delay:
                     self.tick()
 
     def _fraction(self) -> float | None:
-        """Of this kind of step, counting the clients that have answered; None: nobody knows."""
-        if not self._of:
+        """Of the action, counting the clients that have responded; None: unknown."""
+        if self._phase is None or not self._phase.total:
             return None
-        part = len(self._told) / self._clients if self._clients else 0.0
-        return min(1.0, (self._done + part) / self._of)
+        part = len(self._responded) / self._num_requested if self._num_requested else 0.0
+        return min(1.0, (self._phase.done + part) / self._phase.total)
 
-    def _left(self) -> float | None:
-        """Seconds, if what is left goes on as it went; None where it is too early to say."""
-        fraction, passed = self._fraction(), self._clock() - self._start
-        if fraction is None or passed < SHORT or fraction * self._of <= self._first:
+    def _seconds_left(self) -> float | None:
+        """At the speed of this action so far; None where it is too early to tell."""
+        fraction, passed = self._fraction(), self._clock() - self._action_start
+        if self._phase is None or fraction is None or passed < SHORT or fraction * self._phase.total <= self._action_done:
             return None
-        return passed * (1 - fraction) / (fraction - self._first / self._of)
+        return passed * (1 - fraction) / (fraction - self._action_done / self._phase.total)
 
     def _facts(self) -> list[str]:
-        """Bytes and time left, as far as there is something to say."""
-        left = self._left()
-        facts = [f"{self._bytes / 1e6:,.1f} MB moved"] if self._bytes >= 50_000 else []
+        """Bytes and time left, where there is something to show."""
+        left = self._seconds_left()
+        facts = [f"{self._num_bytes / 1e6:,.1f} MB moved"] if self._num_bytes >= LEAST_BYTES else []
         return facts + ([f"{_duration(left)} left"] if left is not None else [])
 
     def _waiting(self) -> str:
         """Whom the run waits for, and how long."""
-        if not self._out:
+        if not self._waiting_since:
             return ""
-        names = sorted(self._out)
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        passed = self._clock() - min(self._out.values())
-        return f"waiting for {', '.join(names[:NAMED])}{more} ({_duration(passed)})"
+        names = sorted(self._waiting_since)
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        passed = self._clock() - min(self._waiting_since.values())
+        return f"waiting for {', '.join(names[:MOST_NAMES])}{more} ({_duration(passed)})"
 
 
-class Lines(_Shown):
-    """Plain lines: one for each step, and one where nothing was said for a while."""
+class Lines(_Display):
+    """Plain lines: one for each phase, and one where nothing was shown for a while."""
 
     def __init__(
         self, file: TextIO | None = None, delay: float = 0.0, quiet: float = QUIET, clock: Callable[[], float] = time.monotonic
@@ -226,39 +143,39 @@ class Lines(_Shown):
         super().__init__(delay, clock)
         self._file = file
         self._quiet = quiet
-        self._spoke = self._began
-        self._pending = False  # the step was not yet shown
-
-    def say(self, line: str) -> None:
-        with self._lock:
-            self._write(line)
-
-    def _begins(self) -> None:
-        self._pending = True
-        if self._clock() - self._began >= self._delay:
-            self._show()
+        self._last_line = self._created
+        self._pending = False  # the phase was not yet shown
 
     def tick(self) -> None:
         if self._pending:
             self._show()
-        elif self._what and self._clock() - self._spoke >= self._quiet:
-            state = [self._waiting()] if self._out else [f"for {_duration(self._clock() - self._since)}"]
+        elif self._phase is not None and self._clock() - self._last_line >= self._quiet:
+            state = [self._waiting() or f"for {_duration(self._clock() - self._phase_start)}"]
             fraction = self._fraction()
             state += [f"{fraction:.0%}"] if fraction else []
-            self._write(f"{self._what}: {', '.join(state + self._facts())}")
+            self._write(f"{self._phase.message}: {', '.join(state + self._facts())}")
+
+    def _on_new_phase(self) -> None:
+        self._pending = True
+        if self._clock() - self._created >= self._delay:
+            self._show()
+
+    def _on_message(self, text: str) -> None:
+        self._write(text)
 
     def _show(self) -> None:
-        facts = self._facts()
-        self._write(self._what + (f" ({', '.join(facts)})" if facts else ""))
+        if self._phase is not None:
+            facts = self._facts()
+            self._write(self._phase.message + (f" ({', '.join(facts)})" if facts else ""))
         self._pending = False
 
     def _write(self, line: str) -> None:
-        self._spoke = self._clock()
+        self._last_line = self._clock()
         print(line, file=self._file or sys.stderr, flush=True)
 
 
-class Bar(_Shown):
-    """One or two lines at the foot of a terminal that change; what is said stands above them."""
+class Bar(_Display):
+    """One or two lines at the foot of a terminal that change; messages stand above them."""
 
     def __init__(self, console: Console, delay: float = 0.0, clock: Callable[[], float] = time.monotonic):
         super().__init__(delay, clock)
@@ -266,36 +183,38 @@ class Bar(_Shown):
         self._spinner = Spinner("dots")
         self._live = Live(self, console=console, auto_refresh=False, transient=True)
 
-    def say(self, line: str) -> None:
-        with self._lock:
-            self._console.print(line, markup=False, highlight=False)
-
     def close(self) -> None:
         super().close()
         self._live.stop()
 
     def tick(self) -> None:
-        if self._what:
+        if self._phase is not None:
             self._live.start()
             self._live.refresh()
 
+    def _on_message(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
+            if self._phase is None:
+                return
             fraction = self._fraction()
             grid = Table.grid(padding=(0, 1))
             bar = ProgressBar(total=1.0, completed=fraction, width=24) if fraction is not None else Text("")
-            percent = f"{fraction:3.0%}" if fraction is not None else _duration(self._clock() - self._since)
-            grid.add_row(self._spinner, Text(self._what), bar, Text(percent), Text(" ".join(self._facts()), style="dim"))
+            percent = f"{fraction:3.0%}" if fraction is not None else _duration(self._clock() - self._phase_start)
+            facts = Text(" ".join(self._facts()), style="dim")
+            grid.add_row(self._spinner, Text(self._phase.message), bar, Text(percent), facts)
             yield grid
-            if self._out:
+            if self._waiting_since:
                 yield Text(f"  {self._waiting()}", style="dim")
 
 
-def watch(quiet: bool = False, delay: float = SHORT) -> Listener:
-    """The watch of a command: a bar on a terminal, plain lines elsewhere, on standard error; nothing with ``quiet``.
+def display(quiet: bool = False, delay: float = SHORT) -> Listener:
+    """The display of a command, on standard error: a bar on a terminal, plain lines elsewhere; nothing with ``quiet``.
 
     Args:
-        delay: see :class:`Bar`; a command that says what it does from its beginning gives 0.
+        delay: see :class:`Bar`; a command that shows what it does from its beginning gives 0.
     """
     if quiet:
         return Listener()
@@ -303,9 +222,9 @@ def watch(quiet: bool = False, delay: float = SHORT) -> Listener:
     return Bar(console, delay) if console.is_terminal else Lines(delay=delay)
 
 
-def part_of(watch: Listener, what: str, number: int, of: int) -> Callable[[float, float], None]:
-    """To be told of the parts of the ``number``-th of so many steps: given (done, whole), it tells the watch."""
-    return lambda done, whole: watch.step(what, number + done / whole, of)
+def _action(phase: Phase) -> tuple[object, ...]:
+    """What the time left is estimated for."""
+    return phase.within, phase.action, phase.stage, phase.total
 
 
 def _duration(seconds: float) -> str:

@@ -20,12 +20,13 @@ from fedgrove.engines.base import Engine
 from fedgrove.engines.local import LocalEngine
 from fedgrove.evaluation.evaluate import evaluate, evaluate_alone, evaluate_directory, evaluate_speed
 from fedgrove.evaluation.samples import write_samples
+from fedgrove.events import Phase, Within
 from fedgrove.exports.hf import USE
+from fedgrove.files import read_lines
 from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint, find_model
 from fedgrove.privacy.secagg.keys import Credentials, make_credentials
-from fedgrove.progress import Within
 from fedgrove.report.model_card import card
 from fedgrove.report.page import write_report
 from fedgrove.report.summary import CENTRALIZED
@@ -33,7 +34,7 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
-from fedgrove.runfolder import RunFolder, read_lines
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Plan, calibration_seed, stage_of
 
 
@@ -74,7 +75,7 @@ def make_model(job: Job, federation: Federation) -> None:
         model = stage_of(config.kind).run(model, plan, config, federation).model
         evaluate(model, plan.stage, run, federation.device)
         evaluate_alone(before, plan, config, federation)
-    run.step("writing the model")
+    run.phase(Phase("write", title="writing the model"))
     heap.release_freed_memory()  # what the last stage worked with
     base = model.path / "README.md"
     base_card = base.read_text(encoding="utf-8") if base.is_file() else None
@@ -109,7 +110,7 @@ def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities
                 calibrations.append(Windows(samples=samples, length=windows[1], seed=seed))
         request = DescribeYourself(calibrations=tuple(calibrations), lengths=tuple(n for n in lengths if n is not None))
         messages[client] = Message(request)
-    federation.run.step("asking the clients what they have")
+    federation.run.phase(Phase("plan", title="asking the clients what they have"))
     found = {}
     for client, _, reply in federation.collect(messages):
         assert isinstance(reply, Capabilities)
@@ -140,7 +141,7 @@ def notes_on_other_stages(job: Job, index: int) -> list[str]:
 def run_centralized(job: Job, run: RunFolder, device: str) -> None:
     """Runs the job as one owner of everybody's text, in a run folder within this one. In a simulation only."""
     wanted, folder = centralized_job(job), run.path / CENTRALIZED
-    inner = RunFolder(folder, wanted, resume=True, watch=Within(run.watch, CENTRALIZED))
+    inner = RunFolder(folder, wanted, resume=True, listener=Within(run.listener, CENTRALIZED))
     try:
         for name in ("metrics.jsonl", "examples.jsonl"):  # the model as it came is the same, and was measured
             if not (folder / name).is_file():

@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from typing import Any, Literal
 import filelock
 
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Listener, Measured, Message, OnProgress, Phase, Requested, Responded, announce
+from fedgrove.files import read_lines, write_atomically
 from fedgrove.job.tables import Job
-from fedgrove.progress import Listener
 
 
 class RunFolder:
@@ -28,16 +30,16 @@ class RunFolder:
         job: what is run. It is written to ``job.toml``; an existing run is continued only by the same
             job (``rounds`` may differ).
         resume: continue what is there.
-        watch: gets every event of the run.
+        listener: gets every event of the run.
 
     Raises:
         FedgroveError: the folder holds something else, another job, or a run that is still going on.
     """
 
-    def __init__(self, path: Path, job: Job, *, resume: bool = False, watch: Listener | None = None):
+    def __init__(self, path: Path, job: Job, *, resume: bool = False, listener: Listener | None = None):
         self.path = path.resolve()
         self.job = job
-        self.follow(watch or Listener())
+        self.listener = listener or Listener()
         job_file = self.path / "job.toml"
         if self.path.is_file():
             raise FedgroveError(f"--out {path}: this is a file", "name a folder")
@@ -61,20 +63,21 @@ class RunFolder:
         if void:
             (self.path / "ledger.jsonl").write_text("")
         else:
-            _mend_lines(self.path / "metrics.jsonl")
-            _mend_lines(self.path / "ledger.jsonl")
-            _mend_lines(self.path / "examples.jsonl")
+            for name in ("metrics.jsonl", "ledger.jsonl", "examples.jsonl"):
+                _drop_cut_line(self.path / name)
 
     @property
     def name(self) -> str:
         """The same for every beginning of the same job, whatever its folder."""
         return hashlib.sha256(self.job.model_dump_json(exclude={"rounds"}).encode()).hexdigest()  # those may change on the way
 
-    def follow(self, watch: Listener) -> None:
-        """From now on this one gets every event of the run."""
-        self.watch = watch
-        self.say = watch.say
-        self.step = watch.step
+    def message(self, text: str) -> None:
+        """A line for people, to be read afterwards too: a client that failed, or was left out."""
+        self.listener.on_event(Message(text))
+
+    def phase(self, phase: Phase) -> OnProgress:
+        """What begins now; see :func:`fedgrove.events.announce` for the result."""
+        return announce(self.listener, phase)
 
     def close(self) -> None:
         """Lets the folder go."""
@@ -82,20 +85,18 @@ class RunFolder:
         self._lock.release()
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file beside its place, then renames it."""
-        beside = self.path / f"{name}.partial"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(self.path / name)
+        """Writes a file, completely or not at all."""
+        write_atomically(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a JSON file, whole or not at all."""
+        """Writes a JSON file, completely or not at all."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def log(self, stage: int | None, round_: int | None, client: str | None, name: str, value: float) -> None:
         """One line of ``metrics.jsonl``. ``stage`` None: the model as it came."""
-        line = {"time": time.time(), "stage": stage, "round": round_, "client": client, "name": name, "value": value}
-        self._append("metrics.jsonl", line)
-        self.watch.measured(line)
+        measured = Measured(time.time(), stage, round_, client, name, value)
+        self._append("metrics.jsonl", asdict(measured))
+        self.listener.on_event(measured)
 
     def keep(self, stage: int | None, client: str | None, name: str, parts: Sequence[Sequence[float]]) -> None:
         """One line of ``examples.jsonl``: what a measurement is the mean of, (sum, how many) of each window or record.
@@ -117,7 +118,7 @@ class RunFolder:
         """One line of ``ledger.jsonl``: a message as it was sent, with its modelled seconds where a stage has a clock."""
         line = {"stage": stage, "round": round_, "client": client, "direction": direction, "kind": kind, "bytes": num_bytes}
         self._append("ledger.jsonl", line | dict(modelled))
-        (self.watch.asked if direction == "down" else self.watch.answered)(client, num_bytes)
+        self.listener.on_event((Requested if direction == "down" else Responded)(client, num_bytes))
 
     def metrics(self) -> list[dict[str, Any]]:
         """What :meth:`log` wrote."""
@@ -168,14 +169,7 @@ def unfinished(run: Path) -> FedgroveError:
     return FedgroveError(f"{run}: this run has not ended", f"continue it: fedgrove run {run / 'job.toml'} --out {run} --resume")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def _mend_lines(path: Path) -> None:
+def _drop_cut_line(path: Path) -> None:
     """Drops a last line that a kill cut short."""
     if path.is_file():
         data = path.read_bytes()

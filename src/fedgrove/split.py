@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records, template_fields
 from fedgrove.errors import FedgroveError
+from fedgrove.files import atomic_folder
 
 Way = Literal["iid", "dirichlet", "field", "size"]
 HELD_OUT = "heldout"
@@ -120,13 +120,7 @@ def split(
     if not shares:
         raise FedgroveError(f"{source}: {len(records)} records are too few", "lower --clients or --heldout")
 
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, its in shares.items():
-        _write(beside / f"{name}.jsonl", (records[i] for i in its))
-    if aside:
-        _write(beside / f"{HELD_OUT}.jsonl", (records[i] for i in sorted(order[:aside])))
+    title = _plain(out.name) or "split"
     how = {
         "source": source.name,
         "by": by,
@@ -134,11 +128,14 @@ def split(
         "alpha": alpha if by in ("dirichlet", "size") else None,
         "seed": seed,
     }
-    title = _plain(out.name) or "split"
-    (beside / "job.toml").write_text(_job(title, list(shares), text, bool(aside), how, model), encoding="utf-8")
-    if out.is_dir():
-        out.rmdir()  # it is empty
-    beside.rename(out)
+    with atomic_folder(out) as partial:
+        for name, its in shares.items():
+            _write(partial / f"{name}.jsonl", (records[i] for i in its))
+        if aside:
+            _write(partial / f"{HELD_OUT}.jsonl", (records[i] for i in sorted(order[:aside])))
+        (partial / "job.toml").write_text(_job(title, list(shares), text, bool(aside), how, model), encoding="utf-8")
+        if out.is_dir():
+            out.rmdir()  # it is empty
     holdings = tuple(
         Holding(name, len(its), sum(_characters(records[i]) for i in its), dict(Counter(labels[i] for i in its if labels)))
         for name, its in shares.items()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedgrove.errors import FedgroveError
-from fedgrove.progress import Listener
+from fedgrove.events import Event, Listener, Measured
 
 
 def track(kind: str, name: str, folder: Path) -> Listener:
-    """A watch that hands every line of ``metrics.jsonl`` on.
+    """A listener that hands every line of ``metrics.jsonl`` on.
 
-    A measurement is told once, by the process that made it: what an interrupted run told before is not told again.
+    A measurement is handed on once, by the process that made it: a run that continues does not repeat the earlier ones.
 
     Args:
         kind: "tensorboard" or "mlflow".
@@ -28,16 +28,17 @@ def track(kind: str, name: str, folder: Path) -> Listener:
 
 
 class _Tracker(Listener):
-    """Hands on (what, who and where, step, value)."""
+    """Hands on (tag, value, round)."""
 
     def __init__(self, write: Callable[[str, float, int], None], close: Callable[[], None]):
         self._write = write
         self._close = close
 
-    def measured(self, line: Mapping[str, Any]) -> None:
-        stage = "dense" if line["stage"] is None else f"stage-{line['stage']}"
-        within = [stage, *([line["client"]] if line["client"] else []), line["name"]]
-        self._write("/".join(within), float(line["value"]), line["round"] or 0)
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Measured):
+            stage = "dense" if event.stage is None else f"stage-{event.stage}"
+            tag = [stage, *([event.client] if event.client else []), event.name]
+            self._write("/".join(tag), float(event.value), event.round or 0)
 
     def close(self) -> None:
         self._close()

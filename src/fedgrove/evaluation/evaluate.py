@@ -10,9 +10,9 @@ from typing import Any
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.rounds import heldout_windows
+from fedgrove.events import Phase
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.models.stream import Checkpoint
-from fedgrove.progress import part_of
 from fedgrove.rounds.federation import Federation
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Plan, stage_of
@@ -40,14 +40,12 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
         if (stage, None, f"{first}/{text.name}") in done:
             continue
         which = "the dense model" if stage is None else "the federated model" if len(run.job.clients) > 1 else "the new model"
-        what = f"evaluate: {which} on {text.name}"
-        run.step(what, number, len(wanted.data))
-        told = part_of(run.watch, what, number, len(wanted.data))
+        on_progress = run.phase(Phase("evaluate", which, stage=stage, text=text.name, done=number, total=len(wanted.data)))
         if text.measure == "perplexity":
-            found = examiner.perplexity(windows[text.name], told)
+            found = examiner.perplexity(windows[text.name], on_progress)
         else:
             pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
-            found = examiner.answers(text.measure, pairs, told, text.labels, wanted.length, wanted.tokens)
+            found = examiner.answers(text.measure, pairs, on_progress, text.labels, wanted.length, wanted.tokens)
         for name, measured in found.items():
             if measured.parts:
                 run.keep(stage, None, f"{name}/{text.name}", measured.parts)
@@ -107,7 +105,7 @@ def evaluate_directory(model: Path, stage: int | None, run: RunFolder, speed: bo
     speed = speed and (stage, None, "disk/speed") not in done
     dtype = run.job.model.dtype
     for name, found in examine_directory(
-        model, run.watch, speed=speed, tasks=tasks, tasks_from=wanted.tasks_from, limit=wanted.records, dtype=dtype
+        model, run.listener, speed=speed, tasks=tasks, tasks_from=wanted.tasks_from, limit=wanted.records, dtype=dtype
     ).items():
         _log(found, name, stage, done, run, last="disk")
 

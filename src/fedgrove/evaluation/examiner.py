@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedgrove.evaluation.metrics import Measured, bootstrap
+from fedgrove.events import Listener, OnProgress, Phase
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import Told, negative_log_likelihoods
+from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
-from fedgrove.progress import Listener
 
 
 class Examiner:
@@ -33,16 +33,16 @@ class Examiner:
     def _whole(self) -> nn.Module:
         return Decoder(self._checkpoint, self._device).whole()
 
-    def perplexity(self, windows: Sequence[Tensor], told: Told) -> dict[str, Measured]:
+    def perplexity(self, windows: Sequence[Tensor], on_progress: OnProgress) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval draws windows again."""
-        each = negative_log_likelihoods(self._decoder, windows, told)
+        each = negative_log_likelihoods(self._decoder, windows, on_progress)
         return {"perplexity": replace(bootstrap(each, lambda sums: math.exp(sums[0] / sums[1])), parts=each)}
 
     def answers(
         self,
         measure: str,
         pairs: Sequence[tuple[str, str]],
-        told: Told,
+        on_progress: OnProgress,
         labels: Sequence[str] = (),
         length: int = 512,
         tokens: int = 64,
@@ -51,15 +51,15 @@ class Examiner:
         if measure == "accuracy":
             from fedgrove.evaluation.metrics.accuracy import accuracy
 
-            return accuracy(self._whole, self.tokenizer, pairs, labels, length, told)
+            return accuracy(self._whole, self.tokenizer, pairs, labels, length, on_progress)
         from fedgrove.evaluation.metrics.generation import compare, write
 
-        return compare(write(self._whole, self.tokenizer, pairs, tokens, told))
+        return compare(write(self._whole, self.tokenizer, pairs, tokens, on_progress))
 
 
 def examine_directory(
     model: Path,
-    watch: Listener,
+    listener: Listener,
     *,
     speed: bool = False,
     tasks: Sequence[str] = (),
@@ -72,12 +72,12 @@ def examine_directory(
     if speed:
         from fedgrove.evaluation.metrics.speed import speed as measure_speed
 
-        watch.step(f"evaluate: speed of {model}")
+        listener.on_event(Phase("evaluate", f"speed of {model}"))
         found["speed"] = plain(measure_speed(model, dtype))
     if tasks:
         from fedgrove.evaluation.metrics.harness import harness
 
-        watch.step(f"evaluate: {', '.join(tasks)}")
+        listener.on_event(Phase("evaluate", ", ".join(tasks)))
         found |= {task: plain(measured) for task, measured in harness(model, tasks, tasks_from, limit, dtype).items()}
     return found
 

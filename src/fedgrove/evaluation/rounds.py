@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedgrove.data.sources import facts_of
 from fedgrove.data.windows import evaluation_windows
+from fedgrove.events import Phase
 from fedgrove.job.tables import Evaluate
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
-from fedgrove.progress import part_of
 from fedgrove.runfolder import RunFolder
 
 
@@ -25,9 +25,8 @@ def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder, d
     windows = heldout_windows(model, run)
     for number, (name, texts) in enumerate(windows.items()):
         if (stage, round_, f"perplexity/{name}") not in done:
-            what = f"evaluate: round {round_ + 1} on {name}"
-            run.step(what, number, len(windows))
-            measured = perplexity(decoder, texts, part_of(run.watch, what, number, len(windows)))
+            phase = Phase("evaluate", stage=stage, round=round_, text=name, done=number, total=len(windows))
+            measured = perplexity(decoder, texts, run.phase(phase))
             run.log(stage, round_, None, f"perplexity/{name}", measured)
 
 

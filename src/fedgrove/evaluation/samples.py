@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from fedgrove.events import Phase
 from fedgrove.models.stream import find_model
 from fedgrove.runfolder import RunFolder
 
@@ -22,9 +23,9 @@ def write_samples(run: RunFolder) -> None:
     prompts, model = run.job.evaluate.prompts, run.job.model
     if not prompts or (run.path / FILE).is_file():
         return
-    run.step("samples: the model as it came")
+    run.phase(Phase("samples", "the model as it came"))
     before = _write(find_model(model.path, model.revision), prompts, model.dtype)
-    run.step("samples: the result")
+    run.phase(Phase("samples", "the result"))
     after = _write(run.path / "model", prompts, "auto")
     rows = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
     run.write_json(FILE, {"tokens": TOKENS, "samples": rows})

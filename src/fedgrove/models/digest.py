@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from fedgrove.files import write_atomically
 from fedgrove.models.stream import Checkpoint, raw_bytes
 
 ENDS, TOKENIZER = "ends", "tokenizer"
@@ -41,10 +42,7 @@ def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]
         sums[TOKENIZER] = hashlib.sha256(tokenizer.read_bytes())
     made = {part: digest.hexdigest() for part, digest in sorted(sums.items())}
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_suffix(".partial")
-        beside.write_text(json.dumps({"stamp": stamp, "digests": made}), encoding="utf-8")
-        beside.replace(cache)
+        write_atomically(cache, json.dumps({"stamp": stamp, "digests": made}))
     return made
 
 

@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fedgrove.events import OnProgress
 from fedgrove.models.blocks import Decoder
 
 CHUNK = 65536  # tokens whose hidden states are held at once
 
 
-Told = Callable[[float, float], None]  # is given how many windows are done, of how many
-
-
 def negative_log_likelihood(
-    decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda done, of: None
+    decoder: Decoder, windows: Sequence[Tensor], on_progress: OnProgress = lambda done, total: None
 ) -> tuple[float, int]:
     """−Σ log p(token | the tokens before it in its window), in nats, and the number of tokens predicted.
 
@@ -26,14 +24,14 @@ def negative_log_likelihood(
     Args:
         decoder: the model.
         windows: (1, tokens) token ids each.
-        told: is called after every block.
+        on_progress: called with (windows done, windows) after every block.
     """
-    each = negative_log_likelihoods(decoder, windows, told)
+    each = negative_log_likelihoods(decoder, windows, on_progress)
     return sum(total for total, _ in each), sum(count for _, count in each)
 
 
 def negative_log_likelihoods(
-    decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda done, of: None
+    decoder: Decoder, windows: Sequence[Tensor], on_progress: OnProgress = lambda done, total: None
 ) -> list[tuple[float, int]]:
     """Likewise, window by window: what a confidence interval is made from."""
     each: list[tuple[float, int]] = []
@@ -54,7 +52,7 @@ def negative_log_likelihoods(
             with decoder.loaded(index) as block:
                 for i, ids in enumerate(part):
                     states[i] = decoder.run(block, states[i], calls[ids.shape[1]][index])
-            told(start + len(part) * (index + 1) / len(decoder), len(windows))
+            on_progress(start + len(part) * (index + 1) / len(decoder), len(windows))
         for ids, hidden in zip(part, states, strict=True):
             logits = decoder.logits(ids, hidden)[0, :-1].float()
             target = ids[0, 1:].to(logits.device)
@@ -63,9 +61,9 @@ def negative_log_likelihoods(
     return each
 
 
-def perplexity(decoder: Decoder, windows: Sequence[Tensor], told: Told = lambda done, of: None) -> float:
+def perplexity(decoder: Decoder, windows: Sequence[Tensor], on_progress: OnProgress = lambda done, total: None) -> float:
     """exp of the mean negative log-likelihood per predicted token: stride = window length, no overlap."""
-    total, count = negative_log_likelihood(decoder, windows, told)
+    total, count = negative_log_likelihood(decoder, windows, on_progress)
     return math.exp(total / count)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
+from fedgrove.files import atomic_file, atomic_folder
 from fedgrove.models.experts import slices
 from fedgrove.models.width import Width, narrowed
 
@@ -187,11 +188,8 @@ class Checkpoint:
         """
         if out.exists():
             raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
-        beside = out.with_name(out.name + ".partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        self.write_into(beside, texts)
-        beside.rename(out)
+        with atomic_folder(out) as partial:
+            self.write_into(partial, texts)
 
     def write_into(self, folder: Path, texts: Mapping[str, str] | None = None) -> None:
         """What :meth:`write` does, into a folder that is there, file after file."""
@@ -239,13 +237,11 @@ class Checkpoint:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file (a block) beside its place, then renames it: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
+    """Writes a safetensors file (a block), completely or not at all."""
     aligned = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # as the format's own writer does it
     specs = {name: (tensor.shape, tensor.dtype) for name, tensor in aligned}
-    write_safetensors(beside, specs, (tensor for _, tensor in aligned), metadata)
-    beside.replace(path)
+    with atomic_file(path) as partial:
+        write_safetensors(partial, specs, (tensor for _, tensor in aligned), metadata)
 
 
 def write_safetensors(

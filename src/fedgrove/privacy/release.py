@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.files import write_atomically
 from fedgrove.models.stream import save_tensors
 
 
@@ -80,10 +81,7 @@ def _read(folder: Path) -> dict[str, list[str] | None]:
 
 
 def _write(folder: Path, releases: dict[str, list[str] | None]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial_path = folder / "released.partial"
-    partial_path.write_text(json.dumps(releases), encoding="utf-8")
-    partial_path.replace(folder / "released.json")
+    write_atomically(folder / "released.json", json.dumps(releases))
 
 
 def statistics_statement(epsilon: float, delta: float, length: int, adders: int) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from rich.text import Text
 
 from fedgrove.errors import FedgroveError
+from fedgrove.files import write_atomically
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.paired import ratio_interval, unclear
@@ -41,10 +42,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
     if len({run.resolve() for run in runs}) < len(runs):
         raise FedgroveError("report: a run is given twice", "name each folder once")
     found = dict(zip(names(runs), map(read, runs), strict=True))
-    temporary = out.with_name(out.name + ".partial")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(page(found), encoding="utf-8")
-    temporary.replace(out)
+    write_atomically(out, page(found))
     return found
 
 

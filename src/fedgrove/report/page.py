@@ -9,6 +9,7 @@ from typing import Any
 
 import tomli_w
 
+from fedgrove.files import write_atomically
 from fedgrove.report import measurements, quality, traffic
 from fedgrove.report.disclosures import what_left
 from fedgrove.report.reader import read
@@ -28,9 +29,8 @@ def write_report(run: Path) -> Path:
     Raises:
         FedgroveError: it is no run folder, or the run has not ended.
     """
-    temporary, out = run / "report.html.partial", run / "report.html"
-    temporary.write_text(page(read(run)), encoding="utf-8")
-    temporary.replace(out)
+    out = run / "report.html"
+    write_atomically(out, page(read(run)))
     return out
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import Parts
+from fedgrove.files import read_lines
 from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import CENTRALIZED, PERPLEXITY, Stage, Summary, Traffic
 
@@ -37,7 +38,7 @@ def read(run: Path) -> Summary:
     stages = read_stages(run, job)
     files = _files(run, stages)
     traffic = _traffic(run)
-    metrics = _lines(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
 
     measured = _perplexities(metrics)
     dense = measured.get((None, None), {})
@@ -56,7 +57,7 @@ def read(run: Path) -> Summary:
     ended = (inner / "model").is_dir()  # it may still be running
     one_owner = {
         line["name"]: line["value"]
-        for line in (_lines(inner / "metrics.jsonl") if ended else ())
+        for line in (read_lines(inner / "metrics.jsonl") if ended else ())
         if (line["stage"], line["round"], line["client"]) == (len(stages) - 1, None, None)
     }
     centralized = {name.removeprefix(PERPLEXITY): value for name, value in one_owner.items() if name.startswith(PERPLEXITY)}
@@ -109,7 +110,7 @@ def read_stages(run: Path, job: Mapping[str, Any]) -> list[Stage]:
 
 def read_perplexities(run: Path) -> dict[tuple[int | None, str | None], dict[str, float]]:
     """Perplexity by (stage, client) and text, of whole stages; the last line of a measurement counts."""
-    return _perplexities(_lines(run / "metrics.jsonl"))
+    return _perplexities(read_lines(run / "metrics.jsonl"))
 
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:
@@ -142,18 +143,10 @@ def _perplexities(metrics: Sequence[dict[str, Any]]) -> dict[tuple[int | None, s
     return found
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if there is no file. What a kill cut short at its end is passed over."""
-    if not file.is_file():
-        return []
-    *whole, _ = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole if line]
-
-
 def _traffic(run: Path) -> list[Traffic]:
     """``ledger.jsonl``, summed by stage, round, client, direction and kind."""
     sums: dict[tuple[int, int, str, str, str], list[int]] = {}
-    for line in _lines(run / "ledger.jsonl"):
+    for line in read_lines(run / "ledger.jsonl"):
         key = (line["stage"], line["round"], line["client"], line["direction"], line["kind"])
         total = sums.setdefault(key, [0, 0])
         total[0] += 1
@@ -163,7 +156,7 @@ def _traffic(run: Path) -> list[Traffic]:
 
 def _examples(run: Path) -> dict[tuple[int | None, str | None], dict[str, Parts]]:
     found: dict[tuple[int | None, str | None], dict[str, Parts]] = {}
-    for line in _lines(run / "examples.jsonl"):
+    for line in read_lines(run / "examples.jsonl"):
         found.setdefault((line["stage"], line["client"]), {})[line["name"]] = line["parts"]
     return found
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fedgrove import heap
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Requesting, Responded
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds import wire
 from fedgrove.rounds.clock import Clock
@@ -69,7 +70,7 @@ def collect(
 
     def send(clients: list[str]) -> Iterator[Answer]:
         assert first is not None
-        run.watch.asking(clients)
+        run.listener.on_event(Requesting(tuple(clients)))
         heap.release_freed_memory()  # what the server worked with: a client in this process begins where it began before
         outbox = _Outbox(
             {client: messages[client] for client in clients},
@@ -84,7 +85,7 @@ def collect(
                 account(client, "up", len(response))
             else:
                 failures[client] = error or "it gave no answer"
-                run.watch.answered(client, 0)
+                run.listener.on_event(Responded(client, 0))
             if response is not None and client != turns[0]:
                 inbox.mkdir(parents=True, exist_ok=True)
                 waiting[client] = inbox / client
@@ -119,7 +120,7 @@ def collect(
             waiting[client] = None
             if not last_try:
                 return
-            run.say(f"{client}: {failures[client]}")
+            run.message(f"{client}: {failures[client]}")
             del waiting[client], turns[0]
 
     for attempt in range(rules.retries + 1):

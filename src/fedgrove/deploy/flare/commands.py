@@ -157,7 +157,7 @@ def submit(
     from fedgrove.deploy.flare.operator import submit, watch
 
     name = submit(kit, job, set_ or [], resume)
-    with progress.watch(quiet, delay=0) as listener:
+    with progress.display(quiet, delay=0) as listener:
         error = watch(kit, name, listener, planned=not wait)
     if error:
         raise FedgroveError(error)
@@ -172,7 +172,7 @@ def watch(run: Run = None, kit: OperatorKit = Path(), quiet: Quiet = False) -> N
     from fedgrove import progress
     from fedgrove.deploy.flare.operator import latest, watch
 
-    with progress.watch(quiet, delay=0) as listener:
+    with progress.display(quiet, delay=0) as listener:
         error = watch(kit, run or latest(kit), listener)
     if error:
         raise FedgroveError(error)

@@ -58,7 +58,7 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
     ) -> None:
         """Drops a response that comes late or twice."""
         if self._recorder is not None:
-            self._recorder.say(f"{client.name}: an answer that nobody waits for was refused")
+            self._recorder.message(f"{client.name}: an answer that nobody waits for was refused")
 
     def _progress(self, topic: str, data: Any, fl_ctx: Any) -> dict[str, Any]:
         since = data.get("since", 0) if isinstance(data, dict) else 0

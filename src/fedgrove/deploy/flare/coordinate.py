@@ -7,13 +7,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedgrove import events
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
@@ -21,11 +22,11 @@ from fedgrove.deploy.flare.files import SERVER, ServerFile, model_folder, read
 from fedgrove.deploy.flare.policy import Terms
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Event, Listener, Phase
 from fedgrove.export import Texts, export
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import FederatedJob
 from fedgrove.models.digest import digests
-from fedgrove.progress import Listener
 from fedgrove.rounds import wire
 from fedgrove.rounds.collect import collect
 from fedgrove.rounds.request import Message
@@ -41,33 +42,28 @@ Connect = Callable[[list[str], str, float], Engine]  # clients, the name of thei
 
 
 class Recorder(Listener):
-    """Keeps every event of a run, for operators who ask from afar; messages go into a file too."""
+    """Keeps every event of a run as JSON, for operators who ask from afar; messages go into a file too.
+
+    Attributes:
+        events: as :func:`fedgrove.events.to_json` writes them.
+        file: for the messages; None: the run folder is not there yet.
+        capabilities: of the sites, once they have agreed.
+    """
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, list[Any]]] = []
+        self.events: list[dict[str, Any]] = []
         self.file: Path | None = None
         self.capabilities: dict[str, Any] = {}
 
-    def say(self, line: str) -> None:
-        self.events.append(("say", [line]))
-        if self.file is not None:
+    def on_event(self, event: Event) -> None:
+        self.events.append(events.to_json(event))
+        if isinstance(event, events.Message) and self.file is not None:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(event.text + "\n")
 
-    def step(self, what: str, done: float = 0, of: float = 0) -> None:
-        self.events.append(("step", [what, done, of]))
-
-    def asking(self, clients: Sequence[str]) -> None:
-        self.events.append(("asking", [list(clients)]))
-
-    def asked(self, client: str, num_bytes: int) -> None:
-        self.events.append(("asked", [client, num_bytes]))
-
-    def answered(self, client: str, num_bytes: int) -> None:
-        self.events.append(("answered", [client, num_bytes]))
-
-    def measured(self, line: Mapping[str, Any]) -> None:
-        self.events.append(("measured", [dict(line)]))
+    def message(self, text: str) -> None:
+        """A line of the server itself."""
+        self.on_event(events.Message(text))
 
 
 def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Connect, recorder: Recorder) -> str | None:
@@ -91,7 +87,7 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         job, model = open_job(kit, config, settings)
         folder = kit / "runs" / job.name
-        run = RunFolder(folder, job, resume=resume, watch=recorder)
+        run = RunFolder(folder, job, resume=resume, listener=recorder)
         try:
             recorder.file = folder / SAID
             run_with_sites(job, model, settings, connect, run, recorder)
@@ -103,7 +99,7 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
         state = {"state": "failed", "line": f"{type(error).__name__} at the server; the trace is in its log"}
         raise
     finally:
-        recorder.say(state.get("line", "the run has ended"))
+        recorder.message(state.get("line", "the run has ended"))
         _offer(folder, results / "run", state)
     return state.get("line")
 
@@ -151,7 +147,7 @@ def join(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[
     Raises:
         FedgroveError: fewer agree than the quorum; names the first that does not, and why.
     """
-    run.step("asking the sites whether they take part")
+    run.phase(Phase("join", title="asking the sites whether they take part"))
     terms = Terms(
         name=job.name,
         model=model,
@@ -177,7 +173,7 @@ def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
     export(run.path / "model", "packed", packed, Texts())
     files = sorted(packed.iterdir())
     for file in files:
-        run.step(f"giving the result to {', '.join(sites) or 'nobody: no site asks for it'}")
+        run.phase(Phase("deliver", title=f"giving the result to {', '.join(sites) or 'nobody: no site asks for it'}"))
         content = torch.from_numpy(np.fromfile(file, np.uint8))
         message = Message(DeliverResult(file=file.name, last=file == files[-1]), {CONTENT: content})
         for _ in collect(engine, run, dict.fromkeys(sites, message)):

@@ -26,6 +26,7 @@ from fedgrove.deploy.flare import TEMPLATES, require_flare
 from fedgrove.deploy.flare.files import FEDERATION, SERVER, SITE, Federation
 from fedgrove.engines.error_codes import VERSION
 from fedgrove.errors import FedgroveError
+from fedgrove.files import atomic_folder, write_atomically
 from fedgrove.job.tables import KINDS
 
 CONTROLLER = "fedgrove.deploy.flare.controller.FedgroveController"  # the one class that FLARE may make at the server
@@ -75,20 +76,17 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
                     shutil.copy2(certificate, kit / "startup" / certificate.name)
                 changed.append(kit)
             continue
-        partial = kit.with_name(f"{kit.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, partial)
-        partial.chmod(0o700)
-        if kit.parent.name == "operators":
-            _harden_operator(partial)
-        elif name == "server":
-            _harden(partial, "server", _server_resources)
-            _fill(partial, federation, name, "server")
-        else:
-            _harden(partial, "site", _site_resources)
-            _fill(partial, federation, name, "site")
-        partial.rename(kit)
+        with atomic_folder(kit) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            partial.chmod(0o700)
+            if kit.parent.name == "operators":
+                _harden_operator(partial)
+            elif name == "server":
+                _harden(partial, "server", _server_resources)
+                _fill(partial, federation, name, "server")
+            else:
+                _harden(partial, "site", _site_resources)
+                _fill(partial, federation, name, "site")
         changed.append(kit)
     shutil.rmtree(packages.parent.parent)  # a second copy of every secret
     for person in federation.operators:
@@ -178,10 +176,7 @@ def _prolong(authority: Path, subject: str) -> None:
         extensions=list(old.extensions),
     )
     state[subject]["cert"] = new.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
-    partial = state_file.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    _write_secret(partial, json.dumps(state))
-    partial.replace(state_file)
+    write_atomically(state_file, json.dumps(state), mode=0o600)
 
 
 def _harden(kit: Path, kind: str, change: Any) -> None:

@@ -21,14 +21,16 @@ from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Listener, Message, Phase, from_json, printable
+from fedgrove.files import write_atomically
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import FederatedJob
-from fedgrove.progress import Listener
 
 CAPABILITIES = "capabilities.json"  # what each site said of itself when a run was watched last
 SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
 ENDED = ("FINISHED", "ABORTED", "FAILED")
 GOING = ("DISPATCHED", "RUNNING")
+BEFORE_COMPUTING = ("join", "plan")  # actions of phases: the sites agree, the plan is made
 STOPPING = 60.0  # seconds that a run may take to stop
 
 
@@ -182,15 +184,17 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
                     f"{name}: the server is gone ({type(error).__name__}); start it again, then submit with --resume"
                 ) from error
             try:
-                progress = flare.do_app_command(job, "progress", {"since": number})
+                reply = flare.do_app_command(job, "progress", {"since": number})
             except Exception:  # it does not run yet, or no more
-                progress = {"events": [], "capabilities": {}}
-            if progress["capabilities"]:
-                (kit / CAPABILITIES).write_text(json.dumps(progress["capabilities"], indent=2), encoding="utf-8")
-            for kind, arguments in progress["events"]:
-                number += 1
-                getattr(listener, kind)(*arguments)
-                if planned and kind == "step" and not arguments[0].startswith("asking the"):
+                reply = None
+            events, capabilities = _read_progress(reply)
+            if capabilities:
+                write_atomically(kit / CAPABILITIES, json.dumps(capabilities, indent=2))
+            for event in map(from_json, events):
+                number += 1  # also for an event that is not known here: the server counts it
+                if event is not None:
+                    listener.on_event(event)
+                if planned and isinstance(event, Phase) and event.action not in BEFORE_COMPUTING:
                     return None
             if status.startswith(ENDED):
                 break
@@ -203,8 +207,15 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
         if number == 0 and (fetched / SAID).is_file():
             for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
-                listener.say(line)
-    return None if state["state"] == "ended" else str(state["line"])
+                listener.on_event(Message(printable(line)))
+    return None if state["state"] == "ended" else printable(str(state["line"]))
+
+
+def _read_progress(reply: object) -> tuple[list[object], dict[str, Any]]:
+    """The events and the sites' capabilities in a server's reply; nothing where it is no such reply."""
+    found = reply if isinstance(reply, dict) else {}
+    events, capabilities = found.get("events"), found.get("capabilities")
+    return events if isinstance(events, list) else [], capabilities if isinstance(capabilities, dict) else {}
 
 
 def fetch(kit: Path, name: str, out: Path) -> Path:
@@ -332,4 +343,4 @@ def _remember(kit: Path, name: str, job: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9-]{8,64}", job):
         raise FedgroveError("the server did not take the job; its log says why")
     known = {other: number for other, number in _sent(kit).items() if other != name} | {name: job}
-    (kit / SENT).write_text(json.dumps(known, indent=2), encoding="utf-8")
+    write_atomically(kit / SENT, json.dumps(known, indent=2))

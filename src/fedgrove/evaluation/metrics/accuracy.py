@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import Measured, mean
+from fedgrove.events import OnProgress
 from fedgrove.models.labels import score_labels
 
 MOST = 200  # labels; more are no classification, and each is computed for every prompt
@@ -21,7 +22,7 @@ def accuracy(
     pairs: Sequence[tuple[str, str]],
     labels: Sequence[str] = (),
     length: int = 512,
-    told: Callable[[float, float], None] = lambda done, of: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, Measured]:
     """Accuracy, and what always saying the most frequent answer would give (``majority``).
 
@@ -30,7 +31,7 @@ def accuracy(
         pairs: (prompt, right answer), each written as a tuning stage would write them.
         labels: all that may be answered; none: all answers that occur.
         length: tokens of prompt and label together; of a longer prompt the last ones count.
-        told: is called after every prompt.
+        on_progress: called after every prompt.
 
     Raises:
         FedgroveError: too many labels, or an answer is none of them.
@@ -45,6 +46,6 @@ def accuracy(
     for number, (prompt, answer) in enumerate(pairs, 1):
         scores = score_labels(model, tokenizer, [prompt], named, length)
         right.append(float(named[int(scores[0].argmax())] == answer))
-        told(number, len(pairs))
+        on_progress(number, len(pairs))
     frequent = Counter(answer for _, answer in pairs).most_common(1)[0][1]
     return {"accuracy": mean(right), "majority": Measured(frequent / len(pairs))}

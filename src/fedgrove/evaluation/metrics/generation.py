@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import Measured, bootstrap, mean
+from fedgrove.events import OnProgress
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
@@ -30,7 +31,7 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     tokens: int = 64,
-    told: Callable[[float, float], None] = lambda done, of: None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> list[Written]:
     """Lets the model answer every prompt, always with the most likely token, to its end-of-text token.
 
@@ -41,7 +42,7 @@ def write(
         model: a causal language model of the transformers library.
         pairs: (prompt, reference), each written as a tuning stage would write them.
         tokens: that are written at most.
-        told: is called after every prompt.
+        on_progress: called after every prompt.
     """
     references: dict[str, list[str]] = {}
     for prompt, reference in pairs:
@@ -65,7 +66,7 @@ def write(
             )
         output = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
         written.append(Written(prompt, output.split("\n")[0].strip() if one_line else output, tuple(refs)))
-        told(number, len(references))
+        on_progress(number, len(references))
     return written
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fedgrove.files import write_atomically
 from fedgrove.privacy.secagg.keys import Advert
 from fedgrove.privacy.secagg.session import SecureError, Session
 from fedgrove.privacy.secagg.sharing import SECRET_BYTES, Secret
@@ -90,14 +90,5 @@ class SessionStore:
             raise SecureError("secure aggregation: a session that this client did not begin, or that is over; refused")
         yield state
         if state.dumps() != before:
-            self._write(path, state.dumps())
-
-    def _write(self, path: Path, text: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        partial_path.unlink(missing_ok=True)  # O_EXCL: a file that is there already may be readable by others
-        with os.fdopen(os.open(partial_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # a response must not leave before the client cannot forget that it gave it
-        partial_path.replace(path)
+            # fsync: a response must not leave before the client cannot forget that it gave it
+            write_atomically(path, state.dumps(), mode=0o600, fsync=True)

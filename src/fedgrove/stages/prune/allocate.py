@@ -10,6 +10,8 @@ from typing import cast
 from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.events import Phase
+from fedgrove.files import write_atomically
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.federation import Federation
@@ -38,7 +40,7 @@ def block_sparsities(
     run = federation.run
     file = _file(run, plan)
     if config.measures_blocks and not file.is_file():
-        run.step("prune: asking how much of each block may go")
+        run.phase(Phase("prune", "asking how much of each block may go", stage=plan.stage))
         first = 1 if config.protect_first_block else 0  # nothing is asked of the blocks before it
         if plan.sums:
             measured = _measured_here(decoder, inputs, first, plan, config, federation)
@@ -47,10 +49,7 @@ def block_sparsities(
         assert config.sparsity is not None
         method = allocation_of(config.allocation)
         rest = method.allocate(measured[first:], _sizes(decoder)[first:], config.sparsity, options(config))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"measured": measured, "sparsities": [config.sparsity] * first + rest}), encoding="utf-8")
-        partial.replace(file)
+        write_atomically(file, json.dumps({"measured": measured, "sparsities": [config.sparsity] * first + rest}))
     return read_sparsities(run, plan, config)
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
@@ -63,8 +64,10 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         for block in range(plan.num_blocks):
             file = overlay / f"block-{block:04d}.safetensors"
             if not file.is_file():
-                where = f"prune: round {round_ + 1} of {config.rounds}, block {block + 1} of {plan.num_blocks}"
-                run.step(where, round_ * plan.num_blocks + block, config.rounds * plan.num_blocks)
+                phase = Phase(
+                    "prune", stage=plan.stage, round=round_, rounds=config.rounds, block=block, blocks=plan.num_blocks
+                )
+                run.phase(phase)
                 _prune_block(decoder, block, round_, inputs, sparsities, plan, config, federation, file)
         made = _records(overlay)
         records |= {record["name"]: {**record, "stage": plan.stage} for record in made}
@@ -84,7 +87,7 @@ def alone(
     federation: Federation,
 ) -> Iterator[tuple[str, Losses]]:
     """Asks the clients, who kept the blocks that they pruned in the first round."""
-    federation.run.step("evaluate: what each client would have had alone")
+    federation.run.phase(Phase("evaluate", "what each client would have had alone", stage=plan.stage))
     sparsities = read_sparsities(federation.run, plan, config)
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
     numbers = {name: len(texts) for name, texts in windows.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.masks import lowest
@@ -51,7 +52,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     run = federation.run
     file = _sums_file(run, plan)
     if not file.is_file():
-        run.step("structured: asking what each channel and head is worth")
+        run.phase(Phase("structured", "asking what each channel and head is worth", stage=plan.stage))
         clients, tokens, sums = _collect(model, plan, config, federation)
         save_tensors(sums, file, {"clients": json.dumps(clients), "tokens": str(tokens)})
     overlay = run.overlay(plan.stage, 0)
@@ -89,7 +90,8 @@ def alone(
     """Cuts the model by one client's sums alone. The server has them, so nobody is asked."""
     run = federation.run
     for number, client in enumerate(clients):
-        run.step(f"evaluate: what {client} would have had alone", number, len(clients))
+        what = f"what {client} would have had alone"
+        run.phase(Phase("evaluate", what, stage=plan.stage, client=client, done=number, total=len(clients)))
         decoder = Decoder(alone_model(model, plan, config, client, run), federation.device)
         yield client, {name: negative_log_likelihoods(decoder, texts) for name, texts in windows.items()}
 
@@ -178,7 +180,7 @@ def _cut(
         file = overlay / f"block-{block:04d}.safetensors"
         if not file.is_file():
             if run:
-                run.step(f"structured: block {block + 1} of {plan.num_blocks}", block, plan.num_blocks)
+                run.phase(Phase("structured", stage=plan.stage, block=block, blocks=plan.num_blocks))
             save_tensors(cut_block(decoder, block, kept), file)
     return records
 

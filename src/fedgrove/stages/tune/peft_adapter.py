@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fedgrove.files import atomic_folder
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import save_tensors
 from fedgrove.report.words import file_name
@@ -38,33 +38,29 @@ def write_lora(
     kept = {name: factors for name, factors in kept.items() if factors.rank}
     if not kept:
         return False
-    beside = out.with_name(out.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in kept.items()}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        r=1,
-        lora_alpha=1,
-        target_modules=sorted(kept),
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(kept))), nn.Linear),
-        inference_mode=True,
-    )
-    config.save_pretrained(str(beside))
-    tensors: dict[str, Tensor] = {}
-    for name, factors in kept.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
-    save_tensors(tensors, beside / "adapter_model.safetensors", {"format": "pt"})
-    (beside / "README.md").write_text(_card(base, title, pruned, changed), encoding="utf-8")
-    settings = json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set, in any order
-    (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    with atomic_folder(out, replace=True) as partial:
+        pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in kept.items()}
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            r=1,
+            lora_alpha=1,
+            target_modules=sorted(kept),
+            rank_pattern=pattern,
+            alpha_pattern=dict(pattern),
+            fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(kept))), nn.Linear),
+            inference_mode=True,
+        )
+        config.save_pretrained(str(partial))
+        tensors: dict[str, Tensor] = {}
+        for name, factors in kept.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
+        save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        (partial / "README.md").write_text(_card(base, title, pruned, changed), encoding="utf-8")
+        settings = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+        settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set, in any order
+        (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return True
 
 

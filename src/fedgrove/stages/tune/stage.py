@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import measure_cost
@@ -47,7 +48,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     """
     run = federation.run
     for client, why in sorted(plan.left_out.items()):
-        run.say(f"tune: client '{client}' is left out: {why}")
+        run.message(f"tune: client '{client}' is left out: {why}")
     done = [round_ for round_ in range(config.rounds) if _file(run, plan.stage, round_).is_file()]
     state = TuningState.read(_file(run, plan.stage, done[-1])) if done else TuningState(plan)
     stage = Tuning(model, Decoder(model, federation.device), config, federation, state)
@@ -62,7 +63,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
             replan = round_ == 0 or (config.replan_every and round_ % config.replan_every == 0)
             if planner_of(config.planner).NEEDS_IMPORTANCE and replan:
                 stage.plan_anew(round_)
-            run.step(f"tune: round {round_ + 1} of {config.rounds}", round_, config.rounds)
+            run.phase(Phase("tune", stage=plan.stage, round=round_, rounds=config.rounds))
             stage.train_round(round_)
             state.write(_file(run, plan.stage, round_))
             stage.log(round_)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.evaluation.rounds import evaluate_round
+from fedgrove.events import Phase
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.cost import ModelCost, measure_cost
 from fedgrove.models.stream import Checkpoint, save_tensors
@@ -100,7 +101,8 @@ class Tuning:
             names = [name for name in changed if name in weights or name in biases]
             if not names:
                 continue
-            self.run.step(f"sending the model: block {block + 1} of {len(self.decoder)}", block, len(self.decoder))
+            title, blocks = "sending the model", len(self.decoder)
+            self.run.phase(Phase("send", title=title, stage=self.plan.stage, block=block, blocks=blocks))
             message = Message(
                 KeepWeights(stage=self.plan.stage, part=self.parts), {name: self.model.read(name) for name in names}
             )
@@ -113,7 +115,8 @@ class Tuning:
     def plan_anew(self, round_: int) -> None:
         """Asks the clients which linears matter, and gives each a configuration by that."""
         config, plan = self.config, self.plan
-        self.run.step("tune: asking which weights are worth tuning", round_, config.rounds)
+        what = "asking which weights are worth tuning"
+        self.run.phase(Phase("tune", what, stage=plan.stage, round=round_, rounds=config.rounds))
         names = list(self.decoder.linear_names())
         messages = {}
         for client, assignment in plan.clients.items():
@@ -331,7 +334,7 @@ class Tuning:
         for client, _, reply in self.federation.collect(messages):
             assert isinstance(reply, PersonalLosses)
             if reply.shared is None or reply.own is None:
-                run.say(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
+                run.message(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
                 continue
             run.log(stage, None, client, "personal/own", reply.own)
             run.log(stage, None, client, "personal/shared", reply.shared)

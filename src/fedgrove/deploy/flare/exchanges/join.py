@@ -13,6 +13,7 @@ from fedgrove.deploy.flare.installation import Declared, Installation, SiteReque
 from fedgrove.deploy.flare.policy import Terms, refused_key
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
+from fedgrove.files import write_atomically
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
@@ -62,10 +63,7 @@ class JoinRun(SiteRequest):
         different = first_difference(terms.digests, digests(checkpoint, kit / settings.work / f"digests-{terms.model}.json"))
         if different is not None:
             raise Refusal("model", different)
-        site.folder.mkdir(parents=True, exist_ok=True)
-        partial = site.folder / "agreed.partial"
-        partial.write_text(terms.model_dump_json(), encoding="utf-8")
-        partial.replace(site.folder / "agreed.json")
+        write_atomically(site.folder / "agreed.json", terms.model_dump_json())
         return Response({}, Joined(result=settings.result, capabilities=site.declared()))
 
 
