@@ -20,10 +20,28 @@ from rich.console import Console
 from fedgrove import heap
 from fedgrove.deploy.flare.commands import COMMANDS
 from fedgrove.errors import FedgroveError
+from fedgrove.lazy import lazy
 from fedgrove.options import AsJson, Deal, Measure, Quiet, Resume, Set, Threads, Tracker, Workers
 
 if TYPE_CHECKING:
+    from fedgrove import api, events, machine, progress
+    from fedgrove import doctor as examination
+    from fedgrove import export as exporting
+    from fedgrove import split as dealing
     from fedgrove.api import Result
+    from fedgrove.job import load as job_file
+    from fedgrove.report import compare, reader, table
+    from fedgrove.report import exports as export_report
+    from fedgrove.report import page as run_page
+    from fedgrove.report import plans as plan_report
+    from fedgrove.report import split as split_report
+    from fedgrove.rounds import capabilities
+else:  # most bring torch: --help and a report must not wait for it
+    api, events, machine, progress = lazy("api"), lazy("events"), lazy("machine"), lazy("progress")
+    examination, exporting, dealing, job_file = lazy("doctor"), lazy("export"), lazy("split"), lazy("job.load")
+    compare, run_page, reader, table = (lazy(f"report.{name}") for name in ("compare", "page", "reader", "table"))
+    export_report, plan_report, split_report = (lazy(f"report.{name}") for name in ("exports", "plans", "split"))
+    capabilities = lazy("rounds.capabilities")
 
 app = typer.Typer(
     name="fedgrove",
@@ -85,8 +103,6 @@ def demo(
 
     Example: fedgrove demo --out my-first-run
     """
-    from fedgrove import api
-
     _show(api.run(str(files("fedgrove") / "demo" / "job.toml"), out, resume=resume, workers=workers, quiet=quiet))
 
 
@@ -124,13 +140,8 @@ def split(
 
     Example: fedgrove split posts.jsonl --clients 8 --by dirichlet --alpha 0.3 --field label --out posts
     """
-    from fedgrove import split as dealing
-    from fedgrove.events import Phase
-    from fedgrove.progress import display
-    from fedgrove.report.split import holdings_page, holdings_table
-
-    with display(quiet) as listener:
-        listener.on_event(Phase("split", title=f"reading {source}"))
+    with progress.display(quiet) as listener:
+        listener.on_event(events.Phase("split", title=f"reading {source}"))
         if Path(model).is_dir():
             model = str(Path(model).resolve())
         made = dealing.split(
@@ -146,8 +157,9 @@ def split(
             model=model,
         )
     how = f"by {field}" if by is Deal.field else by.value if by is Deal.iid else f"{by.value}, alpha {alpha:g}"
-    (out / "split.html").write_text(holdings_page(made.holdings, f"{source.name}: {how}, seed {seed}"), encoding="utf-8")
-    Console().print(holdings_table(made.holdings))
+    page = split_report.holdings_page(made.holdings, f"{source.name}: {how}, seed {seed}")
+    (out / "split.html").write_text(page, encoding="utf-8")
+    Console().print(split_report.holdings_table(made.holdings))
     for name in made.empty:
         print(f"{name} got no record and is left out; raise --alpha, or lower --clients")
     kept = f"{made.held_out:,} records are held out; " if made.held_out else ""
@@ -165,24 +177,19 @@ def plan(
 
     Example: fedgrove plan job.toml --set stages.0.samples=64
     """
-    from fedgrove import api
-    from fedgrove.job.load import load
-    from fedgrove.report.plans import plan_table
-    from fedgrove.rounds.capabilities import SPEED
-
-    wanted = load(job, set_ or [])
+    wanted = job_file.load(job, set_ or [])
     plans = api.plan(wanted, quiet=quiet)
     if as_json:
         print(json.dumps([plan.model_dump(mode="json") for plan in plans], indent=2))
         return
     console = Console()
     for plan, stage in zip(plans, wanted.stages, strict=True):
-        console.print(plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
+        console.print(plan_report.plan_table(plan.model_dump(mode="json"), stage.model_dump(mode="json")))
         for note in plan.notes:
             console.print(f"Note: {note}")
     console.print(
         "Memory is the peak besides the program itself (about 500 MiB). "
-        f"Time is what a client of speed 1.0 ({SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."
+        f"Time is what a client of speed 1.0 ({capabilities.SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."
     )
 
 
@@ -201,17 +208,12 @@ def doctor(
 
     Example: fedgrove doctor job.toml
     """
-    from fedgrove import doctor as looking
-    from fedgrove.api import hush
-    from fedgrove.job.load import load
-    from fedgrove.machine import check_machine
-
-    hush()
+    api.hush()
     folder = out or Path("runs")
-    checks = check_machine(folder, listen or (), connect or ())
+    checks = machine.check_machine(folder, listen or (), connect or ())
     if job is not None:
-        checks += looking.examine(load(job, set_ or []), folder)
-    looking.show(checks, as_json)
+        checks += examination.examine(job_file.load(job, set_ or []), folder)
+    examination.show(checks, as_json)
     if not all(check.ok for check in checks):
         raise typer.Exit(2)
 
@@ -234,13 +236,10 @@ def run(
     """
     import torch
 
-    from fedgrove import api
-    from fedgrove.job.load import load
-
     if threads:
         torch.set_num_threads(threads)
     trackers = [tracker.value for tracker in track or []]
-    _show(api.run(load(job, set_ or []), out, resume=resume, workers=workers, quiet=quiet, track=trackers), as_json)
+    _show(api.run(job_file.load(job, set_ or []), out, resume=resume, workers=workers, quiet=quiet, track=trackers), as_json)
 
 
 @command
@@ -271,9 +270,6 @@ def evaluate(
 
     Example: fedgrove evaluate runs/first --data posts.jsonl --measure accuracy --prompt "{text} Topic:" --answer " {label}"
     """
-    from fedgrove import api
-    from fedgrove.report.table import measured_lines
-
     found = api.evaluate(
         model, data or (), measure=measure.value, text=text, prompt=prompt, answer=answer, labels=label or (), length=length,
         records=records, tokens=tokens, speed=speed, tasks=task or (), tasks_from=tasks_from, quiet=quiet,
@@ -281,7 +277,7 @@ def evaluate(
     if as_json:
         print(json.dumps({"length": length, "texts": found}, indent=2))
     else:
-        print("\n".join(measured_lines(found)))
+        print("\n".join(table.measured_lines(found)))
 
 
 @command
@@ -306,15 +302,9 @@ def export(
 
     Example: fedgrove export runs/first --to packed
     """
-    from fedgrove import export as exporting
-    from fedgrove.api import hush
-    from fedgrove.progress import display
-    from fedgrove.report.exports import export_table
-    from fedgrove.report.reader import read_exports
-
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")
-    hush()
+    api.hush()
     texts = None
     if data:
         texts = exporting.Texts(tuple((str(file), file, text) for file in data), length, windows)
@@ -322,9 +312,9 @@ def export(
         texts = exporting.Texts()
     elif windows:
         texts = replace(exporting.held_out(exporting.find_source(source)), windows=windows, known=())
-    with display(quiet) as listener:
+    with progress.display(quiet) as listener:
         written = exporting.export(source, to, out, texts, listener)
-    Console().print(export_table(read_exports(written.parent)))
+    Console().print(export_report.export_table(reader.read_exports(written.parent)))
     print(f"Wrote {written} ({exporting.folder_bytes(written) / 1e6:.1f} MB) and {written.name}.export.json beside it")
 
 
@@ -338,13 +328,10 @@ def report(
     Example: fedgrove report runs/first runs/second --out compare.html
     """
     if len(runs) == 1:
-        from fedgrove.report.page import write_report
-
-        print(f"Wrote {write_report(runs[0])}")
+        print(f"Wrote {run_page.write_report(runs[0])}")
         return
-    from fedgrove.report.compare import comparison_table, write_comparison
 
-    Console().print(comparison_table(write_comparison(runs, out)))
+    Console().print(compare.comparison_table(compare.write_comparison(runs, out)))
     print(f"Wrote {out}")
 
 
@@ -365,14 +352,13 @@ def main() -> None:
 
 
 def _show(result: Result, as_json: bool = False) -> None:
-    from fedgrove.report.table import result_table
 
     out, summary = result.path, result.summary
     if as_json:
         print(json.dumps({"run": str(out), "sparsity": summary.sparsity, "perplexity": summary.perplexities()}, indent=2))
         return
     console = Console()
-    console.print(result_table(summary))
+    console.print(table.result_table(summary))
     console.print(f"The model is in {out / 'model'}, the report is {out / 'report.html'}.", soft_wrap=True)
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
+import importlib
+from typing import Any
 
 
-def lazy(name: str) -> ModuleType:
-    """The module ``fedgrove.<name>``, imported when one of its attributes is read for the first time."""
-    name = f"fedgrove.{name}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    assert spec is not None, name
-    assert spec.loader is not None, name
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+class lazy:
+    """Stands for the module ``fedgrove.<name>``, which is imported when one of its attributes is read.
+
+    ``importlib.util.LazyLoader`` does not do: it puts an empty module into ``sys.modules``, and whatever looks at all modules, as
+    importing torch does, loads it in the midst of another import.
+    """
+
+    def __init__(self, name: str):
+        self._name = f"fedgrove.{name}"
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)

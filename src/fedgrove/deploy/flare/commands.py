@@ -1,6 +1,6 @@
 """The commands ``fedgrove federation …``. The substance is in the other modules of this package.
 
-Each command imports what it needs when it is called, so that ``fedgrove --help`` does not wait for torch.
+What they need is imported when it is first used, so that ``fedgrove --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,27 @@ import sys
 import time
 from pathlib import Path
 from string import Template
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedgrove.deploy.flare import TEMPLATES
 from fedgrove.errors import FedgroveError
+from fedgrove.lazy import lazy
+
+if TYPE_CHECKING:
+    from fedgrove import doctor as examination
+    from fedgrove import progress
+    from fedgrove.deploy.flare import doctor as site_doctor
+    from fedgrove.deploy.flare import files as kit_files
+    from fedgrove.deploy.flare import kits as kit_maker
+    from fedgrove.deploy.flare import node
+    from fedgrove.deploy.flare import operator as remote
+else:
+    examination, progress = lazy("doctor"), lazy("progress")
+    site_doctor, kit_files, kit_maker, node, remote = (
+        lazy(f"deploy.flare.{name}") for name in ("doctor", "files", "kits", "node", "operator")
+    )
 
 Kit = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a server or a site.")]
 OperatorKit = Annotated[Path, typer.Option("--kit", help="The folder of an operator.")]
@@ -35,9 +50,7 @@ def init(
 
     Example: fedgrove federation init --name wards --server fl.example.org:8002 --site ash --site birch --operator a@b.org
     """
-    from fedgrove.deploy.flare.files import FEDERATION, Federation, read
-
-    file = folder / FEDERATION
+    file = folder / kit_files.FEDERATION
     if file.exists():
         raise FedgroveError(f"{file} exists already; edit it, or name another folder")
     name = name or _asked("Name of the federation")
@@ -52,7 +65,7 @@ def init(
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(template.substitute(facts, sites=site_tables, operators=operator_tables), encoding="utf-8")
     try:
-        read(file, Federation)
+        kit_files.read(file, kit_files.Federation)
     except FedgroveError:
         file.unlink()
         raise
@@ -72,13 +85,10 @@ def kits(
 
     Example: fedgrove federation kits federation.toml
     """
-    from fedgrove.deploy.flare.files import Federation, read
-    from fedgrove.deploy.flare.kits import AUTHORITY, make_kits
-
     folder = out or file.parent / "kits"
-    federation = read(file, Federation)
+    federation = kit_files.read(file, kit_files.Federation)
     there = [kit.resolve() for kit in (folder / "server", *folder.glob("sites/*"), *folder.glob("operators/*")) if kit.is_dir()]
-    for kit in make_kits(federation, folder, tuple(renew or ())):
+    for kit in kit_maker.make_kits(federation, folder, tuple(renew or ())):
         if kit in there:
             print(f"{kit}/startup: hand over its .crt file (no secret); put it there, and restart")
         else:
@@ -86,7 +96,7 @@ def kits(
     for kit in there:
         if kit.parent.name == "sites" and kit.name not in {site.name for site in federation.sites}:
             print(f"{kit.name} is not in {file} any more; shut it out: fedgrove federation remove {kit.name} --kit OPERATOR")
-    print(f"{folder / AUTHORITY} can make more kits: keep it, secret.")
+    print(f"{folder / kit_maker.AUTHORITY} can make more kits: keep it, secret.")
 
 
 def start(
@@ -97,10 +107,8 @@ def start(
 
     Example: fedgrove federation start kits/server
     """
-    from fedgrove.deploy.flare.node import address, start
-
-    process = start(kit, foreground)
-    host, port = address(kit)
+    process = node.start(kit, foreground)
+    host, port = node.address(kit)
     print(f"Started {kit} as process {process}; the server is {host}:{port}. Stop: fedgrove federation stop {kit}")
 
 
@@ -112,11 +120,9 @@ def stop(
 
     Example: fedgrove federation stop kits/sites/ash
     """
-    from fedgrove.deploy.flare import node, operator
-
     if node.kind_of(kit) == "operator":
-        name = run or operator.latest(kit)
-        operator.stop(kit, name)
+        name = run or remote.latest(kit)
+        remote.stop(kit, name)
         print(f"Stopped {name}; continue it: fedgrove federation submit JOB.toml --resume --kit {kit}")
     else:
         node.stop(kit)
@@ -128,9 +134,7 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
 
     Example: fedgrove federation status --kit kits/operators/ops@example.org
     """
-    from fedgrove.deploy.flare.operator import status
-
-    found = status(kit)
+    found = remote.status(kit)
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -153,12 +157,9 @@ def submit(
 
     Example: fedgrove federation submit job.toml --kit kits/operators/ops@example.org
     """
-    from fedgrove import progress
-    from fedgrove.deploy.flare.operator import submit, watch
-
-    name = submit(kit, job, set_ or [], resume)
+    name = remote.submit(kit, job, set_ or [], resume)
     with progress.display(quiet, delay=0) as listener:
-        error = watch(kit, name, listener, planned=not wait)
+        error = remote.watch(kit, name, listener, planned=not wait)
     if error:
         raise FedgroveError(error)
     print(f"{name}: {'ended' if wait else 'the sites agreed, the run goes on'}. fedgrove federation watch|fetch --kit {kit}")
@@ -169,11 +170,8 @@ def watch(run: Run = None, kit: OperatorKit = Path(), quiet: Quiet = False) -> N
 
     Example: fedgrove federation watch --kit kits/operators/ops@example.org
     """
-    from fedgrove import progress
-    from fedgrove.deploy.flare.operator import latest, watch
-
     with progress.display(quiet, delay=0) as listener:
-        error = watch(kit, run or latest(kit), listener)
+        error = remote.watch(kit, run or remote.latest(kit), listener)
     if error:
         raise FedgroveError(error)
 
@@ -187,10 +185,8 @@ def fetch(
 
     Example: fedgrove federation fetch --out runs/wards --kit kits/operators/ops@example.org
     """
-    from fedgrove.deploy.flare.operator import fetch, latest
-
-    name = run or latest(kit)
-    print(f"Wrote {fetch(kit, name, out or Path('runs') / name)}")
+    name = run or remote.latest(kit)
+    print(f"Wrote {remote.fetch(kit, name, out or Path('runs') / name)}")
 
 
 def remove(
@@ -202,9 +198,7 @@ def remove(
 
     Example: fedgrove federation remove birch --kit kits/operators/ops@example.org
     """
-    from fedgrove.deploy.flare.operator import remove
-
-    stopped = remove(kit, site, undo)
+    stopped = remote.remove(kit, site, undo)
     if undo:
         print(f"The server lets {site} in again; start it there: fedgrove federation start")
         return
@@ -218,11 +212,8 @@ def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
 
     Example: fedgrove federation doctor kits/sites/ash
     """
-    from fedgrove.deploy.flare.doctor import examine
-    from fedgrove.doctor import show
-
-    checks = examine(kit)
-    show(checks, as_json)
+    checks = site_doctor.examine(kit)
+    examination.show(checks, as_json)
     if not all(check.ok for check in checks):
         raise typer.Exit(2)
 
