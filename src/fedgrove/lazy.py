@@ -9,8 +9,8 @@ from typing import Any
 class lazy:
     """Stands for the module ``fedgrove.<name>``, which is imported when one of its attributes is read.
 
-    ``importlib.util.LazyLoader`` does not do: it puts an empty module into ``sys.modules``, and whatever looks at all modules, as
-    importing torch does, loads it in the midst of another import.
+    ``importlib.util.LazyLoader`` does not do: it puts an empty module into ``sys.modules``, and whatever looks at all modules,
+    as importing torch does, loads it in the midst of another import.
     """
 
     def __init__(self, name: str):
