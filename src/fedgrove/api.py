@@ -88,7 +88,7 @@ def run(
         track: "tensorboard" and "mlflow": the metrics go there as they are measured; see :mod:`fedgrove.tracking`.
 
     Raises:
-        FedgroveError: a fault that the user can mend, in one line.
+        FedgroveError: an error that the user can fix, in one line.
     """
     wanted = as_job(job)
     hush()

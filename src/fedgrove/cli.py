@@ -1,4 +1,4 @@
-"""The command line. Results go to standard output, progress and faults to standard error."""
+"""The command line. Results go to standard output, progress and errors to standard error."""
 
 from __future__ import annotations
 
@@ -69,25 +69,25 @@ def program(
 
 
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
-    """A command whose mendable faults are one line and status 2, and whose interruption is status 130."""
+    """A command: an error that the user can fix is one line and status 2, an interruption is status 130."""
 
     @group.command()
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except FedgroveError as fault:
-            _fail(str(fault), 2)
+        except FedgroveError as error:
+            _fail(str(error), 2)
         except KeyboardInterrupt:
             _fail("interrupted; a run continues with --resume", 130)
-        except OSError as fault:
-            if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _fail(
-                    f"the disk is full ({fault.filename or 'while writing'}); free some space, then continue with --resume", 2
+                    f"the disk is full ({error.filename or 'while writing'}); free some space, then continue with --resume", 2
                 )
-            if fault.filename is None:
+            if error.filename is None:
                 raise
-            _fail(f"{fault.filename}: {fault.strerror}", 2)
+            _fail(f"{error.filename}: {error.strerror}", 2)
 
     return run
 
@@ -204,7 +204,7 @@ def doctor(
 ) -> None:
     """Looks at this machine, and at what a job needs of it: model, data, templates, memory. Runs nothing.
 
-    Ends with status 2 where something is to be mended. The first record of every file is shown as the model will see it.
+    Ends with status 2 where something has to be fixed. The first record of every file is shown as the model will see it.
 
     Example: fedgrove doctor job.toml
     """

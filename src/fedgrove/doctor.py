@@ -99,12 +99,12 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
         return here, Check("model", True, f"{path}, fetched from the hub to {here}")
     try:
         told = HfApi().model_info(path, revision=revision, files_metadata=True, timeout=10)
-    except Exception as fault:  # whatever a network can do
+    except Exception as error:  # whatever a network can do
         return None, Check(
             "model",
             False,
-            f"{path} is neither a directory here nor a model that the hub gives out ({type(fault).__name__})",
-            "mend model.path; without a network, copy the model here and name its directory",
+            f"{path} is neither a directory here nor a model that the hub gives out ({type(error).__name__})",
+            "fix model.path; without a network, copy the model here and name its directory",
         )
     size = sum(file.size or 0 for file in told.siblings or [] if file.rfilename.endswith(".safetensors"))
     return None, Check(
@@ -124,12 +124,12 @@ def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
         kind = type(decoder.model).__name__
         about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {size_of(checkpoint.num_bytes())}"
         checks = [Check("model readable", True, about)]
-    except FedgroveError as fault:
-        return [_refused("model readable", fault)]
+    except FedgroveError as error:
+        return [_refused("model readable", error)]
     try:
         tokenizer = checkpoint.tokenizer()
-    except FedgroveError as fault:
-        return [*checks, _refused("tokenizer", fault)]
+    except FedgroveError as error:
+        return [*checks, _refused("tokenizer", error)]
     words = "A text that every tokenizer can take apart."
     tokens = len(tokenizer(words, add_special_tokens=False)["input_ids"])
     spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
@@ -164,10 +164,10 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
             if tokenizer is not None and counted < 10**6:  # enough to know characters by tokens
                 tokens += len(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
                 counted += len(joined)
-    except FedgroveError as fault:
-        return [_refused(name, fault)]
+    except FedgroveError as error:
+        return [_refused(name, error)]
     if first is None:
-        return [Check(name, False, f"no text in {records} records", "mend the template, or name another field")]
+        return [Check(name, False, f"no text in {records} records", "fix the template, or name another field")]
     found = f"{records:,} records{f' ({chats:,} of them chats)' if chats else ''}, {characters:,} characters"
     if tokens:
         found += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
@@ -206,8 +206,8 @@ def _plans(job: Job) -> list[Check]:
         try:
             with closing(local_engine(job, run.path / "clients")) as engine:
                 plans = make_plans(job, open_model(job.model), Federation(engine, run))
-        except FedgroveError as fault:
-            return [_refused("plan", fault)]
+        except FedgroveError as error:
+            return [_refused("plan", error)]
     for plan in plans:
         name, most = max(((name, assignment.memory) for name, assignment in plan.clients.items()), key=lambda pair: pair[1])
         said = f"{len(plan.clients)} clients, at most {size_of(most)} of memory ({name}), "

@@ -155,8 +155,8 @@ def _reaches(address: str) -> Check:
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
             return Check(name, True, "it answers")
-    except OSError as fault:
-        what = str(fault.strerror or fault or type(fault).__name__)
+    except OSError as error:
+        what = str(error.strerror or error or type(error).__name__)
         return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
 
 

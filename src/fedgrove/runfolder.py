@@ -55,10 +55,10 @@ class RunFolder:
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
-        except filelock.Timeout as fault:
+        except filelock.Timeout as error:
             raise FedgroveError(
                 f"--out {path}: another process is running there", "wait for it or name another folder"
-            ) from fault
+            ) from error
         self.write_text("job.toml", job.dumps())
         if void:
             (self.path / "ledger.jsonl").write_text("")
@@ -150,7 +150,7 @@ class RunFolder:
 def _void(folder: Path) -> bool:
     """Whether there is nothing in a folder, or what a run left that ended before it had computed anything.
 
-    So a job or a text that was refused can be mended and run again under the same name.
+    So a job or a text that was refused can be fixed and run again under the same name.
     """
     left = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     refused = {"job.toml", "ledger.jsonl"} <= left

@@ -48,8 +48,8 @@ def _tensorboard(name: str, folder: Path) -> Listener:
     """``tensorboard --logdir RUN/tensorboard`` shows it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as fault:
-        raise FedgroveError(f'--track tensorboard: pip install "fedgrove[tensorboard]" ({fault.name} is missing)') from fault
+    except ImportError as error:
+        raise FedgroveError(f'--track tensorboard: pip install "fedgrove[tensorboard]" ({error.name} is missing)') from error
     writer: Any = SummaryWriter(str(folder / "tensorboard"))
     return _Tracker(writer.add_scalar, writer.close)
 
@@ -59,8 +59,8 @@ def _mlflow(name: str, folder: Path) -> Listener:
     try:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
-    except ImportError as fault:
-        raise FedgroveError(f'--track mlflow: pip install "fedgrove[mlflow]" ({fault.name} is missing)') from fault
+    except ImportError as error:
+        raise FedgroveError(f'--track mlflow: pip install "fedgrove[mlflow]" ({error.name} is missing)') from error
     where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
     client = MlflowClient(tracking_uri=where)
     found = client.get_experiment_by_name("fedgrove")

@@ -68,10 +68,10 @@ def parse(said: Mapping[str, Any], folder: Path, where: str = "job") -> Job:
 def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, sites: Sequence[str] | None = None) -> Kind:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise FedgroveError(f"{path}: no such job file; `fedgrove init` writes one") from fault
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise FedgroveError(f"{path}: not TOML: {fault}") from fault
+    except OSError as error:
+        raise FedgroveError(f"{path}: no such job file; `fedgrove init` writes one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FedgroveError(f"{path}: not TOML: {error}") from error
     for change in changes:
         _apply(raw, change)
     if sites is None:
@@ -84,8 +84,8 @@ def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, si
 def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str) -> Kind:
     try:
         return kind.model_validate(raw, context={"folder": folder.resolve()})
-    except ValidationError as fault:
-        raise FedgroveError(f"{where}: {complaint(fault)}") from fault
+    except ValidationError as error:
+        raise FedgroveError(f"{where}: {complaint(error)}") from error
 
 
 def _find_model(raw: dict[str, Any], folder: Path) -> None:
@@ -109,9 +109,9 @@ def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
 _ALTERNATIVE = re.compile(rf"literal\[.*|[A-Z]\w*|{'|'.join(KINDS)}")  # pydantic names the member of a union that it tried
 
 
-def complaint(fault: ValidationError) -> str:
-    """The first fault of a file as one line: the key, and what would do."""
-    first = fault.errors()[0]
+def complaint(error: ValidationError) -> str:
+    """The first error of a file as one line: the key, and what would do."""
+    first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
