@@ -187,9 +187,9 @@ def test_an_operator_passes_over_what_is_no_event_and_asks_for_the_next(
     replies: list[Any] = [
         None,
         ["no reply"],
-        {"events": "none", "cards": 3},
-        {"events": [to_json(join), {"event": "of a newer server"}, 7, {"event": "message", "text": 7}], "cards": {}},
-        {"events": [to_json(plan), to_json(evaluate), to_json(Message("not read any more"))], "cards": {"ash": {}}},
+        {"events": "none", "capabilities": 3},
+        {"events": [to_json(join), {"event": "of a newer server"}, 7, {"event": "message", "text": 7}], "capabilities": {}},
+        {"events": [to_json(plan), to_json(evaluate), to_json(Message("not read any more"))], "capabilities": {"ash": {}}},
     ]
     since: list[int] = []
 
@@ -208,4 +208,4 @@ def test_an_operator_passes_over_what_is_no_event_and_asks_for_the_next(
     assert operator.watch(tmp_path, "run", kept, planned=True) is None
     assert kept.events == [join, plan, evaluate]
     assert since == [0, 0, 0, 0, 4]
-    assert json.loads((tmp_path / operator.CARDS).read_text()) == {"ash": {}}
+    assert json.loads((tmp_path / operator.CAPABILITIES).read_text()) == {"ash": {}}
