@@ -70,7 +70,7 @@ def test_the_whole_model_loses_what_was_asked_for(sparsity: float) -> None:
     sizes, measured = [100, 300, 50, 1000], [0.01, 0.0, 0.03, 0.02]
     shares = owl.allocate(measured, sizes, sparsity, Options())
     assert sum(size * share for size, share in zip(sizes, shares, strict=True)) / sum(sizes) == pytest.approx(sparsity)
-    assert all(0 <= share <= max(owl.HIGHEST, sparsity) for share in shares)
+    assert all(0 <= share <= max(owl.MAX_SPARSITY, sparsity) for share in shares)
     assert shares[1] >= shares[0] >= shares[3] >= shares[2], "more outliers, fewer zeros"
 
 

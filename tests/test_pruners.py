@@ -72,7 +72,7 @@ def is_plus_zero(values: Tensor) -> bool:
 def test_sparsegpt_is_the_published_one_but_for_the_counts(
     linears: list[Linear], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparsegpt, "FACTOR", torch.float64)  # both exact: then not even near-ties differ
+    monkeypatch.setattr(sparsegpt, "FACTOR_DTYPE", torch.float64)  # both exact: then not even near-ties differ
     assert len(linears) == 14
     for name, weight, inputs in linears:
         expected, expected_mask = reference.sparsegpt(
@@ -87,7 +87,7 @@ def test_sparsegpt_is_the_published_one_but_for_the_counts(
 def test_sparsegpt_differs_from_the_published_one_in_its_extra_entries_and_what_follows(
     linears: list[Linear], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sparsegpt, "FACTOR", torch.float64)
+    monkeypatch.setattr(sparsegpt, "FACTOR_DTYPE", torch.float64)
     for name, weight, inputs in linears:
         expected, expected_mask = reference.sparsegpt(
             weight, inputs.gram, target.sparsity, target.pattern, factor=torch.float64

@@ -165,7 +165,7 @@ def test_fixed_point_agrees_with_floating_point() -> None:
     x = torch.randn(4, 40, 96) * sizes
     statistic = Statistic("a", statistics.scale_of(probe), products=True)
     statistic.add(x)
-    answer = statistic.answer()
+    answer = statistic.tensors()
     got = statistics.finish(answer["change/a/squares"], answer["change/a/products"], statistic.scale, statistic.tokens)
     exact = (x.double().reshape(-1, 96).T @ x.double().reshape(-1, 96)) / (sizes[:, None] * sizes).double()
     torch.testing.assert_close(got.gram / (sizes[:, None] * sizes).double(), exact, rtol=1e-5, atol=2e-3)
@@ -183,7 +183,7 @@ def test_inputs_that_do_not_fit_are_not_summed(bad: float) -> None:
 def _answer() -> dict[str, torch.Tensor]:
     statistic = Statistic("a", torch.ones(5), products=True)
     statistic.add(torch.randn(2, 8, 5))
-    return statistic.answer()
+    return statistic.tensors()
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_wanda_takes_a_thousandth_of_a_160m_llama() -> None:
         statistic = Statistic(name, torch.ones(3072 if name == "mlp.down_proj" else 768), products=False)
         for _ in range(16):
             statistic.add(torch.randn(1, 512, statistic.scale.numel()))
-        sums |= statistic.answer()
+        sums |= statistic.tensors()
     assert len(sums) == 4
     assert 12 * len(wire.pack(sums, {"tokens": 8192})) <= dense / 1000
 

@@ -1,4 +1,4 @@
-"""Give each linear of a block the statistics of its inputs."""
+"""The calibration pass through one block: collects the statistics of each linear's inputs."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from fedgrove.models.blocks import Call, Decoder, linears
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 
-class Adds(Protocol):
-    """Something that sums over windows."""
+class WindowSum(Protocol):
+    """A sum over windows."""
 
     def add(self, x: Tensor) -> None:
         """Adds windows: x is (windows, tokens, in)."""
         ...
 
 
-A = TypeVar("A", bound=Adds)
+S = TypeVar("S", bound=WindowSum)
 
-TOKENS_AT_ONCE = 512  # in float32: more are hardly faster on a CPU, and hold more memory
+TOKENS_AT_ONCE = 512  # in float32: more take more memory and are hardly faster on a CPU
 
 
-class _Seen(Exception):
-    """Not an error: ends a block's run when its last linear has been reached."""
+class _LastLinearReached(Exception):
+    """Not an error: ends the block's forward pass at its last linear."""
 
 
 def windows_at_once(samples: int, length: int, compute: str | None = None) -> int:
-    """How many windows go through a block together: a divisor of ``samples``, so that all runs are alike."""
-    tokens = 2 * TOKENS_AT_ONCE if compute == "bfloat16" else TOKENS_AT_ONCE  # the same bytes
+    """The number of windows in one batch; it divides ``samples``, so that all batches have the same size."""
+    tokens = 2 * TOKENS_AT_ONCE if compute == "bfloat16" else TOKENS_AT_ONCE  # as many bytes
     return max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or n * length <= tokens))
 
 
 @contextmanager
-def shared_inputs(block: nn.Module, new: Callable[[str], A]) -> Iterator[dict[str, A]]:
-    """WeightedSum over the inputs of every linear of a block, as often as the block is run.
+def shared_inputs(block: nn.Module, new: Callable[[str], S]) -> Iterator[dict[str, S]]:
+    """Adds the inputs of every linear of a block to sums, each time the block is run.
 
-    Linears that read the same input (q, k and v; gate and up) share one statistic: four for a Llama block, not seven.
+    Linears with the same input (q, k and v; gate and up) share one sum: a Llama block has four inputs, not seven.
 
     Args:
         block: loaded, or without weights on the meta device.
-        new: begins the sum of an input; given the first linear that reads it.
+        new: creates the sum of an input, given the name of the first linear that reads it.
 
     Yields:
-        For each linear its input's sum; linears with one input hold the same object. Filled when the block has run.
+        The input's sum for each linear; linears with the same input map to the same object. Filled when the block is run.
     """
-    inputs: dict[str, A] = {}
-    leaders: dict[str, A] = {}  # the first linear of each shared input: it alone does the sum
-    seen: list[tuple[Tensor, int, A]] = []  # this window's inputs, kept alive so that no two can be one object
+    inputs: dict[str, S] = {}
+    leaders: dict[str, S] = {}  # by the first linear of each shared input, which alone adds to the sum
+    seen: list[tuple[Tensor, int, S]] = []  # this batch's inputs; kept alive, or a new tensor could get the id of a freed one
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -81,48 +81,48 @@ def gather(
     block: nn.Module,
     windows: Iterable[Tensor],
     call: Call,
-    needs: Needs,
-    keep: Callable[[Iterable[Tensor]], None] | None = None,
+    kind: StatisticsKind,
+    save_outputs: Callable[[Iterable[Tensor]], None] | None = None,
 ) -> dict[str, InputStatistics]:
-    """Runs a block over calibration windows and sums what a pruner needs to know.
+    """Runs a block over calibration windows and sums the statistics that a pruner needs.
 
     Args:
         decoder: runs the block.
         block: one of its blocks, loaded.
-        windows: hidden states that enter the block, (windows, tokens, width) each.
-        call: what the block is called with besides.
-        needs: what to sum.
-        keep: takes what leaves the block; without it a run ends at the block's last linear.
+        windows: the block's input hidden states, (windows, tokens, width) each.
+        call: the block's other arguments.
+        kind: which statistics to sum.
+        save_outputs: consumes the block's outputs; without it each forward pass ends at the block's last linear.
 
     Returns:
-        For each linear its inputs' sums; linears with one input hold the same object (see :func:`shared_inputs`).
+        The statistics of each linear's inputs; linears with the same input map to the same object (see :func:`shared_inputs`).
     """
-    if keep is not None:
-        with shared_inputs(block, lambda name: InputStatistics(needs)) as inputs:
-            keep(decoder.run(block, hidden, call) for hidden in windows)
+    if save_outputs is not None:
+        with shared_inputs(block, lambda name: InputStatistics(kind)) as inputs:
+            save_outputs(decoder.run(block, hidden, call) for hidden in windows)
         return inputs
-    reached: list[str] = []  # linears in the order in which they were reached: what comes after the last of them is not needed
+    reached: list[str] = []  # linears in the order of the first forward pass; computation after the last one is skipped
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if len(runs) == 1:
                 reached.append(name)
-            elif always and name == reached[-1]:
-                raise _Seen
+            elif all_reached and name == reached[-1]:
+                raise _LastLinearReached
 
         return hook
 
     names = linears(block)
     runs: list[None] = []
-    always = False
-    with shared_inputs(block, lambda name: InputStatistics(needs)) as inputs:
+    all_reached = False
+    with shared_inputs(block, lambda name: InputStatistics(kind)) as inputs:
         hooks = [module.register_forward_pre_hook(note(name)) for name, module in names.items()]
         try:
             for hidden in windows:
                 runs.append(None)
-                with suppress(_Seen):
+                with suppress(_LastLinearReached):
                     decoder.run(block, hidden, call)
-                always = sorted(reached) == sorted(names)  # not so where a block passes some of them by
+                all_reached = sorted(reached) == sorted(names)  # False if the block skips some linears
         finally:
             for hook in hooks:
                 hook.remove()

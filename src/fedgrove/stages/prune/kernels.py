@@ -12,7 +12,7 @@ from torch import Tensor
 ROWS = 4  # outputs that one warp takes from the first column to the last, in its registers: nobody waits for another warp
 
 
-def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tensor, pattern: tuple[int, int] | None) -> None:
+def columns(part: Tensor, pruned: Tensor, errors: Tensor, step: Tensor, cost: Tensor, pattern: tuple[int, int] | None) -> None:
     """A block of columns of SparseGPT, one after the other, by rows.
 
     It does what :func:`fedgrove.stages.prune.pruners.sparsegpt.columns` does.
@@ -21,13 +21,13 @@ def columns(part: Tensor, gone: Tensor, errors: Tensor, step: Tensor, cost: Tens
     taken in another order than there: from a column to all later ones, as in the paper.
 
     Args:
-        part, gone, step, cost, pattern: as there; float32, contiguous, on one GPU.
+        part, pruned, step, cost, pattern: as there; float32, contiguous, on one GPU.
         errors: not touched.
     """
     width, num_out = part.shape
     keep, group = pattern or (0, 0)
     _columns[(triton.cdiv(num_out, ROWS),)](
-        part, gone, step.contiguous(), cost.contiguous(), num_out, width, group - keep,
+        part, pruned, step.contiguous(), cost.contiguous(), num_out, width, group - keep,
         GROUP=group, ROWS=ROWS, WIDTH=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
 
@@ -45,11 +45,11 @@ def check(device: torch.device, reference: Callable[..., None]) -> None:
     cost = torch.ones(8, 1, device=device)
     results = []
     for solve in (reference, columns):
-        solved, gone = part.clone(), torch.empty_like(part)
-        solve(solved, gone, torch.empty_like(part), step, cost, (2, 4))
-        results.append((solved, gone))
-    (expected, expected_gone), (solved, gone) = results
-    if not (torch.equal(gone, expected_gone) and torch.allclose(solved, expected, rtol=1e-4, atol=1e-4)):
+        solved, pruned = part.clone(), torch.empty_like(part)
+        solve(solved, pruned, torch.empty_like(part), step, cost, (2, 4))
+        results.append((solved, pruned))
+    (expected, expected_pruned), (solved, pruned) = results
+    if not (torch.equal(pruned, expected_pruned) and torch.allclose(solved, expected, rtol=1e-4, atol=1e-4)):
         raise RuntimeError("it computes other numbers than torch")
 
 

@@ -29,7 +29,7 @@ from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import disclosed_by
 from fedgrove.stages.prune.fixed_weights import VALUE_BITS
-from fedgrove.stages.prune.input_statistics import Needs
+from fedgrove.stages.prune.input_statistics import StatisticsKind
 
 
 class Assignment(base.Assignment):
@@ -252,7 +252,7 @@ def _largest(decoder: Decoder) -> _Block:
     )
 
 
-def _cost(block: _Block, stage: Config, client: Capabilities, needs: Needs, masked: float | None) -> _Cost:
+def _cost(block: _Block, stage: Config, client: Capabilities, needs: StatisticsKind, masked: float | None) -> _Cost:
     """What the largest block costs a client: counted, not measured."""
     shapes, inputs = list(block.shapes.values()), block.inputs
     parameters = sum(rows * columns for rows, columns in shapes)
@@ -310,7 +310,7 @@ def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]
     return distinct
 
 
-def _products(block: _Block, stage: Config, needs: Needs) -> list[int]:
+def _products(block: _Block, stage: Config, needs: StatisticsKind) -> list[int]:
     """The widths of the inputs of which Σ xᵢxⱼ is summed."""
     return [i for i in block.inputs.values() if needs == "gram" and not (stage.mixed and i > block.width)]
 

@@ -161,7 +161,7 @@ def prune_by_sums(
     made = {}
     for first, one in inputs.items():
         known = _statistics(config, first, one, sums)
-        pruner = config.pruner if known.needs != "squares" else "wanda"
+        pruner = config.pruner if known.kind != "squares" else "wanda"
         for name in one.consumers:
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()

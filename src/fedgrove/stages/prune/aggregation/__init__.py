@@ -1,20 +1,17 @@
-"""What clients send in a stage that prunes, and what the server makes of it. A new aggregation is a new file here.
+"""Aggregation for pruning: what clients send, and what the server computes from it. A new aggregation is a new file here.
 
-There are two kinds, told apart by ``SOLVED_AT``:
+``SOLVED_AT`` distinguishes two kinds:
 
-**At the client.** Each client prunes a block on its own text; both halves of one federated idea stand in one file, matrix by
-matrix:
+**"client"**: each client prunes a block on its own text. One file holds the client's half and the server's, for one matrix:
 
-    weigh(before, after, mask, tokens) -> (change, weight)     on the client: what is put into the sum
-    finish(before, sums, target, options) -> (weight, mask)    on the server: what is made of the sum
+    weigh(before, after, mask, tokens) -> (change, weight)     on the client: what is added to the sum
+    finish(before, sums, target, options) -> (weight, mask)    on the server: the result from the sum
 
-``before`` is the weight as the round began, ``after`` and ``mask`` what the pruner made of it (True = kept), ``tokens`` the
-number
-of calibration tokens, ``sums`` the :class:`~fedgrove.rounds.aggregator.weighted_sum.WeightedSum` of this matrix. ``change`` is
-a tensor, or None (only the weight is sent); ``weight`` is a bool mask or one number. Matrices lie as the linear multiplies:
-(out, in).
+``before`` is the weight at the start of the round, ``after`` and ``mask`` (True = kept) are the pruner's result, ``tokens`` is
+the number of calibration tokens, ``sums`` is the :class:`~fedgrove.rounds.aggregator.weighted_sum.WeightedSum` of this matrix.
+``change`` is a tensor, or None if only the weight is sent; ``weight`` is a bool mask or one number. Matrices are (out, in).
 
-**At the server.** Clients send sums over their text, and the server prunes with the totals: see
+**"server"**: clients send sums over their text, and the server prunes with the totals; see
 :mod:`fedgrove.stages.prune.aggregation.pooled`.
 """
 
@@ -42,13 +39,13 @@ class Options:
 
 
 class Aggregation(Protocol):
-    """What an aggregation's file says of itself.
+    """The attributes of an aggregation's file.
 
     Attributes:
-        SENDS: what a client's responses tell of its text.
+        SENDS: what a client's responses disclose of its text.
         SOLVED_AT: where matrices are pruned.
-        READS: the keys of the stage's table that only some aggregations look at, of those that this one does.
-        SECURE: whether what clients send can be summed unseen: masks and whole numbers can, weighted averages cannot.
+        READS: which of the keys that only some aggregations use this one uses.
+        SECURE: whether secure aggregation can sum what clients send: masks and integers yes, weighted averages no.
         SOURCE, DAMPING: the defaults of the keys ``source`` and ``damping``.
     """
 
@@ -61,14 +58,14 @@ class Aggregation(Protocol):
 
 
 class ClientSolved(Aggregation, Protocol):
-    """Likewise, of one that is solved at the client."""
+    """The contract of an aggregation with ``SOLVED_AT = "client"``."""
 
     def weigh(self, before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor | None, Tensor | float]:
-        """See above."""
+        """On the client; see the module."""
         ...
 
     def finish(self, before: Tensor, sums: WeightedSum, target: Target, options: Options) -> tuple[Tensor, Tensor]:
-        """See above."""
+        """On the server; see the module."""
         ...
 
 
@@ -76,15 +73,15 @@ METHOD = Aggregation
 
 
 def aggregation_names() -> list[str]:
-    """All of them."""
+    """The names of all aggregations."""
     return plugins.names(PACKAGE)
 
 
 def aggregation_of(name: str) -> Aggregation:
-    """The aggregation of that name."""
+    """Loads an aggregation by name."""
     return cast(Aggregation, plugins.load(PACKAGE, name))
 
 
 def client_solved(name: str) -> ClientSolved:
-    """Likewise, of one whose matrices are pruned at the client."""
+    """Loads an aggregation whose matrices are pruned at the client."""
     return cast(ClientSolved, plugins.load(PACKAGE, name, ClientSolved))

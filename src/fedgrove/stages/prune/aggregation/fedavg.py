@@ -1,4 +1,4 @@
-"""Plain averaging (FedAvg; McMahan et al., AISTATS 2017) of pruned weights: the baseline that FedSpaLLM improves on."""
+"""FedAvg (McMahan et al., AISTATS 2017) of pruned weights: the baseline of FedSpaLLM."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DAMPING: Literal["mean", "each"] = "mean"
 
 
 def weigh(before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor, float]:
-    """The pruned weight with its zeros, weighted by the client's number of tokens."""
+    """The pruned weight including its zeros, weighted by the client's number of tokens."""
     return after, float(tokens)
 
 
 def finish(before: Tensor, sums: WeightedSum, target: Target, options: Options) -> tuple[Tensor, Tensor]:
-    """The mean over all clients, zeros counted as zeros; then the smallest |mean| go until the target holds.
+    """The mean over all clients, zeros included; then the smallest |mean| are pruned until the target is reached.
 
     The second step is ours, so that the baseline is compared at equal sparsity; without it (``options.expand`` = False)
     only the weights that every client pruned are zero.
 
     Args:
-        before: (out, in), not looked at.
+        before: (out, in), ignored.
         sums: Σ tokens·W and Σ tokens.
         target: the sparsity of the result.
 

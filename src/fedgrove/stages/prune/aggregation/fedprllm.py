@@ -1,4 +1,4 @@
-"""FedPrLLM (arXiv 2505.13547): clients send masks alone; the server prunes by votes and keeps the dense values."""
+"""FedPrLLM (arXiv 2505.13547): clients send only masks; the server prunes by votes and keeps the dense values."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ DAMPING: Literal["mean", "each"] = "mean"
 
 
 def weigh(before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[None, Tensor]:
-    """Nothing but the mask: one bit for each weight goes up."""
+    """Only the mask: one bit per weight is sent."""
     return None, mask
 
 
 def finish(before: Tensor, sums: WeightedSum, target: Target, options: Options) -> tuple[Tensor, Tensor]:
-    """Keeps the weights with the most votes at the values that they had before.
+    """Keeps the weights with the most votes, at their previous values.
 
-    The paper's: the comparison over the whole matrix and the unscaled survivors, its best variant. Ours: ties fall by
-    |before| ascending, then by position, where the published code draws lots without a seed.
+    From the paper: the comparison over the entire matrix, with kept weights not rescaled (its best variant). Ours: among equal
+    votes, weights are pruned by ascending |before|, then by position; the published code chooses at random without a seed.
 
     Args:
-        before: (out, in): the values that survivors keep.
-        sums: Σ M of the clients that were given this tensor.
+        before: (out, in), the values of the kept weights.
+        sums: Σ M over the clients to which this tensor was assigned.
         target: the sparsity of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""FedSpaLLM (Bai et al., NAACL 2025): average a weight over those who kept it; let votes decide which weights go."""
+"""FedSpaLLM (Bai et al., NAACL 2025): averages each weight over the clients that kept it, and prunes by votes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ DAMPING: Literal["mean", "each"] = "mean"
 def weigh(before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """The pruned weight, weighted by its mask.
 
-    The change is told from zero, not from ``before``: every client of a round starts from the same ``before``, so the
-    mean is the same, and the kept values travel without a rounding.
+    The values themselves are sent, not differences to ``before``: all clients of a round share ``before``, so the mean is the
+    same, and there is no rounding of a difference.
     """
     return after, mask
 
@@ -31,21 +31,21 @@ def weigh(before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Ten
 def finish(before: Tensor, sums: WeightedSum, target: Target, options: Options) -> tuple[Tensor, Tensor]:
     """ℓ0-norm aggregation (paper, Eq. 5), then adaptive mask expansion (paper, Sec. 4.2).
 
-    Position j becomes Σᵢ aᵢ Mᵢ[j] Wᵢ[j] / Σᵢ aᵢ Mᵢ[j]: the mean over the clients that kept it, and 0 where nobody did. Such
-    zeros are fewer than the target, so the weights with the fewest votes to be kept go too, until exactly
-    ``target.num_pruned(numel)`` are gone. With a pattern n:m the n most voted of every m stay.
+    Position j becomes Σᵢ aᵢ Mᵢ[j] Wᵢ[j] / Σᵢ aᵢ Mᵢ[j]: the mean over the clients that kept it, or 0 if none did. These zeros
+    are fewer than the target, so the weights with the fewest votes are pruned as well, until exactly
+    ``target.num_pruned(numel)`` are zero. With a pattern n:m, the n weights with the most votes of every m are kept.
 
-    The paper's: both steps, with aᵢ = 1. Ours: ties among votes fall by |mean| ascending, then by position (the paper
-    does not say); aᵢ is the inverse of the probability that the client was given this block, so that clients with many
-    blocks do not dominate; ``options.shrink`` = γ multiplies what stays by (votes to keep / all votes)^γ (0 = the
-    paper); ``options.expand`` = False leaves out the second step.
+    From the paper: both steps, with aᵢ = 1. Ours: among equal votes, weights are pruned by ascending |mean|, then by position
+    (the paper does not say); aᵢ is the inverse of the probability that the client was assigned this block, so that clients
+    with many blocks do not dominate; ``options.shrink`` = γ multiplies the kept weights by (votes to keep / all votes)^γ
+    (the paper: γ = 0); ``options.expand`` = False skips the second step.
 
-    Where every client pruned more than the target asks (clients may have sparsities of their own), the result is as
-    sparse as they agreed on, and not denser.
+    If the clients' common zeros already exceed the target (clients may have individual sparsities), the result keeps them: it
+    is sparser than the target.
 
     Args:
-        before: (out, in), not looked at.
-        sums: Σ a·M·W and Σ a·M of the clients that were given this tensor.
+        before: (out, in), ignored.
+        sums: Σ a·M·W and Σ a·M over the clients to which this tensor was assigned.
         target: the sparsity of the result.
 
     Returns:
@@ -56,7 +56,7 @@ def finish(before: Tensor, sums: WeightedSum, target: Target, options: Options) 
     mean = sums.mean()
     mask = votes > 0
     agreed = not target.pattern and int((~mask).count_nonzero()) >= target.num_pruned(mask.numel())
-    if options.expand and not agreed:  # zeros that nobody kept are enough where clients agree: then there is nothing to select
+    if options.expand and not agreed:  # if agreed, the common zeros reach the target and there is nothing to select
         mask &= keep([votes, mean.abs()], target)
     if options.shrink:
         mean *= (votes.double() / sums.clients) ** options.shrink

@@ -1,18 +1,18 @@
-"""WeightedSum instead of solutions: clients send what a pruner needs to know of their text, and the server prunes.
+"""Pooled statistics: clients send sums over the inputs of each linear, and the server prunes with the totals.
 
-What Wanda and SparseGPT need of the data is a sum over tokens, so the sums of several clients are the sum of their pooled
-data, and the result is the one that a single owner of all the data would get. (Additivity is plain algebra; the fixed
-point and its scaling below are ours.)
+Wanda, DSnoT and SparseGPT only need sums over tokens. The clients' sums add up to the sum over their pooled data, so the result
+is the one that a single owner of all the data would get. (Additivity is plain algebra; the fixed point and its scaling
+below are ours.)
 
-Bit for bit needs more than algebra, for floating-point sums depend on their order. Here every window of text is rounded
-once to whole multiples of 2⁻¹², and whole numbers are summed in int64: which client holds which window, in what order,
-changes nothing. Rounding needs to know how large numbers are, without a look at anybody's text: the server runs the dense
-model once over random tokens, takes the size of every input channel from that, and sends it rounded to a power of two
-(``scale``). Clients multiply by it, which is exact, and the server divides by it again. Channels may then be 2¹⁵ times
-larger on real text than on random tokens before a sum of 2²⁰ tokens would overflow; a client refuses before that.
+For results that are equal bit for bit, algebra is not enough, because floating-point sums depend on their order. So the sums of
+each window are rounded once to multiples of 2⁻¹², and these integers are summed in int64: it does not matter which client
+has which window, or in what order they are added. Rounding requires the typical size of the numbers, which must not be measured
+on a client's text: the server runs the dense model once over random tokens, measures each input channel, and sends the scale
+as a power of two (``scale``). Clients multiply by it, which is exact, and the server divides by it again. Channels may be 2¹⁵
+times larger on real text than on random tokens before a sum of 2²⁰ tokens overflows; a client refuses before that.
 
-Other than a first round of diagonals to scale by, this takes one ask a block and no more: a client that drops out leaves a
-sum that is exactly that of the others, and a run needs no two sums whose difference is one client's.
+A scheme that scaled by a first round of diagonals would need two requests per block; this one needs a single request. If a
+client drops out, the sum is exactly that of the others, and the server never gets two sums whose difference is one client's data.
 """
 
 from __future__ import annotations
@@ -32,34 +32,38 @@ from fedgrove.rounds.wire import WireError, check
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.input_statistics import moments as moments_of
 
-SENDS = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})  # by pruner: see exchanges/statistics.py
+SENDS = frozenset(
+    {Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS}
+)  # which of them depends on the pruner: see exchanges/statistics.py
 SOLVED_AT: Literal["client", "server"] = "server"
 READS = frozenset({"mixed", "protect_first_block", "epsilon"})
 SECURE = True
 SOURCE: Literal["dense", "sequential"] = "dense"
 DAMPING: Literal["mean", "each"] = "each"
 
-BITS = 12  # fractional bits of one token's x², where x is of the size that random tokens give
+BITS = 12  # fractional bits of one token's scaled x²
 CODE = FixedPoint(BITS)
-QUIET = 2.0**-10  # a channel that random tokens hardly reach is scaled as if it were this part of the others' size
-STRIP = 512  # rows of the products that are made at once
+MIN_CHANNEL = 2.0**-10  # times the typical size: smaller channels on random tokens are scaled as if they had this size
+STRIP = 512  # rows of the products that are computed at once
 LARGEST = 2**62  # of a sum over all clients
-HEADROOM = 14  # bits that secure aggregation leaves for channels that are larger on real text: in all, 128 times
+HEADROOM = 14  # bits that secure aggregation leaves for channels that are larger on real text: by up to 128 times
 
 
 @dataclass
 class Statistic:
-    """The client's half: Σ x² and, if wanted, Σ xᵢxⱼ for i < j over the tokens of one input, in fixed point.
+    """The client's half: fixed-point sums over the tokens x of one input.
 
     Attributes:
         name: the input, named after the first linear that reads it.
-        scale: (in,) float32 powers of two.
-        products: whether the pruner needs Σ xᵢxⱼ too; moments: whether it needs Σ x and the variance in each window.
+        scale: (in,) float32 powers of two by which x is multiplied.
+        products: whether the pruner also needs Σ xᵢxⱼ.
         limit: the largest sum that may be sent.
-        squares: (in,) int64.
-        upper: (in, in) int64, right of the diagonal; what lies left of it has no meaning.
-        mechanism: clips each window's squares and adds this client's share of the noise, for differential privacy.
-        sums, spreads: (in,) int64: Σ x, and Σ over windows of Σ (x − the window's mean)².
+        mechanism: for differential privacy: clips each window's squares and adds this client's share of the noise.
+        moments: whether the pruner also needs Σ x and the variance within each window.
+        tokens: number of tokens added.
+        squares: Σ x², (in,) int64.
+        upper: Σ xᵢxⱼ for i < j, (in, in) int64; the entries on and below the diagonal are meaningless.
+        sums, spreads: (in,) int64: Σ x, and the sum over windows of Σ (x − the window's mean)².
     """
 
     name: str
@@ -81,51 +85,54 @@ class Statistic:
             self.upper = torch.zeros(width, width, dtype=torch.int64, device=self.scale.device)
 
     def add(self, x: Tensor) -> None:
-        """Adds windows: x is (…, tokens, in) or (tokens, in); each is rounded by itself, so they may come in any company.
+        """Adds windows. Each is rounded separately, so the result does not depend on how windows are batched.
+
+        Args:
+            x: (tokens, in) or (…, tokens, in).
 
         Raises:
-            FedgroveError: NaN, infinity, or so large that the sum would overflow.
+            FedgroveError: x holds NaN or infinity, or is so large that the sum would overflow.
         """
         for window in x[None] if x.dim() == 2 else x.flatten(0, -3):
             scaled = window.float() * self.scale
             squares = scaled.square().sum(0, dtype=torch.float64)
-            if self.mechanism is not None and torch.isfinite(squares).all():  # what is not is refused below, not clipped to 0
+            if self.mechanism is not None and torch.isfinite(squares).all():  # others are refused below, not clipped to 0
                 squares = self.mechanism.clip(squares)
-            if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _whole(squares)).any():
+            if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _encoded(squares)).any():
                 raise FedgroveError(
                     f"the inputs of {self.name} are not finite or far larger than the model's on random tokens; "
                     'try model.dtype = "float32", or aggregation = "fedspallm"'
                 )
-            self.squares += _whole(squares)  # by Cauchy and Schwarz no product is larger than these
+            self.squares += _encoded(squares)  # by Cauchy–Schwarz the products are no larger
             if self.upper is not None:
                 for top in range(0, scaled.shape[1], STRIP):
                     strip = scaled[:, top : top + STRIP].T @ scaled[:, top:]
-                    self.upper[top : top + STRIP, top:] += _whole(strip)
-            if self.moments:  # |Σ x| is at most (tokens + Σ x²) / 2, so both are as small as the squares
+                    self.upper[top : top + STRIP, top:] += _encoded(strip)
+            if self.moments:  # |Σ x| ≤ (tokens + Σ x²) / 2, so the check of the squares covers both
                 _, sums, spreads = moments_of(scaled)
-                self.sums += _whole(sums)
-                self.spreads += _whole(spreads)
+                self.sums += _encoded(sums)
+                self.spreads += _encoded(spreads)
             self.tokens += window.shape[0]
 
-    def answer(self) -> dict[str, Tensor]:
-        """What is put into the sum: ``squares`` (in,), ``products`` (in·(in − 1)/2,), rows one after the other, ``sums``, …
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to send: ``squares``, (in,); ``products``, the upper triangle row by row, (in·(in − 1)/2,); ``sums``; …
 
-        With noise every call draws anew.
+        With noise, every call draws new noise.
         """
         squares = self.squares if self.mechanism is None else self.mechanism.add_share(self.squares)
-        answer = {f"{CHANGE}{self.name}/squares": squares}
+        tensors = {f"{CHANGE}{self.name}/squares": squares}
         if self.upper is not None:
-            answer[f"{CHANGE}{self.name}/products"] = self.upper[_above(self.scale)]
+            tensors[f"{CHANGE}{self.name}/products"] = self.upper[_upper_triangle(self.scale)]
         if self.moments:
-            answer |= {f"{CHANGE}{self.name}/sums": self.sums, f"{CHANGE}{self.name}/spreads": self.spreads}
-        return answer
+            tensors |= {f"{CHANGE}{self.name}/sums": self.sums, f"{CHANGE}{self.name}/spreads": self.spreads}
+        return tensors
 
 
 def scale_of(probe: InputStatistics) -> Tensor:
-    """The powers of two that bring every channel to about size one, from a pass over random tokens.
+    """The powers of two that scale every channel to a root mean square of about one.
 
     Args:
-        probe: Σ x² of an input.
+        probe: Σ x² of an input on random tokens.
 
     Returns:
         (in,) float32.
@@ -134,11 +141,11 @@ def scale_of(probe: InputStatistics) -> Tensor:
     typical = rms.square().mean().sqrt()
     if typical == 0 or not torch.isfinite(typical):
         return torch.ones(rms.shape)
-    return torch.exp2(-torch.floor(torch.log2(rms.clamp(min=QUIET * float(typical))))).float()
+    return torch.exp2(-torch.floor(torch.log2(rms.clamp(min=MIN_CHANNEL * float(typical))))).float()
 
 
 def ring_bits(tokens: int) -> int:
-    """How many bits secure aggregation gives a sum over so many tokens."""
+    """The width in bits of the ring in which secure aggregation adds sums over this many tokens."""
     return min(64, BITS + tokens.bit_length() + HEADROOM + 2)
 
 
@@ -146,17 +153,18 @@ def expected(widths: Mapping[str, int], products: Collection[str], moments: bool
     """Names, shapes and dtypes of a response.
 
     Args:
-        widths: channels of each input.
-        products: the inputs whose products are summed too; moments: whether Σ x and the variances are.
+        widths: number of channels of each input.
+        products: the inputs whose products are summed too.
+        moments: whether Σ x and the variances are summed too.
     """
-    wanted: TensorSpecs = {}
+    specs: TensorSpecs = {}
     for name, width in widths.items():
-        wanted[f"{CHANGE}{name}/squares"] = (torch.Size([width]), torch.int64)
+        specs[f"{CHANGE}{name}/squares"] = (torch.Size([width]), torch.int64)
         if name in products:
-            wanted[f"{CHANGE}{name}/products"] = (torch.Size([width * (width - 1) // 2]), torch.int64)
+            specs[f"{CHANGE}{name}/products"] = (torch.Size([width * (width - 1) // 2]), torch.int64)
         if moments:
-            wanted |= {f"{CHANGE}{name}/{part}": (torch.Size([width]), torch.int64) for part in ("sums", "spreads")}
-    return wanted
+            specs |= {f"{CHANGE}{name}/{part}": (torch.Size([width]), torch.int64) for part in ("sums", "spreads")}
+    return specs
 
 
 def check_sums(
@@ -168,18 +176,18 @@ def check_sums(
     noisy: bool = False,
     moments: int = 0,
 ) -> None:
-    """Refuses numbers that cannot be sums of squares and products: of one client, or of all.
+    """Refuses tensors of one client, or totals of all clients, that cannot be sums of squares and products.
 
     Args:
         widths, products: see :func:`expected`.
-        windows: how many were summed.
+        windows: number of windows that were summed.
         limit: the largest number that is allowed.
-        noisy: noise was added, so a square may be negative.
-        moments: tokens of a window, where Σ x and the variances are summed too.
+        noisy: whether noise was added, so that a square may be negative.
+        moments: tokens of a window if Σ x and the variances are summed too, else 0.
 
     Raises:
-        WireError: names, shapes or dtypes differ, a square is negative or too large, or a product, sum or variance larger than
-            the squares allow (Cauchy–Schwarz, with room for the rounding of each window).
+        WireError: names, shapes or dtypes differ; a square is negative or too large; or a product, sum or variance exceeds the
+            bound that the squares imply (Cauchy–Schwarz, with a margin for the rounding of each window).
     """
     check(tensors, expected(widths, products, moments > 0))
     for name in widths:
@@ -188,30 +196,30 @@ def check_sums(
             raise WireError(f"{CHANGE}{name}/squares is out of range")
         if moments:
             sums, spreads = tensors[f"{CHANGE}{name}/sums"], tensors[f"{CHANGE}{name}/spreads"]
-            most = (moments * windows * 2.0**BITS * (squares.double() + windows)).sqrt() * 1.001 + windows
-            if (sums.double().abs() > most).any() or (spreads < 0).any() or (spreads > squares + 2 * windows).any():
+            bound = (moments * windows * 2.0**BITS * (squares.double() + windows)).sqrt() * 1.001 + windows
+            if (sums.double().abs() > bound).any() or (spreads < 0).any() or (spreads > squares + 2 * windows).any():
                 raise WireError(f"{CHANGE}{name}/sums or spreads are larger than the squares allow")
         if name in products:
             roots = (squares.double() + windows).sqrt() * 1.001
-            at, values = 0, tensors[f"{CHANGE}{name}/products"]
+            offset, values = 0, tensors[f"{CHANGE}{name}/products"]
             for i in range(len(roots) - 1):
-                row = values[at : at + len(roots) - 1 - i]
+                row = values[offset : offset + len(roots) - 1 - i]
                 if (row.double().abs() > roots[i] * roots[i + 1 :] + windows).any():
                     raise WireError(f"{CHANGE}{name}/products is larger than the squares allow")
-                at += len(row)
+                offset += len(row)
 
 
 def finish(
     squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int, moments: tuple[Tensor, Tensor] | None = None
 ) -> InputStatistics:
-    """The server's half: the sums as a pruner reads them.
+    """The server's half: turns the sums into the statistics for a pruner.
 
     Args:
-        squares: (in,) int64, summed over clients; noise may have made some negative: those count as 0.
+        squares: (in,) int64, summed over clients; values that noise made negative are set to 0.
         products: (in·(in − 1)/2,) int64, or None.
-        scale: (in,), what the clients multiplied by.
+        scale: (in,), by which the clients multiplied.
         tokens: of all clients.
-        moments: ``sums`` and ``spreads``, summed over clients, where they were asked for.
+        moments: ``sums`` and ``spreads``, summed over clients, if they were requested.
     """
     unit = 2.0**-BITS
     squares = squares.clamp(min=0)
@@ -222,7 +230,7 @@ def finish(
     if products is None:
         return InputStatistics("squares", tokens, squares.double() * unit * size.square())
     gram = torch.zeros(len(scale), len(scale), dtype=torch.float64)
-    gram[_above(scale)] = products.double()
+    gram[_upper_triangle(scale)] = products.double()
     gram += gram.T.clone()
     gram.diagonal().copy_(squares.double())
     gram *= (size * unit)[:, None]
@@ -230,9 +238,9 @@ def finish(
     return InputStatistics("gram", tokens, gram)
 
 
-def _whole(value: Tensor) -> Tensor:
-    return CODE.encode(value)  # the squares are checked, and bound everything else
+def _encoded(value: Tensor) -> Tensor:
+    return CODE.encode(value)  # without a limit: the squares are checked, and bound everything else
 
 
-def _above(scale: Tensor) -> Tensor:
+def _upper_triangle(scale: Tensor) -> Tensor:
     return torch.ones(len(scale), len(scale), dtype=torch.bool, device=scale.device).triu_(1)

@@ -1,4 +1,4 @@
-"""How much of each block goes: a new way is a new file here; its file name is its name in the job."""
+"""Allocations: how sparse each block becomes. A new allocation is a new file here; its file name is its name in the job."""
 
 from __future__ import annotations
 
@@ -9,38 +9,48 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 PACKAGE = "stages.prune.allocation"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a job can set; see the files that read it."""
+    """The keys of a stage's table that allocations read; see their files."""
 
     owl_m: float = 5.0
     owl_lambda: float = 0.08
 
 
 class Allocation(Protocol):
-    """What an allocation's file holds.
+    """The contract of an allocation's file.
 
     Attributes:
-        NEEDS: what it wants to know of the inputs of a linear; "nothing": blocks are not measured, and nobody is asked.
+        NEEDS: the statistics that it needs of a linear's inputs; with "nothing" blocks are not measured, and no client gets a
+            request.
     """
 
-    NEEDS: Needs
+    NEEDS: StatisticsKind
 
     def measure(self, weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics], options: Options) -> float:
-        """A number in [0, 1] for a block: what a client says of it, or the server of pooled sums.
+        """Measures a block, on a client from its own statistics or on the server from pooled ones.
 
         Args:
-            weights: a block's linears, (out, in); inputs: their statistics.
+            weights: the block's linears, (out, in).
+            inputs: the statistics of their inputs.
+
+        Returns:
+            A number in [0, 1].
         """
         ...
 
     def allocate(self, measured: Sequence[float], sizes: Sequence[int], sparsity: float, options: Options) -> list[float]:
-        """The sparsity of each block, whose mean over all weights is ``sparsity``; ``sizes``: weights of each block."""
+        """The sparsity of each block; the mean over all weights is ``sparsity``.
+
+        Args:
+            measured: by block.
+            sizes: number of weights by block.
+        """
         ...
 
 
@@ -48,5 +58,5 @@ METHOD = Allocation
 
 
 def allocation_of(name: str) -> Allocation:
-    """The allocation of that name."""
+    """Loads an allocation by name."""
     return cast(Allocation, plugins.load(PACKAGE, name))

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fedgrove.stages.prune.allocation import Options
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
-NEEDS: Needs = "nothing"
+NEEDS: StatisticsKind = "nothing"
 
 
 def measure(weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics], options: Options) -> float:
-    """Nothing is measured."""
+    """Measures nothing."""
     return 0.0
 
 
 def allocate(measured: Sequence[float], sizes: Sequence[int], sparsity: float, options: Options) -> list[float]:
-    """``sparsity`` everywhere."""
+    """``sparsity`` for every block."""
     return [sparsity] * len(sizes)

@@ -1,4 +1,4 @@
-"""OWL (Yin et al., ICML 2024): blocks with many outliers among their weighted inputs keep more of their weights."""
+"""OWL (Yin et al., ICML 2024): blocks with many outliers among their weighted inputs keep more weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 
 from fedgrove.stages.prune.allocation import Options
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
-NEEDS: Needs = "squares"
+NEEDS: StatisticsKind = "squares"
 
-HIGHEST = 0.99  # no block loses more
+MAX_SPARSITY = 0.99  # of any block
 
 
 def measure(weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics], options: Options) -> float:
-    """The outlier ratio of a block (paper, Eq. 1): how many of its |W_ij|·‖x_j‖₂ exceed M times their mean.
+    """The outlier ratio of a block (paper, Eq. 1): the fraction of its scores |W_ij|·‖x_j‖₂ above M times their mean.
 
-    The paper's: the score, the mean over all linears of the block together, M = ``options.owl_m``. Norms of summed squares
-    are those of the pooled text, so the ratio from the sums of several clients is that of their text in one place; the mean of
-    ratios that clients measured on their own is near it, not the same.
+    From the paper: the score, the mean over all linears of the block together, and M = ``options.owl_m``. The norms from
+    several clients' summed squares are those of the pooled text, so the ratio is that of the pooled text too; the mean of
+    ratios that clients measured separately is close to it, not equal.
 
     Args:
         weights: (out, in) each.
         inputs: Σ x² of each.
 
     Returns:
-        A fraction; 0 where all scores are zero. (The published code counts in percent, which ``allocate`` does not notice.)
+        A fraction; 0 if all scores are zero. (The published code uses percent, which makes no difference to ``allocate``.)
     """
 
     def score(name: str) -> Tensor:
@@ -40,32 +40,32 @@ def measure(weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics]
 
 
 def allocate(measured: Sequence[float], sizes: Sequence[int], sparsity: float, options: Options) -> list[float]:
-    """Spreads a sparsity over blocks: those with the most outliers lose 2λ less than those with the fewest.
+    """Distributes a sparsity over blocks: blocks with the most outliers get 2λ less than blocks with the fewest.
 
-    The paper's (as in its code): kept_b = 2λ·(D_b − min D)/(max D − min D), shifted so that the mean is 1 − sparsity; λ is
-    ``options.owl_lambda``. Ours: blocks of unequal size count by their weights; where a block would lose less than nothing or
-    more than 99 %, it is held there and the others make up for it; ratios that are all alike give all blocks the same.
+    From the paper (as in its code): density_b = 2λ·(D_b − min D)/(max D − min D), shifted so that the mean is 1 − sparsity; λ
+    is ``options.owl_lambda``. Ours: blocks of unequal size count by their number of weights; a block's sparsity is clamped to
+    0 to 99 %, and the others compensate; if all ratios are equal, all blocks get the same sparsity.
 
     Args:
         measured: D by block.
-        sizes: weights by block.
+        sizes: number of weights by block.
 
     Returns:
         The sparsity of each block; Σ sizes·sparsities / Σ sizes is ``sparsity``.
     """
     low, high = min(measured), max(measured)
     span = (high - low) or 1.0
-    wanted = [-2 * options.owl_lambda * (value - low) / span for value in measured]
+    offsets = [-2 * options.owl_lambda * (value - low) / span for value in measured]
     total = sum(sizes)
 
-    def at(shift: float) -> list[float]:
-        return [min(max(value + shift, 0.0), max(HIGHEST, sparsity)) for value in wanted]
+    def shifted(shift: float) -> list[float]:
+        return [min(max(offset + shift, 0.0), max(MAX_SPARSITY, sparsity)) for offset in offsets]
 
     low, high = 0.0, 1.0 + 2 * options.owl_lambda
-    for _ in range(100):  # halving: the mean grows with the shift
+    for _ in range(100):  # bisection: the mean sparsity grows with the shift
         middle = (low + high) / 2
-        if sum(size * value for size, value in zip(sizes, at(middle), strict=True)) < sparsity * total:
+        if sum(size * value for size, value in zip(sizes, shifted(middle), strict=True)) < sparsity * total:
             low = middle
         else:
             high = middle
-    return at(high)
+    return shifted(high)

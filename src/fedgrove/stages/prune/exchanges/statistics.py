@@ -136,7 +136,7 @@ class SumInputs(Request):
         states.forget(before=self.block - 1)
         sums: Tensors = {}
         for first in sorted(set(self.consumers.values())):
-            sums |= inputs[first].answer()
+            sums |= inputs[first].tensors()
         return Response(sums, Tokens(tokens=calibration.samples * calibration.length))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:

@@ -2,13 +2,13 @@
 
 A pruner's file holds two names:
 
-    NEEDS: "nothing", "squares", "moments" or "gram": what it wants to know of the inputs of a linear
+    NEEDS: "nothing", "squares", "moments" or "gram": the statistics that it needs of a linear's inputs
     prune(weight, inputs, target) -> (weight, mask)
 
-``weight`` is (out, in) in float32 and may be overwritten; ``inputs`` is an
-:class:`~fedgrove.stages.prune.input_statistics.InputStatistics`;
-``target`` a :class:`~fedgrove.models.masks.Target`. The result is the pruned weight, zero where the mask is False, and the
-mask (True = kept), with exactly ``target.num_pruned(weight.numel())`` entries False.
+``weight`` is (out, in) float32 and may be overwritten; ``inputs`` is an
+:class:`~fedgrove.stages.prune.input_statistics.InputStatistics`; ``target`` is a :class:`~fedgrove.models.masks.Target`. The
+result is the pruned weight, zero where the mask is False, and the mask (True = kept), with exactly
+``target.num_pruned(weight.numel())`` entries False.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.models.masks import Target
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 Damping = Literal["mean", "each"]
 PACKAGE = "stages.prune.pruners"
 
 
 class Pruner(Protocol):
-    """What a pruner's file holds."""
+    """The contract of a pruner's file."""
 
-    NEEDS: Needs
+    NEEDS: StatisticsKind
 
     def prune(self, weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
-        """(out, in) float32 -> the pruned weight and its mask."""
+        """(out, in) float32 -> the pruned weight and its mask (True = kept)."""
         ...
 
 
@@ -39,30 +39,31 @@ METHOD = Pruner
 
 
 def pruner_of(name: str) -> Pruner:
-    """The pruner of that name."""
+    """Loads a pruner by name."""
     return cast(Pruner, plugins.load(PACKAGE, name))
 
 
 def pruner_for(name: str, inputs: InputStatistics) -> Pruner:
-    """The pruner of that name; magnitude where it wants to know of inputs of which nothing was seen.
+    """Loads a pruner by name, but magnitude instead if the pruner needs statistics and the inputs were all zero or absent.
 
-    An expert that the router sent no calibration token has such inputs: then the size of a weight is all there is to go by.
+    This happens to an expert to which the router sent no calibration token: only the weights themselves are known.
     """
-    return pruner_of("magnitude" if inputs.needs != "nothing" and inputs.silent else name)
+    return pruner_of("magnitude" if inputs.kind != "nothing" and inputs.silent else name)
 
 
 def prune(name: str, weight: Tensor, inputs: InputStatistics, target: Target, damping: Damping) -> tuple[Tensor, Tensor]:
-    """What :func:`pruner_for` makes of a weight, damped as the job wants it.
+    """Prunes a weight with :func:`pruner_for`, under the job's kind of damping.
 
-    SparseGPT adds 1 % of the mean of all channels' Σ x² to each channel's. A few channels of a language model are many times
-    larger than the others; then that is much more than the others have, and nothing makes up for what is pruned there. So
-    with "each" (ours) channels are first brought to one size, by powers of two and so exactly: the same problem, in which every
-    channel gets about 1 % of its own. Pruners that only compare, such as Wanda, give the same bits either way.
+    SparseGPT damps each channel's Σ x² by 1 % of the mean over all channels. In language models a few channels are many times
+    larger than the rest, so this damping exceeds most channels' Σ x², and hardly any pruning error in them is compensated.
+    With "each" (ours) channels are first equilibrated: scaled to about the same size by powers of two, which is exact. The
+    problem stays the same, but every channel is damped by about 1 % of its own Σ x². The result of pruners that only compare
+    scores, such as Wanda, is the same bit for bit either way.
 
     Args:
         name: of a pruner.
-        weight, inputs, target: see above; with "each" the ``inputs`` are equilibrated afterwards.
-        damping: "mean": as published; "each".
+        weight, inputs, target: see above; with "each", ``inputs`` is equilibrated in place.
+        damping: "mean" as published, or "each".
     """
     pruner = pruner_for(name, inputs)
     if damping == "mean" or pruner.NEEDS != "gram":

@@ -1,4 +1,4 @@
-"""DSnoT (Zhang et al., ICLR 2024, "Dynamic Sparse No Training"): a finished mask is mended by swapping, no weight changes."""
+"""DSnoT (Zhang et al., ICLR 2024, "Dynamic Sparse No Training"): improves a mask by swaps; no weight changes its value."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import torch
 from torch import Tensor
 
 from fedgrove.models.masks import Target, keep_highest
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
-NEEDS: Needs = "moments"
+NEEDS: StatisticsKind = "moments"
 
-SWAPS = 50  # of each row at most; the paper's
-AT_ONCE = 2**20  # entries whose lists are sorted at once; rows do not know of each other
+MAX_SWAPS = 50  # per row; from the paper
+ENTRIES_AT_ONCE = 2**20  # sorted together; rows are independent
 
 
 def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
-    """Wanda's mask, then row by row swaps that bring the row's expected output back to what it was.
+    """Starts from Wanda's mask, then swaps weights within each row to restore the row's expected output.
 
-    The paper's: removing the weights of a row moves its output by ε = Σ_pruned w_ij·E[x_j] on average. While there is one that
-    helps, the pruned weight whose return lowers |ε| most for its unsteadiness, w_ij·E[x_j] / Var[x_j], comes back, and the
-    kept one of the lowest Wanda score among those whose loss lowers |ε| too goes instead; with N:M the kept one of the lowest
-    score in the same group. The variance is the mean over the variances of the windows, as in the published code.
+    From the paper: pruning a row changes its expected output by ε = Σ_pruned w_ij·E[x_j]. Each swap restores the pruned weight
+    that reduces |ε| and has the largest |w_ij·E[x_j]| / Var[x_j], and prunes the kept weight with the lowest Wanda score among
+    those whose removal reduces |ε| as well; with an N:M pattern, the kept weight with the lowest score in the same group. The
+    variance is the mean of the windows' variances, as in the published code.
 
-    Ours: E[x_j] is the mean over tokens (the published code has the sum over a window, on which its threshold of 0.1 then
-    depends), and instead of a threshold a row ends with the first swap that would not bring ε nearer to zero. The first mask
-    has exact counts, a swap keeps them, no weight is swapped twice, and all linears take part (the published code leaves out
-    those of the MLP unless told otherwise).
+    Ours: E[x_j] is the mean over tokens (the published code takes the sum over a window, on which its threshold of 0.1 then
+    depends), and instead of using a threshold, a row stops at the first swap that would not reduce |ε|. The initial mask has
+    exact counts, swaps preserve them, no weight is swapped twice, and all linears take part (the published code skips those
+    of the MLP by default).
 
     Args:
         weight: (out, in) float32; overwritten.
         inputs: the ``squares``, ``means`` and ``variances`` of the input channels, (in,) each.
-        target: how many weights go; with a pattern (n, m), ``in`` must be a multiple of m.
+        target: how many weights are pruned; with a pattern (n, m), ``in`` must be a multiple of m.
 
     Returns:
         The pruned weight and its mask (True = kept).
@@ -42,53 +42,62 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
         raise ValueError("the statistics of the inputs are not finite")
     score = weight.abs() * inputs.squares.sqrt().to(weight.dtype)
     mask = keep_highest([score], target)
-    steadiness = 1 / inputs.variances.clamp(min=1e-12 * float(inputs.variances.max()) or 1.0)
-    rows = max(1, AT_ONCE // weight.shape[1])
+    precision = 1 / inputs.variances.clamp(min=1e-12 * float(inputs.variances.max()) or 1.0)
+    rows = max(1, ENTRIES_AT_ONCE // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         effect = weight[part].double() * inputs.means
-        _swap(mask[part], effect, effect * steadiness, score[part], target.pattern[1] if target.pattern else None)
+        _swap(mask[part], effect, effect * precision, score[part], target.pattern[1] if target.pattern else None)
     return weight.masked_fill_(~mask, 0.0), mask
 
 
-def _swap(mask: Tensor, effect: Tensor, worth: Tensor, score: Tensor, group: int | None) -> None:
-    """Mends a mask in place; all (rows, in). ``worth``: of a pruned weight's return, by its sign; ``group``: N:M's M."""
-    never = float("inf")
+def _swap(mask: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int | None) -> None:
+    """Improves a mask in place.
+
+    Args:
+        mask: (rows, in), True = kept.
+        effect: (rows, in), what each weight contributes to the expected output of its row.
+        gain: (rows, in), ``effect`` over the variance of the input: pruned weights are ranked by it.
+        score: (rows, in), Wanda's score.
+        group: M of an N:M pattern, or None.
+    """
+    infinity = float("inf")
     pruned, kept = ~mask, mask.clone()
-    # of each row, by the sign of ε that they mend: who comes back, best first; who goes, cheapest first
-    back, gone = [], []
+    # By sign of ε: pruned weights whose return reduces |ε|, best first; kept ones whose removal does, lowest score first.
+    restorable, removable = [], []
     for sign in (-1, 1):
-        back.append(
-            (worth * sign).masked_fill(~pruned | (effect * sign <= 0), -never).sort(dim=1, descending=True, stable=True)
+        restorable.append(
+            (gain * sign).masked_fill(~pruned | (effect * sign <= 0), -infinity).sort(dim=1, descending=True, stable=True)
         )
-        gone.append(score.masked_fill(~kept | (effect * sign >= 0), never).sort(dim=1, stable=True))
+        removable.append(score.masked_fill(~kept | (effect * sign >= 0), infinity).sort(dim=1, stable=True))
     error = effect.masked_fill(mask, 0.0).sum(1)
-    at_back, at_gone = error.new_zeros(2, len(error), dtype=torch.int64), error.new_zeros(2, len(error), dtype=torch.int64)
+    restored = error.new_zeros(2, len(error), dtype=torch.int64)  # how many of each list are used up
+    removed = error.new_zeros(2, len(error), dtype=torch.int64)
     row = torch.arange(len(error), device=error.device)
-    open_ = torch.ones(len(error), dtype=torch.bool, device=error.device)
+    active = torch.ones(len(error), dtype=torch.bool, device=error.device)
     last = mask.shape[1] - 1
-    for _ in range(SWAPS):
+    for _ in range(MAX_SWAPS):
         side = (error > 0).long()
-        i = at_back[side, row].clamp(max=last)
-        comes = torch.where(side == 1, back[1].indices[row, i], back[0].indices[row, i])
-        possible = torch.where(side == 1, back[1].values[row, i], back[0].values[row, i]) > -never
+        i = restored[side, row].clamp(max=last)
+        restore = torch.where(side == 1, restorable[1].indices[row, i], restorable[0].indices[row, i])
+        possible = torch.where(side == 1, restorable[1].values[row, i], restorable[0].values[row, i]) > -infinity
         if group is None:
-            j = at_gone[side, row].clamp(max=last)
-            goes = torch.where(side == 1, gone[1].indices[row, j], gone[0].indices[row, j])
-            possible &= torch.where(side == 1, gone[1].values[row, j], gone[0].values[row, j]) < never
+            j = removed[side, row].clamp(max=last)
+            remove = torch.where(side == 1, removable[1].indices[row, j], removable[0].indices[row, j])
+            possible &= torch.where(side == 1, removable[1].values[row, j], removable[0].values[row, j]) < infinity
         else:
-            first = comes // group * group
-            near = first[:, None] + torch.arange(group, device=first.device)
-            costs = score.gather(1, near).masked_fill(~kept.gather(1, near), never)
-            goes = first + costs.argmin(1)
-            possible &= costs.amin(1) < never
-        after = error - effect[row, comes] + effect[row, goes]
-        open_ &= possible & (after.abs() < error.abs())
-        if not open_.any():
+            first = restore // group * group
+            members = first[:, None] + torch.arange(group, device=first.device)
+            costs = score.gather(1, members).masked_fill(~kept.gather(1, members), infinity)
+            remove = first + costs.argmin(1)
+            possible &= costs.amin(1) < infinity
+        after = error - effect[row, restore] + effect[row, remove]
+        active &= possible & (after.abs() < error.abs())
+        if not active.any():
             return
-        at, come, go = row[open_], comes[open_], goes[open_]
-        mask[at, come], mask[at, go] = True, False
-        kept[at, go] = False  # and what came back was never in it: nobody is swapped twice
-        error = torch.where(open_, after, error)
-        at_back[side[open_], at] += 1
-        at_gone[side[open_], at] += 1
+        rows = row[active]
+        mask[rows, restore[active]], mask[rows, remove[active]] = True, False
+        kept[rows, remove[active]] = False  # a restored weight is not in it either, so no weight is swapped twice
+        error = torch.where(active, after, error)
+        restored[side[active], rows] += 1
+        removed[side[active], rows] += 1

@@ -1,13 +1,13 @@
-"""Magnitude: the smallest weights of a matrix go. Needs no data: the floor that every other pruner must beat."""
+"""Magnitude pruning: removes the smallest weights of a matrix. Needs no data; the baseline that other pruners must beat."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fedgrove.models.masks import Target, keep
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
-NEEDS: Needs = "nothing"
+NEEDS: StatisticsKind = "nothing"
 
 
 def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
@@ -15,8 +15,8 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
 
     Args:
         weight: (out, in) float32; overwritten.
-        inputs: not looked at.
-        target: how many weights go.
+        inputs: ignored.
+        target: how many weights are pruned.
 
     Returns:
         The pruned weight and its mask (True = kept).

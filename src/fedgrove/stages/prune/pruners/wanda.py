@@ -1,4 +1,4 @@
-"""Wanda (Sun et al., ICLR 2024): weight times the norm of its input, compared inside each output row."""
+"""Wanda (Sun et al., ICLR 2024): scores a weight by its size times the norm of its input, compared within each output row."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from fedgrove.models.masks import Target, keep_highest
-from fedgrove.stages.prune.input_statistics import InputStatistics, Needs
+from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
-NEEDS: Needs = "squares"
+NEEDS: StatisticsKind = "squares"
 
 
 def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
-    """Zeroes the weights of lowest score |W_ij|·‖x_j‖₂ in each row; the others keep their value.
+    """Zeroes the weights with the lowest score |W_ij|·‖x_j‖₂ in each row; the others keep their value.
 
-    The score and the comparison by row are the paper's. Ours: the number that goes differs by at most one between
-    rows so that the matrix meets its target exactly, where the published code rounds down in every row.
+    From the paper: the score and the comparison within rows. Ours: the number of pruned weights differs by at most one between
+    rows, so that the matrix meets its target exactly; the published code rounds down in every row.
 
     Args:
         weight: (out, in) float32; overwritten.
-        inputs: squared norms of the input channels, ``squares`` (in,).
-        target: how many weights go.
+        inputs: ``squares`` (in,), the squared norms of the input channels.
+        target: how many weights are pruned.
 
     Returns:
         The pruned weight and its mask (True = kept).
