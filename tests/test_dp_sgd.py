@@ -10,7 +10,7 @@ import torch
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_noise_multiplier
-from fedgrove.stages.tune import lora
+from fedgrove.stages.tune import training
 from fedgrove.stages.tune.trainers import dp_sgd
 
 
@@ -33,12 +33,11 @@ def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_
     labels[4] = IGNORED
     steps: list[torch.Tensor] = []
 
-    def learnt(ids: torch.Tensor, labels: torch.Tensor, noise: float, bound: float) -> torch.Tensor:
+    def learnt(ids: torch.Tensor, labels: torch.Tensor, noise: float, clip: float) -> torch.Tensor:
         model = Line()
-        settings = lora.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
-        dp_sgd.train(
-            model, ids, labels, settings, client="ash", epsilon=50.0, delta=0.05, noise=noise, rounds=1, bound=bound
-        )  # fmt: skip
+        settings = training.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
+        budget = training.Budget(epsilon=50.0, delta=0.05, noise=noise, rounds=1, clip=clip)
+        dp_sgd.train(model, training.Work(ids, labels, 0, "0", budget=budget), settings)
         return -model.table.detach() * len(ids)
 
     monkeypatch.setattr(dp_sgd, "dp_sgd_keeps", lambda *facts: True)
