@@ -52,8 +52,7 @@ def test_a_client_trains_nothing_with_less_noise_than_was_promised() -> None:
     ids = torch.zeros(20, 8, dtype=torch.int64)
     enough = dp_sgd_noise_multiplier(1.0, 1e-5, 0.1, 10)
     for noise, rounds in ((0.9 * enough, 10), (enough, 20)):
-        with pytest.raises(FedgroveError, match="'ash': noise of"):
-            dp_sgd.train(
-                Line(), ids, ids, lora.Settings(1, 2, 1, 0.1), client="ash", epsilon=1.0, delta=1e-5, noise=noise,
-                rounds=rounds, bound=1.0,
-            )  # fmt: skip
+        budget = training.Budget(epsilon=1.0, delta=1e-5, noise=noise, rounds=rounds, clip=1.0)
+        work = training.Work(ids, ids, 0, "0", budget=budget)
+        with pytest.raises(FedgroveError, match=f"noise of {noise:g} is too little for epsilon = 1; it trains nothing"):
+            dp_sgd.train(Line(), work, training.Settings(1, 2, 1, 0.1))
