@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedgrove.client.handlers import _training_windows, _windows
 
-from fedgrove.centralized import centralized_job, centralized_site
+from fedgrove.centralized import centralized_client, centralized_job
+from fedgrove.client.windows import calibration_windows, training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load, load_federated
 from fedgrove.report.reader import read
 from fedgrove.report.summary import CENTRALIZED
-from fedgrove.run import local_sites, open_model
+from fedgrove.run import local_clients, open_model
 from fedgrove.stages.prune.config import Config as PruneStage
 from fedgrove.stages.tune.config import Config as TuneStage
 from small import CLIENTS, SAMPLES, Moment, Small, cli, measurements, process
@@ -26,7 +26,7 @@ def digest(run: Path) -> str:
 
 
 def test_summed_statistics_are_what_one_owner_of_all_text_would_get_bit_for_bit(small: Small) -> None:
-    run = small.undisturbed(evaluate__centralized=True, stages__0__rule="pooled")
+    run = small.undisturbed(evaluate__centralized=True, stages__0__aggregation="pooled")
     assert digest(run) == digest(run / CENTRALIZED)
     found = read(run)
     assert found.centralized == found.federated
@@ -52,12 +52,13 @@ def test_with_votes_it_is_another_model_whose_measurements_stand_beside(small: S
 
 def test_it_has_every_window_of_everybody_and_no_other(small: Small, tmp_path: Path) -> None:
     job = load(small.job("uneven", clients__1__samples=5))
-    sites = local_sites(job, open_model(job.model), tmp_path)
-    one = centralized_site(sites, tmp_path)
-    each = [_windows(site, number, 16, "0/0") for site, number in zip(sites, (SAMPLES, 5, SAMPLES), strict=True)]
-    assert torch.equal(_windows(one, 2 * SAMPLES + 5, 16, "0/0"), torch.cat(each))
-    learnt = [_training_windows(site, 16)[0] for site in sites]
-    assert torch.equal(_training_windows(one, 16)[0], torch.cat(learnt))
+    clients = local_clients(job, open_model(job.model), tmp_path)
+    one = centralized_client(clients, tmp_path)
+    drawn = zip(clients, (SAMPLES, 5, SAMPLES), strict=True)
+    each = [calibration_windows(client, number, 16, "0/0") for client, number in drawn]
+    assert torch.equal(calibration_windows(one, 2 * SAMPLES + 5, 16, "0/0"), torch.cat(each))
+    learnt = [training_windows(client, 16)[0] for client in clients]
+    assert torch.equal(training_windows(one, 16)[0], torch.cat(learnt))
     wanted = centralized_job(job).stages[0]
     assert isinstance(wanted, PruneStage)
     assert wanted.samples == 2 * SAMPLES + 5
@@ -68,7 +69,7 @@ def test_a_tuned_federation_is_compared_with_as_many_steps_in_one_place(small: S
     run = small.undisturbed(stages=[small.spec()["stages"][0], stage], evaluate__centralized=True, evaluate__alone=False)
     wanted = centralized_job(load(run / "job.toml")).stages[1]
     assert isinstance(wanted, TuneStage)
-    assert (wanted.method, wanted.steps) == ("lora", 2 * len(CLIENTS))
+    assert (wanted.planner, wanted.parametrization, wanted.steps) == ("uniform", "lora", 2 * len(CLIENTS))
     plan = json.loads((run / CENTRALIZED / "plan-1-tune.json").read_text())
     assert plan["clients"].keys() == {CENTRALIZED}
     found = read(run)

@@ -20,7 +20,7 @@ FLOAT32 = {"stages__0__compute_dtype": "float32"}
 WALKS = {
     "sequential": {},
     "dense": {"stages__0__source": "dense"},
-    "pooled": {"stages__0__rule": "pooled"},
+    "pooled": {"stages__0__aggregation": "pooled"},
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_noise_multiplier
-from fedgrove.stages.tune import lora
+from fedgrove.stages.tune import training
 from fedgrove.stages.tune.trainers import dp_sgd
 
 
@@ -33,12 +33,11 @@ def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_
     labels[4] = IGNORED
     steps: list[torch.Tensor] = []
 
-    def learnt(ids: torch.Tensor, labels: torch.Tensor, noise: float, bound: float) -> torch.Tensor:
+    def learnt(ids: torch.Tensor, labels: torch.Tensor, noise: float, clip: float) -> torch.Tensor:
         model = Line()
-        settings = lora.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
-        dp_sgd.train(
-            model, ids, labels, settings, client="ash", epsilon=50.0, delta=0.05, noise=noise, rounds=1, bound=bound
-        )  # fmt: skip
+        settings = training.Settings(1, len(ids), 1, 1.0, optimizer="sgd")  # a step of 1: the weight is minus the gradient
+        budget = training.Budget(epsilon=50.0, delta=0.05, noise=noise, rounds=1, clip=clip)
+        dp_sgd.train(model, training.Work(ids, labels, 0, "0", budget=budget), settings)
         return -model.table.detach() * len(ids)
 
     monkeypatch.setattr(dp_sgd, "dp_sgd_keeps", lambda *facts: True)
@@ -53,8 +52,7 @@ def test_a_client_trains_nothing_with_less_noise_than_was_promised() -> None:
     ids = torch.zeros(20, 8, dtype=torch.int64)
     enough = dp_sgd_noise_multiplier(1.0, 1e-5, 0.1, 10)
     for noise, rounds in ((0.9 * enough, 10), (enough, 20)):
-        with pytest.raises(FedgroveError, match="'ash': noise of"):
-            dp_sgd.train(
-                Line(), ids, ids, lora.Settings(1, 2, 1, 0.1), client="ash", epsilon=1.0, delta=1e-5, noise=noise,
-                rounds=rounds, bound=1.0,
-            )  # fmt: skip
+        budget = training.Budget(epsilon=1.0, delta=1e-5, noise=noise, rounds=rounds, clip=1.0)
+        work = training.Work(ids, ids, 0, "0", budget=budget)
+        with pytest.raises(FedgroveError, match=f"noise of {noise:g} is too little for epsilon = 1; it trains nothing"):
+            dp_sgd.train(Line(), work, training.Settings(1, 2, 1, 0.1))

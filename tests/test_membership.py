@@ -13,10 +13,11 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.accounting import dp_sgd_noise_multiplier
 from fedgrove.privacy.membership import advantage, bound
-from fedgrove.stages.tune import lora
-from fedgrove.stages.tune.aggregation import Start
+from fedgrove.stages.tune import frozen, training
+from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.factors import Factors, fill
-from fedgrove.stages.tune.trainers import dp_sgd
+from fedgrove.stages.tune.parametrizations import Attachment, lora
+from fedgrove.stages.tune.trainers import dp_sgd, sgd
 from small import Small
 
 WINDOWS, LENGTH, STEPS, BATCH, DELTA = 60, 12, 40, 12, 1e-3
@@ -39,19 +40,19 @@ def test_the_attack_gains_what_there_is_to_gain() -> None:
 def learnt(small: Small, inside: Tensor, epsilon: float | None) -> torch.nn.Module:
     """The small model with adapters that were trained on these windows."""
     decoder = Decoder(Checkpoint(small.model))
-    model = lora.load(decoder, 32)
+    model = frozen.load(decoder, 32)
     starts = {}
     for name in decoder.linear_names():
         none = Factors(*(factor.float() for factor in vars(Factors.none(*decoder.read_shape(name))).values()))
         starts[name] = Start(fill(none, 8, name, "seed"), none)
-    lora.attach(model, starts, dict.fromkeys(starts, 2.0), {})
-    settings = lora.Settings(STEPS, BATCH, BATCH, 0.02)
+    lora.attach(model, starts, Attachment(dict.fromkeys(starts, 2.0), {}))
+    settings = training.Settings(STEPS, BATCH, BATCH, 0.02)
     if epsilon is None:
-        lora.train(model, lora.draw(inside, inside, BATCH, 0, "seed"), settings)
+        sgd.train(model, training.Work(inside, inside, 0, "seed"), settings)
     else:
         noise = dp_sgd_noise_multiplier(epsilon, DELTA, BATCH / WINDOWS, STEPS)
-        facts = {"epsilon": epsilon, "delta": DELTA, "noise": noise, "rounds": 1, "bound": 0.5}
-        dp_sgd.train(model, inside, inside, settings, client="ash", **facts)  # type: ignore[arg-type]
+        budget = training.Budget(epsilon=epsilon, delta=DELTA, noise=noise, rounds=1, clip=0.5)
+        dp_sgd.train(model, training.Work(inside, inside, 0, "seed", budget=budget), settings)
     return model
 
 
@@ -66,7 +67,7 @@ def test_who_was_learnt_from_is_told_by_its_loss_unless_noise_hides_it(small: Sm
     def attacked(epsilon: float | None) -> float:
         model = learnt(small, inside, epsilon)
         with torch.no_grad():
-            losses = [torch.tensor([lora.loss_sum(model, one[None], one[None]) for one in part]) for part in (inside, outside)]
+            losses = [torch.tensor([training.loss_sum(model, one[None], one[None]) for one in part]) for part in (inside, outside)]
         return advantage(*losses)
 
     assert attacked(None) > 0.8

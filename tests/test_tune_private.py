@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedgrove.client.handlers import serve
 
 from fedgrove import run as server
+from fedgrove.client.serve import serve
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
-from fedgrove.job.load import load as jobs
+from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy import accounting
@@ -25,12 +25,15 @@ from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.tune import lora
-from fedgrove.stages.tune.aggregation import Start
+from fedgrove.stages.tune.changes import Start
+from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
 from fedgrove.stages.tune.factors import Factors, initial_a
+from fedgrove.stages.tune.fixed_point import ClientNoise, WholeNumbers
+from fedgrove.stages.tune.parametrizations import lora
+from fedgrove.stages.tune.trainers import sgd
 from secagg import uniform
 from small import CLIENTS, Moment, Small, cli, complaint, killed, measurements
-from test_tune_stage import PRUNE, TUNE, mean_perplexity, weights
+from test_tune_stage import PRUNE, TUNE, client_of, clients_of, mean_perplexity, weights
 
 WHOLE = {**TUNE, "aggregation": "ffa_lora", "precision": "fixed"}
 SECURE = {"secure_aggregation": True}
@@ -43,20 +46,32 @@ class Recorder(LocalEngine):
 
     seen: list[tuple[str, str, bytes]]
 
-    def ask(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
-        for client, answer, error in super().ask(kind, messages, timeout):
+    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+        for client, answer, error in super().request(kind, messages, timeout):
             if answer is not None:
                 self.seen.append((client, kind, answer))
             yield client, answer, error
 
 
 def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **changes: Any) -> Path:
-    job = jobs.load(small.job(out.name, **{"evaluate__alone": False, **changes}))
+    job = load(small.job(out.name, **{"evaluate__alone": False, **changes}))
     begun = RunFolder(out, job)
-    sites = server.local_engine(job, out / "clients")._sites
-    server.main(job, engine(list(sites.values())), begun)
+    server.run_job(job, engine(clients_of(job, out / "clients")), begun)
     begun.close()
     return out
+
+
+def train_request(**changes: Any) -> Train:
+    """What a client is asked to do in a round; it need not be what a job would ask."""
+    asked: dict[str, Any] = {
+        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0, "run": "run",
+        "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 0,
+        "seen": 0, "dtype": "float32",
+        "training": Training(
+            steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=0.0, proximal=0.0
+        ),
+    }  # fmt: skip
+    return Train(**{**asked, **changes})
 
 
 def same(one: Path, other: Path) -> bool:
@@ -82,7 +97,7 @@ def test_adapters_summed_unseen_are_those_summed_in_the_open(small: Small, tmp_p
         assert mean_perplexity(hidden, 0) < mean_perplexity(hidden, None)
     found = measurements(hidden)
     assert {client for _, _, client, name in found if name == "loss"} == {None}
-    answers = [wire.unpack(message)[0] for _, kind, message in Engine.seen if kind in ("train", "importance")]
+    answers = [wire.unpack(message)[0] for _, kind, message in Engine.seen if kind in ("tune/train", "tune/importance")]
     assert len(answers) == len(CLIENTS) * (3 if method == "fedpipe" else 2)
     assert uniform(np.concatenate([ring.view(np.uint8) for tensors in answers for ring in as_rings(tensors)]))
 
@@ -106,27 +121,22 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
 ) -> None:
     """What a client does not train of a shared A lies behind what it trains, not in its place."""
     name = "model.layers.0.mlp.up_proj"
-    job = jobs.load(small.job("rest", stages=[{**WHOLE, "steps": 1}]))
-    engine = server.local_engine(job, small.folder / "rest-clients")
+    job = load(small.job("rest", stages=[{**WHOLE, "steps": 1}]))
+    ash = client_of(job, small.folder / "rest-clients", "ash")
     torch.manual_seed(0)
     shape = Decoder(Checkpoint(small.model)).read_shape(name)
     b = 0.1 * torch.randn(shape[0], 4)
-    seen: dict[str, Start] = {}
+    seen: dict[str, Start[Factors]] = {}
 
-    def note(model: Any, starts: Mapping[str, Start], *rest: Any) -> None:
+    def note(model: Any, starts: Mapping[str, Start[Factors]], how: Any) -> None:
         seen.update(starts)
         raise FedgroveError("seen enough")
 
-    info = {
-        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 0,
-        "bits": 32, "length": 16, "seed": "s", "seen": 0, "masked": [], "ranks": {name: 2},
-        "scales": {name: 2.0}, "trains": "b", "precision": "float32", "settings": {"steps": 1, "batch": 1, "micro": 1,
-        "learning_rate": 0.0},
-    }  # fmt: skip
+    request = train_request(ranks={name: 2}, scales={name: 2.0})
     tensors = {f"own/{name}/b": b[:, :2].contiguous(), f"rest/{name}/b": b[:, 2:].contiguous()}
     monkeypatch.setattr(lora, "attach", note)
     with pytest.raises(FedgroveError, match="seen enough"):
-        serve("train", wire.pack(tensors, info), engine._sites["ash"], "cpu")
+        serve(request.KIND, wire.pack(tensors, {"request": request.model_dump(mode="json")}), ash, "cpu")
     a = initial_a(name, 4, shape[1], "s")
     torch.testing.assert_close(seen[name].own.plus(seen[name].rest).product(), Factors(b, a).product())
 
@@ -160,7 +170,7 @@ def test_a_killed_run_with_noise_goes_on_and_draws_nothing_twice(small: Small, t
     stage = {**WHOLE, "epsilon": 8.0, "delta": 1e-3, "dp_unit": "client", "steps": 1}
     job = small.job("killed", stages=[stage], evaluate={}, privacy=SECURE)
     out = tmp_path / "run"
-    first, last = (Moment("os.rename", f"*adapters-000{round_}.safetensors") for round_ in (0, 1))
+    first, last = (Moment("os.rename", f"*changes-000{round_}.safetensors") for round_ in (0, 1))
 
     def released() -> dict[str, bytes]:
         return {file.parent.name: file.read_bytes() for file in out.rglob("released-*.safetensors")}
@@ -178,20 +188,33 @@ def test_a_killed_run_with_noise_goes_on_and_draws_nothing_twice(small: Small, t
 
 
 def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = jobs.load(small.job("past", stages=[{**WHOLE, "epsilon": 8.0, "dp_unit": "client"}], evaluate={}))
-    site = server.local_engine(job, tmp_path)._sites["ash"]
-    noise = {"epsilon": 8.0, "delta": 1e-6, "bound": 1.0, "rounds": 2, "adders": 2}
-    info = {
-        "stage": 0, "parts": 0, "width": None, "personal": 0.0, "round": 2,
-        "bits": 32, "length": 16, "seed": "s", "seen": 0, "masked": [], "ranks": {}, "scales": {},
-        "trains": "b", "precision": "float32", "settings": {"steps": 0, "batch": 1, "micro": 1, "learning_rate": 0.0},
-        "whole": {"share": 1 / 3, "ranks": {}, "noise": noise}, "release": "run/0/2",
-    }  # fmt: skip
-    monkeypatch.setattr(lora, "train", lambda *rest: 1.0)
+    job = load(small.job("past", stages=[{**WHOLE, "epsilon": 8.0, "dp_unit": "client"}], evaluate={}))
+    ash = client_of(job, tmp_path, "ash")
+    noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
+    request = train_request(round=2, whole=WholeNumbers(weight=1 / 3, widest={}, noise=noise))
+    monkeypatch.setattr(sgd, "train", lambda *rest: 1.0)
     with pytest.raises(FedgroveError, match="'ash': round 3 of 2: its budget is spent"):
-        serve("train", wire.pack({}, info), site, "cpu")
-    with pytest.raises(FedgroveError, match="'ash': a noisy answer that is not named"):
-        serve("train", wire.pack({}, {**info, "release": None}), site, "cpu")
+        serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), ash, "cpu")
+
+
+def test_a_noisy_response_is_named_by_its_round_so_that_it_is_made_once() -> None:
+    noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
+    whole = WholeNumbers(weight=1 / 3, widest={}, noise=noise)
+    windows = WindowNoise(epsilon=8.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
+    for protected in ({"whole": whole}, {"windows": windows, "trainer": "dp_sgd"}):
+        names = {train_request(stage=stage, round=round_, **protected).release() for stage in (0, 1) for round_ in (0, 1)}
+        assert names == {"run/0/0", "run/0/1", "run/1/0", "run/1/1"}
+        other = train_request(seen=5, seed="t", ranks={"x": 2}, tokens=3, **protected)
+        assert other.release() == "run/0/0", "asked otherwise for the same round, it gives the same response"
+    assert train_request(whole=WholeNumbers(weight=1 / 3, widest={})).release() is None
+
+
+def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(small: Small, tmp_path: Path) -> None:
+    job = load(small.job("little", stages=[{**TUNE, "epsilon": 8.0}], evaluate={}))
+    windows = WindowNoise(epsilon=1.0, delta=1e-5, noise=0.01, rounds=1, clip=1.0)
+    request = train_request(trainer="dp_sgd", shared_a=False, windows=windows)
+    with pytest.raises(FedgroveError, match="client 'ash': noise of 0.01 is too little for epsilon = 1; it trains nothing"):
+        serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), client_of(job, tmp_path, "ash"), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +247,10 @@ def test_what_is_promised_is_said_and_no_loss_leaves(
     assert not any(name == "loss" for _, _, _, name in measurements(out))
     for _, kind, message in Engine.seen:
         tensors, info = wire.unpack(message)
-        assert kind != "train" or (not info and not any("loss" in name for name in tensors))
+        if kind == "tune/train":
+            assert set(info) == {"request", "tokens", "loss"}
+            assert info["loss"] is None
+            assert not any("loss" in name for name in tensors)
 
 
 def test_a_stage_beside_it_without_noise_is_named(small: Small) -> None:

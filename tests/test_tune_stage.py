@@ -11,24 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from fedgrove.client.handlers import _training_windows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedgrove import run as server
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import serve
+from fedgrove.client.windows import training_windows
 from fedgrove.data.windows import IGNORED
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
-from fedgrove.job.load import load as jobs
+from fedgrove.job.load import load
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune import frozen, training
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.factors import Factors, fill
-from fedgrove.stages.tune.parametrizations import Attachment, lora
+from fedgrove.stages.tune.parametrizations import Attachment, full, lora
 from fedgrove.stages.tune.personal import hold_out, mean_loss
 from fedgrove.stages.tune.trainers import sgd
 from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
@@ -50,22 +54,31 @@ def mean_perplexity(run: Path, stage: int | None) -> float:
     return sum(found) / len(found)
 
 
+def clients_of(job: Job, folder: Path) -> list[LocalClient]:
+    """The job's clients, simulated in a folder."""
+    return server.local_clients(job, server.open_model(job.model), folder)
+
+
+def client_of(job: Job, folder: Path, name: str) -> LocalClient:
+    return next(client for client in clients_of(job, folder) if client.name == name)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
 
 
 class Meddling:
-    """An engine between the rounds and a real one, which does something to one client's answers."""
+    """An engine between the rounds and a real one, which does something to one client's responses."""
 
     def __init__(self, engine: Engine, client: str, does: str):
         self.engine, self.client, self.does = engine, client, does
 
-    def sites(self) -> list[str]:
-        return self.engine.sites()
+    def clients(self) -> list[str]:
+        return self.engine.clients()
 
-    def ask(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
-        for client, answer, error in self.engine.ask(kind, messages, timeout):
-            if kind != "train" or self.client not in (client, "all") or answer is None:
+    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+        for client, answer, error in self.engine.request(kind, messages, timeout):
+            if kind != "tune/train" or self.client not in (client, "all") or answer is None:
                 yield client, answer, error
             elif self.does == "vanish":
                 yield client, None, "its process died (status -9)"
@@ -78,7 +91,7 @@ class Meddling:
                     case "shape":
                         tensors[name] = tensors[name][:1]
                     case "more":
-                        tensors[wire.WEIGHT + "tokens"] = tensors[wire.WEIGHT + "tokens"] * 1000
+                        info["tokens"] *= 1000
                     case "loss":
                         info["loss"] = "low"
                 yield client, wire.pack(tensors, info), None
@@ -86,7 +99,7 @@ class Meddling:
 
 def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | None) -> list[str]:
     heard = Heard()
-    job = jobs.load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
+    job = load(small.job("meddled", stages=tune(rounds=1), **({"rounds__quorum": quorum} if quorum else {})))
     run = RunFolder(out, job, listener=heard)
     try:
         server.run_job(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
@@ -110,7 +123,7 @@ def test_tuning_lowers_perplexity_and_the_result_loads_anywhere(small: Small, me
 
 
 @pytest.mark.parametrize("aggregation", ["fedit", "ffa_lora", "flora", "fedex_lora"])
-def test_every_rule_tunes(small: Small, aggregation: str) -> None:
+def test_every_aggregation_tunes(small: Small, aggregation: str) -> None:
     run = small.undisturbed(stages=tune(aggregation=aggregation))
     assert mean_perplexity(run, 0) < mean_perplexity(run, None)
 
@@ -190,9 +203,8 @@ def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small)
     rate, rank, number = 0.5, 4, 8
     stages = tune(rounds=1, steps=1, batches=[number], ranks=[rank], optimizer="sgd", max_grad_norm=0, learning_rate=rate,
                   precision="float32")  # fmt: skip
-    job = jobs.load(small.job("one-step", stages=stages, model__dtype="float32"))
-    engine = server.local_engine(job, small.folder / "one-step-clients")
-    windows = [_training_windows(site, 16) for site in engine._sites.values()]
+    job = load(small.job("one-step", stages=stages, model__dtype="float32"))
+    windows = [training_windows(client, 16) for client in clients_of(job, small.folder / "one-step-clients")]
     least = min(len(ids) for ids, _ in windows)
     assert least >= number
     run_folder = small.undisturbed(stages=stages, model__dtype="float32")
@@ -224,8 +236,8 @@ def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small)
 
 
 @pytest.mark.parametrize("moment", [
-    Moment("os.rename", "*/adapters-0001.safetensors"),
-    Moment("os.rename", "*/adapters-0001.safetensors", "cut"),
+    Moment("os.rename", "*/changes-0001.safetensors"),
+    Moment("os.rename", "*/changes-0001.safetensors", "cut"),
     Moment("open", "*/metrics.jsonl", "cut", count=9),
     Moment("open", "*/ledger.jsonl", count=58),  # the second round, when one client has answered
     Moment("os.rename", "*/stage-1/round-2/block-0001.safetensors"),
@@ -238,7 +250,7 @@ def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, m
     killed("run", job, "--out", out, "--quiet", moment=moment)
     if moment.path == "*/ledger.jsonl":
         last = lines(out / "ledger.jsonl")[-1]
-        assert (last["kind"], last["round"], last["client"], last["direction"]) == ("train", 1, "ash", "up")
+        assert (last["kind"], last["round"], last["client"], last["direction"]) == ("tune/train", 1, "ash", "up")
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
     assert measurements(out) == measurements(whole)
@@ -249,7 +261,7 @@ def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, m
 def test_a_plan_stays_unless_another_is_worth_more(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = tune(method="fedpipe", replan_every=1, ranks=[2, 4])
     assert json.loads((small.undisturbed(stages=stages) / "plan-0-tune.json").read_text())["since"] == 0
-    monkeypatch.setattr("fedgrove.stages.tune.stage.HYSTERESIS", 0.0)
+    monkeypatch.setattr("fedgrove.stages.tune.tuning.HYSTERESIS", 0.0)
     assert cli("run", small.job("eager", stages=stages), "--out", tmp_path / "run", "--quiet")[0] == 0
     assert json.loads((tmp_path / "run" / "plan-0-tune.json").read_text())["since"] == 1
 
@@ -285,7 +297,7 @@ def test_a_loss_that_is_not_finite_is_told_on_the_client(small: Small) -> None:
     decoder = Decoder(Checkpoint(small.model))
     model = frozen.load(decoder, 32)
     model.get_input_embeddings().weight.data[0] = float("nan")
-    lora.open_weights(model, ["model.layers.0.mlp.up_proj"])
+    full.attach(model, {"model.layers.0.mlp.up_proj": Start(full.Dense(), full.Dense())}, Attachment({}, {}))
     ids = torch.zeros(2, 16, dtype=torch.int64)
     with pytest.raises(FedgroveError, match="not finite"):
         sgd.train_on(model, training.draw(ids, ids, 2, 0, "0"), training.Settings(1, 2, 2, 0.1))
@@ -352,14 +364,13 @@ def test_a_client_keeps_its_own_adapter_where_that_is_better_on_its_own_text(sma
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32), folder)
-        engine = server.local_engine(jobs.load(run / "job.toml"), small.folder / "again")
-        windows = _training_windows(engine._sites[client], 16)
+        windows = training_windows(client_of(load(run / "job.toml"), small.folder / "again", client), 16)
         (ids, _), held = hold_out(*windows, 0.3)
         assert held is not None
         assert len(ids) + len(held[0]) == len(windows[0])
         assert mean_loss(model, held, 4) == pytest.approx(own, abs=1e-3), "the kept adapter is the one that was measured"
     assert gained
-    sent = [line for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("personal", "up")]
+    sent = [line for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("tune/personal", "up")]
     assert max(line["bytes"] for line in sent) < 1000, "two losses"
     assert {path.name for path in (run / "clients").glob("*/*")} == {"personal"}, "working files are let go"
 
@@ -378,9 +389,9 @@ def test_only_the_answer_is_learnt(small: Small, tmp_path: Path) -> None:
     data = tmp_path / "a.jsonl"
     data.write_text("".join(json.dumps({"q": f"question {i} ", "a": f"reply {i}"}) + "\n" for i in range(20)))
     clients = [{"name": "ash", "data": str(data), "prompt": "{q}", "answer": "{a}"}]
-    job = jobs.load(small.job("answers", stages=tune(), clients=clients))
-    (site,) = server.local_engine(job, tmp_path / "clients")._sites.values()
-    ids, labels = _training_windows(site, 16)
+    job = load(small.job("answers", stages=tune(), clients=clients))
+    (client,) = clients_of(job, tmp_path / "clients")
+    ids, labels = training_windows(client, 16)
     tokenizer = Checkpoint(small.model).tokenizer()
     learnt = tokenizer.decode(labels[labels >= 0])
     assert "reply" in learnt
@@ -446,11 +457,11 @@ def test_the_proximal_term_pulls_back_to_where_the_round_began(small: Small) -> 
 def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None:
     run = small.undisturbed(stages=[PRUNE, TUNE])
     kinds = [(line["kind"], line["direction"]) for line in lines(run / "ledger.jsonl") if line["stage"] == 1]
-    assert kinds.count(("train", "up")) == kinds.count(("train", "down")) == 2 * len(CLIENTS)
-    assert kinds.count(("base", "down")) == 2 * len(CLIENTS), "the pruned blocks travel once"
+    assert kinds.count(("tune/train", "up")) == kinds.count(("tune/train", "down")) == 2 * len(CLIENTS)
+    assert kinds.count(("tune/base", "down")) == 2 * len(CLIENTS), "the pruned blocks travel once"
     clock = [v for (s, r, c, name), v in measurements(run).items() if name == "clock"]
     assert 0 < clock[0] < clock[1]
-    assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["aggregation"] == "ranks"
+    assert tomllib.loads((run / "job.toml").read_text())["stages"][1]["aggregation"] == "flexlora"
 
 
 @pytest.mark.parametrize("method", ["fedpipe", "lora"])
@@ -460,7 +471,7 @@ def test_the_ledger_tells_modelled_seconds_and_the_plan_foretells_them(small: Sm
         for i, client in enumerate(small.spec()["clients"])
     ]
     run = small.undisturbed(stages=tune(method=method), clients=clients)
-    ledger = [line for line in lines(run / "ledger.jsonl") if line["kind"] in ("importance", "train")]
+    ledger = [line for line in lines(run / "ledger.jsonl") if line["kind"] in ("tune/importance", "tune/train")]
     for line in ledger:
         assert line["transfer"] == pytest.approx(8 * line["bytes"] / (1e10 if line["direction"] == "up" else 2e10))
         assert ("compute" in line) == (line["direction"] == "up")
@@ -470,7 +481,7 @@ def test_the_ledger_tells_modelled_seconds_and_the_plan_foretells_them(small: Sm
         of[line["client"]] = of.get(line["client"], 0.0) + line["transfer"] + line.get("compute", 0.0)
     clock = sum(max(of.values()) for of in spent.values())
     assert measurements(run)[0, 1, None, "clock"] == pytest.approx(clock), "rounds go on when the slowest has answered"
-    assert measurements(run)[0, 1, "ash", "seconds"] == pytest.approx(spent[1, "train"]["ash"])
+    assert measurements(run)[0, 1, "ash", "seconds"] == pytest.approx(spent[1, "tune/train"]["ash"])
     status, out, _ = cli("plan", run / "job.toml")
     assert status == 0
     foretold = json.loads((run / "plan-0-tune.json").read_text())["total"]
@@ -528,16 +539,15 @@ def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small) -> N
 
 def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: Path) -> None:
     clients = [{**client, "speed": "measure"} for client in small.spec()["clients"]]
-    job = jobs.load(small.job("measured", stages=tune(), clients=clients))
-    engine = server.local_engine(job, tmp_path / "clients")
-    said = []
-    for _ in range(2):
-        ((_, answer, error),) = engine.ask("card", {"ash": wire.pack({}, {"calibrations": [], "lengths": [16]})})
-        assert error is None
-        said.append(wire.unpack(answer)[1])
+    job = load(small.job("measured", stages=tune(), clients=clients))
+    request = DescribeYourself(calibrations=(), lengths=(16,))
+    message = wire.pack({}, {"request": request.model_dump(mode="json")})
+    ash = client_of(job, tmp_path / "clients", "ash")
+    said = [wire.unpack(serve(request.KIND, message, ash, "cpu"))[1] for _ in range(2)]
     assert said[0] == said[1]
     assert said[0]["speed"] > 0
-    assert said[0]["tokens"] % 16 == 0
+    assert said[0]["tokens"]["16"] > 0
+    assert said[0]["tokens"]["16"] % 16 == 0
 
 
 def test_without_bitsandbytes_a_client_offers_no_few_bits_and_asking_for_them_is_a_line(
