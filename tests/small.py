@@ -343,7 +343,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     folder.mkdir()
     (folder / "faulty.py").write_text(FAULTY.format(folder=str(tmp_path)))
     (folder / "sitecustomize.py").write_text(
-        f"import fedgrove.stages.prune.pruners\nfedgrove.pruners.__path__.append({str(folder)!r})\n"
+        f"import fedgrove.stages.prune.pruners\nfedgrove.stages.prune.pruners.__path__.append({str(folder)!r})\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT / "src")]))
     monkeypatch.setattr(fedgrove.stages.prune.pruners, "__path__", [*fedgrove.stages.prune.pruners.__path__, str(folder)])

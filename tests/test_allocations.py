@@ -121,7 +121,7 @@ def scores_of(small: Small, clients: tuple[str, ...]) -> list[list[Tensor]]:
 
 
 def test_from_sums_it_is_that_of_the_pooled_text(small: Small) -> None:
-    run = small.undisturbed(**OWL, stages__0__rule="pooled")
+    run = small.undisturbed(**OWL, stages__0__aggregation="pooled")
     _, expected = published(scores_of(small, CLIENTS), 0.5, 2.0, 0.1)
     assert list(told(run).values()) == pytest.approx(expected, abs=2e-3)
     assert expected[0] != pytest.approx(expected[1], abs=0.02)
@@ -147,10 +147,10 @@ def test_every_pruner_and_rule_prunes_unevenly(small: Small, changes: dict[str, 
 
 @pytest.mark.parametrize("aggregation", ["fedspallm", "pooled"])
 def test_secure_aggregation_finds_the_same_sparsities(small: Small, tmp_path: Path, aggregation: str) -> None:
-    job = small.job("secure", **OWL, stages__0__rule=aggregation, privacy={"secure_aggregation": True})
+    job = small.job("secure", **OWL, stages__0__aggregation=aggregation, privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     assert told(tmp_path / "run") == told(
-        small.undisturbed(**OWL, **({} if aggregation == "fedspallm" else {"stages__0__rule": aggregation}))
+        small.undisturbed(**OWL, **({} if aggregation == "fedspallm" else {"stages__0__aggregation": aggregation}))
     )
 
 
@@ -163,7 +163,7 @@ def test_a_killed_run_does_not_ask_again(small: Small, tmp_path: Path) -> None:
     one, other = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", small.undisturbed(**OWL)))
     assert all(torch.equal(one[name], other[name]) for name in other)
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
-    assert kinds.count("allocate") == 2 * len(CLIENTS)
+    assert kinds.count("prune/outliers") == 2 * len(CLIENTS)
 
 
 def test_owners_get_the_model_that_pooled_text_gives(
@@ -180,7 +180,7 @@ def test_owners_get_the_model_that_pooled_text_gives(
             file = tmp_path / name / f"{client}.jsonl"
             file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
             clients.append({"name": client, "data": str(file), "samples": len(records)})
-        job = small.job(name, **{**OWL, "evaluate": {}}, stages__0__rule="pooled", clients=clients)
+        job = small.job(name, **{**OWL, "evaluate": {}}, stages__0__aggregation="pooled", clients=clients)
         assert cli("run", job, "--out", tmp_path / name / "run")[0] == 0
         found.append(load_file(tmp_path / name / "run" / "model" / "model.safetensors"))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -200,5 +200,5 @@ def test_what_cannot_be_is_said_in_one_line(small: Small, changes: dict[str, Any
 
 
 def test_the_keys_are_owls(small: Small) -> None:
-    stage = load(small.job("keys")).pruning(0)
+    stage = load(small.job("keys")).stages[0]
     assert (stage.allocation, stage.owl_m, stage.owl_lambda) == ("even", 5.0, 0.08)

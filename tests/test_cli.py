@@ -10,19 +10,22 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import fedgrove.client.handlers
 import pytest
 import tomli_w
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fedgrove.client.serve
 import fedgrove.rounds.collect
 from fedgrove import plugins
 from fedgrove.data.windows import calibration_windows
 from fedgrove.models.masks import Target
 from fedgrove.rounds import wire
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself
 from fedgrove.stages.prune.calibration_pass import windows_at_once
+from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import CLIENTS, LENGTH, SAMPLES, Small, cli, lines, make_model, make_texts, measurements, process, result
 
@@ -117,15 +120,15 @@ def test_the_ledger_counts_the_bytes_of_real_messages(small: Small, tmp_path: Pa
             return pack if name == "pack" else getattr(wire, name)
 
     monkeypatch.setattr(fedgrove.rounds.collect, "wire", Counted())
-    monkeypatch.setattr(fedgrove.client.handlers, "wire", Counted())
+    monkeypatch.setattr(fedgrove.client.serve, "wire", Counted())
     assert cli("run", small.job(), "--out", tmp_path / "run")[0] == 0
     ledger = lines(tmp_path / "run" / "ledger.jsonl")
     assert [line["bytes"] for line in ledger] == sent
-    assert len(ledger) == 2 * len(CLIENTS) * (1 + 2 + 1), "a card, two blocks and an evaluation; each goes down and up"
+    assert len(ledger) == 2 * len(CLIENTS) * (1 + 2 + 1), "capabilities, two blocks and an evaluation; each goes down and up"
     for line in ledger:
         assert set(line) == {"stage", "round", "client", "direction", "kind", "bytes"}
         assert line["direction"] in ("up", "down")
-        assert line["kind"] in ("card", "prune", "evaluate")
+        assert line["kind"] in (DescribeYourself.KIND, PruneBlock.KIND, EvaluateAlone.KIND)
 
 
 # Commands
@@ -155,8 +158,8 @@ def test_plan_runs_nothing_and_leaves_nothing_behind(small: Small, tmp_path: Pat
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("fedgrove.stages.prune.stage.prune", None)
-    monkeypatch.setitem(fedgrove.client.handlers.HANDLERS, "prune", None)
+    monkeypatch.setattr("fedgrove.stages.prune.stage.run", None)
+    monkeypatch.setattr(PruneBlock, "respond", None)
     status, out, err = cli("plan", small.job("planned"), "--set", "stages.0.layers={sample=0.5, cover=1}", "--set",
                            "evaluate.alone=false")  # fmt: skip
     assert (status, err) == (0, "")

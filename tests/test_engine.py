@@ -17,8 +17,12 @@ from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.rounds import wire
+from fedgrove.rounds.federation import Federation
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.prune.stage import prune_info
+from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.exchanges.block import PruneBlock
+from fedgrove.stages.prune.plan import Plan
+from fedgrove.stages.prune.stage import prune_request
 from small import CLIENTS, LENGTH, SAMPLES, Heard, Small, alive, cli, complaint, lines, process, result, wait_until
 
 Reply = tuple[str, bytes | None, str | None]
@@ -37,11 +41,11 @@ class Wrapped:
         self.engine = engine
         self.change = change
 
-    def sites(self) -> list[str]:
-        return self.engine.sites()
+    def clients(self) -> list[str]:
+        return self.engine.clients()
 
-    def ask(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Reply]:
-        yield from self.change(kind, list(self.engine.ask(kind, messages, timeout)))
+    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Reply]:
+        yield from self.change(kind, list(self.engine.request(kind, messages, timeout)))
 
 
 def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Iterable[Reply]], **changes: object) -> list[str]:
@@ -90,20 +94,28 @@ def test_a_client_that_hangs_is_out_of_time_and_can_be_asked_again(
     run = RunFolder(tmp_path / "run", job)
     engine = server.local_engine(job, run.path / "clients", workers=2)
     try:
-        plan = server.make_plans(job, server.open_model(job.model), engine, run)[0]  # afterwards both workers are awake
-        shares = [job.pruning(0).sparsity] * plan.num_blocks
-        messages = {client: wire.pack({}, prune_info(job, plan, client, 0, 0, shares)) for client in ("ash", "birch")}
+        (plan,) = server.make_plans(job, server.open_model(job.model), Federation(engine, run))  # both workers are awake now
+        assert isinstance(plan, Plan)
+        (stage,) = job.stages
+        assert isinstance(stage, Config)
+        sparsities = [stage.target.sparsity] * plan.num_blocks
+        messages = {
+            client: wire.pack(
+                {}, {"request": prune_request(job, plan, stage, client, 0, 0, sparsities).model_dump(mode="json")}
+            )
+            for client in ("ash", "birch")
+        }
         faulty("hang", BIRCH)
-        replies = {client: (answer, error) for client, answer, error in engine.ask("prune", messages, timeout=15)}
+        replies = {client: (answer, error) for client, answer, error in engine.request(PruneBlock.KIND, messages, timeout=15)}
         hung = int((tmp_path / "hangs").read_text())
         assert replies["birch"] == (None, "no answer in 15 s (rounds.timeout)")
         assert replies["ash"][0] is not None
         wait_until(lambda: not alive(hung))
 
         faulty("nothing")
-        again = {client: (answer, error) for client, answer, error in engine.ask("prune", messages)}
+        again = {client: (answer, error) for client, answer, error in engine.request(PruneBlock.KIND, messages)}
         assert again["birch"][0] is not None
-        assert again["ash"] == replies["ash"], "a second ask is answered with the same bytes"
+        assert again["ash"] == replies["ash"], "a second request is answered with the same bytes"
     finally:
         engine.close()
         run.close()
@@ -126,7 +138,7 @@ def test_a_client_that_fails_once_is_asked_again(small: Small, tmp_path: Path, f
     faulty("raise-once", BIRCH)
     assert cli("run", small.job(**ODD, rounds__retries=1), "--out", out)[0] == 0
     assert model_of(out) == model_of(calm)
-    sent = [line for line in lines(out / "ledger.jsonl") if line["client"] == "birch" and line["kind"] == "prune"]
+    sent = [line for line in lines(out / "ledger.jsonl") if line["client"] == "birch" and line["kind"] == PruneBlock.KIND]
     assert [line["direction"] for line in sent] == ["down", "down", "up", "down", "up"]
 
 
@@ -156,7 +168,7 @@ def test_a_late_answer_or_a_stranger_does_no_harm(small: Small, tmp_path: Path) 
     def untidy(kind: str, replies: list[Reply]) -> Iterator[Reply]:
         yield "dogwood", b"never asked", None
         for client, answer, error in replies:
-            if kind == "prune" and client == "birch" and not late:
+            if kind == PruneBlock.KIND and client == "birch" and not late:
                 late.append((client, answer, error))
                 yield client, None, "no answer in 1 s (rounds.timeout)"
                 continue
@@ -177,18 +189,18 @@ def test_an_answer_to_another_ask_is_refused(small: Small, tmp_path: Path) -> No
 
     def stuck(kind: str, replies: list[Reply]) -> Iterator[Reply]:
         for reply in replies:
-            if kind == "prune" and reply[0] == "birch":
+            if kind == PruneBlock.KIND and reply[0] == "birch":
                 first.append(reply)
                 reply = first[0]
             yield reply
 
-    with pytest.raises(FedgroveError, match="client 'birch': its answer was refused: it answers another ask"):
+    with pytest.raises(FedgroveError, match="client 'birch': its answer was refused: it answers another request"):
         run_with(small, tmp_path / "run", stuck)
 
 
 def test_an_engine_that_forgets_a_client_does_not_make_a_smaller_federation(small: Small, tmp_path: Path) -> None:
     def forgetful(kind: str, replies: list[Reply]) -> list[Reply]:
-        return [reply for reply in replies if kind != "prune" or reply[0] != "birch"]
+        return [reply for reply in replies if kind != PruneBlock.KIND or reply[0] != "birch"]
 
     with pytest.raises(FedgroveError, match="client 'birch': it gave no answer"):
         run_with(small, tmp_path / "run", forgetful)
@@ -197,7 +209,7 @@ def test_an_engine_that_forgets_a_client_does_not_make_a_smaller_federation(smal
 def test_sites_are_sorted_and_errors_come_as_answers(small: Small, tmp_path: Path) -> None:
     job = load(small.job(clients=list(reversed(small.spec()["clients"]))))
     engine = server.local_engine(job, tmp_path)
-    assert engine.sites() == sorted(CLIENTS)
-    replies = list(engine.ask("no such kind", {"ash": wire.pack({}, {}), "birch": b"noise"}))
+    assert engine.clients() == sorted(CLIENTS)
+    replies = list(engine.request("no such kind", {"ash": wire.pack({}, {}), "birch": b"noise"}))
     assert [(client, answer) for client, answer, _ in replies] == [("ash", None), ("birch", None)]
     assert all(error and "\n" not in error for _, _, error in replies)

@@ -21,9 +21,10 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import Experts
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint, save_tensors
-from fedgrove.rounds.capabilities import Capabilities, make_plan
+from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.prune.config import Config as PruneStage
 from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.plan import make_plan
 from fedgrove.stages.prune.pruners import magnitude, pruner_for, sparsegpt
 from test_architectures import EXPERTS, LENGTH, LLAMA, run_job, same_bits, save, some_ids, tensors_of, two
 
@@ -283,7 +284,7 @@ def test_blocks_with_and_without_experts_are_planned_and_pruned(demo: Path, grov
     decoder = Decoder(Checkpoint(tmp_path / "model"))
     assert [len(decoder.block_names(index)) for index in range(3)] == [7, 19, 19]
     stage = PruneStage(kind="prune", pruner="sparsegpt", sparsity=0.5, samples=4, length=LENGTH)
-    share = make_plan(0, stage, decoder, {"a": Capabilities()}, "gram", 0).clients["a"]
+    share = make_plan(0, stage, decoder, {"a": Capabilities()}, 0).clients["a"]
     grams = 8 * (3 * 32**2 + 5 * (32**2 + 24**2))  # q, k and v; o; and for each expert two
     assert share.memory > grams
     run = run_job(tmp_path / "model", tmp_path, two(demo), pruner="wanda", sparsity=0.5)

@@ -18,6 +18,7 @@ from fedgrove import run as server
 from fedgrove.engines.local import LocalEngine
 from fedgrove.job.tables import Job
 from fedgrove.rounds import wire
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from small import LENGTH, SAMPLES, Moment, Small, alive, cli, complaint, free, make_model, one_line, process, result, wait_until
 
 Tell = Callable[..., None]  # see small.faulty
@@ -51,9 +52,9 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"stages__0__sparsity": None, "stages__0__pattern": "4:2"}, ("stages.0", "0 < N < M")),
         ({"stages__0__sparsity": None, "stages__0__pattern": "half"}, ("stages.0.pattern", "half")),
         ({"stages__0__pruner": "sparsegtp"}, ("stages.0.pruner", "magnitude, sparsegpt, wanda")),
-        ({"stages__0__rule": "vote"}, ("stages.0.aggregation", "masks, mean, statistics, votes")),
+        ({"stages__0__aggregation": "vote"}, ("stages.0.aggregation", "fedavg, fedprllm, fedspallm, pooled")),
         ({"stages__0__kind": "prun"}, ("stages.0.kind", "prune")),
-        ({"stages__0__shrink": 0.5, "stages__0__rule": "mean"}, ("stages.0", "shrink", "fedspallm")),
+        ({"stages__0__shrink": 0.5, "stages__0__aggregation": "fedavg"}, ("stages.0", "shrink", "fedspallm")),
         ({"stages__0__sample": 3}, ("stages.0.sample", "no such key")),
         ({"stages__0__rounds": 0}, ("stages.0.rounds", "greater than or equal to 1")),
         (
@@ -438,21 +439,20 @@ def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]) 
     """In this block, what birch answers about the second block is changed on its way."""
 
     class Tampered(LocalEngine):
-        def ask(
+        def request(
             self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
         ) -> Iterator[tuple[str, bytes | None, str | None]]:
-            self.asks = getattr(self, "asks", 0) + (kind == "prune")
-            for client, answer, error in super().ask(kind, messages, timeout):
-                if kind == "prune" and client == "birch" and self.asks == 2 and answer is not None:
+            self.rounds = getattr(self, "rounds", 0) + (kind == PruneBlock.KIND)
+            for client, answer, error in super().request(kind, messages, timeout):
+                if kind == PruneBlock.KIND and client == "birch" and self.rounds == 2 and answer is not None:
                     answer = change(answer)
                 yield client, answer, error
 
     def engine(job: Job, folder: Path, workers: int = 0) -> LocalEngine:
-        return Tampered(list(local(job, folder, workers)._sites.values()))
+        return Tampered(server.local_clients(job, server.open_model(job.model), folder), workers)
 
-    local = server.local_engine
     with monkeypatch.context() as patch:
-        patch.setattr(server, "local_engine", engine)
+        patch.setattr("fedgrove.api.local_engine", engine)
         yield
 
 

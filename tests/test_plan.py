@@ -71,7 +71,7 @@ def test_a_model_of_experts_that_nobody_has_tried_is_refused_by_name(tmp_path: P
         Decoder(Checkpoint(tmp_path / "moe"))
 
 
-def test_a_card_with_impossible_numbers_is_refused() -> None:
+def test_capabilities_with_impossible_numbers_are_refused() -> None:
     for lie in ({"speed": float("inf")}, {"sparsity": float("nan")}, {"memory": -1}, {"samples": 0}, {"secret": 1}):
         with pytest.raises(ValidationError):
             Capabilities(**lie)

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from fedgrove.client.handlers import HANDLERS, LocalClient
 from safetensors.torch import load_file
 
+from fedgrove.client.local_client import LocalClient
 from fedgrove.models.masks import Target, lowest
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.stages.prune.aggregation import Options
-from fedgrove.stages.prune.aggregation import fedprllm as masks
-from fedgrove.stages.prune.aggregation import fedspallm as votes
+from fedgrove.rounds.request import CHANGE, Response
+from fedgrove.stages.prune.aggregation import Options, fedprllm, fedspallm
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from small import Small, cli, complaint
 
 
-@pytest.mark.parametrize("aggregation", [votes, masks])
+@pytest.mark.parametrize("aggregation", [fedspallm, fedprllm])
 @pytest.mark.parametrize("lie", ["last", "opposite", "huge"])
 def test_one_poisoned_client_of_eight_moves_the_mask_by_its_vote_at_most(aggregation: object, lie: str) -> None:
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def test_one_poisoned_client_of_eight_moves_the_mask_by_its_vote_at_most(aggrega
     sums = WeightedSum()
     for mask in [*kept[:7], poisoned]:
         value = dense * mask * (1e6 if lie == "huge" and mask is poisoned else 1.0)
-        sums.add(value if aggregation is votes else None, mask)
+        sums.add(value if aggregation is fedspallm else None, mask)
     _, result = aggregation.finish(dense, sums, target, Options())  # type: ignore[attr-defined]
     assert int((~result).sum()) == target.num_pruned(dense.numel())
     # whatever it sent, no weight is kept over another that more than one honest vote speaks for
@@ -73,7 +73,7 @@ def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() 
     for value in [*honest, 1000 * dense]:
         sums.add(value * mask, mask)
         plain.add(value * mask, mask)
-    weight, _ = votes.finish(dense, sums, target, Options())
+    weight, _ = fedspallm.finish(dense, sums, target, Options())
     lowest_, highest = torch.stack(honest).amin(0), torch.stack(honest).amax(0)
     assert ((weight >= lowest_) & (weight <= highest))[mask].all()
     assert not ((plain.mean() >= lowest_) & (plain.mean() <= highest))[mask].any()
@@ -82,7 +82,7 @@ def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages__0__rule": "mean"}, 'trim belongs to aggregation = "fedspallm"'),
+        ({"stages__0__aggregation": "fedavg"}, 'trim belongs to aggregation = "fedspallm"'),
         ({"stages__0__trim": 2}, "set it to 1 at most"),
         ({"privacy__secure_aggregation": True, "evaluate__alone": False}, "nobody sees which values"),
     ],
@@ -91,15 +91,22 @@ def test_trimming_that_cannot_be_is_refused(small: Small, changes: dict[str, Any
     assert says in complaint("plan", small.job("trim", **{"stages__0__trim": 1, **changes}))
 
 
+def poison(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
+    """From now on one client sends weights that many times too large."""
+    honest = PruneBlock.respond
+
+    def respond(request: PruneBlock, tensors: Any, client: LocalClient, device: str) -> Response:
+        response = honest(request, tensors, client, device)
+        if client.name != name:
+            return response
+        sent = {key: factor * value if key.startswith(CHANGE) else value for key, value in response.tensors.items()}
+        return Response(sent, response.reply)
+
+    monkeypatch.setattr(PruneBlock, "respond", respond)
+
+
 def test_a_job_trims_what_a_liar_sends(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = HANDLERS["prune"]
-
-    def poison(tensors: Any, info: Any, site: LocalClient, device: str) -> Any:
-        answer, told = honest(tensors, info, site, device)
-        factor = 1000 if site.name == "birch" else 1
-        return {name: factor * tensor if name.startswith("change/") else tensor for name, tensor in answer.items()}, told
-
-    monkeypatch.setitem(HANDLERS, "prune", poison)
+    poison(monkeypatch, "birch", 1000)
     largest = {}
     for trim in (0, 1):
         job = small.job(f"trim-{trim}", stages__0__trim=trim, evaluate={})
@@ -112,14 +119,7 @@ def test_a_job_trims_what_a_liar_sends(small: Small, tmp_path: Path, monkeypatch
 def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = HANDLERS["prune"]
-
-    def poison(tensors: Any, info: Any, site: LocalClient, device: str) -> Any:
-        answer, told = honest(tensors, info, site, device)
-        factor = 100 if site.name == "birch" else 1
-        return {name: factor * tensor if name.startswith("change/") else tensor for name, tensor in answer.items()}, told
-
-    monkeypatch.setitem(HANDLERS, "prune", poison)
+    poison(monkeypatch, "birch", 100)
     spec = {"evaluate": {}, "stages__0__max_weight_growth": 4.0}
     words = complaint("run", small.job("bound", **spec), "--out", tmp_path / "run")
     assert "client 'birch': its answer was refused" in words

@@ -230,12 +230,12 @@ def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
 
     sealed, revealed = federation.sealed["c000"], federation.revealed["c000"]
     shares, opened = Shares(stage=0, session=session, adverts={}), Open(stage=0, session=session, signatures={})
-    shares.check({}, Ciphertexts(sealed_shares=sealed), None)
-    opened.check({}, Revealed.model_validate({"shares": revealed}), None)
+    shares.check_reply(Ciphertexts(sealed_shares=sealed))
+    opened.check_reply(Revealed.model_validate({"shares": revealed}))
     with pytest.raises(WireError, match="to clients that are not asked"):
-        shares.check({}, Ciphertexts(sealed_shares={**sealed, "zed": sealed["c001"]}), None)
+        shares.check_reply(Ciphertexts(sealed_shares={**sealed, "zed": sealed["c001"]}))
     with pytest.raises(WireError, match="of clients that were not asked"):
-        opened.check({}, Revealed.model_validate({"shares": {**revealed, "zed": revealed["c001"]}}), None)
+        opened.check_reply(Revealed.model_validate({"shares": {**revealed, "zed": revealed["c001"]}}))
     share = revealed["c001"]["self"]
     for value in (1, "00", "zz" * sharing.SHARE_BYTES):
         with pytest.raises(ValidationError):

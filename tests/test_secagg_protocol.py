@@ -137,7 +137,7 @@ def test_requests_carry_the_protocol(tmp_path: Path) -> None:
         assert received.digest == request.digest
         reply = received.respond({}, clients[name], "cpu").reply
         reply = request.REPLY.model_validate_json(reply.model_dump_json())
-        request.check({}, reply, None)
+        request.check_reply(reply)
         return reply
 
     adverts = {name: Advert(**said(name, exchange.Keys(stage=0, session=session)).model_dump()) for name in names}

@@ -22,7 +22,8 @@ from fedgrove.rounds.wire import CHANGE, WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.aggregation.pooled import Statistic
-from fedgrove.stages.prune.calibration_pass import watching
+from fedgrove.stages.prune.calibration_pass import shared_inputs
+from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
@@ -76,8 +77,8 @@ def prune(
     )
     wanted = load(job)
     run = RunFolder(folder / "run", wanted)
-    sites = server.local_engine(wanted, run.path / "clients")._sites
-    server.run_job(wanted, engine(list(sites.values())), run)
+    local_clients = server.local_clients(wanted, server.open_model(wanted.model), run.path / "clients")
+    server.run_job(wanted, engine(local_clients), run)
     run.close()
     tensors = json.loads((run.path / "pruning.json").read_text())["tensors"]
     return {row["name"]: (row["sha256"], row["pruned"], row["clients"]) for row in tensors}
@@ -107,11 +108,11 @@ def test_four_unequal_owners_get_the_bits_of_the_pooled_data(
 class Birchless(LocalEngine):
     """An engine on which one client is never reached again once the run has begun."""
 
-    def ask(
+    def request(
         self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
-        for client, answer, error in super().ask(kind, messages, timeout):
-            yield (client, None, "gone") if client == "birch" and kind == "pooled" else (client, answer, error)
+        for client, answer, error in super().request(kind, messages, timeout):
+            yield (client, None, "gone") if client == "birch" and kind == SumInputs.KIND else (client, answer, error)
 
 
 @pytest.mark.parametrize("pruner", ["wanda", "sparsegpt"])
@@ -154,7 +155,7 @@ def test_a_protected_first_block_is_asked_of_nobody(small: Small, owners: dict[s
         assert clients == ([] if ".0." in name else sorted(SHARES))
         assert pruned > 0
     ledger = lines(tmp_path / "protected" / "run" / "ledger.jsonl")
-    assert sum(line["kind"] == "pooled" and line["direction"] == "up" for line in ledger) == len(SHARES)
+    assert sum(line["kind"] == SumInputs.KIND and line["direction"] == "up" for line in ledger) == len(SHARES)
 
 
 def test_fixed_point_agrees_with_floating_point() -> None:
@@ -197,7 +198,7 @@ def _answer() -> dict[str, torch.Tensor]:
 )
 def test_numbers_that_are_no_sums_of_squares_and_products_are_refused(name: str, value: int, says: str) -> None:
     answer = _answer()
-    check = ({"a": torch.ones(5)}, {"a": True}, 2, 2**60)
+    check = ({"a": 5}, ["a"], 2, 2**60)
     statistics.check_sums(answer, *check)
     answer[f"{CHANGE}a/{name}"][1] = value
     with pytest.raises(WireError, match=says):
@@ -206,11 +207,11 @@ def test_numbers_that_are_no_sums_of_squares_and_products_are_refused(name: str,
 
 def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], tmp_path: Path) -> None:
     class Liar(LocalEngine):
-        def ask(
+        def request(
             self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
         ) -> Iterator[tuple[str, bytes | None, str | None]]:
-            for client, answer, error in super().ask(kind, messages, timeout):
-                if client == "cedar" and kind == "pooled" and answer is not None:
+            for client, answer, error in super().request(kind, messages, timeout):
+                if client == "cedar" and kind == SumInputs.KIND and answer is not None:
                     tensors, info = wire.unpack(answer)
                     answer = wire.pack(tensors, {**info, "tokens": 10 * info["tokens"]})
                 yield client, answer, error
@@ -228,16 +229,16 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
         ({"stages__0__mixed": True}, "mixed: pruner"),
         ({"stages__0__damping": "each"}, "damping: pruner"),
         ({"clients__0__sparsity": 0.6}, "clients.sparsity: with aggregation"),
-        ({"stages__0__rule": "fedspallm", "stages__0__source": "dense", "stages__0__rounds": 2}, "a second round"),
+        ({"stages__0__aggregation": "fedspallm", "stages__0__source": "dense", "stages__0__rounds": 2}, "a second round"),
     ],
 )
 def test_what_does_not_go_together_is_refused(small: Small, changes: dict[str, object], says: str) -> None:
-    spec = {"stages__0__rule": "pooled", **changes}
+    spec = {"stages__0__aggregation": "pooled", **changes}
     assert says in complaint("plan", small.job("refused", **spec))
 
 
 def test_the_plan_shows_the_bytes_of_each_choice_and_what_leaks(small: Small) -> None:
-    job = small.job("choices", stages__0__rule="pooled")
+    job = small.job("choices", stages__0__aggregation="pooled")
     status, out, _ = cli("plan", job)
     assert status == 0
     for words in ("wanda", "sparsegpt, mixed", "protect_first_block"):
@@ -257,7 +258,7 @@ def test_the_plan_shows_the_bytes_of_each_choice_and_what_leaks(small: Small) ->
     sent = sum(
         row["bytes"]
         for row in lines(run / "ledger.jsonl")
-        if row["client"] == "ash" and row["kind"] == "pooled" and row["direction"] == "up"
+        if row["client"] == "ash" and row["kind"] == SumInputs.KIND and row["direction"] == "up"
     )
     assert sent == pytest.approx(choices["wanda"], rel=0.4)  # little data: names and headers are a good part of it
 
@@ -272,7 +273,7 @@ def test_wanda_takes_a_thousandth_of_a_160m_llama() -> None:
     assert 150e6 < dense / 2 < 170e6
     block = find_blocks(model)[1][0]
     sums = {}
-    with watching(block, lambda name: InputStatistics("nothing")) as inputs, init_empty_weights():
+    with shared_inputs(block, lambda name: InputStatistics("nothing")) as inputs, init_empty_weights():
         hidden = torch.empty(1, 4, 768, device="meta")
         block(hidden, position_embeddings=(hidden[..., :64], hidden[..., :64]))
     torch.manual_seed(0)

@@ -46,8 +46,8 @@ def collect(
         messages: for each client its request and the tensors beside it; all requests are of one type.
         layout: the model at the server, by which requests say what they expect.
         clock: what the messages would take on the clients' own machines; the ledger then tells it.
-        masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and
-            only names, shapes and dtypes are checked.
+        masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and of
+            the tensors only names, shapes and dtypes are checked.
 
     Yields:
         client, tensors, reply.
@@ -155,6 +155,7 @@ def _read(client: str, response: bytes, request: Request, layout: Decoder | None
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise wire.WireError(f"its reply is not understood ({where:.80})") from error
     wire.check(tensors, request.expected(layout))
+    request.check_reply(reply)
     if not masked:
         request.check(tensors, reply, layout)
     return Answer(client, tensors, reply)

@@ -1,9 +1,10 @@
 """Requests: one typed, frozen message to one client. Both halves of an exchange live in one file.
 
 A request type says, in the file that owns it, what a client is asked (its fields), what the client does
-(:meth:`Request.respond`), what its response has to hold (:meth:`Request.expected`, :meth:`Request.check`) and what the response
-discloses of the client's text (:attr:`Request.DISCLOSES`). Nothing else in fedgrove repeats any of it: the plan, the report,
-the model card, the table in docs/security.md and a site's policy read it from the type.
+(:meth:`Request.respond`), what its response has to hold (:meth:`Request.expected`, :meth:`Request.check_reply`,
+:meth:`Request.check`) and what the response discloses of the client's text (:attr:`Request.DISCLOSES`). Nothing else in
+fedgrove repeats any of it: the plan, the report, the model card, the table in docs/security.md and a site's policy read it from
+the type.
 
 A type's name on the wire is ``room/file``: ``prune/block`` is the request type of ``fedgrove/stages/prune/exchanges/block.py``,
 and where a file holds several, ``room/file/part``. Besides the kinds of stage two rooms have exchanges: ``rounds``, and
@@ -102,8 +103,17 @@ class Request(BaseModel):
         """
         return {}
 
+    def check_reply(self, reply: Reply) -> None:
+        """Refuses a reply that cannot be right. It is called for every response, also where its tensors are masked.
+
+        Raises:
+            WireError: says what is wrong, in one line.
+        """
+
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         """Refuses a response whose tensors have the right names, shapes and dtypes and cannot be right all the same.
+
+        It is not called where tensors are masked: then no value can be told from random, and the sum is checked instead.
 
         Raises:
             WireError: says what is wrong, in one line.

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.models.blocks import Decoder
 from fedgrove.privacy.release import agree_on_survivors
 from fedgrove.privacy.secagg import client as protocol
 from fedgrove.privacy.secagg import keys
@@ -104,7 +103,7 @@ class Shares(_Phase):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         return Response({}, Ciphertexts(sealed_shares=protocol.share(*self._own(client), self.adverts)))
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Ciphertexts)
         if not reply.sealed_shares.keys() <= set(self.session.clients):
             raise WireError("it sends shares to clients that are not asked")
@@ -139,7 +138,7 @@ class Open(_Phase):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         return Response({}, Revealed.model_validate({"shares": protocol.reveal(*self._own(client), self.signatures)}))
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Revealed)
         if not reply.shares.keys() <= set(self.session.clients):
             raise WireError("it reveals shares of clients that were not asked")

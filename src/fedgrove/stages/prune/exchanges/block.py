@@ -149,6 +149,11 @@ class PruneBlock(Request):
                 expected[CHANGE + name] = (blank.shape, blank.dtype if self.fixed_point is None else torch.int64)
         return expected
 
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Tokens)
+        if reply.tokens != self.tokens:
+            raise WireError(f"it claims {reply.tokens} tokens, not {self.tokens}")
+
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         assert layout is not None
         target = self.recipe.target(self.block)

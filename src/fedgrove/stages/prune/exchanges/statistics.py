@@ -142,11 +142,13 @@ class SumInputs(Request):
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         return expected(self.widths, self.products, self.moments)
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
         tokens = self.calibration.samples * self.calibration.length
         if reply.tokens != tokens:
             raise WireError(f"it claims {reply.tokens} tokens, not {tokens}")
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         moments = self.calibration.length if self.moments else 0
         check_sums(tensors, self.widths, self.products, self.calibration.samples, self.limit, moments=moments)
 

@@ -78,10 +78,13 @@ class ScoreGroups(Request):
             for kind in kinds
         }
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
-        if reply.tokens != self.calibration.samples * self.calibration.length:
-            raise WireError(f"it claims {reply.tokens} tokens, not {self.calibration.samples * self.calibration.length}")
+        tokens = self.calibration.samples * self.calibration.length
+        if reply.tokens != tokens:
+            raise WireError(f"it claims {reply.tokens} tokens, not {tokens}")
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         check_values(tensors, score_of(self.score).SIGNED, self.limit)
 
     def beyond(self, config: object) -> str | None:

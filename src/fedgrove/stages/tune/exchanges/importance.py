@@ -70,9 +70,11 @@ class ScoreLinears(TuneRequest):
         number = len(list(layout.linear_names()))
         return {IMPORTANCE: (torch.Size([number]), torch.float64 if self.whole is None else torch.int32)}
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
         check_tokens(reply.tokens, self.tokens)
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.whole is not None:
             fixed_point.check(tensors, self.whole.weight)
 

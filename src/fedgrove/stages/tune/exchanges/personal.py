@@ -71,7 +71,7 @@ class ComparePersonal(TuneRequest):
             shutil.rmtree(out, ignore_errors=True)
         return Response({}, Losses(shared=shared, own=own))
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Losses)
         losses = [reply.shared, reply.own]
         if losses != [None, None] and not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -227,12 +226,15 @@ class Train(TuneRequest):
             for part, spec in self.method.expected(shapes[name], rank, dtype, self.shared_a).items()
         }
 
-    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+    def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
         check_tokens(reply.tokens, self.tokens)
+        told = self.whole is None and not self.noisy  # else it is in the sum, or nobody may be told
+        if (reply.loss is not None) != told:
+            raise WireError("its loss is not a finite number" if told else "it tells a loss that nobody asked for")
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.whole is None:
-            if (reply.loss is None) != self.noisy or (reply.loss is not None and not math.isfinite(reply.loss)):
-                raise WireError("its loss is not a finite number")
             return
         fixed_point.check(tensors, self.whole.weight)
         for name, tensor in tensors.items():

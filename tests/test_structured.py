@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedgrove import run as server
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
@@ -26,19 +27,20 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE
 from fedgrove.runfolder import RunFolder
+from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups
 from fedgrove.stages.structured.gradients import group_products
-from fedgrove.stages.structured.scores import LARGEST, fisher, fixed_point, taylor
+from fedgrove.stages.structured.scores import fisher, taylor
 from fedgrove.stages.structured.stage import cut_block
 from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
 
-NARROW = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH}
+CUT = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH}
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 3, "length": LENGTH, "batches": [4], "ranks": [4], "bits": [32],
     "learning_rate": 0.01,
 }  # fmt: skip
-STAGES = [NARROW]
+STAGES = [CUT]
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -50,7 +52,7 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def narrowing(run: Path) -> dict[str, Any]:
+def told_by(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "structured.json").read_text())
     return found
 
@@ -125,9 +127,7 @@ def test_a_llama_whose_heads_no_longer_divide_its_width_is_written_as_a_mistral(
 
     folder = make_model(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
     run = tmp_path / "run"
-    assert (
-        cli("run", small.job("mistral", model={"path": str(folder)}, stages=[{**NARROW, "heads": 0.25}]), "--out", run)[0] == 0
-    )
+    assert cli("run", small.job("mistral", model={"path": str(folder)}, stages=[{**CUT, "heads": 0.25}]), "--out", run)[0] == 0
     config = config_of(run)
     assert config["architectures"] == ["MistralForCausalLM"]
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (6, 3, 8)
@@ -161,7 +161,7 @@ def test_products_are_those_of_weights_and_their_gradients(name: str, tmp_path: 
     folder = save(name, tmp_path / "model", grove, torch.float32)
     decoder = Decoder(Checkpoint(folder))
     ids = some_ids(3)
-    with torch.no_grad():  # as the handlers are called
+    with torch.no_grad():  # as clients respond to requests
         found = dict(group_products(decoder, ids, Kept()))
     assert list(found) == list(reversed(range(len(decoder))))
     model = plain(folder)
@@ -187,9 +187,9 @@ def test_every_linear_that_reads_or_makes_a_group_is_named_by_its_family(tmp_pat
 
 def test_sums_depend_on_no_order_and_on_no_owner() -> None:
     products = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for aggregation in (fisher, taylor):
-        whole = fixed_point(aggregation.weigh(products), LARGEST)
-        parts = [fixed_point(aggregation.weigh(part), LARGEST) for part in products.flip(0).split([5, 1, 6])]
+    for score in (fisher, taylor):
+        whole = CODE.encode_sum(score.weigh(products), LARGEST)
+        parts = [CODE.encode_sum(score.weigh(part), LARGEST) for part in products.flip(0).split([5, 1, 6])]
         assert torch.equal(whole, sum(parts[1:], parts[0]))
     assert torch.allclose(fisher.finish(whole), whole)
     assert (taylor.finish(whole) >= 0).all()
@@ -197,8 +197,20 @@ def test_sums_depend_on_no_order_and_on_no_owner() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_gradients_that_do_not_fit_are_refused(value: float) -> None:
-    with pytest.raises(FedgroveError, match="not finite or too large"):
-        fixed_point(torch.tensor([[1.0, value]], dtype=torch.float64), LARGEST)
+    with pytest.raises(FedgroveError, match="not finite, or too large"):
+        CODE.encode_sum(torch.tensor([[1.0, value]], dtype=torch.float64), LARGEST)
+
+
+def test_a_client_whose_gradients_do_not_fit_says_what_would_do(small: Small, tmp_path: Path) -> None:
+    job = load(small.job("large", stages=STAGES))
+    client = server.local_clients(job, server.open_model(job.model), tmp_path)[0]
+    calibration = Calibration(stage=0, samples=1, length=LENGTH, seed="0/0", through="gradients")
+    request = ScoreGroups(stage=0, score="fisher", calibration=calibration, limit=1)
+    with pytest.raises(FedgroveError) as error, torch.no_grad():
+        request.respond({}, client, "cpu")
+    assert str(error.value) == (
+        "client 'ash': the gradients of its text are not finite or too large; try model.dtype = \"float32\""
+    )
 
 
 # A whole stage
@@ -209,7 +221,7 @@ def test_every_block_loses_the_same_and_a_plain_configuration_says_so(small: Sma
     config = config_of(run)
     assert (config["intermediate_size"], config["num_attention_heads"], config["num_key_value_heads"]) == (72, 2, 1)
     assert config["head_dim"] == 16
-    told = narrowing(run)
+    told = told_by(run)
     assert [(len(row["channels"]), len(row["heads"])) for row in told["blocks"]] == [(24, 1), (24, 1)]
     assert told["clients"] == list(CLIENTS)
     assert told["tokens"] == 3 * 3 * LENGTH
@@ -225,7 +237,7 @@ def test_every_block_loses_the_same_and_a_plain_configuration_says_so(small: Sma
 
 
 def test_what_was_cut_is_what_matters_least_to_all_text_together(small: Small) -> None:
-    run = small.undisturbed(stages=[{**NARROW, "heads": 0.0}])
+    run = small.undisturbed(stages=[{**CUT, "heads": 0.0}])
     decoder = Decoder(Checkpoint(small.model))
     job = load(run / "job.toml")
     from fedgrove.data.windows import calibration_windows
@@ -236,12 +248,12 @@ def test_what_was_cut_is_what_matters_least_to_all_text_together(small: Small) -
     for block in (0, 1):
         linear = model.get_submodule(f"{decoder.prefix}.{block}.mlp.down_proj")
         score = reference(model, linear, ids, 96).square().sum(0)
-        assert sorted(score.argsort()[:24].tolist()) == narrowing(run)["blocks"][block]["channels"]
+        assert sorted(score.argsort()[:24].tolist()) == told_by(run)["blocks"][block]["channels"]
 
 
 def test_scores_choose_and_the_models_differ(small: Small) -> None:
-    one, other = small.undisturbed(stages=STAGES), small.undisturbed(stages=[{**NARROW, "score": "taylor"}])
-    assert narrowing(one)["blocks"] != narrowing(other)["blocks"]
+    one, other = small.undisturbed(stages=STAGES), small.undisturbed(stages=[{**CUT, "score": "taylor"}])
+    assert told_by(one)["blocks"] != told_by(other)["blocks"]
 
 
 def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
@@ -262,7 +274,7 @@ def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
         job = small.job(name, clients=clients, stages=STAGES, evaluate={})
         assert cli("run", job, "--out", folder / "run")[0] == 0
         runs.append(folder / "run")
-    assert narrowing(runs[0])["tokens"] == narrowing(runs[1])["tokens"]
+    assert told_by(runs[0])["tokens"] == told_by(runs[1])["tokens"]
     assert same(*runs)
 
 
@@ -288,7 +300,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, mom
     undisturbed = small.undisturbed(stages=STAGES)
     assert same(tmp_path / "run", undisturbed)
     assert measurements(tmp_path / "run") == measurements(undisturbed)
-    assert narrowing(tmp_path / "run") == narrowing(undisturbed)
+    assert told_by(tmp_path / "run") == told_by(undisturbed)
 
 
 class Meddling:
@@ -297,12 +309,12 @@ class Meddling:
     def __init__(self, engine: Engine, does: str):
         self.engine, self.does = engine, does
 
-    def sites(self) -> list[str]:
-        return self.engine.sites()
+    def clients(self) -> list[str]:
+        return self.engine.clients()
 
-    def ask(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
-        for client, answer, error in self.engine.ask(kind, messages, timeout):
-            if kind != "structured" or client != "birch" or answer is None:
+    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+        for client, answer, error in self.engine.request(kind, messages, timeout):
+            if kind != ScoreGroups.KIND or client != "birch" or answer is None:
                 yield client, answer, error
             elif self.does == "vanish":
                 yield client, None, "its process died (status -9)"
@@ -338,7 +350,7 @@ def run_meddled(small: Small, out: Path, does: str, **changes: Any) -> list[str]
         ("negative", "change/1/channels is out of range"),
         ("huge", "change/1/channels is out of range"),
         ("shape", "has shape [95], not [96]"),
-        ("tokens", "claims other tokens than 48"),
+        ("tokens", "claims 48000 tokens, not 48"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(small: Small, tmp_path: Path, does: str, why: str) -> None:
@@ -353,7 +365,7 @@ def test_without_a_client_the_model_is_that_of_the_others(small: Small, tmp_path
     others = [{"name": name, "data": str(small.texts[name])} for name in CLIENTS if name != "birch"]
     assert cli("run", small.job("others", stages=STAGES, clients=others), "--out", tmp_path / "others")[0] == 0
     assert same(tmp_path / "run", tmp_path / "others")
-    assert narrowing(tmp_path / "run")["clients"] == ["ash", "cedar"]
+    assert told_by(tmp_path / "run")["clients"] == ["ash", "cedar"]
 
 
 def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path: Path) -> None:
@@ -367,7 +379,7 @@ def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path
 
 @pytest.mark.parametrize("method", ["full", "fedpipe"])
 def test_tuning_recovers_the_narrow_model(small: Small, method: str) -> None:
-    run = small.undisturbed(stages=[NARROW, {**TUNE, "method": method}])
+    run = small.undisturbed(stages=[CUT, {**TUNE, "method": method}])
     narrow = small.undisturbed(stages=STAGES)
     assert mean_perplexity(run, 1) < 0.95 * mean_perplexity(run, 0)
     assert mean_perplexity(run, 0) == mean_perplexity(narrow, 0)
@@ -378,7 +390,7 @@ def test_tuning_recovers_the_narrow_model(small: Small, method: str) -> None:
 
 def test_clients_tune_the_narrow_model_with_its_biases(small: Small, tmp_path: Path, grove: Path) -> None:
     folder = save("qwen2", tmp_path / "model", grove, torch.float32)
-    job = small.job("biases", model={"path": str(folder)}, stages=[{**NARROW, "heads": 0.5}, TUNE], evaluate__alone=False)
+    job = small.job("biases", model={"path": str(folder)}, stages=[{**CUT, "heads": 0.5}, TUNE], evaluate__alone=False)
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     assert mean_perplexity(tmp_path / "run", 1) < mean_perplexity(tmp_path / "run", 0)
     assert weights(tmp_path / "run")["model.layers.0.self_attn.q_proj.bias"].shape == (16,)
@@ -398,19 +410,17 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     assert "Structured pruning of 25% of the channels and 50% of the heads" in card
     assert "exact zeros" not in card
     sent = [
-        line["bytes"]
-        for line in lines(run / "ledger.jsonl")
-        if (line["kind"], line["direction"]) == ("structured/scores", "up")
+        line["bytes"] for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == (ScoreGroups.KIND, "up")
     ]
     assert max(sent) < 4000, "a number for each of 196 groups, and names"
 
 
 def test_the_plan_says_what_goes_and_what_it_takes(small: Small) -> None:
-    job = small.job("plan", stages=[NARROW, TUNE])
+    job = small.job("plan", stages=[CUT, TUNE])
     plans = json.loads(cli("plan", job, "--json")[1])
     assert plans[0]["before"] == {"channels": 96, "heads": 2}
     assert plans[0]["after"] == {"channels": 72, "heads": 1}
-    assert plans[0]["parameters"] == narrowing(small.undisturbed(stages=STAGES))["parameters"]
+    assert plans[0]["parameters"] == told_by(small.undisturbed(stages=STAGES))["parameters"]
     assert all(share["memory"] > 0 and share["upload"] > 0 for share in plans[0]["clients"].values())
     assert "24 of 96 channels and 2 of 4 heads" in " ".join(cli("plan", job)[1].split())
 
@@ -418,12 +428,15 @@ def test_the_plan_says_what_goes_and_what_it_takes(small: Small) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stages": [{**NARROW, "channels": 0.0, "heads": 0.0}]}, ("stages.0", "nothing is cut")),
-        ({"stages": [{**NARROW, "heads": 0.25}]}, ("stages.0.heads", "0.25 of 2 groups of heads is none", "give 0.5 or more")),
-        ({"stages": [{**NARROW, "score": "best"}]}, ("stages.0.score", "fisher, taylor")),
-        ({"stages": [TUNE, NARROW]}, ("stages.1.kind", "first stage")),
+        ({"stages": [{**CUT, "channels": 0.0, "heads": 0.0}]}, ("stages.0", "nothing is cut")),
         (
-            {"stages": [NARROW, {"kind": "prune", "sparsity": 0.5, "samples": 3, "length": LENGTH}]},
+            {"stages": [{**CUT, "heads": 0.25}]},
+            ("stages.0.heads", "0.25 of 2 groups of heads is none", "give 0.5 or more"),
+        ),
+        ({"stages": [{**CUT, "score": "best"}]}, ("stages.0.score", "fisher, taylor")),
+        ({"stages": [TUNE, CUT]}, ("stages.1.kind", "first stage")),
+        (
+            {"stages": [CUT, {"kind": "prune", "sparsity": 0.5, "samples": 3, "length": LENGTH}]},
             ("stages.1.kind", "two jobs"),
         ),
         ({"stages": STAGES, "clients__0__memory": "1MiB"}, ("client 'ash'", "MiB of memory", "lower length")),

@@ -1,4 +1,4 @@
-"""Rules against the papers' formulas written out position by position, and the promises that hold for every one of them."""
+"""Aggregations against the papers' formulas written out position by position, and what holds for every one of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.models.masks import Target
-from fedgrove.rounds.aggregator import weighted_sum as fold
+from fedgrove.rounds.aggregator import weighted_sum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.stages.prune.aggregation import Options
 from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import magnitude
 
-RULES = ["fedspallm", "fedavg", "fedprllm"]
+AGGREGATIONS = ["fedspallm", "fedavg", "fedprllm"]
 PAPER = Options()
 TARGETS = [Target(0.5), Target(0.7), Target(0.3), Target.of(None, (2, 4)), Target.of(None, (4, 8))]
 
@@ -93,15 +93,15 @@ def fedspallm(clients: list[Client], target: Target, options: Options = PAPER) -
     return weight.to(clients[0].weight.dtype), mask
 
 
-def test_the_example_in_fold_is_true() -> None:
-    result = doctest.testmod(fold)
+def test_the_example_of_the_weighted_sum_is_true() -> None:
+    result = doctest.testmod(weighted_sum)
     assert result.attempted > 3
     assert result.failed == 0
 
 
 @pytest.mark.parametrize("options", [Options(), Options(shrink=0.5), Options(expand=False), Options(1.0, False)], ids=str)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_votes_is_fedspallm(target: Target, options: Options) -> None:
+def test_fedspallm_is_the_published_one(target: Target, options: Options) -> None:
     before, clients = make_clients(5, target)
     weight, mask = finish("fedspallm", before, clients, target, options)
     expected, expected_mask = fedspallm(clients, target, options)
@@ -109,7 +109,7 @@ def test_votes_is_fedspallm(target: Target, options: Options) -> None:
     assert torch.allclose(weight, expected, rtol=1e-6, atol=0)
 
 
-def test_votes_weighs_clients_by_the_inverse_of_their_probability() -> None:
+def test_fedspallm_weighs_clients_by_the_inverse_of_their_probability() -> None:
     target = Target(0.6)
     before, clients = make_clients(4, target)
     for client, scale in zip(clients, (1.0, 1.0, 1.5, 6.0), strict=True):
@@ -183,7 +183,7 @@ def test_the_zeros_are_those_with_the_fewest_votes(target: Target) -> None:
             assert vote[~kept].max() <= vote[kept].min()
 
 
-@pytest.mark.parametrize("aggregation", RULES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_a_target_is_met_exactly(aggregation: str, target: Target) -> None:
     for shape in ((3, 8), (16, 72)):
@@ -192,7 +192,7 @@ def test_a_target_is_met_exactly(aggregation: str, target: Target) -> None:
         assert int((~mask).sum()) == target.num_pruned(mask.numel())
 
 
-@pytest.mark.parametrize("aggregation", RULES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 4), (3, 4)], ids=str)
 def test_a_pattern_stays_a_pattern(aggregation: str, pattern: tuple[int, int]) -> None:
     n, m = pattern
@@ -203,7 +203,7 @@ def test_a_pattern_stays_a_pattern(aggregation: str, pattern: tuple[int, int]) -
     assert ((weight != 0).view(-1, m).sum(1) <= n).all()
 
 
-@pytest.mark.parametrize("aggregation", RULES)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_the_order_of_the_clients_changes_no_bit(aggregation: str) -> None:
     """Rounds add by name; here even the order of the sum changes, and float64 hides it."""
     target = Target(0.5)
@@ -242,7 +242,7 @@ def test_one_poisoned_client_of_eight_moves_no_position_by_more_than_its_vote(ag
         assert ((honest_votes[moved]) == line).all()  # values settle ties and nothing more
 
 
-def test_mean_is_the_mean_by_tokens_zeros_counted() -> None:
+def test_fedavg_is_the_mean_by_tokens_zeros_counted() -> None:
     target = Target(0.5)
     before, clients = make_clients(4, target)
     weight, mask = finish("fedavg", before, clients, target)
@@ -256,7 +256,7 @@ def test_mean_is_the_mean_by_tokens_zeros_counted() -> None:
     assert torch.allclose(dense[0], expected.float(), rtol=1e-6)
 
 
-def test_masks_is_fedprllm_the_values_are_those_of_before() -> None:
+def test_fedprllm_keeps_the_values_of_before() -> None:
     target = Target(0.5)
     before, clients = make_clients(6, target)
     weight, mask = finish("fedprllm", before, clients, target)
@@ -269,7 +269,7 @@ def test_masks_is_fedprllm_the_values_are_those_of_before() -> None:
     assert torch.equal(weight[mask], before[mask])
 
 
-def test_masks_counts_more_clients_than_a_byte_holds() -> None:
+def test_fedprllm_counts_more_clients_than_a_byte_holds() -> None:
     """The published code counts in int8 and wraps at 128."""
     before = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
     sums = WeightedSum()
