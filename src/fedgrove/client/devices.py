@@ -19,5 +19,5 @@ def other_devices(client: LocalClient, first: torch.device) -> list[torch.device
         return []
     start, present = first.index or 0, torch.get_device_module(first).device_count()
     if start + number > present:
-        raise FedgroveError(f"devices = {number}, but from {first} on there are {present - start}; fix clients.devices")
+        raise FedgroveError(f"devices = {number}, but from {first} on there are {present - start}", "fix clients.devices")
     return [torch.device(first.type, start + i) for i in range(1, number)]

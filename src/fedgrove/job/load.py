@@ -69,7 +69,7 @@ def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, si
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FedgroveError(f"{path}: no such job file; `fedgrove init` writes one") from error
+        raise FedgroveError(f"{path}: no such job file", "`fedgrove init` writes one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FedgroveError(f"{path}: not TOML: {error}") from error
     for change in changes:
@@ -101,9 +101,9 @@ def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
     for i, client in enumerate(clients if isinstance(clients, list) else []):
         for key in client if isinstance(client, dict) else ():
             if key != "name":
-                raise FedgroveError(f"{path}: clients.{i}.{key}: in a federation the site's own file says that; leave it out")
+                raise FedgroveError(f"{path}: clients.{i}.{key}: in a federation the site's own file says that", "leave it out")
         if sites and isinstance(client, dict) and client.get("name") not in sites:
-            raise FedgroveError(f"{path}: clients.{i}.name: {client.get('name')!r} is no site; there are {', '.join(sites)}")
+            raise FedgroveError(f"{path}: clients.{i}.name: {client.get('name')!r} is no site", f"there are {', '.join(sites)}")
 
 
 _ALTERNATIVE = re.compile(rf"literal\[.*|[A-Z]\w*|{'|'.join(KINDS)}")  # pydantic names the member of a union that it tried

@@ -51,7 +51,8 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     if any(map(expert_of, decoder.linear_names())):
         raise FedgroveError(
             f"model: a mixture of experts ({decoder.checkpoint.config.model_type}) can be pruned, not tuned: plain peft has no "
-            "adapters for its experts; leave the stage tune out"
+            "adapters for its experts",
+            "leave the stage tune out",
         )
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     config = decoder.checkpoint.config.get_text_config()

@@ -43,7 +43,7 @@ def release_once(
     if not file.is_file():
         if release in releases:
             raise FedgroveError(
-                f"client '{client}': it has released this once, and its budget is spent; a new run spends it again"
+                "it has released this once, and its budget is spent", "a new run spends it again", client=client
             )
         tensors, info = make()
         save_tensors(tensors, file, {"info": json.dumps(info)})
@@ -69,7 +69,7 @@ def agree_on_survivors(folder: Path, release: str, client: str, survivors: list[
     """
     releases = _read(folder)
     if (releases.get(release) or survivors) != survivors:
-        raise FedgroveError(f"client '{client}': its noisy answer is in a sum of other clients already; begin a new run")
+        raise FedgroveError("its noisy answer is in a sum of other clients already", "begin a new run", client=client)
     _write(folder, {**releases, release: survivors})
 
 

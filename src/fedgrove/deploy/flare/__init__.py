@@ -21,4 +21,4 @@ TEMPLATES = importlib.resources.files("fedgrove") / "deploy" / "flare" / "texts"
 def require_flare() -> None:
     """Raises a clear line where the extra is not installed."""
     if importlib.util.find_spec("nvflare") is None:
-        raise FedgroveError("NVIDIA FLARE is not installed; install the extra: pip install 'fedgrove[flare]'")
+        raise FedgroveError("NVIDIA FLARE is not installed", "install the extra: pip install 'fedgrove[flare]'")

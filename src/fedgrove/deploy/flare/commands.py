@@ -52,7 +52,7 @@ def init(
     """
     file = folder / kit_files.FEDERATION
     if file.exists():
-        raise FedgroveError(f"{file} exists already; edit it, or name another folder")
+        raise FedgroveError(f"{file} exists already", "edit it, or name another folder")
     name = name or _asked("Name of the federation")
     server = server or _asked("Server, as HOST:PORT", "localhost:8002")
     host, _, port = server.rpartition(":")
@@ -223,7 +223,7 @@ COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, docto
 
 def _asked(question: str, default: str | None = None) -> str:
     if not sys.stdin.isatty():
-        raise FedgroveError(f"{question}? Give it as an option; `fedgrove federation init --help`")
+        raise FedgroveError(f"{question}? Give it as an option", "`fedgrove federation init --help`")
     reply: str = typer.prompt(question, default=default)
     return reply
 

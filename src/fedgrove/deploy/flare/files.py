@@ -175,7 +175,7 @@ def read(path: Path, kind: type[File]) -> File:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         return kind.model_validate(raw, context={"folder": path.parent.resolve()})
     except OSError as error:
-        raise FedgroveError(f"{path}: no such file; `fedgrove federation init` and `kits` write them") from error
+        raise FedgroveError(f"{path}: no such file", "`fedgrove federation init` and `kits` write them") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FedgroveError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
@@ -192,7 +192,7 @@ def model_folder(models: Models, name: str, kit: Path) -> Path:
         FedgroveError: it is not listed, or not there.
     """
     if name not in models:
-        raise FedgroveError(f'[models] has no {name!r}; add it: {name} = "/path/to/its/directory"')
+        raise FedgroveError(f"[models] has no {name!r}", f'add it: {name} = "/path/to/its/directory"')
     folder = kit / models[name]
     if not folder.is_dir():
         raise FedgroveError(f"models.{name}: no such directory: {folder}")

@@ -113,7 +113,9 @@ def credentials(kit: Path, allow: Allow) -> Credentials:
         )
         min_group = int(json.loads(roster)["min_group"])
     except (OSError, ValueError, KeyError) as error:
-        raise FedgroveError(f"{folder}: a key, the roster or its signature is missing or damaged; ask the operator") from error
+        raise FedgroveError(
+            f"{folder}: a key, the roster or its signature is missing or damaged", "ask the operator"
+        ) from error
     return Credentials(key, roster, signature, operator, max(2, allow.group, min_group))
 
 

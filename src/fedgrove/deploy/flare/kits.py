@@ -60,7 +60,7 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
     kits = _kits(federation, out)
     for name in renew:
         if name not in kits:
-            raise FedgroveError(f"--renew {name}: no such participant; there are {', '.join(sorted(kits))}")
+            raise FedgroveError(f"--renew {name}: no such participant", f"there are {', '.join(sorted(kits))}")
     authority = out / AUTHORITY
     authority.mkdir(parents=True, exist_ok=True)
     authority.chmod(0o700)
@@ -165,7 +165,7 @@ def _prolong(authority: Path, subject: str) -> None:
     old = x509.load_pem_x509_certificate(state[subject]["cert"].encode())
     now = datetime.now(UTC)
     if now >= root.not_valid_after_utc:
-        raise FedgroveError(f"--renew: the root certificate ended on {root.not_valid_after_utc:%Y-%m-%d}; make a new one")
+        raise FedgroveError(f"--renew: the root certificate ended on {root.not_valid_after_utc:%Y-%m-%d}", "make a new one")
     new = x509.CertificateBuilder(
         issuer_name=root.subject,
         subject_name=old.subject,

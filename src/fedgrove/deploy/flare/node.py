@@ -38,7 +38,7 @@ def kind_of(kit: Path) -> str:
     for kind, file in (("server", "fed_server.json"), ("site", "fed_client.json"), ("operator", "fed_admin.json")):
         if (kit / "startup" / file).is_file():
             return kind
-    raise FedgroveError(f"{kit}: this is no kit; name a folder that `fedgrove federation kits` made")
+    raise FedgroveError(f"{kit}: this is no kit", "name a folder that `fedgrove federation kits` made")
 
 
 def start(kit: Path, foreground: bool = False) -> int:
@@ -57,10 +57,10 @@ def start(kit: Path, foreground: bool = False) -> int:
     kit = kit.resolve()
     kind = kind_of(kit)
     if kind == "operator":
-        raise FedgroveError(f"{kit}: an operator starts nothing; `fedgrove federation submit JOB.toml --kit {kit}`")
+        raise FedgroveError(f"{kit}: an operator starts nothing", f"`fedgrove federation submit JOB.toml --kit {kit}`")
     read(kit / (SERVER if kind == "server" else SITE), ServerFile if kind == "server" else SiteFile)
     if running(kit) is not None:
-        raise FedgroveError(f"{kit}: it runs already; `fedgrove federation stop {kit}` stops it")
+        raise FedgroveError(f"{kit}: it runs already", f"`fedgrove federation stop {kit}` stops it")
     if kind == "server":
         keep_jobs_in(kit)
     for folder in ("transfer", "log"):
@@ -78,7 +78,7 @@ def start(kit: Path, foreground: bool = False) -> int:
     while time.monotonic() < ends and not (kind == "server" and reachable(*address(kit))):
         if process.poll() is not None:
             raise FedgroveError(
-                f"{kit}: it ended at once (status {process.returncode}); {kit / 'log' / 'console.log'} says why"
+                f"{kit}: it ended at once (status {process.returncode})", f"{kit / 'log' / 'console.log'} says why"
             )
         if kind == "site" and time.monotonic() > ends - READY + 1:
             break  # it connects when it can

@@ -38,7 +38,7 @@ def check_kit(kit: Path) -> None:
     """Refuses a folder that is no operator's kit."""
     require_flare()
     if kind_of(kit) != "operator":
-        raise FedgroveError(f"{kit}: this is not an operator's kit; name one with --kit")
+        raise FedgroveError(f"{kit}: this is not an operator's kit", "name one with --kit")
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def session(kit: Path) -> Iterator[Any]:
 
     host, port = address(kit)
     if not reachable(host, port):
-        raise FedgroveError(f"{host}:{port}: nobody listens there; is the server started, and the firewall open?")
+        raise FedgroveError(f"{host}:{port}: nobody listens there", "is the server started, and the firewall open?")
     settings = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
     with redirect_stdout(None):  # FLARE writes between our lines
         try:
@@ -83,7 +83,7 @@ class _Quiet:
                 try:
                     return call(*args, **kwargs)
                 except AuthorizationError as error:
-                    raise FedgroveError("the server does not let this kit do that; is it an operator's?") from error
+                    raise FedgroveError("the server does not let this kit do that", "is it an operator's?") from error
 
         return quietly
 
@@ -108,8 +108,9 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
         quorum = job.rounds.quorum or len(wanted)
         if len(wanted) - len(away) < quorum:
             raise FedgroveError(
-                f"client '{away[0]}': it is not connected ({len(wanted) - len(away)} of {len(wanted)} are, {quorum} needed: "
-                "rounds.quorum); start it there: fedgrove federation start"
+                f"it is not connected ({len(wanted) - len(away)} of {len(wanted)} are, {quorum} needed: rounds.quorum)",
+                "start it there: fedgrove federation start",
+                client=away[0],
             )
         before = _sent(kit).get(job.name)
         if resume and before:
@@ -181,7 +182,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
                 status = str(flare.get_job_status(job))
             except Exception as error:  # FLARE raises many kinds
                 raise FedgroveError(
-                    f"{name}: the server is gone ({type(error).__name__}); start it again, then submit with --resume"
+                    f"{name}: the server is gone ({type(error).__name__})", "start it again, then submit with --resume"
                 ) from error
             try:
                 reply = flare.do_app_command(job, "progress", {"since": number})
@@ -225,7 +226,7 @@ def fetch(kit: Path, name: str, out: Path) -> Path:
         FedgroveError: ``out`` exists, or there is nothing to fetch yet.
     """
     if out.exists():
-        raise FedgroveError(f"--out {out}: it exists already; name another folder")
+        raise FedgroveError(f"--out {out}: it exists already", "name another folder")
     with tempfile.TemporaryDirectory(dir=out.parent if out.parent.is_dir() else None) as folder:
         shutil.move(_fetch(kit, sent(kit, name), Path(folder)), out)
     return out
@@ -237,11 +238,11 @@ def _fetch(kit: Path, job: str, folder: Path) -> Path:
             download = flare.download_job_result(job, str(folder))
         except Exception as error:
             raise FedgroveError(
-                f"there is nothing to fetch yet ({type(error).__name__}); `fedgrove federation watch` waits"
+                f"there is nothing to fetch yet ({type(error).__name__})", "`fedgrove federation watch` waits"
             ) from error
     states = sorted(Path(download).rglob(STATE))
     if not states:
-        raise FedgroveError("the run left nothing; the server's log says why")
+        raise FedgroveError("the run left nothing", "the server's log says why")
     return states[0].parent
 
 
@@ -267,7 +268,7 @@ def _end(flare: Any, job: str) -> bool:
     ends = time.monotonic() + STOPPING
     while not str(flare.get_job_status(job)).startswith(ENDED):
         if time.monotonic() > ends:
-            raise FedgroveError(f"the run does not stop within {STOPPING:g} s; the server's log says why")
+            raise FedgroveError(f"the run does not stop within {STOPPING:g} s", "the server's log says why")
         time.sleep(0.5)
     return True
 
@@ -292,7 +293,7 @@ def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
             return []
         known += [client.name for client in flare.get_system_info().client_info]
         if site not in known:
-            raise FedgroveError(f"{site}: there is no such site; there are {', '.join(sorted(set(known)))}")
+            raise FedgroveError(f"{site}: there is no such site", f"there are {', '.join(sorted(set(known)))}")
         flare.disable_client(site)
         return [job["job_name"] for job in flare.list_jobs() if str(job["status"]) in GOING and _end(flare, job["job_id"])]
 
@@ -321,7 +322,7 @@ def sent(kit: Path, name: str | None) -> str:
     """The FLARE job of a run that this operator submitted."""
     known = _sent(kit)
     if name not in known:
-        raise FedgroveError(f"{name}: this kit has submitted no run of that name; there are {', '.join(known) or 'none'}")
+        raise FedgroveError(f"{name}: this kit has submitted no run of that name", f"there are {', '.join(known) or 'none'}")
     return known[name]
 
 
@@ -341,6 +342,6 @@ def _sent(kit: Path) -> dict[str, str]:
 
 def _remember(kit: Path, name: str, job: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9-]{8,64}", job):
-        raise FedgroveError("the server did not take the job; its log says why")
+        raise FedgroveError("the server did not take the job", "its log says why")
     known = {other: number for other, number in _sent(kit).items() if other != name} | {name: job}
     write_atomically(kit / SENT, json.dumps(known, indent=2))

@@ -38,10 +38,10 @@ def accuracy(
     """
     named = list(labels) or sorted({answer for _, answer in pairs})
     if len(named) > MOST:
-        raise FedgroveError(f"accuracy: {len(named)} different answers; it needs a few labels: give another answer template")
+        raise FedgroveError(f"accuracy: {len(named)} different answers", "it needs a few labels: give another answer template")
     wrong = [answer for _, answer in pairs if answer not in named]
     if wrong:
-        raise FedgroveError(f"accuracy: the answer {wrong[0]!r} is none of the labels; labels are written as answers are")
+        raise FedgroveError(f"accuracy: the answer {wrong[0]!r} is none of the labels", "labels are written as answers are")
     right = []
     for number, (prompt, answer) in enumerate(pairs, 1):
         scores = score_labels(model, tokenizer, [prompt], named, length)

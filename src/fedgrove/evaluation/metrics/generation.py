@@ -53,7 +53,7 @@ def write(
     for number, (prompt, refs) in enumerate(references.items(), 1):
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"].to(device)
         if not ids.shape[1]:
-            raise FedgroveError("generation: a prompt is empty; mend its template")
+            raise FedgroveError("generation: a prompt is empty", "mend its template")
         with torch.inference_mode():
             answer = cast(Any, model).generate(
                 ids,

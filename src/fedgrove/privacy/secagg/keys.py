@@ -58,7 +58,7 @@ class Credentials:
 @lru_cache(maxsize=8)
 def _read_roster(operator: bytes, signature: bytes, roster: bytes) -> dict[str, str]:
     if not verify(operator, signature.hex(), roster):
-        raise SecureError("the roster of clients is not signed by the operator; get it again")
+        raise SecureError("the roster of clients is not signed by the operator", "get it again")
     public_keys: dict[str, str] = json.loads(roster)["clients"]
     return public_keys
 

@@ -80,7 +80,7 @@ class Opening:
         for client in self.survivors:
             seed = self.secret(client, "self", revealed)
             if keys.commitment(seed, self.session) != self.adverts[client].commitment:
-                raise SecureError(f"secure aggregation: the shares of client '{client}' do not fit together; ask again")
+                raise SecureError(f"secure aggregation: the shares of client '{client}' do not fit together", "ask again")
             masking.add_keystream(rings, keys.self_mask_key(seed, self.session), -1)
         for dropped in sorted(set(self.sharers) - set(self.survivors)):
             peers = [client for client in self.session.neighbors(dropped) if client in self.survivors]
@@ -88,7 +88,7 @@ class Opening:
                 continue
             private = keys.session_key(self.secret(dropped, "mask", revealed), "mask", self.session)
             if keys.public_hex(private) != self.adverts[dropped].mask_key:
-                raise SecureError(f"secure aggregation: the shares of client '{dropped}' do not fit together; ask again")
+                raise SecureError(f"secure aggregation: the shares of client '{dropped}' do not fit together", "ask again")
             for client in peers:
                 key = keys.pair_mask_key(private, self.adverts[client].mask_key, self.session, dropped, client)
                 masking.add_keystream(rings, key, -masking.pair_sign(client, dropped))

@@ -76,7 +76,7 @@ class SecureAggregator:
             into.add_total(total, replies)
         except WireError as error:
             raise FedgroveError(
-                f"the clients' sum: {error}; one of them did not do as it was asked, and secure aggregation hides which. "
-                "Leave clients out until it holds"
+                f"the clients' sum: {error}",
+                "one of them did not do as it was asked, and secure aggregation hides which. Leave clients out until it holds",
             ) from error
         return replies

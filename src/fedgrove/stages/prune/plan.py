@@ -199,8 +199,8 @@ def check_pattern(decoder: Decoder, target: Target) -> None:
             num_in = decoder.read_shape(name)[1]
             if num_in % target.pattern[1]:
                 raise FedgroveError(
-                    f'pattern "{target}": {name} has {num_in} inputs, not a multiple of {target.pattern[1]}; '
-                    "choose another pattern or a sparsity"
+                    f'pattern "{target}": {name} has {num_in} inputs, not a multiple of {target.pattern[1]}',
+                    "choose another pattern or a sparsity",
                 )
 
 

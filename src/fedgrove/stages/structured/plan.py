@@ -73,7 +73,7 @@ def make_plan(
             groups = getattr(before, key)
             what = "channels" if key == "channels" else "groups of heads"
             raise FedgroveError(
-                f"stages.{index}.{key}: {share:g} of {groups} {what} is none; give {1 / groups:.2g} or more, or 0"
+                f"stages.{index}.{key}: {share:g} of {groups} {what} is none", f"give {1 / groups:.2g} or more, or 0"
             )
     after = Width(before.channels - gone["channels"], before.heads - gone["heads"])
     narrower = Decoder(decoder.checkpoint.over(width=after))
@@ -92,8 +92,10 @@ def make_plan(
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
             raise FedgroveError(
-                f"client '{name}': a block and its way back need {mebibytes(memory)} of memory, but it has "
-                f"{mebibytes(client.memory)} (clients.memory); lower length, or leave it out"
+                f"a block and its way back need {mebibytes(memory)} of memory, but it has "
+                f"{mebibytes(client.memory)} (clients.memory)",
+                "lower length, or leave it out",
+                client=name,
             )
         tokens = (client.samples or config.samples) * config.length
         work = 2 * 3 * tokens * (len(decoder) * in_linears + cost.vocabulary * cost.width)  # there, again, and back

@@ -104,7 +104,7 @@ def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run:
     """
     sums = _read_sums(_sums_file(run, plan), f"{client}/")
     if not sums:
-        raise FedgroveError(f"client '{client}': it sent no sums, so nothing is known of what it has alone (evaluate.alone)")
+        raise FedgroveError("it sent no sums, so nothing is known of what it has alone (evaluate.alone)", client=client)
     overlay = run.path / "work" / f"stage-{plan.stage}" / "alone" / client
     _cut(model, plan, config, sums, overlay)
     return model.over(overlay, width=plan.after)

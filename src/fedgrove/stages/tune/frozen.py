@@ -24,7 +24,7 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
     """
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"; or leave it out of bits')
+        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or leave it out of bits")
 
     def change(part: nn.Module) -> None:
         for parameter in part.parameters():

@@ -132,8 +132,8 @@ def make_plan(
     for name, shape in cost.linears.items():
         if method.RANKED and config.ranks[-1] > min(shape):
             raise FedgroveError(
-                f"stages.{index}.ranks: {config.ranks[-1]} is more than {name} has ({shape[0]}×{shape[1]}); "
-                f"give {min(min(shape) for shape in cost.linears.values())} at most"
+                f"stages.{index}.ranks: {config.ranks[-1]} is more than {name} has ({shape[0]}×{shape[1]})",
+                f"give {min(min(shape) for shape in cost.linears.values())} at most",
             )
     number = wire.estimate(1000, 0.0, getattr(torch, config.dtype)) / 1000
     budgets = {name: _budget(client) for name, client in sorted(capabilities.items())}
@@ -142,7 +142,7 @@ def make_plan(
     configs = choice.configs
     if not configs:
         name, why = min(choice.left_out.items())
-        raise FedgroveError(f"client '{name}': {why} (and nobody else can take part either)")
+        raise FedgroveError(f"{why} (and nobody else can take part either)", client=name)
     if secure:
         configs = _together(configs, together(len(configs)))
     rank = max(rank for one in configs.values() for rank in one.ranks.values())
@@ -233,7 +233,8 @@ def _together(choices: Mapping[str, ClientConfig], enough: int) -> dict[str, Cli
     if not any(most.values()):
         raise FedgroveError(
             f"privacy.secure_aggregation: {len(choices)} clients can tune, and no linear is given to {enough} of them, which "
-            'it takes to hide one (privacy.min_group); set method = "lora", or lower privacy.min_group'
+            "it takes to hide one (privacy.min_group)",
+            'set method = "lora", or lower privacy.min_group',
         )
     return {
         client: replace(
@@ -262,8 +263,8 @@ def _notes(config: Config, clients: int, secure: bool) -> list[str]:
     sigma = gaussian_noise_multiplier(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
     if sigma > fixed_point.LARGEST / 16:
         raise FedgroveError(
-            f"epsilon: every number would get noise of {sigma:.3g}, which is more than the sum can hold; raise epsilon, or "
-            "lower dp_clip or rounds"
+            f"epsilon: every number would get noise of {sigma:.3g}, which is more than the sum can hold",
+            "raise epsilon, or lower dp_clip or rounds",
         )
     adders = min_survivors(clients)
     return [client_statement(config.epsilon, config.delta, config.rounds, config.dp_clip, secure, adders)]

@@ -12,7 +12,8 @@ as a power of two (``scale``). Clients multiply by it, which is exact, and the s
 times larger on real text than on random tokens before a sum of 2²⁰ tokens overflows; a client refuses before that.
 
 A scheme that scaled by a first round of diagonals would need two requests per block; this one needs a single request. If a
-client drops out, the sum is exactly that of the others, and the server never gets two sums whose difference is one client's data.
+client drops out, the sum is exactly that of the others, and the server never gets two sums whose difference is one client's
+data.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class Statistic:
                 squares = self.mechanism.clip(squares)
             if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _encoded(squares)).any():
                 raise FedgroveError(
-                    f"the inputs of {self.name} are not finite or far larger than the model's on random tokens; "
-                    'try model.dtype = "float32", or aggregation = "fedspallm"'
+                    f"the inputs of {self.name} are not finite or far larger than the model's on random tokens",
+                    'try model.dtype = "float32", or aggregation = "fedspallm"',
                 )
             self.squares += _encoded(squares)  # by Cauchy–Schwarz the products are no larger
             if self.upper is not None:

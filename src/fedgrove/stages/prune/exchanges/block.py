@@ -295,7 +295,7 @@ def _pruned(
     for name in sorted(shapes, key=lambda name: -shapes[name][1]):  # the widest takes most memory, so it comes first
         known = inputs.pop(name)  # freed when the last linear that reads it is done
         if not known.silent and not torch.isfinite(known.squares.sum()):
-            raise FedgroveError(f'block {index}: the inputs of {name} are not finite; try model.dtype = "float32"')
+            raise FedgroveError(f"block {index}: the inputs of {name} are not finite", 'try model.dtype = "float32"')
         before = start[name] if name in start else decoder.read_linear(index, name)
         weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
         after, mask = pruners.prune(recipe.pruner, weight, known, recipe.target(index), recipe.damping)

@@ -308,7 +308,7 @@ class FloatRound:
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Floats cannot be summed unseen; jobs that would are refused when they are read."""
-        raise FedgroveError('privacy.secure_aggregation: only whole numbers can be summed unseen; set precision = "fixed"')
+        raise FedgroveError("privacy.secure_aggregation: only whole numbers can be summed unseen", 'set precision = "fixed"')
 
     def ring_bits(self) -> int:
         """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""

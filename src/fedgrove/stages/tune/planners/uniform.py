@@ -37,6 +37,6 @@ def choose(config: Config, problem: Problem) -> Choice:
             return Choice(configs, left_out)
     if able:
         raise FedgroveError(
-            'planner "uniform": the clients have no bits in common that all can hold; allow more values in bits'
+            'planner "uniform": the clients have no bits in common that all can hold', "allow more values in bits"
         )
     return Choice({}, left_out)

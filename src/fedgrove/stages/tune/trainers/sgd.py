@@ -83,7 +83,7 @@ def train_on(
             for weight, mask in masks:
                 cast(Tensor, weight.grad).mul_(mask)
             if not math.isfinite(loss):
-                raise FedgroveError("its loss is not finite; lower learning_rate, or look at its data")
+                raise FedgroveError("its loss is not finite", "lower learning_rate, or look at its data")
             if settings.proximal:
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
