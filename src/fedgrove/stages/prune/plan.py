@@ -69,7 +69,7 @@ class Plan(base.Plan):
 
 def make_plan(
     index: int,
-    stage: Config,
+    config: Config,
     decoder: Decoder,
     capabilities: Mapping[str, Capabilities],
     seed: int,
@@ -92,12 +92,12 @@ def make_plan(
     Raises:
         FedgroveError: the pattern does not fit a linear, or a client has too little memory; names both.
     """
-    check_pattern(decoder, stage.target)
-    needs = stage.solver.NEEDS
+    check_pattern(decoder, config.target)
+    needs = config.solver.NEEDS
     num_blocks = len(decoder)
-    masked = _masked_bytes(stage, capabilities) if secure else None
+    masked = _masked_bytes(config, capabilities) if secure else None
     largest = _largest(decoder)
-    costs = {name: _cost(largest, stage, client, needs, masked) for name, client in capabilities.items()}
+    costs = {name: _cost(largest, config, client, needs, masked) for name, client in capabilities.items()}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and costs[name].memory > client.memory:
             raise FedgroveError(
@@ -106,36 +106,36 @@ def make_plan(
                 'lower length, use pruner "wanda", or leave it out',
                 client=name,
             )
-    if isinstance(stage.layers, LayerSampling):
+    if isinstance(config.layers, LayerSampling):
         pace = {name: 1 / costs[name].seconds for name in capabilities}
-        counts = share_blocks(pace, num_blocks, stage.layers.sample, stage.layers.cover)
-        rounds = [draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(stage.rounds)]
+        counts = share_blocks(pace, num_blocks, config.layers.sample, config.layers.cover)
+        rounds = [draw_blocks(counts, num_blocks, f"{seed}/{index}/{round_}/layers") for round_ in range(config.rounds)]
     else:
         counts = dict.fromkeys(capabilities, num_blocks)
-        rounds = [{name: list(range(num_blocks)) for name in capabilities} for _ in range(stage.rounds)]
+        rounds = [{name: list(range(num_blocks)) for name in capabilities} for _ in range(config.rounds)]
 
     assignments = {}
-    first = 1 if stage.protect_first_block else 0  # blocks before it are asked of nobody
+    first = 1 if config.protect_first_block else 0  # blocks before it are asked of nobody
     for name in sorted(capabilities):
         blocks = [[block for block in drawn[name] if block >= first] for drawn in rounds]
         asked = sum(len(numbers) for numbers in blocks)
         assignments[name] = Assignment(
             blocks=blocks,
             weight=num_blocks / counts[name],
-            samples=capabilities[name].samples or stage.samples,
-            sparsity=_target_of(stage, capabilities[name]).sparsity,
+            samples=capabilities[name].samples or config.samples,
+            sparsity=_target_of(config, capabilities[name]).sparsity,
             memory=costs[name].memory,
             upload=asked * costs[name].upload,
             seconds=round(asked * costs[name].seconds, 1),
         )
     return Plan(
         stage=index,
-        sums=stage.method.SOLVED_AT == "server",
+        sums=config.method.SOLVED_AT == "server",
         num_blocks=num_blocks,
         clients=assignments,
-        choices=_choices(largest, num_blocks, stage, masked),
-        discloses=base.names_of(_discloses(stage, bool(_products(largest, stage, needs)), alone)),
-        notes=tuple(_notes(stage, secure, assignments, _products(largest, stage, needs))),
+        choices=_choices(largest, num_blocks, config, masked),
+        discloses=base.names_of(_discloses(config, bool(_products(largest, config, needs)), alone)),
+        notes=tuple(_notes(config, secure, assignments, _products(largest, config, needs))),
     )
 
 
@@ -252,46 +252,48 @@ def _largest(decoder: Decoder) -> _Block:
     )
 
 
-def _cost(block: _Block, stage: Config, client: Capabilities, needs: StatisticsKind, masked: float | None) -> _Cost:
+def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: StatisticsKind, masked: float | None) -> _Cost:
     """What the largest block costs a client: counted, not measured."""
     shapes, inputs = list(block.shapes.values()), block.inputs
     parameters = sum(rows * columns for rows, columns in shapes)
     distinct = list(inputs.values())
     widest = max(distinct)
-    samples = client.samples or stage.samples
-    tokens = samples * stage.length
+    samples = capabilities.samples or config.samples
+    tokens = samples * config.length
 
     sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
     statistics = sum(sums.values())
     workspace = widest**2 // 2 if needs == "gram" else 0  # the factor, in float32
     largest = max(rows * columns for rows, columns in shapes)
-    together = windows_at_once(samples, stage.length, stage.compute_dtype) if stage.method.SOLVED_AT == "client" else 1
-    window = together * stage.length * (6 * block.width + 4 * widest)
+    together = windows_at_once(samples, config.length, config.compute_dtype) if config.method.SOLVED_AT == "client" else 1
+    window = together * config.length * (6 * block.width + 4 * widest)
 
     multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
-    forward = (1 if stage.calibration_source == "dense" else 2) * 2 * tokens * multiplied
+    forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
     gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
     solve = sum(4 * w**3 / 3 for w in distinct) + sum(rows * w * w for rows, w in shapes) if needs == "gram" else 0
-    sparsity = _target_of(stage, client).sparsity
+    sparsity = _target_of(config, capabilities).sparsity
     upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
-    if {Disclosure.MASKS} == stage.method.SENDS:
+    if {Disclosure.MASKS} == config.method.SENDS:
         upload = parameters // 8
     if masked is not None:
         upload = math.ceil(parameters * masked)
-    if stage.method.SOLVED_AT == "server":
+    if config.method.SOLVED_AT == "server":
         upload = _sum_bytes(
             distinct if needs != "moments" else 3 * distinct,
-            _products(block, stage, needs),
+            _products(block, config, needs),
             masked,
         )
         workspace = solve = 0  # the server prunes
-    width = 2 if stage.compute_dtype == "bfloat16" else 4
+    width = 2 if config.compute_dtype == "bfloat16" else 4
     gathering = 8 * statistics + width * (block.numel + window)
     solving = 8 * (statistics + workspace) + 4 * 6 * largest + parameters * (block.dtype.itemsize + 1)  # after and mask
-    if stage.method.SOLVED_AT == "server":
+    if config.method.SOLVED_AT == "server":
         gathering, solving = gathering + width * block.ends, 0
     memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
-    seconds = (forward + gram + solve) / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
+    seconds = (forward + gram + solve) / (SPEED * capabilities.speed) + (
+        8 * upload / capabilities.uplink if capabilities.uplink else 0.0
+    )
     return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
 
 
@@ -310,16 +312,16 @@ def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]
     return distinct
 
 
-def _products(block: _Block, stage: Config, needs: StatisticsKind) -> list[int]:
+def _products(block: _Block, config: Config, needs: StatisticsKind) -> list[int]:
     """The widths of the inputs of which Σ xᵢxⱼ is summed."""
-    return [i for i in block.inputs.values() if needs == "gram" and not (stage.mixed and i > block.width)]
+    return [i for i in block.inputs.values() if needs == "gram" and not (config.mixed and i > block.width)]
 
 
-def _masked_bytes(stage: Config, capabilities: Mapping[str, Capabilities]) -> float:
+def _masked_bytes(config: Config, capabilities: Mapping[str, Capabilities]) -> float:
     """Bytes of a masked sum's number, or of a weight with its vote: as long as the ring."""
-    if stage.method.SOLVED_AT == "server":
-        return ring_bits(sum(client.samples or stage.samples for client in capabilities.values()) * stage.length) / 8
-    return (len(capabilities).bit_length() + (VALUE_BITS if Disclosure.WEIGHTS in stage.method.SENDS else 0)) / 8
+    if config.method.SOLVED_AT == "server":
+        return ring_bits(sum(client.samples or config.samples for client in capabilities.values()) * config.length) / 8
+    return (len(capabilities).bit_length() + (VALUE_BITS if Disclosure.WEIGHTS in config.method.SENDS else 0)) / 8
 
 
 def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
@@ -328,11 +330,11 @@ def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | N
     return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
 
 
-def _choices(block: _Block, num_blocks: int, stage: Config, masked: float | None) -> dict[str, int]:
-    if stage.method.SOLVED_AT == "client":
+def _choices(block: _Block, num_blocks: int, config: Config, masked: float | None) -> dict[str, int]:
+    if config.method.SOLVED_AT == "client":
         return {}
     inputs = list(block.inputs.values())
-    number = num_blocks - stage.protect_first_block
+    number = num_blocks - config.protect_first_block
     return {
         "wanda": number * _sum_bytes(inputs, [], masked),
         "dsnot": number * _sum_bytes(3 * inputs, [], masked),
@@ -341,32 +343,32 @@ def _choices(block: _Block, num_blocks: int, stage: Config, masked: float | None
     }
 
 
-def _discloses(stage: Config, products: bool, alone: bool) -> frozenset[Disclosure]:
+def _discloses(config: Config, products: bool, alone: bool) -> frozenset[Disclosure]:
     """What a client's responses tell of its text, over the whole stage."""
-    if stage.method.SOLVED_AT == "server":
-        told = disclosed_by(products, stage.solver.NEEDS == "moments")
+    if config.method.SOLVED_AT == "server":
+        disclosed = disclosed_by(products, config.solver.NEEDS == "moments")
     else:
-        told = stage.method.SENDS
-        if stage.measures_blocks:
-            told |= MeasureBlocks.DISCLOSES
-    return told | (EvaluateAlone.DISCLOSES if alone else frozenset())
+        disclosed = config.method.SENDS
+        if config.measures_blocks:
+            disclosed |= MeasureBlocks.DISCLOSES
+    return disclosed | (EvaluateAlone.DISCLOSES if alone else frozenset())
 
 
-def _notes(stage: Config, secure: bool, assignments: Mapping[str, Assignment], products: Sequence[int]) -> list[str]:
-    if stage.method.SOLVED_AT == "client":
-        if not stage.measures_blocks:
+def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], products: Sequence[int]) -> list[str]:
+    if config.method.SOLVED_AT == "client":
+        if not config.measures_blocks:
             return []
         return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
-    if stage.epsilon is not None:
-        return [release.statistics_statement(stage.epsilon, stage.delta, stage.length, min_survivors(len(assignments)))]
+    if config.epsilon is not None:
+        return [release.statistics_statement(config.epsilon, config.delta, config.length, min_survivors(len(assignments)))]
     widest = max(products, default=0)
-    few = sum(share.samples * stage.length < widest for share in assignments.values())
+    few = sum(assignment.samples * config.length < widest for assignment in assignments.values())
     spans = (
         f"{few} of {len(assignments)} clients send products of inputs of {widest} channels over fewer tokens than that: they "
         "hold the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
     )
     notes = [spans] if few and not secure else []
-    if stage.protect_first_block:
+    if config.protect_first_block:
         return notes
     of = "the clients' word counts together" if secure else "a client's word counts"
     return [
@@ -376,7 +378,7 @@ def _notes(stage: Config, secure: bool, assignments: Mapping[str, Assignment], p
     ]
 
 
-def _target_of(stage: Config, client: Capabilities) -> Target:
-    if stage.pattern or client.sparsity is None:
-        return stage.target
-    return Target(client.sparsity)
+def _target_of(config: Config, capabilities: Capabilities) -> Target:
+    if config.pattern or capabilities.sparsity is None:
+        return config.target
+    return Target(capabilities.sparsity)
