@@ -15,21 +15,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 import typer
+from pydantic import AfterValidator, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from fedgrove import job, plugins
+from fedgrove import plugins
 from fedgrove.cli import app
+from fedgrove.job.stage_config import config_of
+from fedgrove.job.tables import FederatedJob, Job
+from fedgrove.job.units import Table, method_of, quantity
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.request import Request, request_types
 
 HERE = Path(__file__).parent
-TABLES = (
-    job.Job, job.Model, job.Client, job.PruneStage, job.LayerSampling, job.StructuredStage, job.TuneStage, job.Evaluate, job.Text,
-    job.Rounds, job.Privacy, job.FederatedJob,
-)  # fmt: skip
-METHODS = {"pruner": "pruners", "score": "rules.groups", "allocation": "allocations"}  # keys whose values are names of files
-RULES = {job.PruneStage: "rules", job.TuneStage: "rules.adapters"}
-QUANTITIES = {"memory": 'bytes, such as "8GiB"', "uplink": 'bits/s, such as "20Mbit"', "downlink": 'bits/s, such as "20Mbit"'}
+UNITS = {"B": "bytes", "bit(?:/s)?": "bits/s"}
+# A key that a table expands into others before it is checked, and the packages whose methods it may name.
+SHORT_FORMS = {(config_of("tune"), "method"): ("stages.tune.planners", "stages.tune.parametrizations")}
 MARKS = ("<!-- made by `make docs` from the request types -->", "<!-- end of what is made -->")
 SOURCES = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]+\)")
 
@@ -39,28 +39,48 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return SOURCES.sub(r"\1", markdown)
 
 
+def tables() -> list[type[Table]]:
+    """Every table that a job file can have, those of each kind of stage included, in the order in which they are first used."""
+    found: list[type[Table]] = []
+
+    def walk(annotation: Any) -> None:
+        for part in get_args(annotation):
+            walk(part)
+        if isinstance(annotation, type) and issubclass(annotation, Table) and annotation not in found:
+            found.append(annotation)
+            for field in annotation.model_fields.values():
+                walk(field.annotation)
+
+    walk(Job)
+    return [*found, FederatedJob]
+
+
 def job_page() -> str:
     """Every key of a job: type, default, meaning."""
     parts = [
-        "# Every key of a job\n\nMade from `src/fedgrove/job.py` by `make docs`. A key that is not here is refused, by name. "
-        "Paths are relative to the job file. `fedgrove init` writes a job with comments; `--set stages.0.sparsity=0.6` changes "
-        "a key for one run."
+        "# Every key of a job\n\n`make docs` makes this page from `src/fedgrove/job/tables.py` and the `config.py` of each kind of "
+        "stage. A key that is not listed here is refused by name. Paths are relative to the job file. `fedgrove init` writes a "
+        "job with comments; `--set stages.0.sparsity=0.6` changes a key for one run."
     ]
-    for table in TABLES:
+    every = tables()
+    for table in every:
         doc = inspect.cleandoc(table.__doc__ or "")
         says = plain(doc.split("\n\nAttributes:")[0])
         says = re.sub(r"^`[^:]*`: (.)", lambda found: found[1].upper(), says)
         meaning = meanings(table)
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        inherited = next((base.model_fields for base in table.__mro__[1:] if base in TABLES), {})
+        inherited = next((base.model_fields for base in table.__mro__[1:] if base in every), {})
         for key, field in table.model_fields.items():
             if key not in inherited:
-                rows.append(f"| `{key}` | {kind(table, key, field)} | {default(field)} | {meaning[key]} |")
+                rows.append(f"| `{key}` | {kind(field)} | {default(field)} | {meaning[key]} |")
+        for (owner, key), packages in SHORT_FORMS.items():
+            if owner is table:
+                rows.append(f"| `{key}` | {one_of(*packages)} | – | {meaning[key]} |")
         parts.append(f"## {title(table)}\n\n{says}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
 
-def title(table: type[job.Part]) -> str:
+def title(table: type[Table]) -> str:
     """The heading of a table: how it is written in the file."""
     found = re.match(r"``+(.+?)``+(?: of ``+(.+?)``+)?", inspect.cleandoc(table.__doc__ or ""))
     if found:
@@ -68,10 +88,10 @@ def title(table: type[job.Part]) -> str:
     return table.__name__
 
 
-def meanings(table: type[job.Part]) -> dict[str, str]:
+def meanings(table: type[Table]) -> dict[str, str]:
     """What the docstring says of each key, and of those that it inherits."""
     found: dict[str, str] = {}
-    for cls in [cls for cls in reversed(table.__mro__) if issubclass(cls, job.Part)]:
+    for cls in [cls for cls in reversed(table.__mro__) if issubclass(cls, Table)]:
         _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
         for entry in re.split(r"\n(?=    \S)", attributes.rstrip()):
             keys = "|".join(table.model_fields)
@@ -82,14 +102,36 @@ def meanings(table: type[job.Part]) -> dict[str, str]:
     return found
 
 
-def kind(table: type[job.Part], key: str, field: FieldInfo) -> str:
+def kind(field: FieldInfo) -> str:
     """The type of a key, for people."""
-    if key in QUANTITIES:
-        return QUANTITIES[key]
-    package = RULES.get(table) if key == "aggregation" else METHODS.get(key)
-    if package:
-        return "one of " + ", ".join(f'`"{name}"`' for name in plugins.names(package))
-    return spell(field.annotation) + limits(field.metadata)
+    return with_metadata(field.annotation, field.metadata)
+
+
+def with_metadata(annotation: Any, metadata: Iterable[Any]) -> str:
+    """A type in words, with what its ``Annotated`` metadata says of it: names of methods, a quantity, limits."""
+    metadata = tuple(metadata)
+    for one in metadata:
+        made_by = arguments_of(one)
+        if "package" in made_by:
+            return one_of(made_by["package"])
+        if "unit" in made_by:
+            return f"{UNITS[made_by['unit']]}, such as {made_by['example']}"
+    return spell(annotation) + limits(metadata)
+
+
+def arguments_of(validator: Any) -> dict[str, Any]:
+    """What :func:`~fedgrove.job.units.method_of` or :func:`~fedgrove.job.units.quantity` was called with to make a validator."""
+    if not isinstance(validator, AfterValidator | BeforeValidator):
+        return {}
+    made_by = validator.func.__qualname__.partition(".")[0]
+    if made_by not in (method_of.__name__, quantity.__name__):
+        return {}
+    return dict(inspect.getclosurevars(validator.func).nonlocals)
+
+
+def one_of(*packages: str) -> str:
+    """The names of all methods in some packages."""
+    return "one of " + ", ".join(f'`"{name}"`' for package in packages for name in plugins.names(package))
 
 
 def spell(annotation: Any) -> str:
@@ -102,8 +144,8 @@ def spell(annotation: Any) -> str:
     if origin is tuple:
         return f"list of: {spell(args[0])}"
     if hasattr(annotation, "__metadata__"):
-        return spell(args[0]) + limits(annotation.__metadata__)
-    if isinstance(annotation, type) and issubclass(annotation, job.Part):
+        return with_metadata(args[0], annotation.__metadata__)
+    if isinstance(annotation, type) and issubclass(annotation, Table):
         return f"a table, {title(annotation)}"
     words = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "file"}
     return words.get(annotation, str(annotation))
@@ -125,7 +167,7 @@ def default(field: FieldInfo) -> str:
     value = field.default
     if value is None:
         return "–"
-    if isinstance(value, job.Part):
+    if isinstance(value, Table):
         return "its defaults"
     if isinstance(value, tuple):
         return f"`{list(value)}`".replace("'", '"')
