@@ -67,7 +67,9 @@ def test_who_was_learnt_from_is_told_by_its_loss_unless_noise_hides_it(small: Sm
     def attacked(epsilon: float | None) -> float:
         model = learnt(small, inside, epsilon)
         with torch.no_grad():
-            losses = [torch.tensor([training.loss_sum(model, one[None], one[None]) for one in part]) for part in (inside, outside)]
+            losses = [
+                torch.tensor([training.loss_sum(model, one[None], one[None]) for one in part]) for part in (inside, outside)
+            ]
         return advantage(*losses)
 
     assert attacked(None) > 0.8
