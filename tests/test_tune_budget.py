@@ -18,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedgrove.client.devices import other_devices
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
+from fedgrove.models.cost import ModelCost, measure_cost
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.tune import cost as budget
 from fedgrove.stages.tune.config import Config as TuneStage
-from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, ModelCost, SearchSpace
+from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, SearchSpace
 from fedgrove.stages.tune.importance import BETA, Smoothed, importance, shares, triplet_scores
 from fedgrove.stages.tune.knapsack import Solution, search
 from fedgrove.stages.tune.plan import even, make_plan
@@ -101,14 +102,14 @@ def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch:
     """Proven to half a percent by the quick search alone, each within its own memory."""
     monkeypatch.setattr(budget, "solve", lambda *args: pytest.fail("the program was needed"))
     sizes, weight = seven_billion()
-    cards = {
-        f"{i}": Capabilities(memory=(8 + i) * 2**30, speed=300.0 + 90 * i, uplink=10**7 * (2 + i), tokens=100)
+    capabilities = {
+        f"{i}": Capabilities(memory=(8 + i) * 2**30, speed=300.0 + 90 * i, uplink=10**7 * (2 + i), tokens={512: 100})
         for i in range(10)
     }
-    plan = make_plan(0, TuneStage(kind="tune"), sizes, cards, weight)
+    plan = make_plan(0, TuneStage(kind="tune"), sizes, capabilities, weight)
     assert not plan.left_out
-    assert len({json.dumps(share.ranks) for share in plan.clients.values()}) > 1
-    assert all(share.memory <= cards[name].memory for name, share in plan.clients.items())
+    assert len({json.dumps(assignment.ranks) for assignment in plan.clients.values()}) > 1
+    assert all(assignment.memory <= capabilities[name].memory for name, assignment in plan.clients.items())
 
 
 def test_with_room_for_everything_everything_is_taken() -> None:
@@ -140,21 +141,21 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
     solved = []
     real = budget.best
     monkeypatch.setattr(budget, "best", lambda *args: solved.append(args) or real(*args))
-    cards = {f"client-{i:03d}": Capabilities(memory=2**20 * (1 + i % 4), tokens=100 + i) for i in range(100)}
+    capabilities = {f"client-{i:03d}": Capabilities(memory=2**20 * (1 + i % 4), tokens={32: 100 + i}) for i in range(100)}
     stage = TuneStage(kind="tune", ranks=(2, 4), batches=(1, 2), length=32)
-    plan = make_plan(0, stage, SIZES, cards, even(SIZES))
+    plan = make_plan(0, stage, SIZES, capabilities, even(SIZES))
     assert len(solved) == 4
-    for name, share in plan.clients.items():
-        assert share.ranks == plan.clients[f"client-{int(name[-3:]) % 4:03d}"].ranks
-        assert share.memory <= cards[name].memory
+    for name, assignment in plan.clients.items():
+        assert assignment.ranks == plan.clients[f"client-{int(name[-3:]) % 4:03d}"].ranks
+        assert assignment.memory <= capabilities[name].memory
 
 
 @pytest.mark.parametrize("method", ["fedpipe", "lora", "full"])
 def test_a_client_with_several_devices_shares_a_step_among_them(method: Any) -> None:
-    cards = {f"{number}": Capabilities(devices=number, tokens=100) for number in (1, 3, 4)}
-    stage = TuneStage(kind="tune", method=method, aggregation="flexlora", ranks=(2, 4), batches=(4,), bits=(16,), length=32)
-    given = make_plan(0, stage, SIZES, cards, even(SIZES)).clients
-    assert {name: share.micro for name, share in given.items()} == {"1": 4, "3": 1, "4": 1}
+    capabilities = {f"{number}": Capabilities(devices=number, tokens={32: 100}) for number in (1, 3, 4)}
+    stage = TuneStage(kind="tune", method=method, ranks=(2, 4), batches=(4,), bits=(16,), length=32)
+    given = make_plan(0, stage, SIZES, capabilities, even(SIZES)).clients
+    assert {name: assignment.micro for name, assignment in given.items()} == {"1": 4, "3": 1, "4": 1}
     assert given["3"].compute == pytest.approx(given["1"].compute / 2, rel=0.1), "the busiest of three has two of four"
     assert given["4"].compute == pytest.approx(given["1"].compute / 4, rel=0.1), "ranks differ a little"
 
@@ -198,9 +199,9 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune import frozen, training
-    from fedgrove.stages.tune.parametrizations import Attachment, lora
-    from fedgrove.stages.tune.trainers import sgd
 from fedgrove.stages.tune.factors import Factors, fill
+from fedgrove.stages.tune.parametrizations import Attachment, lora
+from fedgrove.stages.tune.trainers import sgd
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -251,7 +252,7 @@ def test_the_peak_of_memory_is_predicted_within_a_fifth(models: Path, name: str,
 
     if bits < 16:
         pytest.importorskip("bitsandbytes")
-    sizes = measure(Decoder(Checkpoint(models / name)), 256, masked=False)
+    sizes = measure_cost(Decoder(Checkpoint(models / name)), 256, masked=False)
     choice = ClientConfig(bits, micro, micro, dict.fromkeys(sizes.linears, 8))
     predicted = budget.memory(sizes, SearchSpace((bits,), (micro,), (8,), 1), choice)
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed is given back
