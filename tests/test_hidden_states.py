@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgrove import run as server
@@ -29,8 +30,14 @@ OPEN: dict[str, Any] = {"evaluate": {}}
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of several blocks."""
-    return make_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=BLOCKS)
+    """A model of several blocks, whose weights are of several sizes: so no two have the same units for whole numbers."""
+    folder = make_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=BLOCKS)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name in [name for name in weights if "proj" in name]:
+        weights[name] *= 2.0 ** -int(name.split(".")[2])
+    save_file(weights, file, {"format": "pt"})
+    return folder
 
 
 @pytest.fixture
@@ -87,12 +94,13 @@ def test_under_secure_aggregation_every_matrix_is_pruned_once_a_round(
     assert found[0] == found[1]
 
 
-def test_three_clients_prune_the_126_matrices_of_the_shipped_model_once(
-    small: Small, grove: Path, tmp_path: Path, pruned: list[str]
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_three_clients_prune_the_126_matrices_of_the_shipped_model_once_a_round(
+    small: Small, grove: Path, tmp_path: Path, pruned: list[str], rounds: int
 ) -> None:
-    job = small.job("grove", model__path=str(grove), **SECURE)
+    job = small.job("grove", model__path=str(grove), stages__0__rounds=rounds, **SECURE)
     assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
-    assert len(pruned) == 126
+    assert len(pruned) == rounds * 126
 
 
 @pytest.mark.parametrize(
