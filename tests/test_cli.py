@@ -158,8 +158,12 @@ def test_plan_runs_nothing_and_leaves_nothing_behind(small: Small, tmp_path: Pat
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    monkeypatch.setattr("fedgrove.stages.prune.stage.run", None)
-    monkeypatch.setattr(PruneBlock, "respond", None)
+
+    def runs(*_: Any) -> None:
+        raise AssertionError("it runs")
+
+    monkeypatch.setattr("fedgrove.stages.prune.stage.run", runs)
+    monkeypatch.setattr(PruneBlock, "respond", runs)
     status, out, err = cli("plan", small.job("planned"), "--set", "stages.0.layers={sample=0.5, cover=1}", "--set",
                            "evaluate.alone=false")  # fmt: skip
     assert (status, err) == (0, "")

@@ -370,7 +370,8 @@ def test_ctrl_c_at_a_terminal_ends_the_run_and_its_workers(small: Small, tmp_pat
     out = tmp_path / "run"
     job = small.job(stages__0__pruner="faulty")
     faulty("hang")
-    command = [sys.executable, "-c", "from fedgrove.cli import main; main()", "run", job, "--out", out]
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # see small._child
+    command = [sys.executable, "-c", f"{code}; from fedgrove.cli import main; main()", "run", job, "--out", out]
     command += ["--workers", "2", "--threads", "1"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert running.stderr

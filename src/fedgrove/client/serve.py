@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from pydantic import ValidationError
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.privacy.release import release_once
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
-from fedgrove.rounds.request import Disclosure, Request, Response, parse
+from fedgrove.rounds.request import Disclosure, Request, RequestError, Response, parse
 
 HARMLESS = frozenset({Disclosure.CAPABILITIES})  # what a client says in the open even where it answers only masked
 
@@ -38,7 +39,11 @@ def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], M
     tensors, info = wire.unpack(message)
     request = parse(kind, info.get("request"))
     masked = info.get("masking")
-    masking = None if masked is None else Masking.model_validate(masked)
+    try:
+        masking = None if masked is None else Masking.model_validate(masked)
+    except ValidationError as error:
+        field = ".".join(map(str, ("masking", *error.errors()[0]["loc"])))
+        raise RequestError(f"{kind}: {field:.80}: {error.errors()[0]['msg']}", field) from error
     return request, tensors, masking
 
 

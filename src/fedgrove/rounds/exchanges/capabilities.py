@@ -11,7 +11,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.speed import measured_speed
 from fedgrove.client.windows import calibration_windows, training_windows
 from fedgrove.rounds.capabilities import Capabilities
-from fedgrove.rounds.request import Disclosure, Reply, Request, Response, Tensors
+from fedgrove.rounds.request import Disclosure, Index, Reply, Request, Response, Tensors
 
 
 class Windows(BaseModel):
@@ -36,7 +36,7 @@ class DescribeYourself(Request):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.CAPABILITIES})
     REPLY: ClassVar[type[Reply]] = Capabilities
 
-    stage: int = 0
+    stage: Index = 0
     calibrations: tuple[Windows, ...]
     lengths: tuple[int, ...]
 
