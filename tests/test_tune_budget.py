@@ -23,7 +23,7 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.tune import cost as budget
 from fedgrove.stages.tune.config import Config as TuneStage
 from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, SearchSpace
-from fedgrove.stages.tune.importance import BETA, Smoothed, importance, shares, triplet_scores
+from fedgrove.stages.tune.importance import BETA, Smoothed, importance, normalized, triplet_scores
 from fedgrove.stages.tune.knapsack import Solution, search
 from fedgrove.stages.tune.plan import even, make_plan
 from fedgrove.stages.tune.training import Settings
@@ -304,6 +304,6 @@ def test_a_linear_that_cannot_change_the_loss_has_no_importance() -> None:
     scores = importance(model, {"used": (16, 16), "dead": (16, 16)}, iter([(ids, ids)] * 4), Settings(4, 4, 2, 1e-2), "0")
     assert scores[0] > 0
     assert scores[1] == 0
-    assert shares(scores, ["used", "dead"]) == {"used": 1.0, "dead": 0.0}
-    assert shares(torch.zeros(2), ["used", "dead"]) == {"used": 0.5, "dead": 0.5}
+    assert normalized(scores, ["used", "dead"]) == {"used": 1.0, "dead": 0.0}
+    assert normalized(torch.zeros(2), ["used", "dead"]) == {"used": 0.5, "dead": 0.5}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -84,7 +84,7 @@ class SessionStore:
             state = SessionState.of(before)
         elif begin:
             state = SessionState()
-            for older in self.folder.glob("*.json"):
+            for older in self.folder.glob("*.json*"):  # what a killed process was writing holds secrets too
                 older.unlink()
         else:
             raise SecureError("secure aggregation: a session that this client did not begin, or that is over; refused")

@@ -1,4 +1,4 @@
-"""Walk through a model forwards and back, a block at a time: what the loss would lose with each channel and head."""
+"""Forward and backward pass block by block: how the loss changes to first order if a channel or head is cut."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from fedgrove.models.width import family_of, group_sums, width_of
 
 
 class Store(Protocol):
-    """Keeps what enters a block, window by window, on disk."""
+    """A cache on disk of each block's input hidden states, window by window."""
 
     def write(self, index: int, windows: Iterable[Tensor], number: int) -> int:
-        """Keeps the windows of a block; replaces what is there when all have come."""
+        """Writes the ``number`` windows of a block, and only then replaces the block's previous windows."""
         ...
 
     def read(self, index: int) -> Iterator[Tensor]:
-        """Window by window, in order."""
+        """The windows of a block, in order."""
         ...
 
 
 def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """For every window and group Σ x·∂L/∂x over what the group hands to the linear that reads it.
+    """Σ x·∂L/∂x for every window and group, where x are the group's activations at the input of the linear that reads them.
 
-    That is Σ w·∂L/∂w over the group's columns of the reader, and the derivative of L by a factor on the group: to first
-    order, L falls by it when the group is cut. L is the window's negative log-likelihood in nats, summed over its tokens.
+    This equals Σ w·∂L/∂w over the group's columns of that linear, and is the derivative of L with respect to a factor on the
+    group: to first order, cutting the group lowers L by it. L is the window's negative log-likelihood in nats, summed over its
+    tokens.
 
-    In memory are the model's ends or one block, what one window keeps there for the way back, and nothing else: no gradient of
-    a weight is formed, hidden states wait on disk, and the gradients that flow back take their place.
+    Memory: either the embeddings and head or one block, and the activations of one window for its backward pass. No gradients
+    of weights are computed; hidden states are on disk, and are overwritten by the gradients during the backward pass.
 
     Args:
         decoder: the model.
@@ -40,13 +41,13 @@ def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tupl
         store: for (blocks + 1) × windows hidden states.
 
     Yields:
-        From the last block to the first: its number, {"channels": (windows, channels), "heads": (windows, groups of heads)} in
+        From the last block to the first: its index, {"channels": (windows, channels), "heads": (windows, groups of heads)} in
         float64 on the CPU.
     """
     width, family = width_of(decoder.checkpoint.config), family_of(decoder.checkpoint.config)
-    numbers = {family.channels.reader: ("channels", width.channels)}
+    groups = {family.channels.reader: ("channels", width.channels)}
     if family.heads is not None:
-        numbers[family.heads.reader] = ("heads", width.heads)
+        groups[family.heads.reader] = ("heads", width.heads)
     calls = decoder.embed(ids[:1])[1]
     store.write(0, (decoder.embed(window[None])[0] for window in ids), len(ids))
     for index in range(len(decoder)):
@@ -54,38 +55,44 @@ def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tupl
             store.write(index + 1, (decoder.run(block, h, calls[index]) for h in store.read(index)), len(ids))
 
     last = len(decoder)
-    ends = zip(ids, store.read(last), strict=True)
-    store.write(last, (_loss_gradient(decoder, window[None], h) for window, h in ends), len(ids))
+    outputs = zip(ids, store.read(last), strict=True)
+    store.write(last, (_loss_gradient(decoder, window[None], h) for window, h in outputs), len(ids))
     for index in reversed(range(len(decoder))):
-        found: dict[str, list[Tensor]] = {kind: [] for kind, _ in numbers.values()}
+        products: dict[str, list[Tensor]] = {kind: [] for kind, _ in groups.values()}
         pairs = zip(store.read(index), store.read(index + 1), strict=True)
-        store.write(index, _through(decoder, index, calls[index], pairs, numbers, found), len(ids))
-        yield index, {kind: torch.stack(windows) for kind, windows in found.items()}
+        store.write(index, _backward(decoder, index, calls[index], pairs, groups, products), len(ids))
+        yield index, {kind: torch.stack(windows) for kind, windows in products.items()}
 
 
-def _through(
+def _backward(
     decoder: Decoder,
     index: int,
     call: Call,
     pairs: Iterable[tuple[Tensor, Tensor]],
-    numbers: dict[str, tuple[str, int]],
-    found: dict[str, list[Tensor]],
+    groups: dict[str, tuple[str, int]],
+    products: dict[str, list[Tensor]],
 ) -> Iterator[Tensor]:
-    """For each (what entered a block, the gradient of what left it) the gradient of what entered; products go to ``found``."""
-    with decoder.loaded(index) as block, _inputs(block, list(numbers)) as inputs:
+    """The gradients of a block's inputs, window by window.
+
+    Args:
+        pairs: a window's input of the block, and the gradient of its output.
+        groups: by linear that reads groups: the kind of group, and their number.
+        products: the results are appended to it, by kind.
+    """
+    with decoder.loaded(index) as block, _inputs(block, list(groups)) as inputs:
         for hidden, gradient in pairs:
             with torch.enable_grad():
                 hidden.requires_grad_()
                 out = decoder.run(block, hidden, call)
-                before, *slopes = torch.autograd.grad(out, [hidden, *(inputs[reader] for reader in numbers)], gradient)
-            for (reader, (kind, number)), slope in zip(numbers.items(), slopes, strict=True):
-                product = (inputs[reader].detach().double() * slope.double()).flatten(0, -2).sum(0)
-                found[kind].append(group_sums(product, number).cpu())
+                before, *gradients = torch.autograd.grad(out, [hidden, *(inputs[reader] for reader in groups)], gradient)
+            for (reader, (kind, number)), of_input in zip(groups.items(), gradients, strict=True):
+                product = (inputs[reader].detach().double() * of_input.double()).flatten(0, -2).sum(0)
+                products[kind].append(group_sums(product, number).cpu())
             yield before
 
 
 def _loss_gradient(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
-    """∂L/∂(what left the last block), L summed over the predicted tokens of a window."""
+    """The gradient of L with respect to the last block's output; L is summed over the predicted tokens of the window."""
     with torch.enable_grad():
         hidden.requires_grad_()
         logits = decoder.logits(ids, hidden)[0, :-1].float()
@@ -95,7 +102,7 @@ def _loss_gradient(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What enters linears of a block when it is run."""
+    """The inputs of linears of a block, recorded when it is run."""
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""What a configuration costs a client in memory, time and bytes; and the best one that it can afford.
+"""What a configuration costs a client in memory, time and bytes, and the best configuration within its budget.
 
-FedPipe (arXiv 2404.06448) chooses batch size, ranks and bits of each client by a mixed-integer linear program. Its text was
-not at hand: that there is such a program over these variables is the paper's, the cost model, the gain and the linear form
-are ours.
+FedPipe (arXiv 2404.06448) chooses each client's batch size, ranks and bits with a mixed-integer linear program. Its text was
+not available: using such a program over these variables is from the paper; the cost model, the gain and the linear
+formulation are ours.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fedgrove.models.cost import ModelCost
 from fedgrove.quantities import mebibytes
 from fedgrove.stages.tune.knapsack import Array, KnapsackSide, Solution, search
 
-QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # of a whole gain of 2: all ranks and the batch at their largest
-PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, float32
-LOGIT = 12  # bytes of a logit at the peak, beside itself: its float32 copy or probability, and two gradients
+QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # by bits; the largest value, all ranks and the batch maximal, is 2
+PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, all float32
+LOGIT = 12  # bytes per logit at the peak, besides the logit: its float32 copy or probability, and two gradients
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class ClientConfig:
 
     Attributes:
         bits: of each frozen weight.
-        batch: windows of an optimizer step; micro: windows computed at once, on each device.
-        ranks: by linear; those that are missing are not tuned.
+        batch: windows of an optimizer step.
+        micro: windows computed at once on each device (the micro-batch).
+        ranks: by linear; linears that are missing are not tuned.
     """
 
     bits: int
@@ -40,14 +41,15 @@ class ClientConfig:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What may be chosen.
+    """The configurations to choose from, and what is fixed for all of them.
 
     Attributes:
-        bits, batches, ranks: the values, ascending but for ``bits``; rank 0 is always allowed.
-        steps: optimizer steps of a round.
-        rest: rank of what a client computes with and does not train, in every linear; an upper bound.
-        number: bytes of a factor's number on the wire.
-        upload_price: of sending all linears at the largest rank: a rank that is worth less than it costs to send is not taken.
+        bits: the allowed values, in any order.
+        batches, ranks: the allowed values, ascending; rank 0 is always allowed.
+        steps: optimizer steps per round.
+        rest: an upper bound on the rank of the change that a client computes with but does not train, in every linear.
+        number: bytes of one number of a factor on the wire.
+        upload_price: of sending all linears at the largest rank; ranks whose gain is below their price are not chosen.
     """
 
     bits: tuple[int, ...]
@@ -61,11 +63,14 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a client has: infinite where it does not say.
+    """What a client has available; memory, time and uplink are unlimited by default.
 
     Attributes:
-        memory: bytes, of each device. seconds: of a round. speed: operations a second, of each device.
-        uplink: bytes a second. devices: that share the windows of a step.
+        memory: bytes, of each device.
+        seconds: per round.
+        speed: floating-point operations per second, of each device.
+        uplink: bytes per second.
+        devices: number of devices that share the windows of a step.
     """
 
     memory: float = math.inf
@@ -76,253 +81,258 @@ class Budget:
 
 
 class Infeasible(Exception):
-    """No configuration fits; the message says which budget is too small and what would do."""
+    """No configuration fits; the message says which budget is too small and what would be needed."""
 
 
-def weight_bytes(sizes: ModelCost, bits: int) -> float:
-    """Bytes of the frozen model: int8 has a scale a row, NF4 one for every 64 weights."""
+def weight_bytes(cost: ModelCost, bits: int) -> float:
+    """Bytes of the frozen model, including scales: one per row for int8, one per 64 weights for NF4."""
     other = 4 if bits == 32 else 2
-    scales = {8: sum(4 * rows for rows, _ in sizes.linears.values()), 4: sizes.parameters / 16}.get(bits, 0)
-    masks = sizes.parameters if sizes.masked else 0
-    return sizes.parameters * bits / 8 + scales + masks + sizes.others * other
+    scales = {8: sum(4 * rows for rows, _ in cost.linears.values()), 4: cost.parameters / 16}.get(bits, 0)
+    masks = cost.parameters if cost.masked else 0
+    return cost.parameters * bits / 8 + scales + masks + cost.others * other
 
 
-def activation_bytes(sizes: ModelCost, bits: int) -> float:
-    """Bytes of one window at the peak, without adapters: what the blocks keep for their backward pass, and the logits."""
+def activation_bytes(cost: ModelCost, bits: int) -> float:
+    """Bytes of one window at the peak, without adapters: the blocks' saved activations and the logits."""
     number = 4 if bits == 32 else 2
-    logits = sizes.length * sizes.vocabulary * (LOGIT + (0 if bits == 32 else number))
-    inputs = sum(columns for _, columns in sizes.linears.values()) if bits == 8 else 0  # int8 keeps the input of every linear
-    return number * (sizes.num_blocks * sizes.saved + sizes.length * inputs) + logits
+    logits = cost.length * cost.vocabulary * (LOGIT + (0 if bits == 32 else number))
+    inputs = sum(columns for _, columns in cost.linears.values()) if bits == 8 else 0  # int8 saves the input of every linear
+    return number * (cost.num_blocks * cost.saved + cost.length * inputs) + logits
 
 
-def memory(sizes: ModelCost, grid: SearchSpace, choice: ClientConfig) -> float:
-    """Bytes at the peak of training, besides the program itself.
+def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
+    """Bytes at the peak of training, without the process itself.
 
-    A tuned linear keeps its input (in float32: adapters compute in it) and, for each rank, a number for each token.
+    A tuned linear saves its input in float32 (the dtype of the adapters) and, per token, one number for each rank.
     """
-    rest = 4 * grid.rest * sum(map(sum, sizes.linears.values()))
-    total = weight_bytes(sizes, choice.bits) + rest + choice.micro * activation_bytes(sizes, choice.bits)
-    for name, rank in choice.ranks.items():
+    rest = 4 * space.rest * sum(map(sum, cost.linears.values()))
+    total = weight_bytes(cost, config.bits) + rest + config.micro * activation_bytes(cost, config.bits)
+    for name, rank in config.ranks.items():
         if rank:
-            rows, columns = sizes.linears[name]
-            total += rank * (rows + columns) * PER_TUNED + choice.micro * sizes.length * 4 * (columns + rank)
+            rows, columns = cost.linears[name]
+            total += rank * (rows + columns) * PER_TUNED + config.micro * cost.length * 4 * (columns + rank)
     return total
 
 
-def full_memory(sizes: ModelCost, micro: int) -> float:
-    """Likewise, when the linears themselves are trained, in float32."""
-    kept = sum(columns for _, columns in sizes.linears.values())
-    tuned = sizes.parameters * (PER_TUNED - 4)
-    return weight_bytes(sizes, 32) + tuned + micro * (activation_bytes(sizes, 32) + 4 * sizes.length * kept)
+def full_memory(cost: ModelCost, micro: int) -> float:
+    """Bytes at the peak of full fine-tuning of the linears, in float32, without the process itself."""
+    inputs = sum(columns for _, columns in cost.linears.values())
+    tuned = cost.parameters * (PER_TUNED - 4)
+    return weight_bytes(cost, 32) + tuned + micro * (activation_bytes(cost, 32) + 4 * cost.length * inputs)
 
 
-def window_operations(sizes: ModelCost, grid: SearchSpace) -> float:
-    """Floating-point operations for one window, forwards and back, without trained adapters.
+def window_operations(cost: ModelCost, space: SearchSpace) -> float:
+    """Floating-point operations of one window's forward and backward pass, without trained adapters.
 
-    Two for each weight and token on the way forwards and two on the way back (frozen weights have no gradient), the same
-    for the head, and the attention's products. Under masks the product of the factors is a second linear, and its gradient
-    a third.
+    Two per weight and token in the forward pass and two in the backward pass (frozen weights need no gradient), the same for
+    the head, plus the attention products. On a pruned model the masked product of the factors costs a second linear, and its
+    gradient a third.
     """
-    tokens, weights = sizes.length, sizes.parameters + sizes.width * sizes.vocabulary
-    attention = 2 * 2 * sizes.length**2 * sizes.width * sizes.num_blocks
-    rest = 4 * tokens * grid.rest * sum(map(sum, sizes.linears.values()))
-    if sizes.masked:
-        rest = 6 * tokens * sizes.parameters + 8 * grid.rest * sizes.parameters
+    tokens, weights = cost.length, cost.parameters + cost.width * cost.vocabulary
+    attention = 2 * 2 * cost.length**2 * cost.width * cost.num_blocks
+    rest = 4 * tokens * space.rest * sum(map(sum, cost.linears.values()))
+    if cost.masked:
+        rest = 6 * tokens * cost.parameters + 8 * space.rest * cost.parameters
     return 4 * tokens * weights + 3 * attention + rest
 
 
-def compute_seconds(sizes: ModelCost, grid: SearchSpace, budget: Budget, choice: ClientConfig) -> float:
-    """Seconds of computing in a round."""
-    adapters = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items())
-    windows = grid.steps * each_device(choice.batch, budget)
-    return windows * (window_operations(sizes, grid) + 6 * sizes.length * adapters) / budget.speed
+def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
+    """Seconds of computation in a round."""
+    adapters = sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
+    windows = space.steps * each_device(config.batch, budget)
+    return windows * (window_operations(cost, space) + 6 * cost.length * adapters) / budget.speed
 
 
 def each_device(batch: int, budget: Budget) -> int:
-    """Windows of a step that the busiest device computes."""
+    """Windows of a step on the device that computes the most of them."""
     return -(-batch // budget.devices)
 
 
-def seconds(sizes: ModelCost, grid: SearchSpace, budget: Budget, choice: ClientConfig) -> float:
-    """Seconds of a round: computing, and sending the adapters."""
-    return compute_seconds(sizes, grid, budget, choice) + upload(sizes, grid, choice) / budget.uplink
+def seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
+    """Seconds of a round: computation, and upload of the adapters."""
+    return compute_seconds(cost, space, budget, config) + upload(cost, space, config) / budget.uplink
 
 
-def full_compute_seconds(sizes: ModelCost, grid: SearchSpace, budget: Budget, batch: int) -> float:
-    """Seconds of computing for whole linears: their gradient takes as much again as going back through them."""
-    windows = grid.steps * each_device(batch, budget)
-    return windows * (window_operations(sizes, grid) + 2 * sizes.length * sizes.parameters) / budget.speed
+def full_compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, batch: int) -> float:
+    """Seconds of computation in a round of full fine-tuning; the weights' gradients add two operations per weight and token."""
+    windows = space.steps * each_device(batch, budget)
+    return windows * (window_operations(cost, space) + 2 * cost.length * cost.parameters) / budget.speed
 
 
-def upload(sizes: ModelCost, grid: SearchSpace, choice: ClientConfig) -> float:
-    """Bytes that go up in a round."""
-    return grid.number * sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items())
+def upload(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
+    """Bytes uploaded in a round."""
+    return space.number * sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
 
 
 def gain(rank: float, largest: int) -> float:
-    """What a rank is worth, between 0 and 1: concave, for each further direction of change is worth less."""
+    """The value of a rank, from 0 to 1; concave, because each additional rank contributes less."""
     return math.log2(1 + rank) / math.log2(1 + largest)
 
 
-def value(sizes: ModelCost, grid: SearchSpace, importance: Mapping[str, float], choice: ClientConfig) -> float:
-    """What a configuration is worth: Σ importance·gain(rank) + gain(batch) − the price of few bits − the price of bytes.
+def value(cost: ModelCost, space: SearchSpace, importance: Mapping[str, float], config: ClientConfig) -> float:
+    """The objective: Σ importance·gain(rank) + gain(batch) − quantization price − upload price.
 
-    The prices are ours. Without the last one a client with room would tune every linear at the largest rank, important or
-    not, and send all of it; with a price of 1 a linear of mean importance stops at a middle rank.
+    The prices are ours. Without the upload price a client with a large budget would tune every linear at the largest rank,
+    important or not, and upload all of it; with a price of 1 a linear of mean importance gets a medium rank.
 
     Args:
-        importance: of each linear, not negative, together 1.
+        importance: of each linear, non-negative, adding up to 1.
     """
-    ranks = sum(importance[name] * gain(rank, grid.ranks[-1]) for name, rank in choice.ranks.items())
-    sent = sum(rank * sum(sizes.linears[name]) for name, rank in choice.ranks.items()) / _largest(sizes, grid)
-    return ranks + gain(choice.batch, grid.batches[-1]) - QUANTIZATION_PRICE[choice.bits] - grid.upload_price * sent
+    ranks = sum(importance[name] * gain(rank, space.ranks[-1]) for name, rank in config.ranks.items())
+    sent = sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items()) / _largest(cost, space)
+    return ranks + gain(config.batch, space.batches[-1]) - QUANTIZATION_PRICE[config.bits] - space.upload_price * sent
 
 
-def _largest(sizes: ModelCost, grid: SearchSpace) -> float:
-    return grid.ranks[-1] * sum(map(sum, sizes.linears.values()))
+def _largest(cost: ModelCost, space: SearchSpace) -> float:
+    return space.ranks[-1] * sum(map(sum, cost.linears.values()))
 
 
-def least(sizes: ModelCost, grid: SearchSpace) -> ClientConfig:
-    """The cheapest configuration: one linear, the smallest rank, one window, the fewest bits."""
-    name = min(sizes.linears, key=lambda name: (sum(sizes.linears[name]), name))
-    bits = min(grid.bits, key=lambda bits: weight_bytes(sizes, bits) + activation_bytes(sizes, bits))
-    return ClientConfig(bits, grid.batches[0], 1, {name: grid.ranks[0]})
+def least(cost: ModelCost, space: SearchSpace) -> ClientConfig:
+    """The cheapest configuration: the smallest linear, rank and batch, one window at once, the bits that need least memory."""
+    name = min(cost.linears, key=lambda name: (sum(cost.linears[name]), name))
+    bits = min(space.bits, key=lambda bits: weight_bytes(cost, bits) + activation_bytes(cost, bits))
+    return ClientConfig(bits, space.batches[0], 1, {name: space.ranks[0]})
 
 
-def check_feasible(sizes: ModelCost, grid: SearchSpace, budget: Budget) -> None:
-    """Raises :class:`Infeasible` where even the cheapest configuration does not fit, with the smallest budget that would do."""
-    choice = least(sizes, grid)
-    needed = memory(sizes, grid, choice)
+def check_feasible(cost: ModelCost, space: SearchSpace, budget: Budget) -> None:
+    """Checks that the cheapest configuration fits.
+
+    Raises:
+        Infeasible: it does not; names the smallest budget that would be enough.
+    """
+    config = least(cost, space)
+    needed = memory(cost, space, config)
     if needed > budget.memory:
         raise Infeasible(
-            f"the least that tunes anything needs {mebibytes(needed, enough=True)} of memory, but it has "
+            f"the smallest configuration needs {mebibytes(needed, enough=True)} of memory, but it has "
             f"{mebibytes(budget.memory)} (clients.memory); lower length, or allow fewer bits"
         )
-    needed = seconds(sizes, grid, budget, choice)
+    needed = seconds(cost, space, budget, config)
     if needed > budget.seconds:
-        raise Infeasible(f"the least that tunes anything takes {needed:.3g} s a round, but deadline is {budget.seconds:.3g} s")
+        raise Infeasible(f"the smallest configuration takes {needed:.3g} s a round, but deadline is {budget.seconds:.3g} s")
 
 
 def best(
-    sizes: ModelCost, grid: SearchSpace, budget: Budget, importance: Mapping[str, float], gap: float | None = None
+    cost: ModelCost, space: SearchSpace, budget: Budget, importance: Mapping[str, float], gap: float | None = None
 ) -> ClientConfig:
-    """The configuration of the highest :func:`value` within a budget, to within ``gap``.
+    """The configuration with the highest :func:`value` within a budget, up to a relative gap.
 
-    A quick search comes first (see :mod:`fedgrove.stages.tune.knapsack`); where it cannot prove that nothing is better by more
-    than the gap, the answer is that of a mixed-integer linear program. Windows are computed one at once in both, which takes
-    the least memory and is worth the same; :func:`widest` then uses what is left.
+    A fast search is tried first (see :mod:`fedgrove.stages.tune.knapsack`). If it cannot prove that its result is within the
+    gap, a mixed-integer linear program is solved. Both assume one window at once, which takes the least memory and has the same
+    value; :func:`widest` then uses the remaining memory.
 
     Args:
-        importance: of each linear, not negative, together 1.
-        gap: how far from the optimum the answer may be, relative; default: 0.1 %, and 0.5 % where there are more than a
-            thousand ranks to choose from, where the last tenths take most of the time.
+        importance: of each linear, non-negative, adding up to 1.
+        gap: the allowed relative distance to the optimum; default: 0.1 %, or 0.5 % for more than a thousand pairs of linear
+            and rank, because closing the last tenths takes most of the time.
 
     Raises:
-        Infeasible: nothing fits.
+        Infeasible: no configuration fits.
     """
-    check_feasible(sizes, grid, budget)
-    names = sorted(sizes.linears)
-    inputs, both = np.array([(sizes.linears[name][1], sum(sizes.linears[name])) for name in names], dtype=float).T
-    numbers = np.outer(both, grid.ranks)  # that are trained and sent
-    gains = [gain(rank, grid.ranks[-1]) for rank in grid.ranks]
-    worth = np.outer([importance[name] for name in names], gains) - grid.upload_price / _largest(sizes, grid) * numbers
-    trained = PER_TUNED * numbers + 4.0 * sizes.length * np.add.outer(inputs, grid.ranks)
+    check_feasible(cost, space, budget)
+    names = sorted(cost.linears)
+    inputs, widths = np.array([(cost.linears[name][1], sum(cost.linears[name])) for name in names], dtype=float).T
+    numbers = np.outer(widths, space.ranks)  # trained and sent
+    gains = [gain(rank, space.ranks[-1]) for rank in space.ranks]
+    values = np.outer([importance[name] for name in names], gains) - space.upload_price / _largest(cost, space) * numbers
+    num_bytes = PER_TUNED * numbers + 4.0 * cost.length * np.add.outer(inputs, space.ranks)
     bits = [
-        KnapsackSide(-QUANTIZATION_PRICE[b], trained, budget.memory - memory(sizes, grid, ClientConfig(b, 1, 1, {})))
-        for b in grid.bits
+        KnapsackSide(-QUANTIZATION_PRICE[b], num_bytes, budget.memory - memory(cost, space, ClientConfig(b, 1, 1, {})))
+        for b in space.bits
     ]
     batches = []
-    for batch in grid.batches:
-        number = 6.0 * sizes.length * grid.steps * each_device(batch, budget) / budget.speed + grid.number / budget.uplink
-        room = budget.seconds - seconds(sizes, grid, budget, ClientConfig(grid.bits[0], batch, 1, {}))
-        batches.append(KnapsackSide(gain(batch, grid.batches[-1]), number * numbers, room))
+    for batch in space.batches:
+        per_number = 6.0 * cost.length * space.steps * each_device(batch, budget) / budget.speed + space.number / budget.uplink
+        capacity = budget.seconds - seconds(cost, space, budget, ClientConfig(space.bits[0], batch, 1, {}))
+        batches.append(KnapsackSide(gain(batch, space.batches[-1]), per_number * numbers, capacity))
     if gap is None:
-        gap = 1e-3 if worth.size <= 1000 else 5e-3
-    found = search(worth, bits, batches, gap)
-    if found is None or found.bound - found.value > gap * abs(found.value):
-        found = solve(worth, bits, batches, gap)
-    chosen = {name: grid.ranks[place] for name, place in zip(names, found.ranks, strict=True) if place >= 0}
-    return widest(sizes, grid, budget, ClientConfig(grid.bits[found.bits], grid.batches[found.batch], 1, chosen))
+        gap = 1e-3 if values.size <= 1000 else 5e-3
+    solution = search(values, bits, batches, gap)
+    if solution is None or solution.bound - solution.value > gap * abs(solution.value):
+        solution = solve(values, bits, batches, gap)
+    ranks = {name: space.ranks[index] for name, index in zip(names, solution.ranks, strict=True) if index >= 0}
+    return widest(cost, space, budget, ClientConfig(space.bits[solution.bits], space.batches[solution.batch], 1, ranks))
 
 
-def solve(worth: Array, bits: Sequence[KnapsackSide], batches: Sequence[KnapsackSide], gap: float) -> Solution:
-    """Likewise, by HiGHS; see :func:`fedgrove.stages.tune.knapsack.search`.
+def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[KnapsackSide], gap: float) -> Solution:
+    """The same as :func:`fedgrove.stages.tune.knapsack.search`, as a mixed-integer linear program solved by HiGHS.
 
-    One binary for each number of bits and each batch, one of each to be chosen; for each linear and each step up the ranks
-    one more: a step is taken only after the one below it. Bytes × bits and seconds × batch would make products; they are
-    linear once these are known, so each has a row of its own, slack when it is not chosen.
+    There is one binary variable per number of bits and per batch, exactly one of each being 1, and one per linear and step to
+    the next rank; a step requires the one below it. The bytes depend on the bits and the seconds on the batch, which would
+    be products of variables; instead each number of bits and each batch has its own constraint, which is slack unless it is
+    chosen.
 
     Raises:
-        Infeasible: nothing fits.
+        Infeasible: no configuration fits.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # a third of a second and 20 MB, which other stages need not
+    from scipy.optimize import Bounds, LinearConstraint, milp  # takes 0.3 s and 20 MB, which other stages do not need
     from scipy.sparse import csr_array
 
     num_bits = len(bits)
     first = num_bits + len(batches)  # the variables of linear i, step k: first + i * num_steps + k
-    size = first + worth.size
-    objective = np.concatenate([[side.worth for side in (*bits, *batches)], np.diff(worth, axis=1, prepend=0.0).ravel()])
+    size = first + values.size
+    objective = np.concatenate([[side.value for side in (*bits, *batches)], np.diff(values, axis=1, prepend=0.0).ravel()])
 
     rows: list[Array] = []
     upper: list[float] = []
     lower: list[float] = []
 
-    def row(ends: slice, number: float, tail: Array | float, low: float, high: float) -> None:
-        values = np.zeros(size)
-        values[ends], values[first:] = number, tail
-        rows.append(values)
+    def row(variables: slice, coefficient: float, steps: Array | float, low: float, high: float) -> None:
+        coefficients = np.zeros(size)
+        coefficients[variables], coefficients[first:] = coefficient, steps
+        rows.append(coefficients)
         lower.append(low)
         upper.append(high)
 
     row(slice(0, num_bits), 1.0, 0.0, 1.0, 1.0)
     row(slice(num_bits, first), 1.0, 0.0, 1.0, 1.0)
-    for at, side in enumerate((*bits, *batches)):
-        if side.room < 0:
-            row(slice(at, at + 1), 1.0, 0.0, 0.0, 0.0)
+    for index, side in enumerate((*bits, *batches)):
+        if side.capacity < 0:
+            row(slice(index, index + 1), 1.0, 0.0, 0.0, 0.0)
             continue
-        tail = np.diff(side.sizes, axis=1, prepend=0.0).ravel()
-        slack = float(tail.sum()) - side.room
+        steps = np.diff(side.sizes, axis=1, prepend=0.0).ravel()
+        slack = float(steps.sum()) - side.capacity
         if slack > 0:
-            scale = max(side.room, float(tail.max()))
-            row(slice(at, at + 1), slack / scale, tail / scale, -np.inf, (side.room + slack) / scale)
-    something = np.zeros(worth.shape)
-    something[:, 0] = 1.0
-    row(slice(0), 0.0, something.ravel(), 1.0, np.inf)
+            scale = max(side.capacity, float(steps.max()))
+            row(slice(index, index + 1), slack / scale, steps / scale, -np.inf, (side.capacity + slack) / scale)
+    first_steps = np.zeros(values.shape)
+    first_steps[:, 0] = 1.0
+    row(slice(0), 0.0, first_steps.ravel(), 1.0, np.inf)  # at least one linear is tuned
 
     constraints = [LinearConstraint(csr_array(np.array(rows)), lower, upper)]
-    ladder = np.arange(first, size).reshape(worth.shape)
-    pairs = np.stack([ladder[:, :-1].ravel(), ladder[:, 1:].ravel()], 1)
+    variables = np.arange(first, size).reshape(values.shape)
+    pairs = np.stack([variables[:, :-1].ravel(), variables[:, 1:].ravel()], 1)
     if len(pairs):
-        at_row = np.repeat(np.arange(len(pairs)), 2)
-        order = csr_array((np.tile([1.0, -1.0], len(pairs)), (at_row, pairs.ravel())), shape=(len(pairs), size))
+        row_of = np.repeat(np.arange(len(pairs)), 2)
+        order = csr_array((np.tile([1.0, -1.0], len(pairs)), (row_of, pairs.ravel())), shape=(len(pairs), size))
         constraints.append(LinearConstraint(order, 0.0, np.inf))
     options = {"mip_rel_gap": gap}
     result = milp(-objective, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options=options)
     if result.x is None:
-        raise Infeasible(f"no configuration fits its memory and its deadline together ({result.message.split('(')[0].strip()})")
-    taken = result.x > 0.5
-    ranks = taken[first:].reshape(worth.shape).sum(1) - 1
-    at_bits, at_batch = int(taken[:num_bits].argmax()), int(taken[num_bits:first].argmax())
-    return Solution(at_bits, at_batch, ranks, -float(result.fun), -float(result.mip_dual_bound))
+        raise Infeasible(f"no configuration fits both memory and deadline ({result.message.split('(')[0].strip()})")
+    chosen = result.x > 0.5
+    ranks = chosen[first:].reshape(values.shape).sum(1) - 1
+    bits_index, batch_index = int(chosen[:num_bits].argmax()), int(chosen[num_bits:first].argmax())
+    return Solution(bits_index, batch_index, ranks, -float(result.fun), -float(result.mip_dual_bound))
 
 
 def micros(batches: tuple[int, ...]) -> list[int]:
-    """How many windows may be computed at once: one, or any batch."""
+    """The sizes of micro-batches to choose from: 1, and every batch."""
     return sorted({1, *batches})
 
 
 def widest(
-    sizes: ModelCost,
-    grid: SearchSpace,
+    cost: ModelCost,
+    space: SearchSpace,
     budget: Budget,
-    choice: ClientConfig,
+    config: ClientConfig,
     need: Callable[[ModelCost, SearchSpace, ClientConfig], float] = memory,
 ) -> ClientConfig:
-    """The same configuration with as many windows at once as fit: fewer, larger products are faster.
+    """The same configuration with the largest micro-batch that fits: fewer, larger matrix products are faster.
 
     Args:
-        need: bytes of a configuration.
+        need: the bytes that a configuration needs.
     """
-    fits = [micro for micro in micros(grid.batches) if micro <= each_device(choice.batch, budget)]
-    fits = [m for m in fits if need(sizes, grid, ClientConfig(choice.bits, choice.batch, m, choice.ranks)) <= budget.memory]
-    return ClientConfig(choice.bits, choice.batch, max([choice.micro, *fits]), choice.ranks)
+    fits = [micro for micro in micros(space.batches) if micro <= each_device(config.batch, budget)]
+    fits = [m for m in fits if need(cost, space, ClientConfig(config.bits, config.batch, m, config.ranks)) <= budget.memory]
+    return ClientConfig(config.bits, config.batch, max([config.micro, *fits]), config.ranks)

@@ -1,4 +1,4 @@
-"""Low-rank changes of a weight, kept as two factors: never as the dense product."""
+"""Low-rank changes of a weight, stored as two factors and never as the dense product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 class Factors:
     """The change B·A of a weight (out, in).
 
-    Every scale (LoRA's α/r) is folded into B, so that clients with different ones can be added.
+    Every scale (LoRA's α/r) is multiplied into B, so that clients with different scales can be added.
 
     Attributes:
         b: (out, rank).
@@ -31,11 +31,11 @@ class Factors:
         return cls(parts["b"], parts["a"])
 
     def parts(self) -> dict[str, Tensor]:
-        """``b`` and ``a``; empty where the rank is 0."""
+        """``b`` and ``a``; empty if the rank is 0."""
         return {"b": self.b, "a": self.a} if self.rank else {}
 
     def numel(self) -> int:
-        """Numbers of the product."""
+        """Number of entries of the product."""
         return self.b.shape[0] * self.a.shape[1]
 
     @classmethod
@@ -61,7 +61,7 @@ class Factors:
         return Factors(self.b * scale, self.a)
 
     def plus(self, *others: Factors) -> Factors:
-        """The sum of the products: the factors side by side."""
+        """The sum of the products: the factors concatenated."""
         all_ = (self, *others)
         return Factors(torch.cat([f.b for f in all_], 1), torch.cat([f.a for f in all_]))
 
@@ -70,38 +70,38 @@ class Factors:
         return Factors(self.b.double(), self.a.double())
 
     def norm(self) -> float:
-        """‖B·A‖_F, from the small Gram matrices."""
+        """‖B·A‖_F, from the (rank, rank) Gram matrices."""
         b, a = self.b.double(), self.a.double()
         return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
     def compress(self, rank: int | None = None) -> Factors:
-        """The same product (or the nearest one of at most ``rank``), terms in descending order, √S on both sides.
+        """The same product, or its best approximation of at most ``rank``; terms in descending order, √S in both factors.
 
-        QR of both factors, then the SVD of the small core R_B·R_Aᵀ: the truncated SVD of the product (Eckart-Young)
-        without forming it. The split √S·√S keeps the gradients of both factors of one size, where S on one side does not.
+        QR of both factors, then the SVD of the small core R_B·R_Aᵀ: this is the truncated SVD of the product (Eckart–Young)
+        without forming it. Splitting S as √S·√S keeps the gradients of both factors at the same size, unlike S in one factor.
         The sign of each term is fixed, so that the result does not depend on the library's choice.
 
         Args:
-            rank: keep so many terms; None keeps all that are not rounding noise.
+            rank: the number of terms to keep; None keeps all that are not rounding noise.
         """
         q_b, r_b = torch.linalg.qr(self.b.double())
         q_a, r_a = torch.linalg.qr(self.a.double().T)
         u, s, v = torch.linalg.svd(r_b @ r_a.T)
-        least = float(s[0]) * 1e-12 if s.numel() else 0.0
-        kept = int((s > least).sum())
-        kept = kept if rank is None else min(kept, rank)
-        b, a, root = q_b @ u[:, :kept], v[:kept] @ q_a.T, s[:kept].sqrt()
-        if kept:
+        noise = float(s[0]) * 1e-12 if s.numel() else 0.0
+        num_terms = int((s > noise).sum())
+        num_terms = num_terms if rank is None else min(num_terms, rank)
+        b, a, root = q_b @ u[:, :num_terms], v[:num_terms] @ q_a.T, s[:num_terms].sqrt()
+        if num_terms:
             sign = b.gather(0, b.abs().argmax(0, keepdim=True))[0].sign()
             b, a = b * sign, a * sign[:, None]
         return Factors(b * root, a * root[:, None])
 
 
 def initial_a(name: str, rank: int, num_in: int, seed: str) -> Tensor:
-    """(rank, in) float32: where the A of an adapter starts, the same on every machine; B starts at 0.
+    """The initial A of an adapter, (rank, in) float32, the same on every machine; B starts at 0.
 
-    Uniform in ±1/√in, which is what LoRA's reference code and peft draw. Rows do not depend on ``rank``, so clients with
-    different ranks share their first rows.
+    Uniform in ±1/√in, as in LoRA's reference code and peft. Rows do not depend on ``rank``, so clients with different ranks
+    share their first rows.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -110,18 +110,20 @@ def initial_a(name: str, rank: int, num_in: int, seed: str) -> Tensor:
     return (torch.stack(rows) * 2 - 1) * bound if rows else torch.zeros(0, num_in)
 
 
-def fill(own: Factors, rank: int, name: str, seed: str) -> Factors:
-    """An adapter of exactly ``rank`` terms: those of ``own``, then fresh ones that change nothing yet."""
-    missing = rank - own.rank
-    fresh = initial_a(name, rank, own.a.shape[1], seed)[own.rank :].to(own.a.dtype)
-    return own.part(0, rank) if missing <= 0 else own.plus(Factors(own.b.new_zeros(own.b.shape[0], missing), fresh))
+def fill(factors: Factors, rank: int, name: str, seed: str) -> Factors:
+    """An adapter of exactly ``rank`` terms: those of ``factors``, then new ones with B = 0, which change nothing yet."""
+    if factors.rank >= rank:
+        return factors.part(0, rank)
+    new_a = initial_a(name, rank, factors.a.shape[1], seed)[factors.rank :].to(factors.a.dtype)
+    new_b = factors.b.new_zeros(factors.b.shape[0], rank - factors.rank)
+    return factors.plus(Factors(new_b, new_a))
 
 
 class ProductSum:
-    """Σ weight·B·A over clients, exact, as factors.
+    """Σ weight·B·A over clients, exactly, as factors.
 
-    The sum of products has at most min(out, in) terms, so whenever the stacked factors grow past that they are compressed
-    without loss: memory does not grow with the number of clients.
+    The sum has at most rank min(out, in), so whenever the concatenated factors exceed twice that, they are compressed without
+    loss: memory does not grow with the number of clients.
     """
 
     def __init__(self, num_out: int, num_in: int):
@@ -129,7 +131,7 @@ class ProductSum:
         self.weight = 0.0
 
     def add(self, factors: Factors, weight: float) -> None:
-        """Adds one client; ``weight`` is one number."""
+        """Adds one client."""
         self.weight += weight
         self.value = self.value.plus(factors.double().scaled(weight))
         if self.value.rank > 2 * min(self.value.b.shape[0], self.value.a.shape[1]):

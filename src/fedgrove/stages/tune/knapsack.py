@@ -1,8 +1,9 @@
-"""A quick search for a client's configuration that knows how far from the best it may be.
+"""A fast search for a client's configuration, with an upper bound on how far it is from the optimum.
 
-FedPipe (arXiv 2404.06448) has a "fast search algorithm"; its text was not at hand, so this one is ours. Once bits and batch
-are chosen, what is left is a knapsack with two sizes, bytes and seconds: each linear is given one of a few ranks. Weigh the
-two into one, and its relaxed optimum is found by sorting; whatever the weights, no configuration is worth more than that.
+FedPipe (arXiv 2404.06448) has a "fast search algorithm"; its text was not available, so this one is ours. For given bits and
+batch, choosing one of a few ranks for each linear is a multiple-choice knapsack with two constraints, bytes and seconds. A
+weighted sum of both constraints (surrogate relaxation) leaves one constraint, whose linear relaxation is solved by sorting.
+For any weights this gives an upper bound on the value of all feasible configurations.
 """
 
 from __future__ import annotations
@@ -14,70 +15,71 @@ from dataclasses import dataclass
 import numpy as np
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-Places = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-TRIES = 10  # weights of bytes against seconds, at most
+Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+MAX_ITERATIONS = 10  # of the bisection over the weight of bytes against seconds
 
 
 @dataclass(frozen=True)
 class KnapsackSide:
-    """One value of bits, or of the batch.
+    """One choice of bits (the constraint is bytes) or of the batch (the constraint is seconds).
 
     Attributes:
-        worth: of the value alone.
-        sizes: (linears, ranks), positive: what each linear takes at each rank, affine in the rank.
-        room: for their sum.
+        value: of this choice alone.
+        sizes: (linears, ranks), positive: what each linear takes of the capacity at each rank, affine in the rank.
+        capacity: the limit of the sum of the sizes.
     """
 
-    worth: float
+    value: float
     sizes: Array
-    room: float
+    capacity: float
 
-    def shares(self) -> Array:
-        """The sizes in units of the room; a room that nothing could fill becomes one that everything just fills."""
-        return self.sizes / min(self.room, float(self.sizes.max(1).sum()))
+    def fractions(self) -> Array:
+        """The sizes as fractions of the capacity; a capacity larger than the total size is clamped to the total."""
+        return self.sizes / min(self.capacity, float(self.sizes.max(1).sum()))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
-        bits, batch: their places.
-        ranks: (linears,) the place of each linear's rank, -1 for none.
-        value: of all that; bound: what nothing that fits is worth more than.
+        bits, batch: their indices.
+        ranks: (linears,), the index of each linear's rank, -1 for none.
+        value: of the configuration.
+        bound: upper bound on the value of all feasible configurations.
     """
 
     bits: int
     batch: int
-    ranks: Places
+    ranks: Indices
     value: float
     bound: float
 
 
-def search(worth: Array, bits: Sequence[KnapsackSide], batches: Sequence[KnapsackSide], gap: float) -> Solution | None:
-    """The best of filling up by worth for size.
+def search(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[KnapsackSide], gap: float) -> Solution | None:
+    """The best configuration that greedy filling by value per size finds.
 
     Args:
-        worth: (linears, ranks), of each linear at each rank; concave in the rank.
-        gap: bits and batches that cannot be better than what was found by so much, relative, are not looked into.
+        values: (linears, ranks), the value of each linear at each rank; concave in the rank.
+        gap: bits and batches are skipped if they cannot improve the best value found by more than this, relative.
 
     Returns:
-        None where it found nothing that tunes a linear and fits.
+        None if it found no feasible configuration that tunes a linear.
     """
-    sides = [[(place, side, side.shares()) for place, side in enumerate(part) if side.room > 0] for part in (bits, batches)]
-    alone = [{place: _steps(worth, shares)[0] for place, _, shares in part} for part in sides]
+    sides = [[(at, side, side.fractions()) for at, side in enumerate(part) if side.capacity > 0] for part in (bits, batches)]
+    single_bounds = [{at: _relaxed(values, sizes)[0] for at, _, sizes in part} for part in sides]
     bounds = {
-        (a, b): one.worth + other.worth + min(alone[0][a], alone[1][b])
+        (a, b): one.value + other.value + min(single_bounds[0][a], single_bounds[1][b])
         for (a, one, _), (b, other, _) in itertools.product(*sides)
     }
-    shares = [{place: its for place, _, its in part} for part in sides]
+    fractions = [{at: sizes for at, _, sizes in part} for part in sides]
     best: Solution | None = None
-    for a, b in sorted(bounds, key=lambda places: -bounds[places]):
-        given = bits[a].worth + batches[b].worth
-        for bound, ranks in _fillings(worth, shares[0][a], shares[1][b]):
-            bounds[a, b] = min(bounds[a, b], given + bound)
+    for a, b in sorted(bounds, key=lambda pair: -bounds[pair]):
+        base = bits[a].value + batches[b].value
+        for bound, ranks in _fillings(values, fractions[0][a], fractions[1][b]):
+            bounds[a, b] = min(bounds[a, b], base + bound)
             tuned = np.flatnonzero(ranks >= 0)
-            value = given + float(worth[tuned, ranks[tuned]].sum())
+            value = base + float(values[tuned, ranks[tuned]].sum())
             if len(tuned) and (best is None or value > best.value):
                 best = Solution(a, b, ranks, value, 0.0)
             if best is not None and bounds[a, b] <= best.value + gap * abs(best.value):
@@ -85,57 +87,65 @@ def search(worth: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsac
     return best and Solution(best.bits, best.batch, best.ranks, best.value, max(bounds.values()))
 
 
-def _fillings(worth: Array, first: Array, second: Array) -> Iterator[tuple[float, Places]]:
-    """Bounds, and ranks that fit, as the weight of the two sizes is moved to where both rooms are used up."""
-    low, high, at = 0.0, 1.0, 1.0
-    for _ in range(TRIES):
-        bound, linears, ranks = _steps(worth, at * first + (1 - at) * second)
-        filled, full = _fill(linears, ranks, first, second)
+def _fillings(values: Array, first: Array, second: Array) -> Iterator[tuple[float, Indices]]:
+    """Bounds and feasible ranks, while bisection moves the weight of the two constraints to where both are tight."""
+    low, high, weight = 0.0, 1.0, 1.0
+    for _ in range(MAX_ITERATIONS):
+        bound, linears, ranks = _relaxed(values, weight * first + (1 - weight) * second)
+        filled, exceeded = _fill(linears, ranks, first, second)
         yield bound, filled
-        if full is None or (full == 0 and at == 1.0):
+        if exceeded is None or (exceeded == 0 and weight == 1.0):
             return
-        low, high = (at, high) if full == 0 else (low, at)
-        at = (low + high) / 2
+        low, high = (weight, high) if exceeded == 0 else (low, weight)
+        weight = (low + high) / 2
 
 
-def _steps(worth: Array, sizes: Array) -> tuple[float, Places, Places]:
-    """Steps up the ranks by falling worth for size, and what is worth most that fits a room of 1, if steps could be split.
+def _relaxed(values: Array, sizes: Array) -> tuple[float, Indices, Indices]:
+    """Solves the linear relaxation with one constraint of capacity 1.
 
-    A linear's first step goes to the rank that is worth most for its size; smaller ones are left out, as what they are worth
-    is less than the same part of that. From there on each further step is worth less for its size.
+    A linear's first step goes directly to the rank with the highest value per size: the linear relaxation never uses the ranks
+    below it. Each later step to the next rank has a lower value per size than the one before.
+
+    Returns:
+        The optimal value, an upper bound; and the steps by descending value per size, as linears and the ranks they lead to.
     """
-    every = np.arange(len(worth))
-    start = (worth / sizes).argmax(1)
-    more, larger = np.diff(worth, axis=1, prepend=0.0), np.diff(sizes, axis=1, prepend=0.0)
-    more[every, start], larger[every, start] = worth[every, start], sizes[every, start]
-    density = np.where(np.arange(worth.shape[1]) < start[:, None], 0.0, more / larger).ravel()
+    every = np.arange(len(values))
+    start = (values / sizes).argmax(1)
+    gains, growth = np.diff(values, axis=1, prepend=0.0), np.diff(sizes, axis=1, prepend=0.0)
+    gains[every, start], growth[every, start] = values[every, start], sizes[every, start]
+    density = np.where(np.arange(values.shape[1]) < start[:, None], 0.0, gains / growth).ravel()
     order = np.argsort(-density, kind="stable")[: int((density > 0).sum())]
-    used = np.cumsum(larger.ravel()[order])
-    whole = int(np.searchsorted(used, 1.0, side="right"))
-    bound = float(more.ravel()[order[:whole]].sum())
-    if whole < len(order):
-        bound += float(density[order[whole]]) * (1.0 - (float(used[whole - 1]) if whole else 0.0))
-    return bound, order // worth.shape[1], order % worth.shape[1]
+    used = np.cumsum(growth.ravel()[order])
+    complete = int(np.searchsorted(used, 1.0, side="right"))  # the steps that fit; of the next one, a part fits
+    bound = float(gains.ravel()[order[:complete]].sum())
+    if complete < len(order):
+        bound += float(density[order[complete]]) * (1.0 - (float(used[complete - 1]) if complete else 0.0))
+    return bound, order // values.shape[1], order % values.shape[1]
 
 
-def _fill(linears: Places, ranks: Places, first: Array, second: Array) -> tuple[Places, int | None]:
-    """Takes the steps that fit both rooms, in order; also: the room, 0 or 1, that the first step that did not fit was over."""
+def _fill(linears: Indices, ranks: Indices, first: Array, second: Array) -> tuple[Indices, int | None]:
+    """Takes the steps that satisfy both constraints, in order.
+
+    Returns:
+        (linears,), the rank of each linear, -1 for none; and which constraint, 0 or 1, the first step that did not fit
+        exceeded, or None if all steps fit.
+    """
     filled = np.full(len(first), -1)
     both = np.stack([first, second])
-    before = np.full(len(linears), -1)  # the rank that a step is taken from
+    before = np.full(len(linears), -1)  # the rank before each step
     order = np.lexsort((ranks, linears))
     same = linears[order][1:] == linears[order][:-1]
     before[order[1:][same]] = ranks[order[:-1][same]]
     sizes = both[:, linears, ranks] - np.where(before >= 0, both[:, linears, before], 0.0)
     used = np.cumsum(sizes, axis=1)
     fits = (used <= 1.0).all(0)
-    whole = len(order) if fits.all() else int(fits.argmin())
-    filled[linears[:whole]] = ranks[:whole]  # a linear's later steps come later
-    if whole == len(order):
+    complete = len(order) if fits.all() else int(fits.argmin())
+    filled[linears[:complete]] = ranks[:complete]  # a linear's steps are in order, so its last assignment is its highest rank
+    if complete == len(order):
         return filled, None
-    left = 1.0 - (used[:, whole - 1] if whole else np.zeros(2))
-    for step in whole + np.flatnonzero((sizes[:, whole:] <= left[:, None]).all(0)):
+    left = 1.0 - (used[:, complete - 1] if complete else np.zeros(2))
+    for step in complete + np.flatnonzero((sizes[:, complete:] <= left[:, None]).all(0)):
         if filled[linears[step]] == before[step] and (sizes[:, step] <= left).all():
             filled[linears[step]] = ranks[step]
             left = left - sizes[:, step]
-    return filled, int(used[0, whole] <= 1.0)
+    return filled, int(used[0, complete] <= 1.0)

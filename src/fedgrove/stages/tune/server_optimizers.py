@@ -1,4 +1,4 @@
-"""Server optimizers (Reddi et al., ICLR 2021): what is made of a round's change."""
+"""Server optimizers (Reddi et al., ICLR 2021): apply a round's aggregated change to the server's state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LEARNING_RATES = {"average": 1.0, "momentum": 1.0, "adam": 1e-3}
 
 @dataclass(frozen=True)
 class ServerOptimizerState(Generic[C]):
-    """What an optimizer remembers of one linear.
+    """A server optimizer's state for one linear.
 
     Attributes:
-        first: the smoothed change.
-        second: the smoothed mean square of the change, one number.
+        first: the moving average of the change (first moment).
+        second: the moving average of the change's mean square (second moment), one number.
     """
 
     first: C
@@ -35,11 +35,11 @@ def step(
     learning_rate: float | None,
     rank: int,
 ) -> tuple[C, ServerOptimizerState[C]]:
-    """One step from ``old`` towards what the aggregation made of the round, ``new``; at most ``rank`` terms.
+    """One step from ``old`` towards ``new``, the aggregation's result; at most ``rank`` terms.
 
-    FedAvg takes ``new`` (or ``learning_rate`` of the way). FedAvgM adds the smoothed change. FedAdam divides it by the root of
-    a smoothed mean square. The paper has one such number for every weight, which would need the dense product; ours is one for
-    every linear.
+    "average" (FedAvg) takes ``new``, or goes ``learning_rate`` of the way. "momentum" (FedAvgM) adds the moving average of the
+    change. "adam" (FedAdam) divides that by the root of the moving average of the mean square. In the paper the latter exists
+    per weight, which would need the dense product; ours is one number per linear.
     """
     rate = LEARNING_RATES[kind] if learning_rate is None else learning_rate
     if kind == "average" and rate == 1.0:

@@ -1,6 +1,7 @@
-"""Which channels and heads matter: the two ends of a sum over windows of text. A new score is a new file here.
+"""Scores of channels and heads. A new score is a new file here; its file name is its name in the job.
 
-What is added is a sum over windows, so the clients' sums are the sum of their pooled text, and so is the model.
+A score is computed from a sum over windows of text. The clients' sums add up to the sum over their pooled text, so the pruned
+model is the one that the pooled text would give.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ PACKAGE = "stages.structured.scores"
 
 
 class Score(Protocol):
-    """What a score's file holds. ``products`` are first-order changes of a window's loss, in nats, were a group cut; see
+    """The contract of a score's file.
+
+    ``products`` are the first-order changes of each window's loss, in nats, if a group is cut; see
     :func:`fedgrove.stages.structured.gradients.group_products`.
 
     Attributes:
-        SIGNED: whether what is added may be negative.
+        SIGNED: whether :meth:`weigh` may return negative numbers.
     """
 
     SIGNED: bool
 
     def weigh(self, products: Tensor) -> Tensor:
-        """What each window adds: (windows, groups) -> (windows, groups)."""
+        """What each window adds to the sum: (windows, groups) -> (windows, groups)."""
         ...
 
     def finish(self, total: Tensor) -> Tensor:
-        """The score of each group from the sum over everybody's windows: the lowest go."""
+        """The scores from the sum over all clients' windows, (groups,); the groups with the lowest scores are cut."""
         ...
 
 
@@ -37,5 +40,5 @@ METHOD = Score
 
 
 def score_of(name: str) -> Score:
-    """The score of that name."""
+    """Loads a score by name."""
     return cast(Score, plugins.load(PACKAGE, name))

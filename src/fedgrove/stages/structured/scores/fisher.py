@@ -1,7 +1,8 @@
-"""Squares of the first-order changes: the diagonal of the Fisher information of a mask over the groups.
+"""Sum of squared first-order changes: the diagonal of the Fisher information of a mask over the groups.
 
-The score of Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (NeurIPS 2022), and the group form of
-Molchanov et al. (CVPR 2019). A window that would be hurt and one that would be helped do not cancel, as they do in ``taylor``.
+This is the score of Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (NeurIPS 2022), and the group form
+of Molchanov et al. (CVPR 2019). Unlike in ``taylor``, windows whose loss would rise and windows whose loss would fall do not
+cancel.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ SIGNED = False
 
 
 def weigh(products: Tensor) -> Tensor:
-    """What each window adds: (windows, groups) -> (windows, groups)."""
+    """What each window adds to the sum: (windows, groups) -> (windows, groups)."""
     return products.square()
 
 
 def finish(total: Tensor) -> Tensor:
-    """The mean over windows but for a factor that all groups share."""
+    """The sum itself: the mean over windows up to a factor that all groups share."""
     return total

@@ -1,10 +1,11 @@
 """LLM-Pruner's first-order Taylor score, vector-wise (Ma et al., NeurIPS 2023): |Σ w·∂L/∂w| over a group.
 
-The paper's: the absolute value of the sum, of the linear that reads the group alone (its aggregation "last-only"). Its
-element-wise form Σ |w·∂L/∂w| is not offered: absolute values of clients' gradients do not add up to those of pooled text,
-and it takes the gradient of every weight. Nor is the sum over all coupled linears, which is of the same products again.
+From the paper: the absolute value of the sum, over the linear that reads the group only (its aggregation "last-only"). The
+element-wise form Σ |w·∂L/∂w| is not offered: absolute values of the clients' gradients do not add up to that of the pooled
+text, and it needs the gradient of every weight. The sum over all coupled linears is not offered either: it consists of the same
+products again.
 
-Do not trust it where there is much text: near an optimum the mean gradient goes to zero, and what is left of the sum is chance.
+Do not trust it with much text: near an optimum the mean gradient approaches zero, and what remains of the sum is noise.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ SIGNED = True
 
 
 def weigh(products: Tensor) -> Tensor:
-    """What each window adds: (windows, groups) -> (windows, groups)."""
+    """What each window adds to the sum: (windows, groups) -> (windows, groups)."""
     return products
 
 
 def finish(total: Tensor) -> Tensor:
-    """The size of the change that cutting a group makes, whichever its direction."""
+    """The size of the change from cutting a group, regardless of its sign."""
     return total.abs()

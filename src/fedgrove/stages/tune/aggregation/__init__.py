@@ -1,8 +1,8 @@
-"""What the server makes of the clients' changes of one linear: a new aggregation is a new file here.
+"""Aggregation for tuning: combines the clients' changes of one linear. A new aggregation is a new file here.
 
-Both halves of one published idea stand in one file; its name is the stage's ``aggregation``. The change of the weight is always
-``state.total()``: what is frozen for the clients and what they go on training. A client computes with all of it (its start and
-the rest), whatever its own rank: so no client trains against a model that nobody has.
+A file holds both the client's and the server's half of a method; its name is the stage's ``aggregation``. The change of a
+weight is always ``state.total()``: the frozen part plus the part that clients continue to train. Every client computes with all
+of it (its start and the rest), whatever its rank, so that all clients train the same model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedgrove.stages.tune.changes import Start, State
 from fedgrove.stages.tune.factors import Factors
 
 PACKAGE = "stages.tune.aggregation"
-Form = Literal["factors", "tensors"]  # of a change: two factors, or tensors that can be averaged as they are
+Form = Literal["factors", "tensors"]  # of a change: two factors, or tensors that can be averaged directly
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Options:
     """The keys of a stage's table that :meth:`Aggregation.finish` reads.
 
     Attributes:
-        rank: the largest rank of the adapter that the server keeps.
-        partition: weigh each band of ranks over those who have it.
+        rank: the largest rank of the server's adapter.
+        partition: average each band of ranks over the clients that have it.
     """
 
     rank: int
@@ -33,13 +33,13 @@ class Options:
 
 
 class Aggregation(Protocol):
-    """What an aggregation's file holds.
+    """The contract of an aggregation's file.
 
     Attributes:
         TAKES: the forms of change that it can sum.
         EQUAL_RANKS: whether all clients must have the same ranks.
         SHARED_A: whether all clients share one A, which is neither trained nor sent.
-        SERVER_OPTIMIZERS: whether what it makes of a round can be smoothed over rounds.
+        SERVER_OPTIMIZERS: whether a server optimizer can be applied to its result.
     """
 
     TAKES: frozenset[Form]
@@ -48,15 +48,15 @@ class Aggregation(Protocol):
     SERVER_OPTIMIZERS: bool
 
     def begin(self, state: State[Any], rank: int) -> Start[Any]:
-        """What a client that tunes this linear at ``rank`` (0: not) begins with."""
+        """The start of a client that tunes this linear at ``rank``; 0: it does not tune it."""
         ...
 
     def sums(self, state: State[Any], ranks: Sequence[int]) -> Any:
-        """An empty sum; ``ranks`` are the planned ranks of this round's clients."""
+        """An empty sum, given the planned ranks of this round's clients."""
         ...
 
     def add(self, sums: Any, change: Any, weight: float) -> None:
-        """Adds one client: its change as trained, scales folded in, and its number of tokens."""
+        """Adds one client: its trained change, scales multiplied in, weighted by its number of tokens."""
         ...
 
     def finish(self, state: State[Any], sums: Any, options: Options) -> State[Any]:
@@ -68,10 +68,10 @@ METHOD = Aggregation
 
 
 def aggregation_of(name: str) -> Aggregation:
-    """The aggregation of that name."""
+    """Loads an aggregation by name."""
     return cast(Aggregation, plugins.load(PACKAGE, name))
 
 
 def leading(state: State[Factors], rank: int) -> Start[Factors]:
-    """The first ``rank`` terms to train, everything else to hold."""
+    """A start with the first ``rank`` terms to train; everything else is frozen."""
     return Start(state.live.part(0, rank), state.frozen.plus(state.live.part(rank, state.live.rank)))

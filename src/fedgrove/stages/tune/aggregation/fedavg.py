@@ -1,4 +1,4 @@
-"""FedAvg (McMahan et al., AISTATS 2017): the weighted mean of what the clients send, tensor by tensor."""
+"""FedAvg (McMahan et al., AISTATS 2017): the weighted mean of the clients' changes, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ C = TypeVar("C", bound=Change)
 
 
 def begin(state: State[C], rank: int) -> Start[C]:
-    """Every client begins where the server is."""
+    """Every client starts from the server's state."""
     return Start(state.live, state.frozen)
 
 
 def sums(state: State[C], ranks: Sequence[int]) -> dict[str, WeightedSum]:
-    """One weighted sum for each part of the change."""
+    """One weighted sum for each tensor of the change."""
     return {}
 
 
 def add(sums: dict[str, WeightedSum], change: C, weight: float) -> None:
-    """Adds what one client's round changed, weighted by its tokens."""
+    """Adds one client's change in this round, weighted by its tokens."""
     for part, tensor in change.parts().items():
         sums.setdefault(part, WeightedSum()).add(tensor, weight)
 
 
 def finish(state: State[C], sums: dict[str, WeightedSum], options: Options) -> State[C]:
-    """Adds the mean change of the round to what was there."""
+    """Adds the mean change of the round to the state."""
     if not sums:
         return state
-    moved = type(state.live).of({part: total.mean() for part, total in sums.items()})
-    return State(state.live.plus(moved), state.frozen)
+    mean = type(state.live).of({part: total.mean() for part, total in sums.items()})
+    return State(state.live.plus(mean), state.frozen)

@@ -1,4 +1,4 @@
-"""FedIT (arXiv 2305.05644): the mean of A and the mean of B, each on its own. The baseline that the others improve on."""
+"""FedIT (arXiv 2305.05644): averages A and B separately. The baseline of the other aggregations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sums(state: State[Factors], ranks: Sequence[int]) -> Pair:
 
 
 def add(pair: Pair, factors: Factors, weight: float) -> None:
-    """Adds a client's factors; terms that it does not have weigh nothing."""
+    """Adds a client's factors; missing terms have weight 0."""
     b_sums, a_sums, rank = pair
     missing = rank - factors.rank
     has = torch.arange(rank) < factors.rank
@@ -41,9 +41,9 @@ def add(pair: Pair, factors: Factors, weight: float) -> None:
 def finish(state: State[Factors], pair: Pair, options: Options) -> State[Factors]:
     """The weighted means.
 
-    Mean(B)·mean(A) is not the mean of the products B·A; how far it is off grows with the differences between the clients.
-    The paper has equal ranks. Ours: with unequal ranks each term is the mean over those who have it, so padding does not
-    dilute the terms of few (zero-padding with all in the denominator would).
+    Mean(B)·mean(A) is not the mean of the products B·A; the error grows with the differences between the clients. The paper
+    has equal ranks. Ours: with unequal ranks each term is averaged over the clients that have it; zero-padding and dividing by
+    all clients would shrink terms that few clients have.
     """
     b_sums, a_sums, rank = pair
     if b_sums.value is None:

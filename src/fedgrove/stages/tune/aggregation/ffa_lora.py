@@ -1,4 +1,4 @@
-"""FFA-LoRA (arXiv 2403.12313): A is random, shared and frozen; only B is trained and sent, so its plain mean is exact."""
+"""FFA-LoRA (arXiv 2403.12313): A is random, shared and frozen; only B is trained and sent, so averaging it is exact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SERVER_OPTIMIZERS = False
 
 __all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
-Sum = tuple[WeightedSum, list[Factors], int]  # the sum, the widest factors seen (for their A, which all share), the rank
+Sum = tuple[WeightedSum, list[Factors], int]  # the sum of B, the factors of the largest rank (for the shared A), the rank
 
 
 def sums(state: State[Factors], ranks: Sequence[int]) -> Sum:
@@ -28,7 +28,7 @@ def sums(state: State[Factors], ranks: Sequence[int]) -> Sum:
 
 
 def add(sum_: Sum, factors: Factors, weight: float) -> None:
-    """Adds a client's B; columns that it does not have weigh nothing."""
+    """Adds a client's B; missing columns have weight 0."""
     b_sums, widest, rank = sum_
     has = (torch.arange(rank) < factors.rank).expand(factors.b.shape[0], rank)
     b_sums.add(torch.nn.functional.pad(factors.b.double(), (0, rank - factors.rank)), has, weight)
@@ -37,10 +37,10 @@ def add(sum_: Sum, factors: Factors, weight: float) -> None:
 
 
 def finish(state: State[Factors], sum_: Sum, options: Options) -> State[Factors]:
-    """Mean(B)·A, which is the mean of the products, A being the same for all.
+    """Mean(B)·A, which is the mean of the products, because A is the same for all.
 
-    The paper's: equal ranks. Ours: clients of lower rank use the first rows of the one A, and a column is the mean over
-    those who have it.
+    The paper has equal ranks. Ours: clients of lower rank use the first rows of the shared A, and each column is averaged over
+    the clients that have it.
     """
     b_sums, widest, _ = sum_
     if not widest:

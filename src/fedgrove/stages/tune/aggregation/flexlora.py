@@ -1,4 +1,4 @@
-"""The mean of the products, whatever the ranks: FlexLoRA's idea (arXiv 2402.11505), raFLoRA's weights (arXiv 2602.13486)."""
+"""Averages the products at any ranks: the method of FlexLoRA (arXiv 2402.11505) with raFLoRA's weights (arXiv 2602.13486)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SERVER_OPTIMIZERS = True
 
 __all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
-Bands = dict[tuple[int, int], ProductSum]  # terms from..to, cut where some client's rank ends
+Bands = dict[tuple[int, int], ProductSum]  # by the first term and the one after the last; divided at the clients' ranks
 
 
 def sums(state: State[Factors], ranks: Sequence[int]) -> Bands:
-    """One sum for each band of terms, cut at the planned ranks: not at those who answered, which nobody can foresee."""
+    """One sum per band of terms. The bands are divided at the planned ranks: which clients will respond is not known yet."""
     shape = state.live.b.shape[0], state.live.a.shape[1]
     edges = sorted({0, *ranks})
     return {band: ProductSum(*shape) for band in itertools.pairwise(edges)}
@@ -35,24 +35,24 @@ def add(bands: Bands, factors: Factors, weight: float) -> None:
 
 
 def finish(state: State[Factors], bands: Bands, options: Options) -> State[Factors]:
-    """Σ over bands of the mean of the products, back to ``options.rank`` terms through QR and a small SVD.
+    """Adds up the bands' mean products, and compresses the sum to ``options.rank`` terms by QR and a small SVD.
 
-    With ``partition`` (raFLoRA) a band is the mean over those who have it, so that energy above the smallest rank does not
-    shrink from round to round. Without, everybody counts in every band, and who lacks one counts with what it was given:
-    then the result is exactly the mean of the clients' whole models. With equal ranks both are the same.
+    With ``partition`` (raFLoRA) a band is averaged over the clients that have it, so that terms above the smallest rank do not
+    shrink from round to round. Without it, a band is averaged over all clients, where a client that lacks the band contributes
+    the value that it started with: the result is exactly the mean of the clients' models. With equal ranks both are the same.
 
-    The papers': bands, contributors, √S on both sides. Ours: terms that a client does not train are not lost to it (see
-    :class:`~fedgrove.stages.tune.changes.Start`), so without ``partition`` nothing shrinks either; terms that nobody trained in
-    this round keep their value.
+    From the papers: bands, averaging over contributors, √S in both factors. Ours: a client computes with the terms that it does
+    not train (see :class:`~fedgrove.stages.tune.changes.Start`), so that nothing shrinks without ``partition`` either; terms
+    that no client trained in this round keep their value.
     """
-    everybody = max((band.weight for band in bands.values()), default=0.0)
-    if not everybody:
+    total = max((band.weight for band in bands.values()), default=0.0)
+    if not total:
         return state
     parts = [state.live.part(max(bands)[1], state.live.rank)]
     for (start, end), band in bands.items():
-        share = 1.0 if options.partition and band.weight else band.weight / everybody
+        fraction = 1.0 if options.partition and band.weight else band.weight / total
         if band.weight:
-            parts.append(band.mean().scaled(share))
-        if share < 1:
-            parts.append(state.live.part(start, end).scaled(1 - share))
+            parts.append(band.mean().scaled(fraction))
+        if fraction < 1:
+            parts.append(state.live.part(start, end).scaled(1 - fraction))
     return State(parts[0].plus(*parts[1:]).compress(options.rank), state.frozen)

@@ -1,4 +1,4 @@
-"""FLoRA (arXiv 2409.05976): every round fresh adapters on the merged base; their stack is the exact mean."""
+"""FLoRA (arXiv 2409.05976): new adapters on the merged base in every round; stacking them gives the exact mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVER_OPTIMIZERS = False
 
 
 def begin(state: State[Factors], rank: int) -> Start[Factors]:
-    """Nothing to go on with: a fresh adapter on everything that was learnt so far."""
+    """A new adapter on top of everything learned so far."""
     return Start(state.live.part(0, 0), state.total())
 
 
@@ -30,11 +30,11 @@ def add(sum_: ProductSum, factors: Factors, weight: float) -> None:
 
 
 def finish(state: State[Factors], sum_: ProductSum, options: Options) -> State[Factors]:
-    """What was learnt before plus the mean of the products: exact at any ranks, and its rank grows with every round.
+    """Adds the mean of the products to the frozen part: exact at any ranks, but the rank grows in every round.
 
-    Ours: every client is given the whole change in every round, compressed without loss to at most min(out, in) terms, so
-    that one that missed a round is not behind; the paper sends the round's stack to all. The paper's known weakness stays:
-    adapters start from nothing in every round.
+    Ours: in every round each client gets the complete change, compressed without loss to at most min(out, in) terms, so that a
+    client that missed a round is up to date; the paper sends the stacked adapters of the round. The paper's known weakness
+    remains: adapters start from zero in every round.
     """
     if not sum_.weight:
         return state

@@ -62,7 +62,7 @@ class ScoreLinears(TuneRequest):
         scores = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)
         if self.whole is None:
             return Response({IMPORTANCE: scores}, Tokens(tokens=tokens))
-        parts = torch.tensor(list(scoring.shares(scores, list(shapes)).values()), dtype=torch.float64)
+        parts = torch.tensor(list(scoring.normalized(scores, list(shapes)).values()), dtype=torch.float64)
         return Response(fixed_point.encode({"importance": parts}, self.whole.weight), Tokens(tokens=tokens))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
@@ -131,7 +131,7 @@ class ImportanceSum:
     def importance(self) -> dict[str, float]:
         """By linear."""
         if self._whole is None:
-            return scoring.shares(self._scores.mean(), self._names)
+            return scoring.normalized(self._scores.mean(), self._names)
         mean = fixed_point.mean(*self._whole)
         parts = mean / mean.sum()
         return {name: float(part) for name, part in zip(self._names, parts, strict=True)}
