@@ -140,7 +140,7 @@ def _server(kit: Path) -> list[Check]:
         for name in settings.models:
             checks += doctor.model(model_folder(settings.models, name, kit))
     except FedgroveError as error:
-        return [Check(SERVER, False, str(error), "fix that")]
+        return [Check(SERVER, False, error.what, error.remedy or "fix that")]
     return checks
 
 
@@ -148,14 +148,14 @@ def _site(kit: Path) -> list[Check]:
     try:
         settings = read(kit / SITE, SiteFile)
     except FedgroveError as error:
-        return [Check(SITE, False, str(error), "fix that")]
+        return [Check(SITE, False, error.what, error.remedy or "fix that")]
     models = settings.models
     checks = [Check(SITE, bool(models), f"models: {', '.join(models) or 'none'}", "" if models else "write [models]")]
     for name in models:
         try:
             model_folder(models, name, kit)
         except FedgroveError as error:
-            checks.append(Check("model", False, str(error), "fix that"))
+            checks.append(Check("model", False, error.what, error.remedy or "fix that"))
             continue
         checks += doctor.site(Installation(kit, settings, run="").client(name))
     work = kit / settings.work
@@ -171,6 +171,6 @@ def roster(kit: Path) -> Check:
     try:
         credentials(kit, Allow()).public_key(name)
     except FedgroveError as error:
-        return Check("roster", False, str(error), "get secure/ again from the operator")
+        return Check("roster", False, error.what, "get secure/ again from the operator")
     trusted = (kit / "secure" / "operator.pub").read_text(encoding="utf-8")
     return Check("roster", True, f"signed by the operator whose key is {trusted[:16]}…; compare it by telephone")
