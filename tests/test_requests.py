@@ -255,9 +255,7 @@ def test_tensors_of_other_names_shapes_and_dtypes_are_refused(
         ask(request, packed({**tensors, "note": torch.ones(3)}, request, reply), masked)
     for name, tensor in tensors.items():
         linear = name.partition("/")[2]
-        pair = [
-            key for key in (CHANGE + linear, WEIGHT + linear) if key in tensors
-        ]  # values lie where the mask keeps them
+        pair = [key for key in (CHANGE + linear, WEIGHT + linear) if key in tensors]  # values lie where the mask keeps them
         others = {key: value for key, value in tensors.items() if key not in pair}
         with refused(match="is missing"):
             ask(request, packed(others, request, reply), masked)

@@ -126,6 +126,16 @@ def test_messages_of_another_session_are_refused(tmp_path: Path) -> None:
         federation.mask("c000", sealed, {"x": torch.zeros(4, dtype=torch.int32)})
 
 
+def test_a_new_session_removes_what_a_killed_process_left_of_an_older_one(tmp_path: Path) -> None:
+    store = SessionStore(tmp_path / "client")
+    for left in ("ab12.json", "cd34.json.partial"):
+        (store.folder / left).parent.mkdir(parents=True, exist_ok=True)
+        (store.folder / left).write_text("a secret")
+    session = new_session(["c000", "c001", "c002"])
+    client.advertise(session, "c000", make_credentials(["c000", "c001", "c002"])["c000"], store)
+    assert [file.name for file in store.folder.iterdir()] == [f"{session.digest.hex()}.json"]
+
+
 def test_forged_keys_are_refused(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 3)
     adverts = federation.advertise(federation.names)

@@ -61,7 +61,7 @@ def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federatio
     """
     run = federation.run
     wanted = run.job.evaluate
-    if plan.stage > 0 or not wanted.alone or not wanted.data:
+    if plan.stage > 0 or not wanted.measures_alone:
         return
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
     windows = heldout_windows(model, run)

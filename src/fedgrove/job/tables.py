@@ -156,6 +156,11 @@ class Evaluate(Table):
         _unique([text.name for text in data])
         return data
 
+    @property
+    def measures_alone(self) -> bool:
+        """Whether the server learns what each client would have had without the others: on held-out text, if there is any."""
+        return self.alone and bool(self.data)
+
 
 class Rounds(Table):
     """``[rounds]``: what happens when clients do not answer. These keys may change when a run is continued.

@@ -155,7 +155,7 @@ def join(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[
         digests=digests(open_model(job.model), run.path / "work" / "digests.json"),
         stages=job.stages,
         secure=job.privacy.secure_aggregation,
-        alone=job.evaluate.alone,
+        alone=job.evaluate.measures_alone,
         clients=tuple(engine.clients()),
     )
     message = Message(JoinRun(terms=terms, clock=time.time()))

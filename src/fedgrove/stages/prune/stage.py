@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.prune.plan.make_plan`."""
-    alone = job.evaluate.alone and index == 0
+    alone = job.evaluate.measures_alone and index == 0
     return make_plan(index, config, decoder, capabilities, job.seed, job.privacy.secure_aggregation, alone)
 
 
@@ -224,7 +224,7 @@ def prune_request(
         recipe=recipe,
         aggregation=config.aggregation,
         max_weight_growth=config.max_weight_growth,
-        keep=job.evaluate.alone and plan.stage == 0 and round_ == 0,
+        keep=job.evaluate.measures_alone and plan.stage == 0 and round_ == 0,
     )
 
 
