@@ -167,7 +167,7 @@ def evaluate(
         raise FedgroveError("nothing to measure: give --data, --speed or --task")
     if measure != "perplexity" and (prompt is None or answer is None):
         raise FedgroveError(f"--measure {measure}: give --prompt '{{question}} ' --answer '{{answer}}'")
-    found: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     path = Path(model)
     folder = find_model(str(find_result(path)) if path.is_dir() else str(model))
     with display(quiet, delay=0) as listener:
@@ -181,14 +181,14 @@ def evaluate(
                     windows = evaluation_windows(source, text, examiner.tokenizer, length)
                     measured = plain(examiner.perplexity(windows, on_progress))
                     counted = sum(ids.numel() - 1 for ids in windows)
-                    found[str(source)] = {**measured, "tokens": counted, "windows": len(windows)}
+                    metrics[str(source)] = {**measured, "tokens": counted, "windows": len(windows)}
                 else:
                     pairs = read_pairs(source, prompt or "", answer or "", examiner.tokenizer, records)
                     given = plain(examiner.answers(measure, pairs, on_progress, labels=labels, length=length, tokens=tokens))
-                    found[str(source)] = {**given, "records": len(pairs)}
+                    metrics[str(source)] = {**given, "records": len(pairs)}
         where = Path(tasks_from) if tasks_from is not None else None
-        found |= examine_directory(folder, listener, speed=speed, tasks=tasks, tasks_from=where, limit=records)
-    return found
+        metrics |= examine_directory(folder, listener, speed=speed, tasks=tasks, tasks_from=where, limit=records)
+    return metrics
 
 
 def as_job(job: AnyJob) -> Job:

@@ -144,7 +144,7 @@ def split(
         listener.on_event(events.Phase("split", title=f"reading {source}"))
         if Path(model).is_dir():
             model = str(Path(model).resolve())
-        made = dealing.split(
+        split = dealing.split(
             source,
             out,
             by=by.value,
@@ -157,12 +157,12 @@ def split(
             model=model,
         )
     how = f"by {field}" if by is Deal.field else by.value if by is Deal.iid else f"{by.value}, alpha {alpha:g}"
-    page = split_report.holdings_page(made.holdings, f"{source.name}: {how}, seed {seed}")
+    page = split_report.holdings_page(split.holdings, f"{source.name}: {how}, seed {seed}")
     (out / "split.html").write_text(page, encoding="utf-8")
-    Console().print(split_report.holdings_table(made.holdings))
-    for name in made.empty:
+    Console().print(split_report.holdings_table(split.holdings))
+    for name in split.empty:
         print(f"{name} got no record and is left out; raise --alpha, or lower --clients")
-    kept = f"{made.held_out:,} records are held out; " if made.held_out else ""
+    kept = f"{split.held_out:,} records are held out; " if split.held_out else ""
     print(f"{kept}the job is {out / 'job.toml'}, the picture {out / 'split.html'}")
 
 
@@ -270,14 +270,14 @@ def evaluate(
 
     Example: fedgrove evaluate runs/first --data posts.jsonl --measure accuracy --prompt "{text} Topic:" --answer " {label}"
     """
-    found = api.evaluate(
+    measured = api.evaluate(
         model, data or (), measure=measure.value, text=text, prompt=prompt, answer=answer, labels=label or (), length=length,
         records=records, tokens=tokens, speed=speed, tasks=task or (), tasks_from=tasks_from, quiet=quiet,
     )  # fmt: skip
     if as_json:
-        print(json.dumps({"length": length, "texts": found}, indent=2))
+        print(json.dumps({"length": length, "texts": measured}, indent=2))
     else:
-        print("\n".join(table.measured_lines(found)))
+        print("\n".join(table.measured_lines(measured)))
 
 
 @command

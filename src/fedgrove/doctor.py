@@ -46,8 +46,8 @@ def show(checks: Sequence[Check], as_json: bool = False) -> None:
 
 def examine(job: Job, folder: Path) -> list[Check]:
     """What a job needs of this machine: its model, every client's text, the plan, and room in a run folder."""
-    path, found = find(job.model.path, job.model.revision)
-    checks = [found]
+    path, details = find(job.model.path, job.model.revision)
+    checks = [details]
     dtype = None if job.model.dtype == "auto" else getattr(torch, job.model.dtype)
     readable = False
     if path is not None:
@@ -98,7 +98,7 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
     else:
         return here, Check("model", True, f"{path}, fetched from the hub to {here}")
     try:
-        told = HfApi().model_info(path, revision=revision, files_metadata=True, timeout=10)
+        info = HfApi().model_info(path, revision=revision, files_metadata=True, timeout=10)
     except Exception as error:  # whatever a network can do
         return None, Check(
             "model",
@@ -106,7 +106,7 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
             f"{path} is neither a directory here nor a model that the hub gives out ({type(error).__name__})",
             "fix model.path; without a network, copy the model here and name its directory",
         )
-    size = sum(file.size or 0 for file in told.siblings or [] if file.rfilename.endswith(".safetensors"))
+    size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
     return None, Check(
         "model", True, f"{path}: on the hub, {size_of(size)} to fetch; a run fetches it, and then it can be tried"
     )
@@ -133,8 +133,8 @@ def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
     words = "A text that every tokenizer can take apart."
     tokens = len(tokenizer(words, add_special_tokens=False)["input_ids"])
     spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
-    found = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters a token of plain English"
-    return [*checks, Check("tokenizer", tokens > 0, found, "" if tokens else "copy the tokenizer's files again")]
+    details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters a token of plain English"
+    return [*checks, Check("tokenizer", tokens > 0, details, "" if tokens else "copy the tokenizer's files again")]
 
 
 def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | None = None) -> list[Check]:
@@ -168,14 +168,14 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
         return [_refused(name, error)]
     if first is None:
         return [Check(name, False, f"no text in {records} records", "fix the template, or name another field")]
-    found = f"{records:,} records{f' ({chats:,} of them chats)' if chats else ''}, {characters:,} characters"
+    details = f"{records:,} records{f' ({chats:,} of them chats)' if chats else ''}, {characters:,} characters"
     if tokens:
-        found += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
+        details += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
     if empty:
-        found += f"; {empty:,} without text are passed over"
+        details += f"; {empty:,} without text are passed over"
     shown = first[:SAMPLE].splitlines()[:LINES]
     whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
-    return [Check(name, True, found, sample="\n".join(shown) + ("" if whole else "…"))]
+    return [Check(name, True, details, sample="\n".join(shown) + ("" if whole else "…"))]
 
 
 def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:

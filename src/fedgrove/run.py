@@ -111,11 +111,11 @@ def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities
         request = DescribeYourself(calibrations=tuple(calibrations), lengths=tuple(n for n in lengths if n is not None))
         messages[client] = Message(request)
     federation.run.phase(Phase("plan", title="asking the clients what they have"))
-    found = {}
+    capabilities = {}
     for client, _, reply in federation.collect(messages):
         assert isinstance(reply, Capabilities)
-        found[client] = reply
-    return found
+        capabilities[client] = reply
+    return capabilities
 
 
 def notes_on_other_stages(job: Job, index: int) -> list[str]:

@@ -223,11 +223,11 @@ def _characters(record: dict[str, Any]) -> int:
 
 def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, how: dict[str, Any], model: str) -> str:
     """A job of the clients, to be edited."""
-    told = ", ".join(f"{key} {value}" for key, value in how.items() if value is not None)
+    options = ", ".join(f"{key} {value}" for key, value in how.items() if value is not None)
     template = f"text = {json.dumps(text, ensure_ascii=False)}\n" if text else ""
     path = json.dumps(model, ensure_ascii=False)
     lines = [
-        f"# A federation to try: {told}. Every key is explained in what `fedgrove init` writes.\n",
+        f"# A federation to try: {options}. Every key is explained in what `fedgrove init` writes.\n",
         "# Look before you run:   fedgrove doctor job.toml; fedgrove plan job.toml\n",
         f'\nname = "{title}"\n\n[model]\n',
         f"path = {path:<26} # a Hugging Face directory with safetensors, or the id of a model on the hub\n",

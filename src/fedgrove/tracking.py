@@ -63,8 +63,8 @@ def _mlflow(name: str, folder: Path) -> Listener:
         raise FedgroveError(f'--track mlflow: pip install "fedgrove[mlflow]" ({error.name} is missing)') from error
     where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlflow").resolve().as_uri()
     client = MlflowClient(tracking_uri=where)
-    found = client.get_experiment_by_name("fedgrove")
-    experiment = found.experiment_id if found else client.create_experiment("fedgrove")
+    existing = client.get_experiment_by_name("fedgrove")
+    experiment = existing.experiment_id if existing else client.create_experiment("fedgrove")
     run = client.create_run(experiment, run_name=name).info.run_id
 
     def write(key: str, value: float, step: int) -> None:

@@ -58,8 +58,8 @@ def respond(
         if release is None:
             response = request.respond(tensors, client, device)
         else:  # what is noisy is made once
-            made = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
-            response = Response(made[0], request.REPLY.model_validate(made[1]))
+            packed = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
+            response = Response(packed[0], request.REPLY.model_validate(packed[1]))
     if masking is not None:
         response = Response(masking.apply(client, response.tensors, release), response.reply)
     return pack(request, response)

@@ -148,12 +148,12 @@ def evaluation_windows(
 def _draw(texts: Iterable[str], rng: random.Random, budget: int | None) -> list[str]:
     """The texts in random order, cut off where they exceed ``budget`` characters; no more than that is ever held."""
     drawn: list[tuple[float, int, str]] = []  # a heap, the last of the order on top
-    held = 0
+    num_tokens = 0
     for number, text in enumerate(texts):
         heapq.heappush(drawn, (-rng.random(), number, text))
-        held += len(text)
-        while budget is not None and held - len(drawn[0][2]) >= budget:
-            held -= len(heapq.heappop(drawn)[2])
+        num_tokens += len(text)
+        while budget is not None and num_tokens - len(drawn[0][2]) >= budget:
+            num_tokens -= len(heapq.heappop(drawn)[2])
     return [text for _, _, text in sorted(drawn, reverse=True)]
 
 

@@ -42,14 +42,14 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
         which = "the dense model" if stage is None else "the federated model" if len(run.job.clients) > 1 else "the new model"
         on_progress = run.phase(Phase("evaluate", which, stage=stage, text=text.name, done=number, total=len(wanted.data)))
         if text.measure == "perplexity":
-            found = examiner.perplexity(windows[text.name], on_progress)
+            by_metric = examiner.perplexity(windows[text.name], on_progress)
         else:
             pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
-            found = examiner.answers(text.measure, pairs, on_progress, text.labels, wanted.length, wanted.tokens)
-        for name, measured in found.items():
+            by_metric = examiner.answers(text.measure, pairs, on_progress, text.labels, wanted.length, wanted.tokens)
+        for name, measured in by_metric.items():
             if measured.parts:
                 run.keep(stage, None, f"{name}/{text.name}", measured.parts)
-        _log(plain(found), text.name, stage, done, run, last=first)
+        _log(plain(by_metric), text.name, stage, done, run, last=first)
 
 
 def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federation: Federation) -> None:
@@ -100,14 +100,14 @@ def evaluate_directory(model: Path, stage: int | None, run: RunFolder, speed: bo
     """
     wanted = run.job.evaluate
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
-    made = {name.partition("/")[2] for at, _, name in done if at == stage}
-    tasks = [task for task in wanted.tasks if task not in made]
+    measured_names = {name.partition("/")[2] for at, _, name in done if at == stage}
+    tasks = [task for task in wanted.tasks if task not in measured_names]
     speed = speed and (stage, None, "disk/speed") not in done
     dtype = run.job.model.dtype
-    for name, found in examine_directory(
+    for name, value in examine_directory(
         model, run.listener, speed=speed, tasks=tasks, tasks_from=wanted.tasks_from, limit=wanted.records, dtype=dtype
     ).items():
-        _log(found, name, stage, done, run, last="disk")
+        _log(value, name, stage, done, run, last="disk")
 
 
 def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any], run: RunFolder, last: str) -> None:

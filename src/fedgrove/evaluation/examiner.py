@@ -68,18 +68,18 @@ def examine_directory(
     dtype: str = "auto",
 ) -> dict[str, dict[str, float]]:
     """What is measured on a model directory by plain transformers: by "speed" and by task, named numbers."""
-    found: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float]] = {}
     if speed:
         from fedgrove.evaluation.metrics.speed import speed as measure_speed
 
         listener.on_event(Phase("evaluate", f"speed of {model}"))
-        found["speed"] = plain(measure_speed(model, dtype))
+        metrics["speed"] = plain(measure_speed(model, dtype))
     if tasks:
         from fedgrove.evaluation.metrics.harness import harness
 
         listener.on_event(Phase("evaluate", ", ".join(tasks)))
-        found |= {task: plain(measured) for task, measured in harness(model, tasks, tasks_from, limit, dtype).items()}
-    return found
+        metrics |= {task: plain(measured) for task, measured in harness(model, tasks, tasks_from, limit, dtype).items()}
+    return metrics
 
 
 def plain(measured: Mapping[str, Measured]) -> dict[str, float]:

@@ -44,10 +44,10 @@ def write(source: Source, out: Path) -> None:
     """
     if source.run is None:
         raise FedgroveError("--to adapter: give the run folder; a model directory does not tell what tuning changed")
-    made = source.run / "adapter"
-    if not (made / "adapter_config.json").is_file():
+    adapter = source.run / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
         raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters", "export --to hf gives the whole model")
-    config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint(source.model)
     for linear in config["target_modules"]:
         name = f"{linear}.weight"
@@ -57,7 +57,7 @@ def write(source: Source, out: Path) -> None:
             )
     config["base_model_name_or_path"] = file_name(_base(source)["path"])
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(made / "adapter_model.safetensors", out / "adapter_model.safetensors")
+    shutil.copyfile(adapter / "adapter_model.safetensors", out / "adapter_model.safetensors")
     for file in small_files(source.model):
         if file.name not in ("config.json", "generation_config.json") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)

@@ -125,9 +125,9 @@ def _losses_llama(file: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Of the matrices: the largest that any has."""
-    found = {dtype for shape, dtype in map(checkpoint.spec, checkpoint.names()) if len(shape) > 1}
+    dtypes = {dtype for shape, dtype in map(checkpoint.spec, checkpoint.names()) if len(shape) > 1}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        if dtype in found:
+        if dtype in dtypes:
             return dtype
     raise FedgroveError("--to gguf: the model's dtype is not one of float32, float16, bfloat16", ELSEWHERE)
 
@@ -203,12 +203,12 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint, size: int) -> None:
     file = checkpoint.path / "tokenizer.json"
     if not file.is_file():
         raise FedgroveError(f"--to gguf: {file} is missing", ELSEWHERE)
-    told = json.loads(file.read_text(encoding="utf-8"))
-    cut = _cut(told)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    cut = _cut(config)
     if cut is None:
         raise FedgroveError("--to gguf: how this tokenizer cuts text is not known here", ELSEWHERE)
-    added = {entry["id"]: entry for entry in told.get("added_tokens", [])}
-    words = {number: word for word, number in told["model"]["vocab"].items()}
+    added = {entry["id"]: entry for entry in config.get("added_tokens", [])}
+    words = {number: word for word, number in config["model"]["vocab"].items()}
     words |= {number: entry["content"] for number, entry in added.items()}
     kinds = gguf.TokenType
     tokens, types = [], []
@@ -222,7 +222,7 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint, size: int) -> None:
     writer.add_tokenizer_pre(cut)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    merges = told["model"]["merges"]
+    merges = config["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for name in ("bos", "eos", "pad"):
         number = getattr(tokenizer, f"{name}_token_id")

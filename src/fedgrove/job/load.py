@@ -91,9 +91,9 @@ def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str
 def _find_model(raw: dict[str, Any], folder: Path) -> None:
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str):
-        beside = folder / Path(model["path"]).expanduser()
-        if beside.is_dir():
-            model["path"] = str(beside.resolve())
+        sibling = folder / Path(model["path"]).expanduser()
+        if sibling.is_dir():
+            model["path"] = str(sibling.resolve())
 
 
 def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:

@@ -284,15 +284,15 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     Raises:
         FedgroveError: there is no such list.
     """
-    found: tuple[str, list[nn.Module]] = ("", [])
+    longest: tuple[str, list[nn.Module]] = ("", [])
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(found[1]):
+        if isinstance(module, nn.ModuleList) and len(module) > len(longest[1]):
             blocks = list(module)
             if len({type(block) for block in blocks}) == 1 and linears(blocks[0]):
-                found = (name, blocks)
-    if not found[1]:
+                longest = (name, blocks)
+    if not longest[1]:
         raise FedgroveError(f"model: no decoder blocks found in {type(model).__name__}; fedgrove prunes decoder-only models")
-    return found
+    return longest
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -300,8 +300,8 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
 
     Nor what has a single output: that is a gate, such as the one of Qwen2-MoE's shared expert.
     """
-    found = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    return {name: module for name, module in found.items() if getattr(module, "out_features", None) != 1}
+    modules = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return {name: module for name, module in modules.items() if getattr(module, "out_features", None) != 1}
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:

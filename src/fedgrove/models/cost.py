@@ -57,12 +57,12 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
-    kept: dict[int, int] = {}  # storage -> its numbers; weights, which are saved too, are there anyway
+    saved: dict[int, int] = {}  # storage -> its numbers; weights, which are saved too, are there anyway
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes() // 4
+            saved[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
     with decoder.hollow(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -76,7 +76,7 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         num_blocks=len(decoder),
-        saved=sum(kept.values()),
+        saved=sum(saved.values()),
         length=length,
         masked=masked,
     )

@@ -26,10 +26,10 @@ def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]
         + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in watched]
     )
     if cache is not None and cache.is_file():
-        kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["stamp"] == stamp:
-            found: dict[str, str] = kept["digests"]
-            return found
+        cached = json.loads(cache.read_text(encoding="utf-8"))
+        if cached["stamp"] == stamp:
+            cached_digests: dict[str, str] = cached["digests"]
+            return cached_digests
     sums: dict[str, hashlib._Hash] = {}
     for name in sorted(checkpoint.names()):
         number = re.search(r"\.(\d+)\.", name)
@@ -40,10 +40,10 @@ def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]
     tokenizer = checkpoint.path / "tokenizer.json"
     if tokenizer.is_file():
         sums[TOKENIZER] = hashlib.sha256(tokenizer.read_bytes())
-    made = {part: digest.hexdigest() for part, digest in sorted(sums.items())}
+    digests = {part: digest.hexdigest() for part, digest in sorted(sums.items())}
     if cache is not None:
-        write_atomically(cache, json.dumps({"stamp": stamp, "digests": made}))
-    return made
+        write_atomically(cache, json.dumps({"stamp": stamp, "digests": digests}))
+    return digests
 
 
 def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:

@@ -87,8 +87,8 @@ def unfuse(model: nn.Module, kind: str) -> None:
 
 def expert_of(linear: str) -> str | None:
     """The expert that a linear belongs to, by name; None where all tokens reach it."""
-    found = re.match(r"(.*\.experts\.\d+)\.", linear)
-    return found[1] if found else None
+    match = re.match(r"(.*\.experts\.\d+)\.", linear)
+    return match[1] if match else None
 
 
 def old_name(name: str) -> str:

@@ -45,7 +45,7 @@ def score_labels(
     device = next(model.parameters()).device
     padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in ids], device=device)
     counts = torch.tensor([len(tokens) for tokens in ids], device=device)
-    told = torch.arange(longest, device=device) < counts[:, None]
+    is_token = torch.arange(longest, device=device) < counts[:, None]
     scores = []
     with torch.inference_mode():
         for prompt in prompts:
@@ -57,7 +57,7 @@ def score_labels(
                 rest = cast(Any, model)(input_ids=padded[:, :-1], past_key_values=begun.past_key_values, use_cache=True)
                 logits = torch.cat([logits, rest.logits], 1)
             chosen = logits.float().log_softmax(-1).gather(-1, padded[:, :, None])[:, :, 0]
-            scores.append(chosen.masked_fill(~told, 0.0).sum(1).cpu())
+            scores.append(chosen.masked_fill(~is_token, 0.0).sum(1).cpu())
     return torch.stack(scores) if scores else torch.zeros(0, len(labels))
 
 

@@ -111,12 +111,12 @@ def _lowest_of_rows(key: Tensor, counts: Tensor) -> Tensor:
             rows = (counts == count).nonzero().squeeze(1)
             values = key[rows]
             threshold = torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1, None])
-            found = values <= threshold
-            many = (found.count_nonzero(1) > count).nonzero().squeeze(1)  # rows with ties at the threshold: the first ones go
+            pruned = values <= threshold
+            many = (pruned.count_nonzero(1) > count).nonzero().squeeze(1)  # rows with ties at the threshold: the first ones go
             tied = values[many] == threshold[many]
-            below = found[many] & ~tied
-            found[many] = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
-            marked[rows] = found
+            below = pruned[many] & ~tied
+            pruned[many] = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+            marked[rows] = pruned
     return marked
 
 

@@ -37,9 +37,9 @@ def negative_log_likelihoods(
     each: list[tuple[float, int]] = []
     start = 0
     while start < len(windows):
-        end, held = start, 0
-        while end < len(windows) and (end == start or held + windows[end].numel() <= CHUNK):
-            held += windows[end].numel()
+        end, num_tokens = start, 0
+        while end < len(windows) and (end == start or num_tokens + windows[end].numel() <= CHUNK):
+            num_tokens += windows[end].numel()
             end += 1
         part = windows[start:end]
         calls = {}

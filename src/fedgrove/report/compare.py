@@ -41,9 +41,9 @@ def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
     """
     if len({run.resolve() for run in runs}) < len(runs):
         raise FedgroveError("report: a run is given twice", "name each folder once")
-    found = dict(zip(names(runs), map(read, runs), strict=True))
-    write_atomically(out, page(found))
-    return found
+    summaries = dict(zip(names(runs), map(read, runs), strict=True))
+    write_atomically(out, page(summaries))
+    return summaries
 
 
 def names(runs: Sequence[Path]) -> list[str]:
@@ -236,10 +236,10 @@ def _flat(value: Any, key: str = "") -> dict[str, str]:
         if key.rpartition(".")[2] in PATHS:
             inner = [file_name(str(part)) for part in inner]
         return {key: ", ".join(str(part).lower() if isinstance(part, bool) else str(part) for part in inner)}
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for name, part in parts:
-        found |= _flat(part, f"{key}.{name}" if key else name)
-    return found
+        settings |= _flat(part, f"{key}.{name}" if key else name)
+    return settings
 
 
 def _seconds(value: float) -> str:

@@ -89,8 +89,8 @@ def card_of_form(model: Path, form: str, use: str, folder: str, relation: str = 
     about.tags = list(dict.fromkeys([*(about.get("tags") or []), form]))
     use = use.replace("FOLDER", folder).replace("BASE", base)
     section = rf"(?ms)^{USE}\n.*?(?=^Check what it writes|^## |\Z)"
-    text, found = re.subn(section, lambda _: f"{USE}\n\n{use}\n\n", card.text, count=1)
-    if not found:
+    text, number = re.subn(section, lambda _: f"{USE}\n\n{use}\n\n", card.text, count=1)
+    if not number:
         text = f"{card.text.strip()}\n\n{USE}\n\n{use}\n"
     return f"---\n{card.data.to_yaml()}\n---\n{text.lstrip()}"
 

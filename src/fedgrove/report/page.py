@@ -78,24 +78,24 @@ def stage_sections(summary: Summary) -> list[Section]:
 
 def figures(summary: Summary) -> list[Figure]:
     """The large numbers at the top of the page."""
-    found = [figure for stage in summary.stages for figure in report_of(stage.kind).figures(summary, stage)]
+    figures = [figure for stage in summary.stages for figure in report_of(stage.kind).figures(summary, stage)]
     if summary.texts:
         dense, federated = summary.mean(summary.dense), summary.mean(summary.federated)
-        found.append(Figure(f"{federated:.1f}", "perplexity", f"dense {dense:.1f}, {change(federated / dense)}"))
+        figures.append(Figure(f"{federated:.1f}", "perplexity", f"dense {dense:.1f}, {change(federated / dense)}"))
     if summary.alone_mean is not None:
         ratio = summary.mean(summary.together) / summary.alone_mean
         interval = between(summary.against_alone(list(summary.alone), summary.texts))
         context = f"mean of {plural(len(summary.alone), 'client')}{interval}"
-        found.append(Figure(change(ratio), "perplexity against a client alone", context))
+        figures.append(Figure(change(ratio), "perplexity against a client alone", context))
     sent = max(summary.uplink.values(), default=0)
     if sent:
         context = f"{sent / summary.dense_bytes:.2f} of dense weights" if summary.dense_bytes else ""
-        found.append(Figure(size(sent), "sent by a client, at most", context))
+        figures.append(Figure(size(sent), "sent by a client, at most", context))
     packed = (
         size(summary.packed_bytes) + " packed" if summary.packed_bytes is not None else plural(summary.parameters, "weight")
     )
-    found.append(Figure(size(summary.model_bytes), "size of the model", packed))
-    return found
+    figures.append(Figure(size(summary.model_bytes), "size of the model", packed))
+    return figures
 
 
 def _without_folders(value: Any, key: str = "") -> Any:

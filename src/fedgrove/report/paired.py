@@ -38,10 +38,10 @@ def unclear(between: Interval | None, none: float = 1.0) -> bool:
 def _drawn(models: Sequence[Examples], texts: Sequence[str]) -> list[np.ndarray]:
     tables: list[dict[int, Parts]] = []
     for text in texts:
-        found = [model.get(text, ()) for model in models]
-        same = len({tuple(number for _, number in parts) for parts in found}) == 1
-        if len(found[0]) < 2 or not same:
+        losses = [model.get(text, ()) for model in models]
+        same = len({tuple(number for _, number in parts) for parts in losses}) == 1
+        if len(losses[0]) < 2 or not same:
             return []
-        tables.append(dict(enumerate(found)))
+        tables.append(dict(enumerate(losses)))
     drawn = resampled(tables)
     return [drawn[i] for i in range(len(models))] if drawn else []

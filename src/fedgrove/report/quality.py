@@ -161,8 +161,8 @@ def differences(summary: Summary) -> Table | None:
             values.append(spread(take(summary.together), alone, summary.against_alone(clients, texts)))
         if summary.owned:
             owner = summary.owned.get(name)
-            own = summary.alone[owner][name] if owner else None
-            values.append(spread(take(summary.together), own, summary.against_alone([owner], texts) if owner else None))
+            alone_value = summary.alone[owner][name] if owner else None
+            values.append(spread(take(summary.together), alone_value, summary.against_alone([owner], texts) if owner else None))
         if summary.centralized:
             interval = summary.against_centralized(texts)
             values.append(spread(take(summary.federated), take(summary.centralized), interval))

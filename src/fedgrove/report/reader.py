@@ -115,12 +115,12 @@ def read_perplexities(run: Path) -> dict[tuple[int | None, str | None], dict[str
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:
     """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
-    found = []
+    rows = []
     for file in sorted(folder.glob("*.export.json")):
         name = file.name.removesuffix(".export.json")
         if (folder / name).is_dir():
-            found.append({**read_json(file), "folder": name})
-    return sorted(found, key=lambda one: (one["bytes"], one["folder"]))
+            rows.append({**read_json(file), "folder": name})
+    return sorted(rows, key=lambda one: (one["bytes"], one["folder"]))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -135,12 +135,12 @@ def _files(run: Path, stages: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _perplexities(metrics: Sequence[dict[str, Any]]) -> dict[tuple[int | None, str | None], dict[str, float]]:
-    found: dict[tuple[int | None, str | None], dict[str, float]] = {}
+    values: dict[tuple[int | None, str | None], dict[str, float]] = {}
     for line in metrics:
         if line["name"].startswith(PERPLEXITY) and line["round"] is None:
-            of_model = found.setdefault((line["stage"], line["client"]), {})
+            of_model = values.setdefault((line["stage"], line["client"]), {})
             of_model[line["name"].removeprefix(PERPLEXITY)] = line["value"]
-    return found
+    return values
 
 
 def _traffic(run: Path) -> list[Traffic]:
@@ -155,10 +155,10 @@ def _traffic(run: Path) -> list[Traffic]:
 
 
 def _examples(run: Path) -> dict[tuple[int | None, str | None], dict[str, Parts]]:
-    found: dict[tuple[int | None, str | None], dict[str, Parts]] = {}
+    parts: dict[tuple[int | None, str | None], dict[str, Parts]] = {}
     for line in read_lines(run / "examples.jsonl"):
-        found.setdefault((line["stage"], line["client"]), {})[line["name"]] = line["parts"]
-    return found
+        parts.setdefault((line["stage"], line["client"]), {})[line["name"]] = line["parts"]
+    return parts
 
 
 def _weights(model: Path) -> tuple[int, str | None]:

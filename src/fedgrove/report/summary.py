@@ -180,8 +180,8 @@ class Summary:
 
     def perplexities(self) -> dict[str, Any]:
         """Perplexity by model and text: dense, alone by client, federated."""
-        found: dict[str, Any] = {"dense": self.dense, "alone": self.alone, "federated": self.federated}
-        return found | ({"centralized": self.centralized} if self.centralized else {})
+        outcomes: dict[str, Any] = {"dense": self.dense, "alone": self.alone, "federated": self.federated}
+        return outcomes | ({"centralized": self.centralized} if self.centralized else {})
 
     def against_dense(self, texts: Sequence[str]) -> Interval | None:
         """95 % of the result's perplexity divided by the dense model's; see :mod:`fedgrove.report.paired`."""
@@ -210,12 +210,12 @@ class Summary:
 
     def sent_by_round(self, direction: str) -> dict[tuple[int, int], dict[str, int]]:
         """Bytes "up" or "down" of the stages' own work, by (stage, round), then by client."""
-        found: dict[tuple[int, int], dict[str, int]] = {}
+        bytes_by_round: dict[tuple[int, int], dict[str, int]] = {}
         for row in self.traffic:
             if row.direction == direction and not row.overhead:
-                by_client = found.setdefault((row.stage, row.round), {})
+                by_client = bytes_by_round.setdefault((row.stage, row.round), {})
                 by_client[row.client] = by_client.get(row.client, 0) + row.bytes
-        return found
+        return bytes_by_round
 
     @property
     def uplink(self) -> dict[str, int]:

@@ -159,10 +159,10 @@ def request_type(kind: str) -> type[Request]:
     """
     room, _, rest = kind.partition("/")
     try:
-        found = _types_in(_package(room), rest.partition("/")[0])
+        types = _types_in(_package(room), rest.partition("/")[0])
     except (FedgroveError, ModuleNotFoundError):
-        found = []
-    for one in found:
+        types = []
+    for one in types:
         if kind == one.KIND:
             return one
     raise RequestError(f"there is no request {kind!a:.80}", "kind")
@@ -172,8 +172,8 @@ def request_types() -> list[type[Request]]:
     """All types of requests, by kind: everything that a client can be asked."""
     packages = [*OTHER_ROOMS.values(), *(f"stages.{kind}.exchanges" for kind in plugins.names("stages", folders=True))]
     there = [package for package in packages if importlib.util.find_spec(f"fedgrove.{package}") is not None]
-    found = [one for package in there for name in plugins.names(package) for one in _types_in(package, name)]
-    return sorted(found, key=lambda one: one.KIND)
+    types = [one for package in there for name in plugins.names(package) for one in _types_in(package, name)]
+    return sorted(types, key=lambda one: one.KIND)
 
 
 def parse(kind: str, fields: object) -> Request:

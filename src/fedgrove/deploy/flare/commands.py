@@ -134,14 +134,14 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
 
     Example: fedgrove federation status --kit kits/operators/ops@example.org
     """
-    found = remote.status(kit)
+    status = remote.status(kit)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(status, indent=2))
         return
-    for site in found["sites"]:
+    for site in status["sites"]:
         heard = "not connected" if site["heard"] is None else f"heard of {max(0, time.time() - site['heard']):.0f} s ago"
         print(f"{site['name']:<20} {heard}{_abilities(site['capabilities'])}")
-    for run in found["runs"]:
+    for run in status["runs"]:
         print(f"{run['name']:<20} {run['status']}")
 
 

@@ -214,8 +214,8 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
 
 def _read_progress(reply: object) -> tuple[list[object], dict[str, Any]]:
     """The events and the sites' capabilities in a server's reply; nothing where it is no such reply."""
-    found = reply if isinstance(reply, dict) else {}
-    events, capabilities = found.get("events"), found.get("capabilities")
+    fields = reply if isinstance(reply, dict) else {}
+    events, capabilities = fields.get("events"), fields.get("capabilities")
     return events if isinstance(events, list) else [], capabilities if isinstance(capabilities, dict) else {}
 
 

@@ -75,14 +75,14 @@ def resampled(texts: Sequence[Mapping[Any, Parts]], seed: int = 0) -> dict[Any, 
     Returns:
         By model (1000,): the mean over the texts of Σ sum / Σ how many; of −log p that is the logarithm of a perplexity.
     """
-    found: dict[Any, np.ndarray] = {}
+    arrays: dict[Any, np.ndarray] = {}
     rng = np.random.default_rng(seed)
     for of_text in texts:
         draws = _draws(len(next(iter(of_text.values()))), rng)
         for model, parts in of_text.items():
             sums = draws @ np.asarray(parts, dtype=np.float64)
-            found[model] = found.get(model, 0.0) + sums[:, 0] / sums[:, 1] / len(texts)
-    return found
+            arrays[model] = arrays.get(model, 0.0) + sums[:, 0] / sums[:, 1] / len(texts)
+    return arrays
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -88,7 +88,7 @@ def compare(written: Sequence[Written]) -> dict[str, Measured]:
         ) from fault
     scorer, bleu = RougeScorer(list(ROUGES)), BLEU()
     scores = [scorer.score_multi(one.references, one.output) for one in written]
-    found = {name: mean([score[name].fmeasure for score in scores]) for name in ROUGES}
+    scores_by_name = {name: mean([score[name].fmeasure for score in scores]) for name in ROUGES}
     counted = []
     for one in written:
         score = bleu.corpus_score([one.output], [[reference] for reference in one.references])
@@ -98,7 +98,7 @@ def compare(written: Sequence[Written]) -> dict[str, Measured]:
         *grams, spoken, meant = (round(number) for number in sums)
         return float(BLEU.compute_bleu(grams[:4], grams[4:], spoken, meant, smooth_method="exp").score) / 100
 
-    return {**found, "bleu": bootstrap(counted, whole)}
+    return {**scores_by_name, "bleu": bootstrap(counted, whole)}
 
 
 INSTALL = 'pip install "fedgrove[evaluate]"'

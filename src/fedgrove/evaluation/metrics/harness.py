@@ -46,18 +46,18 @@ def harness(
         raise FedgroveError(f"task {unknown[0]!r}: {where}")
     lm = HFLM(pretrained=str(model), dtype=dtype, batch_size=1, device="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        told = lm_eval.simple_evaluate(
+        evaluated = lm_eval.simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, verbosity="ERROR"
         )
     except (OSError, ValueError, KeyError) as fault:
         line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise FedgroveError(f"tasks {', '.join(tasks)}: {line}") from fault
-    return {task: _measured(values) for task, values in told["results"].items()}
+    return {task: _measured(values) for task, values in evaluated["results"].items()}
 
 
 def _measured(values: dict[str, Any]) -> dict[str, Measured]:
     """{"acc,none": 0.5, "acc_stderr,none": 0.1} -> {"acc": 0.5 ± 0.196}."""
-    found = {}
+    metrics = {}
     for key, value in values.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -65,7 +65,7 @@ def _measured(values: dict[str, Any]) -> dict[str, Measured]:
         error = values.get(f"{metric}_stderr,{kind}")
         name = metric if kind == "none" else f"{metric}.{kind}"
         if isinstance(error, int | float):
-            found[name] = Measured(float(value), value - NORMAL * error, value + NORMAL * error)
+            metrics[name] = Measured(float(value), value - NORMAL * error, value + NORMAL * error)
         else:
-            found[name] = Measured(float(value))
-    return found
+            metrics[name] = Measured(float(value))
+    return metrics

@@ -48,8 +48,8 @@ def speed(model: Path, dtype: str = "auto") -> dict[str, Measured]:
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it was killed: out of memory?"])[-1]
         raise FedgroveError(f"speed of {model}: {why}")
-    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return {name: Measured(*values) for name, values in found.items()}
+    timings: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return {name: Measured(*values) for name, values in timings.items()}
 
 
 def measure(path: Path, dtype: str) -> dict[str, list[float]]:

@@ -57,8 +57,8 @@ def read_sparsities(run: RunFolder, plan: Plan, config: Config) -> list[float]:
     """What :func:`block_sparsities` found, once it has run."""
     if not config.measures_blocks:
         return [config.target.sparsity] * plan.num_blocks
-    found: list[float] = json.loads(_file(run, plan).read_text(encoding="utf-8"))["sparsities"]
-    return found
+    sparsities: list[float] = json.loads(_file(run, plan).read_text(encoding="utf-8"))["sparsities"]
+    return sparsities
 
 
 def options(config: Config) -> Options:

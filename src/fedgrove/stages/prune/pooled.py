@@ -109,12 +109,12 @@ def wants_moments(stage: Config) -> bool:
 
 def prune_without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
     """Prunes a block by magnitude: nobody is asked anything."""
-    made = {}
+    records = {}
     for name in decoder.block_names(block):
         before = decoder.read_linear(block, name)
         weight, mask = magnitude.prune(before.float().contiguous().clone(), InputStatistics("nothing"), target)
-        made[name] = Pruned(weight.to(before.dtype), mask, [])
-    return made
+        records[name] = Pruned(weight.to(before.dtype), mask, [])
+    return records
 
 
 def pooled_squares(
@@ -158,7 +158,7 @@ def prune_by_sums(
             start[START + name] = as_matrix(decoder.blocks[block - 1].get_submodule(name), stored[key]).contiguous()
     through = f"server/{federation.run.name}" if sequential else "dense"
     sums = _collect(plan, config, federation, block, inputs, num_inputs, start, through=through)
-    made = {}
+    records = {}
     for first, one in inputs.items():
         known = _statistics(config, first, one, sums)
         pruner = config.pruner if known.kind != "squares" else "wanda"
@@ -166,8 +166,8 @@ def prune_by_sums(
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
             weight, mask = pruners.prune(pruner, weight, known, target, config.damping_mode)
-            made[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), sums.clients)
-    return {name: made[name] for name in decoder.block_names(block)}
+            records[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), sums.clients)
+    return {name: records[name] for name in decoder.block_names(block)}
 
 
 def _statistics(config: Config, first: str, shared: SharedInput, sums: InputSums) -> InputStatistics:

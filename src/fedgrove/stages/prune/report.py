@@ -111,15 +111,15 @@ def contributors(summary: Summary, stage: Stage) -> dict[tuple[int, int], list[s
 
     ``pruning.json`` tells whose response was used; of a round that it does not tell of, the plan tells who was asked.
     """
-    found: dict[tuple[int, int], list[str]] = {}
+    clients: dict[tuple[int, int], list[str]] = {}
     for client in stage.clients:
         for round_, blocks in enumerate(stage.plan["clients"][client].get("blocks", ())):
             for block in blocks:
-                found.setdefault((round_, block), []).append(client)
-    told = _history(summary, stage.number)
+                clients.setdefault((round_, block), []).append(client)
+    rows = _history(summary, stage.number)
     if stage.number == _told_stage(summary.files):
-        told = [*_records(summary.files), *told]
-    return found | {(row["round"], row["block"]): sorted(row["clients"]) for row in told}
+        rows = [*_records(summary.files), *rows]
+    return clients | {(row["round"], row["block"]): sorted(row["clients"]) for row in rows}
 
 
 def unanswered(summary: Summary, stage: Stage) -> dict[str, int]:

@@ -69,12 +69,12 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
                 )
                 run.phase(phase)
                 _prune_block(decoder, block, round_, inputs, sparsities, plan, config, federation, file)
-        made = _records(overlay)
-        records |= {record["name"]: {**record, "stage": plan.stage} for record in made}
-        history += _history(made, plan.stage, round_)
+        block_records = _records(overlay)
+        records |= {record["name"]: {**record, "stage": plan.stage} for record in block_records}
+        history += _history(block_records, plan.stage, round_)
         model = model.over(overlay)
-    told = {"stage": plan.stage, **config.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
-    run.write_json("pruning.json", told)
+    report = {"stage": plan.stage, **config.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
+    run.write_json("pruning.json", report)
     return Result(model)
 
 
@@ -127,14 +127,14 @@ def _prune_block(
     target = config.target_of_block(sparsities[block])
     names = decoder.block_names(block)
     if config.protect_first_block and block == 0:
-        made = prune_without_data(decoder, block, target)
+        new_block = prune_without_data(decoder, block, target)
     elif plan.sums:
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
-        made = prune_by_sums(decoder, block, inputs, target, plan, config, federation, previous)
+        new_block = prune_by_sums(decoder, block, inputs, target, plan, config, federation, previous)
     else:
-        made = _prune_by_solutions(decoder, block, round_, sparsities, plan, config, federation)
+        new_block = _prune_by_solutions(decoder, block, round_, sparsities, plan, config, federation)
     after, records = {}, []
-    for name, pruned in made.items():
+    for name, pruned in new_block.items():
         module = decoder.blocks[block].get_submodule(name)
         after[names[name]] = as_matrix(module, pruned.weight).contiguous()
         mask = pruned.mask
@@ -178,15 +178,15 @@ def _prune_by_solutions(
     clients = list(federation.aggregator.aggregate(messages, sums, layout=decoder))
     method, target = client_solved(config.aggregation), config.target_of_block(sparsities[block])
     options = Options(config.shrink, config.expand)
-    made = {}
+    records = {}
     for name in names:
         total = sums.take(name)
         if total.clients == 0:
             continue  # nobody sent it: it stays as it was
         before = decoder.read_linear(block, name).to(decoder.device)
         weight, mask = method.finish(before, total, target, options)
-        made[name] = Pruned(weight.cpu(), mask.cpu(), clients, _agreement(total))
-    return made
+        records[name] = Pruned(weight.cpu(), mask.cpu(), clients, _agreement(total))
+    return records
 
 
 def prune_request(
@@ -198,11 +198,11 @@ def prune_request(
         sparsities: the stage's, of each block.
     """
     assignment = plan.clients[client]
-    own = [assignment.sparsity] * len(sparsities) if not config.measures_blocks else sparsities
+    client_sparsities = [assignment.sparsity] * len(sparsities) if not config.measures_blocks else sparsities
     recipe = Recipe(
         pruner=config.pruner,
         damping=config.damping_mode,
-        sparsities=tuple(own),
+        sparsities=tuple(client_sparsities),
         pattern=config.kept_of if config.pattern else None,
         blocks=tuple(assignment.blocks[round_]),
     )
@@ -239,8 +239,8 @@ def _agreement(sums: WeightedSum) -> float | None:
 def _told(run: RunFolder) -> Record:
     """What earlier stages wrote to ``pruning.json``."""
     file = run.path / "pruning.json"
-    told: Record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return told
+    content: Record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content
 
 
 def _history(records: list[Record], stage: int, round_: int) -> list[Record]:

@@ -34,26 +34,26 @@ def write_lora(
     hush()
     from peft import LoraConfig
 
-    kept = {name: factors.compress() for name, factors in changes.items()}
-    kept = {name: factors for name, factors in kept.items() if factors.rank}
-    if not kept:
+    compressed = {name: factors.compress() for name, factors in changes.items()}
+    compressed = {name: factors for name, factors in compressed.items() if factors.rank}
+    if not compressed:
         return False
     with atomic_folder(out, replace=True) as partial:
-        pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in kept.items()}
+        pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in compressed.items()}
         config = LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
             r=1,
             lora_alpha=1,
-            target_modules=sorted(kept),
+            target_modules=sorted(compressed),
             rank_pattern=pattern,
             alpha_pattern=dict(pattern),
-            fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(kept))), nn.Linear),
+            fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(compressed))), nn.Linear),
             inference_mode=True,
         )
         config.save_pretrained(str(partial))
         tensors: dict[str, Tensor] = {}
-        for name, factors in kept.items():
+        for name, factors in compressed.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
             tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
         save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})

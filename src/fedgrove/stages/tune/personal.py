@@ -34,11 +34,11 @@ def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, Window
     number = min(MOST, round(share * len(ids)))
     if not 0 < number < len(ids):
         return (ids, labels), None
-    held = torch.zeros(len(ids), dtype=torch.bool)
-    held[torch.arange(number) * len(ids) // number] = True
-    if not (labels[held][:, 1:] != IGNORED).any():
+    held_out = torch.zeros(len(ids), dtype=torch.bool)
+    held_out[torch.arange(number) * len(ids) // number] = True
+    if not (labels[held_out][:, 1:] != IGNORED).any():
         return (ids, labels), None
-    return (ids[~held], labels[~held]), (ids[held], labels[held])
+    return (ids[~held_out], labels[~held_out]), (ids[held_out], labels[held_out])
 
 
 def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
@@ -61,8 +61,8 @@ def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mappi
     """
     if begin:
         shutil.rmtree(folder, ignore_errors=True)
-    kept = best(folder, method)
-    if kept is not None and kept[0] <= loss:
+    best_adapter = best(folder, method)
+    if best_adapter is not None and best_adapter[0] <= loss:
         return
     tensors = {f"{part}/{name}": value for name, change in changes.items() for part, value in change.parts().items()}
     save_tensors({name: value.float().contiguous() for name, value in tensors.items()}, _file(folder), {"loss": repr(loss)})

@@ -216,12 +216,12 @@ def _assignments(
 
 def _discloses(config: Config, method: Parametrization) -> frozenset[Disclosure]:
     """What a client's responses tell of its text, over the whole stage."""
-    told = frozenset({method.DISCLOSES})
+    disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None:
-        told |= {Disclosure.LOSS}
+        disclosed |= {Disclosure.LOSS}
     if planner_of(config.planner).NEEDS_IMPORTANCE:
-        told |= ScoreLinears.DISCLOSES
-    return told | ComparePersonal.DISCLOSES if config.personal else told
+        disclosed |= ScoreLinears.DISCLOSES
+    return disclosed | ComparePersonal.DISCLOSES if config.personal else disclosed
 
 
 def _together(choices: Mapping[str, ClientConfig], enough: int) -> dict[str, ClientConfig]:

@@ -80,15 +80,15 @@ class TuningState:
                 parts.setdefault((kind, name), {})[part] = opened.get_tensor(key)
         plan = Plan(**facts["plan"])
         method = parametrization_of(plan.parametrization)
-        found = cls(plan, seen=facts["seen"], clock=facts["clock"])
-        found.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
+        state = cls(plan, seen=facts["seen"], clock=facts["clock"])
+        state.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
 
         def change(kind: str, name: str, shape: tuple[int, int]) -> Any:
             return method.change_of(parts[kind, name]) if (kind, name) in parts else method.none(shape)
 
         for name, (rows, columns) in facts["linears"].items():
             shape = (rows, columns)
-            found.put(name, shape, State(change("live", name, shape), change("frozen", name, shape)))
+            state.put(name, shape, State(change("live", name, shape), change("frozen", name, shape)))
             if name in facts["second"]:
-                found.optimizer[name] = ServerOptimizerState(change("first", name, shape), facts["second"][name])
-        return found
+                state.optimizer[name] = ServerOptimizerState(change("first", name, shape), facts["second"][name])
+        return state

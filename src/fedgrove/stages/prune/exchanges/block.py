@@ -247,13 +247,13 @@ def prune_block(
             if start:  # the weights of this block are here, those of the blocks before are not
                 raise client.error("its working files are gone; it can take part again next round")
             if not dense:
-                found = _pruned(decoder, passed, calls[passed], states.read(passed), recipe, {})
-                mine = {name: after for name, _, after, _ in found}
+                result = _pruned(decoder, passed, calls[passed], states.read(passed), recipe, {})
+                mine = {name: after for name, _, after, _ in result}
         with decoder.loaded(passed, mine) as block:
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), number)
 
-    found = _pruned(decoder, index, calls[index], states.read(index), recipe, start, keep if dense and more else None)
-    for name, before, after, mask in found:
+    result = _pruned(decoder, index, calls[index], states.read(index), recipe, start, keep if dense and more else None)
+    for name, before, after, mask in result:
         if request.keep or (more and not dense):
             own[name] = after
         yield name, before, after, mask
@@ -348,10 +348,10 @@ class BlockSums:
             requests = [self._requests[client] for client in replies]
             code = requests[0].fixed_point
             assert code is not None
-            kept = sum(votes.numel() - request.recipe.target(self._block).num_pruned(votes.numel()) for request in requests)
+            num_kept = sum(votes.numel() - request.recipe.target(self._block).num_pruned(votes.numel()) for request in requests)
             if (
                 int(votes.max()) > len(requests)
-                or int(votes.long().sum()) != kept
+                or int(votes.long().sum()) != num_kept
                 or (value is not None and (value.abs() > code.limit * votes.long()).any())
             ):
                 raise WireError(f"block {self._block}, {name} holds other votes or values than can be")

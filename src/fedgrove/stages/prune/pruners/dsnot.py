@@ -62,14 +62,14 @@ def _swap(mask: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int 
         group: M of an N:M pattern, or None.
     """
     infinity = float("inf")
-    pruned, kept = ~mask, mask.clone()
+    pruned, keep = ~mask, mask.clone()
     # By sign of ε: pruned weights whose return reduces |ε|, best first; kept ones whose removal does, lowest score first.
     restorable, removable = [], []
     for sign in (-1, 1):
         restorable.append(
             (gain * sign).masked_fill(~pruned | (effect * sign <= 0), -infinity).sort(dim=1, descending=True, stable=True)
         )
-        removable.append(score.masked_fill(~kept | (effect * sign >= 0), infinity).sort(dim=1, stable=True))
+        removable.append(score.masked_fill(~keep | (effect * sign >= 0), infinity).sort(dim=1, stable=True))
     error = effect.masked_fill(mask, 0.0).sum(1)
     restored = error.new_zeros(2, len(error), dtype=torch.int64)  # how many of each list are used up
     removed = error.new_zeros(2, len(error), dtype=torch.int64)
@@ -88,7 +88,7 @@ def _swap(mask: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int 
         else:
             first = restore // group * group
             members = first[:, None] + torch.arange(group, device=first.device)
-            costs = score.gather(1, members).masked_fill(~kept.gather(1, members), infinity)
+            costs = score.gather(1, members).masked_fill(~keep.gather(1, members), infinity)
             remove = first + costs.argmin(1)
             possible &= costs.amin(1) < infinity
         after = error - effect[row, restore] + effect[row, remove]
@@ -97,7 +97,7 @@ def _swap(mask: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int 
             return
         rows = row[active]
         mask[rows, restore[active]], mask[rows, remove[active]] = True, False
-        kept[rows, remove[active]] = False  # a restored weight is not in it either, so no weight is swapped twice
+        keep[rows, remove[active]] = False  # a restored weight is not in it either, so no weight is swapped twice
         error = torch.where(active, after, error)
         restored[side[active], rows] += 1
         removed[side[active], rows] += 1

@@ -56,8 +56,8 @@ class ScoreGroups(Request):
         states = HiddenStates(client, self.calibration, decoder)
         sums: Tensors = {}
         try:
-            for block, found in group_products(decoder, windows, states):
-                for kind, products in found.items():
+            for block, block_products in group_products(decoder, windows, states):
+                for kind, products in block_products.items():
                     sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(score.weigh(products), self.limit)
         except OutOfRange as error:
             raise client.error('the gradients of its text are not finite or too large; try model.dtype = "float32"') from error

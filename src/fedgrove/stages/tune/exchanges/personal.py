@@ -51,10 +51,10 @@ class ComparePersonal(TuneRequest):
         method = parametrization_of(self.parametrization)
         decoder, ids, labels = self.model_and_windows(client, device)
         _, held_out = hold_out(ids, labels, self.personal)
-        kept = best(best_folder(client, self.stage), method)
-        if held_out is None or kept is None:
+        best_adapter = best(best_folder(client, self.stage), method)
+        if held_out is None or best_adapter is None:
             return Response({}, Losses(shared=None, own=None))
-        own, changes = kept
+        own, changes = best_adapter
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
         model = load(decoder, self.bits)
         starts = {}

@@ -229,9 +229,9 @@ class Train(TuneRequest):
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
         check_tokens(reply.tokens, self.tokens)
-        told = self.whole is None and not self.noisy  # else it is in the sum, or nobody may be told
-        if (reply.loss is not None) != told:
-            raise WireError("its loss is not a finite number" if told else "it tells a loss that nobody asked for")
+        reports_loss = self.whole is None and not self.noisy  # else it is in the sum, or nobody may be told
+        if (reply.loss is not None) != reports_loss:
+            raise WireError("its loss is not a finite number" if reports_loss else "it tells a loss that nobody asked for")
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.whole is None:

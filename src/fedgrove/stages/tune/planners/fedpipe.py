@@ -30,17 +30,17 @@ def choose(config: Config, problem: Problem) -> Choice:
     for client, given in problem.budgets.items():
         budget = replace(given, seconds=deadline)
         bits = tuple(b for b in sorted(config.bits, reverse=True) if b in problem.bits[client])
-        own = replace(space, bits=bits)
-        if (budget, own) not in solved:
+        client_space = replace(space, bits=bits)
+        if (budget, client_space) not in solved:
             try:
                 if not bits:
                     raise Infeasible(
                         f"it can hold none of bits = {list(config.bits)} (clients.bits; 8 and 4 need bitsandbytes there)"
                     )
-                solved[budget, own] = cost.best(problem.cost, own, budget, problem.importance)
+                solved[budget, client_space] = cost.best(problem.cost, client_space, budget, problem.importance)
             except Infeasible as error:
-                solved[budget, own] = error
-        answer = solved[budget, own]
+                solved[budget, client_space] = error
+        answer = solved[budget, client_space]
         if isinstance(answer, ClientConfig):
             chosen[client] = answer
         else:
