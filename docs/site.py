@@ -15,17 +15,18 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 import typer
+from pydantic import AfterValidator, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from fedgrove import plugins
 from fedgrove.cli import app
 from fedgrove.job.tables import FederatedJob, Job
-from fedgrove.job.units import Table
+from fedgrove.job.units import Table, method_of, quantity
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.request import Request, request_types
 
 HERE = Path(__file__).parent
-QUANTITIES = {"memory": 'bytes, such as "8GiB"', "uplink": 'bits/s, such as "20Mbit"', "downlink": 'bits/s, such as "20Mbit"'}
+UNITS = {"B": "bytes", "bit(?:/s)?": "bits/s"}
 MARKS = ("<!-- made by `make docs` from the request types -->", "<!-- end of what is made -->")
 SOURCES = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]+\)")
 
@@ -36,7 +37,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def tables() -> list[type[Table]]:
-    """Every table that a job file can have, in the order in which the job names them; then that of a federation."""
+    """Every table that a job file can have, those of each kind of stage included, in the order in which they are first used."""
     found: list[type[Table]] = []
 
     def walk(annotation: Any) -> None:
@@ -54,21 +55,22 @@ def tables() -> list[type[Table]]:
 def job_page() -> str:
     """Every key of a job: type, default, meaning."""
     parts = [
-        "# Every key of a job\n\nMade from the tables in `src/fedgrove/job` and `src/fedgrove/stages` by `make docs`. "
-        "A key that is not here is refused, by name. Paths are relative to the job file. `fedgrove init` writes a job with "
-        "comments; `--set stages.0.sparsity=0.6` changes a key for one run."
+        "# Every key of a job\n\n`make docs` makes this page from `src/fedgrove/job/tables.py` and the `config.py` of each kind of "
+        "stage. A key that is not listed here is refused by name. Paths are relative to the job file. `fedgrove init` writes a "
+        "job with comments; `--set stages.0.sparsity=0.6` changes a key for one run."
     ]
-    for table in tables():
+    every = tables()
+    for table in every:
         doc = inspect.cleandoc(table.__doc__ or "")
         says = plain(doc.split("\n\nAttributes:")[0])
         says = re.sub(r"^`[^:]*`: (.)", lambda found: found[1].upper(), says)
         meaning = meanings(table)
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        inherited = next((base.model_fields for base in table.__mro__[1:] if base in tables()), {})
+        inherited = next((base.model_fields for base in table.__mro__[1:] if base in every), {})
         for key, field in table.model_fields.items():
             if key not in inherited:
-                rows.append(f"| `{key}` | {kind(table, key, field)} | {default(field)} | {meaning[key]} |")
-        rows += [f"| `{key}` | text | – | {meaning[key]} |" for key in sorted(table.SHORT_FORMS)]
+                rows.append(f"| `{key}` | {kind(field)} | {default(field)} | {meaning[key]} |")
+        rows += [f"| `{key}` | {one_of(*packages)} | – | {meaning[key]} |" for key, packages in table.SHORT_FORMS.items()]
         parts.append(f"## {title(table)}\n\n{says}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
@@ -95,21 +97,36 @@ def meanings(table: type[Table]) -> dict[str, str]:
     return found
 
 
-def kind(table: type[Table], key: str, field: FieldInfo) -> str:
+def kind(field: FieldInfo) -> str:
     """The type of a key, for people."""
-    if key in QUANTITIES:
-        return QUANTITIES[key]
-    package = package_of(table, key)
-    if package:
-        return "one of " + ", ".join(f'`"{name}"`' for name in plugins.names(package))
-    return spell(field.annotation) + limits(field.metadata)
+    return with_metadata(field.annotation, field.metadata)
 
 
-def package_of(table: type[Table], key: str) -> str | None:
-    """The package whose files are the values of a key of a stage: ``stages.prune.pruners`` for ``pruner``; None: no such."""
-    stage = re.fullmatch(r"fedgrove\.(stages\.\w+)\.config", table.__module__)
-    folders = plugins.names(stage[1], folders=True) if stage else []
-    return next((f"{stage[1]}.{name}" for name in (key, f"{key}s") if stage and name in folders), None)
+def with_metadata(annotation: Any, metadata: Iterable[Any]) -> str:
+    """A type in words, with what its ``Annotated`` metadata says of it: names of methods, a quantity, limits."""
+    metadata = tuple(metadata)
+    for one in metadata:
+        made_by = arguments_of(one)
+        if "package" in made_by:
+            return one_of(made_by["package"])
+        if "unit" in made_by:
+            return f"{UNITS[made_by['unit']]}, such as {made_by['example']}"
+    return spell(annotation) + limits(metadata)
+
+
+def arguments_of(validator: Any) -> dict[str, Any]:
+    """What :func:`~fedgrove.job.units.method_of` or :func:`~fedgrove.job.units.quantity` was called with to make a validator."""
+    if not isinstance(validator, AfterValidator | BeforeValidator):
+        return {}
+    made_by = validator.func.__qualname__.partition(".")[0]
+    if made_by not in (method_of.__name__, quantity.__name__):
+        return {}
+    return dict(inspect.getclosurevars(validator.func).nonlocals)
+
+
+def one_of(*packages: str) -> str:
+    """The names of all methods in some packages."""
+    return "one of " + ", ".join(f'`"{name}"`' for package in packages for name in plugins.names(package))
 
 
 def spell(annotation: Any) -> str:
@@ -122,7 +139,7 @@ def spell(annotation: Any) -> str:
     if origin is tuple:
         return f"list of: {spell(args[0])}"
     if hasattr(annotation, "__metadata__"):
-        return spell(args[0]) + limits(annotation.__metadata__)
+        return with_metadata(args[0], annotation.__metadata__)
     if isinstance(annotation, type) and issubclass(annotation, Table):
         return f"a table, {title(annotation)}"
     words = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "file"}

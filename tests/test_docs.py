@@ -15,6 +15,7 @@ import pytest
 import typer
 import typer.core
 
+from fedgrove import plugins
 from fedgrove.cli import app
 from fedgrove.job.tables import Job
 from fedgrove.job.units import Table
@@ -22,10 +23,6 @@ from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.request import Request, request_types
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = (
-    "stages.prune.pruners", "stages.prune.aggregation", "stages.prune.allocation", "stages.structured.scores",
-    "stages.tune.planners", "stages.tune.parametrizations", "stages.tune.trainers", "stages.tune.aggregation",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +58,7 @@ def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(si
     assert len(tables()) >= 11
     for table in tables():
         rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", sections[site.title(table)]))
-        assert rows.keys() == table.model_fields.keys() | table.SHORT_FORMS, table.__name__
+        assert rows.keys() == table.model_fields.keys() | table.SHORT_FORMS.keys(), table.__name__
         for key, field in table.model_fields.items():
             kind, default, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", rows[key]))
             assert kind
@@ -74,9 +71,25 @@ def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(si
 
 def test_no_docstring_tells_of_a_key_that_is_not_there(site: ModuleType) -> None:
     for table in tables():
-        told = set(site.meanings(table))
-        keys = set(table.model_fields) | table.SHORT_FORMS
-        assert told <= keys, f"{table.__name__}: {told - keys}"
+        documented, keys = set(site.meanings(table)), set(table.model_fields) | table.SHORT_FORMS.keys()
+        assert documented <= keys, f"{table.__name__}: {documented - keys}"
+
+
+def test_a_short_form_takes_the_names_that_the_reference_lists() -> None:
+    for table, key, packages in [(table, *item) for table in tables() for item in table.SHORT_FORMS.items()]:
+        (kind,) = table.model_fields["kind"].annotation.__args__
+        for name in [name for package in packages for name in plugins.names(package)]:
+            table.model_validate({"kind": kind, key: name})
+        with pytest.raises(ValueError, match=f"{key}: choose one of"):
+            table.model_validate({"kind": kind, key: "nothing"})
+
+
+def test_the_reference_names_the_methods_that_a_key_takes(site: ModuleType) -> None:
+    found = packages_of_methods(site)
+    assert {"stages.prune.pruners", "stages.structured.scores", "stages.tune.parametrizations"} <= found
+    page = (ROOT / "docs" / "reference" / "job.md").read_text(encoding="utf-8")
+    for package in found:
+        assert f"| {site.one_of(package)} |" in page, package
 
 
 def test_the_reference_pages_are_those_that_the_code_makes(site: ModuleType) -> None:
@@ -148,8 +161,7 @@ def test_every_command_in_the_docs_exists_with_its_options() -> None:
 
 
 def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:
-    keys = {table: set(table.model_fields) | table.SHORT_FORMS for table in tables()}
-    known = set().union(*keys.values())
+    known = set().union(*(set(table.model_fields) | table.SHORT_FORMS.keys() for table in tables()))
 
     def check(page: Path, value: object) -> None:
         if isinstance(value, dict):
@@ -176,13 +188,17 @@ def test_every_page_is_in_the_navigation() -> None:
         assert str(page.relative_to(ROOT / "docs")) in nav, f"mkdocs.yml: {page.name} is missing"
 
 
-def test_every_method_is_on_the_methods_page() -> None:
-    from fedgrove import plugins
+def packages_of_methods(site: ModuleType) -> set[str]:
+    """The packages of all methods that a job may name, from the types of the job's keys."""
+    metadata = [one for table in tables() for field in table.model_fields.values() for one in field.metadata]
+    return {made_by["package"] for made_by in map(site.arguments_of, metadata) if "package" in made_by}
 
+
+def test_every_method_is_on_the_methods_page(site: ModuleType) -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for package in METHODS:
-        for name in plugins.names(package):
-            assert f"| `{name}` |" in text, f"methods.md: {name}"
+    found = [name for package in packages_of_methods(site) for name in plugins.names(package)]
+    for name in found:  # two packages may have a method of one name
+        assert text.count(f"| `{name}` |") == found.count(name), f"methods.md: {name}"
     export = (ROOT / "docs" / "how-to" / "export.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in export for name in plugins.names("exports"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,11 +18,12 @@ _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10,
 class Table(BaseModel):
     """A table of the job file: frozen; unknown keys are refused.
 
-    ``SHORT_FORMS``: keys that a file may hold besides the fields, which stand for several of them.
+    ``SHORT_FORMS``: keys that a file may hold besides the fields, which stand for several of them, and the packages whose
+    methods they may name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    SHORT_FORMS: ClassVar[frozenset[str]] = frozenset()
+    SHORT_FORMS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
 
 def quantity(unit: str, example: str) -> Any:

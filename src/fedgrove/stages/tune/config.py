@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -62,7 +63,7 @@ class Config(StageConfig):
         eval_every: the held-out perplexity is measured after every so many rounds; 0: only after the last.
     """
 
-    SHORT_FORMS: ClassVar[frozenset[str]] = frozenset({"method"})
+    SHORT_FORMS: ClassVar[Mapping[str, tuple[str, ...]]] = {"method": ("stages.tune.planners", "stages.tune.parametrizations")}
 
     kind: Literal["tune"]
     planner: Annotated[str, method_of("stages.tune.planners")] = "fedpipe"
