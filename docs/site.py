@@ -55,9 +55,9 @@ def tables() -> list[type[Table]]:
 def job_page() -> str:
     """Every key of a job: type, default, meaning."""
     parts = [
-        "# Every key of a job\n\n`make docs` makes this page from `src/fedgrove/job/tables.py` and the `config.py` of each kind of "
-        "stage. A key that is not listed here is refused by name. Paths are relative to the job file. `fedgrove init` writes a "
-        "job with comments; `--set stages.0.sparsity=0.6` changes a key for one run."
+        "# Every key of a job\n\n`make docs` makes this page from `src/fedgrove/job/tables.py` and the `config.py` of each "
+        "kind of stage. A key that is not listed here is refused by name. Paths are relative to the job file. "
+        "`fedgrove init` writes a job with comments; `--set stages.0.sparsity=0.6` changes a key for one run."
     ]
     every = tables()
     for table in every:
@@ -115,7 +115,7 @@ def with_metadata(annotation: Any, metadata: Iterable[Any]) -> str:
 
 
 def arguments_of(validator: Any) -> dict[str, Any]:
-    """What :func:`~fedgrove.job.units.method_of` or :func:`~fedgrove.job.units.quantity` was called with to make a validator."""
+    """What ``method_of`` or ``quantity`` of :mod:`fedgrove.job.units` was called with to make a validator; else nothing."""
     if not isinstance(validator, AfterValidator | BeforeValidator):
         return {}
     made_by = validator.func.__qualname__.partition(".")[0]

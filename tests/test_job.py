@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from pydantic import ValidationError
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
-from fedgrove.job.tables import Client, Job
+from fedgrove.job.stage_config import config_of
+from fedgrove.job.tables import KINDS, Client, Evaluate, Job, Model, Privacy, Rounds, Text
 from fedgrove.models.masks import Target
 from fedgrove.stages.prune.config import LayerSampling
 from small import Small
@@ -102,3 +104,33 @@ def test_the_template_names_every_key_of_a_client_and_of_a_stage() -> None:
     for table in ("[model]", "[[clients]]", "[[stages]]", "[evaluate]", "[rounds]"):
         assert table in template
     assert set(Job.model_fields) >= {"name", "seed", "model", "clients", "stages", "evaluate", "rounds"}
+
+
+def with_examples(template: str) -> str:
+    """The template with its two commented stages in place of its own."""
+    before, _, after = template.partition("[[stages]]\n")
+    examples = re.findall(r"(?m)^#   \[\[stages\]\]\n(?:#   .*\n)+", after)
+    stages = re.sub(r"(?m)^#   ", "", "\n".join(examples))
+    return before + stages + after[after.index("[evaluate]") :]
+
+
+def test_the_example_stages_of_the_template_are_jobs(tmp_path: Path) -> None:
+    template = (files("fedgrove") / "template.toml").read_text(encoding="utf-8")
+    for name in ("hospital-a.jsonl", "hospital-b.csv", "heldout.txt"):
+        (tmp_path / name).write_text("text\n")
+    (tmp_path / "job.toml").write_text(template, encoding="utf-8")
+    assert [stage.kind for stage in load(tmp_path / "job.toml").stages] == ["prune"]
+    (tmp_path / "job.toml").write_text(with_examples(template), encoding="utf-8")
+    job = load(tmp_path / "job.toml")
+    assert [stage.kind for stage in job.stages] == ["structured", "tune"]
+    assert job.stages[1].planner == "fedpipe"
+
+
+def test_every_key_that_the_template_shows_exists() -> None:
+    """Those behind one or two comment signs, whichever table they belong to."""
+    template = (files("fedgrove") / "template.toml").read_text(encoding="utf-8")
+    tables = [Job, *(config_of(kind) for kind in KINDS), Client, Evaluate, Rounds, Privacy, Model, Text]
+    known = {key for table in tables for key in table.model_fields} | {"method"}
+    shown = re.findall(r"(?m)^(?:#\s+){0,2}([a-z_]+) +?= ", template)
+    assert len(shown) > 60
+    assert set(shown) <= known
