@@ -76,7 +76,7 @@ def test_no_docstring_tells_of_a_key_that_is_not_there(site: ModuleType) -> None
 
 
 def test_a_short_form_takes_the_names_that_the_reference_lists() -> None:
-    for table, key, packages in [(table, *item) for table in tables() for item in table.SHORT_FORMS.items()]:
+    for table, (key, packages) in [(one, item) for one in tables() for item in one.SHORT_FORMS.items()]:
         (kind,) = table.model_fields["kind"].annotation.__args__
         for name in [name for package in packages for name in plugins.names(package)]:
             table.model_validate({"kind": kind, key: name})
