@@ -58,7 +58,7 @@ def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(si
     assert len(tables()) >= 11
     for table in tables():
         rows = dict(re.findall(r"(?m)^\| `(\w+)` \| (.*) \|$", sections[site.title(table)]))
-        assert rows.keys() == table.model_fields.keys() | table.SHORT_FORMS, table.__name__
+        assert rows.keys() == table.model_fields.keys() | table.SHORT_FORMS.keys(), table.__name__
         for key, field in table.model_fields.items():
             kind, default, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", rows[key]))
             assert kind
@@ -71,18 +71,17 @@ def test_every_key_of_a_job_is_in_the_reference_with_type_default_and_meaning(si
 
 def test_no_docstring_tells_of_a_key_that_is_not_there(site: ModuleType) -> None:
     for table in tables():
-        documented, keys = set(site.meanings(table)), set(table.model_fields) | set(table.SHORT_FORMS)
+        documented, keys = set(site.meanings(table)), set(table.model_fields) | table.SHORT_FORMS.keys()
         assert documented <= keys, f"{table.__name__}: {documented - keys}"
 
 
 def test_a_short_form_takes_the_names_that_the_reference_lists() -> None:
-    for table in tables():
-        for key, packages in table.SHORT_FORMS.items():
-            (kind,) = table.model_fields["kind"].annotation.__args__
-            for name in [name for package in packages for name in plugins.names(package)]:
-                table.model_validate({"kind": kind, key: name})
-            with pytest.raises(ValueError, match=f"{key}: choose one of"):
-                table.model_validate({"kind": kind, key: "nothing"})
+    for table, (key, packages) in [(one, item) for one in tables() for item in one.SHORT_FORMS.items()]:
+        (kind,) = table.model_fields["kind"].annotation.__args__
+        for name in [name for package in packages for name in plugins.names(package)]:
+            table.model_validate({"kind": kind, key: name})
+        with pytest.raises(ValueError, match=f"{key}: choose one of"):
+            table.model_validate({"kind": kind, key: "nothing"})
 
 
 def test_the_reference_names_the_methods_that_a_key_takes(site: ModuleType) -> None:
@@ -162,7 +161,7 @@ def test_every_command_in_the_docs_exists_with_its_options() -> None:
 
 
 def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:
-    known = set().union(*(set(table.model_fields) | set(table.SHORT_FORMS) for table in tables()))
+    known = set().union(*(set(table.model_fields) | table.SHORT_FORMS.keys() for table in tables()))
 
     def check(page: Path, value: object) -> None:
         if isinstance(value, dict):

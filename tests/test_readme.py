@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -24,7 +26,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_the_python_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(DEMO / "grove-6m", "my-model")
     shutil.copyfile(DEMO / "texts" / "theatre-heldout.txt", "heldout.txt")
@@ -41,14 +45,25 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words = shlex.split(line, comments=True)
         if words[0] == "make":
             assert f"\n{words[1]}: " in (ROOT / "Makefile").read_text(encoding="utf-8")  # CI runs one, the other is its demo
+        elif words[0] == "pip":  # tests/test_package.py installs for real; here nothing may be fetched
+            offline = ["--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
+            done = subprocess.run(
+                [sys.executable, "-m", *words, *offline], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
         elif words[0] == "fedgrove":
             result = runner.invoke(app, words[1:])
             assert result.exit_code == 0, f"{line}\n{result.output}"
             ran += 1
         else:
             assert words == [".", ".venv/bin/activate"]
-    assert ran >= 8
+    assert ran >= 10
     assert tomllib.loads(Path("my-job/job.toml").read_text(encoding="utf-8"))["name"] == "my-job"
+    Path("job.toml").write_text(job.replace("sparsity = 0.5", "sparsity = 0.5\nsamples = 1\nlength = 64"), encoding="utf-8")
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "perplexity" in capsys.readouterr().out
+    assert Path("runs/third/report.html").is_file()
     same = [path.relative_to("unpacked") for path in Path("unpacked").iterdir()]
     assert all((Path("unpacked") / name).read_bytes() == (Path("runs/first/model") / name).read_bytes() for name in same)
 

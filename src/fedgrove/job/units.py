@@ -18,8 +18,8 @@ _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10,
 class Table(BaseModel):
     """A table of the job file: frozen; unknown keys are refused.
 
-    ``SHORT_FORMS``: keys that a file may hold besides the fields, each of which is expanded into several of them; with the
-    packages whose methods the key may name.
+    ``SHORT_FORMS``: keys that a file may hold besides the fields, which stand for several of them, and the packages whose
+    methods they may name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
