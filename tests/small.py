@@ -104,6 +104,22 @@ class Small:
         file.write_text(tomli_w.dumps(self.spec(**changes)), encoding="utf-8")
         return file
 
+    def one_word(self, *words: str) -> dict[str, Any]:
+        """Changes of a job: everybody's text, and the one that is measured on, is one word over and over.
+
+        Whoever learns from such text gets better at it by a factor, so what a test says of that is no matter of how a processor
+        rounds.
+
+        Args:
+            words: one for each client; default: the same for all. It is measured on the first.
+        """
+        words = words or ("tree",) * len(CLIENTS)
+        for word in words:
+            (self.folder / f"only-{word}.txt").write_text(f"{' '.join([word] * 12)}\n" * 17)
+        data = [str(self.folder / f"only-{word}.txt") for word in words]
+        clients = [{"name": name, "data": file} for name, file in zip(CLIENTS, data, strict=True)]
+        return {"clients": clients, "evaluate__data": data[:1]}
+
     def undisturbed(self, **changes: Any) -> Path:
         """The run folder of a job that nothing happened to; the same job is run once."""
         key = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:12]
