@@ -430,7 +430,7 @@ BAD_REPLIES: dict[str, tuple[Change, str]] = {
         f"change/{Q} has dtype float32, not bfloat16",
     ),
     "a tensor less": (lambda t, _: (t.pop(f"change/{Q}"), t.pop(f"weight/{Q}")), f"change/{Q} is missing"),
-    "a tensor more": (lambda t, _: t.update({"change/lm_head": torch.ones(2)}), "'change/lm_head' was not asked for"),
+    "a tensor more": (lambda t, _: t.update({"change/lm_head": torch.ones(2)}), "'change/lm_head' was not requested"),
     "another sparsity": (_denser, f"weight/{Q} prunes 2047 of 4096 weights, not 0.5 of them"),
 }
 

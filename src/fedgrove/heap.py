@@ -1,4 +1,4 @@
-"""What the C library of Linux does with memory that was freed. Other systems have no such functions and no such need."""
+"""How the C library of Linux (glibc) handles freed memory. Other systems have no such functions and do not need them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import ctypes
 import os
 from contextlib import suppress
 
-LARGE = 8 << 20  # bytes; an allocation from here on is the system's again as soon as it is freed
-HELD = 64 << 20  # bytes that may lie free at the end of what smaller ones are taken from
-_SETTINGS = {  # of mallopt(3): its number, the variable that a new process reads, the value
-    -3: ("MALLOC_MMAP_THRESHOLD_", LARGE),
-    -1: ("MALLOC_TRIM_THRESHOLD_", HELD),
+MMAP_THRESHOLD = 8 << 20  # bytes; larger allocations are returned to the system as soon as they are freed
+TRIM_THRESHOLD = 64 << 20  # free bytes at the end of the heap, above which they are returned to the system
+_SETTINGS = {  # the parameter's number in mallopt(3): the environment variable for new processes, the value
+    -3: ("MALLOC_MMAP_THRESHOLD_", MMAP_THRESHOLD),
+    -1: ("MALLOC_TRIM_THRESHOLD_", TRIM_THRESHOLD),
 }
 
 
 def keep_large_apart() -> None:
-    """Lets no large tensor leave a hole that the next one does not fit into, which saves a client a sixth of its memory.
+    """Makes the C library allocate large tensors outside the heap, where they would leave gaps.
 
-    Smaller ones go on sharing the heap, for new pages take time: with half of ``LARGE`` a block's activations were among the
-    large, and took a client a tenth longer.
+    This saves a client a sixth of its memory.
 
-    For this process, and through the environment for those that it starts. What is set there already is left alone.
+    Smaller tensors stay on the heap, because new memory pages take time: with half of ``MMAP_THRESHOLD``, a block's activations
+    were allocated outside it, and a client took a tenth longer.
+
+    Applies to this process and, through the environment, to its child processes. Variables that are already set are kept.
     """
     for number, (variable, value) in _SETTINGS.items():
         if variable not in os.environ:
@@ -30,7 +32,7 @@ def keep_large_apart() -> None:
 
 
 def release_freed_memory() -> None:
-    """Lets the system have what was freed: kept in pieces that the next answer does not fit into, it would grow with the
-    number of clients after all."""
+    """Returns freed memory to the system. Otherwise it is fragmented, the next response does not fit into the pieces, and
+    memory grows with the number of clients."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Amounts of memory, as plans and complaints say them."""
+"""Amounts of memory as text, for plans and error messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import math
 
 
 def mebibytes(number: float, enough: bool = False) -> str:
-    """Bytes as whole MiB: "1,024 MiB". ``enough`` rounds up: what is said to be needed must do."""
+    """Bytes in MiB, such as "1,024 MiB". ``enough`` rounds up, for an amount that must be sufficient."""
     amount = number / 2**20
     return f"{math.ceil(amount) if enough else amount:,.0f} MiB"

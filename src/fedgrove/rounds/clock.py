@@ -1,4 +1,4 @@
-"""What messages and work would take on the clients' own machines, where one machine stands for all of them."""
+"""A model of the time that computation and messages would take on the clients' machines, when one machine simulates all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Pace:
-    """A client's, by its card.
+    """How fast a client is, from its capabilities.
 
     Attributes:
-        compute: seconds until it has an answer.
-        uplink, downlink: bits a second; None: sending takes no time.
+        compute: seconds until its response is ready.
+        uplink, downlink: bits per second; None: transfers take no time.
     """
 
     compute: float = 0.0
@@ -23,10 +23,10 @@ class Pace:
 
 @dataclass
 class Clock:
-    """The modelled seconds of one exchange: clients work side by side, so it takes as long as the slowest of them.
+    """The modelled seconds of one exchange. Clients work in parallel, so it takes as long as the slowest of them.
 
     Attributes:
-        paces: of every client that is asked.
+        paces: by client, for all clients that get a request.
         spent: seconds so far, by client.
     """
 
@@ -34,15 +34,19 @@ class Clock:
     spent: dict[str, float] = field(default_factory=dict)
 
     def spend(self, client: str, direction: Literal["up", "down"], num_bytes: int) -> dict[str, float]:
-        """A message on its way: its seconds of ``transfer``, and of ``compute`` before an answer goes up."""
+        """Adds the time of one message.
+
+        Returns:
+            Its seconds of ``transfer``, and for direction "up" also the seconds of ``compute`` before it is sent.
+        """
         pace = self.paces[client]
         rate = pace.uplink if direction == "up" else pace.downlink
-        took = {"transfer": 8 * num_bytes / rate if rate else 0.0}
+        seconds = {"transfer": 8 * num_bytes / rate if rate else 0.0}
         if direction == "up":
-            took = {"compute": pace.compute, **took}
-        self.spent[client] = self.spent.get(client, 0.0) + sum(took.values())
-        return took
+            seconds = {"compute": pace.compute, **seconds}
+        self.spent[client] = self.spent.get(client, 0.0) + sum(seconds.values())
+        return seconds
 
     def slowest(self, clients: Iterable[str]) -> float:
-        """The most that one of these clients took."""
+        """The seconds of the slowest of these clients."""
         return max((self.spent.get(client, 0.0) for client in clients), default=0.0)

@@ -1,14 +1,14 @@
-"""Tensors to bytes and back: a mask costs one bit, zeros cost nothing more, values travel in compressed byte planes.
+"""The wire format: masks take one bit per entry, zeros nothing more, and values are sent as compressed byte planes.
 
-The same code packs the answers of clients and the file of a packed model. A packed message is a safetensors file: a
-``header`` (JSON) and, for the i-th tensor, ``i.mask`` (its bits) and ``i.0``, ``i.1``, … (the first, second, … byte of every
-value). The bytes of trained weights differ: sign and exponent repeat and shrink to a third, mantissas do not. Kept apart,
-the former compress (zlib, Huffman codes alone, which is both the fastest setting and, on such bytes, the smallest). A part
-that is as long as what it stands for is not compressed; a plane of zeros beside the first is empty. A ``checksum`` (CRC-32)
-tells a damaged message from a whole one.
+The same code packs clients' responses and the file of a packed model. A packed message is a safetensors file: a ``header``
+(JSON) and, for the i-th tensor, ``i.mask`` (its bits) and ``i.0``, ``i.1``, … (the first, second, … byte of every value). In
+trained weights, the bytes with sign and exponent repeat and compress to a third, while mantissas do not compress; separate
+planes make use of this. Compression is zlib with Huffman codes only, which on such bytes is both the fastest and the smallest
+setting. A part that is as long as its content is uncompressed; a plane of zeros, except the first, is empty. A ``checksum``
+(CRC-32) detects damaged messages.
 
-On arrival nothing is believed before it is checked. Sizes follow from shapes and masks, and no Huffman code is shorter than
-a bit, so a message is refused before it could take more than 512 times its own length in memory.
+Nothing in a received message is trusted before it is checked. Sizes follow from shapes and masks, and a Huffman code has at
+least one bit, so a message is refused before it can take more than 512 times its own length in memory.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ DTYPES = {
     "float64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHANGE, WEIGHT = "change/", "weight/"  # tensors of a response: what is summed, and with which weight
-TRIAL = 1 << 16  # bytes of a part that are compressed first: where they do not shrink, the rest is not tried
+CHANGE, WEIGHT = "change/", "weight/"  # tensors of a response: what is summed, and its weight
+TRIAL = 1 << 16  # bytes of a part that are compressed first; if they do not shrink, the part is not compressed
 
 
 class WireError(ValueError):
-    """Bytes that are not a message, or not the one that was promised. The message says what is wrong, in one line."""
+    """Bytes that are not a valid message, or not the expected one; the text says what is wrong, in one line."""
 
 
 def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
-    """One message.
+    """Packs tensors and JSON into one message.
 
-    A tensor ``change/x`` that travels with a mask ``weight/x`` is sent on the mask's kept entries only; it must be zero
-    elsewhere. Any other tensor with many zeros is sent as its non-zeros and a mask of its own.
+    Of a tensor ``change/x`` with a mask ``weight/x``, only the entries that the mask keeps are sent; the others must be zero.
+    Any other tensor with many zeros is sent as its non-zero values and a separate mask.
 
     Args:
         tensors: any shapes; dtypes as in ``DTYPES``.
@@ -66,19 +66,19 @@ def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
         rows.append({"name": name, "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)})
         values = tensor.contiguous().reshape(-1)
         if tensor.dtype == torch.bool:
-            pieces[f"{i}.mask"] = _squeeze(_pack_mask(values))
+            pieces[f"{i}.mask"] = _compress(_pack_mask(values))
             continue
         mask = _mask_of(name, tensors)
         if mask is not None:
             values = values[mask.cpu().reshape(-1)]
         else:
             bits = _bits(values)
-            if (bits == 0).sum() * bits.element_size() > bits.numel() // 8:  # the mask costs less than the zeros
-                pieces[f"{i}.mask"] = _squeeze(_pack_mask(bits != 0))
+            if (bits == 0).sum() * bits.element_size() > bits.numel() // 8:  # a mask is smaller than the zeros
+                pieces[f"{i}.mask"] = _compress(_pack_mask(bits != 0))
                 values = values[bits != 0]
         planes = _bits(values).numpy().view(np.uint8).reshape(-1, values.element_size())
         for k in range(planes.shape[1]):
-            pieces[f"{i}.{k}"] = _squeeze(planes[:, k]) if k == 0 or planes[:, k].any() else np.zeros(0, np.uint8)
+            pieces[f"{i}.{k}"] = _compress(planes[:, k]) if k == 0 or planes[:, k].any() else np.zeros(0, np.uint8)
     header = json.dumps({"info": info, "tensors": rows}, separators=(",", ":"), sort_keys=True).encode()
     pieces["header"] = np.frombuffer(header, np.uint8)
     message: bytes = save({"checksum": _checksum(pieces), **pieces})
@@ -86,10 +86,10 @@ def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:
-    """The tensors and the JSON of a message.
+    """Unpacks the tensors and the JSON of a message.
 
     Raises:
-        WireError: the bytes are damaged or do not fit what their header says.
+        WireError: the bytes are damaged or do not match their header.
     """
     try:
         pieces: dict[str, Bytes] = load(message)
@@ -103,7 +103,7 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:
         for i, row in enumerate(rows):
             name, shape = row["name"], row["shape"]
             if not isinstance(name, str) or name in tensors:
-                raise ValueError("a tensor without a name of its own")
+                raise ValueError("a name that is missing or used twice")
             if (
                 len(shape) > 64
                 or not all(type(n) is int and n >= 0 for n in shape)
@@ -111,34 +111,34 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:
             ):
                 raise ValueError("a shape that no tensor has")
             tensors[name] = _read(i, DTYPES[row["dtype"]], math.prod(shape), pieces, _mask_of(name, tensors)).view(shape)
-    except (safetensors.SafetensorError, zlib.error, ValueError, KeyError, TypeError, RuntimeError) as fault:
-        raise WireError(f"the message is damaged ({type(fault).__name__})") from fault
+    except (safetensors.SafetensorError, zlib.error, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise WireError(f"the message is damaged ({type(error).__name__})") from error
     if pieces or not isinstance(info, dict):
-        raise WireError("the message is damaged (parts that no tensor owns)")
+        raise WireError("the message is damaged (parts that belong to no tensor)")
     return tensors, info
 
 
 def _read(i: int, dtype: torch.dtype, numel: int, pieces: dict[str, Bytes], mask: Tensor | None) -> Tensor:
-    """The i-th tensor, flat; its pieces are taken away. ``mask``: the one that another tensor brought for it."""
+    """The i-th tensor, flat; removes its parts from ``pieces``. ``mask``: the tensor ``weight/x`` of a ``change/x``, if any."""
     if mask is not None and dtype != torch.bool:
         mask = mask.reshape(-1)
     elif f"{i}.mask" in pieces or dtype == torch.bool:
-        raw = _swell(pieces.pop(f"{i}.mask"), (numel + 7) // 8)
+        raw = _decompress(pieces.pop(f"{i}.mask"), (numel + 7) // 8)
         mask = torch.from_numpy(np.unpackbits(raw, count=numel, bitorder="little")).bool()
         if dtype == torch.bool:
             return mask
     if mask is not None and mask.numel() != numel:
         raise ValueError("a tensor of another size than its mask")
     count = numel if mask is None else int(mask.sum())
-    first = _swell(pieces.pop(f"{i}.0"), count)  # it is always there, so that no short message takes much memory
+    first = _decompress(pieces.pop(f"{i}.0"), count)  # never empty, so that a short message cannot take much memory
     rest = [pieces.pop(f"{i}.{k}") for k in range(1, dtype.itemsize)]
-    planes = np.stack([first, *(_swell(piece, count) if piece.size else np.zeros_like(first) for piece in rest)], axis=1)
+    planes = np.stack([first, *(_decompress(piece, count) if piece.size else np.zeros_like(first) for piece in rest)], axis=1)
     values = torch.from_numpy(planes.reshape(-1)).view(dtype)
     return values if mask is None else torch.zeros(numel, dtype=dtype).masked_scatter_(mask, values)
 
 
 def _mask_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The mask ``weight/x`` of a ``change/x``, if there is one."""
+    """The mask ``weight/x`` of a tensor ``change/x``, if there is one."""
     mask = tensors.get(name.replace(CHANGE, WEIGHT, 1)) if name.startswith(CHANGE) else None
     return mask if mask is not None and mask.dtype == torch.bool else None
 
@@ -155,43 +155,43 @@ def _checksum(pieces: Mapping[str, Bytes]) -> Bytes:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """The same bytes as whole numbers: numpy knows no bfloat16, and −0.0 must not pass for zero."""
+    """The same bytes as integers: numpy has no bfloat16, and −0.0 must not count as zero."""
     return values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
-def _squeeze(raw: Bytes) -> Bytes:
-    """The bytes compressed where that helps, else as they are; the length tells which."""
+def _compress(raw: Bytes) -> Bytes:
+    """The bytes, compressed if that makes them shorter; the receiver can tell by the length."""
     data = np.ascontiguousarray(raw).tobytes()
     packed = data
-    if len(data) <= TRIAL or len(_compressed(data[:TRIAL])) < TRIAL:  # mantissas do not, and trying all of one takes as long
+    if len(data) <= TRIAL or len(_compressed(data[:TRIAL])) < TRIAL:  # compressing all mantissas in vain would take long
         packed = _compressed(data)
     return np.frombuffer(packed if len(packed) < len(data) else data, np.uint8)
 
 
 def _compressed(data: bytes) -> bytes:
-    shrink = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
-    return shrink.compress(data) + shrink.flush()
+    compressor = zlib.compressobj(level=1, wbits=-15, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return compressor.compress(data) + compressor.flush()
 
 
-def _swell(piece: Bytes, size: int) -> Bytes:
-    """The bytes of :func:`_squeeze`; never more than ``size`` of them, whatever the sender wrote."""
+def _decompress(piece: Bytes, size: int) -> Bytes:
+    """The inverse of :func:`_compress`; never more than ``size`` bytes, whatever the sender wrote."""
     data = piece.tobytes()
     if len(data) < size <= 8 * len(data):
-        grow = zlib.decompressobj(wbits=-15)
-        data = grow.decompress(data, size + 1)
-        if not grow.eof or grow.unused_data:
+        decompressor = zlib.decompressobj(wbits=-15)
+        data = decompressor.decompress(data, size + 1)
+        if not decompressor.eof or decompressor.unused_data:
             raise ValueError("a part that does not end where it should")
     if len(data) != size:
-        raise ValueError("a part of another size than promised")
+        raise ValueError("a part whose size is not as declared")
     return np.frombuffer(data, np.uint8)
 
 
 def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
-    """Refuses an answer that is not what was asked for.
+    """Refuses tensors that do not match the request.
 
     Args:
-        tensors: what came.
-        expected: for each name its shape and dtype; no name may be missing or added.
+        tensors: the received tensors.
+        expected: shape and dtype by name; no name may be missing or added.
 
     Raises:
         WireError: names the first tensor that differs in name, shape or dtype, or that holds NaN or infinity.
@@ -200,7 +200,7 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
         if name not in tensors:
             raise WireError(f"{name} is missing")
         if name not in expected:
-            raise WireError(f"{name!a:.80} was not asked for")
+            raise WireError(f"{name!a:.80} was not requested")
         shape, dtype = expected[name]
         tensor = tensors[name]
         if tensor.shape != shape:
@@ -212,10 +212,10 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
 
 
 def estimate(numel: int, sparsity: float, dtype: torch.dtype) -> int:
-    """About how many bytes a pruned weight takes on the wire: a bit each, and what compression leaves of the values.
+    """The approximate size of a pruned weight on the wire, in bytes: one bit per entry, and the compressed values.
 
-    Trained bfloat16 weights keep 0.63 of their bytes (measured on the shipped model; other dtypes keep more, for their
-    mantissas are longer: only one byte of each value compresses).
+    Trained bfloat16 weights compress to 0.63 of their size (measured on the shipped model). Other dtypes compress less, because
+    their mantissas are longer and only one byte of each value compresses.
     """
     width = torch.empty((), dtype=dtype).element_size()
     return math.ceil(numel / 8 + numel * (1 - sparsity) * (width - 1 + 0.27))
