@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test federation-test federation-errors lint docs site clean
+.PHONY: demo test check federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
@@ -11,6 +11,12 @@ demo: .venv/installed
 
 test: lint site
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not federation"
+
+# Before every commit, in under a minute: lint, types, and the tests of formulas and formats, which start no process.
+UNIT := accounting errors events files gaussian job masks plan prune_aggregation pruners release secagg_attacks \
+	secagg_protocol tune_rules wire
+check: lint
+	$(BIN)/pytest -n 2 $(UNIT:%=tests/test_%.py)
 
 # A server and three sites as processes on this machine; `make test` runs these tests too.
 federation-test: .venv/installed
