@@ -268,8 +268,12 @@ def test_a_kind_of_stage_is_one_new_folder(package: Path, tmp_path: Path) -> Non
     (folder / "stage.py").write_text(TOY_STAGE)
     toy = {"kind": "rescale"}
     tune = {**TUNE, "method": "lora"}
+    again = {
+        **PRUNE,
+        "pruner": "magnitude",
+    }  # changes nothing either: a stage's place is in its seed, so tuning has to be third
     hashes = run_in(
-        package, small, {"toy": [PRUNE, toy], "pruned": [PRUNE], "between": [PRUNE, toy, tune], "both": [PRUNE, tune]}
+        package, small, {"toy": [PRUNE, toy], "pruned": [PRUNE], "between": [PRUNE, toy, tune], "both": [PRUNE, again, tune]}
     )
     assert hashes["toy"] == hashes["pruned"]
     assert hashes["between"] == hashes["both"]
