@@ -1,4 +1,4 @@
-"""What the way over NVIDIA FLARE costs: a tiny round, 500 MB there and back, the server's memory over many blocks.
+"""What NVIDIA FLARE costs: a tiny round, 500 MB to a site and back, the server's memory over many blocks.
 
     .venv/bin/python bench/flare.py --write
 
@@ -86,7 +86,7 @@ def main() -> None:
         print("seconds:", tiny, large, flush=True)
         peaks, size = memory(Path(folder) / "memory", given.blocks, given.width)
     rows = [
-        "| | measured | asked for |",
+        "| | measured | aim |",
         "|---|---|---|",
         f"| a round with 100 bytes for each of three sites, median of {ROUNDS} | {statistics.median(tiny):.2f} s "
         f"(worst {max(tiny):.2f} s) | 0.5 s |",

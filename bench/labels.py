@@ -2,11 +2,11 @@
 
     .venv/bin/python bench/labels.py --data ../shared/data --write
 
-Clients, cards, the deal of labels (Dirichlet 0.3) and the tuning are those of ``bench/tune.py``, but what is learnt is a post's
-topic after its beginning. Its features are the mean of the last hidden states of that beginning. The head is ridge regression
-on them, which takes no more than sums from the clients, and those of all clients are those of their posts in one place: so the
-heads of FedPipe and uniform LoRA see the same posts, and differ by the model alone. Stand-alone: each client's own model with
-a head from its own posts, the mean of the eight.
+Clients, their capabilities, the distribution of labels (Dirichlet 0.3) and the tuning are those of ``bench/tune.py``, but what
+is learnt is a post's topic after its beginning. A post's features are the mean of the last hidden states of that beginning. The
+head is ridge regression on them, which needs only sums from the clients, and the clients' sums are those of their posts in one
+place: so the heads of FedPipe and uniform LoRA see the same posts and differ only by the model. Stand-alone: each client's own
+model with a head from its own posts, the mean of the eight.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedgrove.job.tables import Job
 
 LENGTH, AT_ONCE = 48, 32  # tokens of a post, and posts computed at once
 PROMPT, ANSWER = "{text}\nTopic:", " {label}"
-RIDGE = 0.1  # of the number of posts, on standardised features
+RIDGE = 0.1  # of the number of posts, on standardized features
 ROUNDS = {"none": 0, "fedpipe": 12, "lora": 4, "lora-quarter": 4, "alone": 4}
 NAMES = {
     "none": "no tuning",
@@ -59,7 +59,7 @@ def job(method: str, files: list[Path], first: int, seed: int) -> Job:
 
 
 def tuned(wanted: Job, folder: Path) -> tuple[Path, float]:
-    """Runs a job: its model, and modelled seconds."""
+    """Runs a job: its model, and modeled seconds."""
     run = api.run(wanted, folder / "run", quiet=True)
     return run.path / "model", [line["value"] for line in read_lines(run.path / "metrics.jsonl") if line["name"] == "clock"][-1]
 
@@ -83,12 +83,12 @@ class Posts:
         self.labels = nn.functional.one_hot(index, len(labels)).double()
 
     def sums(self) -> Tensor:
-        """Σ (x, y, 1)ᵀ(x, y, 1): all that a client gives for the head."""
+        """Σ (x, y, 1)ᵀ(x, y, 1): all that a client sends for the head."""
         rows = torch.cat([self.features, self.labels, torch.ones(len(self.labels), 1, dtype=torch.float64)], 1)
         return rows.T @ rows
 
     def accuracy(self, sums: Tensor) -> float:
-        """Of the head that such sums make, on these posts."""
+        """The accuracy on these posts of the head that follows from the sums."""
         width = self.features.shape[1]
         mean = sums[-1] / sums[-1, -1]
         covariance = sums / sums[-1, -1] - torch.outer(mean, mean)
@@ -100,7 +100,7 @@ class Posts:
 
 
 def shorten(file: Path) -> Path:
-    """Leaves of each post its beginning."""
+    """Keeps only the beginning of each post."""
     tokenizer = AutoTokenizer.from_pretrained(tune.MODEL)
     records = read_lines(file)
     for record in records:
@@ -110,7 +110,7 @@ def shorten(file: Path) -> Path:
 
 
 def run_method(data: Path, method: str, seed: int) -> dict[str, Any]:
-    """The accuracy of a method, and its modelled seconds; stand-alone: of each client."""
+    """The accuracy of a method, and its modeled seconds; stand-alone: of each client."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines, held = tune.held_out("newsgroups", data, folder, validate=False)
@@ -130,7 +130,7 @@ def run_method(data: Path, method: str, seed: int) -> dict[str, Any]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: for each method the mean over seeds."""
-    rows = ["| method | accuracy, mean over seeds | each seed | modelled time |", "|---|---|---|---|"]
+    rows = ["| method | accuracy, mean over seeds | each seed | modeled time |", "|---|---|---|---|"]
     for method, name in NAMES.items():
         runs = [result for result in found if result["method"] == method]
         if runs:
@@ -142,7 +142,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs what is asked and prints the table."""
+    """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))

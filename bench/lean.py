@@ -1,8 +1,8 @@
-"""How much memory pruning takes, and how time grows with the number of blocks: a Llama of 1.1 billion random parameters.
+"""How much memory pruning takes, and how its time grows with the number of blocks: a Llama of 1.1 billion random parameters.
 
     .venv/bin/python bench/lean.py --data ../shared/data/text --write
 
-Client and server run in one process. Memory is the process's largest resident set above that of one that only imports.
+Client and server run in one process. Memory is the process's largest resident set, less that of a process that only imports.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""fedgrove beside llm-compressor: same checkpoint, same calibration windows, same threads, each in a process of its own.
+"""fedgrove compared with llm-compressor: same checkpoint, calibration windows and threads, each in a process of its own.
 
     python -m venv rival && rival/bin/pip install llmcompressor
     .venv/bin/python bench/llmc.py --rival rival/bin/python --data ../shared/data/text --write
 
-What it costs: 160 million random parameters. Runs alternate, so that a busy machine slows all alike; the table holds medians.
-"Whole" is the process from start to end: imports, tokenising, pruning, writing. "Pruning" leaves out what lies before and
-after it. Memory is the process's largest resident set. What it is worth: perplexity on held-out text of the shipped model,
-which has learnt something, pruned once by each tool.
+Cost: 160 million random parameters. Runs alternate, so that a busy machine slows all alike; the table shows medians. "Whole"
+is the process from start to end: imports, tokenizing, pruning, writing. "Pruning" leaves out what comes before and after it.
+Memory is the process's largest resident set. Quality: perplexity on held-out text of the shipped model, which is trained,
+pruned once by each tool.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from fedgrove.models.stream import Checkpoint
 
 HERE = Path(__file__).parent
 OURS = "from fedgrove.cli import main; main()"
-# Starts a program from a small process: the system counts what the one that starts it holds as the program's own.
+# Starts a program from a small process, because the system counts the memory of the starting process as the program's own.
 SMALL = "import resource, subprocess, sys; status = subprocess.call(sys.argv[2:])\n"
 SMALL += "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(status)"
 SEED = 0
 RIVAL = "llm-compressor"
-TOOLS: dict[str, dict[str, Any]] = {  # what the job says besides
+TOOLS: dict[str, dict[str, Any]] = {  # what the job says in addition
     "fedgrove, sequential": {"source": "sequential"},
     "fedgrove, dense": {"source": "dense"},
     "fedgrove, dense, bfloat16": {"source": "dense", "compute_dtype": "bfloat16"},
@@ -66,7 +66,7 @@ def main() -> None:
     )
     arguments.add_argument("--trained", type=Path, default=shapes.TOKENIZER, help="whose perplexity is measured")
     arguments.add_argument("--dtype", default="float32", help="of the random checkpoint; the rival computes in it")
-    arguments.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="beside the rival")
+    arguments.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="compared with the rival")
     arguments.add_argument("--pruners", nargs="+", default=["sparsegpt", "wanda"])
     arguments.add_argument("--sparsity", type=float, default=0.5)
     arguments.add_argument("--samples", type=int, default=32)
@@ -125,7 +125,7 @@ def prune(tool: str, model: Path, pruner: str, given: argparse.Namespace, out: P
 
 
 def measure(command: list[str], threads: int) -> tuple[float, int, str]:
-    """Seconds, largest resident set in bytes, and what it said."""
+    """Seconds, largest resident set in bytes, and standard output."""
     surroundings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.NamedTemporaryFile("r") as largest:
         start = time.perf_counter()

@@ -1,13 +1,13 @@
-"""Can it be told from the tuned model whether a window was learnt from? With and without differential privacy.
+"""Does the tuned model tell whether a window was learnt from? With and without differential privacy.
 
     .venv/bin/python bench/membership.py --data ../shared/data --write
 
-Every single result is kept in bench/membership.json and not measured again; remove the file to begin anew.
+Every result is kept in bench/membership.json and not measured again; delete the file to measure everything again.
 
-Two owners of newsgroup posts tune the shipped model, each on 64 windows of 32 tokens, for so many steps that it learns
-them by heart where nothing stops it. As many windows of other posts are kept out. The attack is a threshold on a window's
-loss, and a stronger one on what that loss lost against the model before; each is chosen on one half of the windows and used
-on the other. A seed deals other posts, and draws other batches where nothing is private (noise is nobody's to repeat).
+Two owners of newsgroup posts tune the shipped model, each on 64 windows of 32 tokens, for so many steps that it memorizes them
+if nothing prevents it. As many windows of other posts are held out. The attack is a threshold on a window's loss; a stronger
+one is a threshold on how much that loss fell compared with the model before. Each is chosen on one half of the windows and
+used on the other. Another seed gives other posts and, without privacy, other batches (noise cannot be repeated).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(data: Path, epsilon: float | None, seed: int) -> dict[str, float]:
-    """What one tuned model tells of the windows that it learnt from."""
+    """What one tuned model tells about the windows that it learnt from."""
     with tempfile.TemporaryDirectory() as folder:
         files, inside, outside = deal(data, Path(folder), seed)
         before = [losses(MODEL, windows) for windows in (inside, outside)]

@@ -1,9 +1,9 @@
-"""Eight owners of very different text prune one model: every aggregation beside stand-alone and pooled data.
+"""Eight owners of very different text prune one model: every aggregation compared with stand-alone and centralized pruning.
 
     .venv/bin/python bench/owners.py --data ../shared/data --write
     .venv/bin/python bench/owners.py --data ../shared/data --table allocations --sparsities 0.7 --write
 
-Every single result is kept in bench/owners.json and not measured again; remove the file to begin anew.
+Every result is kept in bench/owners.json and not measured again; delete the file to measure everything again.
 
 Owners: medical questions, research abstracts, newsgroup posts, a programming book, plays, restaurant descriptions, an
 encyclopaedia, novels. Each calibrates on its own training text and all are measured on held-out text of every owner.
@@ -46,18 +46,18 @@ OWNERS = {
     ),
 }
 RESULTS = Path(__file__).with_suffix(".json")
-RULES: dict[str, dict[str, Any]] = {
-    "FedSpaLLM (votes)": {},
-    "FedSpaLLM, each channel damped by its own size (votes, damping each)": {"damping": "each"},
-    "FedSpaLLM, γ = ½ (votes, shrink 0.5)": {"shrink": 0.5},
-    "FedSpaLLM on the dense model's inputs (votes, source dense)": {"source": "dense"},
-    "ℓ0-mean, no expansion (votes, expand false)": {"expand": False},
-    "plain averaging (mean)": {"aggregation": "fedavg"},
-    "FedPrLLM (masks)": {"aggregation": "fedprllm"},
-    "summed statistics of the dense model, one round (statistics)": {"aggregation": "pooled"},
-    "summed statistics, a round a block (statistics, source sequential)": {"aggregation": "pooled", "source": "sequential"},
-    "the dense model's, damped as published (statistics, damping mean)": {"aggregation": "pooled", "damping": "mean"},
-    "a round a block, damped as published (statistics, source sequential, damping mean)": {
+AGGREGATIONS: dict[str, dict[str, Any]] = {
+    "FedSpaLLM (fedspallm)": {},
+    "FedSpaLLM, each channel damped by its own size (fedspallm, damping each)": {"damping": "each"},
+    "FedSpaLLM, γ = ½ (fedspallm, shrink 0.5)": {"shrink": 0.5},
+    "FedSpaLLM on the dense model's inputs (fedspallm, source dense)": {"source": "dense"},
+    "ℓ0-mean, no expansion (fedspallm, expand false)": {"expand": False},
+    "plain averaging (fedavg)": {"aggregation": "fedavg"},
+    "FedPrLLM (fedprllm)": {"aggregation": "fedprllm"},
+    "pooled statistics of the dense model, one pass (pooled)": {"aggregation": "pooled"},
+    "pooled statistics, block by block (pooled, source sequential)": {"aggregation": "pooled", "source": "sequential"},
+    "the dense model's, damped as published (pooled, damping mean)": {"aggregation": "pooled", "damping": "mean"},
+    "block by block, damped as published (pooled, source sequential, damping mean)": {
         "aggregation": "pooled",
         "source": "sequential",
         "damping": "mean",
@@ -65,12 +65,17 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 ALLOCATIONS: dict[str, dict[str, Any]] = {
-    "Wanda, statistics, OWL": {"pruner": "wanda", "aggregation": "pooled", "allocation": "owl"},
-    "SparseGPT, votes": {},
-    "SparseGPT, votes, OWL": {"allocation": "owl"},
+    "Wanda, pooled": {"pruner": "wanda", "aggregation": "pooled"},
+    "Wanda, pooled, OWL": {"pruner": "wanda", "aggregation": "pooled", "allocation": "owl"},
+    "SparseGPT, fedspallm": {},
+    "SparseGPT, fedspallm, OWL": {"allocation": "owl"},
 }
 TABLES: dict[str, dict[str, dict[str, Any]]] = {
-    "rules": {**RULES, "stand-alone, mean of the eight models": {}, "pooled data (one client has it all)": {}},
+    "aggregations": {
+        **AGGREGATIONS,
+        "stand-alone, mean of the eight models": {},
+        "centralized (one client has all the text)": {},
+    },
     "allocations": ALLOCATIONS,
 }
 
@@ -79,7 +84,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--model", default=str(Path(api.__file__).parent / "demo" / "grove-6m"))
-    arguments.add_argument("--table", choices=TABLES, default="rules", help="the rules, or even and uneven sparsity")
+    arguments.add_argument(
+        "--table", choices=TABLES, default="aggregations", help="the aggregations, or even and uneven sparsity"
+    )
     arguments.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--samples", type=int, default=8)
@@ -116,7 +123,7 @@ def main() -> None:
     text = "\n".join([f"| | {head} |", f"|---|{'---|' * len(given.sparsities)}", *table])
     print(text)
     if given.write:
-        page.write("owners" if given.table == "rules" else given.table, text)
+        page.write("owners" if given.table == "aggregations" else given.table, text)
 
 
 def measure(
@@ -126,8 +133,8 @@ def measure(
     alone = name.startswith("stand-alone")
     clients: list[dict[str, Any]] = [{"name": owner, "data": str(files[owner])} for owner in OWNERS]
     samples = given.samples
-    if name.startswith("pooled"):
-        clients = [{"name": "pooled", "data": [str(files[owner]) for owner in OWNERS]}]
+    if name.startswith("centralized"):
+        clients = [{"name": "all", "data": [str(files[owner]) for owner in OWNERS]}]
         samples *= len(OWNERS)
     job = Job.model_validate(
         {
@@ -152,7 +159,7 @@ def measure(
 
 
 def plain_files(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every owner's text as records {"text"}, so that pooled data need one template only."""
+    """Every owner's text as records {"text"}, so that all of it in one place needs only one template."""
     for owner, (train, heldout, template) in OWNERS.items():
         for name, source in ((owner, train), (f"{owner}-heldout", heldout)):
             file = folder / f"{name}.jsonl"

@@ -1,9 +1,9 @@
-"""The report of a large run: its size, what writing it takes, and how soon a browser shows it.
+"""The report of a large run: its size, the time to write it, and the time until a browser shows it.
 
     .venv/bin/python bench/report.py --write
 
-A run folder with drawn numbers (that of the tests): 100 clients, 50 rounds, 32 blocks, 8 held-out texts. Needs a Chromium and
-the extra ``browser``.
+A run folder with random numbers (made by the tests' code): 100 clients, 50 rounds, 32 blocks, 8 held-out texts. Needs a
+Chromium and the extra ``browser``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results of a benchmark's runs, in files, so that what was run once is not run again."""
+"""Results of a benchmark, in files, so that nothing is run twice."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedgrove.files import read_lines
 
 
 def collect(file: Path | None, wanted: Iterable[dict[str, Any]], run: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ``run(**settings)`` gives for each of the wanted settings, which are noted beside it.
+    """The result of ``run(**settings)`` for each of the wanted settings, together with these settings.
 
     Args:
-        file: where results stand and are added; a result counts again where all its settings are those that are wanted.
+        file: holds earlier results, and gets the new ones; a result is used again if all its settings are the wanted ones.
     """
     known = read_lines(file) if file else []
     found = []
@@ -34,12 +34,12 @@ class Kept:
     """Results by name, in one JSON file."""
 
     def __init__(self, file: Path, only: bool = False) -> None:
-        """Opens it; with ``only`` nothing is measured any more."""
+        """Opens the file; with ``only`` nothing new is measured."""
         self._file, self._only = file, only
         self._results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def __call__(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of this name, measured if it is not there yet; None if it may not be."""
+        """The result of this name, measured if it does not exist yet; None if it does not exist and may not be measured."""
         if name not in self._results and not self._only:
             self._results[name] = measure()
             self._file.write_text(json.dumps(self._results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@
 Runs a table of small jobs with two checkouts, one after the other: the one before the change (a git worktree of commit b8a2acf,
 unless --before names a folder) and the one that this file stands in (or --after). Every run is a process of its own, on one
 thread, without a GPU, with this interpreter; only the source folder differs. What is compared: the bytes of all safetensors
-files of the run (model, adapter, what a client keeps, the run that is centralised), and every number in metrics.jsonl but
+files of the run (model, adapter, what a client keeps, the run that is centralized), and every number in metrics.jsonl but
 times. A number that only the later checkout writes is no difference.
 
 Jobs are written in today's vocabulary; for a checkout that still has src/fedgrove/server.py they are translated. Jobs with an

@@ -1,10 +1,10 @@
-"""What secure aggregation costs: seconds and bytes of one sum, beside the same sum in the open.
+"""What secure aggregation costs: seconds and bytes of one sum, compared with the same sum in the open.
 
     .venv/bin/python bench/secure.py --write
 
-All clients and the server run in this one process, one after the other, on one thread; seconds are those of the processor,
-so that they are the same on a busy machine. A message is counted as it would travel: packed, unpacked, then added. Every opened
-sum is compared with the plain one, bit for bit.
+All clients and the server run in this process, one after the other, on one thread; seconds are processor time, so that they are
+the same on a busy machine. A message is counted as it would be sent: packed, unpacked, then added. Every opened sum is compared
+with the plain one, bit for bit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
         assert torch.equal(opened, expected), "not the plain sum"
         rows.append(row(label, cost, plain, given.clients - silent))
         print(rows[-1], flush=True)
-    many = ["| clients | neighbours | all together | by n·log₂ n | a client | server |", "|---|---|---|---|---|---|"]
+    many = ["| clients | neighbors | all together | by n·log₂ n | a client | server |", "|---|---|---|---|---|---|"]
     for number in given.many:
         cost, _ = masked(number, 10_000, 0)
         degree = new_session(f"{i}" for i in range(number)).degree

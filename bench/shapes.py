@@ -21,7 +21,7 @@ SHAPES = {  # width, width of the feed-forward part, blocks, heads, heads of key
 
 
 def make(out: Path, shape: str, tokenizer: Path, dtype: torch.dtype, blocks: int | None = None) -> Path:
-    """A Llama with a vocabulary of 32000 and the tokenizer of another model; one tensor in memory at a time."""
+    """A Llama with a vocabulary of 32000 and another model's tokenizer; one tensor is in memory at a time."""
     width, feed_forward, depth, heads, key_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=32000,

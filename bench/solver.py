@@ -1,10 +1,10 @@
-"""SparseGPT's solver alone, beside the published column loop: same weight, same Gram matrix, same threads.
+"""SparseGPT's solver alone, compared with the published column loop: same weight, same Gram matrix, same threads.
 
     .venv/bin/python bench/solver.py --write
     .venv/bin/python bench/solver.py --write --device cuda
 
-Times include the factorisation. Runs alternate, so that a busy machine slows both; the table holds medians. On a GPU the first
-run of each is not counted: it compiles. ``--loop`` leaves Triton's kernel out there.
+Times include the factorization. Runs alternate, so that a busy machine slows both; the table shows medians. On a GPU the first
+run of each is not counted, because it compiles. With ``--loop`` a GPU does without Triton's kernel.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
             for _ in range(rest + given.runs):
                 seconds, expected = clock(lambda: published(weight, inputs.gram, target), given.device)  # noqa: B023
                 theirs.append(seconds)
-                anew = InputStatistics("gram", inputs.tokens, inputs.gram)  # another's factor is kept, and would not be timed
+                anew = InputStatistics("gram", inputs.tokens, inputs.gram)  # a factor that was cached would not be timed
                 seconds, (_, mask) = clock(lambda: sparsegpt.prune(weight.clone(), anew, target), given.device)  # noqa: B023
                 ours.append(seconds)
             differ = float((mask != (expected != 0)).double().mean())
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def made_up(num_out: int, num_in: int, device: str) -> tuple[Tensor, InputStatistics]:
-    """A weight, and the Gram matrix of inputs whose channels differ in size and hang together."""
+    """A weight, and the Gram matrix of inputs whose channels differ in size and are correlated."""
     rng = torch.Generator().manual_seed(0)
     inputs = InputStatistics("gram")
     size = torch.randn(num_in, generator=rng).exp()
@@ -78,7 +78,7 @@ def made_up(num_out: int, num_in: int, device: str) -> tuple[Tensor, InputStatis
 
 
 def published(weight: Tensor, gram: Tensor, target: Target, damping: float = 0.01, block: int = 128) -> Tensor:
-    """SparseGPT as it was published, written out after the paper: float32, three factorisations, column by column."""
+    """SparseGPT as published, written after the paper: float32, three factorizations, column by column."""
     w = weight.clone()
     h = gram.float()
     h.diagonal().add_(damping * h.diagonal().mean())

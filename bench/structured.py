@@ -3,10 +3,10 @@
     .venv/bin/python bench/structured.py speed --write
     .venv/bin/python bench/structured.py quality --data ../shared/data --write
 
-``speed`` narrows a Llama of random weights, large enough that blocks and not embeddings decide, by a whole job of two clients,
-and times both models in plain transformers on the CPU, in turn. ``quality`` narrows and tunes the shipped model with the eight
-owners of bench/owners.py. Every result of it is kept in bench/structured.json and not measured again; remove the file to begin
-anew.
+``speed`` cuts a Llama of random weights, large enough that blocks and not embeddings matter, in a job of two clients, and times
+both models in plain transformers on the CPU, in turn. ``quality`` cuts and tunes the shipped model with the eight owners of
+bench/owners.py. Its results are kept in bench/structured.json and not measured again; delete the file to measure everything
+again.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ TUNE = {
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any] | None] = {
     "as it came": None,
-    "narrowed together, fisher": {"score": "fisher"},
-    "narrowed by lot": {"score": "chance"},
-    "narrowed together, taylor (LLM-Pruner, vector-wise)": {"score": "taylor"},
+    "cut together, fisher": {"score": "fisher"},
+    "cut at random": {"score": "chance"},
+    "cut together, taylor (LLM-Pruner, vector-wise)": {"score": "taylor"},
 }
-ALONE = "narrowed alone, fisher, mean of the eight models"
+ALONE = "cut alone, fisher, mean of the eight models"
 
 
 def main() -> None:
@@ -79,8 +79,8 @@ def main() -> None:
 def speed(given: Any, folder: Path) -> str:
     """The table of bytes and tokens per second."""
     folder = given.models or folder
-    models = {"dense": folder / "dense", "narrowed": folder / "run" / "model"}
-    if not models["narrowed"].is_dir():
+    models = {"dense": folder / "dense", "cut": folder / "run" / "model"}
+    if not models["cut"].is_dir():
         make_models(models["dense"], given.share, folder)
     loaded = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for name, path in models.items()}
     prompt = torch.randint(SHAPE["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -99,10 +99,10 @@ def speed(given: Any, folder: Path) -> str:
                 if attempt:
                     seconds[name]["read"].append(read_in - began)
                     seconds[name]["write"].append(ended - read_in)
-    lines = ["| | dense | narrowed | ratio |", "|---|---|---|---|"]
+    lines = ["| | dense | cut | ratio |", "|---|---|---|---|"]
 
-    def line(what: str, form: str, dense: float, narrowed: float) -> None:
-        lines.append(f"| {what} | {form.format(dense)} | {form.format(narrowed)} | {narrowed / dense:.2f} |")
+    def line(what: str, form: str, dense: float, cut: float) -> None:
+        lines.append(f"| {what} | {form.format(dense)} | {form.format(cut)} | {cut / dense:.2f} |")
 
     weights = [sum(parameter.numel() for parameter in net.parameters()) / 1e6 for net in loaded.values()]
     line("weights, millions", "{:.0f}", *weights)
@@ -134,17 +134,17 @@ def quality(given: Any, folder: Path) -> str:
         "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in owners.OWNERS],
         "windows": given.windows,
     }
-    narrow = {"kind": "structured", "channels": given.share, "heads": given.share, "samples": 4}
+    structured = {"kind": "structured", "channels": given.share, "heads": given.share, "samples": 4}
 
     def tuned(changes: dict[str, Any] | None) -> list[float]:
         """Perplexity before tuning and after it."""
-        summary = run([TUNE] if changes is None else [{**narrow, **changes}, TUNE], evaluate)
+        summary = run([TUNE] if changes is None else [{**structured, **changes}, TUNE], evaluate)
         before = summary.dense if changes is None else summary.after[0]
         return [summary.mean(before), summary.mean(summary.federated)]
 
     def alone() -> list[float]:
-        """The mean of the models that the owners narrowed each alone; they are not tuned."""
-        return [run([{**narrow, "score": "fisher"}], {**evaluate, "alone": True}).alone_mean or math.nan]
+        """The mean of the models that the owners cut each alone; they are not tuned."""
+        return [run([{**structured, "score": "fisher"}], {**evaluate, "alone": True}).alone_mean or math.nan]
 
     def run(stages: list[dict[str, Any]], evaluate: dict[str, Any]) -> Summary:
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"

@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
 
-A task's training text is dealt to eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the weakest has,
-speed from 1 to 6, in an order of its own. The weakest can hold rank 16 in every linear, one window at once, in 16 bits, and no
-more: so that is what uniform LoRA gives to all, with the product's largest batch, and once more with a quarter of that in four
-times the steps. Time is modelled from the cards, bytes are those of the ledger, both ways.
+A task's training text is distributed over eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the
+weakest has, speed from 1 to 6, in another order. The weakest can just hold rank 16 in every linear, one window at a time, in 16
+bits: so that is what uniform LoRA gives to all, with the product's largest batch, and once more with a quarter of that in four
+times the steps. Time is modeled from the clients' capabilities; bytes are those of the ledger, in both directions.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from fedgrove import api
 from fedgrove.files import read_lines
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.cost import measure_cost
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.tune import cost as budget
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
@@ -50,7 +52,7 @@ TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}
 
 
 def label(task: str, record: dict[str, Any]) -> str:
-    """By what a task is skewed: topic, type of question, or the kind of food (E2E names it in most records)."""
+    """What clients differ in: topic, type of question, or kind of food (E2E names it in most records)."""
     if task == "e2e":
         found = re.search(r"food\[(.*?)\]", record["mr"])
         return found[1] if found else "none"
@@ -58,10 +60,10 @@ def label(task: str, record: dict[str, Any]) -> str:
 
 
 def held_out(task: str, data: Path, folder: Path, validate: bool) -> tuple[list[str], Path]:
-    """The lines to deal, and the file to measure on: the test split, or part of the training text, to choose settings by.
+    """The lines to distribute, and the file to measure on: the test split, or a part of the training text to choose settings.
 
-    That part is a tenth of the records, in E2E all that is said of four of the twenty restaurants: its test split, too, is of
-    others than are learnt. Only the beginning is measured, so lines are shuffled: splits are sorted by newsgroup or restaurant.
+    That part is a tenth of the records; in E2E everything about four of the twenty restaurants: the test split, too, is about
+    other restaurants. Only the beginning is measured, so lines are shuffled: splits are sorted by newsgroup or restaurant.
     """
     lines = (data / task / "train.jsonl").read_text(encoding="utf-8").splitlines()
     if validate:
@@ -80,7 +82,7 @@ def held_out(task: str, data: Path, folder: Path, validate: bool) -> tuple[list[
 
 
 def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
-    """Writes each client's file: every label is dealt by proportions of its own, drawn from Dirichlet(0.3)."""
+    """Writes each client's file: every label is distributed by its own proportions, drawn from Dirichlet(0.3)."""
     by_label: dict[str, list[str]] = {}
     for line in lines:
         by_label.setdefault(label(task, json.loads(line)), []).append(line)
@@ -101,22 +103,22 @@ def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
 
 
 def weakest_memory() -> int:
-    """Bytes that just hold rank 16 in every linear on 16 bits, one window at once."""
-    sizes = measure(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
-    choice = budget.ClientConfig(16, BATCHES[-1], 1, dict.fromkeys(sizes.linears, RANKS[-1]))
-    rest = budget.SearchSpace((16,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
-    return math.ceil(budget.memory(sizes, rest, choice))
+    """Bytes that just hold rank 16 in every linear in 16 bits, one window at a time."""
+    cost = measure_cost(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
+    config = ClientConfig(16, BATCHES[-1], 1, dict.fromkeys(cost.linears, RANKS[-1]))
+    space = SearchSpace((16,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
+    return math.ceil(memory(cost, space, config))
 
 
 def job(
     task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, rounds: int, steps: int, rate: float
 ) -> Job:
-    """A job of one method; ``files`` of each client, ``first``: the number of the first of them."""
+    """A job of one method; ``files`` by client; ``first``: the number of the first client."""
     least = weakest_memory()
     links = {"uplink": UPLINK, "downlink": UPLINK}
-    cards = [{"memory": least * (i + 1), "speed": SPEEDS[i], **links} for i in range(CLIENTS)]
-    roomy = [{"speed": card["speed"], **links} for card in cards]  # what the whole linears need, nobody of these has
-    given = roomy if method == "full" or len(files) == 1 else cards
+    limited = [{"memory": least * (i + 1), "speed": SPEEDS[i], **links} for i in range(CLIENTS)]
+    unlimited = [{"speed": speed, **links} for speed in SPEEDS]  # no client has the memory that full fine-tuning needs
+    given = unlimited if method == "full" or len(files) == 1 else limited
     kind = method if method in ("fedpipe", "full") else "lora"
     batch = BATCHES[-1] * CLIENTS if method == "central" else BATCHES[-1] // 4 if method == "lora-quarter" else BATCHES[-1]
     return Job.model_validate({
@@ -138,13 +140,15 @@ def job(
 
 
 def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
-    """Runs a job; after every round: modelled seconds, bytes so far, held-out loss in nats a token."""
+    """Runs a job; after every round: modeled seconds, bytes so far, held-out loss in nats per token."""
     run = api.run(wanted, folder / "run", quiet=True)
     metrics, ledger = read_lines(run.path / "metrics.jsonl"), read_lines(run.path / "ledger.jsonl")
     points = []
-    for round_ in range(wanted.stages[0].rounds):
+    (stage,) = wanted.stages
+    assert isinstance(stage, Config)
+    for round_ in range(stage.rounds):
         at = {line["name"].split("/")[0]: line["value"] for line in metrics if line["round"] == round_ and not line["client"]}
-        sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "card")
+        sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "rounds/capabilities")
         points.append((at["clock"], sent, math.log(at["perplexity"])))
     return points
 
@@ -196,7 +200,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def reached(runs: list[dict[str, Any]], others: dict[int, list[list[float]]]) -> str:
-    """For each seed: when the other run's lowest loss was reached, in parts of the time and bytes that took the other."""
+    """For each seed: when the other run's lowest loss was reached, as fractions of the time and bytes that the other needed."""
     cells = []
     for run in runs:
         best = min(others[run["seed"]], key=lambda point: point[2])
@@ -206,7 +210,7 @@ def reached(runs: list[dict[str, Any]], others: dict[int, list[list[float]]]) ->
 
 
 def main() -> None:
-    """Runs what is asked and prints the table."""
+    """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups, medquad and e2e")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TEXTS), default=sorted(TEXTS))

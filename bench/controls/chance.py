@@ -1,4 +1,4 @@
-"""The control of bench/structured.py: groups are drawn by lot, whatever the text says."""
+"""The control of bench/structured.py: groups are drawn at random, whatever the text says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIGNED = False
 
 
 def weigh(products: Tensor) -> Tensor:
-    """As ``fisher``, so that each block draws another lot."""
+    """As ``fisher``, so that each block draws differently."""
     return products.square()
 
 
