@@ -184,9 +184,11 @@ def test_init_gives_a_job_that_runs_once_it_is_edited(small: Small, tmp_path: Pa
     (folder / "heldout.txt").write_text(small.texts["held-0"].read_text())
     file = folder / "job.toml"
     text = file.read_text()
-    for key, value in (("samples  =", 2), ("length   =", 16), ("length  =", 32)):
-        text, found = re.subn(rf"(?m)^{key} \d+", f"{key} {value}", text)
-        assert found == 1
+    for table, key, value in (("[[stages]]", "samples", 2), ("[[stages]]", "length", 16), ("[evaluate]", "length", 32)):
+        before, header, rest = text.partition(f"\n{table}")
+        rest, changed = re.subn(rf"(?m)^({key} *=) \d+", rf"\1 {value}", rest, count=1)
+        assert changed == 1
+        text = before + header + rest
     file.write_text(text)
     status, out, err = cli("run", file, "--out", tmp_path / "run")
     assert status == 0, err
