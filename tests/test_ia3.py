@@ -136,8 +136,11 @@ def test_one_client_alone_is_training_it_locally(small: Small, method: str) -> N
 
 
 @BOTH
-def test_whole_numbers_are_the_open_sum_and_the_same_bits_unseen(small: Small, method: str) -> None:
-    stage = {**IA3, "method": method, "learning_rate": 0.01, "optimizer": "sgd", "max_grad_norm": 0.0}
+@pytest.mark.parametrize("optimizer", ["average", "momentum"])
+def test_whole_numbers_are_the_open_sum_and_the_same_bits_unseen(small: Small, method: str, optimizer: str) -> None:
+    stage = {
+        **IA3, "method": method, "learning_rate": 0.01, "optimizer": "sgd", "max_grad_norm": 0.0, "server_optimizer": optimizer
+    }  # fmt: skip
     common = {"evaluate": {}, "model__dtype": "float32"}
     floats = small.undisturbed(stages=[{**stage, "precision": "float32"}], **common)
     whole = small.undisturbed(stages=[{**stage, "precision": "fixed"}], **common)
@@ -147,6 +150,9 @@ def test_whole_numbers_are_the_open_sum_and_the_same_bits_unseen(small: Small, m
         assert torch.equal(tensor, weights(unseen)[name]), name
         torch.testing.assert_close(tensor, wanted[name], atol=1e-6, rtol=1e-5)
         assert "proj" not in name or not torch.equal(tensor, before[name])
+    if optimizer != "average":
+        plain = weights(small.undisturbed(stages=[{**stage, "precision": "fixed", "server_optimizer": "average"}], **common))
+        assert any(not torch.equal(tensor, plain[name]) for name, tensor in weights(whole).items())
     losses = [measurements(run)[0, 1, None, "loss"] for run in (floats, whole, unseen)]
     assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-6)
     assert {client for _, _, client, name in measurements(whole) if name == "loss"} == {None}
