@@ -214,7 +214,7 @@ def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(sma
     job = load(small.job("little", stages=[{**TUNE, "epsilon": 8.0}], evaluate={}))
     windows = WindowNoise(epsilon=1.0, delta=1e-5, noise=0.01, rounds=1, clip=1.0)
     request = train_request(trainer="dp_sgd", shared_a=False, windows=windows)
-    with pytest.raises(FedgroveError, match=r"client 'ash': noise of 0.01 is too little for epsilon = 1; it trains nothing"):
+    with pytest.raises(FedgroveError, match=r"client 'ash': noise of 0\.01 is too little for epsilon = 1; it trains nothing"):
         serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), client_of(job, tmp_path, "ash"), "cpu")
 
 

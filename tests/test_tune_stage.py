@@ -243,6 +243,29 @@ def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small)
         assert (change - factors.product()).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("method", ["lora", "fedpipe", "full"])
+def test_two_stages_tune_on_windows_of_different_lengths(small: Small, tmp_path: Path, method: str) -> None:
+    """A client has another number of tokens for each length, by which it weighs; both are known before the first stage."""
+    stages = [{**TUNE, "method": method, "length": length, "rounds": 1} for length in (16, 20)]
+    run = small.undisturbed(stages=stages, evaluate={})
+    job = load(run / "job.toml")
+    tokens = []
+    for stage in (0, 1):
+        plan = json.loads((run / f"plan-{stage}-tune.json").read_text())
+        tokens.append({name: assignment["tokens"] for name, assignment in plan["clients"].items()})
+    for client in clients_of(job, tmp_path):
+        counted = [training_windows(client, length)[0].numel() for length in (16, 20)]
+        assert [said[client.name] for said in tokens] == counted
+        assert counted[0] % 16 == counted[1] % 20 == 0
+    assert tokens[0] != tokens[1], "else this test would not tell"
+    assert {(s, c) for (s, r, c, name) in measurements(run) if name == "loss" and c} == {
+        (stage, client) for stage in (0, 1) for client in CLIENTS
+    }
+    first = small.undisturbed(stages=stages[:1], evaluate={})
+    changed = {name for name, tensor in weights(run).items() if not torch.equal(tensor, weights(first)[name])}
+    assert changed, "the second stage went on from the first"
+
+
 @pytest.mark.parametrize("moment", [
     Moment("os.rename", "*/changes-0001.safetensors"),
     Moment("os.rename", "*/changes-0001.safetensors", "cut"),

@@ -11,8 +11,8 @@ from fedgrove import plugins
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Bits, Choices, Delta, Epsilon, method_of
 from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of
-from fedgrove.stages.tune.parametrizations import parametrization_of
-from fedgrove.stages.tune.planners import planner_of
+from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
+from fedgrove.stages.tune.planners import Planner, planner_of
 from fedgrove.stages.tune.trainers import Trainer, trainer_of
 
 if TYPE_CHECKING:
@@ -140,28 +140,26 @@ class Config(StageConfig):
             )
         if self.personal and not what.PERSONAL:
             raise ValueError(f'parametrization "{self.parametrization}" has no adapters: leave personal out')
-        if self.server_optimizer != "average" and not takes.SERVER_OPTIMIZERS:
-            raise ValueError(
-                f'server_optimizer "{self.server_optimizer}" works on changes that aggregation = "flexlora" or "fedavg" makes'
-            )
+        if not takes.SERVER_OPTIMIZERS and (self.server_optimizer != "average" or self.server_lr is not None):
+            key = "server_lr" if self.server_optimizer == "average" else f'server_optimizer "{self.server_optimizer}"'
+            raise ValueError(f'{key} works on changes that aggregation = "flexlora" or "fedavg" makes')
         if self.precision == "fixed" and not (takes.SHARED_A or what.RELATIVE):
             raise ValueError('precision "fixed": whole numbers add up where all share one factor; set aggregation = "ffa_lora"')
         if self.epsilon is not None:
-            self._check_private(what.PRIVATE, planner.NEEDS_IMPORTANCE)
+            self._check_private(what, planner)
         elif self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" adds noise: give epsilon beside it')
         return self
 
-    def _check_private(self, noise: bool, scores: bool) -> None:
-        if scores or not noise:
-            what = f'the scores by which "{self.planner}" plans have no noise' if scores else "there is noise for adapters"
-            raise ValueError(f'epsilon: {what}; set method = "lora"')
+    def _check_private(self, what: Parametrization, planner: Planner) -> None:
+        if planner.NEEDS_IMPORTANCE:
+            raise ValueError(f'epsilon: the scores by which "{self.planner}" plans have no noise; set method = "lora"')
+        if not what.PRIVATE:
+            raise ValueError(f'epsilon: what parametrization "{self.parametrization}" trains has no noise; set method = "lora"')
         if self.personal:
             raise ValueError("epsilon: the losses by which adapters are chosen have no noise; leave personal out")
         if self.dp_unit == "client" and self.precision != "fixed":
-            raise ValueError(
-                'epsilon: the noise is on a sum of changes; set aggregation = "ffa_lora" and precision = "fixed" beside it'
-            )
+            raise ValueError(f"epsilon: the noise is on a sum of changes; set {self._whole_numbers} beside it")
         if (self.dp_unit == "window") != self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" does not protect a {self.dp_unit}; leave trainer out')
 
@@ -174,6 +172,13 @@ class Config(StageConfig):
     def trainer_method(self) -> Trainer:
         """The trainer's file."""
         return trainer_of(self.trainer)
+
+    @property
+    def _whole_numbers(self) -> str:
+        """The keys by which clients send whole numbers."""
+        if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
+            return 'precision = "fixed"'
+        return 'aggregation = "ffa_lora" and precision = "fixed"'
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -192,9 +197,7 @@ class Config(StageConfig):
     def check_secure(self, job: Job, index: int) -> None:
         at = f"privacy.secure_aggregation: stages.{index}"
         if self.precision != "fixed":
-            raise ValueError(
-                f'{at}: only whole numbers can be summed unseen; set aggregation = "ffa_lora" and precision = "fixed"'
-            )
+            raise ValueError(f"{at}: only whole numbers can be summed unseen; set {self._whole_numbers}")
         if self.personal:
             raise ValueError(f"{at}.personal: its losses are not summed; set it to 0")
 
@@ -202,7 +205,7 @@ class Config(StageConfig):
         """As many steps as all clients take together, each on the largest batch at the largest ranks, without a planner."""
         changes = {
             "planner": "uniform", "trainer": "sgd", "aggregation": parametrization_of(self.parametrization).AGGREGATION,
-            "steps": self.steps * len(job.clients), "server_optimizer": "average", "precision": "float32", "epsilon": None,
-            "personal": 0.0, "proximal": 0.0, "eval_every": 0,
+            "steps": self.steps * len(job.clients), "server_optimizer": "average", "server_lr": None, "precision": "float32",
+            "epsilon": None, "personal": 0.0, "proximal": 0.0, "eval_every": 0,
         }  # fmt: skip
         return self.model_copy(update=changes)

@@ -51,5 +51,5 @@ def step(
         first = state.first.scaled(MOMENTUM).plus(change).compress(rank)
         return old.plus(first.scaled(rate)).compress(rank), ServerOptimizerState(first)
     first = state.first.scaled(MOMENTUM).plus(change.scaled(1 - MOMENTUM)).compress(rank)
-    second = SECOND * state.second + (1 - SECOND) * change.norm() ** 2 / old.numel()
+    second = SECOND * state.second + (1 - SECOND) * change.norm() ** 2 / change.numel()
     return old.plus(first.scaled(rate / (math.sqrt(second) + FLOOR))).compress(rank), ServerOptimizerState(first, second)

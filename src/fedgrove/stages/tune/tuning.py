@@ -184,11 +184,7 @@ class Tuning:
             if self.method.RANKED:
                 rank = max(rank, old[name].live.rank)
             new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
-            remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
-            live, remembered = step(config.server_optimizer, old[name].live, new.live, remembered, config.server_lr, rank)
-            state.put(name, shape, State(live, new.frozen))
-            if config.server_optimizer != "average":
-                state.optimizer[name] = remembered
+            self._step(name, shape, old[name], new, rank)
         loss = sums.loss()
         if loss is not None:
             state.metrics.append((None, "loss", loss))
@@ -205,11 +201,20 @@ class Tuning:
             old = state.state_of(name, shape)
             parts = {key.rpartition("/")[2]: value for key, value in means.items() if key.rpartition("/")[0] == name}
             live = self.method.after_round(old, parts, rank, self.dtype, name, self.seed)
-            state.put(name, shape, State(live, old.frozen))
+            self._step(name, shape, old, State(live, old.frozen), rank)
         state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
         if LOSS in means:
             state.metrics.append((None, "loss", float(means[LOSS])))
         return heard
+
+    def _step(self, name: str, shape: tuple[int, int], old: State[Any], new: State[Any], rank: int) -> None:
+        """The server optimizer's step from the old state of a linear towards what the round made of it."""
+        kind, state = self.config.server_optimizer, self.state
+        remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
+        live, remembered = step(kind, old.live, new.live, remembered, self.config.server_lr, rank)
+        state.put(name, shape, State(live, new.frozen))
+        if kind != "average":
+            state.optimizer[name] = remembered
 
     def _common(self, client: str, round_: int) -> dict[str, Any]:
         return {

@@ -2,15 +2,13 @@
 
 The paper's: scales that begin at one, on what a linear puts out. Ours: on every linear of a block, not on keys, values and the
 feed-forward part alone; told as the difference from one, so that changes of several clients add up; and on W·x without the
-bias, so
-that it merges exactly: the new weight is diag(1 + s)·W. A pruned model keeps its zeros, for a scaled zero is zero.
+bias, so that it merges exactly: the new weight is diag(1 + s)·W. A pruned model keeps its zeros, for a scaled zero is zero.
 
 Do not expect what LoRA learns: there are as many numbers as channels, and they can only make a channel louder or quieter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,37 +42,41 @@ class Scales:
     """ΔW = diag(s)·W.
 
     Attributes:
-        s: (out,): by how much more than one each output channel is multiplied.
+        s: (out,): by how much more than one each output channel is multiplied; None: by one, and nothing is sent.
     """
 
-    s: Tensor
+    s: Tensor | None = None
 
     @classmethod
     def of(cls, parts: Mapping[str, Tensor]) -> Scales:
-        return cls(parts["s"])
+        return cls(parts.get("s"))
 
     def parts(self) -> dict[str, Tensor]:
-        return {"s": self.s}
+        return {} if self.s is None else {"s": self.s}
 
     def plus(self, *others: Scales) -> Scales:
-        return Scales(sum((other.s.double() for other in others), self.s.double()))
+        total = self.s
+        for other in others:
+            if other.s is not None:
+                total = other.s.double() if total is None else total.double() + other.s.double()
+        return Scales(total)
 
     def scaled(self, scale: float) -> Scales:
-        return Scales(self.s * scale)
+        return Scales(None if self.s is None else self.s * scale)
 
     def compress(self, rank: int | None = None) -> Scales:
         return self
 
     def norm(self) -> float:
-        return math.sqrt(float(self.s.double().square().sum()))
+        return 0.0 if self.s is None else float(self.s.double().norm())
 
     def numel(self) -> int:
-        return self.s.numel()
+        return 1 if self.s is None else self.s.numel()
 
 
 def none(shape: tuple[int, int]) -> Scales:
     """All scales one."""
-    return Scales(torch.zeros(shape[0], dtype=torch.float64))
+    return Scales()
 
 
 def change_of(parts: Mapping[str, Tensor]) -> Scales:
@@ -86,7 +88,7 @@ def start(
     own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
 ) -> Start[Scales]:
     """The scales so far."""
-    return Start(Scales(own["s"].float()) if own else Scales(torch.zeros(shape[0])), none(shape))
+    return Start(Scales(own["s"].float() if own else torch.zeros(shape[0])), none(shape))
 
 
 def attach(model: nn.Module, starts: Mapping[str, Start[Scales]], how: Attachment) -> GradientMasks:
@@ -94,7 +96,7 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Scales]], how: Attachmen
     for name, begun in starts.items():
         module = model.get_submodule(name)
         device = next(module.parameters()).device
-        module.register_parameter("ia3_s", nn.Parameter(begun.own.s.clone().to(device)))
+        module.register_parameter("ia3_s", nn.Parameter(cast(Tensor, begun.own.s).clone().to(device)))
         module.register_forward_hook(_scale)
     return ()
 
@@ -107,7 +109,11 @@ def _scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Scales]]) -> dict[str, Scales]:
     """What this round added to each scale."""
-    return {name: Scales(cast(Tensor, model.get_submodule(name).ia3_s).detach().cpu() - starts[name].own.s) for name in names}
+    changes = {}
+    for name in names:
+        now, begun = cast(Tensor, model.get_submodule(name).ia3_s), cast(Tensor, starts[name].own.s)
+        changes[name] = Scales(now.detach().cpu() - begun)
+    return changes
 
 
 def received(parts: Mapping[str, Tensor], own: Scales, rank: int, name: str, seed: str) -> Scales:
@@ -139,6 +145,8 @@ def expected(shape: tuple[int, int], rank: int, dtype: torch.dtype, shared_a: bo
 
 def merge(weight: Tensor, change: Scales, masked: bool) -> Tensor:
     """diag(1 + s)·W, rounded once; what is not zero stays so."""
+    if change.s is None:
+        return weight
     merged = ((1.0 + change.s.double())[:, None] * weight.double()).to(weight.dtype)
     return torch.where((weight != 0) & (merged == 0), weight, merged) if masked else merged
 
