@@ -31,7 +31,7 @@ class Examiner:
 
     @cached_property
     def _whole(self) -> nn.Module:
-        return Decoder(self._checkpoint, self._device).whole()
+        return Decoder(self._checkpoint, self._device).load_all()
 
     def perplexity(self, windows: Sequence[Tensor], on_progress: OnProgress) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval draws windows again."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
-from fedgrove.models.perplexity import of_logits
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint, find_model, small_files
 from fedgrove.report.words import file_name
 from fedgrove.stages.tune.frozen import hush
@@ -72,7 +72,7 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     wanted = _base(source)
     base = AutoModelForCausalLM.from_pretrained(find_model(wanted["path"], wanted.get("revision")), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    return of_logits(lambda ids: model(input_ids=ids).logits, windows)
+    return nll_of_logits(lambda ids: model(input_ids=ids).logits, windows)
 
 
 def _base(source: Source) -> dict[str, Any]:

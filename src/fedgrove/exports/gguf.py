@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source, need
-from fedgrove.models.perplexity import of_logits
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint
 
 WHAT = "GGUF for llama.cpp, in the model's own dtype"
@@ -103,7 +103,7 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE).eval()
-    return of_logits(lambda ids: model(ids).logits, windows)
+    return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
 def _losses_llama(file: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
@@ -118,7 +118,7 @@ def _losses_llama(file: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
         return torch.from_numpy(np.array(llama.scores[: ids.shape[1]]))[None]
 
     try:
-        return of_logits(logits, windows)
+        return nll_of_logits(logits, windows)
     finally:
         llama.close()
 

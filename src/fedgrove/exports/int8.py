@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.exports import Source, need, no_experts
-from fedgrove.models.perplexity import of_logits
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import small_files
 from fedgrove.stages.tune.frozen import hush
 
@@ -37,7 +37,7 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
-    return of_logits(lambda ids: model(ids).logits, windows)
+    return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
 def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.exports import Source, need, no_experts
-from fedgrove.models.perplexity import of_logits
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint, small_files
 
 WHAT = "ONNX graph in float32, without a cache"
@@ -87,4 +87,4 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
-    return of_logits(lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.long().numpy()})[0]), windows)
+    return nll_of_logits(lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.long().numpy()})[0]), windows)
