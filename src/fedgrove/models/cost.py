@@ -58,9 +58,7 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
-    saved: dict[
-        int, int
-    ] = {}  # by storage, its number of entries; without weights, which are saved too but take no more memory
+    saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory
 
     def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

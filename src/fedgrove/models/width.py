@@ -128,10 +128,11 @@ def narrower_config(raw: Mapping[str, Any], config: PretrainedConfig, width: Wid
     if kind in _DIVISIBLE and config.hidden_size % heads:
         if kind != "llama" or config.attention_bias or config.mlp_bias:
             fits = [n for n in range(1, _kv_heads(config)) if config.hidden_size % (queries * n) == 0]
+            keep = f"keep {' or '.join(map(str, fits))} of the {_kv_heads(config)} groups of heads, or " if fits else ""
             raise FedgroveError(
-                f"heads: a configuration of type {kind} does not allow {heads} heads, because its width of {config.hidden_size} "
-                "is not a multiple of it",
-                f"keep {_any_of(fits)} of the {_kv_heads(config)} groups of heads, or set it to 0",
+                f"heads: a configuration of type {kind} does not allow {heads} heads, because they do not divide the width of "
+                f"{config.hidden_size}",
+                f"{keep}set it to 0",
             )
         defaults = {key: value for key, value in config.to_dict().items() if key in _MISTRAL_DEFAULTS and key not in raw}
         mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
@@ -162,7 +163,3 @@ def cut_columns(weight: Tensor, number: int, keep: Tensor) -> Tensor:
 
 def _kv_heads(config: PretrainedConfig) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _any_of(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers)) if numbers else "none"
