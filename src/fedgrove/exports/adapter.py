@@ -46,7 +46,7 @@ def write(source: Source, out: Path) -> None:
         raise FedgroveError("--to adapter: a model directory does not show what tuning changed", "give the run folder")
     adapter = source.run / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters", "export --to hf gives the whole model")
+        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters", "export --to hf gives the full model")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint(source.model)
     for linear in config["target_modules"]:
