@@ -403,5 +403,5 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(grove: Path, tmp_pa
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(3, 3)
     save_file(tensors, folder / "model.safetensors")
     decoder = Decoder(Checkpoint(folder))
-    with pytest.raises(FedgroveError, match=r"has shape \[3, 3\], but config.json asks for \[48, 32\]"), decoder.loaded(1):
+    with pytest.raises(FedgroveError, match=r"has shape \[3, 3\], but config.json specifies \[48, 32\]"), decoder.loaded(1):
         pass

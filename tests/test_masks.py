@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedgrove.models.masks import Target, keep_highest, lowest, lowest_of_few, spread
+from fedgrove.models.masks import Target, keep_highest, lowest, lowest_of_few, split_evenly
 
 
 def keys_with_ties(shape: tuple[int, ...], num_keys: int, seed: int) -> list[Tensor]:
@@ -51,7 +51,7 @@ def test_lowest_reads_tensors_that_do_not_lie_in_order() -> None:
 def test_keep_highest_keeps_the_highest_of_each_row_and_the_later_of_ties(sparsity: float, seed: int) -> None:
     keys = keys_with_ties((7, 13), 1 + seed % 3, seed)
     mask = keep_highest(keys, Target(sparsity))
-    counts = spread(Target(sparsity).num_pruned(7 * 13), 7)
+    counts = split_evenly(Target(sparsity).num_pruned(7 * 13), 7)
     assert int((~mask).sum()) == int(sparsity * 91 + 0.5)
     assert max(counts) - min(counts) <= 1
     for row in range(7):
@@ -85,7 +85,7 @@ def test_keep_highest_of_more_than_is_sorted_at_once(target: Target) -> None:
     width = 4 if target.pattern else 1000
     value = (keys[0].double() * 10 + keys[1]).view(-1, width)  # one key that says what both say
     ranks = value.argsort(dim=1, stable=True).argsort(dim=1)
-    counts = torch.full((len(value),), 2) if target.pattern else torch.tensor(spread(330_000, 1100))
+    counts = torch.full((len(value),), 2) if target.pattern else torch.tensor(split_evenly(330_000, 1100))
     assert torch.equal(mask.view(-1, width), ranks >= counts[:, None])
 
 
@@ -100,11 +100,11 @@ def test_spread_gives_whole_numbers_that_differ_by_one_at_most() -> None:
     rng = random.Random(0)
     for _ in range(500):
         total, parts = rng.randrange(0, 10**7), rng.randrange(1, 400)
-        shares = spread(total, parts)
+        shares = split_evenly(total, parts)
         assert sum(shares) == total
         assert len(shares) == parts
         assert max(shares) - min(shares) <= 1
-    assert spread(3, 4) == [0, 1, 1, 1]
+    assert split_evenly(3, 4) == [0, 1, 1, 1]
 
 
 def test_a_target_counts_to_the_nearest_whole_number() -> None:

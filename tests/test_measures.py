@@ -34,7 +34,7 @@ def tokenizer(grove: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model(grove: Path):  # type: ignore[no-untyped-def]
-    return Decoder(Checkpoint(grove)).whole()
+    return Decoder(Checkpoint(grove)).load_all()
 
 
 def test_an_interval_is_that_of_the_textbook() -> None:

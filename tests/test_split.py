@@ -128,7 +128,7 @@ def test_the_picture_says_every_number_and_asks_no_network(posts: Path, tmp_path
         (("--clients", 3, "--text", "body"), "--text: it names no field"),
         (("--clients", 3, "--heldout", 1.0), "--heldout"),
         (("--clients", 3, "--alpha", 0), "--alpha"),
-        (("--clients", 0), "--clients: 1 at least"),
+        (("--clients", 0), "--clients: must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_named(posts: Path, tmp_path: Path, args: tuple[object, ...], words: str) -> None:

@@ -1,6 +1,6 @@
-"""One text becomes that of several owners, to try a federation before there is one: who holds what, drawn by a seed.
+"""Splits one text among several clients, to try a federation before it exists; a seed decides which client gets what.
 
-The ways to draw are those of the literature on uneven clients; the names of the job file's keys are ours.
+The distributions are those of the literature on heterogeneous clients; the names of the options are ours.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ HELD_OUT = "heldout"
 
 @dataclass(frozen=True)
 class Holding:
-    """What one client was given.
+    """One client's part of the records.
 
     Attributes:
-        name: the client's.
-        records: how many; characters: of their text.
-        labels: records by the value of the field, if one was named.
+        name: of the client.
+        records: number of records.
+        characters: of their text.
+        labels: number of records by the value of the field, if a field was given.
     """
 
     name: str
@@ -43,13 +44,13 @@ class Holding:
 
 @dataclass(frozen=True)
 class Split:
-    """What :func:`split` wrote.
+    """The result of :func:`split`.
 
     Attributes:
-        folder: where; ``job.toml`` in it is a job of these clients.
-        holdings: by client, in order.
-        held_out: records that nobody got, for evaluation.
-        empty: clients that would have got nothing and were left out.
+        folder: contains the clients' files, and ``job.toml``, a job of these clients.
+        holdings: of the clients, in order.
+        held_out: number of records held out for evaluation.
+        empty: names of clients that were left out because they would have got no record.
     """
 
     folder: Path
@@ -71,22 +72,22 @@ def split(
     seed: int = 0,
     model: str = "path/to/model",
 ) -> Split:
-    """Deals the records of a source to clients and writes a file for each, a job file, and what is held out.
+    """Distributes the records of a source over clients; writes a file per client, the held-out records, and a job file.
 
     Args:
-        source: see :mod:`fedgrove.data.sources`; of plain text the passages are dealt.
-        out: a folder that does not exist yet.
-        by: "iid": at random, as evenly as can be. "dirichlet": each value of ``field`` in proportions over the clients that
-            are drawn from a Dirichlet distribution (Yurochkin et al. 2019): a small ``alpha`` gives each client few values.
-            "size": at random, but the clients' numbers are drawn from a Dirichlet distribution. "field": all records with
-            the same value of ``field`` to one client, the most frequent values first, each to whoever has the fewest.
-        clients: how many; None: with "field" one for each value.
-        text: how a record becomes text, for the job file.
-        held_out: the fraction of the records that nobody gets, drawn at random before anything is dealt.
+        source: see :mod:`fedgrove.data.sources`; plain text is split by passages.
+        out: a folder that does not exist yet, or is empty.
+        by: "iid": at random, as evenly as possible. "dirichlet": each value of ``field`` is distributed over the clients in
+            proportions from a Dirichlet distribution (Yurochkin et al. 2019); with a small ``alpha``, each client has few
+            values. "size": at random, with the clients' sizes from a Dirichlet distribution. "field": all records with the same
+            value of ``field`` go to one client, the most frequent value first, each to the client with the fewest records.
+        clients: their number; None, for "field" only: one per value.
+        text: the template that turns a record into text, for the job file.
+        held_out: the fraction of the records to hold out, drawn at random before the records are distributed.
         model: for the job file.
 
     Raises:
-        FedgroveError: an argument does not fit the others or the source.
+        FedgroveError: an argument does not match the others or the source.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedgroveError(f"--out {out}: it exists already", "name another folder")
@@ -95,33 +96,33 @@ def split(
     if clients is None and by != "field":
         raise FedgroveError(f"--by {by}: say how many clients: --clients 8")
     if clients is not None and clients < 1:
-        raise FedgroveError("--clients: 1 at least")
+        raise FedgroveError("--clients: must be at least 1")
     if not 0 <= held_out < 1:
-        raise FedgroveError("--heldout: a fraction of the records, such as 0.1")
+        raise FedgroveError("--heldout: must be a fraction of the records, such as 0.1")
     if not (math.isfinite(alpha) and alpha > 0):
-        raise FedgroveError("--alpha: a number above 0; small ones make the clients differ more")
+        raise FedgroveError("--alpha: must be a number above 0; small numbers make the clients differ more")
     records, labels = _read(source, field, text)
     rng = np.random.default_rng(seed)
     order = [int(i) for i in rng.permutation(len(records))]
-    aside = math.ceil(held_out * len(records))
-    rest = order[aside:]
+    num_held_out = math.ceil(held_out * len(records))
+    rest = order[num_held_out:]
     names = [f"client-{i + 1}" for i in range(clients or 0)]
     match by:
         case "iid":
-            dealt = [rest[i :: len(names)] for i in range(len(names))]
+            parts = [rest[i :: len(names)] for i in range(len(names))]
         case "size":
-            dealt = _by_sizes(rest, rng.dirichlet([alpha] * len(names)))
+            parts = _by_sizes(rest, rng.dirichlet([alpha] * len(names)))
         case "dirichlet":
-            dealt = _by_dirichlet(rest, labels, len(names), alpha, rng)
+            parts = _by_dirichlet(rest, labels, len(names), alpha, rng)
         case "field":
-            dealt, names = _by_field(rest, labels, clients, field or "")
-    empty = tuple(name for name, its in zip(names, dealt, strict=True) if not its)
-    shares = {name: sorted(its) for name, its in zip(names, dealt, strict=True) if its}
-    if not shares:
+            parts, names = _by_field(rest, labels, clients, field or "")
+    empty = tuple(name for name, part in zip(names, parts, strict=True) if not part)
+    indices = {name: sorted(part) for name, part in zip(names, parts, strict=True) if part}
+    if not indices:
         raise FedgroveError(f"{source}: {len(records)} records are too few", "lower --clients or --heldout")
 
     title = _plain(out.name) or "split"
-    how = {
+    options = {
         "source": source.name,
         "by": by,
         "field": field,
@@ -129,28 +130,29 @@ def split(
         "seed": seed,
     }
     with atomic_folder(out) as partial:
-        for name, its in shares.items():
-            _write(partial / f"{name}.jsonl", (records[i] for i in its))
-        if aside:
-            _write(partial / f"{HELD_OUT}.jsonl", (records[i] for i in sorted(order[:aside])))
-        (partial / "job.toml").write_text(_job(title, list(shares), text, bool(aside), how, model), encoding="utf-8")
+        for name, part in indices.items():
+            _write(partial / f"{name}.jsonl", (records[i] for i in part))
+        if num_held_out:
+            _write(partial / f"{HELD_OUT}.jsonl", (records[i] for i in sorted(order[:num_held_out])))
+        job = _job(title, list(indices), text, bool(num_held_out), options, model)
+        (partial / "job.toml").write_text(job, encoding="utf-8")
         if out.is_dir():
-            out.rmdir()  # it is empty
+            out.rmdir()  # checked to be empty above
     holdings = tuple(
-        Holding(name, len(its), sum(_characters(records[i]) for i in its), dict(Counter(labels[i] for i in its if labels)))
-        for name, its in shares.items()
+        Holding(name, len(part), sum(_characters(records[i]) for i in part), dict(Counter(labels[i] for i in part if labels)))
+        for name, part in indices.items()
     )
-    return Split(out, holdings, aside, empty)
+    return Split(out, holdings, num_held_out, empty)
 
 
 def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every record, and its value of the field; of plain text the passages, as records with the field ``text``."""
+    """All records, and their values of the field. The passages of plain text become records with the field ``text``."""
     records: list[dict[str, Any]] = []
     labels: list[str] = []
     try:
         needed = template_fields(text or DEFAULT_TEMPLATE)
-    except ValueError as fault:
-        raise FedgroveError(f"--text: {fault}") from fault
+    except ValueError as error:
+        raise FedgroveError(f"--text: {error}") from error
     for where, record in read_records(source):
         record = {"text": record} if isinstance(record, str) else record
         missing = [name for name in needed if name not in record]
@@ -161,16 +163,16 @@ def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[
                 "Say how a record becomes text, such as --text '{question} {answer}'",
             )
         if field is not None and field not in record:
-            raise FedgroveError(f"{where}: no field '{field}'", f"it has: {', '.join(map(str, record))}. Mend --field")
+            raise FedgroveError(f"{where}: no field '{field}'", f"it has: {', '.join(map(str, record))}. Fix --field")
         records.append(record)
         if field is not None:
             labels.append(str(record[field]))
     return records, labels
 
 
-def _by_sizes(order: Sequence[int], shares: Iterable[float]) -> list[list[int]]:
-    """Cuts a sequence by these shares of its length, rounded so that nothing is lost."""
-    ends = [round(float(end) * len(order)) for end in itertools.accumulate(shares)]
+def _by_sizes(order: Sequence[int], fractions: Iterable[float]) -> list[list[int]]:
+    """Divides a sequence by fractions of its length, rounded so that every element is in one part."""
+    ends = [round(float(end) * len(order)) for end in itertools.accumulate(fractions)]
     ends[-1] = len(order)
     return [list(order[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -178,12 +180,12 @@ def _by_sizes(order: Sequence[int], shares: Iterable[float]) -> list[list[int]]:
 def _by_dirichlet(
     order: Sequence[int], labels: Sequence[str], clients: int, alpha: float, rng: np.random.Generator
 ) -> list[list[int]]:
-    dealt: list[list[int]] = [[] for _ in range(clients)]
+    parts: list[list[int]] = [[] for _ in range(clients)]
     for label in sorted(set(labels)):
-        having = [i for i in order if labels[i] == label]
-        for its, more in zip(dealt, _by_sizes(having, rng.dirichlet([alpha] * clients)), strict=True):
-            its += more
-    return dealt
+        with_label = [i for i in order if labels[i] == label]
+        for part, more in zip(parts, _by_sizes(with_label, rng.dirichlet([alpha] * clients)), strict=True):
+            part += more
+    return parts
 
 
 def _by_field(
@@ -195,40 +197,40 @@ def _by_field(
         clients = len(values)
     if clients > len(values):
         raise FedgroveError(f"--clients {clients}: the field '{field}' has {len(values)} values", f"give {len(values)} at most")
-    given: list[list[str]] = [[] for _ in range(clients)]
+    assigned: list[list[str]] = [[] for _ in range(clients)]
     for value in values:
-        min(given, key=lambda its: sum(counts[one] for one in its)).append(value)
+        min(assigned, key=lambda group: sum(counts[label] for label in group)).append(value)
     names = [f"client-{i + 1}" for i in range(clients)]
-    if all(len(its) == 1 for its in given):
-        spoken = [_plain(its[0]) for its in given]
-        if all(spoken) and len(set(map(str.lower, spoken))) == len(spoken) and HELD_OUT not in spoken:
-            names = spoken
-    return [[i for i in order if labels[i] in its] for its in given], names
+    if all(len(group) == 1 for group in assigned):
+        plain = [_plain(group[0]) for group in assigned]
+        if all(plain) and len(set(map(str.lower, plain))) == len(plain) and HELD_OUT not in plain:
+            names = plain
+    return [[i for i in order if labels[i] in group] for group in assigned], names
 
 
 def _plain(value: str) -> str:
-    """As a name in a job file may be written; empty where nothing is left."""
+    """The value reduced to the characters allowed in a name; may become empty."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:64]
 
 
 def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    with file.open("w", encoding="utf-8") as opened:
+    with file.open("w", encoding="utf-8") as stream:
         for record in records:
-            opened.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            stream.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
 
 def _characters(record: dict[str, Any]) -> int:
     return sum(len(value) for value in record.values() if isinstance(value, str))
 
 
-def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, how: dict[str, Any], model: str) -> str:
-    """A job of the clients, to be edited."""
-    options = ", ".join(f"{key} {value}" for key, value in how.items() if value is not None)
+def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, options: dict[str, Any], model: str) -> str:
+    """The text of a job file with the clients, for the user to edit."""
+    summary = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
     template = f"text = {json.dumps(text, ensure_ascii=False)}\n" if text else ""
     path = json.dumps(model, ensure_ascii=False)
     lines = [
-        f"# A federation to try: {options}. Every key is explained in what `fedgrove init` writes.\n",
-        "# Look before you run:   fedgrove doctor job.toml; fedgrove plan job.toml\n",
+        f"# A federation to try: {summary}. The file that `fedgrove init` writes explains every key.\n",
+        "# Before you run it:   fedgrove doctor job.toml; fedgrove plan job.toml\n",
         f'\nname = "{title}"\n\n[model]\n',
         f"path = {path:<26} # a Hugging Face directory with safetensors, or the id of a model on the hub\n",
     ]
@@ -239,6 +241,6 @@ def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, how
         "length   = 128                     # tokens of each: clients with little text need short ones\n",
     ]
     if held_out:
-        spoken = f", text = {json.dumps(text, ensure_ascii=False)}" if text else ""
-        lines.append(f'\n[evaluate]\ndata   = [{{ name = "{HELD_OUT}", path = "{HELD_OUT}.jsonl"{spoken} }}]\nlength = 128\n')
+        text_key = f", text = {json.dumps(text, ensure_ascii=False)}" if text else ""
+        lines.append(f'\n[evaluate]\ndata   = [{{ name = "{HELD_OUT}", path = "{HELD_OUT}.jsonl"{text_key} }}]\nlength = 128\n')
     return "".join(lines)

@@ -1,4 +1,4 @@
-"""Puts the measures to one model."""
+"""Evaluates one model with several metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedgrove.models.stream import Checkpoint
 
 
 class Examiner:
-    """A model that is asked several things. Perplexity streams it block by block; other measures hold it whole."""
+    """Evaluates one model. Perplexity loads it block by block; the other metrics need the full model in memory."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
         self.tokenizer = checkpoint.tokenizer()
@@ -30,11 +30,11 @@ class Examiner:
         return Decoder(self._checkpoint, self._device)
 
     @cached_property
-    def _whole(self) -> nn.Module:
-        return Decoder(self._checkpoint, self._device).whole()
+    def _model(self) -> nn.Module:
+        return Decoder(self._checkpoint, self._device).load_all()
 
     def perplexity(self, windows: Sequence[Tensor], on_progress: OnProgress) -> dict[str, Measured]:
-        """exp of the mean negative log-likelihood; the interval draws windows again."""
+        """exp of the mean negative log-likelihood; the interval is from resampled windows."""
         each = negative_log_likelihoods(self._decoder, windows, on_progress)
         return {"perplexity": replace(bootstrap(each, lambda sums: math.exp(sums[0] / sums[1])), parts=each)}
 
@@ -47,14 +47,14 @@ class Examiner:
         length: int = 512,
         tokens: int = 64,
     ) -> dict[str, Measured]:
-        """ "accuracy" or "generation" on (prompt, answer) pairs."""
+        """The metrics of ``measure``, "accuracy" or "generation", on (prompt, answer) pairs."""
         if measure == "accuracy":
             from fedgrove.evaluation.metrics.accuracy import accuracy
 
-            return accuracy(self._whole, self.tokenizer, pairs, labels, length, on_progress)
+            return accuracy(self._model, self.tokenizer, pairs, labels, length, on_progress)
         from fedgrove.evaluation.metrics.generation import compare, write
 
-        return compare(write(self._whole, self.tokenizer, pairs, tokens, on_progress))
+        return compare(write(self._model, self.tokenizer, pairs, tokens, on_progress))
 
 
 def examine_directory(
@@ -67,7 +67,7 @@ def examine_directory(
     limit: int | None = None,
     dtype: str = "auto",
 ) -> dict[str, dict[str, float]]:
-    """What is measured on a model directory by plain transformers: by "speed" and by task, named numbers."""
+    """Measurements of a model directory in plain transformers: named numbers, by "speed" and by task."""
     metrics: dict[str, dict[str, float]] = {}
     if speed:
         from fedgrove.evaluation.metrics.speed import speed as measure_speed
@@ -84,4 +84,4 @@ def examine_directory(
 
 def plain(measured: Mapping[str, Measured]) -> dict[str, float]:
     """Named numbers and the ends of their intervals."""
-    return {key: number for name, one in measured.items() for key, number in one.plain(name).items()}
+    return {key: number for name, value in measured.items() for key, number in value.plain(name).items()}

@@ -1,4 +1,4 @@
-"""What the model writes, before and after: from prompts that the job names, and from nothing else."""
+"""Texts that the model generates before and after the run, from the job's prompts and from no other text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedgrove.models.stream import find_model
 from fedgrove.runfolder import RunFolder
 
 FILE = "samples.json"
-TOKENS = 40  # written at most
+TOKENS = 40  # generated at most
 
 
 def write_samples(run: RunFolder) -> None:
-    """Writes ``RUN/samples.json``: for each of the job's prompts what the first and the last model write after it.
+    """Writes ``RUN/samples.json``: for each of the job's prompts, the continuations by the base model and by the result.
 
-    Both models are loaded whole, by plain transformers, one after the other. What is there already is not written again.
+    Both full models are loaded by plain transformers, one after the other. An existing file is kept.
     """
     prompts, model = run.job.evaluate.prompts, run.job.model
     if not prompts or (run.path / FILE).is_file():
@@ -32,16 +32,16 @@ def write_samples(run: RunFolder) -> None:
 
 
 def _write(folder: Path, prompts: tuple[str, ...], dtype: str) -> list[str]:
-    """What a model writes after each prompt, always with the most likely token."""
+    """A model's continuation of each prompt, by greedy decoding."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
-    written = []
+    outputs = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            out = model.generate(
+            generated = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=TOKENS,
@@ -49,5 +49,5 @@ def _write(folder: Path, prompts: tuple[str, ...], dtype: str) -> list[str]:
                 num_beams=1,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        written.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return written
+        outputs.append(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return outputs

@@ -1,6 +1,6 @@
-"""What tuning changed, as a LoRA adapter for peft, to be loaded on the model that the job began with.
+"""The result of tuning as a LoRA adapter for peft, to be loaded on the job's base model.
 
-Only where nothing was pruned: a plain adapter adds its whole product, and would refill every zero.
+Only for models that were not pruned: peft adds the full product of the factors, which would overwrite pruned weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
-from fedgrove.models.perplexity import of_logits
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint, find_model, small_files
 from fedgrove.report.words import file_name
 from fedgrove.stages.tune.frozen import hush
 
-WHAT = "LoRA adapter for peft, beside the model that the job began with"
+WHAT = "LoRA adapter for peft, to be loaded on the base model"
 EXACT = True
 RELATION, LIBRARY = "adapter", "peft"
 USE = """```python
@@ -32,26 +32,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained("BASE")
 model, tokenizer = PeftModel.from_pretrained(base, "FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
 ```"""
-FOLDER = "peft"  # RUN/adapter is what the run itself wrote
-MOST_ZEROS = 0.001  # of a linear that was not pruned
+FOLDER = "peft"  # not "adapter": RUN/adapter is written by the run
+MAX_ZEROS = 0.001  # the fraction up to which a linear counts as not pruned
 
 
 def write(source: Source, out: Path) -> None:
-    """Copies the run's adapter, with the tokenizer beside it.
+    """Copies the run's adapter and the tokenizer.
 
     Raises:
-        FedgroveError: it is no run, no stage trained adapters, or the model was pruned.
+        FedgroveError: the source is no run, no stage trained adapters, or the model was pruned.
     """
     if source.run is None:
-        raise FedgroveError("--to adapter: give the run folder; a model directory does not tell what tuning changed")
+        raise FedgroveError("--to adapter: a model directory does not show what tuning changed", "give the run folder")
     adapter = source.run / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters", "export --to hf gives the whole model")
+        raise FedgroveError(f"--to adapter: no stage of {source.run} trained adapters", "export --to hf gives the full model")
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     checkpoint = Checkpoint(source.model)
     for linear in config["target_modules"]:
         name = f"{linear}.weight"
-        if name in checkpoint and float((checkpoint.read(name) == 0).double().mean()) > MOST_ZEROS:
+        if name in checkpoint and float((checkpoint.read(name) == 0).double().mean()) > MAX_ZEROS:
             raise FedgroveError(
                 f"--to adapter: {linear} was pruned, and an adapter would refill its zeros", "--to hf gives the merged model"
             )
@@ -64,15 +64,15 @@ def write(source: Source, out: Path) -> None:
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """By peft, on the model that the job began with."""
+    """Computed by peft, on the job's base model."""
     hush()
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    wanted = _base(source)
-    base = AutoModelForCausalLM.from_pretrained(find_model(wanted["path"], wanted.get("revision")), dtype=torch.float32)
+    base_model = _base(source)
+    base = AutoModelForCausalLM.from_pretrained(find_model(base_model["path"], base_model.get("revision")), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    return of_logits(lambda ids: model(input_ids=ids).logits, windows)
+    return nll_of_logits(lambda ids: model(input_ids=ids).logits, windows)
 
 
 def _base(source: Source) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""One file for llama.cpp and the programs built on it, in the model's own dtype. Needs the extra ``gguf``.
+"""GGUF, a single file for llama.cpp and programs built on it, in the model's dtype. Needs the extra ``gguf``.
 
-Llama, Mistral, Qwen2 and Qwen3 are written here, tensor by tensor, with the gguf package's writer and its table of names;
-for other architectures there is llama.cpp's own converter, which reads our plain directory. Fewer bits than the model's own:
-``llama-quantize`` of llama.cpp (its formats have a code for zero, so pruned weights stay zero).
+Llama, Mistral, Qwen2 and Qwen3 are written here, tensor by tensor, with the writer and the table of names of the gguf package.
+Other architectures can be converted from a plain directory by llama.cpp's converter. To quantize, use ``llama-quantize`` of
+llama.cpp (its formats have a code for zero, so pruned weights stay zero).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.exports import Source, need
-from fedgrove.models.perplexity import of_logits
+from fedgrove.exports import Source, require
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint
 
-WHAT = "GGUF for llama.cpp, in the model's own dtype"
+WHAT = "GGUF for llama.cpp, in the model's dtype"
 EXACT = True
 RELATION = "quantized"
 USE = """```sh
@@ -38,29 +38,29 @@ from llama_cpp import Llama
 print(Llama("FOLDER/model.gguf")("The", max_tokens=40)["choices"][0]["text"])
 ```"""
 FILE = "model.gguf"
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> gguf's
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers' name -> gguf's
 ELSEWHERE = "export --to hf, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
-# How llama.cpp cuts text before it merges bytes. It knows each way by a name, and the tokenizer by what it does.
+# The regular expressions by which a tokenizer splits text before BPE -> llama.cpp's name for this pre-tokenizer.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUTS = {f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe", f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2"}
+PRE_TOKENIZERS = {f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe", f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2"}
 
 
 def write(source: Source, out: Path) -> None:
     """Writes ``model.gguf``; memory: one tensor.
 
     Raises:
-        FedgroveError: the gguf package is missing, or the architecture, its positions or its tokenizer are not known here.
+        FedgroveError: the gguf package is missing, or the architecture, its positions or its tokenizer are not supported.
     """
-    need("gguf", "gguf", "gguf")
+    require("gguf", "gguf", "gguf")
     import gguf
 
     checkpoint = Checkpoint(source.model)
     config = checkpoint.config.to_dict()
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
-        raise FedgroveError(f"--to gguf: {kind} is not written here ({', '.join(ARCHITECTURES)} are)", ELSEWHERE)
+        raise FedgroveError(f"--to gguf: {kind} is not supported (only {', '.join(ARCHITECTURES)})", ELSEWHERE)
     writer = gguf.GGUFWriter(None, ARCHITECTURES[kind])
     dtype = _dtype(checkpoint)
     _describe(writer, config, dtype, source)
@@ -97,13 +97,13 @@ def write(source: Source, out: Path) -> None:
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """By llama.cpp, where its Python binding is installed; else by transformers, which reads GGUF files too."""
+    """Computed by llama.cpp if its Python binding is installed, else by transformers, which also reads GGUF files."""
     if importlib.util.find_spec("llama_cpp") is not None:
         return _losses_llama(folder / FILE, windows)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE).eval()
-    return of_logits(lambda ids: model(ids).logits, windows)
+    return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
 def _losses_llama(file: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
@@ -118,13 +118,13 @@ def _losses_llama(file: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
         return torch.from_numpy(np.array(llama.scores[: ids.shape[1]]))[None]
 
     try:
-        return of_logits(logits, windows)
+        return nll_of_logits(logits, windows)
     finally:
         llama.close()
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of the matrices: the largest that any has."""
+    """The widest dtype among the matrices."""
     dtypes = {dtype for shape, dtype in map(checkpoint.spec, checkpoint.names()) if len(shape) > 1}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if dtype in dtypes:
@@ -138,7 +138,7 @@ def _describe(writer: Any, config: dict[str, Any], dtype: torch.dtype, source: S
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     head = config.get("head_dim") or hidden // heads
     if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window"):
-        raise FedgroveError("--to gguf: this model's activation or sliding window is not written here", ELSEWHERE)
+        raise FedgroveError("--to gguf: this model's activation or sliding window is not supported", ELSEWHERE)
     writer.add_name((source.run or source.model).resolve().name)
     writer.add_file_type(
         {
@@ -163,7 +163,7 @@ def _describe(writer: Any, config: dict[str, Any], dtype: torch.dtype, source: S
 
 
 def _rope(writer: Any, config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Writes how positions turn; gives the tensor of frequency factors that Llama 3.1 and its kin need."""
+    """Writes the settings of rotary embeddings; returns the tensor of frequency factors that Llama 3.1 and later need."""
     import gguf
 
     rope = config.get("rope_parameters") or {}
@@ -180,12 +180,12 @@ def _rope(writer: Any, config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return {"rope_freqs.weight": (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)}
     elif kind != "default":
-        raise FedgroveError(f"--to gguf: positions of the kind {kind!r} are not written here", ELSEWHERE)
+        raise FedgroveError(f"--to gguf: positions of type {kind!r} are not supported", ELSEWHERE)
     return {}
 
 
 def _interleaved(name: str, tensor: Tensor, config: dict[str, Any]) -> Tensor:
-    """llama.cpp turns neighbouring channels of a head together, transformers those half a head apart."""
+    """Reorders the rows: llama.cpp rotates adjacent channels of a head together, transformers those half a head apart."""
     part = name.rsplit(".", 2)[-2]
     heads = config["num_attention_heads"]
     if part == "k_proj":
@@ -204,9 +204,9 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint, size: int) -> None:
     if not file.is_file():
         raise FedgroveError(f"--to gguf: {file} is missing", ELSEWHERE)
     config = json.loads(file.read_text(encoding="utf-8"))
-    cut = _cut(config)
-    if cut is None:
-        raise FedgroveError("--to gguf: how this tokenizer cuts text is not known here", ELSEWHERE)
+    pre_tokenizer = _pre_tokenizer(config)
+    if pre_tokenizer is None:
+        raise FedgroveError("--to gguf: the pre-tokenizer of this tokenizer is not supported", ELSEWHERE)
     added = {entry["id"]: entry for entry in config.get("added_tokens", [])}
     words = {number: word for word, number in config["model"]["vocab"].items()}
     words |= {number: entry["content"] for number, entry in added.items()}
@@ -219,7 +219,7 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint, size: int) -> None:
         else:
             types.append(kinds.NORMAL if number in words else kinds.UNUSED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cut)
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = config["model"]["merges"]
@@ -228,23 +228,23 @@ def _tokenizer(writer: Any, checkpoint: Checkpoint, size: int) -> None:
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    writer.add_add_bos_token(begins)
+    has_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    writer.add_add_bos_token(has_bos)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _cut(told: dict[str, Any]) -> str | None:
-    """llama.cpp's name for a tokenizer's way to cut text; None if it is no byte-level BPE, or of a way that is not known."""
-    before = told.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
+def _pre_tokenizer(config: dict[str, Any]) -> str | None:
+    """llama.cpp's name for a tokenizer's pre-tokenizer; None if it is unknown, or the tokenizer is no byte-level BPE."""
+    outer = config.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
     *first, last = steps or [{}]
-    if told["model"].get("type") != "BPE" or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+    if config["model"].get("type") != "BPE" or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
     if last.get("use_regex", True):
         if not first:
             return "gpt-2"
         return "smollm" if first == [{"type": "Digits", "individual_digits": True}] else None
     if len(first) == 1 and first[0].get("type") == "Split" and first[0].get("behavior") == "Isolated":
-        return CUTS.get(first[0]["pattern"].get("Regex", ""))
+        return PRE_TOKENIZERS.get(first[0]["pattern"].get("Regex", ""))
     return None

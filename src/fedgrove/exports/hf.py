@@ -1,4 +1,4 @@
-"""A plain Hugging Face directory; of a packed model the same files, bit for bit."""
+"""A plain Hugging Face directory; for a packed model, the original files bit for bit."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def write(source: Source, out: Path) -> None:
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """Block by block: the model need not fit into memory."""
+    """Computed block by block, so the model need not fit into memory."""
     return negative_log_likelihood(Decoder(Checkpoint(folder)), windows)

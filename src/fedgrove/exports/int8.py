@@ -1,4 +1,4 @@
-"""Linears in 8 bits (LLM.int8(), Dettmers et al., NeurIPS 2022), by bitsandbytes. Needs the extra ``quantize``."""
+"""Linears in 8 bits (LLM.int8(), Dettmers et al., NeurIPS 2022) with bitsandbytes. Needs the extra ``quantize``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedgrove.exports import Source, need, no_experts
-from fedgrove.models.perplexity import of_logits
+from fedgrove.exports import Source, refuse_experts, require
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import small_files
 from fedgrove.stages.tune.frozen import hush
 
@@ -27,37 +27,37 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer
 
 
 def write(source: Source, out: Path) -> None:
-    """Quantises the linears of the blocks; zeros stay zeros. The model must fit into memory once."""
+    """Quantizes the linears of the blocks; zeros stay zero. The model must fit into memory once."""
     quantize("int8", source, out, {"load_in_8bit": True})
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """By transformers, which calls bitsandbytes."""
+    """Computed by transformers with bitsandbytes."""
     hush()
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
-    return of_logits(lambda ids: model(ids).logits, windows)
+    return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
 def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) -> None:
-    """Writes a model that transformers loads quantized.
+    """Writes a quantized model for transformers.
 
     Args:
-        form: what to call it in a complaint.
+        form: the name for error messages.
         source: the model.
-        out: a folder that is there.
-        settings: of transformers' ``BitsAndBytesConfig``.
+        out: an existing folder.
+        settings: for transformers' ``BitsAndBytesConfig``.
 
     Raises:
-        FedgroveError: bitsandbytes is missing, or the model is a mixture of experts: bitsandbytes leaves those as they are.
+        FedgroveError: bitsandbytes is missing, or the model is a mixture of experts, which bitsandbytes does not quantize.
     """
-    need(form, "quantize", "bitsandbytes")
-    no_experts(form, source)
+    require(form, "quantize", "bitsandbytes")
+    refuse_experts(form, source)
     hush()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    # What is not quantized stays bfloat16: the products are computed in it, and int8's in float16 whatever we ask for.
+    # The other weights are bfloat16, the dtype of the products; int8 always computes them in float16.
     model = AutoModelForCausalLM.from_pretrained(
         source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
     )

@@ -1,4 +1,4 @@
-"""Linears in 4 bits (NF4 with double quantisation, QLoRA, Dettmers et al., NeurIPS 2023), by bitsandbytes; see ``int8``."""
+"""Linears in 4 bits (NF4 with double quantization, QLoRA, Dettmers et al., NeurIPS 2023) with bitsandbytes; see ``int8``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fedgrove.errors import FedgroveError
-from fedgrove.exports import Source, need
+from fedgrove.exports import Source, require
 from fedgrove.exports.int8 import USE, losses, quantize
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
@@ -21,13 +21,13 @@ BLOCK = 64
 
 
 def write(source: Source, out: Path) -> None:
-    """Quantises the linears of the blocks; NF4 has a code for zero, so zeros stay zeros.
+    """Quantizes the linears of the blocks; NF4 has a code for zero, so zeros stay zero.
 
     Raises:
-        FedgroveError: bitsandbytes is missing, or a linear's inputs are no multiple of its block of 64, which it computes
+        FedgroveError: bitsandbytes is missing, or a linear's number of inputs is no multiple of 64, which bitsandbytes computes
             wrongly or not at all on a CPU.
     """
-    need("nf4", "quantize", "bitsandbytes")
+    require("nf4", "quantize", "bitsandbytes")
     decoder = Decoder(Checkpoint(source.model))
     for name in decoder.linear_names():
         num_in = decoder.read_shape(name)[1]

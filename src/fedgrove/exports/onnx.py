@@ -1,8 +1,8 @@
 """An ONNX graph for onnxruntime and others, in float32. Needs the extra ``onnx``.
 
-The graph takes token ids and gives the logits of every position. It keeps no cache of keys and values: it is for scoring, and
-for programs that bring their own loop. It is made by torch's exporter: optimum's, which would write a cache, is bound to an
-older transformers than fedgrove's (optimum-onnx 0.1.0 asks for less than 4.58, optimum-intel 2.2.0 for less than 5.6).
+The graph takes token ids and returns the logits of every position. It has no key-value cache: it is for scoring, and for
+programs with their own loop. It is written by torch's exporter; optimum's exporter, which would write a cache, requires an
+older version of transformers than fedgrove (optimum-onnx 0.1.0: below 4.58, optimum-intel 2.2.0: below 5.6).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedgrove.exports import Source, need, no_experts
-from fedgrove.models.perplexity import of_logits
+from fedgrove.exports import Source, refuse_experts, require
+from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint, small_files
 
 WHAT = "ONNX graph in float32, without a cache"
@@ -33,7 +33,7 @@ FILE = "model.onnx"
 
 
 class _Logits(nn.Module):
-    """A model as a function of token ids alone."""
+    """A model as a function of token ids only."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -50,17 +50,17 @@ def write(source: Source, out: Path) -> None:
     Raises:
         FedgroveError: onnx, onnxscript or onnxruntime is missing, or the model is a mixture of experts.
     """
-    need("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
-    no_experts("onnx", source)
+    require("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
+    refuse_experts("onnx", source)
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(source.model)
     model = AutoModelForCausalLM.from_pretrained(source.model, dtype=torch.float32).eval()
-    most = getattr(checkpoint.config, "max_position_embeddings", None)
-    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=most)}
-    example = torch.ones(2, min(16, most or 16), dtype=torch.int64)
+    max_tokens = getattr(checkpoint.config, "max_position_embeddings", None)
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=max_tokens)}
+    example = torch.ones(2, min(16, max_tokens or 16), dtype=torch.int64)
     level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators of packages that are not there
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about operators of packages that are not installed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,8 +83,8 @@ def write(source: Source, out: Path) -> None:
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """By onnxruntime on the CPU."""
+    """Computed by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
-    return of_logits(lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.long().numpy()})[0]), windows)
+    return nll_of_logits(lambda ids: torch.from_numpy(session.run(None, {"input_ids": ids.long().numpy()})[0]), windows)

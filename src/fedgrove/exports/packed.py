@@ -1,4 +1,4 @@
-"""The fewest bytes without losing any: a zero costs one bit, the bytes of values are compressed. `--to hf` undoes it."""
+"""Lossless compression: a zero takes one bit, the bytes of other values are compressed. `--to hf` restores the model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
 from fedgrove.rounds import wire
 
-WHAT = "packed: zeros cost one bit, nothing is lost"
+WHAT = "packed: lossless, one bit per zero"
 EXACT = True
-USE = """Make it plain again, bit for bit, then load it as any other model:
+USE = """Unpack it, which restores every bit, then load it like any other model:
 
 ```sh
 fedgrove export FOLDER --to hf --out plain
 ```"""
 LAYOUT = "packed.json"
 FILES = "files.packed"
-PART = 2**28  # bytes of tensors in one packed file: what packing and unpacking hold in memory
+PART = 2**28  # bytes of tensors in one packed file, and thus in memory when packing or unpacking
 
 
 def is_packed(folder: Path) -> bool:
@@ -41,24 +41,24 @@ def write(source: Source, out: Path) -> None:
     """Packs a model directory, about 256 MiB at a time.
 
     Raises:
-        FedgroveError: it is packed already.
+        FedgroveError: the model is already packed.
     """
     if is_packed(source.model):
         raise FedgroveError(f"{source.model} is packed already")
     checkpoint = Checkpoint(source.model)
     parts: list[list[str]] = [[]]
-    room = PART
+    remaining = PART
     for name in checkpoint.names():
         shape, dtype = checkpoint.spec(name)
         size = shape.numel() * dtype.itemsize
-        if parts[-1] and size > room:
+        if parts[-1] and size > remaining:
             parts.append([])
-            room = PART
+            remaining = PART
         parts[-1].append(name)
-        room -= size
+        remaining -= size
     for number, names in enumerate(parts):
-        wire_bytes = wire.pack({name: checkpoint.read(name) for name in names}, {})
-        (out / _part(number)).write_bytes(wire_bytes)
+        message = wire.pack({name: checkpoint.read(name) for name in names}, {})
+        (out / _part(number)).write_bytes(message)
     files = {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in small_files(source.model)}
     (out / FILES).write_bytes(wire.pack(files, {}))
     (out / LAYOUT).write_text(json.dumps({"format": 1, "shards": checkpoint.shards, "parts": parts}) + "\n")
@@ -68,7 +68,7 @@ def unpack(source: Path, out: Path) -> None:
     """The inverse of :func:`write`: the same tensors, bit for bit, in the same files.
 
     Raises:
-        FedgroveError: a part is missing or damaged, or a newer fedgrove packed it.
+        FedgroveError: a part is missing or damaged, or was packed by a newer version of fedgrove.
     """
     layout = _layout(source / LAYOUT)
     part_of = {name: number for number, names in enumerate(layout["parts"]) for name in names}
@@ -88,22 +88,22 @@ def unpack(source: Path, out: Path) -> None:
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """Of what unpacking gives, in a folder beside it that is removed afterwards."""
+    """Of the unpacked model, in a temporary folder next to ``folder``."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
         unpack(folder, Path(plain))
         return negative_log_likelihood(Decoder(Checkpoint(Path(plain))), windows)
 
 
 def _layout(file: Path) -> dict[str, Any]:
-    """Which tensors lie in which part, and in which file of the model."""
+    """Which part and which file of the model each tensor is in."""
     try:
         layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if layout["format"] != 1:
-            raise FedgroveError(f"{file}: format {layout['format']} is unknown here", "update fedgrove")
+            raise FedgroveError(f"{file}: format {layout['format']} is unknown", "update fedgrove")
         in_parts = sorted(name for names in layout["parts"] for name in names)
         in_shards = sorted(name for names in layout["shards"].values() for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise FedgroveError(f"{file}: missing or damaged", "copy it again") from fault
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FedgroveError(f"{file}: missing or damaged", "copy it again") from error
     if in_parts != in_shards:
         raise FedgroveError(f"{file}: missing or damaged", "copy it again")
     return layout
@@ -112,8 +112,8 @@ def _layout(file: Path) -> dict[str, Any]:
 def _open(file: Path) -> dict[str, Tensor]:
     try:
         return wire.unpack(file.read_bytes())[0]
-    except (OSError, wire.WireError) as fault:
-        raise FedgroveError(f"{file}: missing or damaged", "copy it again") from fault
+    except (OSError, wire.WireError) as error:
+        raise FedgroveError(f"{file}: missing or damaged", "copy it again") from error
 
 
 def _part(number: int) -> str:

@@ -1,1 +1,1 @@
-"""Language models, block by block: read from disk, run, calibrate, write."""
+"""Language models, one block at a time: read from disk, run, measured, written."""

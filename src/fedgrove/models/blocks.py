@@ -1,7 +1,7 @@
-"""A language model's decoder blocks and their linears: the one place that knows architectures.
+"""A language model's decoder blocks and their linears: together with ``experts`` the only code that depends on architectures.
 
-A :class:`Decoder` is the model of the transformers library with no weights in it. Its ends (embeddings, last norm, head)
-and its blocks are filled from a checkpoint when they are needed, and emptied afterwards.
+A :class:`Decoder` is a model of the transformers library without weights. Its ends (embeddings, last norm, head) and its
+blocks are loaded from a checkpoint when they are needed, and unloaded afterwards.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.experts import old_name, unfuse
+from fedgrove.models.experts import legacy_name, unfuse
 from fedgrove.models.stream import Checkpoint
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
 
 
 class _BlocksReached(Exception):
-    """Not an error: ends a forward pass before the last block would run."""
+    """Not an error: ends a forward pass when all blocks have been called."""
 
 
 class Decoder:
@@ -34,9 +34,9 @@ class Decoder:
     Hidden states are (windows, tokens, width).
 
     Args:
-        checkpoint: where the weights come from.
+        checkpoint: holds the weights.
         device: where to compute.
-        dtype: to compute in; None: float32 on a CPU, the checkpoint's own on a GPU.
+        dtype: the dtype of computation; None: float32 on a CPU, the checkpoint's dtype on a GPU.
 
     Raises:
         FedgroveError: the architecture is unknown, or no decoder blocks are found in it.
@@ -49,15 +49,15 @@ class Decoder:
         stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
         try:
             with init_empty_weights(include_buffers=False):
-                # the dtype matters to constants that no checkpoint holds, such as the scale of Gemma's embeddings
+                # the dtype affects constants that are not in checkpoints, such as the scale of Gemma's embeddings
                 self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=self.dtype or stored)
-        except ValueError as fault:
+        except ValueError as error:
             kind = getattr(checkpoint.config, "model_type", "?")
-            raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from fault
+            raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from error
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
-        self._empty_ends: dict[str, nn.Parameter] = {}  # what stood in the place of the ends that are loaded
+        self._empty_ends: dict[str, nn.Parameter] = {}  # the meta parameters that the loaded ends replaced
         self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
 
@@ -65,8 +65,8 @@ class Decoder:
         return len(self.blocks)
 
     def block_names(self, index: int) -> dict[str, str]:
-        """The linears of a block: their name in the block -> the name of their weight in the checkpoint."""
-        if index not in self._names:  # with hundreds of experts this takes longer than what is done with it
+        """The linears of a block: their names in the block -> the names of their weights in the checkpoint."""
+        if index not in self._names:  # cached: slow with hundreds of experts
             names = linears(self.blocks[index])
             self._names[index] = {name: self._stored(f"{self.prefix}.{index}.{name}.weight") for name in names}
         return self._names[index]
@@ -76,12 +76,12 @@ class Decoder:
         return as_matrix(self.blocks[index].get_submodule(name), self.checkpoint.read(self.block_names(index)[name]))
 
     def blank_linear(self, index: int, name: str) -> Tensor:
-        """Likewise, without reading it: shape and dtype alone, on the meta device."""
+        """The weight of a linear as a meta tensor (out, in): its shape and dtype, without reading it."""
         size, dtype = self.checkpoint.spec(self.block_names(index)[name])
         return as_matrix(self.blocks[index].get_submodule(name), torch.empty(size, dtype=dtype, device="meta"))
 
     def linear_names(self) -> dict[str, str]:
-        """Every linear of every block: its name in the model -> the name of its weight in the checkpoint."""
+        """All linears of all blocks: their names in the model -> the names of their weights in the checkpoint."""
         return {
             f"{self.prefix}.{index}.{name}": stored
             for index in range(len(self))
@@ -89,21 +89,22 @@ class Decoder:
         }
 
     def read_matrix(self, linear: str) -> Tensor:
-        """The weight of a linear, by its name in the model, as (out, in), in the checkpoint's dtype."""
+        """The weight of a linear, given its name in the model, as (out, in), in the checkpoint's dtype."""
         index, _, name = linear.removeprefix(f"{self.prefix}.").partition(".")
         return self.read_linear(int(index), name)
 
     def read_shape(self, linear: str) -> tuple[int, int]:
-        """(out, in) of a linear, by its name in the model."""
+        """(out, in) of a linear, given its name in the model."""
         module = self.model.get_submodule(linear)
         num_out, num_in = as_matrix(module, cast(Tensor, module.weight)).shape
         return num_out, num_in
 
-    def whole(self, change: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
-        """The model with all its weights, to be trained; frozen.
+    def load_all(self, change: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
+        """The full model with all its weights, which are frozen.
 
         Args:
-            change: is given every part as soon as it is loaded: here a block can be made smaller before the next one comes.
+            change: called with each block when it is loaded, for example to quantize it before the next one is loaded, and
+                finally with the model.
         """
         self._fill_ends(head=True)
         for index, block in enumerate(self.blocks):
@@ -114,13 +115,13 @@ class Decoder:
 
     @contextmanager
     def loaded(self, index: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[nn.Module]:
-        """A block with its weights, which are freed at the end.
+        """A block with its weights, which are freed on exit.
 
         Args:
-            weights: by linear, (out, in): in the place of the checkpoint's.
+            weights: by linear, (out, in): used instead of the checkpoint's.
         """
         block = self.blocks[index]
-        empty = dict(block.state_dict())
+        unloaded = dict(block.state_dict())
         self._fill(block, f"{self.prefix}.{index}.")
         for name, weight in weights.items():
             module = block.get_submodule(name)
@@ -129,24 +130,24 @@ class Decoder:
         try:
             yield block
         finally:
-            block.load_state_dict(empty, assign=True)
+            block.load_state_dict(unloaded, assign=True)
 
     @contextmanager
-    def hollow(self, index: int) -> Iterator[nn.Module]:
-        """A block with zeros for weights: what it keeps in memory can be counted before there is anything to fill it with."""
+    def zeroed(self, index: int) -> Iterator[nn.Module]:
+        """A block with zeros as weights, to measure its memory without reading, or having, the weights."""
         block = self.blocks[index]
-        empty = dict(block.state_dict())
+        unloaded = dict(block.state_dict())
         for name, parameter in list(block.named_parameters()):
             self._put(block, name, nn.Parameter(torch.zeros(parameter.shape, device=self.device), requires_grad=False))
         try:
             yield block
         finally:
-            block.load_state_dict(empty, assign=True)
+            block.load_state_dict(unloaded, assign=True)
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """What enters the first block, (windows, tokens, width), and what every block is called with besides.
+        """The input of the first block, (windows, tokens, width), and the other arguments of every block.
 
-        Masks and positions differ between the blocks of some models (sliding windows), so they are noted for each.
+        The latter are recorded per block, because masks and positions differ between blocks in some models (sliding windows).
 
         Args:
             ids: (windows, tokens) token ids.
@@ -154,7 +155,7 @@ class Decoder:
         calls: list[Call] = []
         first: list[Tensor] = []
 
-        def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+        def record(index: int, hidden: Tensor, call: Call) -> Tensor:
             if index == 0:
                 first.append(hidden)
             calls.append(call)
@@ -163,52 +164,52 @@ class Decoder:
             return hidden
 
         self._fill_ends(head=False)
-        with self._stand_ins(note), torch.no_grad(), suppress(_BlocksReached):
+        with self._replaced_blocks(record), torch.no_grad(), suppress(_BlocksReached):
             self.model(input_ids=ids.to(self.device), use_cache=False)
         self._calls = (ids.shape[0], ids.shape[1]), calls
         return first[0], calls
 
     def calls(self, windows: int, tokens: int) -> list[Call]:
-        """What every block is called with besides the hidden states of so many windows of so many tokens."""
+        """The arguments of every block besides the hidden states, for a batch of (windows, tokens)."""
         if self._calls is None or self._calls[0] != (windows, tokens):
             return self.embed(torch.zeros(windows, tokens, dtype=torch.int64))[1]
         return self._calls[1]
 
     def forget_ends(self) -> None:
-        """Lets the weights outside the blocks go; they are read again when they are needed."""
-        for name, empty in self._empty_ends.items():
-            self._put(self.model, name, empty)
+        """Frees the weights outside the blocks; they are read again when they are needed."""
+        for name, unloaded in self._empty_ends.items():
+            self._put(self.model, name, unloaded)
         self._empty_ends.clear()
         self._tie()
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """What leaves a loaded block; under ``torch.enable_grad`` gradients flow back through it."""
+        """The output of a loaded block; differentiable under ``torch.enable_grad``."""
         result = block(hidden, *call[0], **call[1])
         return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The head on what left the last block: (1, tokens, vocabulary); gradients flow as in :meth:`run`."""
+        """The logits from the last block's output: (1, tokens, vocabulary); differentiable as in :meth:`run`."""
 
-        def hand_over(index: int, _: Tensor, call: Call) -> Tensor:
+        def skip(index: int, _: Tensor, call: Call) -> Tensor:
             return hidden
 
         self._fill_ends(head=True)
-        with self._stand_ins(hand_over):
+        with self._replaced_blocks(skip):
             return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False).logits)
 
     @contextmanager
-    def _stand_ins(self, act: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
-        """Lets ``act`` be called in place of the blocks: the model's own code still prepares masks and positions."""
+    def _replaced_blocks(self, function: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        """Calls ``function`` instead of the blocks; the model's code still prepares masks and positions."""
 
-        def stand_in(index: int) -> Callable[..., Tensor]:
+        def replacement(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 hidden = args[0] if args else kwargs.pop("hidden_states")
-                return act(index, hidden, (args[1:], kwargs))
+                return function(index, hidden, (args[1:], kwargs))
 
             return forward
 
         for index, block in enumerate(self.blocks):
-            block.forward = stand_in(index)
+            block.forward = replacement(index)
         try:
             yield
         finally:
@@ -216,14 +217,15 @@ class Decoder:
                 del block.forward
 
     def _fill_ends(self, head: bool) -> None:
-        """Loads what lies outside the blocks and is not there yet; the head only where it is wanted."""
-        last = cast(Any, self.model).get_output_embeddings()
+        """Loads the modules outside the blocks that are not loaded yet; the head only if ``head``."""
+        output = cast(Any, self.model).get_output_embeddings()
         for name, module in self.model.named_modules():
             outside = name != self.prefix and not name.startswith(self.prefix + ".")
-            own = dict(module.named_parameters(recurse=False))
-            if outside and (head or module is not last) and (not own or any(p.is_meta for p in own.values())):
+            parameters = dict(module.named_parameters(recurse=False))
+            unloaded = not parameters or any(parameter.is_meta for parameter in parameters.values())
+            if outside and (head or module is not output) and unloaded:
                 prefix = f"{name}." if name else ""
-                self._empty_ends |= {prefix + leaf: cast(nn.Parameter, empty) for leaf, empty in own.items()}
+                self._empty_ends |= {prefix + leaf: cast(nn.Parameter, value) for leaf, value in parameters.items()}
                 self._fill(module, prefix, recurse=False)
         self._tie()
 
@@ -240,7 +242,7 @@ class Decoder:
                 self._put(module, name, nn.Parameter(value, requires_grad=False))
             elif not self._is_tied(prefix + name):
                 raise FedgroveError(f"model: {self.checkpoint.path} lacks the tensor {stored}; the copy is incomplete")
-        persistent = module.state_dict().keys()  # old checkpoints hold more: causal masks, in dtypes that no longer fit
+        persistent = module.state_dict().keys()  # old checkpoints also hold causal masks, in dtypes that no longer fit
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             stored = self._stored(prefix + name)
             read = name in persistent and stored in self.checkpoint
@@ -249,7 +251,7 @@ class Decoder:
     def _read(self, name: str, shape: torch.Size) -> Tensor:
         value = self.checkpoint.read(name)
         if value.shape != shape:
-            raise FedgroveError(f"model: {name} has shape {list(value.shape)}, but config.json asks for {list(shape)}")
+            raise FedgroveError(f"model: {name} has shape {list(value.shape)}, but config.json specifies {list(shape)}")
         return value.to(self.device, self.dtype if value.dtype.is_floating_point else None)
 
     @staticmethod
@@ -260,26 +262,26 @@ class Decoder:
     def _stored(self, name: str) -> str:
         """A parameter's name in the checkpoint.
 
-        A model that was saved without its head lacks a prefix, and the head of GPT-NeoX and the experts of Mixtral are saved
-        under older names.
+        The names in a model that was saved without its head lack a prefix; the head of GPT-NeoX and the experts of Mixtral have
+        older names.
         """
         short = name.removeprefix(f"{self.model.base_model_prefix}.")
-        names = (name, short, name.replace("lm_head.", "embed_out.", 1), old_name(name), old_name(short))
+        names = (name, short, name.replace("lm_head.", "embed_out.", 1), legacy_name(name), legacy_name(short))
         return next((stored for stored in names if stored in self.checkpoint), name)
 
     def _is_tied(self, name: str) -> bool:
         return self._ties_head() and self.model.get_parameter(name) is cast(Any, self.model).get_output_embeddings().weight
 
     def _ties_head(self) -> bool:
-        """Whether the head is the embedding: then a checkpoint need not hold it."""
+        """Whether the head is tied to the embedding, so that a checkpoint need not hold it."""
         tied = bool(getattr(self.checkpoint.config.get_text_config(), "tie_word_embeddings", False))
         return tied and cast(Any, self.model).get_output_embeddings() is not None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The decoder blocks of a model and the name of the list that holds them.
+    """The decoder blocks of a model, and the name of the list that holds them.
 
-    They are the longest list of modules of one class that hold linears.
+    They are the longest ModuleList of modules of one class that contain linears.
 
     Raises:
         FedgroveError: there is no such list.
@@ -296,14 +298,15 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The prunable linears of a block by name: never norms, embeddings or the head, which lie outside or are no linears.
+    """The prunable linears of a block by name.
 
-    Nor what has a single output: that is a gate, such as the one of Qwen2-MoE's shared expert.
+    Norms, embeddings and the head are never among them. Linears with a single output are gates, such as that of Qwen2-MoE's
+    shared expert, and not prunable.
     """
     modules = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     return {name: module for name, module in modules.items() if getattr(module, "out_features", None) != 1}
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as (out, in): GPT-2's Conv1D keeps (in, out). Its own inverse."""
+    """The weight as (out, in); GPT-2's Conv1D stores (in, out). The function is its own inverse."""
     return weight.T if isinstance(module, Conv1D) else weight

@@ -1,4 +1,4 @@
-"""What a model costs to hold and to train: counted, and for activations measured on a block without weights."""
+"""What a model costs in memory and computation: counted, and for activations measured on a block with zero weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from fedgrove.models.experts import expert_of
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A model as far as it costs something; counted, but for ``saved``.
+    """The sizes of a model that determine its cost.
 
     Attributes:
         linears: (out, in) of each linear that can be tuned.
-        others: numbers in all other weights.
-        width: of the hidden states; vocabulary: number of logits.
-        num_blocks: decoder blocks.
-        saved: numbers that a block without adapters keeps for its backward pass, for one window; measured.
+        others: number of entries of all other weights.
+        width: of the hidden states.
+        vocabulary: number of logits.
+        num_blocks: number of decoder blocks.
+        saved: number of activations that a block without adapters saves for the backward pass of one window; measured.
         length: tokens of a window.
-        masked: the linears are pruned, so that the products of the factors are formed and masked.
+        masked: whether the linears are pruned, so that the products of the factors are computed and masked.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -38,15 +39,15 @@ class ModelCost:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all linears."""
+        """Number of entries of all linears."""
         return sum(rows * columns for rows, columns in self.linears.values())
 
 
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
-    """Counts a model, and what one of its blocks keeps for the backward pass of a window.
+    """Counts a model's weights, and measures the activations that one of its blocks saves for a window's backward pass.
 
     Raises:
-        FedgroveError: it has experts.
+        FedgroveError: the model is a mixture of experts.
     """
     if any(map(expert_of, decoder.linear_names())):
         raise FedgroveError(
@@ -57,22 +58,26 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
-    saved: dict[int, int] = {}  # storage -> its numbers; weights, which are saved too, are there anyway
+    saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
-    with decoder.hollow(0) as block, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with (
+        decoder.zeroed(0) as block,
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+    ):
         weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
         block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
     in_linears = sum(cast(torch.Tensor, m.weight).numel() for m in linears(decoder.blocks[0]).values())
-    everything = sum(parameter.numel() for parameter in decoder.model.parameters())
+    total = sum(parameter.numel() for parameter in decoder.model.parameters())
     return ModelCost(
         linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
-        others=everything - len(decoder) * in_linears,
+        others=total - len(decoder) * in_linears,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         num_blocks=len(decoder),

@@ -1,4 +1,4 @@
-"""One hash for each block of a model: tells where two copies differ, without sending either."""
+"""One hash per block of a model: shows where two copies differ without sending them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ ENDS, TOKENIZER = "ends", "tokenizer"
 
 
 def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]:
-    """SHA-256 of every block's tensors as they are read (name, shape, dtype, values), of the rest, and of the tokenizer.
+    """SHA-256 of every block's tensors (name, shape, dtype and values as read), of the other tensors, and of the tokenizer.
 
     Args:
         checkpoint: read tensor by tensor.
-        cache: a file that keeps the result as long as the model's files keep their sizes and times.
+        cache: a file with the result; it is valid as long as the sizes and times of the model's files do not change.
     """
-    watched = [file for file in sorted(checkpoint.path.iterdir()) if file.is_file()]
+    files = [file for file in sorted(checkpoint.path.iterdir()) if file.is_file()]
     stamp = json.dumps(
         [str(checkpoint.path.resolve()), str(checkpoint.dtype)]
-        + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in watched]
+        + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     )
     if cache is not None and cache.is_file():
         cached = json.loads(cache.read_text(encoding="utf-8"))
         if cached["stamp"] == stamp:
-            cached_digests: dict[str, str] = cached["digests"]
-            return cached_digests
+            stored: dict[str, str] = cached["digests"]
+            return stored
     sums: dict[str, hashlib._Hash] = {}
     for name in sorted(checkpoint.names()):
         number = re.search(r"\.(\d+)\.", name)
@@ -40,12 +40,12 @@ def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]
     tokenizer = checkpoint.path / "tokenizer.json"
     if tokenizer.is_file():
         sums[TOKENIZER] = hashlib.sha256(tokenizer.read_bytes())
-    digests = {part: digest.hexdigest() for part, digest in sorted(sums.items())}
+    result = {part: digest.hexdigest() for part, digest in sorted(sums.items())}
     if cache is not None:
-        write_atomically(cache, json.dumps({"stamp": stamp, "digests": digests}))
-    return digests
+        write_atomically(cache, json.dumps({"stamp": stamp, "digests": result}))
+    return result
 
 
 def first_difference(one: dict[str, str], other: dict[str, str]) -> str | None:
-    """The first part, by name, in which two models differ; None where they are the same."""
+    """The first part, by name, in which two models differ; None if they are equal."""
     return next((part for part in sorted(one.keys() | other.keys()) if one.get(part) != other.get(part)), None)

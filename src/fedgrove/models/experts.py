@@ -1,8 +1,8 @@
-"""Mixture-of-experts blocks with every expert's matrices as linears of their own, so that each has statistics of its own.
+"""Mixture-of-experts blocks with each expert's matrices as separate linears, so that each has its own input statistics.
 
-The transformers library keeps all experts of a block in two parameters of three dimensions, where most checkpoints hold a
-tensor for each matrix. Here the first are replaced by the second, and a checkpoint that holds the first is read as if it held
-the second (see :func:`slices`). Routers stay what they are: no linear, and never pruned.
+The transformers library stores all experts of a block in two parameters of three dimensions (fused), while most checkpoints
+hold one tensor per matrix. Here fused experts are replaced by separate linears, and a checkpoint with fused experts is read as
+if it held separate matrices (see :func:`slices`). Routers are unchanged: they are no linears, and never pruned.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fedgrove.errors import FedgroveError
 
-# where an expert is down(act(gate(x)) · up(x)) without biases and the router no nn.Linear; tested by running, one by one
+# Their experts are down(act(gate(x)) · up(x)) without biases, and their router is no nn.Linear; each was tested by running it.
 TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe")
-FUSED = ("gate_up_proj", "down_proj")  # (experts, 2·ff, width), the gate's rows first, and (experts, width, ff)
+FUSED = ("gate_up_proj", "down_proj")  # (experts, 2·ff, width), the gate's rows first; (experts, width, ff)
 
 
 class Expert(nn.Module):
-    """One expert: a gated feed-forward part."""
+    """One expert: a gated feed-forward network."""
 
     def __init__(self, width: int, channels: int, act: Any):
         super().__init__()
@@ -32,30 +32,33 @@ class Expert(nn.Module):
         self.act_fn = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """x is (tokens, width), as is the result."""
+        """(tokens, width) -> (tokens, width)."""
         return cast(Tensor, self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Experts(nn.Module):
-    """What transformers' fused experts compute; children ``0``, ``1``, … are the experts, on the meta device at first.
+    """Computes the same as transformers' fused experts; its children ``0``, ``1``, … are the experts, on the meta device.
 
     Args:
-        fused: the module that it stands in for.
+        fused: the module that it replaces.
     """
 
     def __init__(self, fused: nn.Module):
         super().__init__()
         number, width, channels = cast(Tensor, fused.down_proj).shape
-        for index in range(number):  # no ModuleList: those are where blocks are looked for
+        for index in range(number):  # not a ModuleList: find_blocks would take it for the blocks
             self.add_module(str(index), Expert(width, channels, fused.act_fn))
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Every token's sum of its experts' results. An expert that got no token is called with none: it has been reached.
+        """The weighted sum of each token's experts. Experts without tokens are called too, so that their hooks run.
 
         Args:
             hidden: (tokens, width).
             chosen: (tokens, k) indices of experts.
             weights: (tokens, k).
+
+        Returns:
+            (tokens, width).
         """
         result = torch.zeros_like(hidden)
         for index, expert in enumerate(self.children()):
@@ -66,14 +69,14 @@ class Experts(nn.Module):
 
 
 def unfuse(model: nn.Module, kind: str) -> None:
-    """Replaces all fused experts of a model without weights.
+    """Replaces all fused experts of a model, in place.
 
     Args:
-        model: of the transformers library.
+        model: of the transformers library, without weights.
         kind: its ``model_type``.
 
     Raises:
-        FedgroveError: there are some, and how they compute is not known here.
+        FedgroveError: it has fused experts of an unknown type.
     """
     for name, module in list(model.named_modules()):
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
@@ -86,23 +89,28 @@ def unfuse(model: nn.Module, kind: str) -> None:
 
 
 def expert_of(linear: str) -> str | None:
-    """The expert that a linear belongs to, by name; None where all tokens reach it."""
+    """The name of the expert that a linear belongs to; None if it belongs to none, so that all tokens reach it."""
     match = re.match(r"(.*\.experts\.\d+)\.", linear)
     return match[1] if match else None
 
 
-def old_name(name: str) -> str:
-    """A parameter's name in the checkpoints of Mixtral, which call the same things otherwise."""
-    for now, then in ((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."), (".up_proj.", ".w3.")):
-        name = name.replace(now, then)
+def legacy_name(name: str) -> str:
+    """A parameter's name in the checkpoints of Mixtral, which use older names."""
+    for current, legacy in (
+        (".mlp.", ".block_sparse_moe."),
+        (".gate_proj.", ".w1."),
+        (".down_proj.", ".w2."),
+        (".up_proj.", ".w3."),
+    ):
+        name = name.replace(current, legacy)
     return name
 
 
 def slices(name: str, shape: Sequence[int]) -> dict[str, tuple[int, slice]]:
-    """The matrices in a tensor of a checkpoint that holds fused experts: each one's name -> its expert and its rows.
+    """The matrices in a checkpoint's tensor of fused experts: the name of each -> its expert's index and its rows.
 
     Args:
-        name: of the tensor; for any but fused experts there are none.
+        name: of the tensor; the result is empty if it holds no fused experts.
         shape: of the tensor.
     """
     owner, _, leaf = name.rpartition(".")

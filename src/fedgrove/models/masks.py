@@ -1,6 +1,6 @@
-"""Which weights go: targets, exact counts and ties that fall the same way on every machine.
+"""Masks: which weights are pruned, with exact counts, and with ties that are broken the same way on every machine.
 
-Everywhere in fedgrove a mask is a bool tensor shaped like its weight, and True means kept.
+Everywhere in fedgrove a mask is a bool tensor with the shape of its weight, and True means kept.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SORTED_AT_ONCE = 2**20  # entries; sorting takes eight times the bytes of what it sorts
-FEW = 16  # entries that are compared with one another sooner than sorted
+SORTED_AT_ONCE = 2**20  # entries; sorting takes eight times the memory of its input
+FEW = 16  # entries; up to this number, comparing all pairs is faster than sorting
 
 
 @dataclass(frozen=True)
 class Target:
-    """How sparse a weight shall become.
+    """The target sparsity of a weight.
 
     Args:
-        sparsity: the fraction of the weights that go, 0 ≤ sparsity < 1.
+        sparsity: the fraction of the entries to prune, 0 ≤ sparsity < 1.
         pattern: ``(n, m)``: of every m consecutive inputs of an output row, n are kept; then ``sparsity`` is 1 − n/m.
     """
 
@@ -31,14 +31,14 @@ class Target:
 
     @classmethod
     def of(cls, sparsity: float | None, pattern: tuple[int, int] | None) -> Target:
-        """From the two keys of a job, exactly one of which is given."""
+        """From the two keys of a job, of which exactly one is given."""
         if pattern is not None:
             return cls(1.0 - pattern[0] / pattern[1], pattern)
         assert sparsity is not None
         return cls(sparsity)
 
     def num_pruned(self, numel: int) -> int:
-        """How many of ``numel`` weights go: the nearest whole number, halves up."""
+        """How many of ``numel`` entries are pruned: the nearest integer, halves rounded up."""
         return math.floor(self.sparsity * numel + 0.5)
 
     def __str__(self) -> str:
@@ -48,80 +48,85 @@ class Target:
 def lowest(keys: Sequence[Tensor], count: int) -> Tensor:
     """Marks exactly ``count`` entries: the lowest by the first key, ties by the next key, then by position.
 
-    Linear time: a threshold for each key, no sort. NaN is not allowed in a key.
+    Takes linear time, with one threshold per key instead of sorting. Keys must not contain NaN.
 
     Args:
         keys: tensors of one shape, the most important first.
         count: how many entries to mark, 0 ≤ count ≤ numel.
 
     Returns:
-        A bool tensor of that shape, True on the marked entries.
+        A bool tensor of that shape, True for the marked entries.
     """
     shape = keys[0].shape
     flat = [key.reshape(-1) for key in keys]
     marked = torch.zeros(flat[0].numel(), dtype=torch.bool, device=flat[0].device)
-    open_: Tensor | None = None  # positions that are still tied; None stands for all of them
+    candidates: Tensor | None = None  # positions that are still tied; None: all
     for key in flat:
         if count == 0:
             break
-        values = key if open_ is None else key[open_]
+        values = key if candidates is None else key[candidates]
         if count == values.numel():
             break
         threshold = _kth_lowest(values, count)
-        sure, tied = values <= threshold, None
-        if int(sure.count_nonzero()) > count:
-            sure, tied = values < threshold, (values == threshold).nonzero().squeeze(1)
-        if open_ is None:
-            marked = sure
+        below, tied = values <= threshold, None
+        if int(below.count_nonzero()) > count:
+            below, tied = values < threshold, (values == threshold).nonzero().squeeze(1)
+        if candidates is None:
+            marked = below
         else:
-            marked[open_[sure]] = True
+            marked[candidates[below]] = True
         if tied is None:
             return marked.view(shape)
-        count -= int(sure.count_nonzero())
-        open_ = tied if open_ is None else open_[tied]
-    if open_ is None:
+        count -= int(below.count_nonzero())
+        candidates = tied if candidates is None else candidates[tied]
+    if candidates is None:
         marked[:count] = True
     else:
-        marked[open_[:count]] = True
+        marked[candidates[:count]] = True
     return marked.view(shape)
 
 
 def lowest_of_few(key: Tensor, count: int | Tensor) -> Tensor:
-    """:func:`lowest` of every column by a single key, for short columns: each entry is compared with each other one.
+    """:func:`lowest` in every column by a single key, for short columns: compares all pairs of entries.
 
     Args:
         key: (entries, columns).
-        count: how many of each column to mark; one number, or (columns,).
+        count: how many entries of each column to mark; one number, or (columns,).
+
+    Returns:
+        (entries, columns) bool.
     """
-    number = torch.uint8 if len(key) <= 256 else torch.int16
-    lower = torch.zeros(key.shape, dtype=number, device=key.device)  # how many of its column are lower
+    dtype = torch.uint8 if len(key) <= 256 else torch.int16
+    lower = torch.zeros(key.shape, dtype=dtype, device=key.device)  # how many entries of the column are lower
     for i in range(len(key)):
         for j in range(i + 1, len(key)):
-            won = key[i] <= key[j]
-            lower[j] += won
-            lower[i] += ~won
+            first_lower = key[i] <= key[j]
+            lower[j] += first_lower
+            lower[i] += ~first_lower
     return lower < count
 
 
 def _lowest_of_rows(key: Tensor, counts: Tensor) -> Tensor:
-    """:func:`lowest` of every row by a single key: (rows, width) on a CPU, and how many of each row."""
+    """:func:`lowest` in every row by a single key, on a CPU: key is (rows, width), counts is (rows,)."""
     marked = torch.zeros(key.shape, dtype=torch.bool)
     for count in sorted(set(counts.tolist())):
         if count:
             rows = (counts == count).nonzero().squeeze(1)
             values = key[rows]
             threshold = torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1, None])
-            pruned = values <= threshold
-            many = (pruned.count_nonzero(1) > count).nonzero().squeeze(1)  # rows with ties at the threshold: the first ones go
+            selected = values <= threshold
+            many = (
+                (selected.count_nonzero(1) > count).nonzero().squeeze(1)
+            )  # with ties at the threshold: mark the first of them
             tied = values[many] == threshold[many]
-            below = pruned[many] & ~tied
-            pruned[many] = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
-            marked[rows] = pruned
+            below = selected[many] & ~tied
+            selected[many] = below | (tied & (tied.cumsum(1) <= count - below.sum(1, keepdim=True)))
+            marked[rows] = selected
     return marked
 
 
 def _kth_lowest(values: Tensor, k: int) -> Tensor | float:
-    """NumPy selects with vector instructions, several times faster than torch does on a CPU."""
+    """The k-th lowest value. On a CPU by NumPy, whose vectorized selection is several times faster than torch's."""
     if values.device.type != "cpu":
         return values.kthvalue(k).values
     numbers = values.numpy()
@@ -129,7 +134,7 @@ def _kth_lowest(values: Tensor, k: int) -> Tensor | float:
 
 
 def keep(keys: Sequence[Tensor], target: Target) -> Tensor:
-    """The mask that keeps the highest entries of a whole matrix, or of every group of an N:M pattern.
+    """The mask that keeps the highest entries of the matrix, or of every group of an N:M pattern.
 
     Args:
         keys: tensors of one shape (out, in), the most important first, as in :func:`lowest` and :func:`keep_highest`.
@@ -140,19 +145,19 @@ def keep(keys: Sequence[Tensor], target: Target) -> Tensor:
     return keep_highest(keys, target) if target.pattern else ~lowest(keys, target.num_pruned(keys[0].numel()))
 
 
-def spread(total: int, parts: int) -> list[int]:
-    """Splits ``total`` into ``parts`` whole numbers that differ by at most one, in a fixed order."""
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Splits ``total`` into ``parts`` integers that differ by at most one, in a fixed order."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
-    """The mask that keeps the highest entries of every output row (or of every group of an N:M pattern).
+    """The mask that keeps the highest entries of every output row, or of every group of an N:M pattern.
 
-    Every row loses the same number of weights, or one more, so that the whole loses exactly
-    ``target.num_pruned(numel)``. (The published Wanda rounds down in every row and so misses the target.)
+    The number of pruned entries differs by at most one between rows, so that exactly ``target.num_pruned(numel)`` entries are
+    pruned in total. (The published Wanda rounds down in every row, and so misses the target.)
 
     Args:
-        keys: tensors of one shape (out, in), the most important first; ties by the next key, then the later input stays.
+        keys: tensors of one shape (out, in), the most important first; ties by the next key, then the later input is kept.
         target: with a pattern (n, m), ``in`` must be a multiple of m.
 
     Returns:
@@ -165,7 +170,7 @@ def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
         rows, width, pruned = num_out * num_in // m, m, torch.full((num_out * num_in // m,), m - n, device=device)
     else:
         total = target.num_pruned(num_out * num_in)
-        rows, width, pruned = num_out, num_in, torch.tensor(spread(total, num_out), device=device)
+        rows, width, pruned = num_out, num_in, torch.tensor(split_evenly(total, num_out), device=device)
     ranks = torch.arange(width, device=device)
     mask = torch.empty(rows, width, dtype=torch.bool, device=device)
     at_once = max(1, SORTED_AT_ONCE // width)

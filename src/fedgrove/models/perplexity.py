@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is by text it has not seen."""
+"""Perplexity of a model on held-out text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fedgrove.events import OnProgress
 from fedgrove.models.blocks import Decoder
 
-CHUNK = 65536  # tokens whose hidden states are held at once
+CHUNK = 65536  # tokens whose hidden states are in memory at once
 
 
 def negative_log_likelihood(
@@ -19,7 +19,7 @@ def negative_log_likelihood(
 ) -> tuple[float, int]:
     """−Σ log p(token | the tokens before it in its window), in nats, and the number of tokens predicted.
 
-    The first token of a window is given, not predicted. Blocks are loaded one after the other.
+    The first token of each window is not predicted. Blocks are loaded one after the other.
 
     Args:
         decoder: the model.
@@ -33,27 +33,27 @@ def negative_log_likelihood(
 def negative_log_likelihoods(
     decoder: Decoder, windows: Sequence[Tensor], on_progress: OnProgress = lambda done, total: None
 ) -> list[tuple[float, int]]:
-    """Likewise, window by window: what a confidence interval is made from."""
+    """:func:`negative_log_likelihood` of each window, for confidence intervals."""
     each: list[tuple[float, int]] = []
     start = 0
     while start < len(windows):
-        end, num_tokens = start, 0
-        while end < len(windows) and (end == start or num_tokens + windows[end].numel() <= CHUNK):
-            num_tokens += windows[end].numel()
+        end, tokens = start, 0
+        while end < len(windows) and (end == start or tokens + windows[end].numel() <= CHUNK):
+            tokens += windows[end].numel()
             end += 1
         part = windows[start:end]
         calls = {}
-        states = []
+        hidden_states = []
         for ids in part:
             hidden, call = decoder.embed(ids)
             calls[ids.shape[1]] = call
-            states.append(hidden)
+            hidden_states.append(hidden)
         for index in range(len(decoder)):
             with decoder.loaded(index) as block:
                 for i, ids in enumerate(part):
-                    states[i] = decoder.run(block, states[i], calls[ids.shape[1]][index])
+                    hidden_states[i] = decoder.run(block, hidden_states[i], calls[ids.shape[1]][index])
             on_progress(start + len(part) * (index + 1) / len(decoder), len(windows))
-        for ids, hidden in zip(part, states, strict=True):
+        for ids, hidden in zip(part, hidden_states, strict=True):
             logits = decoder.logits(ids, hidden)[0, :-1].float()
             target = ids[0, 1:].to(logits.device)
             each.append((float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")), target.numel()))
@@ -62,13 +62,13 @@ def negative_log_likelihoods(
 
 
 def perplexity(decoder: Decoder, windows: Sequence[Tensor], on_progress: OnProgress = lambda done, total: None) -> float:
-    """exp of the mean negative log-likelihood per predicted token: stride = window length, no overlap."""
+    """exp of the mean negative log-likelihood per predicted token; windows do not overlap."""
     total, count = negative_log_likelihood(decoder, windows, on_progress)
     return math.exp(total / count)
 
 
-def of_logits(logits: Callable[[Tensor], Tensor], windows: Sequence[Tensor]) -> tuple[float, int]:
-    """Like :func:`negative_log_likelihood`, of any program that gives logits.
+def nll_of_logits(logits: Callable[[Tensor], Tensor], windows: Sequence[Tensor]) -> tuple[float, int]:
+    """Like :func:`negative_log_likelihood`, for any function that computes logits.
 
     Args:
         logits: (1, tokens) token ids -> (1, tokens, vocabulary).

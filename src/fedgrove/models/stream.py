@@ -1,6 +1,6 @@
-"""A checkpoint on disk, read and written tensor by tensor: the model is never whole in memory.
+"""Checkpoints on disk, read and written tensor by tensor, so that the full model is never in memory.
 
-Safetensors only: a pickle can run code.
+Only safetensors files are read: a pickle can run code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_file, atomic_folder
 from fedgrove.models.experts import slices
-from fedgrove.models.width import Width, narrowed
+from fedgrove.models.width import Width, narrower_config
 
 SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
@@ -42,22 +42,22 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 
 
 class Checkpoint:
-    """A Hugging Face model directory, and folders of changed tensors laid over it.
+    """A Hugging Face model directory, and overlays: folders with tensors that replace those of the model.
 
-    Stages never rewrite a model: they write the blocks that they changed, one file each, into an overlay. Reading
-    prefers the newest overlay; :meth:`write` turns the pile into one plain directory.
+    Stages never rewrite a model. They write the blocks that they changed into an overlay, one file per block. Reading uses the
+    newest overlay that has the tensor; :meth:`write` merges all into one plain directory.
 
-    Where the experts of a block are fused into one tensor, each of their matrices can be read and laid over by itself too,
-    under the name that it has where they are not (see :func:`fedgrove.models.experts.slices`).
+    If the experts of a block are fused into one tensor, each of their matrices can also be read and replaced separately, under
+    the name that it has in checkpoints without fused experts (see :func:`fedgrove.models.experts.slices`).
 
     Args:
         path: a directory with ``config.json`` and safetensors files.
-        dtype: read floating-point tensors in this dtype; None leaves them as they are on disk.
+        dtype: read floating-point tensors in this dtype; None: as on disk.
         overlays: folders of safetensors files that replace tensors of the same name, oldest first.
-        width: of its blocks, where the overlays made them narrower than config.json says; None: as that says.
+        width: of the blocks, if the overlays made them narrower than in config.json; None: as in config.json.
 
     Raises:
-        FedgroveError: the directory is no model, has no safetensors, or a file is damaged.
+        FedgroveError: the directory is no model, has no safetensors files, or a file is damaged.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None, overlays: Iterable[Path] = (), width: Width | None = None):
@@ -71,39 +71,39 @@ class Checkpoint:
         self._file_of: dict[str, Path] = {}
         self._slices: dict[str, tuple[str, int, slice]] = {}  # of fused experts: tensor, expert, rows
         for file in self._weight_files():
-            self.shards[file.name] = self._note(file)
+            self.shards[file.name] = self._register(file)
         for overlay in self.overlays:
             for file in sorted(overlay.glob("*.safetensors")):
-                self._note(file)
+                self._register(file)
 
-    def _note(self, file: Path) -> list[str]:
-        """Lays a file over what is known so far; its tensors, in file order."""
+    def _register(self, file: Path) -> list[str]:
+        """Lets the tensors of a file replace those of earlier files; returns their names in file order."""
         header = _header(file)
         for name, entry in header.items():
             self._file_of[name] = file
-            for part, where in slices(name, entry["shape"]).items():
-                self._slices[part] = (name, *where)
+            for part, location in slices(name, entry["shape"]).items():
+                self._slices[part] = (name, *location)
                 self._file_of[part] = file
         return list(header)
 
     def over(self, *overlays: Path, width: Width | None = None) -> Checkpoint:
-        """The same checkpoint with more overlays on top; those that are already there keep their place.
+        """The same checkpoint with more overlays on top; overlays that it already has keep their position.
 
         Args:
-            width: of the blocks, where these overlays change it.
+            width: of the blocks, if these overlays change it.
         """
-        more = [overlay for overlay in overlays if overlay not in self.overlays]
-        return Checkpoint(self.path, self.dtype, (*self.overlays, *more), width or self.width)
+        new = [overlay for overlay in overlays if overlay not in self.overlays]
+        return Checkpoint(self.path, self.dtype, (*self.overlays, *new), width or self.width)
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
-        except (ValueError, OSError, KeyError) as fault:
-            raise FedgroveError(f"model: {self.path / 'config.json'} is not understood: {_first_line(fault)}") from fault
+        except (ValueError, OSError, KeyError) as error:
+            raise FedgroveError(f"model: {self.path / 'config.json'} is not understood: {_first_line(error)}") from error
         if self.width is not None:
-            config = AutoConfig.for_model(**narrowed(self._raw_config(), config, self.width))
+            config = AutoConfig.for_model(**narrower_config(self._raw_config(), config, self.width))
         return config
 
     def _raw_config(self) -> dict[str, Any]:
@@ -111,23 +111,23 @@ class Checkpoint:
         return raw
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies beside the weights."""
+        """The tokenizer in the model directory."""
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(self.path)
-        except (ValueError, OSError, KeyError) as fault:
-            raise FedgroveError(f"model: {self.path} has no tokenizer that loads: {_first_line(fault)}") from fault
+        except (ValueError, OSError, KeyError) as error:
+            raise FedgroveError(f"model: {self.path} has no tokenizer that loads: {_first_line(error)}") from error
 
     def names(self) -> list[str]:
-        """Every tensor of the checkpoint."""
+        """The names of all tensors of the checkpoint."""
         return [name for names in self.shards.values() for name in names]
 
     def changed(self) -> list[str]:
-        """The tensors that an overlay replaces, or a part of them."""
-        over = {name for name, file in self._file_of.items() if file.parent in self.overlays}
-        over |= {self._slices[name][0] for name in over if name in self._slices}
-        return [name for name in self.names() if name in over]
+        """The names of the tensors that overlays replace, entirely or in part."""
+        replaced = {name for name, file in self._file_of.items() if file.parent in self.overlays}
+        replaced |= {self._slices[name][0] for name in replaced if name in self._slices}
+        return [name for name in self.names() if name in replaced]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -146,7 +146,7 @@ class Checkpoint:
         return tensor.to(self._dtype_of(tensor.dtype))
 
     def spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
-        """Shape and dtype of :meth:`read`, without reading."""
+        """Shape and dtype of :meth:`read`, without reading the tensor."""
         header = _header(self._file_of[name])
         if self._is_slice(name):
             fused, _, rows = self._slices[name]
@@ -156,7 +156,7 @@ class Checkpoint:
         return torch.Size(entry["shape"]), self._dtype_of(_TORCH_DTYPES[entry["dtype"]])
 
     def _is_slice(self, name: str) -> bool:
-        """Whether a tensor lies inside another one."""
+        """Whether a tensor is a slice of another tensor of its file."""
         return name in self._slices and name not in _header(self._file_of[name])
 
     def num_bytes(self) -> int:
@@ -168,23 +168,23 @@ class Checkpoint:
         return total
 
     def fingerprint(self) -> str:
-        """Tells two checkpoints apart without reading their weights: names, shapes, dtypes, sizes and configuration."""
+        """A hash of names, shapes, dtypes, file sizes and configuration, to distinguish checkpoints without reading weights."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in self._weight_files():
             digest.update(json.dumps([file.name, file.stat().st_size, _header(file)]).encode())
         return digest.hexdigest()
 
     def write(self, out: Path, texts: Mapping[str, str] | None = None) -> None:
-        """Writes one plain model directory: the same shards, the same order, configuration and tokenizer beside them.
+        """Writes one plain model directory atomically: the same shards and order of tensors, configuration, tokenizer.
 
-        Memory: one tensor. The folder appears under its name only when it is complete.
+        Memory: one tensor.
 
         Args:
             out: the folder.
-            texts: small files to write as well, or instead of those that lie beside the weights: name -> content.
+            texts: text files to add or to replace, name -> content.
 
         Raises:
-            FedgroveError: ``out`` exists already.
+            FedgroveError: ``out`` already exists.
         """
         if out.exists():
             raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
@@ -192,7 +192,7 @@ class Checkpoint:
             self.write_into(partial, texts)
 
     def write_into(self, folder: Path, texts: Mapping[str, str] | None = None) -> None:
-        """What :meth:`write` does, into a folder that is there, file after file."""
+        """Like :meth:`write`, but into an existing folder and not atomically."""
         for file in small_files(self.path):
             shutil.copyfile(file, folder / file.name)
         for name, text in (texts or {}).items():
@@ -206,7 +206,7 @@ class Checkpoint:
             (folder / INDEX).write_text(json.dumps(index, indent=2))
         config = self._raw_config()
         if self.width is not None:
-            config = narrowed(config, AutoConfig.from_pretrained(self.path), self.width)
+            config = narrower_config(config, AutoConfig.from_pretrained(self.path), self.width)
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -218,8 +218,8 @@ class Checkpoint:
             try:
                 index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
                 files = [self.path / name for name in sorted(set(index["weight_map"].values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as fault:
-                raise FedgroveError(f"model: {self.path / INDEX} is damaged ({_first_line(fault)})", "copy it again") from fault
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FedgroveError(f"model: {self.path / INDEX} is damaged ({_first_line(error)})", "copy it again") from error
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise FedgroveError(f"model: {self.path} lacks {missing[0]}, which {INDEX} names", "copy it there")
@@ -237,8 +237,10 @@ class Checkpoint:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file (a block), completely or not at all."""
-    aligned = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # as the format's own writer does it
+    """Writes a safetensors file atomically; ``tensors`` are in memory."""
+    aligned = sorted(
+        tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
+    )  # the order of the safetensors library
     specs = {name: (tensor.shape, tensor.dtype) for name, tensor in aligned}
     with atomic_file(path) as partial:
         write_safetensors(partial, specs, (tensor for _, tensor in aligned), metadata)
@@ -256,10 +258,10 @@ def write_safetensors(
         path: the file.
         specs: name, shape and dtype of every tensor, in file order.
         tensors: the tensors, in that order.
-        metadata: texts to write beside them.
+        metadata: strings for the header.
 
     Raises:
-        OSError: the disk is full, for one.
+        OSError: for example, the disk is full.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
@@ -268,7 +270,7 @@ def write_safetensors(
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns its data to eight bytes
+    text += b" " * (-len(text) % 8)  # the data are aligned to eight bytes
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
@@ -278,33 +280,33 @@ def write_safetensors(
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor as they lie in memory, without a copy."""
+    """The bytes of a tensor in memory, without a copy if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def small_files(folder: Path) -> list[Path]:
-    """What is not a weight: configuration, index, tokenizer, model card, licence."""
+    """The files of a model directory that are not weights: configuration, index, tokenizer, model card, license."""
     return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.endswith(_WEIGHTS)]
 
 
 def find_model(path: str, revision: str | None = None) -> Path:
-    """A local directory, or the local copy of a model of the Hugging Face hub (fetched if it is not there yet).
+    """A local directory, or the local copy of a model of the Hugging Face hub, which is downloaded if necessary.
 
     Raises:
-        FedgroveError: neither exists, or the hub cannot be reached.
+        FedgroveError: there is no such directory or model, or the hub cannot be reached.
     """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
-    except (HFValidationError, OSError) as fault:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, OSError) as error:
         raise FedgroveError(
-            f"model.path: {path} is neither a directory here nor a model that the hub gives out ({type(fault).__name__})"
-        ) from fault
+            f"model.path: {path} is neither a directory here nor an accessible model on the hub ({type(error).__name__})"
+        ) from error
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -313,13 +315,13 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _headers(file: Path, changed: int) -> dict[str, Any]:
+def _headers(file: Path, modified: int) -> dict[str, Any]:  # `modified`, in nanoseconds, is part of the cache's key
     try:
-        with safe_open(file, framework="pt") as opened:
-            parts = ((name, opened.get_slice(name)) for name in opened.offset_keys())
-            header = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in parts}
-    except (SafetensorError, OSError) as fault:
-        raise FedgroveError(f"model: {file} is damaged ({_first_line(fault)})", "copy it again") from fault
+        with safe_open(file, framework="pt") as reader:
+            tensors = ((name, reader.get_slice(name)) for name in reader.offset_keys())
+            header = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in tensors}
+    except (SafetensorError, OSError) as error:
+        raise FedgroveError(f"model: {file} is damaged ({_first_line(error)})", "copy it again") from error
     for name, entry in header.items():
         if entry["dtype"] not in _TORCH_DTYPES:
             raise FedgroveError(
@@ -329,5 +331,5 @@ def _headers(file: Path, changed: int) -> dict[str, Any]:
     return header
 
 
-def _first_line(fault: BaseException) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,8 @@
-"""How wide the blocks of a model are, which weights belong to one channel or head, and the config.json of narrower ones.
+"""The widths of a model's blocks, the weights that belong to a channel or head, and the config.json after structured pruning.
 
-A group is what can only be cut as a whole: an MLP channel, with its row in the linears that make it and its column in the
-linear that reads it; or a key-value head, with the query heads that share it and their columns of the output projection
-(the coupled structures of LLM-Pruner; Ma et al., NeurIPS 2023).
+A group is a set of weights that must be removed together: an MLP channel, which has a row in each linear that produces it and a
+column in the linear that consumes it; or a key-value head with the query heads that share it and their columns of the output
+projection (the coupled structures of LLM-Pruner; Ma et al., NeurIPS 2023).
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ from fedgrove.errors import FedgroveError
 
 @dataclass(frozen=True)
 class Width:
-    """What every block of a model has: MLP channels, and groups of heads (key-value heads with their query heads)."""
+    """The widths of every block of a model.
+
+    Attributes:
+        channels: number of MLP channels.
+        heads: number of groups of heads (a key-value head with its query heads).
+    """
 
     channels: int
     heads: int
 
 
 @dataclass(frozen=True)
-class Part:
+class CoupledLinears:
     """The linears of one kind of group, by their names in a block.
 
     Attributes:
-        makers: lose rows (and entries of their biases), group after group.
-        reader: loses columns.
+        producers: their rows and biases belong to the groups, in the order of the groups.
+        consumer: its columns belong to the groups.
     """
 
-    makers: tuple[str, ...]
-    reader: str
+    producers: tuple[str, ...]
+    consumer: str
 
 
 @dataclass(frozen=True)
@@ -45,66 +50,65 @@ class Family:
 
     Attributes:
         channels: the linears of an MLP channel.
-        key: of config.json: the number of channels.
-        heads: the linears of a group of heads; None where config.json cannot say that heads × head size is not the width.
+        key: the key of config.json with the number of channels.
+        heads: the linears of a group of heads; None if config.json implies that heads × head size is the width.
     """
 
-    channels: Part
+    channels: CoupledLinears
     key: str = "intermediate_size"
-    heads: Part | None = None
+    heads: CoupledLinears | None = None
 
 
-_GATED = Part(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
-_LLAMA = Family(_GATED, heads=Part(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"))
+_GATED = CoupledLinears(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LLAMA = Family(_GATED, heads=CoupledLinears(_QKV, "self_attn.o_proj"))
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma2": _LLAMA,
-    "phi": Family(
-        Part(("mlp.fc1",), "mlp.fc2"),
-        heads=Part(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.dense"),
-    ),
-    "opt": Family(Part(("fc1",), "fc2"), "ffn_dim"),
-    "gpt2": Family(Part(("mlp.c_fc",), "mlp.c_proj"), "n_inner"),
-    "gpt_neox": Family(Part(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
+    "phi": Family(CoupledLinears(("mlp.fc1",), "mlp.fc2"), heads=CoupledLinears(_QKV, "self_attn.dense")),
+    "opt": Family(CoupledLinears(("fc1",), "fc2"), "ffn_dim"),
+    "gpt2": Family(CoupledLinears(("mlp.c_fc",), "mlp.c_proj"), "n_inner"),
+    "gpt_neox": Family(CoupledLinears(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
 }
-_DIVISIBLE = ("llama", "gemma2")  # whose configuration is refused where the width is no multiple of the number of heads
+_DIVISIBLE = ("llama", "gemma2")  # their configuration requires that the number of heads divides the width
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The architecture of a model.
 
     Raises:
-        FedgroveError: it is not known which of its weights belong together.
+        FedgroveError: it is unknown which of its weights form groups.
     """
     if config.model_type not in FAMILIES:
         raise FedgroveError(
-            f"model: blocks of type {config.model_type} cannot be narrowed, those of {', '.join(FAMILIES)} can", "prune instead"
+            f"model: structured pruning is not possible for type {config.model_type}, only for {', '.join(FAMILIES)}",
+            "prune instead",
         )
     return FAMILIES[config.model_type]
 
 
 def width_of(config: PretrainedConfig) -> Width:
-    """How wide the blocks of a model are."""
+    """The widths of a model's blocks."""
     channels = getattr(config, family_of(config).key)
-    return Width(channels or 4 * config.hidden_size, _kv_heads(config))  # GPT-2 writes null for four times its width
+    return Width(channels or 4 * config.hidden_size, _kv_heads(config))  # GPT-2: null stands for four times the width
 
 
-def narrowed(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> dict[str, Any]:
-    """The config.json of a model whose blocks are narrower.
+def narrower_config(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> dict[str, Any]:
+    """The config.json of a model after structured pruning.
 
-    Llama's configuration wants the number of heads to divide the width of the model. Where it does not, the model is
-    described as a Mistral without a sliding window: the same computation, tensor for tensor, without that wish.
+    Llama's configuration requires that the number of heads divides the width of the model. If it does not, the model is
+    described as a Mistral without a sliding window: the same computation with the same tensors, without this requirement.
 
     Args:
-        raw: config.json as it is.
-        config: the same as transformers understands it, defaults filled in.
+        raw: the current config.json.
+        config: the same as parsed by transformers, with defaults filled in.
         width: of the new blocks.
 
     Raises:
-        FedgroveError: no configuration of this architecture says so.
+        FedgroveError: a configuration of this architecture cannot express the width.
     """
     family, kind = family_of(config), config.model_type
     new = {**raw, family.key: width.channels}
@@ -112,7 +116,7 @@ def narrowed(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> 
         return new
     if family.heads is None or getattr(config, "qk_layernorm", False):
         raise FedgroveError(
-            f"heads: a configuration of type {kind} has no heads to spare", "set it to 0 and cut channels alone"
+            f"heads: a configuration of type {kind} does not allow fewer heads", "set it to 0 and prune only channels"
         )
     queries = config.num_attention_heads // _kv_heads(config)
     heads = queries * width.heads
@@ -124,15 +128,16 @@ def narrowed(raw: Mapping[str, Any], config: PretrainedConfig, width: Width) -> 
     if kind in _DIVISIBLE and config.hidden_size % heads:
         if kind != "llama" or config.attention_bias or config.mlp_bias:
             fits = [n for n in range(1, _kv_heads(config)) if config.hidden_size % (queries * n) == 0]
+            keep = f"keep {' or '.join(map(str, fits))} of the {_kv_heads(config)} groups of heads, or " if fits else ""
             raise FedgroveError(
-                f"heads: a configuration of type {kind} cannot say {heads} heads at a width of {config.hidden_size}, which is "
-                "no multiple of it",
-                f"of {_kv_heads(config)} groups of heads {_any_of(fits)} may stay, or set it to 0",
+                f"heads: a configuration of type {kind} does not allow {heads} heads, because they do not divide the width of "
+                f"{config.hidden_size}",
+                f"{keep}set it to 0",
             )
-        given = {key: value for key, value in config.to_dict().items() if key in _MISTRAL_DEFAULTS and key not in raw}
+        defaults = {key: value for key, value in config.to_dict().items() if key in _MISTRAL_DEFAULTS and key not in raw}
         mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        # transformers takes the tokenizer of a Mistral that was written before version 5 for one with a known fault
-        new |= given | mistral | {"transformers_version": transformers.__version__}
+        # without the version, transformers assumes a known bug of tokenizers of Mistral models from before version 5
+        new |= defaults | mistral | {"transformers_version": transformers.__version__}
         if not raw.keys() & {"rope_theta", "rope_parameters"}:
             new["rope_parameters"] = config.rope_parameters
     return new
@@ -142,23 +147,19 @@ _MISTRAL_DEFAULTS = ("vocab_size", "hidden_size", "num_hidden_layers", "max_posi
 
 
 def group_sums(product: Tensor, number: int) -> Tensor:
-    """What belongs to each group of a reader's inputs, added up: (..., in) -> (..., number)."""
+    """Sums over each group of a consumer's inputs: (..., in) -> (..., number)."""
     return product.reshape(*product.shape[:-1], number, -1).sum(-1)
 
 
-def cut_rows(tensor: Tensor, number: int, kept: Tensor) -> Tensor:
-    """A maker's weight (out, in) or bias (out,) with the kept of its ``number`` groups of rows."""
-    return tensor.reshape(number, -1, *tensor.shape[1:])[kept].flatten(0, 1)
+def cut_rows(tensor: Tensor, number: int, keep: Tensor) -> Tensor:
+    """The rows of a producer's weight (out, in) or bias (out,) that belong to the groups ``keep`` (indices) of ``number``."""
+    return tensor.reshape(number, -1, *tensor.shape[1:])[keep].flatten(0, 1)
 
 
-def cut_columns(weight: Tensor, number: int, kept: Tensor) -> Tensor:
-    """A reader's weight (out, in) with the kept of its ``number`` groups of columns."""
-    return weight.reshape(len(weight), number, -1)[:, kept].flatten(1, 2)
+def cut_columns(weight: Tensor, number: int, keep: Tensor) -> Tensor:
+    """The columns of a consumer's weight (out, in) that belong to the groups ``keep`` (indices) of ``number``."""
+    return weight.reshape(len(weight), number, -1)[:, keep].flatten(1, 2)
 
 
 def _kv_heads(config: PretrainedConfig) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _any_of(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers)) if numbers else "none"

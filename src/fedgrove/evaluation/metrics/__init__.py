@@ -1,4 +1,4 @@
-"""What a model is worth, besides perplexity: each measure is a file. Every number that is a mean has an interval."""
+"""Metrics besides perplexity, one file for each. Every number that is a mean has a confidence interval."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from fedgrove.data.chat import as_text
 from fedgrove.data.sources import read_fields
 from fedgrove.errors import FedgroveError
 
-if TYPE_CHECKING:  # a report reads intervals of a run, and shall be there at once
+if TYPE_CHECKING:  # importing transformers takes seconds, and reports only need the intervals
     from transformers import PreTrainedTokenizerBase
 
-RESAMPLED = 1000
+RESAMPLES = 1000
 LEVEL = 0.95
-Parts = Sequence[Sequence[float]]  # for each example the numbers that are summed: what, and how many of them
+Parts = Sequence[Sequence[float]]  # per example, the numbers that are summed, such as (sum, count)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number and the interval that holds it with 95 % confidence; None where there is nothing to draw again.
+    """A number with its 95 % confidence interval.
 
-    ``parts``: where the number is a mean, what it is the mean of: (sum, how many) of each example, for :func:`resampled`.
+    Attributes:
+        low, high: the interval; None if there is nothing to resample.
+        parts: if the number is a mean, (sum, count) of each example, for :func:`resampled`.
     """
 
     value: float
@@ -45,14 +47,13 @@ class Measured:
 def bootstrap(parts: Parts, statistic: Callable[[Sequence[float]], float], seed: int = 0) -> Measured:
     """A statistic of a sum over examples, with its percentile bootstrap interval (Efron 1979).
 
-    Examples are drawn again, as many as there are, with replacement. They must be independent: consecutive windows of one
-    long text are not quite, so that the interval of its perplexity is too narrow; and an interval says nothing of texts
-    of another kind.
+    Examples are resampled with replacement, as many as there are. They must be independent: consecutive windows of one long
+    text are not entirely, so the interval of its perplexity is too narrow. An interval does not apply to other kinds of text.
 
     Args:
         parts: for each example the numbers that are summed.
-        statistic: is given the sums.
-        seed: of the draw; the same one gives the same interval.
+        statistic: a function of the sums.
+        seed: of the resampling; the same seed gives the same interval.
     """
     table = np.asarray(parts, dtype=np.float64)
     value = float(statistic([sum(column) for column in zip(*parts, strict=True)]))
@@ -63,41 +64,41 @@ def bootstrap(parts: Parts, statistic: Callable[[Sequence[float]], float], seed:
 
 
 def resampled(texts: Sequence[Mapping[Any, Parts]], seed: int = 0) -> dict[Any, np.ndarray]:
-    """Means of several models on the same examples, for the interval of what lies *between* the models.
+    """Resampled means of several models on the same examples, for the interval of the *difference* between models.
 
-    Examples are drawn again as by :func:`bootstrap`, but every draw is the same for all models, so that what makes an example
-    hard for all of them cancels in a difference: the paired bootstrap. Every text is drawn from by itself.
+    Examples are resampled as in :func:`bootstrap`, but with the same resamples for all models, so that the difficulty of an
+    example cancels in the difference: the paired bootstrap. Each text is resampled separately.
 
     Args:
-        texts: for each text the parts (sum, how many) of its examples by model; the same models and examples in all.
-        seed: of the draws.
+        texts: for each text, (sum, count) of each example by model; models and examples are the same throughout.
+        seed: of the resampling.
 
     Returns:
-        By model (1000,): the mean over the texts of Σ sum / Σ how many; of −log p that is the logarithm of a perplexity.
+        By model (1000,): the mean over the texts of Σ sum / Σ count; for −log p this is the logarithm of a perplexity.
     """
-    arrays: dict[Any, np.ndarray] = {}
+    means: dict[Any, np.ndarray] = {}
     rng = np.random.default_rng(seed)
-    for of_text in texts:
-        draws = _draws(len(next(iter(of_text.values()))), rng)
-        for model, parts in of_text.items():
+    for parts_by_model in texts:
+        draws = _draws(len(next(iter(parts_by_model.values()))), rng)
+        for model, parts in parts_by_model.items():
             sums = draws @ np.asarray(parts, dtype=np.float64)
-            arrays[model] = arrays.get(model, 0.0) + sums[:, 0] / sums[:, 1] / len(texts)
-    return arrays
+            means[model] = means.get(model, 0.0) + sums[:, 0] / sums[:, 1] / len(texts)
+    return means
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The percentile interval of a statistic's values over the draws."""
+    """The percentile interval of a statistic's values over the resamples."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def _draws(examples: int, rng: np.random.Generator) -> np.ndarray:
-    """(1000, examples): how often each example is drawn."""
-    return rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLED).astype(np.float64)
+    """How often each example is in each resample, (1000, examples)."""
+    return rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(np.float64)
 
 
 def mean(values: Sequence[float], seed: int = 0) -> Measured:
-    """The mean of independent values."""
+    """The mean of independent values, with its interval."""
     parts = [(value, 1.0) for value in values]
     return replace(bootstrap(parts, lambda sums: sums[0] / sums[1], seed), parts=parts)
 
@@ -105,9 +106,9 @@ def mean(values: Sequence[float], seed: int = 0) -> Measured:
 def read_pairs(
     path: Path, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[tuple[str, str]]:
-    """The records of a source as (prompt, answer); at most ``limit``, from its beginning."""
+    """The first ``limit`` records of a source, or all of them, as (prompt, answer)."""
     fields = islice(read_fields(path, {"prompt": prompt, "answer": answer}), limit)
-    pairs = [(as_text(ask, tokenizer), as_text(said, tokenizer)) for ask, said in fields]
+    pairs = [(as_text(question, tokenizer), as_text(reply, tokenizer)) for question, reply in fields]
     if not pairs:
-        raise FedgroveError(f"{path}: it holds no record")
+        raise FedgroveError(f"{path}: it has no records")
     return pairs

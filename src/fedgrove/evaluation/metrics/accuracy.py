@@ -1,4 +1,4 @@
-"""Classification: how often the label that the model finds the most likely is the right one."""
+"""Classification accuracy: how often the label that is most likely according to the model is correct."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedgrove.evaluation.metrics import Measured, mean
 from fedgrove.events import OnProgress
 from fedgrove.models.labels import score_labels
 
-MOST = 200  # labels; more are no classification, and each is computed for every prompt
+MAX_LABELS = 200  # each is computed for every prompt; more are not classification
 
 
 def accuracy(
@@ -24,28 +24,32 @@ def accuracy(
     length: int = 512,
     on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, Measured]:
-    """Accuracy, and what always saying the most frequent answer would give (``majority``).
+    """Accuracy, and the accuracy of always choosing the most frequent answer (``majority``).
 
     Args:
         model: a causal language model of the transformers library.
-        pairs: (prompt, right answer), each written as a tuning stage would write them.
-        labels: all that may be answered; none: all answers that occur.
-        length: tokens of prompt and label together; of a longer prompt the last ones count.
+        pairs: (prompt, correct answer), in the form that a tuning stage uses.
+        labels: all possible answers; default: all answers that occur.
+        length: tokens of prompt and label together; longer prompts are truncated from the left.
         on_progress: called after every prompt.
 
     Raises:
-        FedgroveError: too many labels, or an answer is none of them.
+        FedgroveError: there are too many labels, or an answer is none of them.
     """
-    named = list(labels) or sorted({answer for _, answer in pairs})
-    if len(named) > MOST:
-        raise FedgroveError(f"accuracy: {len(named)} different answers", "it needs a few labels: give another answer template")
-    wrong = [answer for _, answer in pairs if answer not in named]
-    if wrong:
-        raise FedgroveError(f"accuracy: the answer {wrong[0]!r} is none of the labels", "labels are written as answers are")
-    right = []
+    choices = list(labels) or sorted({answer for _, answer in pairs})
+    if len(choices) > MAX_LABELS:
+        raise FedgroveError(
+            f"accuracy: {len(choices)} different answers", "accuracy needs few labels: use another answer template"
+        )
+    unknown = [answer for _, answer in pairs if answer not in choices]
+    if unknown:
+        raise FedgroveError(
+            f"accuracy: the answer {unknown[0]!r} is none of the labels", "write labels exactly as the answers are written"
+        )
+    correct = []
     for number, (prompt, answer) in enumerate(pairs, 1):
-        scores = score_labels(model, tokenizer, [prompt], named, length)
-        right.append(float(named[int(scores[0].argmax())] == answer))
+        scores = score_labels(model, tokenizer, [prompt], choices, length)
+        correct.append(float(choices[int(scores[0].argmax())] == answer))
         on_progress(number, len(pairs))
     frequent = Counter(answer for _, answer in pairs).most_common(1)[0][1]
-    return {"accuracy": mean(right), "majority": Measured(frequent / len(pairs))}
+    return {"accuracy": mean(correct), "majority": Measured(frequent / len(pairs))}

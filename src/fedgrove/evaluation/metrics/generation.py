@@ -1,4 +1,4 @@
-"""Generation: how near what a model writes comes to what people wrote, by ROUGE and BLEU."""
+"""Generation: how similar generated texts are to reference texts, by ROUGE and BLEU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUGES = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class Written:
-    """One prompt: what the model wrote, and what people did."""
+    """The model's output for one prompt, and the references."""
 
     prompt: str
     output: str
@@ -33,15 +33,15 @@ def write(
     tokens: int = 64,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Written]:
-    """Lets the model answer every prompt, always with the most likely token, to its end-of-text token.
+    """Generates an output for every prompt by greedy decoding, up to the end-of-text token.
 
-    Records with the same prompt are one: their answers are all references, as in the E2E challenge. Where no reference has
-    a line break an output ends at its first one.
+    Records with the same prompt are merged: their answers are all references, as in the E2E challenge. If no reference has a
+    line break, an output ends at its first one.
 
     Args:
         model: a causal language model of the transformers library.
-        pairs: (prompt, reference), each written as a tuning stage would write them.
-        tokens: that are written at most.
+        pairs: (prompt, reference), in the form that a tuning stage uses.
+        tokens: the maximum number of generated tokens.
         on_progress: called after every prompt.
     """
     references: dict[str, list[str]] = {}
@@ -53,9 +53,9 @@ def write(
     for number, (prompt, refs) in enumerate(references.items(), 1):
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"].to(device)
         if not ids.shape[1]:
-            raise FedgroveError("generation: a prompt is empty", "mend its template")
+            raise FedgroveError("generation: a prompt is empty", "fix its template")
         with torch.inference_mode():
-            answer = cast(Any, model).generate(
+            generated = cast(Any, model).generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
@@ -64,17 +64,17 @@ def write(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-        output = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        output = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()
         written.append(Written(prompt, output.split("\n")[0].strip() if one_line else output, tuple(refs)))
         on_progress(number, len(references))
     return written
 
 
 def compare(written: Sequence[Written]) -> dict[str, Measured]:
-    """ROUGE-1, -2 and -L (F1, the best of the references; package ``rouge-score``) and corpus BLEU (``sacrebleu``).
+    """ROUGE-1, -2 and -L (F1, best over the references; package ``rouge-score``) and corpus BLEU (``sacrebleu``).
 
-    All from 0 to 1. ROUGE is Lin's (2004) in Google's implementation, without stemming; BLEU is Papineni's (2002) with
-    sacrebleu's defaults.
+    All range from 0 to 1. ROUGE (Lin 2004) is computed by Google's implementation without stemming; BLEU (Papineni et al. 2002)
+    by sacrebleu with its defaults.
 
     Raises:
         FedgroveError: the extra is not installed.
@@ -82,23 +82,21 @@ def compare(written: Sequence[Written]) -> dict[str, Measured]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.bleu import BLEU
-    except ImportError as fault:
-        raise FedgroveError(
-            f"generation is compared with rouge-score and sacrebleu: {INSTALL} ({fault.name} is missing)"
-        ) from fault
+    except ImportError as error:
+        raise FedgroveError(f"generation needs rouge-score and sacrebleu: {INSTALL} ({error.name} is missing)") from error
     scorer, bleu = RougeScorer(list(ROUGES)), BLEU()
     scores = [scorer.score_multi(one.references, one.output) for one in written]
-    scores_by_name = {name: mean([score[name].fmeasure for score in scores]) for name in ROUGES}
-    counted = []
+    rouge = {name: mean([score[name].fmeasure for score in scores]) for name in ROUGES}
+    counts = []
     for one in written:
         score = bleu.corpus_score([one.output], [[reference] for reference in one.references])
-        counted.append((*score.counts, *score.totals, score.sys_len, score.ref_len))
+        counts.append((*score.counts, *score.totals, score.sys_len, score.ref_len))
 
-    def whole(sums: Sequence[float]) -> float:
-        *grams, spoken, meant = (round(number) for number in sums)
-        return float(BLEU.compute_bleu(grams[:4], grams[4:], spoken, meant, smooth_method="exp").score) / 100
+    def corpus_bleu(sums: Sequence[float]) -> float:
+        *ngrams, sys_len, ref_len = (round(number) for number in sums)
+        return float(BLEU.compute_bleu(ngrams[:4], ngrams[4:], sys_len, ref_len, smooth_method="exp").score) / 100
 
-    return {**scores_by_name, "bleu": bootstrap(counted, whole)}
+    return {**rouge, "bleu": bootstrap(counts, corpus_bleu)}
 
 
 INSTALL = 'pip install "fedgrove[evaluate]"'

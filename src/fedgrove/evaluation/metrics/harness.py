@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, by name: those that it ships and those of local YAML files."""
+"""Tasks of EleutherAI's lm-evaluation-harness: its built-in tasks, and those of local YAML files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import Measured
 
-NORMAL = 1.96  # standard errors on each side of a 95 % interval
+Z_95 = 1.96  # half the width of a 95 % interval, in standard errors
 
 
 def harness(
@@ -22,22 +22,22 @@ def harness(
 
     Args:
         tasks: names of tasks or groups.
-        folder: YAML files of more tasks, and the data that they name.
-        limit: records of each task; None: all.
+        folder: with YAML files of more tasks, and their data.
+        limit: the maximum number of records of each task; None: all.
 
     Returns:
-        By task, by metric. The interval is the harness' standard error (a bootstrap's where it has no formula) times 1.96;
-        None where it gives none.
+        By task, by metric. The interval is ±1.96 times the harness' standard error, which it bootstraps for metrics without a
+        formula; None if it reports no standard error.
 
     Raises:
-        FedgroveError: the extra is not installed, or a task is not known or cannot be loaded.
+        FedgroveError: the extra is not installed, or a task is unknown or cannot be loaded.
     """
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
-    except ImportError as fault:
-        raise FedgroveError(f'tasks are those of lm-eval: pip install "fedgrove[lm-eval]" ({fault.name} is missing)') from fault
+    except ImportError as error:
+        raise FedgroveError(f'tasks need lm-eval: pip install "fedgrove[lm-eval]" ({error.name} is missing)') from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=str(folder) if folder else None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -49,9 +49,9 @@ def harness(
         evaluated = lm_eval.simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, verbosity="ERROR"
         )
-    except (OSError, ValueError, KeyError) as fault:
-        line = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-        raise FedgroveError(f"tasks {', '.join(tasks)}: {line}") from fault
+    except (OSError, ValueError, KeyError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FedgroveError(f"tasks {', '.join(tasks)}: {line}") from error
     return {task: _measured(values) for task, values in evaluated["results"].items()}
 
 
@@ -65,7 +65,7 @@ def _measured(values: dict[str, Any]) -> dict[str, Measured]:
         error = values.get(f"{metric}_stderr,{kind}")
         name = metric if kind == "none" else f"{metric}.{kind}"
         if isinstance(error, int | float):
-            metrics[name] = Measured(float(value), value - NORMAL * error, value + NORMAL * error)
+            metrics[name] = Measured(float(value), value - Z_95 * error, value + Z_95 * error)
         else:
             metrics[name] = Measured(float(value))
     return metrics

@@ -1,4 +1,4 @@
-"""Speed, memory and bytes of a model as plain transformers runs it, in a process that does nothing else.
+"""Speed, memory and size of a model in plain transformers, measured in a separate process.
 
 ``python -m fedgrove.evaluation.metrics.speed MODEL`` prints them as JSON.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import Measured
 
-PROMPT, WRITTEN = 256, 64  # tokens
+PROMPT, GENERATED = 256, 64  # tokens
 REPEATS = 5
 
 
@@ -28,40 +28,40 @@ def speed(model: Path, dtype: str = "auto") -> dict[str, Measured]:
     """Measures a model directory in a new process.
 
     Returns:
-        ``prefill`` and ``decode``: tokens a second, one prompt at a time, the median of five with the range of the five
-        (no confidence interval: it is one machine, at one time). ``memory``: bytes at the peak, besides the libraries.
+        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their range (which
+        is no confidence interval: it is one machine, at one time). ``memory``: bytes at the peak, without the libraries.
         ``disk``: bytes of all files of the directory.
 
-    Zeros take part like any number: a pruned model in plain transformers is as fast as it was, and as large.
+    Plain transformers computes with zeros like with other numbers: a pruned model is neither faster nor smaller in it.
 
     Raises:
         FedgroveError: the process failed; says why.
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", __name__, str(model), "--dtype", dtype],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["it was killed: out of memory?"])[-1]
+    if process.returncode:
+        why = (process.stderr.strip().splitlines() or ["it was killed: out of memory?"])[-1]
         raise FedgroveError(f"speed of {model}: {why}")
-    timings: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return {name: Measured(*values) for name, values in timings.items()}
+    measured: dict[str, list[float]] = json.loads(process.stdout.splitlines()[-1])
+    return {name: Measured(*values) for name, values in measured.items()}
 
 
 def measure(path: Path, dtype: str) -> dict[str, list[float]]:
-    """What :func:`speed` returns, in this process."""
+    """Measures what :func:`speed` returns, in this process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     gpu = torch.cuda.is_available()
     config = AutoConfig.from_pretrained(path).get_text_config()
-    room = getattr(config, "max_position_embeddings", None) or PROMPT + WRITTEN
-    prompt = max(1, min(PROMPT, room * PROMPT // (PROMPT + WRITTEN)))
-    written = max(2, min(WRITTEN, room - prompt))
+    max_tokens = getattr(config, "max_position_embeddings", None) or PROMPT + GENERATED
+    prompt = max(1, min(PROMPT, max_tokens * PROMPT // (PROMPT + GENERATED)))
+    generated = max(2, min(GENERATED, max_tokens - prompt))
     ids = torch.randint(0, config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     ids = ids.to("cuda" if gpu else "cpu")
 
@@ -82,15 +82,15 @@ def measure(path: Path, dtype: str) -> dict[str, list[float]]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    timed(load(), written)  # libraries load what they need when it is first used, and keep it: that is not the model's
+    timed(load(), generated)  # libraries allocate memory when they are first used, which does not count as the model's
     gc.collect()
-    before = torch.cuda.memory_allocated() if gpu else _peak(anew=True)
+    before = torch.cuda.memory_allocated() if gpu else _peak(reset=True)
     model = load()
-    firsts = [timed(model, 1) for _ in range(REPEATS)]
-    wholes = [timed(model, written) for _ in range(REPEATS)]
-    first = statistics.median(firsts)
-    prefills = [prompt / seconds for seconds in firsts]
-    decodes = [(written - 1) / max(seconds - first, 1e-9) for seconds in wholes]
+    prefill_seconds = [timed(model, 1) for _ in range(REPEATS)]
+    total_seconds = [timed(model, generated) for _ in range(REPEATS)]
+    first = statistics.median(prefill_seconds)
+    prefills = [prompt / seconds for seconds in prefill_seconds]
+    decodes = [(generated - 1) / max(seconds - first, 1e-9) for seconds in total_seconds]
     memory = (torch.cuda.max_memory_allocated() if gpu else _peak()) - before
     disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {
@@ -101,13 +101,13 @@ def measure(path: Path, dtype: str) -> dict[str, list[float]]:
     }
 
 
-def _peak(anew: bool = False) -> int:
-    """Bytes that this process held at most; ``anew``: from now on, as far as the system can (Linux)."""
+def _peak(reset: bool = False) -> int:
+    """The peak memory of this process in bytes; ``reset`` starts a new measurement, where the system supports it (Linux)."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if anew:
-        Path("/proc/self/clear_refs").write_text("5")  # the libraries' own peak, while they were imported, is over
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak from importing libraries
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -116,5 +116,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="auto")
-    given = parser.parse_args()
-    print(json.dumps(measure(given.model, given.dtype)))
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.model, arguments.dtype)))

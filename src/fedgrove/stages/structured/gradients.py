@@ -45,9 +45,9 @@ def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tupl
         float64 on the CPU.
     """
     width, family = width_of(decoder.checkpoint.config), family_of(decoder.checkpoint.config)
-    groups = {family.channels.reader: ("channels", width.channels)}
+    groups = {family.channels.consumer: ("channels", width.channels)}
     if family.heads is not None:
-        groups[family.heads.reader] = ("heads", width.heads)
+        groups[family.heads.consumer] = ("heads", width.heads)
     calls = decoder.embed(ids[:1])[1]
     store.write(0, (decoder.embed(window[None])[0] for window in ids), len(ids))
     for index in range(len(decoder)):

@@ -194,16 +194,16 @@ def cut_block(decoder: Decoder, block: int, kept: Kept) -> dict[str, Tensor]:
         number = getattr(width, kind)
         if part is None or len(kept[kind]) == number:
             continue
-        for name in part.makers:
+        for name in part.producers:
             module = decoder.blocks[block].get_submodule(name)
             weight = cut_rows(decoder.read_linear(block, name), number, kept[kind])
             cut[names[name]] = as_matrix(module, weight).contiguous()
             if getattr(module, "bias", None) is not None:
                 bias = names[name].removesuffix("weight") + "bias"
                 cut[bias] = cut_rows(decoder.checkpoint.read(bias), number, kept[kind])
-        module = decoder.blocks[block].get_submodule(part.reader)
-        weight = cut_columns(decoder.read_linear(block, part.reader), number, kept[kind])
-        cut[names[part.reader]] = as_matrix(module, weight).contiguous()
+        module = decoder.blocks[block].get_submodule(part.consumer)
+        weight = cut_columns(decoder.read_linear(block, part.consumer), number, kept[kind])
+        cut[names[part.consumer]] = as_matrix(module, weight).contiguous()
     return cut
 
 

@@ -35,7 +35,7 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
                 owner, _, leaf = name.rpartition(".")
                 setattr(part.get_submodule(owner), leaf, _quantized(module, bits, dtype, decoder.device))
 
-    model = decoder.whole(change)
+    model = decoder.load_all(change)
     for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):  # how peft knows what it puts its adapters on
         setattr(model, flag, flag == f"is_loaded_in_{bits}bit")
     return model.requires_grad_(False)
