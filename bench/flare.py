@@ -10,6 +10,7 @@ kits are made to accept them. The third is a real run: a random Llama of 30 bloc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -163,7 +164,8 @@ def memory(folder: Path, blocks: int, width: int) -> tuple[list[float], int]:
             if found is None:
                 found = next((one for one in psutil.process_iter(["cmdline"]) if _is_run(one, running.server)), None)
             elif peaks:
-                peaks[-1] = max(peaks[-1], found.memory_info().rss / 2**20)
+                with contextlib.suppress(psutil.NoSuchProcess):  # the run has ended
+                    peaks[-1] = max(peaks[-1], found.memory_info().rss / 2**20)
             over.wait(0.05)
 
     over = threading.Event()
