@@ -21,12 +21,12 @@ else:  # the kinds are the folders of fedgrove.stages, so the union is made of t
 
 
 class Model(Table):
-    """``[model]``: what is made smaller and better.
+    """``[model]``: the model to prune and tune.
 
     Attributes:
         path: a Hugging Face model directory with safetensors, or the id of a model on the hub.
-        revision: of a model on the hub: a branch, a tag or a commit.
-        dtype: in which the weights are read and written; "auto": as they are on disk.
+        revision: a branch, a tag or a commit of a model on the hub.
+        dtype: the dtype in which weights are read and written; "auto": as they are on disk.
     """
 
     path: str
@@ -42,22 +42,22 @@ def whole_pair(part: Any) -> Any:
 
 
 class Client(Table):
-    """``[[clients]]``: an owner of text; only for simulation, in a deployment every client brings its own.
+    """``[[clients]]``: an owner of text. Only for a simulation: in a federation every client brings its own.
 
     Attributes:
-        name: up to 64 letters, digits, dots, dashes and underscores; it stands in the report and in the model card.
+        name: up to 64 letters, digits, dots, dashes and underscores; it appears in the report and in the model card.
         data: where its text is: one source or a list.
         text: how a record becomes text, such as "{question} {answer}"; default: "{text}".
-        prompt: with ``answer``: how a record becomes a question, where a stage tunes. Of these only the answer is learnt.
+        prompt: for tuning, together with ``answer``: how a record becomes a question. Only the answer is learnt.
         answer: see ``prompt``.
-        memory: what the planner may use; a block that needs more is refused before anything runs; default: any.
-        speed: compute, relative to the others; "measure": it is measured once.
-        uplink: what it can send; with sampled layers a slow client is given fewer blocks.
-        downlink: what it can receive.
-        bits: in which it can hold frozen weights while it tunes.
-        devices: accelerators that share its work.
-        samples: another number of calibration windows than the stage's.
-        sparsity: prunes harder than the stage asks; the result has the stage's sparsity.
+        memory: the most that the planner may use; a block that needs more is refused before anything runs; default: unlimited.
+        speed: computing speed relative to the others; "measure" measures it once.
+        uplink: how fast it can send; with sampled layers a slow client gets fewer blocks.
+        downlink: how fast it can receive.
+        bits: the precisions in which it can hold frozen weights while it tunes.
+        devices: the number of accelerators that share its work.
+        samples: its number of calibration windows, if not the stage's.
+        sparsity: prunes harder than the stage says; the result has the stage's sparsity.
     """
 
     name: Name
@@ -78,17 +78,17 @@ class Client(Table):
 
 
 class Text(Table):
-    """``[[evaluate.data]]``: a held-out text, and what is measured on it; or its file name alone.
+    """``[[evaluate.data]]``: a held-out text, and what is measured on it; or only its file name.
 
     Attributes:
-        name: what it is called in tables; one that is named as a client counts as that client's own kind of text.
-        path: where it is: a file, a folder or a data set, as of a client.
+        name: its name in tables; a text with the name of a client counts as that client's own kind of text.
+        path: where it is: a file, a folder or a data set, as for a client.
         text: how a record becomes text.
         measure: "perplexity" of the text; "accuracy": how often the most likely of the labels is the answer to the prompt;
-            "generation": ROUGE and BLEU of what the model writes after the prompt, against the answer.
-        prompt: what is asked, where answers are measured.
-        answer: what is right.
-        labels: all that may be answered, written as answers are; default: all answers that occur.
+            "generation": ROUGE and BLEU of what the model writes after the prompt, compared with the answer.
+        prompt: how a record becomes a question, if answers are measured.
+        answer: how a record becomes the right answer.
+        labels: all possible answers, written as answers are; default: all answers that occur.
     """
 
     name: Name
@@ -120,21 +120,21 @@ def _as_text(value: Any) -> Any:
 
 
 class Evaluate(Table):
-    """``[evaluate]``: measured before the first stage and after each.
+    """``[evaluate]``: what is measured before the first stage and after each.
 
     Attributes:
-        data: held-out texts, which the server sees: nobody's private text.
-        length: tokens per window, or of a prompt with its label; windows do not overlap.
-        windows: at most so many of each text; default: all.
-        prompts: the model writes on from each of these, before and after, and the report shows both side by side. It is
-            loaded whole for that. Nobody's private text belongs here.
-        records: at most so many of each text where answers are measured, and of each task; default: all.
-        tokens: written at most, by "generation".
-        alone: also measure what each client would have had without the others; it tells the server the loss of each window.
-        centralized: run the job once more as one owner of everybody's text, into ``RUN/centralized``, and report it beside the
-            federation. Simulation only: it puts the clients' text in one place. It takes about as long again.
-        speed: also tokens a second, memory and bytes of the model before and after, by plain transformers.
-        tasks: of lm-evaluation-harness, by name, before and after.
+        data: held-out texts. The server sees them, so they must not be private.
+        length: tokens of a window, or of a prompt with its label; windows do not overlap.
+        windows: at most this many of each text; default: all.
+        prompts: the model continues each of these, before and after, and the report shows both side by side. The whole model is
+            loaded for that. Prompts must not be private.
+        records: at most this many of each text whose answers are measured, and of each task; default: all.
+        tokens: the most that "generation" writes for one record.
+        alone: also measure what each client would have without the others; the server then learns the loss of each window.
+        centralized: also run the job as one owner of everybody's text, into ``RUN/centralized``, and report it next to the
+            federation. Simulation only, since it puts the clients' text in one place. It takes about as long as the run itself.
+        speed: also measure tokens per second, memory and bytes of the model before and after, with plain transformers.
+        tasks: tasks of lm-evaluation-harness, by name, before and after.
         tasks_from: a folder with YAML files of more tasks.
     """
 
@@ -163,12 +163,12 @@ class Evaluate(Table):
 
 
 class Rounds(Table):
-    """``[rounds]``: what happens when clients do not answer. These keys may change when a run is continued.
+    """``[rounds]``: what happens when clients do not respond. These keys may change when a run is continued.
 
     Attributes:
-        quorum: go on while so many clients answer; default: all.
-        timeout: seconds to wait for an answer; default: for ever.
-        retries: how often a client that failed is asked again.
+        quorum: continue when this many clients respond; default: all.
+        timeout: seconds to wait for a response; default: for ever.
+        retries: how often a client that failed gets the request again.
     """
 
     quorum: Annotated[int, Field(ge=1)] | None = None
@@ -180,8 +180,8 @@ class Privacy(Table):
     """``[privacy]``: what the server may learn.
 
     Attributes:
-        secure_aggregation: the server learns sums only, nothing of any one client; see the page on security.
-        min_group: no client takes part in a sum of fewer clients.
+        secure_aggregation: the server learns only sums, and nothing about any one client; see the page on security.
+        min_group: the fewest clients in a sum; a client takes part in no smaller one.
     """
 
     secure_aggregation: bool = False
@@ -192,13 +192,13 @@ class Job(Table):
     """The whole job file.
 
     Attributes:
-        name: of the job; the run folder is ``runs/NAME`` unless ``--out`` says otherwise.
-        seed: same job, same seed, same machine: the same model, bit for bit.
-        model: what is made smaller and better.
+        name: of the job; the run folder is ``runs/NAME`` unless ``--out`` names another.
+        seed: the same job with the same seed on the same machine gives the same model, bit for bit.
+        model: the model to prune and tune.
         clients: the owners of text.
         stages: what is done, one after the other.
         evaluate: what is measured, and on what.
-        rounds: what happens when clients do not answer.
+        rounds: what happens when clients do not respond.
         privacy: what the server may learn.
     """
 

@@ -23,11 +23,11 @@ AGGREGATION_KEYS = frozenset(
 
 
 class LayerSampling(Table):
-    """``layers = { sample = 0.5, cover = 2 }``: each client prunes a share of the blocks.
+    """``layers = { sample = 0.5, cover = 2 }``: each client prunes a fraction of the blocks.
 
     Attributes:
-        sample: the share, on average; clients that say more of ``speed`` and ``uplink`` are given more.
-        cover: clients that prune each block, at least.
+        sample: the fraction, on average; clients with more ``speed`` and ``uplink`` get more.
+        cover: at least this many clients prune each block.
     """
 
     sample: Annotated[float, Field(gt=0, le=1)]
@@ -35,39 +35,41 @@ class LayerSampling(Table):
 
 
 class Config(StageConfig):
-    """``[[stages]]`` of ``kind = "prune"``.
+    """``[[stages]]`` of ``kind = "prune"``: part of every matrix becomes zero.
 
     Attributes:
         kind: what the stage does.
         pruner: how a matrix is pruned; see the methods.
-        aggregation: what clients send and what the server makes of it.
-        sparsity: the share of every matrix that becomes zero; this or ``pattern``.
+        aggregation: what clients send, and what the server makes of it.
+        sparsity: the fraction of every matrix that becomes zero; this or ``pattern``.
         pattern: "2:4" keeps 2 of every 4 inputs; this or ``sparsity``.
         samples: windows of text that each client calibrates on.
-        length: tokens in each.
-        layers: "all", or a table: which blocks each client prunes.
-        rounds: how often the model is pruned, each time from the round before. With sampled layers more rounds reach more
-            client-block pairs.
-        shrink: weights that few clients kept are multiplied by (share that kept them) to this power; 0 is the paper. Rule
-            "fedspallm" only.
-        expand: prune on by votes until the target holds exactly (the paper's mask expansion); false leaves fewer zeros.
-        max_weight_growth: refuse a client whose pruned weights exceed the largest one before so many times.
-        trim: aggregation "fedspallm": leave out so many of the highest and of the lowest values of every weight, against liars.
+        length: tokens in a window.
+        layers: which blocks each client prunes: "all", or a table.
+        rounds: how often the model is pruned, each time from the previous round's result. With sampled layers, more rounds
+            cover more pairs of client and block.
+        shrink: a weight is multiplied by (fraction of clients that kept it) to this power; 0 is the paper. Only aggregation
+            "fedspallm".
+        expand: prune further, by votes, until the sparsity is exact (the paper's mask expansion); false leaves fewer zeros.
+        max_weight_growth: refuse a client whose pruned weights are larger than this multiple of the largest weight before.
+        trim: leave out this many of the highest and of the lowest values of every weight, against clients that lie. Only
+            aggregation "fedspallm".
         source: what text passes through on its way to a block: "sequential", the pruned blocks before it, or "dense", the
-            model as it came, which takes half the time. Default: "dense" with aggregation "pooled", else "sequential".
+            unpruned model, which takes half the time. Default: "dense" with aggregation "pooled", else "sequential".
         compute_dtype: what the blocks compute in while text passes through them: "float32", or "bfloat16", twice as fast on
-            CPUs that know it. The weights that are pruned are not rounded. Default: "float32" on a CPU, on a GPU the model's
-            own dtype.
-        damping: what SparseGPT adds to the sums of squares, so that they can be solved: "mean", 1 % of their mean (the paper),
-            or "each", 1 % of each channel's own. Default: "each" with aggregation "pooled", else "mean".
-        mixed: of aggregation "pooled" with a pruner that needs products: wide inputs by wanda, for a fraction of the bytes.
-        protect_first_block: prune block 0 by magnitude, so that nobody sends sums of it: they tell much of the word counts.
+            CPUs with instructions for it. The weights that are pruned are not rounded. Default: "float32" on a CPU, the model's
+            own dtype on a GPU.
+        damping: what SparseGPT adds to the sums of squares so that it can solve for the weights: "mean", 1 % of their mean (the
+            paper), or "each", 1 % of each channel's own. Default: "each" with aggregation "pooled", else "mean".
+        mixed: prune wide inputs by wanda, for a fraction of the bytes. Only aggregation "pooled" with a pruner that needs
+            products.
+        protect_first_block: prune block 0 by magnitude, so that no client sends sums of it, which say much about word counts.
         epsilon: differential privacy of one window: noise on wanda's sums; needs secure aggregation.
         delta: see ``epsilon``.
-        allocation: "even": every block loses the same; "owl": blocks with many outliers lose less. What a client has alone is
-            pruned to the same sparsities.
-        owl_m, owl_lambda: OWL's M (an outlier is so many times the mean) and λ (half of what lies between the sparsest block
-            and the densest).
+        allocation: how sparse each block becomes: "even", all the same; "owl", blocks with many outliers less. What a client
+            has alone is pruned to the same sparsities.
+        owl_m: OWL's M: a weight is an outlier if its score exceeds this multiple of the mean.
+        owl_lambda: OWL's λ: half of the difference between the sparsest block and the densest.
     """
 
     kind: Literal["prune"]

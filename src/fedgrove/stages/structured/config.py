@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """``[[stages]]`` of ``kind = "structured"``.
+    """``[[stages]]`` of ``kind = "structured"``: whole channels and attention heads are cut.
 
     Attributes:
         kind: what the stage does.
-        channels: the share of every block's MLP channels that goes, rounded down to whole ones.
-        heads: likewise of its groups of heads: a key-value head with the query heads that share it.
-        score: which of them matter: "fisher" (squares of what the loss would change), or "taylor" (LLM-Pruner's).
-        samples: windows of text that each client calibrates on; length: tokens in each.
+        channels: the fraction of every block's MLP channels to cut, rounded down to whole ones.
+        heads: likewise for its groups of heads: a key-value head with the query heads that share it.
+        score: how much a channel or a group matters: "fisher" (squares of the change of the loss) or "taylor" (LLM-Pruner's).
+        samples: windows of text that each client calibrates on.
+        length: tokens in a window.
     """
 
     kind: Literal["structured"]

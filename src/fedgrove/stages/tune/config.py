@@ -20,47 +20,47 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """``[[stages]]`` of ``kind = "tune"``.
+    """``[[stages]]`` of ``kind = "tune"``: the model is fine-tuned.
 
     Attributes:
         kind: what the stage does.
-        planner: who gets what: "fedpipe" gives each client a configuration of its own; "uniform" gives all the one that the
-            weakest can hold. Default: "fedpipe" for "lora", else "uniform".
+        planner: who gets what: "fedpipe" gives each client a configuration of its own; "uniform" gives all clients the one that
+            the weakest can hold. Default: "fedpipe" for "lora", else "uniform".
         parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the
             weights.
-        trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: what ``epsilon`` asks for.
+        trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: what ``epsilon`` needs.
         aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", else "fedavg".
-        method: a short form: the name of a planner, or of a parametrization for the planner "uniform".
-        rounds: how often the clients train and the server makes one adapter of theirs.
+        method: a short form: the name of a planner, or of a parametrization with the planner "uniform".
+        rounds: how often the clients train and the server combines their changes.
         steps: optimizer steps of each client in a round, the same for all.
-        length: tokens per window.
-        batches: windows per step that a client may be given. "lora" and "full" give the largest to all.
-        ranks: ranks that a linear may be given besides 0. "lora" gives all the largest that everyone can hold.
-        bits: of each frozen weight; 32 and 16 are floats, 8 is int8, 4 is NF4.
+        length: tokens in a window.
+        batches: batch sizes, in windows, that a client may get. "uniform" gives the largest to all.
+        ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold.
+        bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4.
         learning_rate: of the clients' optimizer.
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
-        optimizer: the clients'; its state begins anew in every round.
-        max_grad_norm: the largest norm of a client's gradient; 0: any.
-        alpha: LoRA's α, so that an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
-        deadline: seconds that a client may compute and send in a round (modelled); default: what the slowest client needs
-            for the smallest batch at the smallest ranks. Only "fedpipe" looks at it.
-        upload_price: what it costs to send all linears at the largest rank, where that rank everywhere is worth 1 and so is the
-            largest batch: higher, and clients send less. Only "fedpipe" looks at it.
+        optimizer: the clients'; its state is reset in every round.
+        max_grad_norm: clips a client's gradient to this norm; 0: no clipping.
+        alpha: LoRA's α: an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
+        deadline: seconds that a client may compute and send in a round (modeled); default: what the slowest client needs for
+            the smallest batch at the smallest ranks. Only "fedpipe" uses it.
+        upload_price: the price of sending all linears at the largest rank; that rank everywhere is worth 1, and so is the
+            largest batch. With a higher price clients send less. Only "fedpipe" uses it.
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first.
         importance_steps: optimizer steps from which the importance is measured.
         proximal: FedProx's μ.
-        partition: of aggregation "flexlora": ranks that only some clients have are the mean over those; false: over everybody,
-            exactly.
-        server_optimizer: what is made of a round's change: "average" takes it, "momentum" and "adam" smooth it.
-        server_lr: multiplies the change, or is the step of "adam".
-        precision: dtype of the adapters on the wire; "fixed" sends up whole numbers, which add up exactly, whoever adds them
-            (see :mod:`fedgrove.stages.tune.fixed_point`), and float32 down. Secure aggregation needs it.
+        partition: average ranks that only some clients have over those clients; false: over all clients, which is exact. Only
+            aggregation "flexlora".
+        server_optimizer: what the server makes of a round's change: "average" takes it, "momentum" and "adam" smooth it.
+        server_lr: multiplies the change, or is the step size of "adam".
+        precision: dtype of the changes in messages; "fixed" sends whole numbers to the server, which add up exactly, whoever
+            adds them (see :mod:`fedgrove.stages.tune.fixed_point`), and float32 to the clients. Secure aggregation needs it.
         epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.release`.
-        dp_unit: what may be there or not without anybody noticing: a whole "client", or one "window" of its text.
-        dp_clip: the largest norm of what it contributes: of a client's change, or of a window's gradient.
-        personal: the share of its windows that each client does not train on, but chooses by which adapter it keeps for
-            itself: the shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none.
-        eval_every: the held-out perplexity is measured after every so many rounds; 0: only after the last.
+        dp_unit: what differential privacy protects: a whole "client", or one "window" of its text.
+        dp_clip: clips the change of a client, or the gradient of a window, to this norm.
+        personal: the fraction of its windows that each client holds out, to choose which adapter it keeps for itself: the
+            shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none.
+        eval_every: measure the held-out perplexity after every so many rounds; 0: only after the last.
     """
 
     SHORT_FORMS: ClassVar[Mapping[str, tuple[str, ...]]] = {"method": ("stages.tune.planners", "stages.tune.parametrizations")}
