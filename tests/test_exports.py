@@ -217,7 +217,7 @@ def test_an_adapter_on_the_first_model_is_the_result(small: Small, tuned: Path, 
     told = json.loads((tmp_path / "adapter.export.json").read_text())
     assert told["perplexity"]["held-0"] == pytest.approx(told["of_perplexity"]["held-0"], rel=0.01)
     everything = b"".join(file.read_bytes() for file in out.iterdir())
-    assert str(small.folder).encode() not in everything, "folders tell of their owner"
+    assert str(small.folder).encode() not in everything, "folder names reveal their owner"
     assert ModelCard((out / "README.md").read_text()).data.to_dict()["base_model_relation"] == "adapter"
 
 

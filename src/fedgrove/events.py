@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: events with fields. Whoever wants to hear of them is a :class:`Listener`.
+"""Progress of a run, as events with fields. A :class:`Listener` receives them.
 
 >>> class Printer(Listener):
 ...     def on_event(self, event: Event) -> None:

@@ -48,7 +48,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Measured:
-    """An export as it is told in ``OUT.export.json``.
+    """An export as it is recorded in ``OUT.export.json``.
 
     Attributes:
         form: its name.
@@ -165,7 +165,7 @@ def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Tex
         if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
             raise FedgroveError(
                 f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",
-                "it was not kept. Export --to hf, and tell us of the model",
+                "it was not kept. Export --to hf, and report the model to us",
             )
     of = {name: of_model[name] for name in found if name in of_model}
     return Measured(to, folder_bytes(folder), folder_bytes(source.model), found, of, texts.length)

@@ -59,7 +59,7 @@ class Chat:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begins_answer))
         except jinja2.TemplateError as error:
             raise FedgroveError(
-                f"{self.where}: the model's chat template refuses these messages ({error})", "mend the record"
+                f"{self.where}: the model's chat template refuses these messages ({error})", "correct the record"
             ) from error
 
 

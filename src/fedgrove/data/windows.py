@@ -164,7 +164,7 @@ def _encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
         raise FedgroveError(f"{chat.where}: no turn of the assistant that could be learnt", "messages begin with another role")
     if not tokenizer.is_fast:
         raise FedgroveError(
-            f"{chat.where}: the model has a slow tokenizer, which tells no places", "save it with use_fast=True"
+            f"{chat.where}: the model has a slow tokenizer, which gives no offsets", "save it with use_fast=True"
         )
     encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     ids: list[int] = encoded["input_ids"]

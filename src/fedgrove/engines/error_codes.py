@@ -1,4 +1,4 @@
-"""What a site tells of an error: a code, the name of a class, at most one word of ours. Never a text.
+"""What a site reveals about an error: a code, the name of a class, at most one word of ours. Never a text.
 
 The text of an exception may name files or quote data; it stays in the site's own log. The server makes a line of the code.
 """

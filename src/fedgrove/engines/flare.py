@@ -59,7 +59,7 @@ class FlareEngine:
         names: of the run's clients, whether they are connected or not.
         run: the name under which sites keep their working files.
         grace: seconds in which a site must fetch a request; one that does not is missing, and is asked again the next time.
-        aborted: tells whether somebody stopped the job.
+        aborted: returns whether somebody stopped the job.
         missing: clients that did not fetch the last request.
     """
 

@@ -57,7 +57,7 @@ def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federatio
 
     Args:
         model: as the stage began.
-        plan: of the stage; a stage that cannot tell what a client has alone yields nothing.
+        plan: of the stage; a stage that does not know what a client has alone yields nothing.
     """
     run = federation.run
     wanted = run.job.evaluate

@@ -231,7 +231,7 @@ class Job(Table):
 
     def _check_secure(self) -> None:
         if self.evaluate.alone:
-            raise ValueError("evaluate.alone: under secure aggregation no client tells what it has alone; set it to false")
+            raise ValueError("evaluate.alone: under secure aggregation no client reports what it has alone; set it to false")
         if len(self.clients) < self.privacy.min_group:
             raise ValueError(
                 f"privacy.min_group: {self.privacy.min_group} clients in a sum, but there are {len(self.clients)}; lower it"

@@ -72,7 +72,7 @@ def page(summary: Summary) -> str:
 
 
 def stage_sections(summary: Summary) -> list[Section]:
-    """What each stage tells of itself, in order."""
+    """What each stage says about itself, in order."""
     return [section for stage in summary.stages for section in report_of(stage.kind).sections(summary, stage)]
 
 
@@ -99,7 +99,7 @@ def figures(summary: Summary) -> list[Figure]:
 
 
 def _without_folders(value: Any, key: str = "") -> Any:
-    """A copy of the job whose paths are file names: the page is made to be passed on, and folders tell of their owner."""
+    """A copy of the job whose paths are file names: the page is made to be passed on, and folder names reveal their owner."""
     if isinstance(value, dict):
         return {name: _without_folders(part, name) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a kind of stage tells the report: the protocol of ``stages/KIND/report.py``, and the parts of its sections.
+"""What a kind of stage gives the report: the protocol of ``stages/KIND/report.py``, and the parts of its sections.
 
 The report knows no kind of stage. It loads ``fedgrove.stages.KIND.report`` by the name in the job
 (:mod:`fedgrove.report.stage_reports`), and a kind without that file is shown by :mod:`fedgrove.report.any_stage`. Such a

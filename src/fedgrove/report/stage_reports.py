@@ -12,7 +12,7 @@ STAGES, FILE = "stages", "report"
 
 
 def report_of(kind: str) -> StageReport:
-    """What a kind of stage tells the report; see :class:`~fedgrove.report.sections.StageReport`.
+    """What a kind of stage gives the report; see :class:`~fedgrove.report.sections.StageReport`.
 
     A kind that has no such file, or whose folder is not here, is shown by :mod:`fedgrove.report.any_stage`.
 

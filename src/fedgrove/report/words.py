@@ -65,7 +65,7 @@ def ratio(value: float | None, of: float | None) -> float | None:
 
 
 def file_name(path: str) -> str:
-    """The last part of an absolute path, since folders tell of their owner; anything else, such as a hub id, as it is."""
+    """The last part of an absolute path, since folder names reveal their owner; anything else, such as a hub id, as it is."""
     for flavor in (PurePosixPath(path), PureWindowsPath(path)):
         if flavor.is_absolute():
             return flavor.name

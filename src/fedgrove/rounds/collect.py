@@ -45,7 +45,7 @@ def collect(
     Args:
         messages: for each client its request and the tensors beside it; all requests are of one type.
         layout: the model at the server, by which requests say what they expect.
-        clock: what the messages would take on the clients' own machines; the ledger then tells it.
+        clock: what the messages would take on the clients' own machines; the ledger then records it.
         masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and of
             the tensors only names, shapes and dtypes are checked.
 

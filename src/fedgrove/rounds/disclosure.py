@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Disclosure(Enum):
-    """What a response tells of a client's text.
+    """What a response reveals about a client's text.
 
     The value is a phrase that can stand behind "a client sends". Plans hold the names.
     """

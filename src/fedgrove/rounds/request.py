@@ -120,7 +120,7 @@ class Request(BaseModel):
         """
 
     def discloses(self) -> frozenset[Disclosure]:
-        """What the response to this request tells of a client's text: at most ``DISCLOSES``."""
+        """What the response to this request reveals about a client's text: at most ``DISCLOSES``."""
         return self.DISCLOSES
 
     def release(self) -> str | None:

@@ -58,7 +58,7 @@ class Plan(BaseModel):
         kind: of the stage.
         clients: each client's part, by name.
         left_out: client -> why it takes no part, and what would do.
-        discloses: names of :class:`~fedgrove.rounds.request.Disclosure`: what a client's responses tell of its text.
+        discloses: names of :class:`~fedgrove.rounds.request.Disclosure`: what a client's responses reveal about its text.
         notes: what a person should know before it runs.
     """
 

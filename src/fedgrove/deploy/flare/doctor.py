@@ -69,7 +69,7 @@ def certificate(kit: Path, kind: str, now: datetime) -> Check:
 
 
 def clock(kit: Path, now: datetime) -> Check:
-    """Whether this machine's clock is the server's, as far as can be known: the server tells its time with every job."""
+    """Whether this machine's clock is the server's, as far as can be known: the server sends its time with every job."""
     try:
         times = json.loads((kit / CLOCK).read_text(encoding="utf-8"))
         ahead, asked = times["here"] - times["server"], datetime.fromtimestamp(times["here"], UTC)

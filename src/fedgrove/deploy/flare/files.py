@@ -92,7 +92,7 @@ class Allow(Table):
         group: takes part in no job of fewer sites.
         secure: answers only under secure aggregation.
         epsilon: answers only where noise of differential privacy is added, with at most this ε a stage.
-        alone: tells what it would have had alone: its loss on each window of held-out text.
+        alone: reports what it would have had alone: its loss on each window of held-out text.
         samples: the most calibration windows in a stage.
     """
 

@@ -33,7 +33,7 @@ class Terms(BaseModel):
         digests: of the server's copy, see :func:`fedgrove.models.digest.digests`.
         stages: the job's tables.
         secure: whether sums are taken unseen.
-        alone: whether clients tell what they would have had without the others.
+        alone: whether clients report what they would have had without the others.
         clients: who is asked to take part.
     """
 
@@ -63,7 +63,7 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
     if allow.epsilon is not None:
         budgets = [stage.privacy_budget() for stage in stages]
         if terms.alone or any(epsilon is None or epsilon > allow.epsilon for epsilon in budgets):
-            return "allow.epsilon"  # what a client tells of itself alone has no noise
+            return "allow.epsilon"  # what a client reports of its own model alone has no noise
     if terms.alone and not allow.alone:
         return "allow.alone"
     windows = [stage.calibration_windows() for stage in stages]

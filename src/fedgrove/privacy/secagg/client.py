@@ -1,4 +1,4 @@
-"""What a client does in the five phases of a secure sum; :mod:`fedgrove.privacy.secagg` tells the protocol.
+"""What a client does in the five phases of a secure sum; :mod:`fedgrove.privacy.secagg` describes the protocol.
 
 Every function may be called again with the same arguments and gives the same result, except :func:`mask`: a session hides one
 input.

@@ -1,4 +1,4 @@
-"""How a sum over clients is computed: in the open, or unseen. A stage cannot tell which."""
+"""How a sum over clients is computed: in the open, or unseen. A stage does not know which."""
 
 from __future__ import annotations
 

@@ -344,7 +344,7 @@ def _choices(block: _Block, num_blocks: int, config: Config, masked: float | Non
 
 
 def _discloses(config: Config, products: bool, alone: bool) -> frozenset[Disclosure]:
-    """What a client's responses tell of its text, over the whole stage."""
+    """What a client's responses reveal about its text, over the whole stage."""
     if config.method.SOLVED_AT == "server":
         disclosed = disclosed_by(products, config.solver.NEEDS == "moments")
     else:
@@ -373,7 +373,7 @@ def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], 
     of = "the clients' word counts together" if secure else "a client's word counts"
     return [
         *notes,
-        f"What enters block 0 depends on little but how often each token occurs, so its sums tell much of {of}; "
+        f"What enters block 0 depends on little but how often each token occurs, so its sums reveal much about {of}; "
         "protect_first_block = true prunes it by magnitude instead, and nobody sends any.",
     ]
 

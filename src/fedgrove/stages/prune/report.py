@@ -1,4 +1,4 @@
-"""What the report, the terminal and the model card tell of a stage that prunes: its plan, ``pruning.json``, the ledger."""
+"""What the report, the terminal and the model card say about a stage that prunes: its plan, ``pruning.json``, the ledger."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def result_tables(stage: Stage) -> list[RenderableType]:
 
 
 def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
-    """Zeros of the matrices, if ``pruning.json`` tells of this stage: it tells of the last one that pruned."""
+    """Zeros of the matrices, if ``pruning.json`` describes this stage: it describes the last one that pruned."""
     tensors = _records(files)
     numbers = sum(row["numel"] for row in tensors)
     if not tensors or stage.number != _told_stage(files):
@@ -109,7 +109,7 @@ def num_rounds(plan: Mapping[str, Any]) -> int:
 def contributors(summary: Summary, stage: Stage) -> dict[tuple[int, int], list[str]]:
     """Whose work is in a block, by (round, block).
 
-    ``pruning.json`` tells whose response was used; of a round that it does not tell of, the plan tells who was asked.
+    ``pruning.json`` records whose response was used; for a round that it does not record, the plan says who was asked.
     """
     clients: dict[tuple[int, int], list[str]] = {}
     for client in stage.clients:

@@ -47,7 +47,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     so a stage that was killed goes on at the first block that is missing.
 
     Returns:
-        The model with the pruned blocks laid over it. ``RUN/pruning.json`` tells what was done to every tensor, last by this
+        The model with the pruned blocks laid over it. ``RUN/pruning.json`` records what was done to every tensor, last by this
         stage, and whose work is in every block of every stage and round (``history``).
     """
     run = federation.run

@@ -1,4 +1,4 @@
-"""What the report, the terminal and the model card tell of structured pruning: from its plan and ``structured.json``."""
+"""What the report, the terminal and the model card say about structured pruning: from its plan and ``structured.json``."""
 
 from __future__ import annotations
 

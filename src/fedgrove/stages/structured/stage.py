@@ -47,7 +47,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     stage that was killed goes on there.
 
     Returns:
-        The model with narrower blocks laid over it. ``RUN/structured.json`` tells what went.
+        The model with narrower blocks laid over it. ``RUN/structured.json`` records what was cut.
     """
     run = federation.run
     file = _sums_file(run, plan)

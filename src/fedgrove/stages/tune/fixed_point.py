@@ -4,7 +4,7 @@ Where what a round changed adds up (with one A for all, or with tensors that are
 changes is a plain sum. Here it is a sum of whole multiples of 2⁻²⁴ of (weight · what changed) in 32-bit words: the same bits in
 the open and under secure aggregation, whoever is added first. Weights are public and add up to at most one, so the sum needs no
 more room than one client. Everybody sends the columns that the widest client trains, those that it does not train as zeros:
-shapes tell nothing. The loss, and the scores of the linears, go the same way.
+shapes reveal nothing. The loss, and the scores of the linears, go the same way.
 
 FFA-LoRA (arXiv 2403.12313) names exact means and privacy as what one frozen factor is good for; words and weights are ours.
 """
@@ -58,7 +58,7 @@ class ClientNoise(BaseModel):
 
 
 class WholeNumbers(BaseModel):
-    """What a client is told that sends whole numbers.
+    """What a client that sends fixed-point numbers needs to know.
 
     Attributes:
         weight: its weight in the sum; those of all clients add up to one at most.

@@ -215,7 +215,7 @@ def _assignments(
 
 
 def _discloses(config: Config, method: Parametrization) -> frozenset[Disclosure]:
-    """What a client's responses tell of its text, over the whole stage."""
+    """What a client's responses reveal about its text, over the whole stage."""
     disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None:
         disclosed |= {Disclosure.LOSS}

@@ -1,4 +1,4 @@
-"""What the report, the terminal and the model card tell of a stage that fine-tunes: from its plan and the metrics."""
+"""What the report, the terminal and the model card say about a stage that fine-tunes: from its plan and the metrics."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ class Tuning:
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
     def _whole(self, client: str) -> WholeNumbers | None:
-        """What a client is told where responses are whole numbers."""
+        """What a client needs to know where responses are fixed-point numbers."""
         if self.config.precision != "fixed":
             return None
         noise = self._client_noise()
@@ -297,7 +297,7 @@ class Tuning:
         return Clock({name: Pace(compute.get(name, 0.0), one.uplink, one.downlink) for name, one in known.items()})
 
     def log(self, round_: int) -> None:
-        """Writes what a round measured, after the round is safe: one that is asked anew is not told of twice."""
+        """Writes what a round measured, after the round is safe: a round that is repeated is not logged twice."""
         lines = self.run.metrics()
         known = {
             (line["client"], line["name"]) for line in lines if (line["stage"], line["round"]) == (self.plan.stage, round_)

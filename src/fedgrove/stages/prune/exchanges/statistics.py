@@ -174,7 +174,7 @@ class SumInputs(Request):
 
 
 def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:
-    """What a client's sums tell of its text."""
+    """What a client's sums reveal about its text."""
     if products:
         return frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS})
     return frozenset({Disclosure.MOMENTS if moments else Disclosure.SQUARES})

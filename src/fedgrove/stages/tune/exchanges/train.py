@@ -63,7 +63,7 @@ class Trained(Reply):
 
     Attributes:
         tokens: of the client's text.
-        loss: None where it is summed as a whole number, or where nobody may be told.
+        loss: None where it is summed as a whole number, or where it may not be disclosed.
     """
 
     tokens: int
@@ -229,9 +229,9 @@ class Train(TuneRequest):
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
         check_tokens(reply.tokens, self.tokens)
-        reports_loss = self.whole is None and not self.noisy  # else it is in the sum, or nobody may be told
+        reports_loss = self.whole is None and not self.noisy  # else it is in the sum, or may not be disclosed
         if (reply.loss is not None) != reports_loss:
-            raise WireError("its loss is not a finite number" if reports_loss else "it tells a loss that nobody asked for")
+            raise WireError("its loss is not a finite number" if reports_loss else "it reports a loss that nobody asked for")
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.whole is None:

@@ -1,7 +1,7 @@
 """(IA)³ (Liu et al., NeurIPS 2022): one learnt scale for each output channel of a linear.
 
 The paper's: scales that begin at one, on what a linear puts out. Ours: on every linear of a block, not on keys, values and the
-feed-forward part alone; told as the difference from one, so that changes of several clients add up; and on W·x without the
+feed-forward part alone; stored as the difference from one, so that changes of several clients add up; and on W·x without the
 bias, so that it merges exactly: the new weight is diag(1 + s)·W. A pruned model keeps its zeros, for a scaled zero is zero.
 
 Do not expect what LoRA learns: there are as many numbers as channels, and they can only make a channel louder or quieter.

@@ -25,7 +25,7 @@ class Trainer(Protocol):
         """Trains what requires a gradient.
 
         Returns:
-            The mean loss a token, where it may be told.
+            The mean loss a token, where it may be disclosed.
 
         Raises:
             FedgroveError: the loss is not finite, or the noise is too little.
