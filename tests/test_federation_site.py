@@ -48,7 +48,7 @@ from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
-from fedgrove.stages.tune.fixed_point import ClientNoise, WholeNumbers
+from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from small import Small, complaint, make_model
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "samples": 16, "length": 512}
@@ -123,7 +123,9 @@ PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, 
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
 WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
-NUMBERS = WholeNumbers(weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=3))
+NUMBERS = FixedPointChanges(
+    weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=3)
+)
 
 
 def changed(request: Any, **changes: Any) -> Any:
@@ -242,8 +244,8 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, rounds=1)), "epsilon"),
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
         (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, whole=NUMBERS), None),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, whole=changed(NUMBERS, noise=None)), "epsilon"),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=NUMBERS), None),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise=None)), "epsilon"),
         (WHOLE, changed(TRAIN, stage=0, shared_a=True), "fixed"),
     ],
 )
@@ -280,7 +282,7 @@ def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_p
     client = LocalClient("ash", tmp_path, tmp_path, None, (), None, credentials=secret)
     numbers = changed(NUMBERS, noise=changed(NUMBERS.noise, adders=0))
     with pytest.raises(FedgroveError, match="clients add the noise"):
-        changed(TRAIN, whole=numbers).respond({}, client, "cpu")
+        changed(TRAIN, fixed=numbers).respond({}, client, "cpu")
 
 
 def refusal(allow: Allow, agreed: Terms, request: Request) -> tuple[str, str] | None:

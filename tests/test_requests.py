@@ -251,7 +251,7 @@ def test_tensors_of_other_names_shapes_and_dtypes_are_refused(
     request, reply = exchange.request, exchange.reply.model_dump(mode="json")
     tensors = honest(request, Decoder(Checkpoint(small.model)))
     refused = partial(pytest.raises, FedgroveError)
-    with refused(match="'note' was not asked for"):
+    with refused(match="'note' was not requested"):
         ask(request, packed({**tensors, "note": torch.ones(3)}, request, reply), masked)
     for name, tensor in tensors.items():
         linear = name.partition("/")[2]

@@ -61,7 +61,7 @@ def test_a_short_form_stands_for_four_choices(given: dict[str, Any], expected: t
     ({"method": "full", "personal": 0.2}, 'parametrization "full" has no adapters: leave personal out'),
     ({"method": "lora", "aggregation": "fedit", "server_optimizer": "adam"}, 'server_optimizer "adam" works on changes that'),
     ({"method": "lora", "aggregation": "ffa_lora", "server_lr": 0.5}, "server_lr works on changes that aggregation ="),
-    ({"method": "lora", "precision": "fixed"}, 'precision "fixed": whole numbers add up where all share one factor; set'
+    ({"method": "lora", "precision": "fixed"}, 'precision "fixed": fixed-point numbers add up where all share one factor; set'
      ' aggregation = "ffa_lora"'),
     ({"trainer": "dp_sgd"}, 'trainer "dp_sgd" adds noise: give epsilon beside it'),
     ({"method": "lora", "epsilon": 1.0, "trainer": "sgd"}, 'trainer "sgd" does not protect a window; leave trainer out'),
@@ -88,9 +88,9 @@ def test_what_does_not_go_together_is_refused_in_a_line_that_names_the_key(
 
 
 @pytest.mark.parametrize(("method", "says"), [
-    ("lora", 'stages.0: only whole numbers can be summed unseen; set aggregation = "ffa_lora" and precision = "fixed"'),
-    ("ia3", 'stages.0: only whole numbers can be summed unseen; set precision = "fixed"'),
-    ("full", 'stages.0: only whole numbers can be summed unseen; set precision = "fixed"'),
+    ("lora", 'stages.0: only fixed-point numbers can be summed securely; set aggregation = "ffa_lora" and precision = "fixed"'),
+    ("ia3", 'stages.0: only fixed-point numbers can be summed securely; set precision = "fixed"'),
+    ("full", 'stages.0: only fixed-point numbers can be summed securely; set precision = "fixed"'),
 ])  # fmt: skip
 def test_what_is_not_summed_unseen_is_told_what_would_be(small: Small, method: str, says: str) -> None:
     job = small.job("unseen", stages=[{**TUNE, "method": method}], evaluate={}, privacy={"secure_aggregation": True})

@@ -25,7 +25,7 @@ class Federation:
         engine: reaches the clients.
         run: the run folder; its job is what is run.
         device: where the server computes.
-        aggregator: computes sums over clients, in the open or unseen: a stage does not know which.
+        aggregator: computes sums over clients, in the open or securely: a stage does not know which.
     """
 
     engine: Engine

@@ -32,7 +32,7 @@ class Terms(BaseModel):
         dtype: in which the model is read.
         digests: of the server's copy, see :func:`fedgrove.models.digest.digests`.
         stages: the job's tables.
-        secure: whether sums are taken unseen.
+        secure: whether sums are taken under secure aggregation.
         alone: whether clients report what they would have had without the others.
         clients: who is asked to take part.
     """

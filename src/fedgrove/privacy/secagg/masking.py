@@ -30,7 +30,7 @@ def as_rings(tensors: Mapping[str, Tensor]) -> list[Ring]:
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in RINGS:
-            raise SecureError(f"secure aggregation: {name} is {tensor.dtype}; only whole numbers can be summed")
+            raise SecureError(f"secure aggregation: {name} is {tensor.dtype}; only integers can be summed")
     return [tensors[name].reshape(-1).numpy().view(RINGS[tensors[name].dtype]) for name in sorted(tensors)]
 
 

@@ -1,4 +1,4 @@
-"""How a sum over clients is computed: in the open, or unseen. A stage does not know which."""
+"""How a sum over clients is computed: in the open or securely. A stage does not know which."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ R = TypeVar("R", bound=Request)
 class Accumulator(Protocol):
     """The server's half of an exchange whose responses are summed.
 
-    Its requests are either added one by one (in the open) or opened as a total of whole numbers (unseen). Both come to the same
+    Its requests are either added one by one (in the open) or opened as a total of integers (securely). Both come to the same
     sums: that is what an exchange has to see to.
     """
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """The requests by which clients send whole numbers that a ring can hold, for sums that are taken unseen."""
+        """The requests by which clients send integers that a ring can hold, for sums under secure aggregation."""
         ...
 
     def ring_bits(self) -> int:
@@ -32,7 +32,7 @@ class Accumulator(Protocol):
         ...
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Takes the sum of the whole numbers of these clients.
+        """Takes the sum of the integers of these clients.
 
         Raises:
             WireError: the sum cannot be one of clients that did as they were asked.

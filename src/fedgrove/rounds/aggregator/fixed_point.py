@@ -1,4 +1,4 @@
-"""Whole numbers for sums: exact, whoever adds them and in whatever order, and the only numbers that can be summed unseen."""
+"""Integers for sums: exact, whoever adds them and in whatever order, and the only numbers that can be summed securely."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FixedPoint:
 
     Attributes:
         fraction_bits: bits after the binary point.
-        dtype: of the whole numbers: int64, or int32 for half of the bytes.
+        dtype: of the integers: int64, or int32 for half of the bytes.
         toward_zero: round towards zero, so that no norm grows; else to the nearest.
     """
 
@@ -35,7 +35,7 @@ class FixedPoint:
     toward_zero: bool = False
 
     def encode(self, values: Tensor, limit: float | None = None) -> Tensor:
-        """Floats to whole numbers.
+        """Floats to integers.
 
         Args:
             values: any shape.
@@ -54,7 +54,7 @@ class FixedPoint:
 
         Args:
             values: (rows, n).
-            limit: the sum of the |whole numbers| of every column must be smaller.
+            limit: the sum of the |integers| of every column must be smaller.
 
         Returns:
             (n,).

@@ -1,4 +1,4 @@
-"""The plainest accumulator: whole numbers, each client's with weight one."""
+"""The plainest accumulator: integers, each client's with weight one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
 
 
 class IntegerSums:
-    """Σ of what clients send as ``change/<name>``, whole numbers: the same bits in the open and unseen.
+    """Σ of what clients send as ``change/<name>``, integers: the same bits in the open and securely.
 
     Args:
         check_total: refuses a total that cannot be one; given the sums by name and the clients' replies. Sums in the open were
@@ -27,7 +27,7 @@ class IntegerSums:
         self._bits = bits
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """They are whole numbers already."""
+        """They are integers already."""
         return dict(messages)
 
     def ring_bits(self) -> int:

@@ -1,4 +1,4 @@
-"""The four phases around a sum that is taken unseen: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secagg`.
+"""The four phases around a sum under secure aggregation: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secagg`.
 
 None of them discloses anything of a client's text. Between ``shares`` and ``check`` the sum's own request goes out; what has
 its response masked travels beside that request, as :class:`Masking`.

@@ -1,4 +1,4 @@
-"""Pruned weights as whole numbers, for sums that are taken unseen."""
+"""Pruned weights as fixed-point numbers, for sums under secure aggregation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROWTH = 8  # a pruner may make a weight at most so many times larger than the l
 
 
 class FixedWeights(BaseModel):
-    """Weights as whole numbers, for a sum that is taken unseen.
+    """Weights as fixed-point numbers, for a sum under secure aggregation.
 
     Attributes:
         units: by linear, the exponent of two by which its weights are multiplied.
@@ -46,7 +46,7 @@ class FixedWeights(BaseModel):
 
 
 def unit_of(before: Tensor, clients: int) -> int:
-    """The exponent of two by which a linear's weights are multiplied to make whole numbers of them.
+    """The exponent of two by which a linear's weights are multiplied to make fixed-point numbers of them.
 
     With eight clients the unit is 2⁻³⁹ of the largest weight: the values of a bfloat16 model travel as they are down to
     2⁻³² of the largest, those of a float32 model lose what lies below 2⁻³⁹.

@@ -53,8 +53,9 @@ class Config(StageConfig):
             aggregation "flexlora".
         server_optimizer: what the server makes of a round's change: "average" takes it, "momentum" and "adam" smooth it.
         server_lr: multiplies the change, or is the step size of "adam".
-        precision: dtype of the changes in messages; "fixed" sends whole numbers to the server, which add up exactly, whoever
-            adds them (see :mod:`fedgrove.stages.tune.fixed_point`), and float32 to the clients. Secure aggregation needs it.
+        precision: dtype of the changes in messages; "fixed" sends fixed-point numbers to the server, which add up exactly,
+            whoever adds them (see :mod:`fedgrove.stages.tune.fixed_point`), and float32 to the clients. Secure aggregation
+            needs it.
         epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.release`.
         dp_unit: what differential privacy protects: a whole "client", or one "window" of its text.
         dp_clip: clips the change of a client, or the gradient of a window, to this norm.
@@ -144,7 +145,9 @@ class Config(StageConfig):
             key = "server_lr" if self.server_optimizer == "average" else f'server_optimizer "{self.server_optimizer}"'
             raise ValueError(f'{key} works on changes that aggregation = "flexlora" or "fedavg" makes')
         if self.precision == "fixed" and not (takes.SHARED_A or what.RELATIVE):
-            raise ValueError('precision "fixed": whole numbers add up where all share one factor; set aggregation = "ffa_lora"')
+            raise ValueError(
+                'precision "fixed": fixed-point numbers add up where all share one factor; set aggregation = "ffa_lora"'
+            )
         if self.epsilon is not None:
             self._check_private(what, planner)
         elif self.trainer_method.PRIVATE:
@@ -159,7 +162,7 @@ class Config(StageConfig):
         if self.personal:
             raise ValueError("epsilon: the losses by which adapters are chosen have no noise; leave personal out")
         if self.dp_unit == "client" and self.precision != "fixed":
-            raise ValueError(f"epsilon: the noise is on a sum of changes; set {self._whole_numbers} beside it")
+            raise ValueError(f"epsilon: the noise is on a sum of changes; set {self._fixed_keys} beside it")
         if (self.dp_unit == "window") != self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" does not protect a {self.dp_unit}; leave trainer out')
 
@@ -174,8 +177,8 @@ class Config(StageConfig):
         return trainer_of(self.trainer)
 
     @property
-    def _whole_numbers(self) -> str:
-        """The keys by which clients send whole numbers."""
+    def _fixed_keys(self) -> str:
+        """The keys by which clients send fixed-point numbers."""
         if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
             return 'precision = "fixed"'
         return 'aggregation = "ffa_lora" and precision = "fixed"'
@@ -197,7 +200,7 @@ class Config(StageConfig):
     def check_secure(self, job: Job, index: int) -> None:
         at = f"privacy.secure_aggregation: stages.{index}"
         if self.precision != "fixed":
-            raise ValueError(f"{at}: only whole numbers can be summed unseen; set {self._whole_numbers}")
+            raise ValueError(f"{at}: only fixed-point numbers can be summed securely; set {self._fixed_keys}")
         if self.personal:
             raise ValueError(f"{at}.personal: its losses are not summed; set it to 0")
 

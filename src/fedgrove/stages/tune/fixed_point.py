@@ -1,8 +1,9 @@
-"""Changes as whole numbers: a sum that is exact, that can be taken unseen, and that takes noise.
+"""Changes as fixed-point numbers: their sum is exact, can be taken under masks, and takes noise.
 
 Where what a round changed adds up (with one A for all, or with tensors that are averaged as they are), the mean of the clients'
-changes is a plain sum. Here it is a sum of whole multiples of 2⁻²⁴ of (weight · what changed) in 32-bit words: the same bits in
-the open and under secure aggregation, whoever is added first. Weights are public and add up to at most one, so the sum needs no
+changes is a plain sum. Here it is a sum of integer multiples of 2⁻²⁴ of (weight · what changed) in 32-bit words: the same bits
+in the open and under secure aggregation, whoever is added first. Weights are public and add up to at most one, so the sum needs
+no
 more room than one client. Everybody sends the columns that the widest client trains, those that it does not train as zeros:
 shapes reveal nothing. The loss, and the scores of the linears, go the same way.
 
@@ -57,7 +58,7 @@ class ClientNoise(BaseModel):
         return GaussianMechanism(self.clip, multiplier, self.adders, weight=weight, bits=BITS)
 
 
-class WholeNumbers(BaseModel):
+class FixedPointChanges(BaseModel):
     """What a client that sends fixed-point numbers needs to know.
 
     Attributes:
@@ -104,7 +105,7 @@ def mean(total: Tensor, weight: Tensor | float) -> Tensor:
     """Σ weight·value / Σ weight in float64 from the sum of what :func:`encode` made; 0 where nobody has weight.
 
     Args:
-        total: whole numbers.
+        total: fixed-point numbers.
         weight: of those who are in the sum: one number, or one for each column.
     """
     value = CODE.decode(total)

@@ -123,7 +123,7 @@ def make_plan(
         capabilities: what the clients said, by name.
         importance: of each linear, together 1.
         together: of so many clients, how many must train a column of an adapter: its sum shall not be one client's.
-        secure: sums are taken unseen.
+        secure: sums are taken under secure aggregation.
 
     Raises:
         FedgroveError: nobody can take part; names one client and the smallest budget that would do.

@@ -28,7 +28,7 @@ from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinear
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
 from fedgrove.stages.tune.exchanges.train import FloatRound, Train, Training, WholeRound, WindowNoise, start_tensors
-from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, WholeNumbers
+from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
@@ -126,7 +126,7 @@ class Tuning:
                 steps=config.importance_steps,
                 micro=assignment.micro,
                 learning_rate=config.learning_rate,
-                whole=self._whole(client),
+                fixed=self._fixed(client),
             )
             messages[client] = Message(request)
         cost = self.cost()
@@ -159,7 +159,7 @@ class Tuning:
         messages = {client: Message(request, self._start(client)) for client, request in requests.items()}
         clock = self._clock({client: assignment.compute for client, assignment in plan.clients.items()})
         if self.config.precision == "fixed":
-            heard = self._sum_whole(requests, messages, clock)
+            heard = self._sum_fixed(requests, messages, clock)
         else:
             heard = self._sum_floats(messages, clock)
         for client in heard:
@@ -190,7 +190,7 @@ class Tuning:
             state.metrics.append((None, "loss", loss))
         return heard
 
-    def _sum_whole(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
+    def _sum_fixed(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
         """What all changed together, on top of where all began."""
         state, widest = self.state, self.plan.widest()
         sums = WholeRound(requests)
@@ -253,7 +253,7 @@ class Tuning:
                 max_grad_norm=config.max_grad_norm,
                 proximal=config.proximal,
             ),
-            whole=self._whole(client),
+            fixed=self._fixed(client),
             windows=self._window_noise(client),
         )
 
@@ -263,13 +263,13 @@ class Tuning:
         starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
-    def _whole(self, client: str) -> WholeNumbers | None:
+    def _fixed(self, client: str) -> FixedPointChanges | None:
         """What a client needs to know where responses are fixed-point numbers."""
         if self.config.precision != "fixed":
             return None
         noise = self._client_noise()
         weight = self.plan.weights(alike=noise is not None)[client]
-        return WholeNumbers(weight=weight, widest=self.plan.widest(), noise=noise)
+        return FixedPointChanges(weight=weight, widest=self.plan.widest(), noise=noise)
 
     def _client_noise(self) -> ClientNoise | None:
         config = self.config

@@ -76,7 +76,7 @@ class PruneBlock(Request):
     gone, the pass begins anew and comes to the same states.
 
     Tensors beside the request: ``start/<linear>``: (out, in), what to begin with instead of the dense copy. The response holds
-    ``change/<linear>`` and ``weight/<linear>`` as the aggregation's ``weigh`` says; whole numbers where there are
+    ``change/<linear>`` and ``weight/<linear>`` as the aggregation's ``weigh`` says; fixed-point numbers where there are
     ``fixed_point``.
 
     Attributes:
@@ -86,7 +86,7 @@ class PruneBlock(Request):
         aggregation: see :mod:`fedgrove.stages.prune.aggregation`.
         max_weight_growth: of the stage's table; the server refuses larger weights.
         keep: keep the pruned block here, to measure what this client would have had alone.
-        fixed_point: for a sum that is taken unseen; None in the open.
+        fixed_point: for a sum under secure aggregation; None in the open.
     """
 
     KIND: ClassVar[str] = "prune/block"
@@ -342,7 +342,7 @@ class BlockSums:
             total.add(change, weight if weight.dim() else float(weight), self._scales[client])
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Takes the sum of the clients' whole numbers, if it can be one of clients that pruned as they were asked."""
+        """Takes the sum of the clients' fixed-point numbers, if it can be one of clients that pruned as they were asked."""
         for name in self.sums:
             votes, value = total[WEIGHT + name], total.get(CHANGE + name)
             requests = [self._requests[client] for client in replies]

@@ -83,7 +83,7 @@ def check_range(measured: torch.Tensor, samples: int) -> None:
     """Refuses numbers that are no fractions.
 
     Args:
-        measured: whole numbers, summed over so many windows.
+        measured: integers, summed over so many windows.
 
     Raises:
         WireError: one is out of range.

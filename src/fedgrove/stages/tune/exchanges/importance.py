@@ -16,7 +16,7 @@ from fedgrove.stages.tune import fixed_point
 from fedgrove.stages.tune import importance as scoring
 from fedgrove.stages.tune.client_model import TuneRequest
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.fixed_point import WholeNumbers
+from fedgrove.stages.tune.fixed_point import FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.personal import hold_out
 from fedgrove.stages.tune.training import Settings, draw
@@ -34,12 +34,12 @@ class ScoreLinears(TuneRequest):
     """Score every linear on your text, in a few steps of training that are then forgotten.
 
     The response holds ``change/importance``: (linears,) in the model's order: float64, or int32, of scores that add up to one,
-    where there are ``whole``.
+    where there are ``fixed``.
 
     Attributes:
         tokens: of the client's text, as it said.
         steps, micro, learning_rate: of the training; batches are of ``micro`` windows.
-        whole: for sums of whole numbers.
+        fixed: for sums of fixed-point numbers.
     """
 
     KIND: ClassVar[str] = "tune/importance"
@@ -50,7 +50,7 @@ class ScoreLinears(TuneRequest):
     steps: int
     micro: int
     learning_rate: float
-    whole: WholeNumbers | None = None
+    fixed: FixedPointChanges | None = None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder, ids, labels = self.model_and_windows(client, device)
@@ -60,23 +60,23 @@ class ScoreLinears(TuneRequest):
         settings = Settings(steps=self.steps, batch=self.micro, micro=1, learning_rate=self.learning_rate)
         batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")
         scores = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)
-        if self.whole is None:
+        if self.fixed is None:
             return Response({IMPORTANCE: scores}, Tokens(tokens=tokens))
         parts = torch.tensor(list(scoring.normalized(scores, list(shapes)).values()), dtype=torch.float64)
-        return Response(fixed_point.encode({"importance": parts}, self.whole.weight), Tokens(tokens=tokens))
+        return Response(fixed_point.encode({"importance": parts}, self.fixed.weight), Tokens(tokens=tokens))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
         number = len(list(layout.linear_names()))
-        return {IMPORTANCE: (torch.Size([number]), torch.float64 if self.whole is None else torch.int32)}
+        return {IMPORTANCE: (torch.Size([number]), torch.float64 if self.fixed is None else torch.int32)}
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
         check_tokens(reply.tokens, self.tokens)
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        if self.whole is not None:
-            fixed_point.check(tensors, self.whole.weight)
+        if self.fixed is not None:
+            fixed_point.check(tensors, self.fixed.weight)
 
     def beyond(self, config: object) -> str | None:
         assert isinstance(config, Config)
@@ -97,16 +97,16 @@ class ImportanceSum:
     """The server's half: the importance of each linear, together 1.
 
     Args:
-        names: of the linears; weights: of the clients in a sum of whole numbers, by name.
+        names: of the linears; weights: of the clients in a sum of fixed-point numbers, by name.
     """
 
     def __init__(self, names: list[str], weights: Mapping[str, float]):
         self._names, self._weights = names, weights
         self._scores = WeightedSum()
-        self._whole: tuple[torch.Tensor, float] | None = None
+        self._fixed: tuple[torch.Tensor, float] | None = None
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Stages that are summed unseen send whole numbers already."""
+        """Stages that are summed securely send fixed-point numbers already."""
         return dict(messages)
 
     def ring_bits(self) -> int:
@@ -120,18 +120,18 @@ class ImportanceSum:
         if scores.is_floating_point():
             self._scores.add(scores, float(reply.tokens))
             return
-        total, weight = self._whole or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
-        self._whole = total + scores.long(), weight + self._weights[client]
+        total, weight = self._fixed or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
+        self._fixed = total + scores.long(), weight + self._weights[client]
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
         """Takes an opened sum."""
         fixed_point.check(total, 1.0)
-        self._whole = total[IMPORTANCE].long(), sum(self._weights[client] for client in sorted(replies))
+        self._fixed = total[IMPORTANCE].long(), sum(self._weights[client] for client in sorted(replies))
 
     def importance(self) -> dict[str, float]:
         """By linear."""
-        if self._whole is None:
+        if self._fixed is None:
             return scoring.normalized(self._scores.mean(), self._names)
-        mean = fixed_point.mean(*self._whole)
+        mean = fixed_point.mean(*self._fixed)
         parts = mean / mean.sum()
         return {name: float(part) for name, part in zip(self._names, parts, strict=True)}

@@ -23,7 +23,7 @@ from fedgrove.stages.tune.changes import Start, State
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.importance import check_tokens
-from fedgrove.stages.tune.fixed_point import LOSS, WholeNumbers
+from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
@@ -63,7 +63,7 @@ class Trained(Reply):
 
     Attributes:
         tokens: of the client's text.
-        loss: None where it is summed as a whole number, or where it may not be disclosed.
+        loss: None where it is summed as a fixed-point number, or where it may not be disclosed.
     """
 
     tokens: int
@@ -75,7 +75,7 @@ class Train(TuneRequest):
 
     Tensors beside the request: ``own/<linear>/<part>`` and ``rest/<linear>/<part>``: where to start; a part that is missing
     begins anew. The response holds ``change/<linear>/<part>``: the change as trained, or what the round changed, as the
-    parametrization says; with ``whole`` int32, what the round changed, and ``change/loss``.
+    parametrization says; with ``fixed`` int32, what the round changed, and ``change/loss``.
 
     Attributes:
         run: names the run: what is noisy is made once in it.
@@ -88,7 +88,7 @@ class Train(TuneRequest):
         seen: windows that this client was given in earlier rounds.
         dtype: of the response.
         training: the settings.
-        whole: for sums of whole numbers; None: floats.
+        fixed: for sums of fixed-point numbers; None: floats.
         windows: for trainers that add noise.
     """
 
@@ -109,13 +109,13 @@ class Train(TuneRequest):
     seen: int
     dtype: Literal["float32", "bfloat16"]
     training: Training
-    whole: WholeNumbers | None = None
+    fixed: FixedPointChanges | None = None
     windows: WindowNoise | None = None
 
     @property
     def noisy(self) -> bool:
         """Whether noise protects what is sent: then no loss is."""
-        return self.windows is not None or (self.whole is not None and self.whole.noise is not None)
+        return self.windows is not None or (self.fixed is not None and self.fixed.noise is not None)
 
     @property
     def method(self) -> Parametrization:
@@ -130,12 +130,14 @@ class Train(TuneRequest):
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
-        if client.credentials is not None and self.whole and self.whole.noise and not self.whole.noise.adders:
-            raise client.error("where sums are taken unseen clients add the noise; this request leaves it to the server")
+        if client.credentials is not None and self.fixed and self.fixed.noise and not self.fixed.noise.adders:
+            raise client.error(
+                "where sums are taken under secure aggregation clients add the noise; this request leaves it to the server"
+            )
         decoder, ids, labels = self.model_and_windows(client, device)
         tokens = ids.numel()
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
-        noise = self.windows or (self.whole and self.whole.noise)
+        noise = self.windows or (self.fixed and self.fixed.noise)
         if noise and not self.round < noise.rounds:
             raise client.error(f"round {self.round + 1} of {noise.rounds}: its budget is spent")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
@@ -177,7 +179,7 @@ class Train(TuneRequest):
         tokens: int,
         loss: float | None,
     ) -> tuple[Tensors, Trained]:
-        if self.whole is None:
+        if self.fixed is None:
             dtype = getattr(torch, self.dtype)
             sent = {
                 f"{CHANGE}{name}/{part}": value.to(dtype)
@@ -191,33 +193,33 @@ class Train(TuneRequest):
             for name, change in trained.items()
             for part, value in method.round_change(change, starts[name], self.shared_a).items()
         }
-        mechanism = self.whole.noise.mechanism(self.whole.weight) if self.whole.noise else None
+        mechanism = self.fixed.noise.mechanism(self.fixed.weight) if self.fixed.noise else None
         if mechanism:
             changes = mechanism.clip(changes)
         values: dict[str, Tensor] = {}
-        for name, shape in self._whole_shapes(shapes).items():
+        for name, shape in self._fixed_shapes(shapes).items():
             change = changes.get(name)  # narrower than the widest client's, or not trained here
             values[name] = (
                 torch.zeros(shape) if change is None else nn.functional.pad(change, (0, shape[-1] - change.shape[-1]))
             )
         if loss is not None and not mechanism:
             values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
-        numbers = fixed_point.encode(values, self.whole.weight)
+        numbers = fixed_point.encode(values, self.fixed.weight)
         return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=tokens)
 
-    def _whole_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
-        assert self.whole is not None
+    def _fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
+        assert self.fixed is not None
         return {
             f"{name}/{part}": shape
-            for name, widest in self.whole.widest.items()
+            for name, widest in self.fixed.widest.items()
             for part, (shape, _) in self.method.expected(shapes[name], widest, torch.float32, self.shared_a).items()
         }
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
         shapes = {name: layout.read_shape(name) for name in layout.linear_names()}
-        if self.whole is not None:
-            specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self._whole_shapes(shapes).items()}
+        if self.fixed is not None:
+            specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self._fixed_shapes(shapes).items()}
             return specs if self.noisy else {**specs, CHANGE + LOSS: (torch.Size([1]), torch.int32)}
         dtype = getattr(torch, self.dtype)
         return {
@@ -229,14 +231,14 @@ class Train(TuneRequest):
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
         check_tokens(reply.tokens, self.tokens)
-        reports_loss = self.whole is None and not self.noisy  # else it is in the sum, or may not be disclosed
+        reports_loss = self.fixed is None and not self.noisy  # else it is in the sum, or may not be disclosed
         if (reply.loss is not None) != reports_loss:
             raise WireError("its loss is not a finite number" if reports_loss else "it reports a loss that nobody asked for")
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        if self.whole is None:
+        if self.fixed is None:
             return
-        fixed_point.check(tensors, self.whole.weight)
+        fixed_point.check(tensors, self.fixed.weight)
         for name, tensor in tensors.items():
             linear = name.removeprefix(CHANGE).rpartition("/")[0]
             rank = self.ranks.get(linear, 0) if self.method.RANKED else None
@@ -247,7 +249,7 @@ class Train(TuneRequest):
         assert isinstance(config, Config)
         asked = {
             "parametrization": self.parametrization, "trainer": self.trainer, "steps": self.training.steps,
-            "shared_a": self.shared_a, "fixed": self.whole is not None,
+            "shared_a": self.shared_a, "fixed": self.fixed is not None,
         }  # fmt: skip
         agreed = {
             "parametrization": config.parametrization, "trainer": config.trainer, "steps": config.steps,
@@ -255,7 +257,7 @@ class Train(TuneRequest):
         }  # fmt: skip
         differs = next((key for key in asked if asked[key] != agreed[key]), None)
         if differs is None and config.epsilon is not None:
-            noise = self.windows if config.trainer_method.PRIVATE else (self.whole.noise if self.whole else None)
+            noise = self.windows if config.trainer_method.PRIVATE else (self.fixed.noise if self.fixed else None)
             if (
                 noise is None
                 or noise.epsilon > config.epsilon
@@ -307,8 +309,10 @@ class FloatRound:
         self._loss = WeightedSum()
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Floats cannot be summed unseen; jobs that would are refused when they are read."""
-        raise FedgroveError("privacy.secure_aggregation: only whole numbers can be summed unseen", 'set precision = "fixed"')
+        """Floats cannot be summed securely; jobs that would are refused when they are read."""
+        raise FedgroveError(
+            "privacy.secure_aggregation: only fixed-point numbers can be summed securely", 'set precision = "fixed"'
+        )
 
     def ring_bits(self) -> int:
         """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
@@ -335,7 +339,7 @@ class FloatRound:
 
 
 class WholeRound(IntegerSums):
-    """The server's half where clients send whole numbers: the mean of what they changed.
+    """The server's half where clients send fixed-point numbers: the mean of what they changed.
 
     Args:
         requests: by client.
@@ -352,8 +356,8 @@ class WholeRound(IntegerSums):
             clients: who is in the sum.
         """
         first = next(iter(self._requests.values()))
-        assert first.whole is not None
-        noise, sums = first.whole.noise, self.sums
+        assert first.fixed is not None
+        noise, sums = first.fixed.noise, self.sums
         if noise:
             sums = noise.mechanism(1 / len(self._requests)).add_at_server(sums)
         means = {}
@@ -372,6 +376,6 @@ class WholeRound(IntegerSums):
         return columns
 
     def _weight_of(self, client: str) -> float:
-        whole = self._requests[client].whole
-        assert whole is not None
-        return whole.weight
+        fixed = self._requests[client].fixed
+        assert fixed is not None
+        return fixed.weight

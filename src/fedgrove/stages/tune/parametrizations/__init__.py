@@ -101,7 +101,7 @@ class Parametrization(Protocol):
         ...
 
     def round_change(self, trained: Any, start: Start[Any], shared_a: bool) -> dict[str, Tensor]:
-        """What a round changed, by part: for sums of whole numbers."""
+        """What a round changed, by part: for sums of fixed-point numbers."""
         ...
 
     def after_round(self, state: Any, change: Mapping[str, Tensor], rank: int, dtype: torch.dtype, name: str, seed: str) -> Any:
