@@ -248,7 +248,7 @@ def test_a_model_without_a_tokenizer_is_named(small: Small, tmp_path: Path) -> N
 def test_a_model_that_does_not_exist_is_named(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    refused(small, tmp_path, f"model.path: {path} is neither a directory here nor a model", model__path=path)
+    refused(small, tmp_path, f"model.path: {path} is neither a directory here nor an accessible model", model__path=path)
 
 
 # Folders
