@@ -1,4 +1,4 @@
-"""A language model's decoder blocks and their linears: together with ``experts`` the only code that depends on architectures.
+"""A language model's decoder blocks and their linears, accessed in the same way for all architectures.
 
 A :class:`Decoder` is a model of the transformers library without weights. Its ends (embeddings, last norm, head) and its
 blocks are loaded from a checkpoint when they are needed, and unloaded afterwards.
@@ -57,7 +57,7 @@ class Decoder:
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
-        self._empty_ends: dict[str, nn.Parameter] = {}  # the meta parameters that the loaded ends replaced
+        self._unloaded_ends: dict[str, nn.Parameter] = {}  # the meta parameters that the loaded ends replaced
         self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
 
@@ -177,9 +177,9 @@ class Decoder:
 
     def forget_ends(self) -> None:
         """Frees the weights outside the blocks; they are read again when they are needed."""
-        for name, unloaded in self._empty_ends.items():
+        for name, unloaded in self._unloaded_ends.items():
             self._put(self.model, name, unloaded)
-        self._empty_ends.clear()
+        self._unloaded_ends.clear()
         self._tie()
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -225,7 +225,7 @@ class Decoder:
             unloaded = not parameters or any(parameter.is_meta for parameter in parameters.values())
             if outside and (head or module is not output) and unloaded:
                 prefix = f"{name}." if name else ""
-                self._empty_ends |= {prefix + leaf: cast(nn.Parameter, value) for leaf, value in parameters.items()}
+                self._unloaded_ends |= {prefix + leaf: cast(nn.Parameter, value) for leaf, value in parameters.items()}
                 self._fill(module, prefix, recurse=False)
         self._tie()
 
