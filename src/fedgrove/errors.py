@@ -26,3 +26,8 @@ class FedgroveError(Exception):
         if self.remedy is not None:
             line += f"; {self.remedy}"
         return " ".join(line.split())
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records, template_fields
+from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records
+from fedgrove.data.template import template_fields
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
 
