@@ -95,7 +95,7 @@ def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(allow: dict[str, 
 
 
 def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:
-    with pytest.raises(ValidationError, match="allocation: the budget of epsilon is spent on one sum of each block"):
+    with pytest.raises(ValidationError, match="allocation: measuring blocks needs a second sum of each"):
         terms({**PRIVATE, "allocation": "owl"})
     with pytest.raises(ValidationError, match="no-such-kind"):
         terms({"kind": "no-such-kind"})
