@@ -108,7 +108,7 @@ def test_a_client_that_hangs_is_out_of_time_and_can_be_asked_again(
         faulty("hang", BIRCH)
         replies = {client: (answer, error) for client, answer, error in engine.request(PruneBlock.KIND, messages, timeout=15)}
         hung = int((tmp_path / "hangs").read_text())
-        assert replies["birch"] == (None, "no answer in 15 s (rounds.timeout)")
+        assert replies["birch"] == (None, "no response in 15 s (rounds.timeout)")
         assert replies["ash"][0] is not None
         wait_until(lambda: not alive(hung))
 
@@ -170,7 +170,7 @@ def test_a_late_answer_or_a_stranger_does_no_harm(small: Small, tmp_path: Path) 
         for client, answer, error in replies:
             if kind == PruneBlock.KIND and client == "birch" and not late:
                 late.append((client, answer, error))
-                yield client, None, "no answer in 1 s (rounds.timeout)"
+                yield client, None, "no response in 1 s (rounds.timeout)"
                 continue
             if len(late) == 1:  # now it is asked again, and both answers come
                 yield late[0]

@@ -321,7 +321,7 @@ def test_the_text_of_an_exception_stays_at_the_site(error: Exception, says: str)
 
 @pytest.mark.parametrize("sent", [None, "", "error", "error a b c", "unknown Error", "error Err{word}", "error E\nx"])
 def test_what_is_no_code_of_ours_is_not_shown(sent: str | None) -> None:
-    assert error_codes.message(sent) == "it answered with an error that is not one of fedgrove's"
+    assert error_codes.message(sent) == "it sent an error that is not one of fedgrove's"
 
 
 class Context:
