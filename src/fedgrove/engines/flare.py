@@ -123,9 +123,7 @@ class FlareEngine:
             client_task.task.data = data
 
         def release(client_task: Any, fl_ctx: Any) -> None:
-            client_task.task.data = (
-                Shareable()
-            )  # frees the message; if the site fetches the task again, FLARE calls pack() again
+            client_task.task.data = Shareable()  # frees the message; pack() runs again if the site fetches again
 
         def receive(client_task: Any, fl_ctx: Any) -> None:
             result, client_task.result = client_task.result, None

@@ -97,8 +97,7 @@ def _receive(worker: Worker) -> Reply:
 
 
 def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
-    """Responds to a request; an exception becomes one line. The trace of an unexpected one goes to the client's
-    ``error.log``."""
+    """Responds to a request; an exception becomes one line, and the trace of an unexpected one a file."""
     try:
         return serve(kind, message, client, device), None
     except FedgroveError as error:
