@@ -73,7 +73,7 @@ def test_a_killed_worker_is_an_answer_that_names_its_client(small: Small, tmp_pa
     faulty("kill", BIRCH)
     line = complaint("run", job, "--out", out, "--workers", "1")
     assert line.startswith(f"client 'birch': its process died (status {-signal.SIGKILL}); out of memory?")
-    assert "2 of 3 clients answered, 3 needed: rounds.quorum" in line
+    assert "2 of 3 clients responded, 3 needed: rounds.quorum" in line
     assert not (out / "model").exists()
 
     status, _, err = cli("run", job, "--out", out, "--resume", "--workers", "1", "--set", "rounds.quorum=2")
@@ -194,7 +194,7 @@ def test_an_answer_to_another_ask_is_refused(small: Small, tmp_path: Path) -> No
                 reply = first[0]
             yield reply
 
-    with pytest.raises(FedgroveError, match="client 'birch': its answer was refused: it answers another request"):
+    with pytest.raises(FedgroveError, match="client 'birch': its response was refused: it belongs to another request"):
         run_with(small, tmp_path / "run", stuck)
 
 
@@ -202,7 +202,7 @@ def test_an_engine_that_forgets_a_client_does_not_make_a_smaller_federation(smal
     def forgetful(kind: str, replies: list[Reply]) -> list[Reply]:
         return [reply for reply in replies if kind != PruneBlock.KIND or reply[0] != "birch"]
 
-    with pytest.raises(FedgroveError, match="client 'birch': it gave no answer"):
+    with pytest.raises(FedgroveError, match="client 'birch': it sent no response"):
         run_with(small, tmp_path / "run", forgetful)
 
 

@@ -232,7 +232,7 @@ def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
     number = len(federation.sites)
     assert error == (
         "client 'cedar': it refuses what the job asks (allow.secure in its site.toml) "
-        f"({number - 1} of {number} clients answered, {number} needed: rounds.quorum)"
+        f"({number - 1} of {number} clients responded, {number} needed: rounds.quorum)"
     )
     assert not [phase for phase in seen.phases if phase.action == "prune"], "nothing is computed before all agree"
 
