@@ -122,7 +122,7 @@ def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(
     poison(monkeypatch, "birch", 100)
     spec = {"evaluate": {}, "stages__0__max_weight_growth": 4.0}
     words = complaint("run", small.job("bound", **spec), "--out", tmp_path / "run")
-    assert "client 'birch': its answer was refused" in words
+    assert "client 'birch': its response was refused" in words
     assert "more than 4 times the largest weight before (max_weight_growth)" in words
     left_out = small.job("bound", **spec, rounds={"quorum": 2})
     assert cli("run", left_out, "--out", tmp_path / "without", "--quiet")[0] == 0
