@@ -54,5 +54,5 @@ def test_a_client_trains_nothing_with_less_noise_than_was_promised() -> None:
     for noise, rounds in ((0.9 * enough, 10), (enough, 20)):
         budget = training.Budget(epsilon=1.0, delta=1e-5, noise=noise, rounds=rounds, clip=1.0)
         work = training.Work(ids, ids, 0, "0", budget=budget)
-        with pytest.raises(FedgroveError, match=f"noise of {noise:g} is too little for epsilon = 1; it trains nothing"):
+        with pytest.raises(FedgroveError, match=f"noise of {noise:g} is too little for epsilon = 1; training refused"):
             dp_sgd.train(Line(), work, training.Settings(1, 2, 1, 0.1))

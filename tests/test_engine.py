@@ -73,7 +73,7 @@ def test_a_killed_worker_is_an_answer_that_names_its_client(small: Small, tmp_pa
     faulty("kill", BIRCH)
     line = complaint("run", job, "--out", out, "--workers", "1")
     assert line.startswith(f"client 'birch': its process died (status {-signal.SIGKILL}); out of memory?")
-    assert "2 of 3 clients answered, 3 needed: rounds.quorum" in line
+    assert "2 of 3 clients responded, 3 needed: rounds.quorum" in line
     assert not (out / "model").exists()
 
     status, _, err = cli("run", job, "--out", out, "--resume", "--workers", "1", "--set", "rounds.quorum=2")
@@ -108,7 +108,7 @@ def test_a_client_that_hangs_is_out_of_time_and_can_be_asked_again(
         faulty("hang", BIRCH)
         replies = {client: (answer, error) for client, answer, error in engine.request(PruneBlock.KIND, messages, timeout=15)}
         hung = int((tmp_path / "hangs").read_text())
-        assert replies["birch"] == (None, "no answer in 15 s (rounds.timeout)")
+        assert replies["birch"] == (None, "no response in 15 s (rounds.timeout)")
         assert replies["ash"][0] is not None
         wait_until(lambda: not alive(hung))
 
@@ -170,7 +170,7 @@ def test_a_late_answer_or_a_stranger_does_no_harm(small: Small, tmp_path: Path) 
         for client, answer, error in replies:
             if kind == PruneBlock.KIND and client == "birch" and not late:
                 late.append((client, answer, error))
-                yield client, None, "no answer in 1 s (rounds.timeout)"
+                yield client, None, "no response in 1 s (rounds.timeout)"
                 continue
             if len(late) == 1:  # now it is asked again, and both answers come
                 yield late[0]
@@ -194,7 +194,7 @@ def test_an_answer_to_another_ask_is_refused(small: Small, tmp_path: Path) -> No
                 reply = first[0]
             yield reply
 
-    with pytest.raises(FedgroveError, match="client 'birch': its answer was refused: it answers another request"):
+    with pytest.raises(FedgroveError, match="client 'birch': its response was refused: it belongs to another request"):
         run_with(small, tmp_path / "run", stuck)
 
 
@@ -202,7 +202,7 @@ def test_an_engine_that_forgets_a_client_does_not_make_a_smaller_federation(smal
     def forgetful(kind: str, replies: list[Reply]) -> list[Reply]:
         return [reply for reply in replies if kind != PruneBlock.KIND or reply[0] != "birch"]
 
-    with pytest.raises(FedgroveError, match="client 'birch': it gave no answer"):
+    with pytest.raises(FedgroveError, match="client 'birch': it sent no response"):
         run_with(small, tmp_path / "run", forgetful)
 
 

@@ -196,15 +196,15 @@ def test_what_befalls_a_site_costs_its_part_of_a_block_and_no_more(federation: R
     messages = [line.partition(": ")[2] for line in seen.messages if line.startswith("birch: ")]
     expected = [
         "RuntimeError in its handler; the trace is in its own log/site.log",
-        "FedgroveError in its handler; its text or settings are at fault, and its own log/site.log says how",
+        "FedgroveError in its handler; its text or settings are wrong, and its own log/site.log says why",
         "its disk is full; free some space there",
         "out of memory; raise limit in its site.toml, or lower samples or length",
         "its working process was killed (status -9); out of memory? Lower samples or length",
-        "no answer in 60 s (rounds.timeout)",
-        "it answered with an error that is not one of fedgrove's",
-        "its answer was refused: it belongs to another request",
-        "its answer was refused: the message is damaged (SafetensorError)",
-        "no answer in 60 s (rounds.timeout)",  # it comes a second later, and nobody waits for it
+        "no response in 60 s (rounds.timeout)",
+        "it sent an error that is not one of fedgrove's",
+        "its response was refused: it belongs to another request",
+        "its response was refused: the message is damaged (SafetensorError)",
+        "no response in 60 s (rounds.timeout)",  # it comes a second later, and nobody waits for it
     ]
     assert messages == expected
     for line in (
@@ -232,7 +232,7 @@ def test_too_few_end_the_run_and_resuming_it_loses_nothing(federation: Running) 
     (federation.sites["birch"] / "errors.txt").write_text("\n".join(["", "", "raise"]))
     error = federation.run("few", clients=three, stages__0__pruner="faulty", rounds={"quorum": 3})
     assert error
-    assert "(2 of 3 clients answered, 3 needed: rounds.quorum)" in error
+    assert "(2 of 3 clients responded, 3 needed: rounds.quorum)" in error
     seen = Lines()
     assert federation.run("few", seen, resume=True, clients=three, stages__0__pruner="faulty", rounds={"quorum": 3}) is None
     assert not seen.has_phase(BLOCK.format(1)), "finished blocks are not done again"

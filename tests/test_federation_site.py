@@ -95,7 +95,7 @@ def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(allow: dict[str, 
 
 
 def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:
-    with pytest.raises(ValidationError, match="allocation: the budget of epsilon is spent on one sum of each block"):
+    with pytest.raises(ValidationError, match="allocation: measuring blocks needs a second sum of each"):
         terms({**PRIVATE, "allocation": "owl"})
     with pytest.raises(ValidationError, match="no-such-kind"):
         terms({"kind": "no-such-kind"})
@@ -321,7 +321,7 @@ def test_the_text_of_an_exception_stays_at_the_site(error: Exception, says: str)
 
 @pytest.mark.parametrize("sent", [None, "", "error", "error a b c", "unknown Error", "error Err{word}", "error E\nx"])
 def test_what_is_no_code_of_ours_is_not_shown(sent: str | None) -> None:
-    assert error_codes.message(sent) == "it answered with an error that is not one of fedgrove's"
+    assert error_codes.message(sent) == "it sent an error that is not one of fedgrove's"
 
 
 class Context:
@@ -473,7 +473,7 @@ def test_what_is_no_request_is_refused_by_the_field(kind: str, fields: object, c
 @pytest.mark.parametrize(
     ("behind", "ok", "says"),
     [
-        (0, True, "like the server's when a job"),
+        (0, True, "agreed with the server's when a job"),
         (7200, False, "120 minutes behind the"),
         (-7200, False, "120 minutes ahead of the"),
     ],
@@ -498,7 +498,7 @@ def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
             "is given twice",
         ),
         ('name = "f"\n[[sites]]\nname = "a/b"\n[[operators]]\nname = "a@b.org"', Federation, "sites.0.name"),
-        ("data = []\n[models]", SiteFile, "data: write where this site's text lies"),
+        ("data = []\n[models]", SiteFile, "data: write where this site's text is"),
         ('data = "nowhere.txt"\n[models]', SiteFile, "data.0: no such file"),
         ("data = []\n[models]\n[allow]\nsecret = 1", SiteFile, "write where this site"),
         ('stages = ["prun"]', Allow, "stages.0: choose one of prune, structured, tune"),
@@ -522,6 +522,6 @@ def test_a_job_for_a_federation_names_sites_and_nothing_of_theirs(small: Small) 
 
 def test_a_folder_that_is_no_kit_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("nvflare")
-    assert "this is no kit" in complaint("federation", "start", tmp_path)
-    assert "this is no kit" in complaint("federation", "doctor", tmp_path)
+    assert "this is not a kit" in complaint("federation", "start", tmp_path)
+    assert "this is not a kit" in complaint("federation", "doctor", tmp_path)
     assert "federation.toml: no such file" in complaint("federation", "kits", tmp_path / "federation.toml")

@@ -67,7 +67,7 @@ def test_a_kernel_that_computes_something_else_is_found_out(monkeypatch: pytest.
 
     kernels.check(DEVICE, sparsegpt.columns)
     monkeypatch.setattr(kernels, "columns", lambda *_: None)
-    with pytest.raises(RuntimeError, match="other numbers than torch"):
+    with pytest.raises(RuntimeError, match="its results differ from those of torch"):
         kernels.check(DEVICE, sparsegpt.columns)
 
 
@@ -122,7 +122,7 @@ def test_a_kernel_that_does_not_work_says_why_in_one_line_and_once(
     assert out == ""
     why = " ".join(str(failure).split())
     assert err == (
-        f"fedgrove: cuda:0: SparseGPT's kernel does not work ({type(failure).__name__}: {why}); torch does its work, slower\n"
+        f"fedgrove: cuda:0: SparseGPT's GPU kernel does not work ({type(failure).__name__}: {why}); using torch, slower\n"
     )
 
 

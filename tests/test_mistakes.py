@@ -395,7 +395,7 @@ def test_a_client_that_raises_is_named(small: Small, tmp_path: Path, faulty: Tel
     faulty("raise", (SAMPLES + 1) * LENGTH)
     line = complaint("run", job, "--out", out)
     log = out / "clients" / "birch" / "error.log"
-    assert line.startswith(f"client 'birch': RuntimeError in its handler; the trace is in {log} (2 of 3 clients answered")
+    assert line.startswith(f"client 'birch': RuntimeError in its handler; the trace is in {log} (2 of 3 clients responded")
     assert "the handler fails" in log.read_text()
     assert not (out / "model").exists()
     faulty("nothing")
@@ -491,7 +491,7 @@ def check_refused_and_resumed(
     job = small.job()
     with tampered(monkeypatch, change):
         line = complaint("run", job, "--out", out)
-    assert line.startswith(f"client 'birch': its answer was refused: {what}")
+    assert line.startswith(f"client 'birch': its response was refused: {what}")
     assert not (out / "model").exists()
     assert [file.name for file in (out / "work").rglob("*.safetensors")] == ["block-0000.safetensors"]
     assert cli("run", job, "--out", out, "--resume")[0] == 0

@@ -48,9 +48,9 @@ def test_little_noise_leaves_the_result_almost_as_it_was(small: Small, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"privacy": {}}, "epsilon: noise protects the sum alone"),
-        ({"stages__0__pruner": "sparsegpt"}, 'epsilon: there is noise for pruner "wanda"'),
-        ({"stages__0__source": "sequential"}, 'epsilon: there is noise for pruner "wanda"'),
+        ({"privacy": {}}, "epsilon: the noise protects only the sum"),
+        ({"stages__0__pruner": "sparsegpt"}, 'epsilon: noise is possible only for pruner "wanda"'),
+        ({"stages__0__source": "sequential"}, 'epsilon: noise is possible only for pruner "wanda"'),
         ({"stages__0__aggregation": "fedspallm"}, 'epsilon belongs to aggregation = "pooled"'),
         ({"stages__0__epsilon": 0.0}, "stages.0.epsilon"),
     ],

@@ -386,7 +386,7 @@ def test_each_stage_says_what_left_its_owner(run: Path) -> None:
         ),
         (
             {**POOLED, "protect_first_block": True, "discloses": ["SQUARES"]},
-            {"SQUARES", "Nothing was sent of block 0"},
+            {"SQUARES", "Clients sent nothing about block 0"},
             "No text left its owner and",
         ),
         ({**MASKS, "discloses": ["MASKS", "OUTLIERS"]}, {"MASKS", "OUTLIERS"}, "mixed = true"),
@@ -676,11 +676,11 @@ def test_nothing_is_said_of_owners_without_held_out_text(tmp_path: Path) -> None
 
 
 def test_the_verdict_does_not_call_a_missed_target_exact(run: Path) -> None:
-    assert "exactly as asked" in verdict(read(run))[0]
+    assert "in each exactly the target" in verdict(read(run))[0]
     pruning = json.loads((run / "pruning.json").read_text())
     pruning["tensors"][0]["pruned"] = 30
     _write(run / "pruning.json", pruning)
-    assert "where 50.0% were asked for" in verdict(read(run))[0]
+    assert "with a target of 50.0%" in verdict(read(run))[0]
 
 
 def test_the_terminal_shows_the_same_numbers(run: Path) -> None:

@@ -221,7 +221,7 @@ def test_a_response_to_another_request_is_refused(small: Small, ask: Callable[..
         {"request": request.digest[:-1], **reply},
         reply,
     ):
-        with pytest.raises(FedgroveError, match="client 'ash': its answer was refused: it answers another request"):
+        with pytest.raises(FedgroveError, match="client 'ash': its response was refused: it belongs to another request"):
             ask(request, wire.pack(tensors, info))
 
 

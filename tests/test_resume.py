@@ -131,7 +131,7 @@ def test_a_client_that_lost_its_folder_in_round_two_is_named_and_the_others_may_
     shutil.rmtree(out / "clients" / "birch")
     line = complaint("run", job, "--out", out, "--resume")
     assert line.startswith("client 'birch': its working files are gone")
-    assert "(2 of 3 clients answered, 3 needed: rounds.quorum)" in line
+    assert "(2 of 3 clients responded, 3 needed: rounds.quorum)" in line
     status, _, err = cli("run", job, "--out", out, "--resume", "--set", "rounds.quorum=2")
     assert status == 0
     assert "birch: " in err

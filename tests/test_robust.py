@@ -84,7 +84,7 @@ def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() 
     [
         ({"stages__0__aggregation": "fedavg"}, 'trim belongs to aggregation = "fedspallm"'),
         ({"stages__0__trim": 2}, "set it to 1 at most"),
-        ({"privacy__secure_aggregation": True, "evaluate__alone": False}, "nobody sees which values"),
+        ({"privacy__secure_aggregation": True, "evaluate__alone": False}, "the server does not see single values"),
     ],
 )
 def test_trimming_that_cannot_be_is_refused(small: Small, changes: dict[str, Any], says: str) -> None:
@@ -122,7 +122,7 @@ def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(
     poison(monkeypatch, "birch", 100)
     spec = {"evaluate": {}, "stages__0__max_weight_growth": 4.0}
     words = complaint("run", small.job("bound", **spec), "--out", tmp_path / "run")
-    assert "client 'birch': its answer was refused" in words
+    assert "client 'birch': its response was refused" in words
     assert "more than 4 times the largest weight before (max_weight_growth)" in words
     left_out = small.job("bound", **spec, rounds={"quorum": 2})
     assert cli("run", left_out, "--out", tmp_path / "without", "--quiet")[0] == 0

@@ -100,7 +100,7 @@ def test_votes_and_values_that_do_not_add_up_are_refused(
         return Response(lies, response.reply)
 
     monkeypatch.setattr(PruneBlock, "respond", poison)
-    with pytest.raises(FedgroveError, match="other votes or values than can be"):
+    with pytest.raises(FedgroveError, match="no valid responses add up to these votes or values"):
         prune(
             small, tmp_path / "poisoned", texts, privacy={"secure_aggregation": True}, aggregation="fedspallm", pruner="wanda"
         )
@@ -144,7 +144,7 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
         ({"stages__0__aggregation": "fedavg"}, 'aggregation "fedavg": use'),
         ({"evaluate__alone": True}, "evaluate.alone: under secure"),
         ({"privacy__min_group": 4}, "privacy.min_group: 4 clients"),
-        ({"stages__0__layers": {"sample": 0.5}}, "every client is in every sum"),
+        ({"stages__0__layers": {"sample": 0.5}}, "every client must be in every sum"),
     ],
 )
 def test_jobs_that_secure_aggregation_cannot_do_are_refused(small: Small, changes: dict[str, Any], says: str) -> None:

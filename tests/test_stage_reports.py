@@ -203,7 +203,7 @@ LORA = {
              "clients": {"[b]ward[/b]": {**COSTS, "blocks": [[0, 1, 2], [4]], "samples": 16, "sparsity": 0.6}}},
             PRUNE,
             ["stage 3: prune, wanda, aggregation pooled", "[b]ward[/b]", "0–2; 4 of 6", "60%", "4 MiB", "2.5 MB", "12 s",
-             "by what is summed: wanda: 1.0 MB; sparsegpt: 10.0 MB"],
+             "by pruner: wanda: 1.0 MB; sparsegpt: 10.0 MB"],
         ),
         (
             {"kind": "prune", "num_blocks": 6, "clients": {"ward": {**COSTS, "blocks": [[5]], "samples": 16, "sparsity": 0.5}}},

@@ -224,7 +224,7 @@ def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], t
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages__0__pruner": "magnitude"}, "needs nothing to be summed"),
+        ({"stages__0__pruner": "magnitude"}, "needs no sums"),
         ({"stages__0__rounds": 2}, "rounds: aggregation"),
         ({"stages__0__mixed": True}, "mixed: pruner"),
         ({"stages__0__damping": "each"}, "damping: pruner"),
@@ -250,7 +250,7 @@ def test_the_plan_shows_the_bytes_of_each_choice_and_what_leaks(small: Small) ->
     assert json.loads(out)[0]["notes"] == []
     few = ("--set", "stages.0.pruner=sparsegpt", "--set", "stages.0.protect_first_block=true")
     _, out, _ = cli("plan", job, "--json", *few)
-    assert "3 of 3 clients send products of inputs of 96 channels over fewer tokens" in json.loads(out)[0]["notes"][0]
+    assert "3 of 3 clients send products of inputs with 96 channels, summed over fewer tokens" in json.loads(out)[0]["notes"][0]
     _, out, _ = cli("plan", job, "--json", *few, "--set", "stages.0.samples=6")
     assert json.loads(out)[0]["notes"] == []
     run = small.folder / "choices-run"

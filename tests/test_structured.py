@@ -432,7 +432,7 @@ def test_the_plan_says_what_goes_and_what_it_takes(small: Small) -> None:
         ({"stages": [{**CUT, "channels": 0.0, "heads": 0.0}]}, ("stages.0", "nothing is cut")),
         (
             {"stages": [{**CUT, "heads": 0.25}]},
-            ("stages.0.heads", "0.25 of 2 groups of heads is none", "give 0.5 or more"),
+            ("stages.0.heads", "0.25 of 2 groups of heads is less than one", "give 0.5 or more"),
         ),
         ({"stages": [{**CUT, "score": "best"}]}, ("stages.0.score", "fisher, taylor")),
         ({"stages": [TUNE, CUT]}, ("stages.1.kind", "first stage")),

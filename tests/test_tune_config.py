@@ -59,22 +59,22 @@ def test_a_short_form_stands_for_four_choices(given: dict[str, Any], expected: t
     ({"aggregation": "mean"}, "aggregation: choose one of fedavg, fedex_lora"),
     ({"method": "ia3", "personal": 0.2}, 'parametrization "ia3" has no adapters: leave personal out'),
     ({"method": "full", "personal": 0.2}, 'parametrization "full" has no adapters: leave personal out'),
-    ({"method": "lora", "aggregation": "fedit", "server_optimizer": "adam"}, 'server_optimizer "adam" works on changes that'),
-    ({"method": "lora", "aggregation": "ffa_lora", "server_lr": 0.5}, "server_lr works on changes that aggregation ="),
-    ({"method": "lora", "precision": "fixed"}, 'precision "fixed": fixed-point numbers add up where all share one factor; set'
+    ({"method": "lora", "aggregation": "fedit", "server_optimizer": "adam"}, 'server_optimizer "adam" needs aggregation ='),
+    ({"method": "lora", "aggregation": "ffa_lora", "server_lr": 0.5}, "server_lr needs aggregation ="),
+    ({"method": "lora", "precision": "fixed"}, 'precision "fixed": LoRA changes add up only if all clients share A; set'
      ' aggregation = "ffa_lora"'),
-    ({"trainer": "dp_sgd"}, 'trainer "dp_sgd" adds noise: give epsilon beside it'),
+    ({"trainer": "dp_sgd"}, 'trainer "dp_sgd" adds noise: set epsilon as well'),
     ({"method": "lora", "epsilon": 1.0, "trainer": "sgd"}, 'trainer "sgd" does not protect a window; leave trainer out'),
     (
         {"method": "ia3", "epsilon": 1.0, "dp_unit": "client", "precision": "fixed", "trainer": "dp_sgd"},
         'trainer "dp_sgd" does not protect a client; leave trainer out',
     ),
-    ({"method": "full", "epsilon": 1.0}, 'epsilon: what parametrization "full" trains has no noise; set method = "lora"'),
-    ({"epsilon": 1.0}, 'epsilon: the scores by which "fedpipe" plans have no noise; set method = "lora"'),
-    ({"method": "lora", "epsilon": 1.0, "personal": 0.2}, "epsilon: the losses by which adapters are chosen have no noise"),
-    ({"method": "lora", "epsilon": 1.0, "dp_unit": "client"}, "epsilon: the noise is on a sum of changes; set aggregation ="
-     ' "ffa_lora" and precision = "fixed" beside it'),
-    ({"method": "ia3", "epsilon": 1.0, "dp_unit": "client"}, 'a sum of changes; set precision = "fixed" beside it'),
+    ({"method": "full", "epsilon": 1.0}, 'epsilon: "full" cannot be trained with noise; set method = "lora"'),
+    ({"epsilon": 1.0}, 'epsilon: planner "fedpipe" needs scores, which get no noise; set method = "lora"'),
+    ({"method": "lora", "epsilon": 1.0, "personal": 0.2}, "epsilon: personal adapters are chosen by losses, which"),
+    ({"method": "lora", "epsilon": 1.0, "dp_unit": "client"}, "epsilon: the noise is added to fixed-point numbers; set"
+     ' aggregation = "ffa_lora" and precision = "fixed"'),
+    ({"method": "ia3", "epsilon": 1.0, "dp_unit": "client"}, 'added to fixed-point numbers; set precision = "fixed"'),
     ({"ranks": []}, "ranks: "),
     ({"batches": [0]}, "batches"),
 ])  # fmt: skip

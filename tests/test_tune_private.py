@@ -148,7 +148,7 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
         ({"stages": [TUNE], "privacy": SECURE}, 'set aggregation = "ffa_lora" and precision = "fixed"'),
         ({"stages": [{**TUNE, "precision": "fixed"}]}, 'set aggregation = "ffa_lora"'),
         ({"stages": [{**TUNE, "epsilon": 1.0, "method": "fedpipe"}]}, 'set method = "lora"'),
-        ({"stages": [{**TUNE, "epsilon": 1.0, "dp_unit": "client"}]}, 'precision = "fixed" beside it'),
+        ({"stages": [{**TUNE, "epsilon": 1.0, "dp_unit": "client"}]}, '"ffa_lora" and precision = "fixed"'),
         ({"stages": [{**WHOLE, "epsilon": 0.01, "dp_unit": "client"}]}, "raise epsilon, or lower dp_clip"),
         ({"stages": [PRUNE, {**TUNE, "epsilon": 1.0}], "evaluate__alone": True}, "evaluate.alone: what a client"),
         ({"stages": [{**WHOLE, **FEDPIPE}], "privacy": SECURE, "clients__0__memory": "1MiB"}, "to hide one"),
@@ -194,7 +194,7 @@ def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, mo
     noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
     request = train_request(round=2, fixed=FixedPointChanges(weight=1 / 3, widest={}, noise=noise))
     monkeypatch.setattr(sgd, "train", lambda *rest: 1.0)
-    with pytest.raises(FedgroveError, match="'ash': round 3 of 2: its budget is spent"):
+    with pytest.raises(FedgroveError, match="'ash': round 3 of 2: its privacy budget is spent"):
         serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), ash, "cpu")
 
 
@@ -214,7 +214,7 @@ def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(sma
     job = load(small.job("little", stages=[{**TUNE, "epsilon": 8.0}], evaluate={}))
     windows = WindowNoise(epsilon=1.0, delta=1e-5, noise=0.01, rounds=1, clip=1.0)
     request = train_request(trainer="dp_sgd", shared_a=False, windows=windows)
-    with pytest.raises(FedgroveError, match=r"client 'ash': noise of 0\.01 is too little for epsilon = 1; it trains nothing"):
+    with pytest.raises(FedgroveError, match=r"client 'ash': noise of 0\.01 is too little for epsilon = 1; training refused"):
         serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), client_of(job, tmp_path, "ash"), "cpu")
 
 

@@ -649,7 +649,7 @@ def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small, tmp_
     }  # fmt: skip
     for client, shared, own, keeps in table:
         assert [float(shared), float(own)] == [metrics[0, None, client, f"personal/{which}"] for which in ("shared", "own")]
-        assert (client in page.text.partition("which it keeps for itself:")[2].partition(".")[0]) == (keeps == "its own")
+        assert (client in page.text.partition("on their held-out text:")[2].partition(".")[0]) == (keeps == "its own")
 
 
 def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from fedgrove.errors import FedgroveError
 
 
 def other_devices(client: LocalClient, first: torch.device) -> list[torch.device]:
-    """The devices after the first that this client's capabilities promise. On a CPU one copy of the model uses all cores.
+    """The client's devices after ``first``, as many as its capability ``devices`` says in all.
+
+    An empty list on a CPU, where one copy of the model uses all cores.
 
     Raises:
-        FedgroveError: there are fewer.
+        FedgroveError: the machine has fewer devices.
     """
     number = int(client.capabilities.get("devices", 1))
     if first.type == "cpu":

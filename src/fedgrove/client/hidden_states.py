@@ -1,4 +1,4 @@
-"""The hidden states that enter a block, for all calibration windows: on the client's disk, one window in memory."""
+"""The hidden-state cache: the inputs of blocks for all calibration windows, on the client's disk."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fedgrove.models.stream import write_safetensors
 
 
 class Calibration(BaseModel):
-    """What a client's hidden states depend on: the windows of text, and what they pass through. It is the cache's key.
+    """What hidden states depend on: the windows of text and the blocks that they pass through. It is the cache's key.
 
-    Whatever does not change hidden states has no place here: else they would be thrown away and computed anew.
+    Add no field that does not change hidden states: a different value would discard the cache for nothing.
 
     Attributes:
-        stage, round: of the job.
-        samples, length: windows, and tokens of each.
-        seed: draws them.
-        through: what the text passes through on its way to a block: "dense", the model as it came; "server", the blocks that
-            the server pruned in the run of that name (``server/NAME``); "own", the blocks that this client pruned, by that
-            recipe (``own/DIGEST``); "gradients", hidden states that are replaced by their gradients.
-        windows_per_run: how many windows pass through a block together, and lie on disk together.
-        compute_dtype: what the blocks compute in; None: the device's default.
+        stage, round: the indexes of the stage in the job and of the round in the stage.
+        samples, length: number of windows, and tokens per window.
+        seed: the seed by which windows are drawn.
+        through: which blocks the text passes through before the current one. "dense": those of the original model;
+            ``server/NAME``: those that the server pruned in the run NAME; ``own/DIGEST``: those that this client pruned
+            by the recipe with that digest; "gradients": hidden states that are replaced by their gradients.
+        windows_per_run: how many windows pass through a block, and are stored, as one tensor.
+        compute_dtype: the dtype that blocks compute in; None: the device's default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,12 +46,14 @@ class Calibration(BaseModel):
 
 
 class HiddenStates:
-    """The cache of one calibration pass. Those of the newest block and of the one before it are kept, so that a request that
-    comes again is answered again.
+    """The hidden-state cache of one calibration pass.
+
+    Only one tensor is in memory at a time. Callers keep the inputs of the newest block, and those of the block before
+    it if a repeated request needs them; :meth:`forget` deletes the others.
 
     Args:
-        client: on whose disk they lie. What lies there of another pass goes.
-        calibration: what they depend on, besides the client's text, model and device.
+        client: the client on whose disk the cache is. Caches of other passes there are deleted.
+        calibration: the cache's key, together with the client's text, model and device.
         decoder: the client's model.
     """
 
@@ -69,11 +71,16 @@ class HiddenStates:
                 other.rmdir()
 
     def latest(self, index: int) -> int | None:
-        """The last block up to ``index`` whose inputs are here."""
+        """The last block up to ``index`` whose inputs are in the cache; None if there is none."""
         return max((i for i in self._kept() if i <= index), default=None)
 
     def write(self, index: int, windows: Iterable[Tensor], number: int) -> int:
-        """Keeps the states that enter block ``index``; written atomically."""
+        """Stores the inputs of block ``index`` atomically; returns ``index``.
+
+        Args:
+            windows: the hidden states in order, all of the shape and dtype of the first.
+            number: how many there are.
+        """
         partial = self._file(index).with_suffix(".partial")
         iterator = iter(windows)
         first = next(iterator)
@@ -89,16 +96,17 @@ class HiddenStates:
         return index
 
     def read(self, index: int) -> Iterator[Tensor]:
-        """Window by window, in order."""
+        """Yields the inputs of block ``index`` in order, on the decoder's device."""
         with safe_open(self._file(index), framework="pt") as file:
             number = len(list(file.keys()))
         for i in range(number):
-            with safe_open(self._file(index), framework="pt", device=str(self.device)) as file:  # pages stay while it is open
+            # Opened for each window, because its pages stay in memory while the file is open.
+            with safe_open(self._file(index), framework="pt", device=str(self.device)) as file:
                 window = file.get_tensor(str(i))
             yield window
 
     def forget(self, before: int) -> None:
-        """Removes the states that no request can need again."""
+        """Deletes the inputs of all blocks before block ``before``."""
         for index in self._kept():
             if index < before:
                 self._file(index).unlink()

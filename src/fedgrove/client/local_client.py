@@ -1,4 +1,4 @@
-"""A client's own side: what it has, and where. None of this is ever sent."""
+"""What a client has: text, model, folder, keys. Its text, paths and private keys are never sent."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ class LocalClient:
 
     Attributes:
         name: the client's name.
-        folder: its own disk, for hidden states between requests.
-        model: its copy of the model.
-        dtype: read the model in this dtype; None: as it is.
+        folder: a folder on its own disk for files between requests, such as hidden states.
+        model: the folder of its copy of the model.
+        dtype: read the model in this dtype; None: the checkpoint's own.
         data: its text files.
-        text: how a record becomes text.
-        capabilities: what it says of itself; see :class:`fedgrove.rounds.capabilities.Capabilities`.
-        credentials: its key and the roster for secure aggregation. A client that has them sends nothing of its text but
-            masked, whatever it is asked.
-        prompt, answer: instead of ``text`` where a stage tunes: only the answer is learnt.
-        owners: instead of ``data``, in a simulation: the clients whose windows this one has; see :mod:`fedgrove.centralized`.
+        text: the template by which a record becomes text; None: the default.
+        capabilities: what it reports about itself; see :class:`fedgrove.rounds.capabilities.Capabilities`.
+        credentials: its key and the roster for secure aggregation. A client with credentials responds to
+            requests that disclose more than its capabilities only under secure aggregation.
+        prompt, answer: templates instead of ``text`` in stages that tune: only the answer is trained on.
+        owners: in a simulation, instead of ``data``: the clients whose windows this client uses; see
+            :mod:`fedgrove.centralized`.
     """
 
     name: str

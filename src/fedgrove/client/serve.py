@@ -1,4 +1,4 @@
-"""What a client does with a request: bytes in, bytes out. Text stays here."""
+"""Responds to requests at a client: takes bytes, returns bytes. The text itself is never part of a response."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
 from fedgrove.rounds.request import Disclosure, Request, RequestError, Response, parse
 
-HARMLESS = frozenset({Disclosure.CAPABILITIES})  # what a client says in the open even where it answers only masked
+HARMLESS = frozenset({Disclosure.CAPABILITIES})  # what a client sends unmasked even if it has credentials
 
 
 def serve(kind: str, message: bytes, client: LocalClient, device: str) -> bytes:
@@ -19,22 +19,22 @@ def serve(kind: str, message: bytes, client: LocalClient, device: str) -> bytes:
 
     Args:
         kind: the request's name on the wire.
-        message: of :func:`fedgrove.rounds.wire.pack`.
-        client: what the client has.
+        message: the request, packed by :func:`fedgrove.rounds.wire.pack`.
+        client: the client's text, model, folder and keys.
         device: where it computes.
 
     Raises:
-        WireError: the message is damaged, or no request of that kind.
-        FedgroveError: the client cannot respond, or does not.
+        WireError: the message is damaged, or not a request of that kind.
+        FedgroveError: the client cannot respond, or refuses to.
     """
     return respond(*read(kind, message), client, device)
 
 
 def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], Masking | None]:
-    """A message's request, the tensors beside it, and what has its response masked.
+    """Unpacks a message: the request, the tensors sent with it, and the masking of the response (None: no masking).
 
     Raises:
-        WireError: the message is damaged, or no request of that kind.
+        WireError: the message is damaged, or not a request of that kind.
     """
     tensors, info = wire.unpack(message)
     request = parse(kind, info.get("request"))
@@ -50,14 +50,14 @@ def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], M
 def respond(
     request: Request, tensors: dict[str, torch.Tensor], masking: Masking | None, client: LocalClient, device: str
 ) -> bytes:
-    """Responds to a request that was read; see :func:`serve`."""
+    """Responds to a request that :func:`read` returned; see :func:`serve`."""
     if client.credentials is not None and masking is None and not request.discloses() <= HARMLESS:
-        raise client.error(f"it answers '{request.KIND}' only under secure aggregation")
+        raise client.error(f"it responds to '{request.KIND}' only under secure aggregation")
     release = request.release()
     with torch.no_grad():
         if release is None:
             response = request.respond(tensors, client, device)
-        else:  # what is noisy is made once
+        else:  # a noisy response is made once and then repeated
             packed = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
             response = Response(packed[0], request.REPLY.model_validate(packed[1]))
     if masking is not None:
@@ -66,7 +66,7 @@ def respond(
 
 
 def pack(request: Request, response: Response) -> bytes:
-    """A response as it travels."""
+    """Packs a response, with the digest of its request, for the wire."""
     return wire.pack(response.tensors, {"request": request.digest, **response.reply.model_dump(mode="json")})
 
 

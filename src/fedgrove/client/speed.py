@@ -1,4 +1,4 @@
-"""How fast a client is: a short measurement of one block, forwards and back."""
+"""Measures a client's speed: a forward and a backward pass through one block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ TRIES = 3
 
 
 def block_speed(decoder: Decoder) -> float:
-    """Operations a second through one frozen block, relative to :data:`fedgrove.rounds.capabilities.SPEED`: the best of three
-    tries."""
+    """The speed of a forward and a backward pass through one frozen block: the best of three tries.
+
+    Returns:
+        Operations per second, 4 per token and weight, relative to :data:`fedgrove.rounds.capabilities.SPEED`.
+    """
     hidden, calls = decoder.embed(torch.zeros(1, TOKENS, dtype=torch.int64))
     fastest = float("inf")
     with decoder.loaded(0) as block, torch.enable_grad():
@@ -35,7 +38,7 @@ def block_speed(decoder: Decoder) -> float:
 
 
 def measured_speed(client: LocalClient, device: str) -> float:
-    """The speed of a client, measured once and kept on its disk, so that a plan stays as it is."""
+    """The speed of a client, measured once and stored on its disk, so that a plan can be repeated."""
     file = client.folder / "speed.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Windows of a client's text, cut once and kept on its own disk as int32, and the model that is read beside them."""
+"""Windows of a client's text, cut once and stored on its disk as int32; and its copy of the model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from fedgrove.models.stream import Checkpoint, save_tensors
 
 
 def calibration_windows(client: LocalClient, samples: int, length: int, seed: str) -> Tensor:
-    """Windows that a client calibrates on.
+    """Windows that a client calibrates on; for a client with ``owners``, their windows one after the other.
 
     Args:
-        samples: how many; length: tokens of each.
-        seed: draws them, with the client's name: neither depends on the order of clients.
+        samples: number of windows; length: tokens per window.
+        seed: draws the windows, together with the client's name, so they do not depend on the order of clients.
 
     Returns:
-        (samples, length) int64.
+        (samples, length) int64 token ids.
+
+    Raises:
+        FedgroveError: a file cannot be read, or there are too few tokens; names the client.
     """
     if client.owners:
         wanted = [owner.capabilities.get("samples") for owner in client.owners]
@@ -82,7 +85,7 @@ def checkpoint_of(client: LocalClient) -> Checkpoint:
 
 
 def decoder_of(client: LocalClient, device: str, compute_dtype: str | None = None) -> Decoder:
-    """Likewise, to be run block by block; the newest one is kept between requests."""
+    """The client's copy of the model, run block by block; the latest one stays in memory between requests."""
     return _decoder(client.model, client.dtype, device, compute_dtype)
 
 

@@ -1,7 +1,7 @@
-"""How requests reach clients: the only place that knows of processes and networks.
+"""How requests reach clients. Only engines deal with processes and networks.
 
-An engine moves named, opaque bytes. It promises no order, gives every failure as an answer, and may rely on nothing that a
-site remembers.
+An engine transports opaque bytes and the name of their request type. Responses come in any order, and every failure is
+reported as an error of its client. An engine must not rely on anything that a client remembers between requests.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from typing import Protocol
 
 
 class Engine(Protocol):
-    """What the rounds need of an engine."""
+    """The interface that rounds require of an engine."""
 
     def clients(self) -> list[str]:
-        """The clients that can be asked, sorted by name."""
+        """The clients that can get requests, sorted by name."""
         ...
 
     def request(
         self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
-        """Sends each client its message and yields (client, response, error) as they come; exactly one each.
+        """Sends each client its message; yields (client, response, error) in any order, exactly once per client.
+
+        Either the response or the error is None.
 
         Args:
             kind: a request's name on the wire, see :mod:`fedgrove.rounds.request`.
-            messages: for each client the bytes of :func:`fedgrove.rounds.wire.pack`. They are packed when they are taken:
-                take each one once, when it is sent.
-            timeout: seconds until a client that has not answered counts as failed; None waits.
+            messages: for each client the bytes of :func:`fedgrove.rounds.wire.pack`. A message is packed when it is
+                looked up, so look up each one exactly once, when it is sent.
+            timeout: seconds until a client that has not responded counts as failed; None: the engine's default.
         """
         ...

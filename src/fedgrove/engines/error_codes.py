@@ -1,6 +1,7 @@
-"""What a site reveals about an error: a code, the name of a class, at most one word of ours. Never a text.
+"""What a site reveals about an error: a code, the name of the exception's class and at most one word, never its text.
 
-The text of an exception may name files or quote data; it stays in the site's own log. The server makes a line of the code.
+The text of an exception may name files or quote data, so it stays in the site's own log. The server turns the code into
+a message.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ VERSION = importlib.metadata.version("fedgrove")
 MESSAGES = {
     "version": "its fedgrove is {word}, this one is " + VERSION + "; install the same version",
     "refused": "it refuses what the job asks ({word} in its site.toml)",
-    "terms": "it refuses a request that the job it agreed to does not hold ({word})",
+    "terms": "it refuses a request that is not part of the job it agreed to ({word})",
     "model": "its model differs from the job's at {word}; copy the model there again",
     "models": "it has no model of that name ([models] in its site.toml)",
-    "site-file": "its site.toml does not hold together; `fedgrove federation doctor` there says where",
+    "site-file": "its site.toml is not valid; `fedgrove federation doctor` there says why",
     "joined": "it has not agreed to this run; continue with --resume",
-    "data": "{name} in its handler; its text or settings are at fault, and its own log/site.log says how",
+    "data": "{name} in its handler; its text or settings are wrong, and its own log/site.log says why",
     "disk": "its disk is full; free some space there",
     "memory": "out of memory; raise limit in its site.toml, or lower samples or length",
     "killed": "its working process was killed (status {word}); out of memory? Lower samples or length",
@@ -32,14 +33,14 @@ _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 
 
 class Stopped(FedgroveError):
-    """Somebody stopped the run."""
+    """The run was stopped by a user."""
 
 
 class Refusal(FedgroveError):
-    """What a site does not do.
+    """A site refuses a request.
 
     Attributes:
-        code: of ``MESSAGES``.
+        code: a key of ``MESSAGES``.
         word: the key, field or part of the model that is the reason; empty: none.
     """
 
@@ -49,18 +50,18 @@ class Refusal(FedgroveError):
 
 
 def encode(code: str, name: str, word: str = "") -> str:
-    """What is sent.
+    """An error as it is sent: "CODE CLASS" or "CODE CLASS WORD".
 
     Args:
-        code: of ``MESSAGES``.
-        name: of the exception's class.
-        word: see above.
+        code: a key of ``MESSAGES``.
+        name: the name of the exception's class.
+        word: see :class:`Refusal`.
     """
     return f"{code} {plain(name)} {plain(word)}".strip()
 
 
 def encode_exception(error: BaseException) -> str:
-    """What is sent of an exception: its text is not."""
+    """An exception as it is sent: without its text."""
     name = type(error).__name__
     if isinstance(error, Refusal):
         return encode(error.code, name, error.word)
@@ -74,13 +75,13 @@ def encode_exception(error: BaseException) -> str:
 
 
 def message(received: Any) -> str:
-    """The server's line for what a site sent. Anything else than our own codes is not shown."""
+    """The server's message for an error that a site sent. Anything but a code of :func:`encode` is not shown."""
     parts = received.split(" ") if isinstance(received, str) else []
     if not 2 <= len(parts) <= 3 or parts[0] not in MESSAGES or not all(_WORD.fullmatch(part) for part in parts):
-        return "it answered with an error that is not one of fedgrove's"
+        return "it sent an error that is not one of fedgrove's"
     return MESSAGES[parts[0]].format(name=parts[1], word=parts[2] if len(parts) > 2 else "?")
 
 
 def plain(word: Any) -> str:
-    """A word without anything but letters, digits and ``_.+-``, 64 characters at most."""
+    """The letters, digits and ``_.+-`` of a word, at most 64 characters."""
     return re.sub(r"[^A-Za-z0-9_.+-]", "", str(word))[:64]

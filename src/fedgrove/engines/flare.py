@@ -26,10 +26,10 @@ from fedgrove.engines.worker import Reply
 TASK = "fedgrove"
 # Keys of a Shareable.
 VERSION, NONCE, KIND, RUN, SECONDS, BODY, ERROR = "version", "nonce", "kind", "run", "seconds", "body", "error"
-WAIT = 3600.0  # seconds for a response where the job names no timeout: without an end, a run would wait for a dead site
-STREAMED = 2**22  # bytes from which a message is streamed, so that even its last piece is
-PIECE = 2**24  # bytes of a piece: the next one is made while one is under way
-MISSING = 5.0  # seconds to fetch a request for a site that did not fetch the last one
+WAIT = 3600.0  # seconds for a response if the job sets no timeout; without a limit, a run would wait for a dead site
+STREAMED = 2**22  # bytes from which a message is sent as tensors, which FLARE streams
+PIECE = 2**24  # bytes of one such tensor: the next one is prepared while one is being sent
+MISSING = 5.0  # seconds to fetch a request, for a site that did not fetch the previous one
 
 
 @dataclass
@@ -37,9 +37,9 @@ class _Sent:
     """A request that has no response yet.
 
     Attributes:
-        task: FLARE's.
+        task: the FLARE task.
         nonce: a random number that the response must repeat.
-        since: when it was handed to FLARE, in seconds of a monotonic clock.
+        since: when it was passed to FLARE, in seconds of the monotonic clock.
         fetched: whether the site has taken it.
     """
 
@@ -54,12 +54,12 @@ class FlareEngine:
     """See :class:`fedgrove.engines.base.Engine`. A client has the name of its site.
 
     Attributes:
-        controller: of the running FLARE job.
-        context: FLARE's, of the running job.
-        names: of the run's clients, whether they are connected or not.
+        controller: the controller of the running FLARE job.
+        context: FLARE's context of the running job (FLContext).
+        names: the names of the run's clients, connected or not.
         run: the name under which sites keep their working files.
-        grace: seconds in which a site must fetch a request; one that does not is missing, and is asked again the next time.
-        aborted: returns whether somebody stopped the job.
+        grace: seconds in which a site must fetch a request; otherwise it is skipped until the next request.
+        aborted: returns whether the job was stopped.
         missing: clients that did not fetch the last request.
     """
 
@@ -114,7 +114,7 @@ class FlareEngine:
         nonce = secrets.token_hex(16)
         sent = _Sent(None, nonce, time.monotonic())
 
-        def pack(client_task: Any, fl_ctx: Any) -> None:  # FLARE calls these four by keyword
+        def pack(client_task: Any, fl_ctx: Any) -> None:  # FLARE calls these four by keyword: keep these names
             sent.fetched = True
             self.missing.discard(client)
             data = Shareable()
@@ -123,14 +123,14 @@ class FlareEngine:
             client_task.task.data = data
 
         def release(client_task: Any, fl_ctx: Any) -> None:
-            client_task.task.data = Shareable()  # a site that fetches it again is sent it anew
+            client_task.task.data = Shareable()  # frees the message; pack() runs again if the site fetches again
 
         def receive(client_task: Any, fl_ctx: Any) -> None:
             result, client_task.result = client_task.result, None
             replies.put((client, nonce, result))
 
         def done(task: Any, fl_ctx: Any) -> None:
-            replies.put((client, nonce, None))  # without effect where the response is there
+            replies.put((client, nonce, None))  # without effect if the response was received
 
         sent.task = Task(
             TASK,
@@ -150,7 +150,7 @@ class FlareEngine:
         for client, sent in waiting.items():
             grace = min(self.grace, MISSING) if client in self.missing else self.grace
             if now - sent.since > wait:
-                late.append((client, f"no answer in {wait:g} s (rounds.timeout)"))
+                late.append((client, f"no response in {wait:g} s (rounds.timeout)"))
             elif not sent.fetched and now - sent.since > grace:
                 self.missing.add(client)
                 late.append((client, "it cannot be reached; it is asked again the next time"))
@@ -158,26 +158,26 @@ class FlareEngine:
 
 
 def _read(result: Any, nonce: str) -> Reply:
-    """A response's bytes, or one line that says what is wrong. Nothing of it is believed before it is checked."""
+    """A response's bytes, or one line that says what is wrong. What a site sent is checked before it is used."""
     if result is None:
         return None, "FLARE ended the request before there was a response"
     if result.get_return_code() != ReturnCode.OK:
-        return None, f"FLARE at the site answered {error_codes.plain(result.get_return_code())}"
+        return None, f"FLARE at the site returned {error_codes.plain(result.get_return_code())}"
     if result.get(VERSION) != error_codes.VERSION:
         version = error_codes.plain(result.get(VERSION))
         return None, error_codes.message(error_codes.encode("version", "FedgroveError", version))
     if result.get(NONCE) != nonce:
-        return None, "its answer was refused: it belongs to another request"
+        return None, "its response was refused: it belongs to another request"
     if ERROR in result:
         return None, error_codes.message(result[ERROR])
     try:
         return bytes_of(result.pop(BODY, None)), None
-    except Exception as error:  # whatever a site sent, or a transfer that broke
-        return None, f"its answer did not arrive whole ({type(error).__name__})"
+    except Exception as error:  # malformed data, or a transfer that was interrupted
+        return None, f"its response did not arrive completely ({type(error).__name__})"
 
 
 def body_of(message: bytes) -> Any:
-    """What FLARE moves: a large message as tensors, which it streams one after the other; a small one as it is."""
+    """A message as FLARE transports it: a large one as (n,) uint8 tensors, which FLARE streams; else as bytes."""
     if len(message) < STREAMED:
         return message
     whole = torch.frombuffer(bytearray(message), dtype=torch.uint8)
@@ -185,10 +185,10 @@ def body_of(message: bytes) -> Any:
 
 
 def bytes_of(body: Any) -> bytes:
-    """The message of :func:`body_of`.
+    """The inverse of :func:`body_of`.
 
     Raises:
-        TypeError: it is none.
+        TypeError: ``body`` is neither bytes nor a list of such tensors.
     """
     if isinstance(body, bytes):
         return body
@@ -196,7 +196,7 @@ def bytes_of(body: Any) -> bytes:
         raise TypeError("not bytes")
     message = bytearray()
     for piece in body:
-        tensor = piece.materialize() if hasattr(piece, "materialize") else piece  # it waited on disk
+        tensor = piece.materialize() if hasattr(piece, "materialize") else piece  # FLARE keeps it on disk until here
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise TypeError("not bytes")
         message += tensor.numpy().data

@@ -1,4 +1,4 @@
-"""The embedded default: clients of one machine, in this process or in worker processes."""
+"""The default engine: clients on this machine, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fedgrove.errors import FedgroveError
 
 
 class LocalEngine:
-    """Answers requests on this machine.
+    """Runs clients on this machine.
 
-    Without workers requests are answered in this process, one client after the other, and a timeout cannot stop it. With
-    workers each has a process of its own: several clients work at once, one that hangs or is killed becomes an error and its
-    worker starts anew. The bits of a result do not depend on the number of workers.
+    Without workers, clients respond in this process, one after the other, and the timeout has no effect. With workers,
+    several clients work in parallel, each in a worker process. If one hangs or is killed, its request fails with an
+    error and the worker is restarted. Results are the same bit for bit for any number of workers.
 
     Args:
         clients: the clients.
         workers: number of processes; 0 for none.
-        devices: where workers compute, dealt in turn; default: the GPUs of this machine, else the CPU.
+        devices: the devices that workers compute on, assigned in turn; default: the GPUs of this machine, else the CPU.
     """
 
     def __init__(self, clients: Sequence[LocalClient], workers: int = 0, devices: Sequence[str] | None = None):
@@ -39,7 +39,7 @@ class LocalEngine:
 
     @property
     def device(self) -> str:
-        """The first device: where the server of a run on this machine computes too."""
+        """The first device; the server of a run on this machine computes there too."""
         return self._devices[0]
 
     def clients(self) -> list[str]:
@@ -77,7 +77,7 @@ class LocalEngine:
                         worker.restart()
                     busy.clear()
                     for client in sorted(late):
-                        yield client, None, f"no answer in {timeout:g} s (rounds.timeout)"
+                        yield client, None, f"no response in {timeout:g} s (rounds.timeout)"
         finally:
             for worker, _ in busy.values():  # the caller has stopped iterating
                 worker.restart()
@@ -97,7 +97,7 @@ def _receive(worker: Worker) -> Reply:
 
 
 def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
-    """Serves a request; every failure becomes one line, and its trace stays on the client's own disk."""
+    """Responds to a request; an exception becomes one line, and the trace of an unexpected one a file."""
     try:
         return serve(kind, message, client, device), None
     except FedgroveError as error:

@@ -1,4 +1,4 @@
-"""A warm process that does heavy work for this one: where it is killed, an error comes back and this process lives."""
+"""A persistent process that does heavy work for this one. If it is killed, this process gets an error and continues."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Reply = tuple[bytes | None, str | None]  # a response or an error
 
 
 class WorkerDied(Exception):
-    """A process ended before it answered.
+    """A worker process ended before it returned a result.
 
     Attributes:
-        status: its exit status; negative: the signal.
+        status: its exit status; negative: minus the number of the signal that killed it.
     """
 
     def __init__(self, status: int | None):
@@ -28,12 +28,12 @@ class WorkerDied(Exception):
 
 
 class Worker:
-    """A process that answers one call at a time, and is started again where it dies.
+    """A process that executes one call at a time and is restarted if it dies.
 
     Args:
-        function: what it calls: a function of a module, so that it can be named to the other process.
-        threads: of linear algebra, some of whose results depend on it.
-        first_to_die: where memory runs out the system ends this process before any other of this user (Linux).
+        function: the function that it calls. It must be at the top level of a module, so that it can be pickled.
+        threads: number of threads for linear algebra; some results depend on it.
+        first_to_die: if memory runs out, the system kills this process before any other of this user (Linux only).
     """
 
     def __init__(self, function: Callable[..., Reply], threads: int, *, first_to_die: bool = False):
@@ -46,7 +46,7 @@ class Worker:
         self._process = spawn.Process(target=_work, args=(worker_end, *self._arguments), name="fedgrove-client", daemon=True)
         main_thread = threading.current_thread() is threading.main_thread()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if main_thread else None
-        try:  # blocked until the worker says what an interrupt shall do
+        try:  # SIGINT stays blocked in the worker until it has set its own handler
             self._process.start()
         finally:
             if mask is not None:
@@ -54,18 +54,18 @@ class Worker:
         worker_end.close()
 
     def send(self, *arguments: Any) -> None:
-        """Calls the function with these arguments; they are pickled, so they are this program's own."""
+        """Calls the function with these arguments, which are pickled; :meth:`receive` returns the result."""
         try:
             self.pipe.send(arguments)
-        except OSError:  # it died between two calls
+        except OSError:  # the process died between two calls
             self.restart()
             self.pipe.send(arguments)
 
     def receive(self) -> Reply:
-        """What the function returned; waits for it.
+        """Waits for the function's result and returns it.
 
         Raises:
-            WorkerDied: the process is gone; another one is there already.
+            WorkerDied: the process ended; a new one has been started already.
         """
         try:
             reply: Reply = self.pipe.recv()
@@ -77,19 +77,19 @@ class Worker:
             raise WorkerDied(code) from None
 
     def restart(self) -> None:
-        """Ends whatever it does and begins anew."""
+        """Kills the process and starts a new one."""
         self.stop()
         self._start()
 
     def stop(self) -> None:
-        """Ends it."""
+        """Kills the process."""
         self._process.kill()
         self._process.join()
         self.pipe.close()
 
 
 def _work(pipe: Any, function: Callable[..., Reply], threads: int, first_to_die: bool) -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent tells the user
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a traceback: the parent reports the interrupt
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     oom = Path("/proc/self/oom_score_adj")
@@ -105,7 +105,10 @@ def _work(pipe: Any, function: Callable[..., Reply], threads: int, first_to_die:
 
 
 def _end_with_parent() -> None:
-    """A run that was killed may be continued at once: nobody else may still be writing to the clients' folders then."""
+    """Ends this process when its parent ends.
+
+    A killed run may be continued at once; then no old process may still write to the clients' folders.
+    """
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -1,1 +1,1 @@
-"""One round: ask the clients, bring their tensors over the wire, fold them into one sum."""
+"""One round: send requests to clients, receive their tensors, aggregate them."""

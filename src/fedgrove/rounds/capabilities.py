@@ -1,4 +1,4 @@
-"""What a client says of itself before anything is planned. It comes over the wire: the bounds are those of the job file."""
+"""What a client reports about itself before the plan is made; checked with the bounds of the job file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pydantic import Field
 from fedgrove.job.units import Bits
 from fedgrove.rounds.request import Reply
 
-SPEED = 3e10  # float32 operations a second of a client of speed 1.0: about what two cores of a server do on small blocks
+SPEED = 3e10  # float32 operations per second at speed 1.0: about what two cores of a server reach on small blocks
 
 
 class Capabilities(Reply):
-    """What a client has to work with.
+    """The resources of a client.
 
     Attributes:
         memory: bytes that the planner may use; None: any.
         speed: relative to ``SPEED``.
-        uplink, downlink: bits a second; None: sending takes no time.
-        bits: in which it can hold frozen weights.
-        devices: alike; memory and speed are those of each.
-        tokens: of its text, by the length of the windows that it trains on.
-        samples, sparsity: where the client wants others than the stage's.
+        uplink, downlink: bits per second; None: transfers take no time.
+        bits: the bit widths in which it can hold frozen weights.
+        devices: number of identical devices; memory and speed are per device.
+        tokens: number of tokens of its training windows, by the length of the windows.
+        samples, sparsity: the client's own values; None: those of the stage.
     """
 
     memory: Annotated[int, Field(gt=0)] | None = None

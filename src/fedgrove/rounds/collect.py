@@ -1,4 +1,4 @@
-"""Ask clients, take their responses in a fixed order, name who failed, and go on while the quorum holds."""
+"""Sends requests, takes responses in a fixed order, names clients that failed, continues while the quorum holds."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def collect(
     clock: Clock | None = None,
     masking: Mapping[str, Any] | None = None,
 ) -> Iterator[Answer]:
-    """Sends each client its message and yields the responses by client name, whoever was first.
+    """Sends each client its message and yields the responses in the order of the clients' names.
 
-    A response that comes before its turn waits on disk, so memory does not grow with the number of clients. A client that
-    raises, does not answer in time or sends what its request does not expect is asked again (``rounds.retries``), then left
-    out.
+    A response that comes before its turn waits on disk, so memory does not grow with the number of clients. If a client
+    raises an error, does not respond in time or sends an invalid response, the request is sent to it again, up to
+    ``rounds.retries`` times; then the client is left out.
 
     Args:
-        messages: for each client its request and the tensors beside it; all requests are of one type.
-        layout: the model at the server, by which requests say what they expect.
-        clock: what the messages would take on the clients' own machines; the ledger then records it.
-        masking: by client, what has its response masked, for secure aggregation: then no value can be told from random, and of
-            the tensors only names, shapes and dtypes are checked.
+        messages: for each client its request and the tensors sent with it; all requests are of one type.
+        layout: the model at the server, from which requests derive the tensors that they expect.
+        clock: models the time of messages on the clients' own machines; the ledger records it.
+        masking: by client, the masking of its response under secure aggregation. Masked values look random, so of the
+            tensors only names, shapes and dtypes are checked.
 
     Yields:
-        client, tensors, reply.
+        Client, tensors and reply of each valid response.
 
     Raises:
-        FedgroveError: fewer clients answered well than ``rounds.quorum`` (by default all); names the first that failed and
-            why. It is raised after the last response, so finish nothing before the iteration ends.
+        FedgroveError: fewer clients sent a valid response than ``rounds.quorum`` (by default all); names the first that
+            failed and why. It is raised after the last response, so use no result before the iteration ends.
     """
     rules = run.job.rounds
     inbox = run.path / "work" / "inbox"
@@ -71,7 +71,7 @@ def collect(
     def send(clients: list[str]) -> Iterator[Answer]:
         assert first is not None
         run.listener.on_event(Requesting(tuple(clients)))
-        heap.release_freed_memory()  # what the server worked with: a client in this process begins where it began before
+        heap.release_freed_memory()  # temporary memory of the server, so that clients in this process start alike
         outbox = _Outbox(
             {client: messages[client] for client in clients},
             masking or {},
@@ -79,12 +79,12 @@ def collect(
         )
         for client, response, error in engine.request(first.KIND, outbox, rules.timeout):
             if client not in turns or waiting.get(client) is not None:
-                continue  # late or twice: this client's part is settled
-            heap.release_freed_memory()  # what a client in this process worked with
+                continue  # late or repeated: the response is already there, or the client was left out
+            heap.release_freed_memory()  # temporary memory of a client in this process
             if response is not None:
                 account(client, "up", len(response))
             else:
-                failures[client] = error or "it gave no answer"
+                failures[client] = error or "it sent no response"
                 run.listener.on_event(Responded(client, 0))
             if response is not None and client != turns[0]:
                 inbox.mkdir(parents=True, exist_ok=True)
@@ -92,11 +92,11 @@ def collect(
                 (inbox / client).write_bytes(response)
             else:
                 waiting[client] = response
-            del response  # so that take() holds the only reference, and memory goes as soon as it is read
+            del response  # so that take() has the only reference and can free the memory
             yield from take()
 
     def take() -> Iterator[Answer]:
-        """Yields those whose turn has come; stops at one that is still out or may be asked again."""
+        """Yields responses whose turn has come; stops at a client whose response may still come."""
         while turns and turns[0] in waiting:
             client = turns[0]
             response = waiting[client]
@@ -108,11 +108,11 @@ def collect(
                     answer = _read(client, response, messages[client].request, layout, masked=masking is not None)
                     del response  # as large as a block
                 except wire.WireError as error:
-                    failures[client] = f"its answer was refused: {error}"
+                    failures[client] = f"its response was refused: {error}"
                 else:
                     failures.pop(client, None)
                     del waiting[client], turns[0]
-                    heap.release_freed_memory()  # what it took to read it
+                    heap.release_freed_memory()  # temporary memory of reading it
                     yield answer
                     del answer
                     heap.release_freed_memory()
@@ -131,24 +131,24 @@ def collect(
         if unanswered:
             yield from send(unanswered)
     for client in turns:  # a missing reply counts as a failure, so a faulty engine cannot shrink the federation
-        failures.setdefault(client, "it gave no answer")
+        failures.setdefault(client, "it sent no response")
     needed = min(rules.quorum or len(messages), len(messages))
     answered = len(messages) - len(failures)
     if answered < needed:
         client, what = min(failures.items())
         what = what if what.startswith(f"client '{client}'") else f"client '{client}': {what}"
-        raise FedgroveError(f"{what} ({answered} of {len(messages)} clients answered, {needed} needed: rounds.quorum)")
+        raise FedgroveError(f"{what} ({answered} of {len(messages)} clients responded, {needed} needed: rounds.quorum)")
 
 
 def _read(client: str, response: bytes, request: Request, layout: Decoder | None, masked: bool) -> Answer:
-    """A response, checked against its request.
+    """Unpacks a response and checks it against its request.
 
     Raises:
-        WireError: it is damaged, answers another request, or is not what the request expects.
+        WireError: it is damaged, belongs to another request, or is not what the request expects.
     """
     tensors, info = wire.unpack(response)
     if info.pop("request", None) != request.digest:
-        raise wire.WireError("it answers another request")
+        raise wire.WireError("it belongs to another request")
     try:
         reply = request.REPLY.model_validate(info)
     except ValidationError as error:

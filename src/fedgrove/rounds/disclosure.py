@@ -1,6 +1,6 @@
-"""What may leave a client: the one list of words for it, shared by plans, report, model card and ``docs/security.md``.
+"""What may leave a client, in phrases that plans, report, model card and ``docs/security.md`` share.
 
-It is apart from :mod:`fedgrove.rounds.request`, which imports torch: the report does without.
+Separate from :mod:`fedgrove.rounds.request`, which imports torch, because the report does not import torch.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from enum import Enum
 class Disclosure(Enum):
     """What a response reveals about a client's text.
 
-    The value is a phrase that can stand behind "a client sends". Plans hold the names.
+    The value is a phrase that completes "a client sends …". Plans contain the names.
     """
 
     CAPABILITIES = "a few numbers about itself (memory, speed, links, how much text it has)"
     MASKS = "which weights of each block it would keep"
     WEIGHTS = "the values of the weights that it would keep"
-    SQUARES = "for each block the sums, over its text, of the squares of what enters each matrix"
-    PRODUCTS = "for each block the sums, over its text, of the products of the channels of what enters a matrix"
-    MOMENTS = "for each block the sums and variances, over its text, of what enters each matrix"
+    SQUARES = "for each block the sums, over its text, of the squared inputs of each matrix"
+    PRODUCTS = "for each block the sums, over its text, of the products of each pair of input channels of a matrix"
+    MOMENTS = "for each block the sums and variances, over its text, of the inputs of each matrix"
     OUTLIERS = "one number for each block, its share of outliers"
     SCORES = "one number for each channel and head of every block, how much the loss on its text would change without it"
     IMPORTANCE = "a score for each matrix, how much tuning it would help"

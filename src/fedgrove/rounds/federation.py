@@ -23,7 +23,7 @@ class Federation:
 
     Attributes:
         engine: reaches the clients.
-        run: the run folder; its job is what is run.
+        run: the run folder, with the job.
         device: where the server computes.
         aggregator: computes sums over clients, in the open or securely: a stage does not know which.
     """
@@ -39,15 +39,15 @@ class Federation:
 
     @property
     def job(self) -> Job:
-        """What is run."""
+        """The job that is run."""
         return self.run.job
 
     def clients(self) -> list[str]:
-        """The clients that can be asked, sorted by name."""
+        """The clients that can get requests, sorted by name."""
         return self.engine.clients()
 
     def collect(
         self, messages: Mapping[str, Message], *, layout: Decoder | None = None, clock: Clock | None = None
     ) -> Iterator[Answer]:
-        """Asks each client and yields the responses, one by one: see :func:`fedgrove.rounds.collect.collect`."""
+        """Sends each client its message and yields the responses; see :func:`fedgrove.rounds.collect.collect`."""
         return collect(self.engine, self.run, messages, layout=layout, clock=clock)

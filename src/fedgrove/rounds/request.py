@@ -1,14 +1,14 @@
-"""Requests: one typed, frozen message to one client. Both halves of an exchange live in one file.
+"""Requests: one typed, frozen message to one client. Both halves of an exchange are in one file.
 
-A request type says, in the file that owns it, what a client is asked (its fields), what the client does
-(:meth:`Request.respond`), what its response has to hold (:meth:`Request.expected`, :meth:`Request.check_reply`,
-:meth:`Request.check`) and what the response discloses of the client's text (:attr:`Request.DISCLOSES`). Nothing else in
-fedgrove repeats any of it: the plan, the report, the model card, the table in docs/security.md and a site's policy read it from
-the type.
+A request type defines what a client is asked (its fields), what the client does (:meth:`Request.respond`), which
+responses are valid (:meth:`Request.expected`, :meth:`Request.check_reply`, :meth:`Request.check`) and what a response
+discloses about the client's text (:attr:`Request.DISCLOSES`). None of this is repeated elsewhere: the plan, the report,
+the model card, the table in docs/security.md and a site's policy read it from the type.
 
-A type's name on the wire is ``room/file``: ``prune/block`` is the request type of ``fedgrove/stages/prune/exchanges/block.py``,
-and where a file holds several, ``room/file/part``. Besides the kinds of stage two rooms have exchanges: ``rounds``, and
-``deploy`` for what a site of a federation is asked itself. That is the registry: a new exchange is a new file.
+A type's name on the wire is ``folder/file``: ``prune/block`` is the request type in
+``fedgrove/stages/prune/exchanges/block.py``. If a file has several types, their names are ``folder/file/part``. The
+folder is a kind of stage, ``rounds``, or ``deploy`` for requests to a site itself. There is no other registry: a new
+exchange is a new file.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
 Tensors = dict[str, Tensor]
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
 Index = Annotated[int, Field(ge=0, strict=True)]
-OTHER_ROOMS = {"rounds": "rounds.exchanges", "deploy": "deploy.flare.exchanges"}  # those of no stage
+OTHER_ROOMS = {"rounds": "rounds.exchanges", "deploy": "deploy.flare.exchanges"}  # packages of no stage
 
 
 class RequestError(WireError):
-    """What came is no request.
+    """A received message is not a valid request.
 
     Attributes:
-        field: the first that is not what the type says; "kind" where there is no such type.
+        field: the first invalid field; "kind" if there is no such type.
     """
 
     def __init__(self, message: str, field: str):
@@ -63,17 +63,17 @@ class Reply(BaseModel):
 
 
 class Response(NamedTuple):
-    """What a client's half gives back."""
+    """What a client's half of an exchange returns."""
 
     tensors: Mapping[str, Tensor]
     reply: Reply
 
 
 class Request(BaseModel):
-    """One message to one client; see the top of this file. Fields are plain data; tensors travel beside them.
+    """One message to one client; see the top of this file. Fields are plain data; tensors are sent with it.
 
     Attributes:
-        stage: the stage's place in the job; round: of this stage, from 0.
+        stage: index of the stage in the job, from 0; round: index of the round in the stage, from 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -86,34 +86,37 @@ class Request(BaseModel):
     round: Index = 0
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        """The client's half.
+        """The client's half of the exchange.
 
         Args:
-            tensors: those that came with the request.
-            client: what the client has.
-            device: where it computes.
+            tensors: the tensors that came with the request.
+            client: the client's text, model, folder and keys.
+            device: the device that it computes on.
+
+        Raises:
+            FedgroveError: the client cannot respond.
         """
         raise NotImplementedError
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
-        """The tensors that a response must hold: shape and dtype by name.
+        """The tensors that a response must contain: shape and dtype by name.
 
         Args:
-            layout: the model at the server; None for requests that do not look at it.
+            layout: the model at the server; None for requests that do not need it.
         """
         return {}
 
     def check_reply(self, reply: Reply) -> None:
-        """Refuses a reply that cannot be right. It is called for every response, also where its tensors are masked.
+        """Refuses an invalid reply. It is called for every response, also if its tensors are masked.
 
         Raises:
             WireError: says what is wrong, in one line.
         """
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        """Refuses a response whose tensors have the right names, shapes and dtypes and cannot be right all the same.
+        """Refuses a response whose tensors have the expected names, shapes and dtypes but impossible values.
 
-        It is not called where tensors are masked: then no value can be told from random, and the sum is checked instead.
+        It is not called if tensors are masked: masked values look random, so the sum is checked instead.
 
         Raises:
             WireError: says what is wrong, in one line.
@@ -124,11 +127,11 @@ class Request(BaseModel):
         return self.DISCLOSES
 
     def release(self) -> str | None:
-        """A name for what is released where it is noisy, so that it is made once; None where there is no noise."""
+        """A name for the response if it is noisy, so that it is made only once; None: no noise."""
         return None
 
     def beyond(self, config: StageConfig) -> str | None:
-        """The first field that the stage of an agreed job does not allow; None: the request keeps to the job.
+        """The first field that the stage of an agreed job does not allow; None: the request is within the job.
 
         Windows of text need not be compared: a site does that for every :class:`~fedgrove.client.hidden_states.Calibration`.
 
@@ -139,8 +142,8 @@ class Request(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Names this request; its response repeats it, so that a response to another request is noticed."""
-        fields = json.dumps(self.model_dump(mode="json"), sort_keys=True)  # the wire may order the keys of a mapping anew
+        """A hash of this request. The response repeats it, so that a response to another request is detected."""
+        fields = json.dumps(self.model_dump(mode="json"), sort_keys=True)  # sorted: the wire changes the order
         return hashlib.sha256(f"{self.KIND} {fields}".encode()).hexdigest()[:32]
 
 
@@ -155,7 +158,7 @@ def request_type(kind: str) -> type[Request]:
     """The type of a kind's requests.
 
     Raises:
-        RequestError: there is no such kind. The name may come from the network: nothing else is imported by it.
+        RequestError: there is no such kind. The name may come from the network, so only exchanges are imported.
     """
     room, _, rest = kind.partition("/")
     try:
@@ -169,7 +172,7 @@ def request_type(kind: str) -> type[Request]:
 
 
 def request_types() -> list[type[Request]]:
-    """All types of requests, by kind: everything that a client can be asked."""
+    """All types of requests, sorted by kind. A client responds to no others."""
     packages = [*OTHER_ROOMS.values(), *(f"stages.{kind}.exchanges" for kind in plugins.names("stages", folders=True))]
     there = [package for package in packages if importlib.util.find_spec(f"fedgrove.{package}") is not None]
     types = [one for package in there for name in plugins.names(package) for one in _types_in(package, name)]
@@ -177,10 +180,10 @@ def request_types() -> list[type[Request]]:
 
 
 def parse(kind: str, fields: object) -> Request:
-    """A request from what came over the wire.
+    """Validates the fields of a received request.
 
     Raises:
-        RequestError: there is no such kind, or a field is not what the type says; names the first.
+        RequestError: there is no such kind, or a field is invalid; names the first such field.
     """
     try:
         return request_type(kind).model_validate(fields)
@@ -191,7 +194,7 @@ def parse(kind: str, fields: object) -> Request:
 
 def _package(room: str) -> str:
     if room not in OTHER_ROOMS and room not in plugins.names("stages", folders=True):
-        raise FedgroveError(f"there is no room {room!a:.80}")
+        raise FedgroveError(f"there are no exchanges of {room!a:.80}")
     return OTHER_ROOMS.get(room, f"stages.{room}.exchanges")
 
 

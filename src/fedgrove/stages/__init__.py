@@ -1,1 +1,1 @@
-"""Stages: one function each, (model, plan, engine, run) -> model."""
+"""The stages of a job. Each kind of stage is a folder here; :mod:`fedgrove.stages.base` describes its interface."""

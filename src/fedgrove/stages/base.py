@@ -1,14 +1,13 @@
-"""What a kind of stage is: a folder, whose ``stage.py`` holds four functions.
+"""The interface of a stage. Each kind of stage is a folder, and its ``stage.py`` contains four functions:
 
     plan(index, config, decoder, capabilities, job) -> Plan
     run(model, plan, config, federation) -> Result
-    alone(model, plan, config, clients, windows, federation) -> what each client would have had without the others
-    typical_memory(decoder, length) -> what a client needs, for ``fedgrove doctor``
+    alone(model, plan, config, clients, windows, federation) -> the losses that each client would have without the others
+    typical_memory(decoder, length) -> the memory that a client needs, for ``fedgrove doctor``
 
-``config.py`` beside it holds the stage's table of the job file (see :mod:`fedgrove.job.stage_config`), ``exchanges/`` what its
-clients
-are asked (see :mod:`fedgrove.rounds.request`), and ``report.py`` what the report says of it. The folder's name is the stage's
-kind: that is the registry.
+The folder also contains ``config.py``, the stage's table in the job file (see :mod:`fedgrove.job.stage_config`);
+``exchanges/``, the requests to its clients (see :mod:`fedgrove.rounds.request`); and ``report.py``, the stage's part of the
+report. The folder's name is the stage's kind; there is no other registry.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Disclosure
 
-Losses = dict[str, list[tuple[float, int]]]  # by text, of each window: −Σ log p and the number of predicted tokens
+Losses = dict[str, list[tuple[float, int]]]  # by text, for each window: −Σ log p in nats, number of predicted tokens
 
 
 class Assignment(BaseModel):
     """One client's part in a stage.
 
     Attributes:
-        memory: bytes needed at the peak, besides the program itself.
-        upload: bytes, in all rounds.
-        seconds: computing and sending, in all rounds.
+        memory: peak memory in bytes, without that of the program itself.
+        upload: bytes sent in all rounds.
+        seconds: estimated time for computing and sending in all rounds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,15 +50,15 @@ class Assignment(BaseModel):
 
 
 class Plan(BaseModel):
-    """Who does what in a stage: plain data, decided and on disk before the first round.
+    """Who does what in a stage: plain data, decided and written to disk before the first round.
 
     Attributes:
         stage: the stage's place in the job.
-        kind: of the stage.
+        kind: the stage's kind.
         clients: each client's part, by name.
-        left_out: client -> why it takes no part, and what would do.
+        left_out: client -> why it does not take part, and how to change that.
         discloses: names of :class:`~fedgrove.rounds.request.Disclosure`: what a client's responses reveal about its text.
-        notes: what a person should know before it runs.
+        notes: sentences that the user should read before the stage runs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,7 +71,7 @@ class Plan(BaseModel):
     notes: tuple[str, ...] = ()
 
     def width_after(self) -> Width | None:
-        """The width of the model's blocks after the stage, where the stage changes it."""
+        """The width of the model's blocks after the stage; None if the stage does not change it."""
         return None
 
     def uploads(self) -> int:
@@ -82,11 +81,11 @@ class Plan(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage made.
+    """The result of a stage.
 
     Attributes:
-        model: the model with the stage's changes laid over it.
-        adapters: folders of adapters beside the merged model, by name.
+        model: the model, with the stage's changes as overlays.
+        adapters: folders of adapters that are written in addition to the merged model, by name.
     """
 
     model: Checkpoint
@@ -102,16 +101,16 @@ class Stage(Protocol):
         Args:
             index: the stage's place in the job.
             config: the stage's table.
-            decoder: the model as the stage will find it; its weights may not be there yet.
-            capabilities: what the clients said, by name.
+            decoder: the model as it will be at the start of the stage; its weights may not exist yet.
+            capabilities: the clients' capabilities, by name.
 
         Raises:
-            FedgroveError: it cannot be done; names the key or the client, and says what would do.
+            FedgroveError: the stage cannot be done like this; names the key or the client, and a remedy.
         """
         ...
 
     def run(self, model: Checkpoint, plan: Any, config: Any, federation: Federation) -> Result:
-        """Carries the stage out. What is in the run folder already is not done again."""
+        """Runs the stage. Results that are already in the run folder are not computed again."""
         ...
 
     def alone(
@@ -123,24 +122,24 @@ class Stage(Protocol):
         windows: Mapping[str, list[Tensor]],
         federation: Federation,
     ) -> Iterator[tuple[str, Losses]]:
-        """Measures what each of these clients would have had without the others, on held-out windows by text."""
+        """Measures the model that each of these clients would have without the others, on held-out windows by text."""
         ...
 
     def typical_memory(self, decoder: Decoder, length: int) -> dict[str, float]:
-        """Bytes that one client needs for the stage's usual settings, by what is done; for ``fedgrove doctor``."""
+        """Bytes of memory that one client needs with usual settings, by a short description; for ``fedgrove doctor``."""
         ...
 
 
 def stage_of(kind: str) -> Stage:
-    """The stage of a kind."""
+    """Loads the stage of a kind."""
     return cast(Stage, plugins.load(f"{STAGES}.{kind}", "stage", Stage))
 
 
 def names_of(disclosures: frozenset[Disclosure]) -> tuple[str, ...]:
-    """For a plan: the names of disclosures, in the order of their definition."""
+    """The names of disclosures, in the order of their definition, for a plan."""
     return tuple(one.name for one in Disclosure if one in disclosures)
 
 
 def calibration_seed(seed: int, stage: int) -> str:
-    """Draws a stage's calibration windows; each client adds its name."""
+    """The seed from which a stage's calibration windows are drawn; each client appends its name."""
     return f"{seed}/{stage}"

@@ -1,10 +1,11 @@
 """A federation between organisations, on NVIDIA FLARE: kits, the site's own file, starting, submitting, watching.
 
 ``files``: the files that people write. ``kits``: certificates and folders to hand out. ``node``: starts and stops a kit.
-``operator``: what is sent to a running federation. ``doctor``: what is wrong with a kit.
+``operator``: submits jobs to a running federation, watches them and fetches results. ``doctor``: checks a kit.
 
 A run at the server: ``controller`` (FLARE's end) and ``coordinate``. At a site: ``executor`` (FLARE's end), ``site`` (bytes in,
-bytes out), ``policy`` (what the site allows), ``installation`` (what it has), ``exchanges`` (what a site itself is asked).
+bytes out), ``policy`` (what the site allows), ``installation`` (what it has), ``exchanges`` (requests to the
+site itself).
 The engine is :mod:`fedgrove.engines.flare`.
 """
 
@@ -15,10 +16,10 @@ import importlib.util
 
 from fedgrove.errors import FedgroveError
 
-TEMPLATES = importlib.resources.files("fedgrove") / "deploy" / "flare" / "texts"  # of what a kit holds
+TEMPLATES = importlib.resources.files("fedgrove") / "deploy" / "flare" / "texts"  # of the files in a kit
 
 
 def require_flare() -> None:
-    """Raises a clear line where the extra is not installed."""
+    """Raises :class:`FedgroveError` if the extra ``flare`` is not installed."""
     if importlib.util.find_spec("nvflare") is None:
         raise FedgroveError("NVIDIA FLARE is not installed", "install the extra: pip install 'fedgrove[flare]'")

@@ -1,6 +1,6 @@
-"""The commands ``fedgrove federation …``. The substance is in the other modules of this package.
+"""The commands ``fedgrove federation …``. The other modules of this package do the work.
 
-What they need is imported when it is first used, so that ``fedgrove --help`` does not wait for torch.
+Those modules are imported when they are first used, so that ``fedgrove --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ else:
 
 Kit = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a server or a site.")]
 OperatorKit = Annotated[Path, typer.Option("--kit", help="The folder of an operator.")]
-Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="The job's name; default: what was submitted last.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Run = Annotated[str | None, typer.Argument(metavar="[RUN]", help="The job's name; default: the run submitted last.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 
 
 def init(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path(),
-    name: Annotated[str | None, typer.Option(help="Of the federation.")] = None,
+    name: Annotated[str | None, typer.Option(help="The federation's name.")] = None,
     server: Annotated[str | None, typer.Option(help="HOST:PORT by which everybody reaches the server.")] = None,
-    site: Annotated[list[str] | None, typer.Option(help="A site's name; give it again for each.")] = None,
+    site: Annotated[list[str] | None, typer.Option(help="A site's name; repeat the option for each site.")] = None,
     operator: Annotated[list[str] | None, typer.Option(help="E-mail address of someone who may submit jobs.")] = None,
 ) -> None:
-    """Writes federation.toml, who takes part; asks for what is not given.
+    """Writes federation.toml, the list of participants; asks for options that are not given.
 
     Example: fedgrove federation init --name wards --server fl.example.org:8002 --site ash --site birch --operator a@b.org
     """
@@ -56,8 +56,8 @@ def init(
     name = name or _asked("Name of the federation")
     server = server or _asked("Server, as HOST:PORT", "localhost:8002")
     host, _, port = server.rpartition(":")
-    sites = site or _asked("Sites, with spaces between").split()
-    people = operator or _asked("Operators (e-mail addresses, with spaces between)").split()
+    sites = site or _asked("Sites, separated by spaces").split()
+    people = operator or _asked("Operators (e-mail addresses, separated by spaces)").split()
     template = Template((TEMPLATES / "federation.toml").read_text(encoding="utf-8"))
     site_tables = "\n".join(f"[[sites]]\nname = {json.dumps(one)}\n" for one in sites)
     operator_tables = "\n".join(f"[[operators]]\nname = {json.dumps(one)}\n" for one in people)
@@ -69,7 +69,7 @@ def init(
     except FedgroveError:
         file.unlink()
         raise
-    print(f"Wrote {file}. Look it over, then: fedgrove federation kits {file}")
+    print(f"Wrote {file}. Check it, then run: fedgrove federation kits {file}")
 
 
 def kits(
@@ -79,9 +79,9 @@ def kits(
         list[str] | None, typer.Option(help="A site or operator (or 'server') whose certificate gets new dates.")
     ] = None,
 ) -> None:
-    """Makes a folder for the server, each site and each operator: certificate, settings, a file to edit, a page to read.
+    """Makes a folder for the server, each site and each operator: certificate, settings, a file to edit, a README.
 
-    Kits that are there are kept: add a site to the file and say this again.
+    Existing kits are kept. To add a site, add it to the file and run this command again.
 
     Example: fedgrove federation kits federation.toml
     """
@@ -90,18 +90,20 @@ def kits(
     there = [kit.resolve() for kit in (folder / "server", *folder.glob("sites/*"), *folder.glob("operators/*")) if kit.is_dir()]
     for kit in kit_maker.make_kits(federation, folder, tuple(renew or ())):
         if kit in there:
-            print(f"{kit}/startup: hand over its .crt file (no secret); put it there, and restart")
+            print(f"{kit}/startup: hand over its .crt file (not secret); the participant replaces the old one and restarts")
         else:
-            print(f"{kit}: hand this folder over, by a safe way")
+            print(f"{kit}: hand this folder over in a secure way; it contains a private key")
     for kit in there:
         if kit.parent.name == "sites" and kit.name not in {site.name for site in federation.sites}:
-            print(f"{kit.name} is not in {file} any more; shut it out: fedgrove federation remove {kit.name} --kit OPERATOR")
-    print(f"{folder / kit_maker.AUTHORITY} can make more kits: keep it, secret.")
+            print(f"{kit.name} is not in {file} any more; exclude it: fedgrove federation remove {kit.name} --kit OPERATOR")
+    print(f"{folder / kit_maker.AUTHORITY} can make more kits: keep it secret.")
 
 
 def start(
     kit: Kit = Path(),
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay: for systemd and containers.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Run in the foreground, for systemd and containers.")
+    ] = False,
 ) -> None:
     """Starts the server or a site, in the background.
 
@@ -116,7 +118,7 @@ def stop(
     kit: Kit = Path(),
     run: Annotated[str | None, typer.Option(help="With an operator's kit: the run to stop.")] = None,
 ) -> None:
-    """Stops the server or a site; with an operator's kit, a run, which can be continued.
+    """Stops the server or a site; with an operator's kit, stops a run, which can be continued.
 
     Example: fedgrove federation stop kits/sites/ash
     """
@@ -130,7 +132,7 @@ def stop(
 
 
 def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
-    """Who is there, since when, what each can do, and the runs.
+    """Shows which sites are connected, when each was last heard from, their capabilities, and the runs.
 
     Example: fedgrove federation status --kit kits/operators/ops@example.org
     """
@@ -139,7 +141,7 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
         print(json.dumps(status, indent=2))
         return
     for site in status["sites"]:
-        heard = "not connected" if site["heard"] is None else f"heard of {max(0, time.time() - site['heard']):.0f} s ago"
+        heard = "not connected" if site["heard"] is None else f"last heard from {max(0, time.time() - site['heard']):.0f} s ago"
         print(f"{site['name']:<20} {heard}{_abilities(site['capabilities'])}")
     for run in status["runs"]:
         print(f"{run['name']:<20} {run['status']}")
@@ -148,12 +150,14 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
 def submit(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml")],
     kit: OperatorKit = Path(),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that ended early, or take sites back.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that ended early, or include restarted sites again.")
+    ] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job.")] = None,
     quiet: Quiet = False,
-    wait: Annotated[bool, typer.Option("--watch", help="Stay until the run ends.")] = False,
+    wait: Annotated[bool, typer.Option("--watch", help="Wait until the run ends.")] = False,
 ) -> None:
-    """Sends a job to the sites: who is asked, what they agree to and the plan come before anything is computed.
+    """Submits a job. The sites agree to it and the plan is made before anything is computed.
 
     Example: fedgrove federation submit job.toml --kit kits/operators/ops@example.org
     """
@@ -162,7 +166,7 @@ def submit(
         error = remote.watch(kit, name, listener, planned=not wait)
     if error:
         raise FedgroveError(error)
-    print(f"{name}: {'ended' if wait else 'the sites agreed, the run goes on'}. fedgrove federation watch|fetch --kit {kit}")
+    print(f"{name}: {'ended' if wait else 'the sites agreed, the run continues'}. fedgrove federation watch|fetch --kit {kit}")
 
 
 def watch(run: Run = None, kit: OperatorKit = Path(), quiet: Quiet = False) -> None:
@@ -181,7 +185,7 @@ def fetch(
     kit: OperatorKit = Path(),
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: runs/NAME.")] = None,
 ) -> None:
-    """Brings the result here: model, adapter, report, plans, measurements.
+    """Downloads a run's result: model, adapter, report, plans, measurements.
 
     Example: fedgrove federation fetch --out runs/wards --kit kits/operators/ops@example.org
     """
@@ -190,25 +194,25 @@ def fetch(
 
 
 def remove(
-    site: Annotated[str, typer.Argument(metavar="SITE", help="Its name.")],
+    site: Annotated[str, typer.Argument(metavar="SITE", help="The site's name.")],
     kit: OperatorKit = Path(),
-    undo: Annotated[bool, typer.Option("--undo", help="Let it in again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Admit the site again.")] = False,
 ) -> None:
-    """Shuts a site out at the server, at once and until --undo, also after a restart. Runs that go on are stopped.
+    """Excludes a site at the server, immediately and until --undo, also across restarts. Current runs are stopped.
 
     Example: fedgrove federation remove birch --kit kits/operators/ops@example.org
     """
     stopped = remote.remove(kit, site, undo)
     if undo:
-        print(f"The server lets {site} in again; start it there: fedgrove federation start")
+        print(f"The server admits {site} again; start it there: fedgrove federation start")
         return
-    print(f"The server knows no {site} any more. Take it out of federation.toml too, then: fedgrove federation kits")
+    print(f"The server no longer admits {site}. Remove it from federation.toml too, then run: fedgrove federation kits")
     for run in stopped:
         print(f"Stopped {run}; continue it without {site} if its quorum allows: fedgrove federation submit JOB.toml --resume")
 
 
 def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
-    """Looks at a kit: the server in reach, clock, certificate, data, template, model, disk, memory. Runs nothing.
+    """Checks a kit: connection to the server, clock, certificate, data, template, model, disk, memory. Starts nothing.
 
     Example: fedgrove federation doctor kits/sites/ash
     """
@@ -223,7 +227,7 @@ COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, docto
 
 def _asked(question: str, default: str | None = None) -> str:
     if not sys.stdin.isatty():
-        raise FedgroveError(f"{question}? Give it as an option", "`fedgrove federation init --help`")
+        raise FedgroveError(f"{question}: not given, and there is no terminal to ask on", "`fedgrove federation init --help`")
     reply: str = typer.prompt(question, default=default)
     return reply
 

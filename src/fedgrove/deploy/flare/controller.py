@@ -1,4 +1,4 @@
-"""What FLARE runs at the server: its Controller. The run itself is in :mod:`fedgrove.deploy.flare.coordinate`."""
+"""The Controller that FLARE runs at the server. The run itself is in :mod:`fedgrove.deploy.flare.coordinate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
     """The server's part of a run.
 
     Args:
-        resume: continue the run of this name.
+        resume: continue the existing run of the job's name.
     """
 
     def __init__(self, resume: bool = False):
@@ -35,7 +35,7 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
         """Called by FLARE after the run."""
 
     def control_flow(self, abort_signal: Any, fl_ctx: Any) -> None:
-        """The run."""
+        """Called by FLARE: runs the job."""
         self._recorder = recorder = Recorder()
         engine = fl_ctx.get_engine()
         workspace = engine.get_workspace()
@@ -56,9 +56,9 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
     def process_result_of_unknown_task(
         self, client: Any, task_name: str, client_task_id: str, result: Any, fl_ctx: Any
     ) -> None:
-        """Drops a response that comes late or twice."""
+        """Called by FLARE: drops a response that is late or repeated."""
         if self._recorder is not None:
-            self._recorder.message(f"{client.name}: an answer that nobody waits for was refused")
+            self._recorder.message(f"{client.name}: a late or repeated response was dropped")
 
     def _progress(self, topic: str, data: Any, fl_ctx: Any) -> dict[str, Any]:
         since = data.get("since", 0) if isinstance(data, dict) else 0

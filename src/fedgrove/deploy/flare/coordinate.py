@@ -1,4 +1,5 @@
-"""The server's part of a run: the job is opened, the sites agree to it, it is run, the result goes where it is wanted."""
+"""The server's part of a run: opens the job, asks the sites to join, runs it, sends the result to sites that want
+it."""
 
 from __future__ import annotations
 
@@ -38,16 +39,16 @@ FETCHED = (
     "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
     JOB, SAID, "adapter", "model",
 )  # fmt: skip
-Connect = Callable[[list[str], str, float], Engine]  # clients, the name of their working files, seconds to fetch a request
+Connect = Callable[[list[str], str, float], Engine]  # clients, name of the working folder, seconds to fetch a request
 
 
 class Recorder(Listener):
-    """Keeps every event of a run as JSON, for operators who ask from afar; messages go into a file too.
+    """Stores every event of a run as JSON, for operators who watch the run remotely; also writes messages to a file.
 
     Attributes:
-        events: as :func:`fedgrove.events.to_json` writes them.
-        file: for the messages; None: the run folder is not there yet.
-        capabilities: of the sites, once they have agreed.
+        events: all events so far, as :func:`fedgrove.events.to_json` writes them.
+        file: the file for messages; None until the run folder exists.
+        capabilities: by site; empty until the sites have agreed.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class Recorder(Listener):
                 file.write(event.text + "\n")
 
     def message(self, text: str) -> None:
-        """A line of the server itself."""
+        """Records a message of the server itself."""
         self.on_event(events.Message(text))
 
 
@@ -71,14 +72,14 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
 
     Args:
         kit: the server's folder.
-        config: where the job's files lie as they were submitted.
-        results: where the operator fetches from; the result is put there.
+        config: the folder of the job's files as they were submitted.
+        results: the folder from which the operator fetches the result.
         resume: continue the run of this name.
         connect: makes the engine.
         recorder: gets the events of the run.
 
     Returns:
-        The one line that says why it ended early, else None.
+        None if the run ended well, else one line that says why it did not.
     """
     state: dict[str, str] = {"state": "ended"}
     folder = None
@@ -105,10 +106,15 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
 
 
 def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJob, str]:
-    """The submitted job with the server's copy of the model, and the model's name; no submitted path is followed."""
+    """The submitted job with the server's copy of the model, and the model's name. No submitted path is opened.
+
+    Raises:
+        FedgroveError: the job is not valid, a held-out text is a path at the server, or the server has no model of that
+            name.
+    """
     submitted, texts = config / HELD_OUT, kit / HELD_OUT
     if submitted.is_dir():
-        for file in submitted.iterdir():  # their paths are part of the job, which must be the same when it is continued
+        for file in submitted.iterdir():  # to a fixed folder: --resume refuses a job whose paths differ
             texts.mkdir(exist_ok=True)
             shutil.copyfile(file, texts / file.name)
     job = load_federated(config / JOB, texts=texts)
@@ -121,7 +127,7 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJo
 def run_with_sites(
     job: FederatedJob, model: str, settings: ServerFile, connect: Connect, run: RunFolder, recorder: Recorder
 ) -> None:
-    """From the sites' agreement to the result.
+    """Asks the sites to join, runs the job and delivers the result.
 
     Args:
         model: the name by which sites know the job's model.
@@ -138,11 +144,11 @@ def run_with_sites(
         deliver(engine, run, [site for site, reply in joined.items() if reply.result])
     end = wire.pack({}, {"request": EndRun().model_dump(mode="json")})
     for _ in engine.request(EndRun.KIND, dict.fromkeys(engine.clients(), end), run.job.rounds.timeout):
-        pass  # a site that does not hear it deletes its working files another time
+        pass  # a site that misses this keeps its working files until its owner deletes them
 
 
 def join(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[str, Joined]:
-    """Asks the sites whether they take part in this job on the model of that name; what those reply who do.
+    """Asks the sites to take part in this job, on the model of that name; returns the replies of those that do.
 
     Raises:
         FedgroveError: fewer agree than the quorum; names the first that does not, and why.
@@ -173,7 +179,7 @@ def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
     export(run.path / "model", "packed", packed, Texts())
     files = sorted(packed.iterdir())
     for file in files:
-        run.phase(Phase("deliver", title=f"giving the result to {', '.join(sites) or 'nobody: no site asks for it'}"))
+        run.phase(Phase("deliver", title=f"sending the result to {', '.join(sites) or 'no site: none asks for it'}"))
         content = torch.from_numpy(np.fromfile(file, np.uint8))
         message = Message(DeliverResult(file=file.name, last=file == files[-1]), {CONTENT: content})
         for _ in collect(engine, run, dict.fromkeys(sites, message)):
@@ -182,7 +188,7 @@ def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
 
 
 def _offer(run: Path | None, out: Path, state: dict[str, str]) -> None:
-    """Links what the operator may fetch into FLARE's folder of the job, which FLARE keeps and gives out."""
+    """Hard-links the files that the operator may fetch into FLARE's folder of the job, which FLARE serves."""
     out.mkdir(parents=True, exist_ok=True)
     (out / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
     if run is None:

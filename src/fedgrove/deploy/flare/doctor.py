@@ -1,4 +1,4 @@
-"""What would go wrong with a kit: the network, certificates, its own file, its text and its model."""
+"""Checks a kit: network, certificates, settings file, text and model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fedgrove.deploy.flare.node import address, kind_of, running
 from fedgrove.errors import FedgroveError
 from fedgrove.machine import Check, check_machine
 
-APART = 300.0  # seconds between two clocks; a message takes a few of them
-SOON = 30  # days before a certificate ends in which it is time to renew it
+APART = 300.0  # the largest accepted difference of two clocks in seconds; it includes the time of a message
+SOON = 30  # days before its end from which a certificate should be renewed
 
 
 def examine(kit: Path) -> list[Check]:
-    """Every check of a kit, whatever it is."""
+    """Runs every check of a kit: a server's, a site's or an operator's."""
     require_flare()
     kind = kind_of(kit)
     host, port = address(kit)
@@ -41,7 +41,9 @@ def examine(kit: Path) -> list[Check]:
         checks.append(accepted(kit, host, port))
     if kind != "operator":
         checks.append(hardened(kit, kind))
-        checks.append(Check("process", True, "it runs" if alive else "it does not run; fedgrove federation start"))
+        checks.append(
+            Check("process", True, "it is running" if alive else "it is not running; start it with fedgrove federation start")
+        )
     if kind == "site":
         checks.append(clock(kit, datetime.now(UTC)))
     if kind == "server":
@@ -52,7 +54,7 @@ def examine(kit: Path) -> list[Check]:
 
 
 def certificate(kit: Path, kind: str, now: datetime) -> Check:
-    """Whether the kit's certificate is valid at this time, by this machine's clock."""
+    """Whether the kit's certificate is valid at the time ``now``."""
     file = kit / "startup" / ("server.crt" if kind == "server" else "client.crt")
     try:
         ends = x509.load_pem_x509_certificate(file.read_bytes())
@@ -69,56 +71,61 @@ def certificate(kit: Path, kind: str, now: datetime) -> Check:
 
 
 def clock(kit: Path, now: datetime) -> Check:
-    """Whether this machine's clock is the server's, as far as can be known: the server sends its time with every job."""
+    """Whether this machine's clock agrees with the server's. The server sends its time with every job."""
     try:
         times = json.loads((kit / CLOCK).read_text(encoding="utf-8"))
         ahead, asked = times["here"] - times["server"], datetime.fromtimestamp(times["here"], UTC)
     except FileNotFoundError:
-        text = f"{now:%Y-%m-%d %H:%M} UTC here; the server's is not known before the first job: compare it with `date -u` there"
+        text = (
+            f"{now:%Y-%m-%d %H:%M} UTC here; "
+            "the server's clock is not known before the first job: compare it with `date -u` there"
+        )
         return Check("clock", True, text)
-    when = f"when a job was asked for on {asked:%Y-%m-%d %H:%M} UTC"
+    when = f"when a job arrived on {asked:%Y-%m-%d %H:%M} UTC"
     if abs(ahead) < APART:
-        return Check("clock", True, f"like the server's {when}")
+        return Check("clock", True, f"agreed with the server's {when}")
     text = f"{abs(ahead) / 60:.0f} minutes {'ahead of' if ahead > 0 else 'behind'} the server's {when}"
-    return Check("clock", False, text, "set the one that is wrong (NTP)")
+    return Check("clock", False, text, "set the wrong clock (NTP)")
 
 
 def private_keys(kit: Path) -> Check:
-    """Whether nobody else on this machine can read the keys."""
+    """Whether the private keys are readable by their owner only."""
     for file in [*(kit / "startup").glob("*.key"), *(kit / "secure").glob("*.key")]:
         if stat.S_IMODE(file.stat().st_mode) & 0o077:
             return Check("keys", False, f"{file} can be read by others", f"chmod 600 {file}")
-    return Check("keys", True, "readable by their owner alone")
+    return Check("keys", True, "readable by their owner only")
 
 
 def accepted(kit: Path, host: str, port: int) -> Check:
-    """Whether the server shows a certificate of this federation and accepts ours."""
+    """Whether the server presents a certificate of this federation and accepts the kit's certificate."""
     try:
         shake_hands(kit / "startup", host, port)
     except (OSError, ssl.SSLError) as error:
         text = f"{host}:{port}: no TLS connection with this kit's certificate ({type(error).__name__})"
-        return Check("server", False, text, "is it this federation's server, and is a proxy in between that ends TLS?")
+        return Check(
+            "server", False, text, "check that it is this federation's server and that no proxy in between terminates TLS"
+        )
     return Check("server", True, f"{host}:{port} and this kit accept each other's certificates")
 
 
 def shake_hands(startup: Path, host: str, port: int) -> None:
-    """A TLS connection as FLARE makes it, up to the server's first bytes: an unknown certificate is refused before them.
+    """Opens a TLS connection as FLARE does and reads a byte: the server refuses an unknown certificate before that.
 
     Raises:
-        OSError: nobody answers, or one of both certificates is refused.
+        OSError: the server does not respond, or one side refuses the other's certificate.
     """
     context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
-    context.check_hostname = False  # FLARE compares the name; here it is the federation's root that counts
+    context.check_hostname = False  # FLARE checks the name; this check is about the federation's root certificate
     context.set_alpn_protocols(["h2"])
     if (startup / "client.crt").is_file():
         context.load_cert_chain(startup / "client.crt", startup / "client.key")
     with socket.create_connection((host, port), timeout=5) as plain, context.wrap_socket(plain, server_hostname=host) as secure:
         if not secure.recv(1):
-            raise ConnectionError("the server hung up")
+            raise ConnectionError("the server closed the connection")
 
 
 def hardened(kit: Path, kind: str) -> Check:
-    """Whether nobody can bring code, run a shell or have logs sent: what the kit was made with."""
+    """Whether the kit's settings still forbid custom code, shell commands and sending logs, as when it was made."""
     resources = json.loads((kit / "local" / "resources.json").read_text(encoding="utf-8"))
     rights = json.loads((kit / "local" / "authorization.json").read_text(encoding="utf-8"))["permissions"]
     loose = [f"{role}.{right}" for role, has in rights.items() for right in NEVER if has.get(right, "none") != "none"]
@@ -130,7 +137,7 @@ def hardened(kit: Path, kind: str) -> Check:
     if loose or defaults:
         text = f"local/ allows more than it should: {', '.join(loose + defaults)}"
         return Check("hardened", False, text, "get the kit again")
-    return Check("hardened", True, "no custom code, no shell, one class, no log leaves")
+    return Check("hardened", True, "no custom code, no shell, one class, no logs are sent")
 
 
 def _server(kit: Path) -> list[Check]:
@@ -150,7 +157,9 @@ def _site(kit: Path) -> list[Check]:
     except FedgroveError as error:
         return [Check(SITE, False, error.what, error.remedy or "fix that")]
     models = settings.models
-    checks = [Check(SITE, bool(models), f"models: {', '.join(models) or 'none'}", "" if models else "write [models]")]
+    checks = [
+        Check(SITE, bool(models), f"models: {', '.join(models) or 'none'}", "" if models else "list the models in [models]")
+    ]
     for name in models:
         try:
             model_folder(models, name, kit)
@@ -161,16 +170,18 @@ def _site(kit: Path) -> list[Check]:
     work = kit / settings.work
     work.mkdir(parents=True, exist_ok=True)
     if not os.access(work, os.W_OK):
-        checks.append(Check("work", False, f"{work} cannot be written to", "give this user the folder"))
+        checks.append(Check("work", False, f"{work} cannot be written to", "make it writable for this user"))
     return [*checks, roster(kit)]
 
 
 def roster(kit: Path) -> Check:
-    """Whether the list of sites for secure aggregation is the operator's and holds this one."""
+    """Whether the roster for secure aggregation is signed by the operator and contains this site."""
     name = name_of(kit)
     try:
         credentials(kit, Allow()).public_key(name)
     except FedgroveError as error:
         return Check("roster", False, error.what, "get secure/ again from the operator")
     trusted = (kit / "secure" / "operator.pub").read_text(encoding="utf-8")
-    return Check("roster", True, f"signed by the operator whose key is {trusted[:16]}…; compare it by telephone")
+    return Check(
+        "roster", True, f"signed by the operator whose key is {trusted[:16]}…; compare the key with the operator by telephone"
+    )

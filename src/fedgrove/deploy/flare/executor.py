@@ -1,6 +1,6 @@
-"""What FLARE runs at a site: its Executor. It hands each request to a working process of its own.
+"""The Executor that FLARE runs at a site. It passes each request to a separate working process.
 
-Where that process is killed, an error is the response and the FLARE job lives.
+If that process is killed, the response is an error and the FLARE job continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedgrove.engines.worker import Reply, Worker, WorkerDied
 
 
 class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
-    """A site's part of a run. How it responds is decided in :mod:`fedgrove.deploy.flare.site`, in the working process."""
+    """A site's part of a run. :mod:`fedgrove.deploy.flare.site` computes the responses, in the working process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
         self._worker: Worker | None = None
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
-        """Called by FLARE: the working process starts, and reads its libraries, while FLARE still connects."""
+        """Called by FLARE. Starts the working process early, so that it imports its libraries while FLARE connects."""
         if event_type == EventType.ABOUT_TO_START_RUN:
             try:
                 self._worker = _start_worker(_kit_of(fl_ctx))
-            except Exception:  # the first request tries again, and its response says what is wrong
+            except Exception:  # the first request tries again and reports the error
                 _log_exception(fl_ctx)
         if event_type == EventType.END_RUN and self._worker is not None:
             self._worker.stop()
@@ -45,8 +45,8 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
     def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
         """Called by FLARE for every request.
 
-        Nothing is raised from here: FLARE would keep the exception in logs of its own, where neither the site's owner nor the
-        operator looks. Its trace goes to the site's own log, and a code of it is the response.
+        No exception leaves this method: FLARE would write it to its own logs, where neither the site's owner nor the
+        operator looks. The trace goes to the site's own log, and the response is an error code.
         """
         reply = make_reply(ReturnCode.OK)
         reply[NONCE], reply[VERSION] = shareable.get(NONCE), error_codes.VERSION
@@ -62,7 +62,7 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
         return reply
 
     def _respond(self, data: Any, fl_ctx: Any, abort_signal: Any) -> Reply:
-        """Has the working process respond; restarts it where it takes too long or somebody stopped the run."""
+        """Lets the working process respond; restarts it if it takes too long or the run was stopped."""
         if data.get(VERSION) != error_codes.VERSION:
             return None, error_codes.encode("version", "FedgroveError", error_codes.VERSION)
         kit = _kit_of(fl_ctx)
@@ -91,7 +91,7 @@ def _kit_of(fl_ctx: Any) -> Path:
 
 
 def _log_exception(fl_ctx: Any) -> None:
-    """Writes the exception that is being handled to the site's own log."""
+    """Writes the trace of the current exception to the site's own log."""
     trace = traceback.format_exc()
-    with suppress(Exception):  # where FLARE does not even say where the site's folder is, there is no log to write to
+    with suppress(Exception):  # if FLARE does not know the site's folder, there is no log to write to
         write_log(_kit_of(fl_ctx), trace)

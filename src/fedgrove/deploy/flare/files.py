@@ -35,18 +35,18 @@ Models = dict[Name, Folder]
 
 
 class Server(Table):
-    """``[server]`` of a federation: the name that sites reach it by (it stands in its certificate) and its port."""
+    """``[server]`` of a federation: the name by which sites reach it (part of its certificate) and its port."""
 
     host: Host = "localhost"
     port: Port = 8002
 
 
 class Site(Table):
-    """``[[sites]]``: an installation at an owner of text.
+    """``[[sites]]``: an installation at an organisation that owns text.
 
     Attributes:
-        name: in its certificate; the client has the same one.
-        connect: HOST:PORT where it reaches the server by another way (a proxy).
+        name: the name in its certificate and of its client.
+        connect: HOST:PORT by which the site reaches the server instead, such as a proxy.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
@@ -60,11 +60,12 @@ class Operator(Table):
 
 
 class Federation(Table):
-    """``federation.toml``: who takes part. It holds no secret.
+    """``federation.toml``: the participants. It contains no secret.
 
     Attributes:
-        days: how long the root certificate of a new federation is valid; those of its participants: 360 days, at most as long.
-        min_group: no sum of fewer sites is opened under secure aggregation.
+        days: how many days the root certificate of a new federation is valid. Other certificates: 360 days, at most as
+            long.
+        min_group: the fewest sites whose sum may be opened under secure aggregation.
     """
 
     name: Name
@@ -84,16 +85,16 @@ class Federation(Table):
 
 
 class Allow(Table):
-    """``[allow]`` of a site: the job asks, the site decides; see :mod:`fedgrove.deploy.flare.policy`.
+    """``[allow]`` of a site: what a job may require of the site; see :mod:`fedgrove.deploy.flare.policy`.
 
     Attributes:
-        stages: kinds of stages.
-        methods: pruners, aggregations, allocations, scores and tuning methods by name; "all", or a list.
-        group: takes part in no job of fewer sites.
-        secure: answers only under secure aggregation.
-        epsilon: answers only where noise of differential privacy is added, with at most this ε a stage.
-        alone: reports what it would have had alone: its loss on each window of held-out text.
-        samples: the most calibration windows in a stage.
+        stages: the allowed kinds of stages.
+        methods: the allowed pruners, aggregations, allocations, scores and tuning methods by name; "all", or a list.
+        group: the fewest sites of a job that this site takes part in.
+        secure: respond only under secure aggregation.
+        epsilon: respond only with differential privacy, with at most this ε per stage.
+        alone: allow jobs to request the loss of this site's own model on each window of held-out text.
+        samples: the largest number of calibration windows in a stage.
     """
 
     stages: tuple[StageKind, ...] = KINDS
@@ -106,16 +107,16 @@ class Allow(Table):
 
 
 class SiteFile(Table):
-    """``site.toml``: a site's own, never sent. Paths are relative to its folder.
+    """``site.toml``: the settings of a site; the file is never sent. Paths are relative to its folder.
 
     Attributes:
-        models: by the name that jobs use, where this site's copy is.
+        models: for each name that jobs use, the folder of this site's copy.
         data, text, prompt, answer, speed, uplink, downlink, bits: as in ``[[clients]]`` of a job.
-        memory: what the planner may use.
-        limit: the most memory that the working process may take; more is an error and not a killed machine.
-        work: where hidden states lie while a run goes on.
+        memory: bytes that the planner may use.
+        limit: bytes that the working process may allocate; above that it gets an error, so the machine stays up.
+        work: the folder for working files of a run, such as hidden states.
         device: where it computes, such as "cuda:0".
-        threads: of linear algebra; default: one a core.
+        threads: number of threads for linear algebra; default: one per core.
         result: keep the finished model here, in ``results/``.
     """
 
@@ -140,20 +141,20 @@ class SiteFile(Table):
     @classmethod
     def _filled_in(cls, value: object) -> object:
         if value in ("", [], [""]):
-            raise ValueError("write where this site's text lies")
+            raise ValueError("write where this site's text is")
         return value
 
     _whole_pair = model_validator(mode="after")(whole_pair)
 
 
 class ServerFile(Table):
-    """``server.toml``: the server's own.
+    """``server.toml``: the settings of the server.
 
     Attributes:
-        models: by the name that jobs use, where the server's copy is.
+        models: for each name that jobs use, the folder of the server's copy.
         device: where the server computes, such as "cuda:0".
-        threads: of linear algebra; default: one a core.
-        grace: seconds in which a site must fetch a request; one that does not is missing, and is asked again the next time.
+        threads: number of threads for linear algebra; default: one per core.
+        grace: seconds in which a site must fetch a request; otherwise it is skipped until the next request.
     """
 
     models: Models
@@ -183,13 +184,13 @@ def read(path: Path, kind: type[File]) -> File:
 
 
 def model_folder(models: Models, name: str, kit: Path) -> Path:
-    """Where the model of that name is.
+    """The folder of the model of that name.
 
     Args:
         models: ``[models]`` of a file; paths are relative to the kit.
 
     Raises:
-        FedgroveError: it is not listed, or not there.
+        FedgroveError: the model is not listed, or its folder does not exist.
     """
     if name not in models:
         raise FedgroveError(f"[models] has no {name!r}", f'add it: {name} = "/path/to/its/directory"')

@@ -1,4 +1,4 @@
-"""What a site has: its kit, its settings, its keys, its copy of the model. Only what it declares is sent."""
+"""What a site has: its kit, its settings, its keys, its copy of the model. Only :class:`Declared` is sent."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fedgrove.rounds.request import Index, Reply, Request, Response, Tensors
 
 
 class Declared(Reply):
-    """What a site says of itself when it joins: as in its ``site.toml``, nothing is measured yet.
+    """The capabilities that a site declares when it joins, as in its ``site.toml``. Nothing is measured yet.
 
     Attributes:
-        speed: "measure": it is measured when the stages are planned. Everything else: see
+        speed: "measure": it is measured later, when the stages are planned. All other attributes and values: see
             :class:`fedgrove.rounds.capabilities.Capabilities`.
     """
 
@@ -36,12 +36,12 @@ class Declared(Reply):
 
 @dataclass(frozen=True)
 class Installation:
-    """A site, and its working files of one run.
+    """A site and its working files of one run.
 
     Attributes:
         kit: the site's folder.
-        settings: its ``site.toml``.
-        run: the name of the run's working files.
+        settings: the contents of its ``site.toml``.
+        run: the name of the folder with the run's working files.
     """
 
     kit: Path
@@ -50,16 +50,16 @@ class Installation:
 
     @property
     def folder(self) -> Path:
-        """The run's working files."""
+        """The folder with the run's working files."""
         return self.kit / self.settings.work / self.run
 
     @property
     def results(self) -> Path:
-        """Where finished models are kept."""
+        """The folder of finished models."""
         return self.kit / "results"
 
     def declared(self) -> Declared:
-        """What the site says of itself."""
+        """The capabilities that the site declares."""
         return Declared.model_validate(self.settings.model_dump(mode="json", include=set(Declared.model_fields)))
 
     def client(self, model: str, dtype: str = "auto", secure: bool = False) -> LocalClient:
@@ -67,8 +67,9 @@ class Installation:
 
         Args:
             model: the name of the run's model.
-            dtype: in which it is read.
-            secure: with credentials: then it sends nothing of its text but masked, whatever it is asked.
+            dtype: the dtype in which the model is read, such as "bfloat16"; "auto": the checkpoint's own.
+            secure: load the credentials for secure aggregation even if ``allow.secure`` is false. A client with
+                credentials sends nothing about its text unless it is masked.
 
         Raises:
             FedgroveError: the model or a credential is missing.
@@ -90,21 +91,27 @@ class Installation:
 
 
 class SiteRequest(Request):
-    """A request to a site itself, before the stages or after them: its client has no part in it."""
+    """A request to the site itself, before or after the stages: :meth:`respond_at` handles it, not a client."""
 
     stage: Index = 0
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
-        """The site's half.
+        """The site's half of the exchange.
 
         Raises:
-            Refusal: the site does not do it.
+            Refusal: the site refuses the request.
         """
         raise NotImplementedError
 
 
 def credentials(kit: Path, allow: Allow) -> Credentials:
-    """The site's key for secure aggregation, and the roster that the operator signed."""
+    """The site's key for secure aggregation, and the roster that the operator signed.
+
+    The smallest group is the largest of 2, ``allow.group`` and the roster's ``min_group``.
+
+    Raises:
+        FedgroveError: a file in ``secure/`` is missing or damaged.
+    """
     folder = kit / "secure"
     try:
         roster = (folder / ROSTER).read_bytes()
@@ -120,7 +127,7 @@ def credentials(kit: Path, allow: Allow) -> Credentials:
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name; None for "auto"."""
+    """The PyTorch dtype of that name; None for "auto"."""
     if name == "auto":
         return None
     dtype: torch.dtype = getattr(torch, name)

@@ -1,7 +1,7 @@
-"""Makes the kits of server, sites and operators: a certificate, hardened settings, a file to edit and a page to read.
+"""Makes the kits of server, sites and operators: a certificate, hardened settings, a file to edit and a README.
 
-FLARE's ``provision`` makes keys and certificates; what it leaves permissive is closed here, before anybody starts
-anything. Whoever has the folder ``authority`` can make more kits: it stays with whoever runs this, secret.
+FLARE's ``provision`` makes keys and certificates. Its permissive settings are replaced here, before anything is
+started. Whoever has the folder ``authority`` can make more kits, so keep it secret, on the machine where kits are made.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder, write_atomically
 from fedgrove.job.tables import KINDS
 
-CONTROLLER = "fedgrove.deploy.flare.controller.FedgroveController"  # the one class that FLARE may make at the server
-EXECUTOR = "fedgrove.deploy.flare.executor.FedgroveExecutor"  # and at a site
-PATIENCE = 7200  # seconds after which the server forgets a silent site; a run asks it again and again before that
-LIFETIME = timedelta(days=360)  # of a certificate, as FLARE makes them
+CONTROLLER = "fedgrove.deploy.flare.controller.FedgroveController"  # the only class FLARE may load at the server
+EXECUTOR = "fedgrove.deploy.flare.executor.FedgroveExecutor"  # the only one at a site
+PATIENCE = 7200  # seconds after which the server drops a silent site; until then a run keeps sending it requests
+LIFETIME = timedelta(days=360)  # how long a renewed certificate is valid: as long as FLARE's own
 AUTHORITY = "authority"
 ROSTER, SIGNATURE, KEY, TRUSTED = "roster.json", "roster.sig", "site.key", "operator.pub"
-# What an operator's certificate may do. Nobody brings code, nobody runs a shell.
+# The rights of an operator's certificate: no custom code and no shell commands for anybody.
 NEVER = {"byoc": "none", "shell_commands": "none", "clone_job": "none", "server-predeployed-flwr": "none"}
 ALWAYS = {"submit_job": "any", "manage_job": "any", "view": "any"}
 AT_SERVER = {**ALWAYS, "download_job": "any", "operate": "any", "app_command": "any", **NEVER}
@@ -43,17 +43,17 @@ AT_SITE = {**ALWAYS, "download_job": "none", "operate": "none", "app_command": "
 
 
 def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) -> list[Path]:
-    """Makes the kits that are not there yet; those that are keep their certificates and what people wrote in them.
+    """Makes the kits that do not exist yet. Existing kits keep their certificates and the files that people edited.
 
     Args:
         out: the folder of all kits.
-        renew: sites and operators that are given a new certificate for the key that they have; "server" for the server.
+        renew: names of sites and operators whose certificate is renewed, for the same key; "server" for the server.
 
     Returns:
         The folders that were made or renewed.
 
     Raises:
-        FedgroveError: an unknown name, or FLARE refused something.
+        FedgroveError: ``renew`` has an unknown name, the root certificate has ended, or ``nvflare provision`` failed.
     """
     require_flare()
     out = out.resolve()
@@ -88,7 +88,7 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
                 _harden(partial, "site", _site_resources)
                 _fill(partial, federation, name, "site")
         changed.append(kit)
-    shutil.rmtree(packages.parent.parent)  # a second copy of every secret
+    shutil.rmtree(packages.parent.parent)  # it contains a second copy of every secret
     for person in federation.operators:
         described = tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True))
         (kits[person.name] / FEDERATION).write_text(described, encoding="utf-8")
@@ -103,7 +103,7 @@ def _kits(federation: Federation, out: Path) -> dict[str, Path]:
 
 
 def _provision(federation: Federation, authority: Path) -> Path:
-    """Has FLARE make keys and certificates from the kept state; gives the folder of this round's packages."""
+    """Has FLARE make keys and certificates, from the stored state if any; returns the folder of the new packages."""
     port = federation.server.port
     server = {"name": federation.server.host, "type": "server", "org": "fedgrove", "fed_learn_port": port, "admin_port": port}
     participants: list[dict[str, Any]] = [server]
@@ -150,28 +150,31 @@ def _provision(federation: Federation, authority: Path) -> Path:
 
 
 def _prolong(authority: Path, subject: str) -> None:
-    """A certificate with new dates, for the same key.
+    """Renews a certificate: new dates, the same key.
 
-    Sites hold tokens that the server signed: with another key it would know none of them any more. And no secret has to
-    travel.
+    The key stays the same because sites hold tokens that the server signed with it: with a new key, the server would
+    reject all of them. Also, no secret has to be sent.
     """
     state_file = authority / "cert.json"
     state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
     if subject not in state:
-        return  # it has none yet, and gets one now
+        return  # it has no certificate yet; _provision makes one
     root = x509.load_pem_x509_certificate(state["root_cert"].encode())
     key = serialization.load_pem_private_key(state["root_pri_key"].encode(), password=None)
     assert isinstance(key, RSAPrivateKey)
     old = x509.load_pem_x509_certificate(state[subject]["cert"].encode())
     now = datetime.now(UTC)
     if now >= root.not_valid_after_utc:
-        raise FedgroveError(f"--renew: the root certificate ended on {root.not_valid_after_utc:%Y-%m-%d}", "make a new one")
+        raise FedgroveError(
+            f"--renew: the root certificate ended on {root.not_valid_after_utc:%Y-%m-%d}",
+            "make a new federation, with another --out",
+        )
     new = x509.CertificateBuilder(
         issuer_name=root.subject,
         subject_name=old.subject,
         public_key=old.public_key(),
         serial_number=x509.random_serial_number(),
-        not_valid_before=now - timedelta(days=1),  # for a clock that is slow
+        not_valid_before=now - timedelta(days=1),  # so that a machine whose clock is slow accepts it
         not_valid_after=min(now + LIFETIME, root.not_valid_after_utc),
         extensions=list(old.extensions),
     )
@@ -180,7 +183,7 @@ def _prolong(authority: Path, subject: str) -> None:
 
 
 def _harden(kit: Path, kind: str, change: Any) -> None:
-    """Settles who may do what at the server or a site; FLARE's defaults let more happen."""
+    """Writes who may do what at the server or a site; FLARE's defaults allow more."""
     local = kit / "local"
     resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     change(resources)
@@ -193,7 +196,7 @@ def _harden(kit: Path, kind: str, change: Any) -> None:
     for unused in ("resources.json.default", "authorization.json.default", "privacy.json.sample"):
         (local / unused).unlink()
     for script in [*(kit / "startup").glob("*.sh"), kit / "readme.txt"]:
-        script.unlink(missing_ok=True)  # `fedgrove federation start` starts it, with this Python
+        script.unlink(missing_ok=True)  # not needed: `fedgrove federation start` starts the process, with this Python
 
 
 def _server_resources(resources: dict[str, Any]) -> None:
@@ -206,14 +209,17 @@ def _server_resources(resources: dict[str, Any]) -> None:
 
 
 def name_of(kit: Path) -> str:
-    """Under which name a site's certificate was made."""
+    """The name in a site's certificate."""
     settings = json.loads((kit / "startup" / "fed_client.json").read_text(encoding="utf-8"))
     name: str = settings["client"]["fqsn"]
     return name
 
 
 def keep_jobs_in(kit: Path) -> None:
-    """Has the server keep jobs in its own folder, wherever it was put: in /tmp others could read them and clean up."""
+    """Sets the server's job store to a folder in its kit, wherever the kit is now.
+
+    FLARE's default is in /tmp, where other users could read the jobs and cleaning up could delete them.
+    """
     file = kit / "local" / "resources.json"
     resources = json.loads(file.read_text(encoding="utf-8"))
     resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit / "store" / "snapshots")
@@ -225,7 +231,8 @@ def keep_jobs_in(kit: Path) -> None:
 
 def _site_resources(resources: dict[str, Any]) -> None:
     resources["allow_log_streaming"] = False
-    # It sends error logs, with traces and paths, to the server; and the allow list would refuse it and so every job.
+    # site_log_streamer sends error logs, with traces and paths, to the server; class_allow_list would refuse it, and so
+    # every job.
     resources["components"] = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
 
 
@@ -235,7 +242,7 @@ def _harden_operator(kit: Path) -> None:
 
 
 def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
-    """The file that somebody edits there, the page that somebody reads, the service that starts it."""
+    """Writes the settings file to edit, the README, the systemd unit and the compose file."""
     facts = {
         "name": name,
         "federation": federation.name,
@@ -259,7 +266,7 @@ def _fill(kit: Path, federation: Federation, name: str, kind: str) -> None:
 
 
 def _sign_roster(federation: Federation, authority: Path, kits: dict[str, Path]) -> None:
-    """Keys of the sites for secure aggregation, and the list of them under the operator's signature, in every site's kit."""
+    """Makes the sites' keys for secure aggregation; writes the signed roster of public keys into their kits."""
     signing = authority / "operator.key"
     if not signing.is_file():
         _write_secret(signing, Ed25519PrivateKey.generate().private_bytes_raw().hex())

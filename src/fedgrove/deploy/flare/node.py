@@ -22,45 +22,48 @@ from fedgrove.errors import FedgroveError
 PID = "process.pid"
 MODULES = "nvflare.private.fed.app"
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a busy machine
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while waiting slow down a busy machine
     "MALLOC_ARENA_MAX": "4",
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15",  # a run that has ended does not wait 15 minutes for a site that is gone
 }
-READY = 30.0  # seconds that a start waits to see the process at work
+READY = 30.0  # seconds that a start waits until the server listens
 
 
 def kind_of(kit: Path) -> str:
-    """ "server", "site" or "operator".
+    """The kind of a kit: "server", "site" or "operator".
 
     Raises:
-        FedgroveError: the folder is no kit.
+        FedgroveError: the folder is not a kit.
     """
     for kind, file in (("server", "fed_server.json"), ("site", "fed_client.json"), ("operator", "fed_admin.json")):
         if (kit / "startup" / file).is_file():
             return kind
-    raise FedgroveError(f"{kit}: this is no kit", "name a folder that `fedgrove federation kits` made")
+    raise FedgroveError(f"{kit}: this is not a kit", "name a folder that `fedgrove federation kits` made")
 
 
 def start(kit: Path, foreground: bool = False) -> int:
-    """Starts a kit.
+    """Starts the process of a server's or site's kit.
 
     Args:
-        foreground: become the process, for systemd and containers; never returns.
+        foreground: replace the calling process by it (exec), for systemd and containers; then this never returns.
 
     Returns:
         The process id.
 
     Raises:
-        FedgroveError: it runs already, its own file does not hold together, or it ended at once.
+        FedgroveError: it is an operator's kit, it is already running, its settings file is not valid, or it ended at
+            once.
     """
     require_flare()
     kit = kit.resolve()
     kind = kind_of(kit)
     if kind == "operator":
-        raise FedgroveError(f"{kit}: an operator starts nothing", f"`fedgrove federation submit JOB.toml --kit {kit}`")
+        raise FedgroveError(
+            f"{kit}: an operator's kit has no process to start", f"`fedgrove federation submit JOB.toml --kit {kit}`"
+        )
     read(kit / (SERVER if kind == "server" else SITE), ServerFile if kind == "server" else SiteFile)
     if running(kit) is not None:
-        raise FedgroveError(f"{kit}: it runs already", f"`fedgrove federation stop {kit}` stops it")
+        raise FedgroveError(f"{kit}: it is already running", f"`fedgrove federation stop {kit}` stops it")
     if kind == "server":
         keep_jobs_in(kit)
     for folder in ("transfer", "log"):
@@ -81,7 +84,7 @@ def start(kit: Path, foreground: bool = False) -> int:
                 f"{kit}: it ended at once (status {process.returncode})", f"{kit / 'log' / 'console.log'} says why"
             )
         if kind == "site" and time.monotonic() > ends - READY + 1:
-            break  # it connects when it can
+            break  # a site connects as soon as the server can be reached
         time.sleep(0.1)
     return process.pid
 
@@ -90,13 +93,13 @@ def stop(kit: Path) -> None:
     """Stops a kit's process and everything that it started.
 
     Raises:
-        FedgroveError: it does not run.
+        FedgroveError: it is not running.
     """
     process = running(kit)
     if process is None:
-        raise FedgroveError(f"{kit}: it does not run")
+        raise FedgroveError(f"{kit}: it is not running")
     processes = [*process.children(recursive=True), process]
-    for one in reversed(processes):  # the parent first, so that it starts nobody anew
+    for one in reversed(processes):  # the parent first, so that it does not restart its children
         _quietly(one.terminate)
     _, alive = psutil.wait_procs(processes, timeout=5)
     for one in alive:
@@ -109,7 +112,8 @@ def running(kit: Path) -> psutil.Process | None:
     """The kit's process, if it runs."""
     try:
         process = psutil.Process(int((kit / PID).read_text()))
-        # In a container the number is the same after every restart: it may be this very process, about to start.
+        # In a container the process id is the same after every restart: the file may name this very process, which has
+        # not started the kit yet.
         is_kits = str(kit.resolve()) in process.cmdline() and any(part.startswith(MODULES) for part in process.cmdline())
         if is_kits and process.status() != psutil.STATUS_ZOMBIE:
             return process
@@ -119,7 +123,7 @@ def running(kit: Path) -> psutil.Process | None:
 
 
 def address(kit: Path) -> tuple[str, int]:
-    """Where the server is, as this kit reaches it."""
+    """The host and port by which this kit reaches the server."""
     kind = kind_of(kit)
     if kind == "operator":
         admin = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
@@ -131,7 +135,7 @@ def address(kit: Path) -> tuple[str, int]:
 
 
 def reachable(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
+    """Whether a TCP connection to that address succeeds within 3 s."""
     try:
         with socket.create_connection((host, port), timeout=3):
             return True

@@ -1,4 +1,4 @@
-"""What an operator does with a running federation: submit a job, watch it, fetch what came of it, stop it."""
+"""What an operator does with a running federation: submit a job, watch it, fetch its result, stop it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fedgrove.files import write_atomically
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import FederatedJob
 
-CAPABILITIES = "capabilities.json"  # what each site said of itself when a run was watched last
-SENT = "sent.json"  # by name of a run: the FLARE job that it was last submitted as
+CAPABILITIES = "capabilities.json"  # the sites' capabilities, from the run that was watched last
+SENT = "sent.json"  # by run: the id of the FLARE job that it was last submitted as
 ENDED = ("FINISHED", "ABORTED", "FAILED")
 GOING = ("DISPATCHED", "RUNNING")
 BEFORE_COMPUTING = ("join", "plan")  # actions of phases: the sites agree, the plan is made
@@ -35,7 +35,7 @@ STOPPING = 60.0  # seconds that a run may take to stop
 
 
 def check_kit(kit: Path) -> None:
-    """Refuses a folder that is no operator's kit."""
+    """Raises :class:`FedgroveError` if the folder is not an operator's kit."""
     require_flare()
     if kind_of(kit) != "operator":
         raise FedgroveError(f"{kit}: this is not an operator's kit", "name one with --kit")
@@ -46,19 +46,19 @@ def session(kit: Path) -> Iterator[Any]:
     """A connection to the server with this operator's certificate.
 
     Raises:
-        FedgroveError: not an operator's kit, nobody there, or the server does not accept the certificate.
+        FedgroveError: not an operator's kit, no server at its address, or the server does not accept the certificate.
     """
     check_kit(kit)
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
     host, port = address(kit)
     if not reachable(host, port):
-        raise FedgroveError(f"{host}:{port}: nobody listens there", "is the server started, and the firewall open?")
+        raise FedgroveError(f"{host}:{port}: no server listens there", "is the server started, and the firewall open?")
     settings = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
-    with redirect_stdout(None):  # FLARE writes between our lines
+    with redirect_stdout(None):  # FLARE prints to stdout too
         try:
             opened = new_secure_session(settings["username"], str(kit.resolve()), timeout=15)
-        except Exception as error:  # FLARE raises many kinds
+        except Exception as error:  # FLARE raises exceptions of many types
             raise FedgroveError(f"{host}:{port}: the server does not accept this kit ({type(error).__name__})") from error
     try:
         yield _Quiet(opened)
@@ -68,7 +68,7 @@ def session(kit: Path) -> Iterator[Any]:
 
 
 class _Quiet:
-    """A FLARE session whose calls write nothing."""
+    """A FLARE session whose calls print nothing."""
 
     def __init__(self, flare: Any):
         self._flare = flare
@@ -89,14 +89,14 @@ class _Quiet:
 
 
 def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = False) -> str:
-    """Sends a job to the server; gives the run's name.
+    """Sends a job to the server; returns the run's name.
 
     Args:
-        resume: continue the run of this name. If it still goes on it is stopped first: FLARE hands a job out once, so that is
-            how a site whose process ended comes back into a run.
+        resume: continue the run of this name. If it is still running, it is stopped first: FLARE distributes a job to
+            the sites only once, so a site whose process ended can take part again only after a new submission.
 
     Raises:
-        FedgroveError: the job does not hold together, or fewer of its sites are connected than its quorum.
+        FedgroveError: the job is not valid, or fewer of its sites are connected than its quorum.
     """
     check_kit(kit)
     federation = read(kit / FEDERATION, Federation)
@@ -122,7 +122,7 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
 
 
 def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
-    """FLARE's three JSON files, which name installed classes and bring no code; our job file and its held-out texts."""
+    """Writes FLARE's JSON files, which name installed classes and contain no code, the job file and held-out texts."""
     at_server, at_site = folder / "app_server" / "config", folder / "app_site" / "config"
     at_server.mkdir(parents=True)
     at_site.mkdir(parents=True)
@@ -166,13 +166,13 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
 
 
 def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) -> str | None:
-    """Hands the events of a run to a listener, until it ends.
+    """Passes the events of a run to a listener until the run ends.
 
     Args:
         planned: return as soon as the sites have agreed and the plan is made.
 
     Returns:
-        None where the run ended well, or the line that says why it did not.
+        None if the run ended well (or the plan is made), else one line that says why it did not.
     """
     job = sent(kit, name)
     number = 0
@@ -180,19 +180,19 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         while True:
             try:
                 status = str(flare.get_job_status(job))
-            except Exception as error:  # FLARE raises many kinds
+            except Exception as error:  # FLARE raises exceptions of many types
                 raise FedgroveError(
                     f"{name}: the server is gone ({type(error).__name__})", "start it again, then submit with --resume"
                 ) from error
             try:
                 reply = flare.do_app_command(job, "progress", {"since": number})
-            except Exception:  # it does not run yet, or no more
+            except Exception:  # the job is not running yet, or no longer
                 reply = None
             events, capabilities = _read_progress(reply)
             if capabilities:
                 write_atomically(kit / CAPABILITIES, json.dumps(capabilities, indent=2))
             for event in map(from_json, events):
-                number += 1  # also for an event that is not known here: the server counts it
+                number += 1  # also for an event of an unknown type: the server counts it too
                 if event is not None:
                     listener.on_event(event)
                 if planned and isinstance(event, Phase) and event.action not in BEFORE_COMPUTING:
@@ -204,7 +204,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         try:
             fetched = _fetch(kit, job, Path(folder))
         except FedgroveError:
-            return f"{name}: it ended before it began ({status}); the server's log says why"
+            return f"{name}: it ended before it started ({status}); the server's log says why"
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
         if number == 0 and (fetched / SAID).is_file():
             for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
@@ -213,14 +213,14 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
 
 
 def _read_progress(reply: object) -> tuple[list[object], dict[str, Any]]:
-    """The events and the sites' capabilities in a server's reply; nothing where it is no such reply."""
+    """The events and the sites' capabilities in a server's reply; empty if the reply is malformed."""
     fields = reply if isinstance(reply, dict) else {}
     events, capabilities = fields.get("events"), fields.get("capabilities")
     return events if isinstance(events, list) else [], capabilities if isinstance(capabilities, dict) else {}
 
 
 def fetch(kit: Path, name: str, out: Path) -> Path:
-    """Brings a run's result here: model or adapter, report, plans, measurements.
+    """Downloads a run's result to the folder ``out``: model or adapter, report, plans, measurements.
 
     Raises:
         FedgroveError: ``out`` exists, or there is nothing to fetch yet.
@@ -238,32 +238,36 @@ def _fetch(kit: Path, job: str, folder: Path) -> Path:
             download = flare.download_job_result(job, str(folder))
         except Exception as error:
             raise FedgroveError(
-                f"there is nothing to fetch yet ({type(error).__name__})", "`fedgrove federation watch` waits"
+                f"there is nothing to fetch yet ({type(error).__name__})", "wait for the run with `fedgrove federation watch`"
             ) from error
     states = sorted(Path(download).rglob(STATE))
     if not states:
-        raise FedgroveError("the run left nothing", "the server's log says why")
+        raise FedgroveError("the run has no result", "the server's log says why")
     return states[0].parent
 
 
 def stop(kit: Path, name: str) -> None:
-    """Stops a run; it can be continued."""
+    """Stops a run; it can be continued.
+
+    Raises:
+        FedgroveError: it is not running, or was not submitted with this kit.
+    """
     with session(kit) as flare:
         try:
             flare.abort_job(sent(kit, name))
         except Exception as error:
-            raise FedgroveError(f"{name}: it does not run ({type(error).__name__})") from error
+            raise FedgroveError(f"{name}: it is not running ({type(error).__name__})") from error
 
 
 def _end(flare: Any, job: str) -> bool:
-    """Stops a FLARE job and waits until it has ended; whether there was anything to stop."""
+    """Stops a FLARE job and waits until it has ended; returns whether it was running."""
     try:
         if str(flare.get_job_status(job)).startswith(ENDED):
             return False
         flare.abort_job(job)
     except FedgroveError:
         raise
-    except Exception:  # FLARE raises many kinds. A job that was there when the server was killed is "RUNNING" for ever
+    except Exception:  # of many types. A job that ran when the server was killed stays "RUNNING" for ever
         return False
     ends = time.monotonic() + STOPPING
     while not str(flare.get_job_status(job)).startswith(ENDED):
@@ -274,15 +278,15 @@ def _end(flare: Any, job: str) -> bool:
 
 
 def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
-    """Shuts a site out at the server, whatever certificate it comes with, or lets it in again. A restart changes nothing of it.
+    """Excludes a site at the server, whatever certificate it presents, or admits it again. Restarts do not undo it.
 
-    Runs that go on are stopped: the site's process would be in them to their end.
+    Current runs are stopped, because the site's process would take part in them until they end.
 
     Returns:
         The names of the runs that were stopped.
 
     Raises:
-        FedgroveError: there is no such site, or none that was shut out.
+        FedgroveError: there is no such site or, with ``undo``, the site was not removed.
     """
     check_kit(kit)
     known = [entry.name for entry in read(kit / FEDERATION, Federation).sites]
@@ -299,7 +303,7 @@ def remove(kit: Path, site: str, undo: bool = False) -> list[str]:
 
 
 def status(kit: Path) -> dict[str, Any]:
-    """The server, the sites, when each was last heard of and what it last said of itself, the runs."""
+    """The server's status, the sites (``heard``: the last contact, in seconds since 1970) and the runs."""
     check_kit(kit)
     federation = read(kit / FEDERATION, Federation)
     with session(kit) as flare:
@@ -319,7 +323,11 @@ def status(kit: Path) -> dict[str, Any]:
 
 
 def sent(kit: Path, name: str | None) -> str:
-    """The FLARE job of a run that this operator submitted."""
+    """The id of the FLARE job of a run.
+
+    Raises:
+        FedgroveError: no run of that name was submitted with this kit.
+    """
     known = _sent(kit)
     if name not in known:
         raise FedgroveError(f"{name}: this kit has submitted no run of that name", f"there are {', '.join(known) or 'none'}")
@@ -327,7 +335,7 @@ def sent(kit: Path, name: str | None) -> str:
 
 
 def latest(kit: Path) -> str:
-    """The run that was submitted last."""
+    """The name of the run that was submitted last with this kit."""
     known = _sent(kit)
     if not known:
         raise FedgroveError("nothing was submitted with this kit yet")
@@ -342,6 +350,6 @@ def _sent(kit: Path) -> dict[str, str]:
 
 def _remember(kit: Path, name: str, job: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9-]{8,64}", job):
-        raise FedgroveError("the server did not take the job", "its log says why")
+        raise FedgroveError("the server did not accept the job", "its log says why")
     known = {other: number for other, number in _sent(kit).items() if other != name} | {name: job}
     write_atomically(kit / SENT, json.dumps(known, indent=2))

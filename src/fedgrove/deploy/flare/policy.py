@@ -1,9 +1,10 @@
-"""What a site allows: it compares a job with its ``site.toml`` before anything runs, and every later request with that job.
+"""What a site allows. It compares a job with its ``site.toml`` before anything runs, and later each request with the
+job.
 
-It is an allow-list of request types. By the room in its name on the wire a request belongs to a stage of the job that the site
-agreed to, and it says itself what that stage does not allow (:meth:`~fedgrove.rounds.request.Request.beyond`). A request that
-belongs to no stage is allowed only where its response holds nothing of a client's text. So a new kind of request or stage needs
-nothing here.
+The policy is an allow-list of request types. The name of a request on the wire starts with the kind of stage that it
+belongs to. That stage must be part of the job that the site agreed to, and the request type checks its own fields
+against the stage (:meth:`~fedgrove.rounds.request.Request.beyond`). A request that belongs to no stage is allowed only
+if its response discloses nothing about a client's text. So a new type of request or kind of stage needs no change here.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from fedgrove.rounds.request import Disclosure, Request
 
 
 class Terms(BaseModel):
-    """What a job wants of a site, as far as the site decides it.
+    """The parts of a job that a site has to agree to.
 
     Attributes:
-        name: of the job.
-        model: its name: each site's own file says where the copy is.
-        dtype: in which the model is read.
-        digests: of the server's copy, see :func:`fedgrove.models.digest.digests`.
-        stages: the job's tables.
-        secure: whether sums are taken under secure aggregation.
-        alone: whether clients report what they would have had without the others.
-        clients: who is asked to take part.
+        name: the job's name.
+        model: the model's name; each site's ``site.toml`` says where its copy is.
+        dtype: the dtype in which the model is read.
+        digests: hashes of the server's copy, see :func:`fedgrove.models.digest.digests`.
+        stages: the job's stages.
+        secure: whether sums are computed under secure aggregation.
+        alone: whether clients report the losses of their own models (``evaluate.alone``).
+        clients: the clients that are asked to take part.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +51,7 @@ class Terms(BaseModel):
 
 
 def refused_key(allow: Allow, terms: Terms) -> str | None:
-    """The key of ``[allow]`` that a job goes beyond; None: the site allows it."""
+    """The first key of ``[allow]`` that forbids the job; None: the site allows it."""
     stages: tuple[StageConfig, ...] = terms.stages
     if any(stage.kind not in allow.stages for stage in stages):
         return "allow.stages"
@@ -63,7 +64,7 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
     if allow.epsilon is not None:
         budgets = [stage.privacy_budget() for stage in stages]
         if terms.alone or any(epsilon is None or epsilon > allow.epsilon for epsilon in budgets):
-            return "allow.epsilon"  # what a client reports of its own model alone has no noise
+            return "allow.epsilon"  # no noise is added to the losses of a client's own model
     if terms.alone and not allow.alone:
         return "allow.alone"
     windows = [stage.calibration_windows() for stage in stages]
@@ -73,11 +74,11 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
 
 
 def check(allow: Allow, terms: Terms, request: Request) -> None:
-    """Refuses a request that the job which the site agreed to does not hold, or that the site does not allow any more.
+    """Refuses a request that is not part of the job that the site agreed to, or that the site no longer allows.
 
     Args:
-        allow: as it is now: ``site.toml`` may have become stricter since the site agreed.
-        terms: what it agreed to.
+        allow: the current settings: ``site.toml`` may have become stricter since the site agreed.
+        terms: the terms that the site agreed to.
 
     Raises:
         Refusal: names the key of ``[allow]``, or the field of the request.
@@ -119,7 +120,7 @@ def _calibration_beyond(calibration: Calibration, request: Request, stage: Stage
 
 
 def _calibrations(value: object) -> Iterator[Calibration]:
-    """Every calibration in a request, however deep."""
+    """Every calibration in a request, at any depth."""
     if isinstance(value, Calibration):
         yield value
     elif isinstance(value, BaseModel):

@@ -1,4 +1,4 @@
-"""How a site responds to a request, in its working process: bytes in, bytes or a code out."""
+"""Responds to requests at a site, in its working process: takes bytes, returns bytes or an error code."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def threads(kit: Path) -> int:
-    """How many the site's file gives the working process."""
+    """The number of threads of the working process: ``threads`` in ``site.toml``, else one per core."""
     try:
         return read(kit / SITE, SiteFile).threads or os.cpu_count() or 1
     except FedgroveError:
-        return 1  # the response to a request says that the file does not hold together
+        return 1  # respond() reports that the file is not valid
 
 
 def respond(kit: Path, run: str, kind: str, message: bytes) -> Reply:
-    """Responds to one request; of an error nothing leaves but a code and the name of a class.
+    """Responds to one request. Of an error, only its code (:mod:`fedgrove.engines.error_codes`) is sent.
 
     Args:
         kit: the site's folder.
-        run: the name of the run's working files.
+        run: the name of the folder with the run's working files.
         kind: the request's name on the wire, see :mod:`fedgrove.rounds.request`.
-        message: of :func:`fedgrove.rounds.wire.pack`.
+        message: the request, packed by :func:`fedgrove.rounds.wire.pack`.
+
+    Returns:
+        (response, None) or (None, error code).
     """
     reply: Reply
     try:
@@ -76,13 +79,13 @@ def _respond(kit: Path, run: str, kind: str, message: bytes) -> bytes:
 
 @lru_cache(maxsize=1)
 def _limit_memory(most: int | None) -> None:
-    """From now on this process is refused more memory than that."""
+    """Limits this process to that many bytes of memory: allocations beyond that fail. None: no limit."""
     if most is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def write_log(kit: Path, text: str) -> None:
-    """Adds to the site's own log. A full disk is no reason to lose a response, so nothing is raised."""
+    """Appends a line to the site's own log. Errors are ignored, so that a full disk does not lose a response."""
     log = kit / "log" / "site.log"
     with suppress(OSError):
         log.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""How a sum over clients is computed: in the open or securely. A stage does not know which."""
+"""How a sum over clients is computed: in the open or under secure aggregation. Stages do not depend on which."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ R = TypeVar("R", bound=Request)
 class Accumulator(Protocol):
     """The server's half of an exchange whose responses are summed.
 
-    Its requests are either added one by one (in the open) or opened as a total of integers (securely). Both come to the same
-    sums: that is what an exchange has to see to.
+    Responses are either added one by one (in the open), or only their total, in integers, is known (secure
+    aggregation). An exchange must ensure that both give the same sums.
     """
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """The requests by which clients send integers that a ring can hold, for sums under secure aggregation."""
+        """The messages to send under secure aggregation: their requests ask for integers that fit the ring."""
         ...
 
     def ring_bits(self) -> int:
-        """Bits of the ring of int64 tensors; no sum may be as large as 2 to the bits − 1."""
+        """The bits of the ring of int64 tensors: every |sum| must be smaller than 2^(bits − 1)."""
         ...
 
     def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
-        """Adds one response that was checked. Tensors may be taken out of the dict, so that memory goes as soon as it can."""
+        """Adds one checked response. It may remove tensors from the dict, to free their memory early."""
         ...
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Takes the sum of the integers of these clients.
+        """Takes the opened total of the integers of these clients.
 
         Raises:
-            WireError: the sum cannot be one of clients that did as they were asked.
+            WireError: the total is impossible, so some client sent invalid values.
         """
         ...
 
@@ -51,18 +51,18 @@ class Aggregator(Protocol):
         layout: Decoder | None = None,
         clock: Clock | None = None,
     ) -> dict[str, Reply]:
-        """Asks the clients and adds up what they send.
+        """Sends the messages and adds up the responses.
 
         Args:
-            messages: by client.
-            into: what is added to.
+            messages: by client; all requests are of one type.
+            into: the accumulator that responses are added to.
             layout: the model at the server, see :meth:`fedgrove.rounds.request.Request.expected`.
-            clock: what the messages would take on the clients' own machines.
+            clock: models the time of messages on the clients' own machines.
 
         Returns:
             The replies of the clients that are in the sums, in the order of their names.
 
         Raises:
-            FedgroveError: too few answered (``rounds.quorum``), or the sum cannot be one.
+            FedgroveError: too few clients responded (``rounds.quorum``), or the sum is impossible.
         """
         ...

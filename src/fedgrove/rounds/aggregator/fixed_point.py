@@ -1,4 +1,4 @@
-"""Integers for sums: exact, whoever adds them and in whatever order, and the only numbers that can be summed securely."""
+"""Fixed-point integers for sums: exact in any order, and the only numbers that secure aggregation can sum."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fedgrove.errors import FedgroveError
 
 
 class OutOfRange(FedgroveError):
-    """A number that is not finite, or too large for the sum that it shall go into."""
+    """A number that is not finite, or too large for its sum."""
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Numbers as whole multiples of 2^−fraction_bits.
+    """Represents numbers as integer multiples of 2^−fraction_bits.
 
     >>> code = FixedPoint(fraction_bits=2)
     >>> code.encode(torch.tensor([0.5, -1.26]), limit=100)
@@ -35,14 +35,18 @@ class FixedPoint:
     toward_zero: bool = False
 
     def encode(self, values: Tensor, limit: float | None = None) -> Tensor:
-        """Floats to integers.
+        """Converts floats to integers.
 
         Args:
             values: any shape.
-            limit: every |value|·2^fraction_bits must be smaller; None: the caller has seen to it that all are finite and fit.
+            limit: every |value|·2^fraction_bits must be smaller; None: not checked, the caller ensures that all are
+                finite and fit.
+
+        Returns:
+            The shape of ``values``, in ``dtype``.
 
         Raises:
-            OutOfRange: one is not, or is not finite.
+            OutOfRange: a value is too large, or not finite.
         """
         scaled = values.double() * 2.0**self.fraction_bits
         if limit is not None and not (scaled.abs() < limit).all():
@@ -50,17 +54,17 @@ class FixedPoint:
         return (scaled.trunc_() if self.toward_zero else scaled.round_()).to(self.dtype)
 
     def encode_sum(self, values: Tensor, limit: float) -> Tensor:
-        """Rounds each row by itself and sums the rows: whoever holds which row, the total is the same.
+        """Rounds each row to the nearest integers and sums the rows: the total is the same whichever client has a row.
 
         Args:
             values: (rows, n).
             limit: the sum of the |integers| of every column must be smaller.
 
         Returns:
-            (n,).
+            (n,) integers.
 
         Raises:
-            OutOfRange: it is not, or a value is not finite.
+            OutOfRange: a sum is too large, or a value is not finite.
         """
         whole = (values.double() * 2.0**self.fraction_bits).round_()
         if not (whole.abs().sum(0) < limit).all():
@@ -68,5 +72,5 @@ class FixedPoint:
         return whole.to(self.dtype).sum(0)
 
     def decode(self, total: Tensor) -> Tensor:
-        """Whole numbers to float64."""
+        """Converts integers to float64."""
         return total.double() * 2.0**-self.fraction_bits

@@ -1,4 +1,4 @@
-"""The plainest accumulator: integers, each client's with weight one."""
+"""The simplest accumulator: a sum of integers, with weight 1 for each client."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
 
 
 class IntegerSums:
-    """Σ of what clients send as ``change/<name>``, integers: the same bits in the open and securely.
+    """The sum over clients of the integer tensors ``change/<name>``: the same in the open and under secure aggregation.
 
     Args:
-        check_total: refuses a total that cannot be one; given the sums by name and the clients' replies. Sums in the open were
-            checked response by response.
+        check_total: called with the sums by name and the clients' replies; raises WireError if the total is impossible.
+            It is not called in the open, where each response is checked.
         bits: of the ring of int64 tensors.
 
     Attributes:
@@ -27,7 +27,7 @@ class IntegerSums:
         self._bits = bits
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """They are integers already."""
+        """The same messages: they ask for integers already."""
         return dict(messages)
 
     def ring_bits(self) -> int:

@@ -16,7 +16,8 @@ from fedgrove.runfolder import RunFolder
 
 @dataclass(frozen=True)
 class OpenAggregator:
-    """Adds one response after the other, in the order of the clients' names: the same bits, whoever was first."""
+    """Adds one response after the other, in the order of the clients' names, whichever comes first: the bits are the
+    same."""
 
     engine: Engine
     run: RunFolder

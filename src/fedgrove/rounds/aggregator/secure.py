@@ -1,4 +1,4 @@
-"""Sums that nobody sees the parts of: the server learns the total, and nothing of any one client."""
+"""Sums under secure aggregation: the server learns the total, but no single client's part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class SecureAggregator:
         layout: Decoder | None = None,
         clock: Clock | None = None,
     ) -> dict[str, Reply]:
-        """See :meth:`fedgrove.rounds.aggregator.base.Aggregator.aggregate`. Clients' work is counted in the request itself."""
+        """See :meth:`fedgrove.rounds.aggregator.base.Aggregator.aggregate`.
+
+        The clock counts the clients' computation in the request itself, not in the other four exchanges.
+        """
         messages = into.masked(messages)
         session = new_session(messages, into.ring_bits())
         first = next(iter(messages.values())).request
@@ -77,6 +80,6 @@ class SecureAggregator:
         except WireError as error:
             raise FedgroveError(
                 f"the clients' sum: {error}",
-                "one of them did not do as it was asked, and secure aggregation hides which. Leave clients out until it holds",
+                "one of them sent invalid values, and secure aggregation hides which; leave out one after another",
             ) from error
         return replies

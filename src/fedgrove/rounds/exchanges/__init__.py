@@ -1,1 +1,1 @@
-"""Exchanges that belong to no stage: what a client has, and the phases of secure aggregation."""
+"""Exchanges that belong to no stage: a client's capabilities, and the phases of secure aggregation."""

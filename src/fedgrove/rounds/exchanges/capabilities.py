@@ -1,4 +1,4 @@
-"""Before a run is planned, every client says what it has, after trying whether its text suffices."""
+"""Before the plan is made, every client reports its capabilities, after checking that it has enough text."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Windows(BaseModel):
 
 
 class DescribeYourself(Request):
-    """Say what you have.
+    """Report your capabilities.
 
     Attributes:
-        calibrations: the windows of the stages that calibrate: they are drawn now, so that too little text is noticed.
-        lengths: of the windows of stages that train.
+        calibrations: the windows of stages that calibrate. They are drawn now, so that too little text is an error now.
+        lengths: the window lengths, in tokens, of stages that train.
     """
 
     KIND: ClassVar[str] = "rounds/capabilities"

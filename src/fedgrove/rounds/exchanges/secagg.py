@@ -1,7 +1,7 @@
 """The four phases around a sum under secure aggregation: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secagg`.
 
-None of them discloses anything of a client's text. Between ``shares`` and ``check`` the sum's own request goes out; what has
-its response masked travels beside that request, as :class:`Masking`.
+None of them discloses anything about a client's text. Between ``shares`` and ``check`` the request for the sum itself
+is sent, together with a :class:`Masking`, by which the client masks its response.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ class Advert(Reply):
 
 
 class Ciphertexts(Reply):
-    """For each neighbor the shares of this client's secrets, encrypted for the neighbor's eyes."""
+    """For each neighbor the shares of this client's secrets, encrypted so that only the neighbor can read them."""
 
     sealed_shares: dict[str, SealedShares]
 
 
 class Signed(Reply):
-    """A client's signature of the list of survivors."""
+    """A client's signature of the list of survivors: the clients whose responses are in the sum."""
 
     signature: Signature
 
 
 class Revealed(Reply):
-    """By owner one share: of the self-mask of a survivor, or of the mask key of a client that dropped."""
+    """One share for each owner: of the self-mask of a survivor, or of the mask key of a client that dropped."""
 
     shares: dict[str, Annotated[dict[Secret, Share], Field(min_length=1, max_length=1)]]
 
 
 class Masking(BaseModel):
-    """What has a response masked: the session, and what the neighbors sent to this client."""
+    """What a client needs to mask its response: the session, and the shares that its neighbors sent to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,7 +70,7 @@ class Masking(BaseModel):
     sealed_shares: dict[str, SealedShares]
 
     def apply(self, client: LocalClient, tensors: Mapping[str, Tensor], release: str | None) -> Tensors:
-        """A response's tensors, hidden: nobody can tell them from random ones."""
+        """The masked tensors of a response. Without the keys they cannot be told from random ones."""
         _credentials_of(client)
         return protocol.mask(self.session, client.name, _store_of(client), self.sealed_shares, tensors, release)
 
@@ -110,7 +110,7 @@ class Shares(_Phase):
 
 
 class Check(_Phase):
-    """Sign the list of those whose responses are in the sum."""
+    """Sign the list of clients whose responses are in the sum."""
 
     KIND: ClassVar[str] = "rounds/secagg/check"
     REPLY: ClassVar[type[Reply]] = Signed
@@ -128,7 +128,8 @@ class Check(_Phase):
 
 
 class Open(_Phase):
-    """Shown that enough have signed the same list: give the shares that take the left-over masks off the sum."""
+    """Given the signatures of enough clients of the same list, reveal the shares that remove the remaining masks from
+    the sum."""
 
     KIND: ClassVar[str] = "rounds/secagg/open"
     REPLY: ClassVar[type[Reply]] = Revealed

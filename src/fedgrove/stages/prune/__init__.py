@@ -1,1 +1,1 @@
-"""Fewer channels and heads in every block: what they are worth, and what it takes to find out."""
+"""The stage kind ``prune``: sets a part of every weight matrix to zero."""

@@ -1,4 +1,4 @@
-"""Before a stage prunes: how much of each block goes. Asked once, of the model as the stage begins."""
+"""Determines the sparsity of each block, once, from the model as it is at the start of the stage."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fedgrove.stages.prune.pooled import SharedInput, pooled_squares
 def block_sparsities(
     decoder: Decoder, inputs: list[dict[str, SharedInput]], plan: Plan, config: Config, federation: Federation
 ) -> list[float]:
-    """The sparsity of each block, from ``work/stage-S/allocation.json`` or by asking.
+    """The sparsity of each block: read from ``work/stage-S/allocation.json``, or measured if that file does not exist.
 
-    Where the server prunes, the clients' sums of squares are pooled and the server measures; else each client measures and says
-    one number for each block, and the mean by windows of text counts.
+    If the server prunes, it measures the blocks with the clients' pooled sums of squares. Otherwise each client measures the
+    blocks and sends one number per block, and the mean over all clients' windows of text is used.
 
     Args:
-        decoder: the model as the stage begins.
-        inputs: of each block, where the server prunes.
+        decoder: the model at the start of the stage.
+        inputs: the inputs of each block (see :func:`fedgrove.stages.prune.pooled.probe`) if the server prunes, else empty.
     """
     run = federation.run
     file = _file(run, plan)
     if config.measures_blocks and not file.is_file():
-        run.phase(Phase("prune", "asking how much of each block may go", stage=plan.stage))
-        first = 1 if config.protect_first_block else 0  # nothing is asked of the blocks before it
+        run.phase(Phase("prune", "measuring the blocks to decide how sparse each becomes", stage=plan.stage))
+        first = 1 if config.protect_first_block else 0  # the blocks before it are not measured
         if plan.sums:
             measured = _measured_here(decoder, inputs, first, plan, config, federation)
         else:
@@ -54,7 +54,7 @@ def block_sparsities(
 
 
 def read_sparsities(run: RunFolder, plan: Plan, config: Config) -> list[float]:
-    """What :func:`block_sparsities` found, once it has run."""
+    """The result of :func:`block_sparsities`, which must have run before."""
     if not config.measures_blocks:
         return [config.target.sparsity] * plan.num_blocks
     sparsities: list[float] = json.loads(_file(run, plan).read_text(encoding="utf-8"))["sparsities"]
@@ -110,7 +110,7 @@ def _request(plan: Plan, config: Config, federation: Federation, client: str) ->
 
 
 def _sizes(decoder: Decoder) -> list[int]:
-    """The weights in the linears of each block."""
+    """The number of weights in the linears of each block."""
     return [sum(cast(Tensor, module.weight).numel() for module in linears(block).values()) for block in decoder.blocks]
 
 

@@ -22,7 +22,7 @@ class WindowSum(Protocol):
 
 S = TypeVar("S", bound=WindowSum)
 
-TOKENS_AT_ONCE = 512  # in float32: more take more memory and are hardly faster on a CPU
+TOKENS_AT_ONCE = 512  # in a float32 batch: larger batches take more memory and are hardly faster on a CPU
 
 
 class _LastLinearReached(Exception):
@@ -31,7 +31,7 @@ class _LastLinearReached(Exception):
 
 def windows_at_once(samples: int, length: int, compute: str | None = None) -> int:
     """The number of windows in one batch; it divides ``samples``, so that all batches have the same size."""
-    tokens = 2 * TOKENS_AT_ONCE if compute == "bfloat16" else TOKENS_AT_ONCE  # as many bytes
+    tokens = 2 * TOKENS_AT_ONCE if compute == "bfloat16" else TOKENS_AT_ONCE  # the same number of bytes as in float32
     return max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or n * length <= tokens))
 
 
@@ -49,8 +49,8 @@ def shared_inputs(block: nn.Module, new: Callable[[str], S]) -> Iterator[dict[st
         The input's sum for each linear; linears with the same input map to the same object. Filled when the block is run.
     """
     inputs: dict[str, S] = {}
-    leaders: dict[str, S] = {}  # by the first linear of each shared input, which alone adds to the sum
-    seen: list[tuple[Tensor, int, S]] = []  # this batch's inputs; kept alive, or a new tensor could get the id of a freed one
+    leaders: dict[str, S] = {}  # by the first linear that reads each shared input; only this linear adds to the sum
+    seen: list[tuple[Tensor, int, S]] = []  # this batch's inputs; kept alive, so that no new tensor gets the id of one
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 AGGREGATION_KEYS = frozenset(
     {"shrink", "expand", "max_weight_growth", "trim", "mixed", "protect_first_block", "epsilon"}
-)  # what only some aggregations read: each says which
+)  # keys that only some aggregations use; each aggregation lists its own in READS
 
 
 class LayerSampling(Table):
@@ -40,7 +40,7 @@ class Config(StageConfig):
     Attributes:
         kind: what the stage does.
         pruner: how a matrix is pruned; see the methods.
-        aggregation: what clients send, and what the server makes of it.
+        aggregation: what clients send, and how the server combines it.
         sparsity: the fraction of every matrix that becomes zero; this or ``pattern``.
         pattern: "2:4" keeps 2 of every 4 inputs; this or ``sparsity``.
         samples: windows of text that each client calibrates on.
@@ -48,28 +48,31 @@ class Config(StageConfig):
         layers: which blocks each client prunes: "all", or a table.
         rounds: how often the model is pruned, each time from the previous round's result. With sampled layers, more rounds
             cover more pairs of client and block.
-        shrink: a weight is multiplied by (fraction of clients that kept it) to this power; 0 is the paper. Only aggregation
-            "fedspallm".
+        shrink: multiply each weight by (fraction of clients that kept it) to this power; 0 is the paper's method. Only
+            aggregation "fedspallm".
         expand: prune further, by votes, until the sparsity is exact (the paper's mask expansion); false leaves fewer zeros.
         max_weight_growth: refuse a client whose pruned weights are larger than this multiple of the largest weight before.
-        trim: leave out this many of the highest and of the lowest values of every weight, against clients that lie. Only
-            aggregation "fedspallm".
-        source: what text passes through on its way to a block: "sequential", the pruned blocks before it, or "dense", the
-            unpruned model, which takes half the time. Default: "dense" with aggregation "pooled", else "sequential".
-        compute_dtype: what the blocks compute in while text passes through them: "float32", or "bfloat16", twice as fast on
-            CPUs with instructions for it. The weights that are pruned are not rounded. Default: "float32" on a CPU, the model's
-            own dtype on a GPU.
-        damping: what SparseGPT adds to the sums of squares so that it can solve for the weights: "mean", 1 % of their mean (the
-            paper), or "each", 1 % of each channel's own. Default: "each" with aggregation "pooled", else "mean".
-        mixed: prune wide inputs by wanda, for a fraction of the bytes. Only aggregation "pooled" with a pruner that needs
-            products.
-        protect_first_block: prune block 0 by magnitude, so that no client sends sums of it, which say much about word counts.
-        epsilon: differential privacy of one window: noise on wanda's sums; needs secure aggregation.
-        delta: see ``epsilon``.
-        allocation: how sparse each block becomes: "even", all the same; "owl", blocks with many outliers less. What a client
-            has alone is pruned to the same sparsities.
-        owl_m: OWL's M: a weight is an outlier if its score exceeds this multiple of the mean.
-        owl_lambda: OWL's λ: half of the difference between the sparsest block and the densest.
+        trim: at every weight, leave out this many of the clients' highest and of their lowest values, so that a few dishonest
+            clients have little effect. Only aggregation "fedspallm".
+        source: what the calibration text passes through before it reaches a block: "sequential", the pruned blocks before it,
+            or "dense", the unpruned model, which takes half the time. Default: "dense" with aggregation "pooled", else
+            "sequential".
+        compute_dtype: the dtype of the calibration pass: "float32", or "bfloat16", twice as fast on CPUs with instructions for
+            it. The weights that are pruned are not rounded. Default: "float32" on a CPU, the model's own dtype on a GPU.
+        damping: what SparseGPT adds to each input channel's sum of squares to keep the equations solvable: "mean", 1 % of the
+            mean over all channels (the paper), or "each", about 1 % of the channel's own sum. Default: "each" with aggregation
+            "pooled", else "mean".
+        mixed: use wanda for linears whose input is wider than the hidden states, so that clients upload a fraction of the
+            bytes. Only aggregation "pooled" with a pruner that needs products.
+        protect_first_block: prune block 0 by magnitude, so that no client sends sums of its inputs, which reveal much about the
+            client's word counts. Only aggregation "pooled".
+        epsilon: ε of differential privacy for one window of text: adds noise to wanda's sums and needs secure aggregation. Only
+            aggregation "pooled".
+        delta: δ of the same guarantee.
+        allocation: how the sparsity is distributed over the blocks: "even", the same for all, or "owl", less for blocks with
+            many outliers. The model that a client would have alone is pruned to the same sparsities.
+        owl_m: OWL's M: a weight is an outlier if its score exceeds this multiple of the mean score of its block.
+        owl_lambda: OWL's λ: half of the difference in sparsity between the sparsest and the densest block.
     """
 
     kind: Literal["prune"]
@@ -107,31 +110,33 @@ class Config(StageConfig):
                 owners = [f'"{name}"' for name in aggregation_names() if key in aggregation_of(name).READS]
                 raise ValueError(f"{key} belongs to aggregation = {' or '.join(owners)}; leave it out")
         if self.trim and self.layers != "all":
-            raise ValueError('trim needs layers = "all": every client counts alike')
+            raise ValueError('trim needs layers = "all", because trimming gives all clients the same weight')
         if self.damping is not None and self.solver.NEEDS != "gram":
-            raise ValueError(f'damping: pruner "{self.pruner}" solves nothing; leave it out, or use sparsegpt')
+            raise ValueError(f'damping: pruner "{self.pruner}" uses no damping; leave it out, or use sparsegpt')
         if self.measures_blocks and self.pattern:
-            raise ValueError(f'allocation: a pattern leaves every block alike; "{self.allocation}" needs sparsity')
+            raise ValueError(f'allocation: a pattern makes all blocks equally sparse; "{self.allocation}" needs sparsity')
         if self.measures_blocks and self.epsilon is not None:
-            raise ValueError('allocation: the budget of epsilon is spent on one sum of each block; use "even"')
+            raise ValueError('allocation: measuring blocks needs a second sum of each, but epsilon covers only one; use "even"')
         if self.method.SOLVED_AT == "server":
             self._check_statistics()
         if self.calibration_source == "dense" and self.rounds != 1:
-            raise ValueError('source "dense": a second round would prune by the same inputs; use rounds = 1, or "sequential"')
+            raise ValueError(
+                'source "dense": a second round would use the same inputs as the first; use rounds = 1, or "sequential"'
+            )
         return self
 
     def _check_statistics(self) -> None:
         needs, name = self.solver.NEEDS, f'aggregation "{self.aggregation}"'
         if needs == "nothing":
-            raise ValueError(f'{name}: pruner "{self.pruner}" needs nothing to be summed; use wanda, dsnot or sparsegpt')
+            raise ValueError(f'{name}: pruner "{self.pruner}" needs no sums; use wanda, dsnot or sparsegpt')
         if self.mixed and needs != "gram":
             raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt')
         if self.epsilon is not None and (needs != "squares" or self.calibration_source != "dense"):
-            raise ValueError('epsilon: there is noise for pruner "wanda" with source "dense" only')
+            raise ValueError('epsilon: noise is possible only for pruner "wanda" with source "dense"')
         if self.rounds != 1:
-            raise ValueError(f"rounds: {name} is exact in one; set it to 1")
+            raise ValueError(f"rounds: {name} is exact after one round; set it to 1")
         if self.layers != "all" and self.calibration_source == "sequential":
-            raise ValueError('layers: with source = "sequential" every client runs every block; use "dense", or "all"')
+            raise ValueError('layers: with source = "sequential" every client runs every block; use "dense" or layers "all"')
 
     @property
     def method(self) -> Aggregation:
@@ -198,23 +203,27 @@ class Config(StageConfig):
     def check(self, job: Job, index: int) -> None:
         clients, at = job.clients, f"stages.{index}"
         if any(stage.changes_structure() for stage in job.stages[:index]):
-            raise ValueError(f"{at}.kind: clients prune the model that they have; cut and prune in two jobs")
+            raise ValueError(
+                f"{at}.kind: an earlier stage cuts the model, but clients prune their own uncut copies; use two jobs"
+            )
         if job.evaluate.alone and self.layers != "all":
             raise ValueError("evaluate.alone: no client prunes the whole model when layers are sampled; set it to false")
         if self.trim and len(clients) <= 2 * self.trim:
             raise ValueError(
-                f"{at}.trim: {self.trim} values from above and below are all that {len(clients)} clients have; "
+                f"{at}.trim: without the {self.trim} highest and lowest values, nothing is left of {len(clients)} clients; "
                 f"set it to {(len(clients) - 1) // 2} at most"
             )
         if isinstance(self.layers, LayerSampling) and self.layers.cover > len(clients):
-            raise ValueError(f"{at}.layers.cover: {self.layers.cover} clients for each block, but there are {len(clients)}")
+            raise ValueError(
+                f"{at}.layers.cover: {self.layers.cover} clients for each block, but there are {len(clients)}; lower it"
+            )
         if self.epsilon is not None and not job.privacy.secure_aggregation:
-            raise ValueError(f"{at}.epsilon: noise protects the sum alone; set privacy.secure_aggregation = true beside it")
+            raise ValueError(f"{at}.epsilon: the noise protects only the sum; set privacy.secure_aggregation = true as well")
         own_sparsity = any(client.sparsity is not None for client in clients)
         if self.method.SOLVED_AT == "server":
             if index > 0:
                 raise ValueError(
-                    f'{at}.aggregation: "{self.aggregation}" sums over the model that the clients have; make it the first stage'
+                    f'{at}.aggregation: "{self.aggregation}" needs the model that the clients have; make it the first stage'
                 )
             if own_sparsity:
                 raise ValueError(
@@ -222,9 +231,11 @@ class Config(StageConfig):
                 )
         if self.measures_blocks:
             if own_sparsity:
-                raise ValueError(f"clients.sparsity: {at}.allocation gives every block its own; leave it out")
+                raise ValueError(f"clients.sparsity: {at}.allocation sets the sparsity of every block; leave it out")
             if index > 0:
-                raise ValueError(f'{at}.allocation: it is measured in the model that the clients have; use "even"')
+                raise ValueError(
+                    f'{at}.allocation: blocks are measured in the model that the clients have; use "even" after the first stage'
+                )
         if self.sparsity is not None:
             least = min(self.sparsity if client.sparsity is None else client.sparsity for client in clients)
             if least > self.sparsity:
@@ -233,21 +244,21 @@ class Config(StageConfig):
     def check_secure(self, job: Job, index: int) -> None:
         at = f"privacy.secure_aggregation: stages.{index}"
         if self.trim:
-            raise ValueError(f"{at}.trim: nobody sees which values to leave out; set it to 0")
+            raise ValueError(f"{at}.trim: the server does not see single values to leave out; set it to 0")
         if not self.method.SECURE:
             offered = ", ".join(f'"{name}"' for name in aggregation_names() if aggregation_of(name).SECURE)
-            raise ValueError(f'{at}.aggregation "{self.aggregation}": use one of {offered}')
+            raise ValueError(f'{at}.aggregation "{self.aggregation}" cannot be summed securely; use one of {offered}')
         if self.method.SOLVED_AT == "client" and len(job.clients) > 255:
-            raise ValueError(f'{at}.aggregation "{self.aggregation}" counts to 255; use "pooled"')
+            raise ValueError(f'{at}.aggregation "{self.aggregation}" supports at most 255 clients; use "pooled"')
         if self.layers != "all":
-            raise ValueError(f'{at}.layers: every client is in every sum; set it to "all"')
+            raise ValueError(f'{at}.layers: every client must be in every sum; set it to "all"')
 
     def centralized(self, job: Job) -> Self:
-        """What one owner of all text would do.
+        """The same stage for one owner of all text.
 
-        An aggregation that is solved at the server gives that owner the federation's model, bit for bit, unless noise,
-        ``mixed`` or ``protect_first_block`` changed it; every other leaves a single client's weights as they are, so
-        FedSpaLLM's does.
+        An aggregation that is solved at the server gives this owner the same model as the federation, bit for bit, unless
+        noise, ``mixed`` or ``protect_first_block`` changed the federation's. Any other aggregation returns the weights of a
+        single client unchanged; "fedspallm" is used for all of these.
         """
         changes = {
             "samples": sum(client.samples or self.samples for client in job.clients),

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 
-VALUE_BITS = 48  # of the ring in which masked weights are summed
-GROWTH = 8  # a pruner may make a weight at most so many times larger than the largest one of its matrix
+VALUE_BITS = 48  # the width of the ring in which masked weights are summed
+GROWTH = 8  # a pruned weight may be at most this many times as large as the largest weight of its matrix before pruning
 
 
 class FixedWeights(BaseModel):
     """Weights as fixed-point numbers, for a sum under secure aggregation.
 
     Attributes:
-        units: by linear, the exponent of two by which its weights are multiplied.
-        clients: how many at most are summed.
+        units: by linear, the exponent e: weights are multiplied by 2^e and rounded to integers.
+        clients: the largest number of clients in a sum.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,7 +29,7 @@ class FixedWeights(BaseModel):
 
     @property
     def limit(self) -> int:
-        """What no client's number reaches, so that the sum fits the ring."""
+        """Every |integer| of a client must be smaller than this, so that the sum fits in the ring."""
         return (1 << (VALUE_BITS - 2)) // self.clients
 
     def encode(self, name: str, change: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ class FixedWeights(BaseModel):
 
 
 def unit_of(before: Tensor, clients: int) -> int:
-    """The exponent of two by which a linear's weights are multiplied to make fixed-point numbers of them.
+    """The exponent e of a linear: its weights are multiplied by 2^e and rounded to integers.
 
-    With eight clients the unit is 2⁻³⁹ of the largest weight: the values of a bfloat16 model travel as they are down to
-    2⁻³² of the largest, those of a float32 model lose what lies below 2⁻³⁹.
+    With eight clients, 2^−e is at most 2⁻³⁹ of the largest weight. Weights of a bfloat16 model are then encoded exactly down to
+    2⁻³² of the largest weight; weights of a float32 model are rounded to multiples of 2^−e.
 
     Args:
-        before: the linear's weight.
-        clients: how many at most are summed.
+        before: the linear's weight before pruning.
+        clients: the largest number of clients in a sum.
     """
     largest = max(float(before.abs().max()), torch.finfo(torch.float32).tiny)
     return VALUE_BITS - 2 - math.ceil(math.log2(GROWTH * clients * largest))

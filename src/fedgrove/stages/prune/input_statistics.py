@@ -10,7 +10,7 @@ from torch import Tensor
 
 StatisticsKind = Literal["nothing", "squares", "gram", "moments"]
 STRIP = 256  # rows of a Gram matrix that are computed at once
-TOKENS_AT_ONCE = 512  # copied to float32 at once: larger copies would get new memory pages each time (see heap.py)
+TOKENS_AT_ONCE = 512  # copied to float32 at once; larger copies would be allocated on new memory pages each time (see heap.py)
 
 
 class InputStatistics:
@@ -150,7 +150,7 @@ class InputStatistics:
 
     @property
     def silent(self) -> bool:
-        """Whether all inputs were zero, or none was added: then no pruner that needs statistics can be used."""
+        """Whether all inputs were zero or no window was added. Pruners that need statistics cannot be used then."""
         return (self._total is None and not self._strips) or not bool(self.squares.any())
 
     @property

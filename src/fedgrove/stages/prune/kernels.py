@@ -1,4 +1,4 @@
-"""Kernels for GPUs of NVIDIA, in Triton, which comes with torch where there is one. Importing this needs it."""
+"""Triton kernels for NVIDIA GPUs. Importing this module requires Triton, which comes with torch on machines with such a GPU."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 4  # outputs that one warp takes from the first column to the last, in its registers: nobody waits for another warp
+ROWS = 4  # output rows of one program: a single warp holds them in registers for all columns, so no warp waits for another
 
 
 def columns(part: Tensor, pruned: Tensor, errors: Tensor, step: Tensor, cost: Tensor, pattern: tuple[int, int] | None) -> None:
-    """A block of columns of SparseGPT, one after the other, by rows.
+    """Prunes a block column by column, like :func:`fedgrove.stages.prune.pruners.sparsegpt.columns`, in one kernel.
 
-    It does what :func:`fedgrove.stages.prune.pruners.sparsegpt.columns` does.
-
-    Once the mask is chosen, rows do not know of each other, so each program does the whole block for a few of them. Sums are
-    taken in another order than there: from a column to all later ones, as in the paper.
+    An unstructured mask is already selected, and an N:M mask is selected within each output row. So output rows are
+    independent, and each program prunes the whole block for a few of them. The order of the additions differs from the torch
+    version: each column updates all later columns at once, as in the paper.
 
     Args:
-        part, pruned, step, cost, pattern: as there; float32, contiguous, on one GPU.
-        errors: not touched.
+        part, pruned, step, cost, pattern: see there; float32 on one GPU, ``part`` and ``pruned`` contiguous.
+        errors: not used.
     """
     width, num_out = part.shape
     keep, group = pattern or (0, 0)
@@ -33,11 +32,11 @@ def columns(part: Tensor, pruned: Tensor, errors: Tensor, step: Tensor, cost: Te
 
 
 def check(device: torch.device, reference: Callable[..., None]) -> None:
-    """Compiles the kernel for a device, runs it, and compares it with ``reference``, which does the same in torch.
+    """Compiles the kernel for a device, runs it on a small example, and compares the result with ``reference`` in torch.
 
     Raises:
-        RuntimeError: the numbers are not those of torch.
-        Exception: whatever Triton raises where it cannot compile or run; a compiler for C may be missing, say.
+        RuntimeError: the results differ.
+        Exception: whatever Triton raises if it cannot compile or run the kernel, for example without a C compiler.
     """
     random = torch.Generator().manual_seed(0)
     part, step = torch.randn(8, 24, generator=random).to(device), torch.randn(8, 8, generator=random).triu().to(device)
@@ -50,7 +49,7 @@ def check(device: torch.device, reference: Callable[..., None]) -> None:
         results.append((solved, pruned))
     (expected, expected_pruned), (solved, pruned) = results
     if not (torch.equal(pruned, expected_pruned) and torch.allclose(solved, expected, rtol=1e-4, atol=1e-4)):
-        raise RuntimeError("it computes other numbers than torch")
+        raise RuntimeError("its results differ from those of torch")
 
 
 @triton.jit
@@ -63,8 +62,8 @@ def _columns(part, gone, step, cost, num_out, width, num_gone, GROUP: tl.constex
     goes = tl.load(gone + place, mask=here, other=0.0)
     price = tl.load(cost + column, mask=column < width, other=0.0)
     for j in range(width):
-        if GROUP > 0:  # noqa: SIM102 - only an `if` of its own is decided when the kernel is made, and j % 0 never asked
-            if j % GROUP == 0:  # a group's mask is chosen when it is reached
+        if GROUP > 0:  # noqa: SIM102 - a separate `if` is decided at compile time, so that j % 0 is never computed
+            if j % GROUP == 0:  # a group's mask is selected when its first column is reached
                 score = tl.abs(w * price)
                 lower = tl.zeros_like(score)
                 for k in range(j, j + GROUP):

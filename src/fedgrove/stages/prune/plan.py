@@ -1,4 +1,4 @@
-"""Who does what in a stage that prunes: decided before the first round, the same whenever it is made again."""
+"""The plan of a stage that prunes: who does what, decided before the first round. The same input gives the same plan."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Assignment(base.Assignment):
     """One client's part.
 
     Attributes:
-        blocks: for each round.
-        weight: in the sum: the inverse of the probability of being given a block.
+        blocks: for each round, the blocks that the client is assigned.
+        weight: its weight in the sum: the inverse of the probability that it is assigned a block.
         samples: windows that it calibrates on.
-        sparsity: that it prunes to.
+        sparsity: the sparsity that it prunes to.
     """
 
     blocks: list[list[int]]
@@ -49,11 +49,11 @@ class Assignment(base.Assignment):
 
 
 class Plan(base.Plan):
-    """A stage that prunes, and who does what in it.
+    """The plan of a stage that prunes.
 
     Attributes:
-        sums: the server prunes, by sums over the clients' text.
-        choices: what a client would upload, in bytes, by what is summed; where the server prunes.
+        sums: whether clients send sums over their text and the server prunes.
+        choices: bytes that a client would upload with each pruner if the server prunes; else empty.
     """
 
     kind: Literal["prune"] = "prune"
@@ -63,7 +63,7 @@ class Plan(base.Plan):
     choices: dict[str, int]
 
     def contributors(self, round_: int, block: int) -> list[str]:
-        """The clients that are given a block in a round, by name."""
+        """The names of the clients that are assigned a block in a round, sorted."""
         return sorted(name for name, assignment in self.clients.items() if block in assignment.blocks[round_])
 
 
@@ -76,21 +76,21 @@ def make_plan(
     secure: bool = False,
     alone: bool = False,
 ) -> Plan:
-    """Decides a pruning stage: a share of the blocks for each client, by what it can do.
+    """Plans a pruning stage: which blocks each client prunes, and what this costs it.
 
-    With layer sampling, shares are proportional to the blocks that a client can prune and upload in a second, so that all
-    finish at about the same time; every block is given to at least ``cover`` clients. Each client's blocks are drawn anew
-    for every round.
+    With layer sampling, a client's number of blocks is proportional to the number that it can prune and upload per second, so
+    that all clients finish at about the same time; every block is assigned to at least ``cover`` clients. Each client's blocks
+    are drawn anew for every round. Without layer sampling, every client prunes every block.
 
     Args:
         index: the stage's place in the job.
-        capabilities: what the clients said, by name.
-        seed: the job's.
-        secure: responses are masked, so they do not compress.
-        alone: what each client has alone is measured too.
+        capabilities: the clients' capabilities, by name.
+        seed: the job's seed.
+        secure: whether responses are masked under secure aggregation; masked responses do not compress.
+        alone: whether the model that each client would have without the others is measured too.
 
     Raises:
-        FedgroveError: the pattern does not fit a linear, or a client has too little memory; names both.
+        FedgroveError: the pattern does not fit a linear, or a client has too little memory; names the linear or the client.
     """
     check_pattern(decoder, config.target)
     needs = config.solver.NEEDS
@@ -101,9 +101,9 @@ def make_plan(
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and costs[name].memory > client.memory:
             raise FedgroveError(
-                f"one block needs {mebibytes(costs[name].memory)} of memory, but it has "
+                f"one block needs {mebibytes(costs[name].memory)} of memory, but the client has "
                 f"{mebibytes(client.memory)} (clients.memory)",
-                'lower length, use pruner "wanda", or leave it out',
+                'lower length, use pruner "wanda", or leave the client out',
                 client=name,
             )
     if isinstance(config.layers, LayerSampling):
@@ -115,7 +115,7 @@ def make_plan(
         rounds = [{name: list(range(num_blocks)) for name in capabilities} for _ in range(config.rounds)]
 
     assignments = {}
-    first = 1 if config.protect_first_block else 0  # blocks before it are asked of nobody
+    first = 1 if config.protect_first_block else 0  # no client gets requests for the blocks before it
     for name in sorted(capabilities):
         blocks = [[block for block in drawn[name] if block >= first] for drawn in rounds]
         asked = sum(len(numbers) for numbers in blocks)
@@ -140,19 +140,20 @@ def make_plan(
 
 
 def share_blocks(pace: Mapping[str, float], num_blocks: int, sample: float, cover: int) -> dict[str, int]:
-    """How many blocks each client is given: proportional to its pace, at least one, at most all.
+    """The number of blocks that each client is assigned: proportional to its pace, at least one, at most all.
 
-    Together they are given ``sample`` of all client-block pairs, or more where ``cover`` clients a block need more.
+    Together, the clients are assigned the fraction ``sample`` of all client-block pairs, or more if ``cover`` clients per block
+    require it.
 
     Args:
-        pace: blocks a second, by client.
-        sample: the mean share, 0 < sample ≤ 1.
-        cover: clients that every block must have, at most the number of clients.
+        pace: blocks per second, by client.
+        sample: the mean fraction of the blocks that a client is assigned, 0 < sample ≤ 1.
+        cover: the smallest number of clients per block; at most the number of clients.
     """
     total = max(math.floor(sample * num_blocks * len(pace) + 0.5), cover * num_blocks, len(pace))
     exact: dict[str, float] = {}
     free = dict(pace)
-    while free:  # clients that would get more than all or less than one are set to that; the rest is shared out again
+    while free:  # clients over ``num_blocks`` or under 1 get exactly that; the remainder is divided again among the others
         rest = total - sum(exact.values())
         scaled = {name: rest * speed / sum(free.values()) for name, speed in free.items()}
         over = {name for name, number in scaled.items() if number > num_blocks}
@@ -174,11 +175,18 @@ def share_blocks(pace: Mapping[str, float], num_blocks: int, sample: float, cove
 
 
 def draw_blocks(counts: Mapping[str, int], num_blocks: int, seed: str) -> dict[str, list[int]]:
-    """Deals shuffled blocks round and round to shuffled clients.
+    """Draws the blocks of each client: clients, in shuffled order, take the next blocks of one shuffled, cyclic list.
 
     Every client gets ``counts[name]`` different blocks, each block with probability counts/num_blocks, and the numbers of
-    clients of any two blocks differ by at most one. (Independent draws, as in an unofficial code for the paper, leave
-    blocks without any client.)
+    clients of any two blocks differ by at most one. (Independent draws, as in an unofficial implementation of the paper, can
+    leave blocks without any client.)
+
+    Args:
+        counts: number of blocks, by client; at most ``num_blocks``.
+        seed: the same seed gives the same assignment.
+
+    Returns:
+        The block numbers of each client, ascending.
     """
     rng = random.Random(seed)
     blocks = list(range(num_blocks))
@@ -193,7 +201,11 @@ def draw_blocks(counts: Mapping[str, int], num_blocks: int, seed: str) -> dict[s
 
 
 def check_pattern(decoder: Decoder, target: Target) -> None:
-    """Refuses an N:M pattern that does not fit a linear's number of inputs."""
+    """Refuses an N:M pattern if M does not divide every linear's number of inputs.
+
+    Raises:
+        FedgroveError: names the first linear that does not fit.
+    """
     if target.pattern:
         for name in decoder.linear_names():
             num_in = decoder.read_shape(name)[1]
@@ -213,15 +225,15 @@ class _Cost:
 
 @dataclass(frozen=True)
 class _Block:
-    """What a plan has to know of a model: its largest block, and what lies outside all blocks. Only some may have experts.
+    """What a plan needs to know about a model: its largest block (some may have experts), and the size of its ends.
 
     Attributes:
         shapes: (out, in) of every linear.
-        inputs: the widths of the different inputs, by a linear that reads each.
-        reached: the part of the tokens that reaches each linear, if they go to all experts alike.
-        width: of the hidden states.
-        numel: parameters; ends: those outside all blocks.
-        dtype: of the checkpoint's linears.
+        inputs: the widths of the different inputs, by the name of a linear that reads each.
+        reached: the fraction of the tokens that reaches each linear, if the router uses all experts equally.
+        width: the width of the hidden states.
+        numel: number of parameters of the block; ends: number of parameters outside all blocks.
+        dtype: the dtype of the checkpoint's linears.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -253,7 +265,7 @@ def _largest(decoder: Decoder) -> _Block:
 
 
 def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: StatisticsKind, masked: float | None) -> _Cost:
-    """What the largest block costs a client: counted, not measured."""
+    """What the largest block costs a client, computed from its shapes, not measured."""
     shapes, inputs = list(block.shapes.values()), block.inputs
     parameters = sum(rows * columns for rows, columns in shapes)
     distinct = list(inputs.values())
@@ -287,7 +299,7 @@ def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: Stat
         workspace = solve = 0  # the server prunes
     width = 2 if config.compute_dtype == "bfloat16" else 4
     gathering = 8 * statistics + width * (block.numel + window)
-    solving = 8 * (statistics + workspace) + 4 * 6 * largest + parameters * (block.dtype.itemsize + 1)  # after and mask
+    solving = 8 * (statistics + workspace) + 4 * 6 * largest + parameters * (block.dtype.itemsize + 1)  # weights and mask
     if config.method.SOLVED_AT == "server":
         gathering, solving = gathering + width * block.ends, 0
     memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
@@ -298,9 +310,9 @@ def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: Stat
 
 
 def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]:
-    """The widths of a block's different inputs, by a linear that reads each.
+    """The widths of a block's different inputs, by the name of a linear that reads each.
 
-    The residual stream is read at most three times by what all tokens reach, and once by each expert.
+    Inputs of the hidden states' width: at most three for the linears that all tokens reach, and one for each expert.
     """
     distinct: dict[str, int] = {}
     of_stream: Counter[str | None] = Counter()
@@ -313,19 +325,19 @@ def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]
 
 
 def _products(block: _Block, config: Config, needs: StatisticsKind) -> list[int]:
-    """The widths of the inputs of which Σ xᵢxⱼ is summed."""
+    """The widths of the inputs whose products Σ xᵢxⱼ are summed."""
     return [i for i in block.inputs.values() if needs == "gram" and not (config.mixed and i > block.width)]
 
 
 def _masked_bytes(config: Config, capabilities: Mapping[str, Capabilities]) -> float:
-    """Bytes of a masked sum's number, or of a weight with its vote: as long as the ring."""
+    """Bytes per number of a masked response, or per weight and vote if clients prune: the width of the ring."""
     if config.method.SOLVED_AT == "server":
         return ring_bits(sum(client.samples or config.samples for client in capabilities.values()) * config.length) / 8
     return (len(capabilities).bit_length() + (VALUE_BITS if Disclosure.WEIGHTS in config.method.SENDS else 0)) / 8
 
 
 def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
-    """About the bytes of one block's sums: 4.0 for a number of eight (measured on the shipped model), and names."""
+    """Estimated bytes of one block's sums: an int64 compresses to 4.0 (measured on the shipped model); plus names."""
     numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
     return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
 
@@ -364,17 +376,18 @@ def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], 
     widest = max(products, default=0)
     few = sum(assignment.samples * config.length < widest for assignment in assignments.values())
     spans = (
-        f"{few} of {len(assignments)} clients send products of inputs of {widest} channels over fewer tokens than that: they "
-        "hold the directions of its hidden states. Raise samples, set mixed = true, or use secure aggregation."
+        f"{few} of {len(assignments)} clients send products of inputs with {widest} channels, summed over fewer tokens than "
+        "channels. Such products reveal the subspace that the inputs span. Raise samples, set mixed = true, or use secure "
+        "aggregation."
     )
     notes = [spans] if few and not secure else []
     if config.protect_first_block:
         return notes
-    of = "the clients' word counts together" if secure else "a client's word counts"
+    of = "the word counts of all clients together" if secure else "a client's word counts"
     return [
         *notes,
-        f"What enters block 0 depends on little but how often each token occurs, so its sums reveal much about {of}; "
-        "protect_first_block = true prunes it by magnitude instead, and nobody sends any.",
+        f"The inputs of block 0 depend mainly on how often each token occurs, so their sums reveal much about {of}. "
+        "With protect_first_block = true, block 0 is pruned by magnitude and no client sends its sums.",
     ]
 
 

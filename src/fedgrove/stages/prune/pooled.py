@@ -1,5 +1,5 @@
-"""Pruning by sums over everybody's text: the clients sum, the server prunes with the totals, exactly as if all text lay in one
-place."""
+"""Pruning on the server: clients send sums over their text, and the server prunes with the totals, exactly as if all text were
+in one place."""
 
 from __future__ import annotations
 
@@ -29,13 +29,20 @@ from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pruners import magnitude
 
-PROBE = 512  # random tokens at most that the model is run over to see how large its inputs are
+PROBE = 512  # the largest number of random tokens on which the size of the model's inputs is measured
 CLIP_FACTOR = 1.5  # with noise, a window's Σ x² is clipped at this many times the norm that random tokens have
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was made of a linear: weight and mask (out, in), who contributed, and how far clients' masks agreed."""
+    """A pruned linear.
+
+    Attributes:
+        weight: (out, in), in the checkpoint's dtype, zero where the mask is False.
+        mask: (out, in) bool, True = kept.
+        clients: the names of the clients that contributed.
+        agreement: the fraction of weights on which all clients' masks agree; None if they sent no masks.
+    """
 
     weight: Tensor
     mask: Tensor
@@ -48,10 +55,10 @@ class SharedInput:
     """An input that one or several linears of a block read.
 
     Attributes:
-        consumers: the linears; the first gives the input its name.
-        scale: (in,) what clients multiply by, see :func:`fedgrove.stages.prune.aggregation.pooled.scale_of`.
-        products: whether Σ xᵢxⱼ is asked for, besides Σ x².
-        norm: what a window's Σ x² is clipped to where it is to be differentially private.
+        consumers: the linears that read it; the input is named after the first.
+        scale: (in,) powers of two by which clients multiply, see :func:`fedgrove.stages.prune.aggregation.pooled.scale_of`.
+        products: whether clients sum Σ xᵢxⱼ, besides Σ x².
+        norm: for differential privacy, the L2 norm to which a window's scaled Σ x² is clipped.
     """
 
     consumers: list[str]
@@ -61,10 +68,15 @@ class SharedInput:
 
 
 def probe(decoder: Decoder, stage: Config, seed: int) -> list[dict[str, SharedInput]]:
-    """The inputs of every block and how large they are: one pass over random tokens, nobody's text.
+    """Finds the inputs of every block and measures how large they are, in one pass over random tokens; no text is used.
+
+    Args:
+        decoder: the model at the start of the stage.
+        stage: the stage's table.
+        seed: draws the random tokens.
 
     Returns:
-        For each block its inputs by name.
+        For each block, its inputs by name.
     """
     vocabulary = decoder.checkpoint.config.get_text_config().vocab_size
     length = min(stage.length, PROBE)
@@ -90,7 +102,7 @@ def probe(decoder: Decoder, stage: Config, seed: int) -> list[dict[str, SharedIn
 
 
 def _seen(first: str, inputs: Mapping[str, InputStatistics]) -> InputStatistics:
-    """What random tokens showed of an input; where none reached an expert, what they showed of another's like it."""
+    """An input's statistics on random tokens; if none reached this expert, those of the same linear in another expert."""
     if inputs[first].silent and expert_of(first):
         leaf = first.rpartition(".")[2]
         alike = (sums for name, sums in inputs.items() if expert_of(name) and name.rpartition(".")[2] == leaf)
@@ -108,7 +120,7 @@ def wants_moments(stage: Config) -> bool:
 
 
 def prune_without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
-    """Prunes a block by magnitude: nobody is asked anything."""
+    """Prunes a block by magnitude. Clients get no request."""
     records = {}
     for name in decoder.block_names(block):
         before = decoder.read_linear(block, name)
@@ -120,7 +132,7 @@ def prune_without_data(decoder: Decoder, block: int, target: Target) -> dict[str
 def pooled_squares(
     block: int, blocks: list[dict[str, SharedInput]], plan: Plan, config: Config, federation: Federation
 ) -> dict[str, InputStatistics]:
-    """The clients' sums of squares of a block's inputs in the model as the stage began, by linear.
+    """The sums of squares of a block's inputs over all clients' text, in the model at the start of the stage, by linear.
 
     Args:
         blocks: the inputs of every block, from :func:`probe`.
@@ -140,13 +152,19 @@ def prune_by_sums(
     federation: Federation,
     previous: Path,
 ) -> dict[str, Pruned]:
-    """The clients sum, the server prunes with what the sums say.
+    """Requests the sums of a block's inputs from the clients, and prunes the block with the totals.
 
     Args:
-        decoder: the model as the stage began.
+        decoder: the model at the start of the stage.
         blocks: the inputs of every block, from :func:`probe`.
-        target: of this block.
-        previous: the file of the block before this one, pruned; with source "sequential" clients pass through it.
+        target: the target of this block.
+        previous: the file of the pruned previous block; with source "sequential" its weights are sent to the clients.
+
+    Returns:
+        The pruned linears, by name.
+
+    Raises:
+        ValueError: the sums hold NaN or infinity, or SparseGPT cannot factor the Gram matrix.
     """
     inputs = blocks[block]
     num_inputs = sum(map(len, blocks[1:] if config.protect_first_block else blocks))
@@ -171,7 +189,7 @@ def prune_by_sums(
 
 
 def _statistics(config: Config, first: str, shared: SharedInput, sums: InputSums) -> InputStatistics:
-    """What was summed of one input, as a pruner reads it."""
+    """The statistics of one input for a pruner, from the sums."""
     squares, upper = sums.sums[f"{first}/squares"], sums.sums.get(f"{first}/products")
     moments = None
     if wants_moments(config):
@@ -189,7 +207,7 @@ def _collect(
     start: Mapping[str, Tensor],
     through: str,
 ) -> InputSums:
-    """Asks for the sums of a block's inputs."""
+    """Requests the sums of a block's inputs from the clients, and adds them up."""
     tensors = {**{SCALE + name: one.scale for name, one in inputs.items()}, **start}
     messages = {
         client: Message(sum_request(plan, config, federation, client, block, inputs, num_inputs, through), tensors)
@@ -210,10 +228,10 @@ def sum_request(
     num_inputs: int,
     through: str,
 ) -> SumInputs:
-    """What one client is asked of a block's inputs.
+    """The request to one client for the sums of a block's inputs.
 
     Args:
-        num_inputs: of how many inputs, in all blocks, sums are released.
+        num_inputs: the number of inputs, in all blocks, whose sums are released; used only with ``epsilon``.
         through: see :class:`~fedgrove.client.hidden_states.Calibration`.
     """
     private = None

@@ -23,12 +23,12 @@ DID = "pruned"
 DOING = "pruning"
 FILES = ("pruning.json",)
 TAGS = ("pruned", "sparse")
-CARD = "Pruned weights are exact zeros in dense tensors: whatever loads the base model loads this one."
-BLOCK, STATISTICS = "prune/block", "prune/statistics"  # kinds of request that bring a client's part of a block
+CARD = "Pruned weights are exact zeros in dense tensors, so any program that loads the base model also loads this one."
+BLOCK, STATISTICS = "prune/block", "prune/statistics"  # kinds of request whose responses are a client's contribution to a block
 WHOLE, PERCENT = "{:,}".format, "{:.2%}".format
 
 Record = dict[str, Any]
-EVENLY = "even"  # the allocation that needs no mention
+EVENLY = "even"  # the default allocation, which descriptions do not mention
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -39,19 +39,19 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 def recipe(config: Mapping[str, Any]) -> str:
-    """The text of each client, and the rounds."""
+    """How much text each client uses, and the number of rounds."""
     return f"{config['samples']} windows of {config['length']} tokens from each client; {plural(config['rounds'], 'round')}"
 
 
 def limits(config: Mapping[str, Any]) -> str:
-    """What ``mixed`` and ``protect_first_block`` keep back."""
-    mixed = "Products were sent only of inputs that are no wider than the hidden states (mixed = true)."
-    first = "Nothing was sent of block 0 (protect_first_block = true)."
+    """What clients did not send because of ``mixed`` and ``protect_first_block``."""
+    mixed = "Clients sent products only of inputs that are no wider than the hidden states (mixed = true)."
+    first = "Clients sent nothing about block 0 (protect_first_block = true)."
     return " ".join(says for says, key in ((mixed, "mixed"), (first, "protect_first_block")) if config.get(key))
 
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
-    """Blocks, windows and target of each client, and what they take."""
+    """Blocks, windows and target of each client, and what they cost."""
     title = f"stage {plan['stage']}: prune, {config['pruner']}, aggregation {config['aggregation']}"
     table = client_table(title, "client", "blocks", "windows", "target", "memory", "upload", "time")
     for client, assignment in plan["clients"].items():
@@ -64,7 +64,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     if not plan.get("choices"):
         return Group(table)
     sizes = "; ".join(f"{choice}: {megabytes(number)}" for choice, number in plan["choices"].items())
-    return Group(table, Text(f"Upload of a client by what is summed: {sizes}."))
+    return Group(table, Text(f"Upload of a client, by pruner: {sizes}."))
 
 
 def result_tables(stage: Stage) -> list[RenderableType]:
@@ -72,7 +72,7 @@ def result_tables(stage: Stage) -> list[RenderableType]:
 
 
 def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
-    """Zeros of the matrices, if ``pruning.json`` describes this stage: it describes the last one that pruned."""
+    """The zeros of the matrices, if this is the last stage that pruned; ``pruning.json`` describes only that one."""
     tensors = _records(files)
     numbers = sum(row["numel"] for row in tensors)
     if not tensors or stage.number != _told_stage(files):
@@ -80,14 +80,14 @@ def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
     zeros = sum(row["pruned"] for row in tensors)
     exact = all(row["pruned"] == math.floor(row["target"] * row["numel"] + 0.5) for row in tensors)
     targets = {row["target"] for row in tensors}
-    wanted = "as asked" if len(targets) > 1 else f"where {targets.pop():.1%} were asked for"
+    wanted = "with targets that differ by matrix" if len(targets) > 1 else f"with a target of {targets.pop():.1%}"
     says = f"{zeros / max(1, numbers):.1%} of the weights in {plural(len(tensors), 'matrix')} are zero, "
-    says += "in each exactly as asked" if exact else wanted
+    says += "in each exactly the target" if exact else wanted
     return Outcome(says, zeros, numbers, numbers, num_rounds(stage.plan))
 
 
 def figures(summary: Summary, stage: Stage) -> list[Figure]:
-    """The sparsity."""
+    """The sparsity of the pruned matrices."""
     result = summary.outcomes[stage.number]
     if not result.weights:
         return []
@@ -96,20 +96,21 @@ def figures(summary: Summary, stage: Stage) -> list[Figure]:
 
 
 def sections(summary: Summary, stage: Stage) -> list[Section]:
-    """Sparsity and agreement of the result, where it is this stage's; and who contributed what."""
+    """Sparsity and agreement, if this is the last stage that pruned; and who contributed what."""
     of_result = [_sparsity(summary)] if summary.outcomes[stage.number].weights else []
     return [*of_result, *([Contributions(summary, stage).section(summary)] if stage.plan else [])]
 
 
 def num_rounds(plan: Mapping[str, Any]) -> int:
-    """Rounds of a plan."""
+    """The number of rounds of a plan."""
     return max((len(assignment.get("blocks", ())) for assignment in plan.get("clients", {}).values()), default=0)
 
 
 def contributors(summary: Summary, stage: Stage) -> dict[tuple[int, int], list[str]]:
-    """Whose work is in a block, by (round, block).
+    """The clients that contributed to a block, by (round, block).
 
-    ``pruning.json`` records whose response was used; for a round that it does not record, the plan says who was asked.
+    ``pruning.json`` records whose responses were used. For a round that it does not record, these are the clients to which the
+    plan assigned the block.
     """
     clients: dict[tuple[int, int], list[str]] = {}
     for client in stage.clients:
@@ -125,7 +126,8 @@ def contributors(summary: Summary, stage: Stage) -> dict[tuple[int, int], list[s
 def unanswered(summary: Summary, stage: Stage) -> dict[str, int]:
     """How many requests a client did not answer, by client; only those with any.
 
-    A block that was interrupted is asked for and answered again, so this counts too few rather than too many.
+    After an interruption, requests for the current block are sent and answered again, so the number can be too low, but never
+    too high.
     """
     answered: dict[str, int] = {}
     for row in summary.traffic:
@@ -137,18 +139,18 @@ def unanswered(summary: Summary, stage: Stage) -> dict[str, int]:
 
 
 def _request(stage: Stage) -> str:
-    """The kind of request that brings a client's part of a block, as the ledger names it."""
+    """The kind of request whose response is a client's contribution to a block, as in the ledger."""
     return STATISTICS if stage.plan["sums"] else BLOCK
 
 
 def _records(files: Mapping[str, Any]) -> list[Record]:
-    """A record for each matrix that was pruned."""
+    """The records of ``pruning.json``, one for each pruned matrix."""
     records: list[Record] = files.get("pruning.json", {}).get("tensors", [])
     return records
 
 
 def _told_stage(files: Mapping[str, Any]) -> int:
-    """The stage that the records are of."""
+    """The stage that the records describe."""
     stage: int = files.get("pruning.json", {}).get("stage", 0)
     return stage
 
@@ -162,18 +164,18 @@ def _history(summary: Summary, stage: int) -> list[Record]:
 def _sparsity(summary: Summary) -> Section:
     tensors = _records(summary.files)
     voted = [row["agreement"] for row in tensors if row.get("agreement") is not None]
-    says = "A zero weight can be stored in one bit. Clients agree on a weight if all of them keep it or all of them drop it. "
+    says = "A zero weight can be stored in one bit. Clients agree on a weight if all of them keep it or all of them prune it. "
     says += (
-        "Where a block was given to few clients, agreement comes more easily."
+        "The fewer clients prune a block, the more they agree by chance."
         if voted
-        else "With this aggregation, clients send no masks, so there is nothing to agree on."
+        else "With this aggregation, clients send no masks, so their agreement is not known."
     )
     blocks = _blocks(tensors)
     parts: list[Part] = [Paragraph(says), Picture(_block_chart(blocks), "Zeros in each block of the model, and the target.")]
     if voted:
         caption = (
             f"Agreement by matrix (rows) and block (columns), from {min(voted):.1%} (faintest) to {max(voted):.1%} "
-            "(strongest); the number is the mean."
+            "(strongest); the number is the mean over the blocks."
         )
         parts.append(Picture(_agreement_map(tensors), caption))
     parts += [Sheet(blocks), Sheet(_matrices(tensors), folded=True)]
@@ -199,7 +201,7 @@ def _blocks(tensors: Iterable[Record]) -> Table:
 
 
 def agreement(rows: Iterable[Record]) -> float | None:
-    """The mean over the weights that clients sent masks of; None where they sent none."""
+    """The mean agreement over all weights with masks from clients; None if there are none."""
     voted = [row for row in rows if row.get("agreement") is not None]
     numel = sum(row["numel"] for row in voted)
     return sum(row["agreement"] * row["numel"] for row in voted) / numel if voted else None
@@ -267,7 +269,7 @@ def _matrices(tensors: Iterable[Record]) -> Table:
 
 
 class Contributions:
-    """Who did what in a stage."""
+    """Which client contributed what to a stage."""
 
     def __init__(self, summary: Summary, stage: Stage):
         self.stage = stage
@@ -286,7 +288,7 @@ class Contributions:
                 self._sent[row.client] = self._sent.get(row.client, 0) + row.bytes
 
     def section(self, summary: Summary) -> Section:
-        """Its section of the page."""
+        """The stage's section of the report."""
         sums: bool = self.stage.plan["sums"]
         did = "sent sums of" if sums else "pruned"
         several = self.rounds > 1
@@ -296,9 +298,9 @@ class Contributions:
             parts.append(Paragraph(f"Every client {did} all {self.num_blocks} blocks{each_round}."))
         else:
             drawn = f", drawn anew in each of {self.rounds} rounds" if several else ""
-            rest = "were pruned without its sums" if sums else "it used as they were"
-            parts.append(Paragraph(f"Each client {did} the blocks that it was given{drawn}; the others {rest}."))
-            more = "; a stronger color means more rounds, and the number is their sum" if several else ", and how many"
+            rest = "were pruned without its sums" if sums else "were pruned without it"
+            parts.append(Paragraph(f"Each client {did} the blocks that it was assigned{drawn}; the others {rest}."))
+            more = "; a stronger color means more rounds, and the number is the total" if several else ", and their number"
             parts.append(Picture(self._map(), f"Blocks (columns) that each client (rows) {did}{more}."))
             if several:
                 text = "The same, round by round (rows are clients, columns are blocks, in the order above):"
@@ -306,7 +308,7 @@ class Contributions:
             parts.append(Download("Blocks of every client in every round:", self._blocks_by_round()))
         if self.unanswered:
             who = ", ".join(f"{client} ({number})" for client, number in self.unanswered.items())
-            parts.append(Paragraph(f"Some requests were not answered: {who}. The work of these clients is missing there."))
+            parts.append(Paragraph(f"Some requests were not answered: {who}. The result does not include these contributions."))
         parts.append(Sheet(self._by_client()))
         if len({row["round"] for row in self._history}) > 1:
             parts.append(Sheet(self._rounds()))
@@ -348,7 +350,7 @@ class Contributions:
         return Table(f"stage-{self.stage.number}-blocks", "", columns, rows)
 
     def _map(self) -> Chart:
-        """Client × block: in how many rounds."""
+        """In how many rounds each client (row) worked on each block (column)."""
         rows = []
         for client in self.clients:
             cells: dict[int, tuple[float, str]] = {}

@@ -1,4 +1,5 @@
-"""The stage ``prune``: block after block, clients prune it on their own text and the server makes one of theirs."""
+"""The stage ``prune``, block by block: clients prune on their own text and the server combines their results, or clients send
+sums over their text and the server prunes."""
 
 from __future__ import annotations
 
@@ -43,12 +44,12 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
     """Prunes a model with the plan's clients.
 
-    The server holds the sums of one block, whatever the number of clients. A finished block is a file in the run folder,
-    so a stage that was killed goes on at the first block that is missing.
+    The server has the sums of one block in memory, regardless of the number of clients. A finished block is a file in the run
+    folder, so an interrupted stage continues with the first missing block.
 
     Returns:
-        The model with the pruned blocks laid over it. ``RUN/pruning.json`` records what was done to every tensor, last by this
-        stage, and whose work is in every block of every stage and round (``history``).
+        The model with the pruned blocks as an overlay. ``RUN/pruning.json`` records the last pruning of every tensor
+        (``tensors``), and which clients contributed to every block of every stage and round (``history``).
     """
     run = federation.run
     before = _told(run)
@@ -86,7 +87,7 @@ def alone(
     windows: Mapping[str, list[Tensor]],
     federation: Federation,
 ) -> Iterator[tuple[str, Losses]]:
-    """Asks the clients, who kept the blocks that they pruned in the first round."""
+    """Lets each client measure the model that it pruned by itself; blocks that it stored in the first round are reused."""
     federation.run.phase(Phase("evaluate", "what each client would have had alone", stage=plan.stage))
     sparsities = read_sparsities(federation.run, plan, config)
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
@@ -104,7 +105,7 @@ def alone(
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
-    """With the pruner that needs least of the text's sums, and with the one that needs most."""
+    """With wanda, which needs small statistics, and with sparsegpt, which needs the largest."""
     needs = {}
     for pruner in ("wanda", "sparsegpt"):
         config = Config(kind="prune", pruner=pruner, sparsity=0.5, length=length)
@@ -165,9 +166,9 @@ def _prune_by_solutions(
     config: Config,
     federation: Federation,
 ) -> dict[str, Pruned]:
-    """The clients prune the block, and the aggregation makes one of theirs."""
+    """The clients prune the block, and the aggregation combines their results."""
     names = decoder.block_names(block)
-    first = plan.stage == 0 and round_ == 0  # then the clients' own copies are what it starts from
+    first = plan.stage == 0 and round_ == 0  # then clients start from their own copies
     start = {} if first else {START + name: decoder.read_linear(block, name).contiguous() for name in names}
     messages = {
         client: Message(prune_request(federation.job, plan, config, client, round_, block, sparsities), start)
@@ -182,7 +183,7 @@ def _prune_by_solutions(
     for name in names:
         total = sums.take(name)
         if total.clients == 0:
-            continue  # nobody sent it: it stays as it was
+            continue  # no client sent this linear, so it stays unchanged
         before = decoder.read_linear(block, name).to(decoder.device)
         weight, mask = method.finish(before, total, target, options)
         records[name] = Pruned(weight.cpu(), mask.cpu(), clients, _agreement(total))
@@ -192,10 +193,11 @@ def _prune_by_solutions(
 def prune_request(
     job: Job, plan: Plan, config: Config, client: str, round_: int, block: int, sparsities: list[float]
 ) -> PruneBlock:
-    """What one client is asked of a block.
+    """The request to one client to prune a block.
 
     Args:
-        sparsities: the stage's, of each block.
+        sparsities: of each block, from :func:`~fedgrove.stages.prune.allocate.read_sparsities`; used if the allocation measures
+            blocks, else the client's own sparsity is.
     """
     assignment = plan.clients[client]
     client_sparsities = [assignment.sparsity] * len(sparsities) if not config.measures_blocks else sparsities
@@ -229,7 +231,7 @@ def prune_request(
 
 
 def _agreement(sums: WeightedSum) -> float | None:
-    """The fraction of positions on which all clients voted alike; None where they do not vote."""
+    """The fraction of positions at which all clients' masks agree; None if they send no masks."""
     if not isinstance(sums.weight, Tensor):
         return None
     alike = (sums.weight == 0) | (sums.weight == sums.clients)
@@ -244,7 +246,7 @@ def _told(run: RunFolder) -> Record:
 
 
 def _history(records: list[Record], stage: int, round_: int) -> list[Record]:
-    """A round in short: of each block the zeros, who is in it, and how far they agreed."""
+    """A summary of a round: for each block the zeros, the clients that contributed, and their agreement."""
     blocks: dict[int, list[Record]] = {}
     for record in records:
         blocks.setdefault(record["block"], []).append(record)

@@ -20,8 +20,10 @@ class Config(StageConfig):
     Attributes:
         kind: what the stage does.
         channels: the fraction of every block's MLP channels to cut, rounded down to whole ones.
-        heads: likewise for its groups of heads: a key-value head with the query heads that share it.
-        score: how much a channel or a group matters: "fisher" (squares of the change of the loss) or "taylor" (LLM-Pruner's).
+        heads: the fraction of every block's groups of heads to cut, rounded down to whole ones; a group is a key-value head
+            with the query heads that share it.
+        score: how the importance of a channel or group of heads is measured: "fisher" (squared changes of the loss) or "taylor"
+            (LLM-Pruner's score).
         samples: windows of text that each client calibrates on.
         length: tokens in a window.
     """
@@ -54,7 +56,7 @@ class Config(StageConfig):
     def check(self, job: Job, index: int) -> None:
         if index > 0:
             raise ValueError(
-                f'stages.{index}.kind: "{self.kind}" cuts the model that the clients have; make it the first stage'
+                f'stages.{index}.kind: "{self.kind}" needs the model that the clients have; make it the first stage'
             )
 
     def centralized(self, job: Job) -> Self:

@@ -75,9 +75,9 @@ def _backward(
     """The gradients of a block's inputs, window by window.
 
     Args:
-        pairs: a window's input of the block, and the gradient of its output.
-        groups: by linear that reads groups: the kind of group, and their number.
-        products: the results are appended to it, by kind.
+        pairs: for each window, the block's input and the gradient of L with respect to the block's output.
+        groups: by linear that reads groups, the kind of group and the number of groups.
+        products: the results of each window are appended to it, by kind.
     """
     with decoder.loaded(index) as block, _inputs(block, list(groups)) as inputs:
         for hidden, gradient in pairs:

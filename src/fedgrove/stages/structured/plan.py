@@ -1,4 +1,4 @@
-"""How wide the blocks become, and what it costs each client to say which channels and heads go."""
+"""The plan of structured pruning: how wide the blocks become, and what scoring channels and heads costs each client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Assignment(base.Assignment):
 
     Attributes:
         samples: windows that it calibrates on.
-        disk: bytes of hidden states.
+        disk: bytes of hidden states and gradients on its disk.
     """
 
     samples: int
@@ -30,12 +30,13 @@ class Assignment(base.Assignment):
 
 
 class Plan(base.Plan):
-    """A stage that cuts channels and heads, and what it takes. The widths are of every block.
+    """The plan of a stage that cuts channels and heads.
 
     Attributes:
-        queries: heads in a group.
-        parameters: of the model, before and after.
-        types: model_type before and after.
+        before, after: the widths of every block.
+        queries: query heads in a group.
+        parameters: number of parameters of the model, before and after.
+        types: model_type in config.json, before and after.
     """
 
     kind: Literal["structured"] = "structured"
@@ -54,17 +55,17 @@ class Plan(base.Plan):
 def make_plan(
     index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], secure: bool = False
 ) -> Plan:
-    """Decides the stage. Every client measures every block: gradients reach the first only through all others.
+    """Plans the stage. Every client scores every block, because gradients reach the first block only through all others.
 
     Args:
         index: the stage's place in the job.
-        decoder: the model before.
-        capabilities: what the clients said, by name.
-        secure: responses are masked, so they do not compress.
+        decoder: the model before the stage.
+        capabilities: the clients' capabilities, by name.
+        secure: whether responses are masked under secure aggregation; masked responses do not compress.
 
     Raises:
-        FedgroveError: no configuration of this architecture can say the result, a share is less than one group, or a client has
-            too little memory; names key or client.
+        FedgroveError: no configuration of this architecture can express the result, a fraction amounts to less than one group,
+            or a client has too little memory; names the key or the client.
     """
     before = width_of(decoder.checkpoint.config)
     gone = {"channels": math.floor(config.channels * before.channels), "heads": math.floor(config.heads * before.heads)}
@@ -73,7 +74,7 @@ def make_plan(
             groups = getattr(before, key)
             what = "channels" if key == "channels" else "groups of heads"
             raise FedgroveError(
-                f"stages.{index}.{key}: {share:g} of {groups} {what} is none", f"give {1 / groups:.2g} or more, or 0"
+                f"stages.{index}.{key}: {share:g} of {groups} {what} is less than one", f"give {1 / groups:.2g} or more, or 0"
             )
     after = Width(before.channels - gone["channels"], before.heads - gone["heads"])
     narrower = Decoder(decoder.checkpoint.over(width=after))
@@ -87,18 +88,18 @@ def make_plan(
     logits = config.length * cost.vocabulary
     memory = 4 * (cost.others + max(block + 3 * cost.saved, 5 * logits)) + 2**24
     num_groups = len(decoder) * (before.channels + before.heads)
-    upload = (8 if secure else 4) * num_groups + 1300 * len(decoder)  # numbers (measured on the shipped model), and names
+    upload = (8 if secure else 4) * num_groups + 1300 * len(decoder)  # per number (measured on the shipped model), and names
     assignments = {}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
             raise FedgroveError(
-                f"a block and its way back need {mebibytes(memory)} of memory, but it has "
+                f"the forward and backward pass of a block need {mebibytes(memory)} of memory, but the client has "
                 f"{mebibytes(client.memory)} (clients.memory)",
-                "lower length, or leave it out",
+                "lower length, or leave the client out",
                 client=name,
             )
         tokens = (client.samples or config.samples) * config.length
-        work = 2 * 3 * tokens * (len(decoder) * in_linears + cost.vocabulary * cost.width)  # there, again, and back
+        work = 2 * 3 * tokens * (len(decoder) * in_linears + cost.vocabulary * cost.width)  # forward, forward again, backward
         seconds = work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
         assignments[name] = Assignment(
             samples=client.samples or config.samples,

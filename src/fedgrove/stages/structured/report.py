@@ -19,7 +19,7 @@ DID = "structurally pruned"
 DOING = "structured pruning"
 FILES = ("structured.json",)
 TAGS: tuple[str, ...] = ()
-CARD = "Its blocks are narrower than those of the base model, all alike; `config.json` says how wide."
+CARD = "All blocks are narrower than those of the base model, by the same amount; `config.json` has their widths."
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -29,7 +29,7 @@ def describe(config: Mapping[str, Any]) -> str:
 
 
 def recipe(config: Mapping[str, Any]) -> str:
-    """The text of each client."""
+    """How much text each client uses."""
     return f"{config['samples']} windows of {config['length']} tokens from each client"
 
 
@@ -38,7 +38,7 @@ def limits(config: Mapping[str, Any]) -> str:
 
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
-    """What goes, and what it takes each client."""
+    """What is cut, and what the stage costs each client."""
     before, after = plan["parameters"]
     title = f"stage {plan['stage']}: structured pruning, score {config['score']}: {removed(plan)}"
     table = client_table(title, "client", "windows", "memory", "disk", "upload", "time")
@@ -61,8 +61,8 @@ def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
     if not result:
         return Outcome()
     before, after = result["parameters"]
-    left = f"which leaves {after / before:.1%} of its weights to store and to compute with"
-    return Outcome(f"it lost {removed(result)}, {left}")
+    left = f"which leaves {after / before:.1%} of the weights to store and to compute with"
+    return Outcome(f"{removed(result)} were removed, {left}")
 
 
 def figures(summary: Summary, stage: Stage) -> list[Figure]:
@@ -82,7 +82,7 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
     says = (
         "Whole channels of the MLPs and heads of the attention were removed: those that matter least to the loss on the "
         "clients’ text, the same number from every block, so that a plain config.json describes the model. Any program that "
-        f"loads it has fewer numbers to store and to compute with. {other_type(result['types'])}"
+        f"loads the model stores fewer weights and computes with fewer. {other_type(result['types'])}"
     )
     return [Section("width", "Narrower blocks", [Paragraph(says.strip()), Sheet(_widths(result))])]
 
@@ -98,13 +98,13 @@ def removed(plan: Mapping[str, Any]) -> str:
 
 
 def other_type(types: Sequence[str]) -> str:
-    """What to say where the result is described as another architecture than the model it came from; else nothing."""
+    """A sentence for the report if the result has another model type than the model before the stage; else empty."""
     before, after = types
     if before == after:
         return ""
     return (
-        f"It is written as type {after}, because a configuration of type {before} cannot say that many heads: the same "
-        "computation, tensor for tensor."
+        f"It is written as type {after}, because a configuration of type {before} cannot express this number of heads; the "
+        "tensors and the computation are the same."
     )
 
 
@@ -118,4 +118,4 @@ def _widths(result: Mapping[str, Any]) -> Table:
         ["bytes of the model", *result["bytes"]],
     ]
     columns = [Column(""), Column("before", whole), Column("after", whole), Column("left", "{:.3f}".format)]
-    return Table("width", "Every block is cut alike", columns, [[*row, ratio(row[2], row[1])] for row in rows])
+    return Table("width", "Every block is cut by the same amount", columns, [[*row, ratio(row[2], row[1])] for row in rows])

@@ -1,4 +1,4 @@
-"""The stage ``structured``: clients say what each channel and head is worth, and the server cuts as many out of every block."""
+"""The stage ``structured``: clients score channels and heads, and the server cuts the same number out of every block."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
-    """Cuts every block of a model by the plan, so that one plain config.json describes it.
+    """Cuts every block of a model to the plan's widths, so that one plain config.json describes the model.
 
-    The clients are asked once, for all blocks; their sum is a file in the run folder, and so is each block that was cut: a
-    stage that was killed goes on there.
+    Each client gets one request, for all blocks. The sum of the responses is a file in the run folder, and so is each block
+    that was cut, so an interrupted stage continues from these files.
 
     Returns:
-        The model with narrower blocks laid over it. ``RUN/structured.json`` records what was cut.
+        The model with the narrower blocks as an overlay. ``RUN/structured.json`` records what was cut.
     """
     run = federation.run
     file = _sums_file(run, plan)
     if not file.is_file():
-        run.phase(Phase("structured", "asking what each channel and head is worth", stage=plan.stage))
+        run.phase(Phase("structured", "measuring how much each channel and head matters", stage=plan.stage))
         clients, tokens, sums = _collect(model, plan, config, federation)
         save_tensors(sums, file, {"clients": json.dumps(clients), "tokens": str(tokens)})
     overlay = run.overlay(plan.stage, 0)
@@ -87,7 +87,7 @@ def alone(
     windows: Mapping[str, list[Tensor]],
     federation: Federation,
 ) -> Iterator[tuple[str, Losses]]:
-    """Cuts the model by one client's sums alone. The server has them, so nobody is asked."""
+    """Cuts the model by each client's own sums and measures it. The server has these sums, so clients get no request."""
     run = federation.run
     for number, client in enumerate(clients):
         what = f"what {client} would have had alone"
@@ -97,21 +97,24 @@ def alone(
 
 
 def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run: RunFolder) -> Checkpoint:
-    """The model as one client's sums alone would have it.
+    """The model cut by the sums of one client alone.
 
     Args:
-        model: as the stage began.
+        model: the model at the start of the stage.
+
+    Raises:
+        FedgroveError: the client sent no sums.
     """
     sums = _read_sums(_sums_file(run, plan), f"{client}/")
     if not sums:
-        raise FedgroveError("it sent no sums, so nothing is known of what it has alone (evaluate.alone)", client=client)
+        raise FedgroveError("it sent no sums, so its model alone cannot be measured (evaluate.alone)", client=client)
     overlay = run.path / "work" / f"stage-{plan.stage}" / "alone" / client
     _cut(model, plan, config, sums, overlay)
     return model.over(overlay, width=plan.after)
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
-    """A quarter of the channels and heads; nothing for architectures that cannot be cut."""
+    """For a quarter of the channels and heads; empty for architectures that cannot be cut."""
     config = Config(kind="structured", length=length)
     try:
         return {"cut channels and heads": float(make_plan(0, config, decoder, {"one": Capabilities()}).clients["one"].memory)}
@@ -120,7 +123,7 @@ def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
 
 
 class _Scores(IntegerSums):
-    """The clients' sums, and where it is wanted each client's part of them."""
+    """The sums over all clients and, for ``evaluate.alone``, the sums of each client."""
 
     def __init__(self, signed: bool, keep_parts: bool):
         super().__init__(lambda sums, replies: check_values(sums, signed, LARGEST))
@@ -134,7 +137,7 @@ class _Scores(IntegerSums):
 
 
 def _collect(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> tuple[list[str], int, Tensors]:
-    """Who is in the sum, of how many tokens, the sum, and each client's part of it where that is wanted."""
+    """The clients in the sums, their number of tokens, and the sums; for ``evaluate.alone`` also those of each client."""
     messages = {client: Message(score_request(plan, config, client, federation.job)) for client in plan.clients}
     scores = _Scores(score_of(config.score).SIGNED, federation.job.evaluate.alone)
     replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model, federation.device))
@@ -143,7 +146,7 @@ def _collect(model: Checkpoint, plan: Plan, config: Config, federation: Federati
 
 
 def score_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreGroups:
-    """What one client is asked."""
+    """The request to one client."""
     calibration = Calibration(
         stage=plan.stage,
         samples=plan.clients[client].samples,
@@ -162,7 +165,7 @@ def _cut(
     overlay: Path,
     run: RunFolder | None = None,
 ) -> list[dict[str, Any]]:
-    """Cuts every block that is not cut yet; gives which groups went."""
+    """Cuts every block that is not cut yet; returns for each block the indices of the groups that are cut."""
     decoder = Decoder(model)
     score = score_of(config.score)
     records: list[dict[str, Any]] = []
@@ -186,7 +189,7 @@ def _cut(
 
 
 def cut_block(decoder: Decoder, block: int, kept: Kept) -> dict[str, Tensor]:
-    """The tensors of a block with the groups that stay, in the form and under the names of the checkpoint."""
+    """The tensors of a block that change, with only the groups ``kept``; names and layout are those of the checkpoint."""
     config = decoder.checkpoint.config
     family, width, names = family_of(config), width_of(config), decoder.block_names(block)
     cut: dict[str, Tensor] = {}

@@ -1,1 +1,1 @@
-"""Fine-tuning with low-rank adapters: which weights, within which budget, how they are trained."""
+"""Fine-tuning: what is trained, how each client is configured within its budget, and how changes are aggregated."""

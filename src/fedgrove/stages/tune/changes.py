@@ -1,4 +1,4 @@
-"""The change of a linear's weight, in whatever form a parametrization gives it: what is trained, sent, summed and merged."""
+"""The change of a linear's weight: trained, sent, summed and merged. Its form depends on the parametrization."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Change(Protocol):
-    """A change of a weight (out, in). The server adds, scales and measures it without knowing its form."""
+    """A change of a weight (out, in). The server adds, scales and measures changes of any form by these methods."""
 
     @classmethod
     def of(cls, parts: Mapping[str, Tensor]) -> Self:
-        """From its tensors, by name of the part."""
+        """A change from its tensors, by name of the part."""
         ...
 
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors, by name of the part: what is sent and what is kept in files. Empty where nothing changes."""
+        """The tensors of the change, by name of the part, as they are sent and stored. Empty if nothing changes."""
         ...
 
     def plus(self, *others: Self) -> Self:
@@ -30,15 +30,15 @@ class Change(Protocol):
         ...
 
     def compress(self, rank: int | None = None) -> Self:
-        """The same change, or the nearest of at most ``rank`` terms where the form has terms."""
+        """The same change, or for low-rank forms its best approximation of at most ``rank`` terms."""
         ...
 
     def norm(self) -> float:
-        """Its Frobenius norm."""
+        """The Frobenius norm of the change."""
         ...
 
     def numel(self) -> int:
-        """Numbers of the weight that it changes."""
+        """The number of entries of the change, for its mean square; 1 for no change."""
         ...
 
 
@@ -50,25 +50,25 @@ class State(Generic[C]):
     """A linear's change at the server.
 
     Attributes:
-        live: what clients train on.
-        frozen: what has become part of the base.
+        live: the part that clients continue to train.
+        frozen: the part that clients no longer train.
     """
 
     live: C
     frozen: C
 
     def total(self) -> C:
-        """The change of the weight."""
+        """The complete change of the weight."""
         return self.frozen.plus(self.live)
 
 
 @dataclass(frozen=True)
 class Start(Generic[C]):
-    """What a client begins with.
+    """The change of a linear's weight with which a client starts a round.
 
     Attributes:
-        own: what it trains.
-        rest: the remainder of the change, which it computes with and does not touch.
+        own: the part that the client trains.
+        rest: the remaining part, which is added in the forward pass and not trained.
     """
 
     own: C

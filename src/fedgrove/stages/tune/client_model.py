@@ -1,4 +1,4 @@
-"""What every request of a tuning stage has in common: which model a client tunes, and on which windows."""
+"""What all requests of a tuning stage have in common: which model a client tunes, and on which windows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class TuneRequest(Request):
     """A request that needs the model of a tuning stage.
 
     Attributes:
-        parts: files that :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights` brought before.
-        width: of the blocks, where they are narrower than the client's own copy.
+        parts: how many files the client has stored for :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights`.
+        width: of the blocks, if they are narrower than those of the client's own copy of the model; else None.
         bits: of each frozen weight.
         length: tokens of a window.
-        seed: the stage's.
-        personal: the fraction of the windows that the client holds out.
+        seed: of the stage.
+        personal: the fraction of its windows that the client holds out.
     """
 
     parts: int
@@ -35,7 +35,11 @@ class TuneRequest(Request):
     personal: float
 
     def model_and_windows(self, client: LocalClient, device: str) -> tuple[Decoder, Tensor, Tensor]:
-        """The model with nothing in it yet, and this client's windows: token ids and labels."""
+        """The model without adapters, and this client's windows: token ids and labels, (windows, length) each.
+
+        Raises:
+            FedgroveError: the files of :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights` are missing.
+        """
         folder = base_folder(client, self.stage)
         if len(list(folder.glob("part-*.safetensors"))) < self.parts:
             raise client.error("its working files are gone; continue the run with --resume")
@@ -50,10 +54,10 @@ class TuneRequest(Request):
 
 
 def base_folder(client: LocalClient, stage: int) -> Path:
-    """Where a client keeps what earlier stages changed."""
+    """Where a client stores the weights that earlier stages changed."""
     return client.folder / f"base-{stage}"
 
 
 def best_folder(client: LocalClient, stage: int) -> Path:
-    """Where a client keeps its own best change."""
+    """Where a client stores its own best change."""
     return client.folder / f"best-{stage}"

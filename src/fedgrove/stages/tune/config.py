@@ -28,7 +28,8 @@ class Config(StageConfig):
             the weakest can hold. Default: "fedpipe" for "lora", else "uniform".
         parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the
             weights.
-        trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: what ``epsilon`` needs.
+        trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: "dp_sgd" if ``epsilon`` protects windows,
+            else "sgd".
         aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", else "fedavg".
         method: a short form: the name of a planner, or of a parametrization with the planner "uniform".
         rounds: how often the clients train and the server combines their changes.
@@ -41,7 +42,8 @@ class Config(StageConfig):
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
         optimizer: the clients'; its state is reset in every round.
         max_grad_norm: clips a client's gradient to this norm; 0: no clipping.
-        alpha: LoRA's α: an adapter is scaled by α/r; default: 2 at the largest of ``ranks``, and ∝ 1/√r below it.
+        alpha: LoRA's α: an adapter is scaled by α/r. Default: the scale is 2 at the largest of ``ranks``, and ∝ 1/√r
+            below it.
         deadline: seconds that a client may compute and send in a round (modeled); default: what the slowest client needs for
             the smallest batch at the smallest ranks. Only "fedpipe" uses it.
         upload_price: the price of sending all linears at the largest rank; that rank everywhere is worth 1, and so is the
@@ -101,7 +103,7 @@ class Config(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, value: Any) -> Any:
-        """Expands ``method``, and fills in what follows from the other keys, so that a job says what it does."""
+        """Expands ``method`` and fills in the defaults that depend on other keys, so that the saved job is complete."""
         if not isinstance(value, dict):
             return value
         filled = dict(value)
@@ -143,49 +145,47 @@ class Config(StageConfig):
             raise ValueError(f'parametrization "{self.parametrization}" has no adapters: leave personal out')
         if not takes.SERVER_OPTIMIZERS and (self.server_optimizer != "average" or self.server_lr is not None):
             key = "server_lr" if self.server_optimizer == "average" else f'server_optimizer "{self.server_optimizer}"'
-            raise ValueError(f'{key} works on changes that aggregation = "flexlora" or "fedavg" makes')
+            raise ValueError(f'{key} needs aggregation = "flexlora" or "fedavg"')
         if self.precision == "fixed" and not (takes.SHARED_A or what.RELATIVE):
-            raise ValueError(
-                'precision "fixed": fixed-point numbers add up where all share one factor; set aggregation = "ffa_lora"'
-            )
+            raise ValueError('precision "fixed": LoRA changes add up only if all clients share A; set aggregation = "ffa_lora"')
         if self.epsilon is not None:
             self._check_private(what, planner)
         elif self.trainer_method.PRIVATE:
-            raise ValueError(f'trainer "{self.trainer}" adds noise: give epsilon beside it')
+            raise ValueError(f'trainer "{self.trainer}" adds noise: set epsilon as well')
         return self
 
     def _check_private(self, what: Parametrization, planner: Planner) -> None:
         if planner.NEEDS_IMPORTANCE:
-            raise ValueError(f'epsilon: the scores by which "{self.planner}" plans have no noise; set method = "lora"')
+            raise ValueError(f'epsilon: planner "{self.planner}" needs scores, which get no noise; set method = "lora"')
         if not what.PRIVATE:
-            raise ValueError(f'epsilon: what parametrization "{self.parametrization}" trains has no noise; set method = "lora"')
+            raise ValueError(f'epsilon: "{self.parametrization}" cannot be trained with noise; set method = "lora"')
         if self.personal:
-            raise ValueError("epsilon: the losses by which adapters are chosen have no noise; leave personal out")
+            raise ValueError("epsilon: personal adapters are chosen by losses, which get no noise; leave personal out")
         if self.dp_unit == "client" and self.precision != "fixed":
-            raise ValueError(f"epsilon: the noise is on a sum of changes; set {self._fixed_keys} beside it")
+            raise ValueError(f"epsilon: the noise is added to fixed-point numbers; set {self._fixed_keys}")
         if (self.dp_unit == "window") != self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" does not protect a {self.dp_unit}; leave trainer out')
 
     @property
     def aggregation_method(self) -> Aggregation:
-        """The aggregation's file."""
+        """The module of the aggregation."""
         return aggregation_of(self.aggregation)
 
     @property
     def trainer_method(self) -> Trainer:
-        """The trainer's file."""
+        """The module of the trainer."""
         return trainer_of(self.trainer)
 
     @property
     def _fixed_keys(self) -> str:
-        """The keys by which clients send fixed-point numbers."""
+        """The keys that make clients send fixed-point numbers."""
         if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
             return 'precision = "fixed"'
         return 'aggregation = "ffa_lora" and precision = "fixed"'
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """Of the adapters on the wire; with "fixed", on their way down."""
+        """The dtype of changes in messages; with precision "fixed", of those that the server sends."""
         return "float32" if self.precision == "fixed" else self.precision
 
     def training_length(self) -> int | None:
@@ -202,10 +202,13 @@ class Config(StageConfig):
         if self.precision != "fixed":
             raise ValueError(f"{at}: only fixed-point numbers can be summed securely; set {self._fixed_keys}")
         if self.personal:
-            raise ValueError(f"{at}.personal: its losses are not summed; set it to 0")
+            raise ValueError(f"{at}.personal: its losses cannot be summed securely; set it to 0")
 
     def centralized(self, job: Job) -> Self:
-        """As many steps as all clients take together, each on the largest batch at the largest ranks, without a planner."""
+        """The same stage with all text in one place: as many steps per round as all clients together, and no noise.
+
+        Planner "uniform" gives it the largest batch at the largest ranks.
+        """
         changes = {
             "planner": "uniform", "trainer": "sgd", "aggregation": parametrization_of(self.parametrization).AGGREGATION,
             "steps": self.steps * len(job.clients), "server_optimizer": "average", "server_lr": None, "precision": "float32",

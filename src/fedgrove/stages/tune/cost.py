@@ -1,8 +1,8 @@
 """What a configuration costs a client in memory, time and bytes, and the best configuration within its budget.
 
-FedPipe (arXiv 2404.06448) chooses each client's batch size, ranks and bits with a mixed-integer linear program. Its text was
-not available: using such a program over these variables is from the paper; the cost model, the gain and the linear
-formulation are ours.
+FedPipe (arXiv 2404.06448) chooses each client's batch size, ranks and bits with a mixed-integer linear program. The
+text of the paper was not available. From the paper: such a program over these variables. Ours: the cost model, the gain
+and the linear formulation.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ def full_memory(cost: ModelCost, micro: int) -> float:
 def window_operations(cost: ModelCost, space: SearchSpace) -> float:
     """Floating-point operations of one window's forward and backward pass, without trained adapters.
 
-    Two per weight and token in the forward pass and two in the backward pass (frozen weights need no gradient), the same for
-    the head, plus the attention products. On a pruned model the masked product of the factors costs a second linear, and its
-    gradient a third.
+    Two per weight and token in the forward pass and two in the backward pass (frozen weights need no gradient), the
+    same for the head, plus the attention products and the low-rank change that is not trained. On a pruned model the
+    factors of that change are multiplied and masked instead: two operations per weight and token in the forward pass,
+    four in the backward pass, and eight per weight and rank for the product and its gradients.
     """
     tokens, weights = cost.length, cost.parameters + cost.width * cost.vocabulary
     attention = 2 * 2 * cost.length**2 * cost.width * cost.num_blocks
@@ -209,7 +210,9 @@ def check_feasible(cost: ModelCost, space: SearchSpace, budget: Budget) -> None:
         )
     needed = seconds(cost, space, budget, config)
     if needed > budget.seconds:
-        raise Infeasible(f"the smallest configuration takes {needed:.3g} s a round, but deadline is {budget.seconds:.3g} s")
+        raise Infeasible(
+            f"the smallest configuration takes {needed:.3g} s a round, but deadline is {budget.seconds:.3g} s; raise deadline"
+        )
 
 
 def best(

@@ -1,13 +1,14 @@
-"""Changes as fixed-point numbers: their sum is exact, can be taken under masks, and takes noise.
+"""Changes as fixed-point numbers: their sum is exact, can be computed under secure aggregation, and can get noise.
 
-Where what a round changed adds up (with one A for all, or with tensors that are averaged as they are), the mean of the clients'
-changes is a plain sum. Here it is a sum of integer multiples of 2⁻²⁴ of (weight · what changed) in 32-bit words: the same bits
-in the open and under secure aggregation, whoever is added first. Weights are public and add up to at most one, so the sum needs
-no
-more room than one client. Everybody sends the columns that the widest client trains, those that it does not train as zeros:
-shapes reveal nothing. The loss, and the scores of the linears, go the same way.
+If the changes of a round can be added (LoRA with one A shared by all clients, or tensors that are averaged directly),
+the mean of the clients' changes is a weighted sum. Each client encodes weight · change as int32 multiples of 2⁻²⁴. The
+sum has the same bits in the open and under secure aggregation, in any order of the clients. Weights are public and add
+up to at most 1, so the sum needs no more bits than one client's numbers. Every client sends as many columns as the
+client with the largest rank, with zeros for those that it does not train, so shapes reveal nothing. The loss and the
+scores of the linears are summed in the same way.
 
-FFA-LoRA (arXiv 2403.12313) names exact means and privacy as what one frozen factor is good for; words and weights are ours.
+From FFA-LoRA (arXiv 2403.12313): freezing one factor makes the mean exact and suits differential privacy. Ours: the
+fixed-point numbers and the weights.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
 from fedgrove.rounds.request import CHANGE, Tensors
 from fedgrove.rounds.wire import WireError
 
-BITS = 24  # after the point
-LARGEST = 64  # of any number before it is weighted
+BITS = 24  # after the binary point
+LARGEST = 64  # every |value| must be smaller, before it is multiplied by the weight
 CODE = FixedPoint(BITS, torch.int32, toward_zero=True)
 LOSS = "loss"
 
@@ -34,10 +35,10 @@ class ClientNoise(BaseModel):
     """Differential privacy of a whole client: its change is clipped, and the sum of a round gets noise.
 
     Attributes:
-        epsilon, delta: what all rounds together may spend.
-        clip: the largest norm of a client's change.
-        rounds: how many there are.
-        adders: clients that share the noise, under secure aggregation; 0: the server adds it.
+        epsilon, delta: the privacy budget of all rounds together.
+        clip: the largest L2 norm of a client's change; larger changes are scaled down.
+        rounds: number of rounds that the budget is for.
+        adders: the smallest number of clients in a secure sum, who share the noise; 0: the server adds it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,22 +50,22 @@ class ClientNoise(BaseModel):
     adders: int
 
     def mechanism(self, weight: float) -> GaussianMechanism:
-        """Both halves: clip and add a share at the client, or add all of the noise at the server.
+        """The mechanism for both sides: the client clips and adds its share of the noise, or the server adds all of it.
 
         Args:
-            weight: of a client in the sum.
+            weight: of one client in the sum.
         """
         multiplier = gaussian_noise_multiplier(self.epsilon, self.delta, self.rounds)
         return GaussianMechanism(self.clip, multiplier, self.adders, weight=weight, bits=BITS)
 
 
 class FixedPointChanges(BaseModel):
-    """What a client that sends fixed-point numbers needs to know.
+    """The settings of a client that sends fixed-point numbers.
 
     Attributes:
-        weight: its weight in the sum; those of all clients add up to one at most.
-        widest: by linear, the columns to send.
-        noise: that protects a client; None: none.
+        weight: the client's weight in the sum; the weights of all clients add up to at most 1.
+        widest: by linear, the largest rank of any client; with LoRA, how many columns to send.
+        noise: the noise that protects a client; None: no noise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,10 +76,10 @@ class FixedPointChanges(BaseModel):
 
 
 def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:
-    """A client's numbers, weighted, as int32; rounded towards zero, so that no norm grows.
+    """Encodes weight · value as int32 multiples of 2⁻²⁴, rounded towards zero so that no norm grows.
 
     Args:
-        values: by name.
+        values: by name, any shapes, floats.
         weight: the client's weight in the sum.
 
     Raises:
@@ -86,15 +87,15 @@ def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:
     """
     for name, value in values.items():
         if not (value.abs() < LARGEST).all():
-            raise OutOfRange(f"{name}: what it learnt is not finite or past {LARGEST}; lower learning_rate")
+            raise OutOfRange(f"{name}: its change is not finite, or not below {LARGEST}; lower learning_rate")
     return {CHANGE + name: CODE.encode(value.double() * weight) for name, value in values.items()}
 
 
 def check(tensors: Mapping[str, Tensor], weight: float) -> None:
-    """Refuses numbers that no client of that weight, or no sum of such clients, can have sent.
+    """Checks that no number is larger than a client of this weight, or clients of this total weight, can send.
 
     Raises:
-        WireError: one is too large.
+        WireError: a number is too large.
     """
     for name, tensor in tensors.items():
         if (tensor.long().abs() > weight * LARGEST * 2.0**BITS).any():
@@ -102,11 +103,11 @@ def check(tensors: Mapping[str, Tensor], weight: float) -> None:
 
 
 def mean(total: Tensor, weight: Tensor | float) -> Tensor:
-    """Σ weight·value / Σ weight in float64 from the sum of what :func:`encode` made; 0 where nobody has weight.
+    """Σ weight·value / Σ weight in float64; 0 where Σ weight is 0.
 
     Args:
-        total: fixed-point numbers.
-        weight: of those who are in the sum: one number, or one for each column.
+        total: the sum of the clients' results of :func:`encode`.
+        weight: Σ weight over the clients in the sum: one number, or one per column.
     """
     value = CODE.decode(total)
     weight = torch.as_tensor(weight, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The frozen model of a client that tunes: whole in memory, its linears in few bits."""
+"""The frozen model of a client that tunes: completely in memory, with quantized linears."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from fedgrove.models.blocks import Decoder, as_matrix, linears
 
 
 def load(decoder: Decoder, bits: int) -> nn.Module:
-    """A decoder's whole model, frozen, its linears in that many bits.
+    """Loads a decoder's full model, frozen, with weights of ``bits`` bits.
 
-    32 and 16 are float32 and bfloat16, for all weights. 8 (LLM.int8) and 4 (NF4) are bitsandbytes', for the linears of the
-    blocks; the ends and norms are bfloat16. Zero is a code of both, so pruned weights stay zero.
+    32 and 16 mean float32 and bfloat16 for all weights. 8 (LLM.int8) and 4 (NF4) are bitsandbytes' formats for the
+    linears of the blocks; all other weights are bfloat16. Both formats represent zero exactly, so pruned weights stay
+    zero.
+
+    Args:
+        bits: 32, 16, 8 or 4.
 
     Raises:
-        FedgroveError: 8 or 4 bits without bitsandbytes.
+        FedgroveError: 8 or 4 bits, but bitsandbytes is not installed.
     """
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or leave it out of bits")
+        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or remove it from bits")
 
     def change(part: nn.Module) -> None:
         for parameter in part.parameters():
@@ -36,7 +40,7 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
                 setattr(part.get_submodule(owner), leaf, _quantized(module, bits, dtype, decoder.device))
 
     model = decoder.load_all(change)
-    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):  # how peft knows what it puts its adapters on
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):  # peft chooses its adapter classes by these flags
         setattr(model, flag, flag == f"is_loaded_in_{bits}bit")
     return model.requires_grad_(False)
 
@@ -60,5 +64,5 @@ def _quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.d
 
 
 def hush() -> None:
-    """Silences bitsandbytes, which peft imports where it is installed and which logs its wishes on import."""
+    """Silences bitsandbytes, which logs warnings on import; peft imports it if it is installed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The result of tuning as a PEFT adapter, beside the merged model."""
+"""Writes the result of tuning as a PEFT adapter, in addition to the merged model."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from fedgrove.stages.tune.frozen import hush
 def write_lora(
     out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """Writes what tuning changed as a LoRA adapter that plain peft loads.
+    """Writes the changes as a LoRA adapter that plain peft loads: float32 factors, ``adapter_config.json`` and a card.
 
-    Each linear keeps the rank that its change has (no approximation), with α = rank, so that peft scales it by 1.
+    Each linear keeps the full rank of its change (no approximation), with α = rank, so that peft scales it by 1.
 
     Args:
-        out: the folder; replaced if it is there.
+        out: the folder; an existing one is replaced.
         changes: by linear.
-        base: the model that the job names; title: of the adapter's card.
-        pruned: the model has zeros that the adapter would refill; its card then says so.
-        changed: earlier stages changed the model, so that the base is not the one that the job names.
+        base: the model that the job names.
+        title: the title of the adapter's card.
+        pruned: the model has zeros that the adapter would refill; the card then warns about this.
+        changed: earlier stages changed the model, so the adapter does not fit the model that the job names.
+
+    Returns:
+        False if all changes have rank 0; then nothing is written.
     """
     hush()
     from peft import LoraConfig
@@ -59,7 +63,7 @@ def write_lora(
         save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         (partial / "README.md").write_text(_card(base, title, pruned, changed), encoding="utf-8")
         settings = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
-        settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set, in any order
+        settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set: its order is random
         (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return True
 
@@ -69,11 +73,11 @@ def _card(base: str, title: str, pruned: bool, changed: bool) -> str:
     if pruned:
         use = (
             "**Do not load this adapter: the result is the merged model.** The model was tuned under the mask of its "
-            "pruned weights. A plain adapter adds its whole product, and would refill every zero that pruning made. These "
-            "are the factors before the mask, for the record."
+            "pruned weights. A plain adapter adds its unmasked product, which would refill every zero that pruning made. "
+            "This folder records the factors before masking."
         )
     elif changed:
-        use = "Load it on the model that the stages before tuning made, not on the base model that the job names."
+        use = "Load it on the model that the stages before tuning produced, not on the base model that the job names."
     else:
         use = f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), DIR)` gives the tuned model."
     return f"---\nlibrary_name: peft\nbase_model: {base}\n---\n# {title}\n\n{use}\n"

@@ -1,4 +1,4 @@
-"""Personal adapters: a client keeps what was best on text of its own that it did not train on. Only two losses are sent."""
+"""Personal adapters: a client keeps the adapter with the lowest loss on its held-out text. Only two losses are sent."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from fedgrove.stages.tune.changes import Change
 from fedgrove.stages.tune.parametrizations import Parametrization
 from fedgrove.stages.tune.training import loss_sum, pieces
 
-MOST = 32  # windows held out, at most: measuring them twice a round must not cost more than training
+MOST = 32  # windows held out, at most: measuring their loss in every round must not cost more than training
 Windows = tuple[Tensor, Tensor]
 
 
 def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, Windows | None]:
-    """Windows to train on, and windows to choose by, spread evenly over a client's text.
+    """Splits a client's windows into those to train on and those to choose an adapter by, spread evenly over its text.
 
     Args:
         ids, labels: (windows, length).
-        share: of all windows; 0 holds out none.
+        share: the fraction of the windows to hold out, at most ``MOST`` windows; 0: none.
 
     Returns:
-        The two; no second one where nothing is asked for, or where one of them would be empty or hold nothing to be learnt.
+        Both sets, as (ids, labels). The second is None, and the first is all windows, if either set would be empty or
+        the held-out labels are all ``IGNORED``.
     """
     number = min(MOST, round(share * len(ids)))
     if not 0 < number < len(ids):
@@ -42,7 +43,7 @@ def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, Window
 
 
 def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
-    """The mean loss of a learnt token; ``micro`` windows at once."""
+    """The mean loss per token whose label is not ``IGNORED``, in nats; ``micro`` windows at once."""
     ids, labels = windows
     model.eval()
     with torch.no_grad():
@@ -51,13 +52,14 @@ def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
 
 
 def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mapping[str, Change], begin: bool) -> None:
-    """Keeps a trained change where it is better than the one that is kept.
+    """Stores a trained change if its loss is lower than that of the stored one.
 
     Args:
-        folder: the client's own.
+        folder: on the client's own disk.
         method: the parametrization of the changes.
-        changes: by linear: everything that the client computed with.
-        begin: this is the first round; what an earlier run left there goes.
+        loss: on the client's held-out windows.
+        changes: by linear, the complete change that the client's model had; stored as float32.
+        begin: True in the first round: files of an earlier run are deleted.
     """
     if begin:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +71,7 @@ def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mappi
 
 
 def best(folder: Path, method: Parametrization) -> tuple[float, dict[str, Any]] | None:
-    """The kept change of each linear, and its loss; None where nothing is kept."""
+    """The loss of the stored change, and the change of each linear; None if nothing is stored."""
     if not _file(folder).is_file():
         return None
     parts: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Who tunes what: a configuration for each client, by what it has. Plain data, the same whenever it is made again."""
+"""The plan of a tuning stage: each client's configuration, by its capabilities. The same inputs give the same plan."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class Assignment(base.Assignment):
 
     Attributes:
         bits: of each frozen weight.
-        batch: windows of an optimizer step; micro: windows computed at once, on each device.
-        ranks: by linear, of those that it trains; 1 for parametrizations without ranks.
-        tokens: of its text: its weight in the sum.
-        download: bytes; upload, likewise, of a round.
-        compute: seconds; ``seconds``: computing and sending, both ways, in a round.
-        devices: that share the windows of a step.
+        batch: windows of an optimizer step.
+        micro: windows computed at once on each device (the micro-batch).
+        ranks: by linear, for those that the client trains; 1 for parametrizations without ranks.
+        tokens: of the client's text: its weight in the sum.
+        download: bytes in a round; ``upload`` is also of one round.
+        compute: seconds of computation in a round; ``seconds`` also contains download and upload.
+        devices: number of devices that share the windows of a step.
     """
 
     bits: int
@@ -53,18 +54,18 @@ class Assignment(base.Assignment):
 
 
 class Plan(base.Plan):
-    """A tuning stage and who does what in it, from round ``since`` on.
+    """The clients' assignments from round ``since`` on.
 
     Attributes:
-        planner, parametrization: of the stage.
-        since: the round from which the plan is in force.
-        rounds: of the stage.
-        rank: the largest of any client and linear.
-        deadline: seconds of a round that were aimed at; None: none.
-        total: modelled seconds of all rounds and of measuring the importance, as if this plan stayed in force.
-        importance: of each linear, together 1.
-        capabilities: what the clients said, by name: why each was given what it was given.
-        noise: where windows are protected: of each client, in units of the clipping norm.
+        planner, parametrization: names.
+        since: the first round in which the plan is in force.
+        rounds: number of rounds of the stage.
+        rank: the largest rank of all clients and linears.
+        deadline: seconds that the planner allowed for a round; None: no deadline.
+        total: modelled seconds of all rounds and of measuring the importance, if this plan stays in force.
+        importance: of each linear; adds up to 1.
+        capabilities: by client; the assignments follow from them.
+        noise: by client, the noise multiplier of DP-SGD, in units of the clipping norm; empty without DP-SGD.
     """
 
     kind: Literal["tune"] = "tune"
@@ -81,18 +82,18 @@ class Plan(base.Plan):
     noise: dict[str, float]
 
     def widest(self) -> dict[str, int]:
-        """The largest rank that any client has of each linear that is tuned."""
+        """By linear, the largest rank of any client; only linears that are tuned."""
         return {name: max(s.ranks.get(name, 0) for s in self.clients.values()) for name in self.tuned()}
 
     def weights(self, alike: bool) -> dict[str, float]:
-        """Public weights that add up to one: by the tokens that clients said they have, or ``alike`` for all."""
+        """The clients' public weights, which add up to 1: proportional to reported tokens, or equal if ``alike``."""
         if alike:
             return dict.fromkeys(self.clients, 1 / len(self.clients))
         everything = sum(assignment.tokens for assignment in self.clients.values())
         return {name: assignment.tokens / everything for name, assignment in self.clients.items()}
 
     def tuned(self) -> list[str]:
-        """The linears that some client tunes, in order."""
+        """The linears that at least one client tunes, in the model's order."""
         return [name for name in self.importance if any(name in s.ranks for s in self.clients.values())]
 
     def uploads(self) -> int:
@@ -101,7 +102,7 @@ class Plan(base.Plan):
 
 
 def even(cost: ModelCost) -> dict[str, float]:
-    """The importance before anything was measured: the same for all linears."""
+    """The importance before it is measured: the same for all linears."""
     return dict.fromkeys(cost.linears, 1 / len(cost.linears))
 
 
@@ -115,24 +116,27 @@ def make_plan(
     together: Callable[[int], int] = lambda clients: 1,
     secure: bool = False,
 ) -> Plan:
-    """Gives each client a configuration: that of the stage's planner.
+    """Makes the plan of a stage: the stage's planner chooses each client's configuration.
 
     Args:
-        index: the stage's place in the job.
+        index: of the stage in the job.
         cost: of the model.
-        capabilities: what the clients said, by name.
-        importance: of each linear, together 1.
-        together: of so many clients, how many must train a column of an adapter: its sum shall not be one client's.
+        capabilities: by client.
+        importance: of each linear; adds up to 1.
+        since: the first round in which the plan is in force.
+        together: given the number of clients, how many of them must train each column of an adapter, so that no sum
+            reveals a single client, even if some drop out; only used if ``secure``.
         secure: sums are taken under secure aggregation.
 
     Raises:
-        FedgroveError: nobody can take part; names one client and the smallest budget that would do.
+        FedgroveError: no client can take part (names one client and what it lacks), a rank is larger than a linear
+            allows, too few clients train the same linear for secure aggregation, or ``epsilon`` needs too much noise.
     """
     method, planner = parametrization_of(config.parametrization), planner_of(config.planner)
     for name, shape in cost.linears.items():
         if method.RANKED and config.ranks[-1] > min(shape):
             raise FedgroveError(
-                f"stages.{index}.ranks: {config.ranks[-1]} is more than {name} has ({shape[0]}×{shape[1]})",
+                f"stages.{index}.ranks: {config.ranks[-1]} is too large for {name} ({shape[0]}×{shape[1]})",
                 f"give {min(min(shape) for shape in cost.linears.values())} at most",
             )
     number = wire.estimate(1000, 0.0, getattr(torch, config.dtype)) / 1000
@@ -142,7 +146,7 @@ def make_plan(
     configs = choice.configs
     if not configs:
         name, why = min(choice.left_out.items())
-        raise FedgroveError(f"{why} (and nobody else can take part either)", client=name)
+        raise FedgroveError(f"{why} (and no other client can take part either)", client=name)
     if secure:
         configs = _together(configs, together(len(configs)))
     rank = max(rank for one in configs.values() for rank in one.ranks.values())
@@ -184,10 +188,10 @@ def _assignments(
     configs: Mapping[str, ClientConfig],
     kept: Mapping[str, int],
 ) -> dict[str, Assignment]:
-    """What each client's configuration costs it.
+    """The assignments: each client's configuration and its cost.
 
     Args:
-        kept: by linear, the largest rank of any client: what goes down.
+        kept: by linear, the largest rank of any client, which determines the download.
     """
     down = space.number * method.numbers(cost, kept)
     assignments = {}
@@ -215,7 +219,7 @@ def _assignments(
 
 
 def _discloses(config: Config, method: Parametrization) -> frozenset[Disclosure]:
-    """What a client's responses reveal about its text, over the whole stage."""
+    """What a client's responses reveal about its text in the whole stage."""
     disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None:
         disclosed |= {Disclosure.LOSS}
@@ -225,15 +229,15 @@ def _discloses(config: Config, method: Parametrization) -> frozenset[Disclosure]
 
 
 def _together(choices: Mapping[str, ClientConfig], enough: int) -> dict[str, ClientConfig]:
-    """Lowers ranks until every column is trained by enough clients: what one alone adds to would not be hidden by the sum."""
+    """Lowers ranks so that ``enough`` clients train every column: a sum must not reveal the change of one client."""
     most: dict[str, int] = {}
     for name in {name for choice in choices.values() for name in choice.ranks}:
         ranks = sorted((choice.ranks.get(name, 0) for choice in choices.values()), reverse=True)
         most[name] = ranks[enough - 1] if len(ranks) >= enough else 0
     if not any(most.values()):
         raise FedgroveError(
-            f"privacy.secure_aggregation: {len(choices)} clients can tune, and no linear is given to {enough} of them, which "
-            "it takes to hide one (privacy.min_group)",
+            f"privacy.secure_aggregation: {len(choices)} clients can tune, but no linear is assigned to {enough} of them, "
+            "the number needed to hide one client in a sum (privacy.min_group)",
             'set method = "lora", or lower privacy.min_group',
         )
     return {
@@ -263,7 +267,7 @@ def _notes(config: Config, clients: int, secure: bool) -> list[str]:
     sigma = gaussian_noise_multiplier(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
     if sigma > fixed_point.LARGEST / 16:
         raise FedgroveError(
-            f"epsilon: every number would get noise of {sigma:.3g}, which is more than the sum can hold",
+            f"epsilon: every number would get noise of {sigma:.3g}, which is too large for the fixed-point sum",
             "raise epsilon, or lower dp_clip or rounds",
         )
     adders = min_survivors(clients)
@@ -271,7 +275,7 @@ def _notes(config: Config, clients: int, secure: bool) -> list[str]:
 
 
 def worth(plan: Plan, config: Config, importance: Mapping[str, float]) -> float:
-    """What a plan's ranks would be worth under another importance; see :func:`fedgrove.stages.tune.cost.gain`."""
+    """Σ importance·gain(rank) over clients and linears; for gain see :func:`fedgrove.stages.tune.cost.gain`."""
     return sum(
         importance[name] * costs.gain(rank, config.ranks[-1])
         for assignment in plan.clients.values()
@@ -282,7 +286,7 @@ def worth(plan: Plan, config: Config, importance: Mapping[str, float]) -> float:
 def importance_seconds(
     assignments: Mapping[str, Assignment], config: Config, cost: ModelCost, capabilities: Mapping[str, Capabilities]
 ) -> dict[str, float]:
-    """Seconds of computing until each client has measured the importance."""
+    """Seconds of computation that each client needs to score the linears."""
     space = SearchSpace(config.bits, config.batches, config.ranks, config.importance_steps)
     ranks = dict.fromkeys(cost.linears, RANK)
     return {

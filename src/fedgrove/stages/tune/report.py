@@ -23,8 +23,8 @@ DOING = "tuning"
 FILES: tuple[str, ...] = ()
 TAGS: tuple[str, ...] = ()
 CARD = ""
-MOST_COLUMNS = 8  # the ranks of more clients than this share three columns: lowest, mean, highest
-TRAINED = {"FACTORS": "low-rank adapters", "CHANGES": "whole matrices", "SCALES": "scales of channels"}  # by what is sent
+MOST_COLUMNS = 8  # for more clients the table shows the lowest, mean and highest rank instead of one column per client
+TRAINED = {"FACTORS": "low-rank adapters", "CHANGES": "whole matrices", "SCALES": "scales of channels"}  # by disclosure
 IMPORTANCE = "importance/"
 
 
@@ -43,7 +43,7 @@ def limits(config: Mapping[str, Any]) -> str:
 
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
-    """What each client has, and what it is given in a round."""
+    """Each client's capabilities and its assignment in a round."""
     deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
     how = f"{plan['parametrization']}, planner {plan['planner']}{deadline}"
     title = f"stage {plan['stage']}: tune {how}; each client, in a round"
@@ -60,17 +60,17 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
             megabytes(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
     left_out = [Text(f"{client} is left out: {why}") for client, why in sorted(plan["left_out"].items())]
-    total = Text(f"All rounds together take {plan['total']:,.1f} s of the clients' own time, modeled from their capabilities.")
+    total = Text(f"All rounds together take {plan['total']:,.1f} s on the clients' machines, modeled from their capabilities.")
     return Group(table, total, *left_out)
 
 
 def result_tables(stage: Stage) -> list[RenderableType]:
-    """The plan: clients were given what they had measured, so it may differ from the one that was shown before the run."""
+    """The plan in force. It depends on measured importance, so it may differ from the plan before the run."""
     return [plan_table(stage.plan, stage.config)] if stage.plan else []
 
 
 def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
-    """What was trained."""
+    """What was trained, and in how many rounds."""
     rounds = f" in {plural(stage.config['rounds'], 'round')}" if "rounds" in stage.config else ""
     return Outcome(f"{trained(stage.plan)} were trained{rounds} and merged into it")
 
@@ -80,7 +80,7 @@ def figures(summary: Summary, stage: Stage) -> list[Figure]:
 
 
 def sections(summary: Summary, stage: Stage) -> list[Section]:
-    """Who was given what and why, which matrices matter, and what came of it."""
+    """Each client's capabilities and assignment, the importance of the matrices, and the losses."""
     return [Tuning(summary, stage).section(summary)] if stage.plan else []
 
 
@@ -90,7 +90,7 @@ def trained(plan: Mapping[str, Any]) -> str:
 
 
 def ranked(plan: Mapping[str, Any]) -> bool:
-    """Whether what is trained has ranks; where it has none, the plan says 1."""
+    """Whether the trained changes have ranks; if not, plans record rank 1."""
     return "FACTORS" in plan.get("discloses", ())
 
 
@@ -104,7 +104,7 @@ def _ranks(plan: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
 
 
 class Tuning:
-    """A stage that fine-tunes."""
+    """The part of the page about one stage that fine-tunes."""
 
     def __init__(self, summary: Summary, stage: Stage):
         self.stage = stage
@@ -114,15 +114,15 @@ class Tuning:
         self._rounds = sorted({r for r, _, name in self._measured if r is not None and name in ("loss", "clock")})
 
     def section(self, summary: Summary) -> Section:
-        """Its section of the page."""
+        """The stage's section of the page."""
         parts: list[Part] = [Paragraph(self._says())]
         if self._plan["left_out"]:
             parts.append(Bullets([f"{client} was left out: {why}" for client, why in sorted(self._plan["left_out"].items())]))
         parts += [Sheet(self._capabilities()), Sheet(self._given())]
         if any(name.startswith(IMPORTANCE) for _, _, name in self._measured):
             caption = (
-                "How much it is worth to tune each matrix (rows) of each block (columns): its share of the importance; the "
-                "number is the sum of the row. Hover for the ranks."
+                "How important it is to tune each matrix (rows) of each block (columns), as a fraction of the total "
+                "importance. The number at the end of a row is its sum. Hover for the ranks."
             )
             parts.append(Picture(self._importance_map(), caption))
         if ranked(self._plan):
@@ -137,20 +137,20 @@ class Tuning:
         """What happened, in a sentence or two."""
         given = [{key: of[key] for key in ("bits", "batch", "ranks")} for of in self._assignments.values()]
         alike = all(one == given[0] for one in given)
-        who = "all were given the same" if alike else "each was given what its memory, speed and uplink allow"
+        who = "all with the same settings" if alike else "each with settings that its memory, speed and uplink allow"
         clients = plural(len(given), "client")
-        says = f"{clients} trained {trained(self._plan)} for {plural(len(self._rounds), 'round')}: {who}."
+        says = f"{clients} trained {trained(self._plan)} for {plural(len(self._rounds), 'round')}, {who}."
         clock = self._of_round(self._rounds[-1], "clock") if self._rounds else None
         if clock is None:
             return says
         slowest = max(self.stage.clients, key=lambda client: self._assignments[client]["seconds"])
         return (
-            f"{says} On machines with the capabilities that the clients report this takes {clock:,.1f} s (modeled); a round "
-            f"ends when the slowest client has answered, most often {slowest}."
+            f"{says} On machines with the capabilities that the clients report, this takes {clock:,.1f} s (modeled). "
+            f"A round ends when the slowest client has responded; by the plan, this is {slowest}."
         )
 
     def _capabilities(self) -> Table:
-        """What every client has."""
+        """The capabilities of every client."""
         columns = [
             Column("client"), Column("tokens", "{:,}".format), Column("memory", size), Column("speed", "{:g}".format),
             Column("uplink, Mbit/s", "{:g}".format), Column("devices", "{:g}".format),
@@ -164,7 +164,7 @@ class Tuning:
         return Table(f"stage-{self.stage.number}-capabilities", "What each client has", columns, rows)
 
     def _given(self) -> Table:
-        """What every client was given, what it was to take, and its losses."""
+        """Every client's assignment, the memory, upload and time planned for it, and its losses."""
         columns = [
             Column("client"), Column("bits", "{:g}".format), Column("batch", "{:g}".format), Column("at once", "{:g}".format),
             Column("matrices", "{:g}".format), Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
@@ -205,7 +205,7 @@ class Tuning:
         return Chart("heat", alt, rows, charts.column_labels([str(block) for block in blocks]))
 
     def _linears(self) -> Table:
-        """Every linear: its importance and the ranks that it was given."""
+        """Every linear: its importance and the clients' ranks."""
         clients = self.stage.clients
         few = len(clients) <= MOST_COLUMNS
         titles = [f"rank, {client}" for client in clients] if few else ["rank, lowest", "rank, mean", "rank, highest"]
@@ -214,11 +214,11 @@ class Tuning:
             ranks = self._ranks_of(name)
             rows.append([name, importance, *(ranks if few else (min(ranks), sum(ranks) / len(ranks), max(ranks)))])
         columns = [Column("matrix"), Column("importance", "{:.2%}".format), *(Column(title, "{:g}".format) for title in titles)]
-        caption = "Importance of every matrix, and the rank it was given"
+        caption = "Importance of every matrix, and its ranks"
         return Table(f"stage-{self.stage.number}-importance", caption, columns, rows)
 
     def _by_round(self) -> Table:
-        """Every round: the clients' loss, modeled time, and held-out perplexity where it was measured."""
+        """Every round: mean loss of the clients, modeled time, and held-out perplexity if it was measured."""
         texts = sorted({name for r, c, name in self._measured if r is not None and c is None and name.startswith(PERPLEXITY)})
         columns = [
             Column("round"),
@@ -231,7 +231,7 @@ class Tuning:
 
     @cached_property
     def _personal(self) -> Table | None:
-        """Who kept an adapter of its own, and what it gains by it."""
+        """Each client's losses with the shared adapter and with its own best one, and which of them it keeps."""
         rows = []
         for client in self.stage.clients:
             own, shared = (self._measured.get((None, client, f"personal/{which}")) for which in ("own", "shared"))
@@ -243,15 +243,15 @@ class Tuning:
             Column("loss, own best", "{:.3f}".format),
             Column("keeps"),
         ]
-        caption = "The shared adapter and each client's own best, on text that the client held out for itself"
+        caption = "The shared adapter and each client's own best one, on text that the client held out"
         return Table(f"stage-{self.stage.number}-personal", caption, columns, rows) if rows else None
 
     def _gained(self) -> str:
-        """Who gains by an adapter of its own."""
+        """Which clients keep a personal adapter."""
         clients = [row[0] for row in self._personal.rows if row[2] < row[1]] if self._personal else []
         if not clients:
-            return "No client has an adapter of its own that is better for it than the shared one."
-        return f"Better off with an adapter of its own, which it keeps for itself: {', '.join(clients)}."
+            return "No client has a personal adapter that is better on its held-out text than the shared one."
+        return f"Clients whose personal adapter beats the shared one on their held-out text: {', '.join(clients)}."
 
     def _of_round(self, round_: int, name: str) -> float | None:
         return self._measured.get((round_, None, name))
@@ -262,7 +262,7 @@ class Tuning:
     def _ranks_say(self, linear: str) -> str:
         ranks = self._ranks_of(linear)
         if not any(ranks):
-            return "tuned by nobody"
+            return "not tuned"
         return f"rank {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"rank {max(ranks)}"
 
 

@@ -19,8 +19,8 @@ class ServerOptimizerState(Generic[C]):
     """A server optimizer's state for one linear.
 
     Attributes:
-        first: the moving average of the change (first moment).
-        second: the moving average of the change's mean square (second moment), one number.
+        first: "momentum": Σ β^age · change over the rounds; "adam": the moving average of the change (first moment).
+        second: the moving average of the change's mean square (second moment), one number; only "adam".
     """
 
     first: C
@@ -35,11 +35,19 @@ def step(
     learning_rate: float | None,
     rank: int,
 ) -> tuple[C, ServerOptimizerState[C]]:
-    """One step from ``old`` towards ``new``, the aggregation's result; at most ``rank`` terms.
+    """One step from ``old``, the state before the round, with the change to ``new``, the aggregation's result.
 
-    "average" (FedAvg) takes ``new``, or goes ``learning_rate`` of the way. "momentum" (FedAvgM) adds the moving average of the
-    change. "adam" (FedAdam) divides that by the root of the moving average of the mean square. In the paper the latter exists
-    per weight, which would need the dense product; ours is one number per linear.
+    "average" (FedAvg) adds ``learning_rate`` · change; with learning rate 1 it returns ``new`` itself. "momentum"
+    (FedAvgM) adds ``learning_rate`` · first. "adam" (FedAdam, without bias correction) adds ``learning_rate`` · first /
+    (√second + τ). In the paper the second moment exists per weight, which would need the dense product; ours is one
+    number per linear.
+
+    Args:
+        learning_rate: None: ``LEARNING_RATES[kind]``.
+        rank: results are compressed to at most this many terms, except by "average" with learning rate 1.
+
+    Returns:
+        The new change, and the optimizer's state for the next round.
     """
     rate = LEARNING_RATES[kind] if learning_rate is None else learning_rate
     if kind == "average" and rate == 1.0:

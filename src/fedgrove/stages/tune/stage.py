@@ -1,4 +1,4 @@
-"""The stage ``tune``: in every round clients train on their own text, and the server makes one change of theirs."""
+"""The stage ``tune``: in every round clients train on their own text, and the server aggregates their changes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fedgrove.stages.tune.planners import planner_of
 from fedgrove.stages.tune.state import TuningState
 from fedgrove.stages.tune.tuning import Tuning, pruned_linears
 
-TYPICAL_RANK = 8  # for ``doctor``
+TYPICAL_RANK = 8  # for ``fedgrove doctor``
 
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
-    """See :func:`fedgrove.stages.tune.plan.make_plan`; before anything was measured all linears matter the same."""
+    """See :func:`fedgrove.stages.tune.plan.make_plan`; all linears have the same importance until it is measured."""
     zeros = any(stage.makes_zeros() for stage in job.stages[:index]) or bool(pruned_linears(decoder))
     cost = measure_cost(decoder, config.length, zeros)
     secure = job.privacy.secure_aggregation
@@ -38,13 +38,13 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
     """Tunes a model with the plan's clients.
 
-    After every round the changes are a file in the run folder, so a stage that was killed goes on with the next round; a
-    round that was cut short is asked anew and comes to the same bits. A client that fails is named and left out of the
-    round while ``rounds.quorum`` holds.
+    After every round the state is written to the run folder, so that a killed stage resumes with the next round. An
+    interrupted round is repeated and gives the same bits. A client that fails is named and left out of the round, as
+    long as ``rounds.quorum`` clients respond.
 
     Returns:
-        The model with the changes merged, in its own dtype, laid over it. ``RUN/adapter`` holds them as a PEFT adapter, where
-        the parametrization has such a form.
+        The model with the changes merged, in its own dtype, as an overlay; and the PEFT adapter in ``RUN/adapter``, if
+        the parametrization has adapters.
     """
     run = federation.run
     for client, why in sorted(plan.left_out.items()):
@@ -84,15 +84,15 @@ def alone(
     windows: Mapping[str, list[Tensor]],
     federation: Federation,
 ) -> Iterator[tuple[str, Losses]]:
-    """What a client would have tuned without the others is not known: nothing is measured."""
+    """Measures nothing: the stage does not compute what a client would have tuned without the others."""
     return iter(())
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
-    """LoRA of a middling rank on a pruned model, one window at once; nothing for models that cannot be tuned."""
+    """Bytes for LoRA of rank ``TYPICAL_RANK`` on a pruned model, one window at once; empty if it cannot be tuned."""
     try:
         cost = measure_cost(decoder, length, masked=True)
-    except FedgroveError:  # a mixture of experts
+    except FedgroveError:  # a mixture of experts cannot be tuned
         return {}
     space = SearchSpace((32, 16, 8, 4), (1,), (TYPICAL_RANK,), 1)
     rank = min(TYPICAL_RANK, *(min(shape) for shape in cost.linears.values()))

@@ -1,4 +1,4 @@
-"""A tuning stage between two rounds: what a killed run goes on from, whatever is trained."""
+"""The state of a tuning stage between two rounds, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Measurement = tuple[str | None, str, float]  # client, name, value
 
 @dataclass
 class TuningState:
-    """See above.
+    """The state of a tuning stage between two rounds.
 
     Attributes:
-        plan: the configuration that is in force.
+        plan: the plan in force.
         states: by linear, the change at the server.
-        optimizer: by linear, what the server optimizer remembers.
-        seen: windows that each client was given.
-        clock: modelled seconds.
-        metrics: what the latest round measured.
+        optimizer: by linear, the state of the server optimizer.
+        seen: by client, how many windows it has trained on.
+        clock: modelled seconds so far.
+        metrics: the measurements of the latest round.
         shapes: (out, in) of every linear that has a state.
     """
 
@@ -42,7 +42,7 @@ class TuningState:
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def write(self, file: Path) -> None:
-        """Writes all of it, atomically."""
+        """Writes the state to one safetensors file, atomically."""
         tensors: dict[str, Tensor] = {}
         for name, state in self.states.items():
             for kind, change in (("live", state.live), ("frozen", state.frozen)):
@@ -60,18 +60,18 @@ class TuningState:
         save_tensors(tensors, file, {"state": json.dumps(facts)})
 
     def put(self, name: str, shape: tuple[int, int], state: State[Any]) -> None:
-        """The new state of a linear (out, in)."""
+        """Stores the new state of a linear (out, in)."""
         self.states[name] = state
         self.shapes[name] = shape
 
     def state_of(self, name: str, shape: tuple[int, int]) -> State[Any]:
-        """The state of a linear; no change where nobody tuned it yet."""
+        """The state of a linear; no change if no client tuned it yet."""
         none = parametrization_of(self.plan.parametrization).none(shape)
         return self.states.get(name, State(none, none))
 
     @classmethod
     def read(cls, file: Path) -> TuningState:
-        """What :meth:`write` wrote."""
+        """Reads a file of :meth:`write`."""
         with safe_open(file, framework="pt") as opened:
             facts: dict[str, Any] = json.loads(opened.metadata()["state"])
             parts: dict[tuple[str, str], dict[str, Tensor]] = {}

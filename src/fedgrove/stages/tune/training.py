@@ -19,10 +19,11 @@ class Settings:
 
     Attributes:
         steps: optimizer steps.
-        batch: windows of each step; micro: windows that a device computes at once (gradients are accumulated).
-        optimizer: "adamw" (β 0.9 and 0.999, no weight decay) or "sgd"; its state begins anew in every round.
+        batch: windows of each step.
+        micro: windows that a device computes at once; gradients are accumulated.
         learning_rate: of the optimizer.
-        max_grad_norm: the largest norm of the gradient; 0 for any.
+        optimizer: "adamw" (β 0.9 and 0.999, no weight decay) or "sgd"; its state is reset in every round.
+        max_grad_norm: the gradient is clipped to this L2 norm; 0: no clipping.
         proximal: FedProx's μ (Li et al., MLSys 2020): μ/2·‖θ − θ₀‖² is added to the loss.
     """
 
@@ -40,13 +41,13 @@ GradientMasks = Sequence[tuple[nn.Parameter, Tensor]]  # parameters whose gradie
 
 @dataclass(frozen=True)
 class Budget:
-    """Differential privacy of a client's windows: what all rounds together may spend.
+    """The privacy budget of DP-SGD for all rounds together.
 
     Attributes:
-        epsilon, delta: of one window.
-        noise: standard deviation of the noise on the sum of a step, in units of ``clip``; chosen by the server.
-        rounds: how many there are.
-        clip: the largest norm of a window's gradient.
+        epsilon, delta: the guarantee for each window.
+        noise: standard deviation of the noise on a step's sum of gradients, in units of ``clip``; chosen by the server.
+        rounds: number of rounds that the budget is for.
+        clip: the largest L2 norm of a window's gradient; larger ones are scaled down.
     """
 
     epsilon: float
@@ -58,15 +59,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Work:
-    """What a trainer works on besides the model.
+    """The inputs of a trainer besides the model and the settings.
 
     Attributes:
-        ids, labels: all windows of the client that it trains on, (windows, length); labels of ``IGNORED`` are not learnt.
-        seen: windows that it was given in earlier rounds.
-        seed: draws the batches.
-        masks: parameters whose gradient is masked, so that a pruned model's zeros stay.
-        devices: besides the model's own.
-        budget: of trainers that add noise.
+        ids, labels: all windows to train on, (windows, length); tokens with label ``IGNORED`` have no loss.
+        seen: how many windows the client trained on in earlier rounds.
+        seed: determines the order of the windows.
+        masks: parameters whose gradient is masked, so that the zeros of a pruned model stay.
+        devices: further devices, besides the one that has the model.
+        budget: for trainers that add noise; else None.
     """
 
     ids: Tensor
@@ -79,27 +80,28 @@ class Work:
 
 
 def pieces(ids: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """A batch, so many windows at a time."""
+    """Splits a batch into parts of at most ``size`` windows."""
     for start in range(0, len(ids), size):
         yield ids[start : start + size], labels[start : start + size]
 
 
 def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """−Σ log p of the labelled tokens, each given those before it in its window; float32."""
+    """−Σ log p over the tokens whose label is not ``IGNORED``, each given the tokens before it; a float32 scalar."""
     device = next(model.parameters()).device
     logits = model(input_ids=ids.to(device), use_cache=False).logits
-    wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # the labels are moved, not the much larger logits
+    wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # copies less than shifting the logits
     return nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), wanted.flatten().to(device), ignore_index=IGNORED, reduction="sum"
     )
 
 
 def draw(ids: Tensor, labels: Tensor, batch: int, seen: int, seed: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end: every window once an epoch, in an order that the seed and the epoch give.
+    """Infinitely many batches: every window once per epoch, in an order that depends on the seed and the epoch.
 
     Args:
         ids, labels: all windows of a client.
-        seen: how many windows it has been given before; it goes on there.
+        batch: windows of each batch.
+        seen: how many windows were drawn in earlier rounds; drawing continues after them.
     """
     order: list[int] = []
     epoch = -1
@@ -116,11 +118,11 @@ def draw(ids: Tensor, labels: Tensor, batch: int, seen: int, seed: str) -> Itera
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What requires a gradient."""
+    """The parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """The clients' optimizer, with no weight decay; its state begins anew."""
+    """A new optimizer without weight decay."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     return kinds[settings.optimizer](parameters, lr=settings.learning_rate, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""A tuning stage while it runs: what the clients are asked, and what is made of their responses."""
+"""A running tuning stage: sends the requests and aggregates the responses."""
 
 from __future__ import annotations
 
@@ -34,32 +34,34 @@ from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.state import TuningState
 
-FEW_ZEROS = 0.001  # a linear with more of them was pruned, and keeps them
-HYSTERESIS = 1.05  # a new plan must be worth so much more than the old one, or the old one stays
-KEPT_SCORE = 0.5  # of the old importance in the new
+FEW_ZEROS = 0.001  # a linear with a larger fraction of zeros counts as pruned, and its zeros stay
+HYSTERESIS = 1.05  # a new plan replaces the old one only if it is worth this factor more
+KEPT_SCORE = 0.5  # weight of the old importance in the new one
 
 
 def pruned_linears(decoder: Decoder) -> list[str]:
-    """The linears that have zeros to keep: those of an earlier stage, or of whoever pruned the model before."""
+    """The linears whose zeros must stay zero: pruned by an earlier stage, or before the run."""
     return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
 
 
 def scale(config: Config, rank: int) -> float:
-    """α/r, or rank-stabilised where the job gives no α: 2 at the largest rank, and ∝ 1/√r (rsLoRA, arXiv 2312.03732).
+    """The scale of an adapter: α/r; without α in the job, 2 at the largest rank and ∝ 1/√r below it.
 
-    So a step of the optimizer moves the weight about as far at any rank, and a client of low rank learns as fast.
+    With the latter, from rsLoRA (arXiv 2312.03732), an optimizer step changes the weight by about the same amount at
+    any rank, so that clients of low rank learn as fast.
     """
     return 2.0 * math.sqrt(config.ranks[-1] / rank) if config.alpha is None else config.alpha / rank
 
 
 @dataclass
 class Tuning:
-    """A stage while it runs.
+    """A running tuning stage.
 
     Attributes:
-        model: as the stage began; decoder: the same, for shapes and weights.
-        state: what changes from round to round.
-        parts: files of the base that every client has.
+        model: the model before the stage.
+        decoder: the same model, for shapes and weights.
+        state: changes from round to round, and is saved.
+        parts: how many files of changed base weights every client has.
     """
 
     model: Checkpoint
@@ -78,20 +80,20 @@ class Tuning:
 
     @property
     def plan(self) -> Plan:
-        """The one in force."""
+        """The plan in force."""
         return self.state.plan
 
     @property
     def seed(self) -> str:
-        """Draws batches and shared factors."""
+        """The stage's seed, for batches and shared factors."""
         return f"{self.federation.job.seed}/{self.plan.stage}"
 
     def write_plan(self) -> None:
-        """The run folder holds the plan that is in force, also after a run was continued."""
+        """Writes the plan in force to the run folder."""
         self.run.write_json(f"plan-{self.plan.stage}-tune.json", self.plan.model_dump(mode="json"))
 
     def send_base(self) -> None:
-        """Sends every client what earlier stages changed, a block at a time."""
+        """Sends every client the weights that earlier stages changed, block by block."""
         changed = self.model.changed()
         self.parts = 0
         clock = self._clock({})
@@ -113,9 +115,9 @@ class Tuning:
             self.state.clock += clock.slowest(clock.spent)
 
     def plan_anew(self, round_: int) -> None:
-        """Asks the clients which linears matter, and gives each a configuration by that."""
+        """Lets the clients score the linears, and plans again with the new importance."""
         config, plan = self.config, self.plan
-        what = "asking which weights are worth tuning"
+        what = "measuring which weights are worth tuning"
         self.run.phase(Phase("tune", what, stage=plan.stage, round=round_, rounds=config.rounds))
         names = list(self.decoder.linear_names())
         messages = {}
@@ -149,11 +151,11 @@ class Tuning:
         self.write_plan()
 
     def cost(self) -> ModelCost:
-        """What the model costs to train."""
+        """The sizes that determine the cost of training."""
         return measure_cost(self.decoder, self.config.length, bool(self.masked))
 
     def train_round(self, round_: int) -> None:
-        """One round: the clients train, the server makes one change of theirs."""
+        """One round: the clients train, and the server aggregates their changes."""
         plan, state = self.plan, self.state
         requests = {client: self._request(client, round_) for client in sorted(plan.clients)}
         messages = {client: Message(request, self._start(client)) for client, request in requests.items()}
@@ -191,7 +193,7 @@ class Tuning:
         return heard
 
     def _sum_fixed(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
-        """What all changed together, on top of where all began."""
+        """Adds the mean of the clients' differences to the state that they started from."""
         state, widest = self.state, self.plan.widest()
         sums = WholeRound(requests)
         heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
@@ -208,7 +210,7 @@ class Tuning:
         return heard
 
     def _step(self, name: str, shape: tuple[int, int], old: State[Any], new: State[Any], rank: int) -> None:
-        """The server optimizer's step from the old state of a linear towards what the round made of it."""
+        """Applies the server optimizer to a linear: a step from the old state towards the aggregation's result."""
         kind, state = self.config.server_optimizer, self.state
         remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
         live, remembered = step(kind, old.live, new.live, remembered, self.config.server_lr, rank)
@@ -229,7 +231,7 @@ class Tuning:
         }
 
     def _request(self, client: str, round_: int) -> Train:
-        """What one client is asked to do in a round."""
+        """The request to one client in a round."""
         config, assignment = self.config, self.plan.clients[client]
         falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
         return Train(
@@ -258,13 +260,13 @@ class Tuning:
         )
 
     def _start(self, client: str) -> dict[str, Tensor]:
-        """Where a client starts: what it trains of every linear, and the rest."""
+        """The tensors of a client's request: for every linear the part that it trains, and the rest."""
         ranks = self.plan.clients[client].ranks
         starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
     def _fixed(self, client: str) -> FixedPointChanges | None:
-        """What a client needs to know where responses are fixed-point numbers."""
+        """A client's settings of fixed-point numbers; None if responses are floats."""
         if self.config.precision != "fixed":
             return None
         noise = self._client_noise()
@@ -292,12 +294,12 @@ class Tuning:
         return WindowNoise(epsilon=config.epsilon, delta=config.delta, noise=noise, rounds=config.rounds, clip=config.dp_clip)
 
     def _clock(self, compute: Mapping[str, float]) -> Clock:
-        """Of one exchange with the plan's clients, by their capabilities."""
+        """The clock of one exchange with the plan's clients, by their capabilities."""
         known = {client: self.plan.capabilities[client] for client in self.plan.clients}
         return Clock({name: Pace(compute.get(name, 0.0), one.uplink, one.downlink) for name, one in known.items()})
 
     def log(self, round_: int) -> None:
-        """Writes what a round measured, after the round is safe: a round that is repeated is not logged twice."""
+        """Logs the round's measurements, after the state is saved; a resumed run skips what is logged already."""
         lines = self.run.metrics()
         known = {
             (line["client"], line["name"]) for line in lines if (line["stage"], line["round"]) == (self.plan.stage, round_)
@@ -307,14 +309,14 @@ class Tuning:
                 self.run.log(self.plan.stage, round_, client, name, value)
 
     def evaluate(self, round_: int) -> None:
-        """Measures the model as it is after a round, where the job asks for it."""
+        """Measures the held-out perplexity after a round, as often as ``eval_every`` says."""
         if self.config.eval_every and (round_ + 1) % self.config.eval_every == 0:
             folder = self.run.path / "work" / f"stage-{self.plan.stage}" / "measured"
             self.merge(folder)
             evaluate_round(self.model.over(folder), self.plan.stage, round_, self.run, self.federation.device)
 
     def keep_personal(self) -> None:
-        """Lets every client compare the result with its own best change, on its own held-out text, and keep the better one."""
+        """Lets every client compare the result with its own best change on its held-out text, and logs both losses."""
         stage, run, job = self.plan.stage, self.run, self.federation.job
         done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "personal/shared")}
         left = {client: assignment for client, assignment in self.plan.clients.items() if client not in done}
@@ -339,13 +341,13 @@ class Tuning:
         for client, _, reply in self.federation.collect(messages):
             assert isinstance(reply, PersonalLosses)
             if reply.shared is None or reply.own is None:
-                run.message(f"tune: client '{client}' has too little text to hold some out, and keeps no adapter of its own")
+                run.message(f"tune: client '{client}' holds out no text or took part in no round: no personal adapter")
                 continue
             run.log(stage, None, client, "personal/own", reply.own)
             run.log(stage, None, client, "personal/shared", reply.shared)
 
     def merge(self, folder: Path) -> None:
-        """Writes the linears with their changes, block by block, in the checkpoint's dtype."""
+        """Writes the weights with their changes merged, one file per block, in the checkpoint's dtype."""
         for block in range(len(self.decoder)):
             merged = {}
             for linear, stored in self.decoder.block_names(block).items():
@@ -358,7 +360,7 @@ class Tuning:
                 save_tensors(merged, folder / f"block-{block:04d}.safetensors")
 
     def write_adapter(self) -> Path | None:
-        """The changes as an adapter beside the merged model; None where there is no such form."""
+        """Writes the changes as an adapter, besides the merged model; None if there is none to write."""
         job, out = self.federation.job, self.run.path / "adapter"
         totals = {name: state.total() for name, state in self.state.states.items()}
         title, pruned, changed = f"{job.name}: adapter", bool(self.masked), bool(self.model.changed())

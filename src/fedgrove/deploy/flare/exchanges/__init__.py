@@ -1,1 +1,1 @@
-"""What a site itself is asked, before and after the stages: to join, to take the result, to clear its working files."""
+"""Requests to a site itself, before and after the stages: join the run, take the result, delete the working files."""

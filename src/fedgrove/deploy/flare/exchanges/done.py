@@ -1,4 +1,4 @@
-"""The run has ended: the site keeps a personal adapter, where there is one, and deletes its working files."""
+"""The run has ended: the site keeps a personal adapter, if there is one, and deletes its working files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run begins with the question whether the site takes part in this job, on this model."""
+"""The first request of a run: does the site take part in this job, on this model?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 
-CLOCK = "log/clock.json"  # the server's clock and this one, when the site was last asked to join
+CLOCK = "log/clock.json"  # the server's time and this machine's, when the site was last asked to join
 
 
 class Joined(Reply):
@@ -26,7 +26,7 @@ class Joined(Reply):
 
     Attributes:
         result: whether it wants the finished model.
-        capabilities: what it says of itself.
+        capabilities: the capabilities that it declares.
     """
 
     result: bool
@@ -37,8 +37,8 @@ class JoinRun(SiteRequest):
     """Take part in a job; later requests are compared with its terms.
 
     Attributes:
-        terms: what the job wants.
-        clock: the server's, in seconds since 1970.
+        terms: the parts of the job that the site has to agree to.
+        clock: the server's time, in seconds since 1970.
     """
 
     KIND: ClassVar[str] = "deploy/join"
@@ -68,10 +68,10 @@ class JoinRun(SiteRequest):
 
 
 def agreed_terms(site: Installation) -> Terms:
-    """What the site agreed to in this run.
+    """The terms that the site agreed to in this run.
 
     Raises:
-        Refusal: it did not agree to it.
+        Refusal: it has not agreed to this run.
     """
     try:
         return Terms.model_validate_json((site.folder / "agreed.json").read_text(encoding="utf-8"))

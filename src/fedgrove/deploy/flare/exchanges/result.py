@@ -1,4 +1,4 @@
-"""The finished model goes, file by file, to the sites that want it."""
+"""Sends the finished model, file by file, to the sites that want it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.units import Name
 from fedgrove.rounds.request import Reply, Response, Tensors
 
-CONTENT = "bytes"  # the tensor that travels with the request
+CONTENT = "bytes"  # the name of the tensor that is sent with the request
 
 
 class DeliverResult(SiteRequest):
@@ -22,7 +22,7 @@ class DeliverResult(SiteRequest):
     Tensor with the request: ``bytes``, (size,) uint8.
 
     Attributes:
-        file: its name.
+        file: the file's name.
         last: whether it is the last one.
     """
 

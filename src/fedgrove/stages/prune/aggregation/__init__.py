@@ -2,7 +2,7 @@
 
 ``SOLVED_AT`` distinguishes two kinds:
 
-**"client"**: each client prunes a block on its own text. One file holds the client's half and the server's, for one matrix:
+**"client"**: each client prunes a block on its own text. The file holds the client's half and the server's, for one matrix:
 
     weigh(before, after, mask, tokens) -> (change, weight)     on the client: what is added to the sum
     finish(before, sums, target, options) -> (weight, mask)    on the server: the result from the sum
@@ -61,11 +61,11 @@ class ClientSolved(Aggregation, Protocol):
     """The contract of an aggregation with ``SOLVED_AT = "client"``."""
 
     def weigh(self, before: Tensor, after: Tensor, mask: Tensor, tokens: int) -> tuple[Tensor | None, Tensor | float]:
-        """On the client; see the module."""
+        """On the client; see the module's docstring."""
         ...
 
     def finish(self, before: Tensor, sums: WeightedSum, target: Target, options: Options) -> tuple[Tensor, Tensor]:
-        """On the server; see the module."""
+        """On the server; see the module's docstring."""
         ...
 
 

@@ -46,7 +46,7 @@ BITS = 12  # fractional bits of one token's scaled x²
 CODE = FixedPoint(BITS)
 MIN_CHANNEL = 2.0**-10  # times the typical size: smaller channels on random tokens are scaled as if they had this size
 STRIP = 512  # rows of the products that are computed at once
-LARGEST = 2**62  # of a sum over all clients
+LARGEST = 2**62  # the largest sum over all clients
 HEADROOM = 14  # bits that secure aggregation leaves for channels that are larger on real text: by up to 128 times
 
 
@@ -101,7 +101,7 @@ class Statistic:
                 squares = self.mechanism.clip(squares)
             if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _encoded(squares)).any():
                 raise FedgroveError(
-                    f"the inputs of {self.name} are not finite or far larger than the model's on random tokens",
+                    f"the inputs of {self.name} are not finite or far larger than on random tokens",
                     'try model.dtype = "float32", or aggregation = "fedspallm"',
                 )
             self.squares += _encoded(squares)  # by Cauchy–Schwarz the products are no larger
@@ -116,7 +116,8 @@ class Statistic:
             self.tokens += window.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to send: ``squares``, (in,); ``products``, the upper triangle row by row, (in·(in − 1)/2,); ``sums``; …
+        """The tensors to send: ``squares``, (in,); ``products``, the upper triangle row by row, (in·(in − 1)/2,);
+        ``sums`` and ``spreads``, (in,) each. Which of them depends on ``products`` and ``moments``.
 
         With noise, every call draws new noise.
         """
@@ -240,7 +241,7 @@ def finish(
 
 
 def _encoded(value: Tensor) -> Tensor:
-    return CODE.encode(value)  # without a limit: the squares are checked, and bound everything else
+    return CODE.encode(value)  # without a limit: the squares are checked, and they bound all other sums
 
 
 def _upper_triangle(scale: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What clients are asked in a stage that prunes."""
+"""The requests to clients in a stage that prunes."""

@@ -1,4 +1,4 @@
-"""Every client measures, on held-out text that the server sends, what it would have had without the others."""
+"""Every client measures the model that it would have without the others, on held-out text that the server sends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WINDOW = "window/"  # tensors of a request: token ids to evaluate on
 
 
 class EvaluateAlone(Request):
-    """Measure the model that you pruned by yourself.
+    """Measure the loss of the model that you pruned by yourself, on text that the server sends.
 
-    Tensors beside the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds of each text, (windows,)
-    float64: ``change/<text>``, negative log-likelihoods, and ``weight/<text>``, numbers of predicted tokens.
+    Tensors sent with the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds for each text two float64
+    tensors (windows,): ``change/<text>``, negative log-likelihoods in nats, and ``weight/<text>``, numbers of predicted tokens.
 
     Attributes:
-        texts: windows of each held-out text.
-        prune: of round one, for blocks that were lost with the client's working files and have to be pruned again.
+        texts: number of windows of each held-out text.
+        prune: the request of the first round, to prune blocks that are not stored among the client's working files.
     """
 
     KIND: ClassVar[str] = "prune/alone"
@@ -38,7 +38,7 @@ class EvaluateAlone(Request):
         for block in range(len(decoder_of(client, device))):
             if not alone_file(client, block).is_file():
                 for _ in prune_block(self.prune.model_copy(update={"block": block, "keep": True}), {}, client, device, {}):
-                    pass  # alone, no aggregation has a say
+                    pass  # prune_block stores the pruned block; nothing is sent
         decoder = Decoder(checkpoint_of(client).over(alone_file(client, 0).parent), device)
         measured: Tensors = {}
         for name, number in self.texts.items():

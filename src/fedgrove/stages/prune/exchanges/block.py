@@ -1,4 +1,4 @@
-"""Every client prunes one block on its own text; the server adds up what the aggregation makes of it."""
+"""Every client prunes one block on its own text; the server sums the responses, whose content the aggregation defines."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import GROWTH, VALUE_BITS, FixedWeights, unit_of
 from fedgrove.stages.prune.pruners import Damping
 
-START = "start/"  # tensors of a request: the weights that a round starts from, where they are not the client's own copy
+START = "start/"  # tensors of a request: the weights that a round starts from, if they are not those of the client's own copy
 
 
 class Recipe(BaseModel):
-    """How a client prunes blocks: together with its text it decides the weights, and so the hidden states behind them.
+    """How a client prunes blocks. With the client's text it determines the pruned weights, and so the hidden states after them.
 
     Attributes:
         pruner, damping: see :mod:`fedgrove.stages.prune.pruners`.
         sparsities: of each block of the model; pattern: (n, m), where n of every m inputs are kept.
-        blocks: all that this client is given in this round.
+        blocks: all blocks that this client is assigned in this round.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,7 +57,7 @@ class Recipe(BaseModel):
 
     @property
     def through(self) -> str:
-        """For :class:`~fedgrove.client.hidden_states.Calibration`: text passes through blocks that were pruned like this."""
+        """``through`` of :class:`~fedgrove.client.hidden_states.Calibration` if text passes through blocks pruned this way."""
         return f"own/{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]}"
 
 
@@ -68,25 +68,26 @@ class Tokens(Reply):
 
 
 class PruneBlock(Request):
-    """Prune one block on your own text, and send what the aggregation makes of it.
+    """Prune one block on your own text, and send its weights, its mask, or both, as the aggregation requires.
 
-    A client runs through the model once a round. With ``through`` the recipe's, hidden states pass through the blocks that it
-    pruned, as it pruned them, and through its own dense copy of the blocks that it was not given; with "dense" they pass
-    through all blocks as they came, in the run that sums their inputs. They wait on its disk between requests; where they are
-    gone, the pass begins anew and comes to the same states.
+    A client makes one calibration pass per round. If ``through`` is the recipe's, hidden states pass through the blocks that
+    the client has pruned, and through its own dense copies of the blocks that it was not assigned. If it is "dense", they pass
+    through all blocks unpruned, in the same forward pass that sums the statistics. Hidden states are cached on the client's
+    disk between requests. If the cache is gone, the pass starts again and gives the same hidden states; where weights came with
+    the request, a client that has already been assigned an earlier block of the round cannot do this, and fails.
 
-    Tensors beside the request: ``start/<linear>``: (out, in), what to begin with instead of the dense copy. The response holds
-    ``change/<linear>`` and ``weight/<linear>`` as the aggregation's ``weigh`` says; fixed-point numbers where there are
-    ``fixed_point``.
+    Tensors sent with the request: ``start/<linear>``: (out, in), the weights to prune instead of the dense copy's. The response
+    holds ``change/<linear>`` and ``weight/<linear>``, as the aggregation's ``weigh`` defines them; encoded as integers if
+    ``fixed_point`` is given.
 
     Attributes:
         block: the block to prune.
         calibration: the windows, and what they pass through.
         recipe: how to prune.
         aggregation: see :mod:`fedgrove.stages.prune.aggregation`.
-        max_weight_growth: of the stage's table; the server refuses larger weights.
-        keep: keep the pruned block here, to measure what this client would have had alone.
-        fixed_point: for a sum under secure aggregation; None in the open.
+        max_weight_growth: the key of the stage's table; the server refuses weights that have grown more.
+        keep: store the pruned block on the client's disk, to measure the model that the client would have alone.
+        fixed_point: how weights are encoded under secure aggregation; None without secure aggregation.
     """
 
     KIND: ClassVar[str] = "prune/block"
@@ -131,7 +132,7 @@ class PruneBlock(Request):
                 del before, after, mask  # free these before the next iteration allocates its own
         except OutOfRange as error:
             raise client.error(
-                f"a pruned weight is more than {GROWTH} times the largest one before; give the pruner more samples"
+                f"a pruned weight is more than {GROWTH} times the largest weight before pruning; raise samples"
             ) from error
         return Response(sent, Tokens(tokens=self.tokens))
 
@@ -171,7 +172,7 @@ class PruneBlock(Request):
                 if pruned != target.num_pruned(weight.numel()):
                     raise WireError(f"{WEIGHT}{name} prunes {pruned} of {weight.numel()} weights, not {target} of them")
                 if target.pattern and (weight.view(-1, target.pattern[1]).sum(1) != target.pattern[0]).any():
-                    raise WireError(f"{WEIGHT}{name} does not keep {target} inputs")
+                    raise WireError(f"{WEIGHT}{name} does not follow the pattern {target}")
             elif float(weight) != self.tokens:
                 raise WireError(f"{WEIGHT}{name} claims {float(weight):g} tokens")
 
@@ -182,7 +183,7 @@ class PruneBlock(Request):
         return "aggregation" if self.aggregation != config.aggregation else self.pass_beyond(config)
 
     def pass_beyond(self, config: Config) -> str | None:
-        """Likewise, of the client's pass alone: of whatever its blocks are made afterwards."""
+        """Like :meth:`beyond`, but regardless of the aggregation: only the client's pass and its pruning are compared."""
         calibration, recipe = self.calibration, self.recipe
         asked = {
             "pruner": recipe.pruner,
@@ -206,21 +207,24 @@ class PruneBlock(Request):
 
 
 def start_of(tensors: Tensors) -> Tensors:
-    """By linear, the weights that a request brings."""
+    """The weights that were sent with a request, by linear."""
     return {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
 
 
 def prune_block(
     request: PruneBlock, start: Tensors, client: LocalClient, device: str, own: Tensors
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """The client's pass up to a block, and the block pruned linear by linear.
+    """Continues the client's calibration pass up to a block, and prunes the block linear by linear.
 
     Args:
-        start: (out, in) by linear: what the block begins with instead of what the checkpoint has.
-        own: filled with the pruned weights, where they are needed afterwards.
+        start: (out, in) by linear: weights of the block to use instead of the checkpoint's.
+        own: receives the pruned weights by linear, if they are needed for later blocks or for ``keep``.
 
     Yields:
         (linear, before, after, mask): the weights in the checkpoint's dtype, all three (out, in) on the CPU.
+
+    Raises:
+        FedgroveError: inputs are not finite, or the pass cannot start again because ``start`` has only this block's weights.
     """
     calibration, recipe, index = request.calibration, request.recipe, request.block
     decoder = decoder_of(client, device, calibration.compute_dtype)
@@ -236,7 +240,7 @@ def prune_block(
     calls = decoder.calls(together, calibration.length)
     decoder.forget_ends()
     dense = calibration.through == "dense"
-    more = index < max(recipe.blocks)  # after the last block nobody waits for its hidden states
+    more = index < max(recipe.blocks)  # the outputs of the client's last block are not needed
 
     def keep(outputs: Iterable[Tensor]) -> None:
         states.write(index + 1, outputs, number)
@@ -244,7 +248,7 @@ def prune_block(
     for passed in range(at, index):
         mine: Tensors = {}
         if passed in recipe.blocks:
-            if start:  # the weights of this block are here, those of the blocks before are not
+            if start:  # it has the weights of block ``index`` only, not those of earlier blocks
                 raise client.error("its working files are gone; it can take part again next round")
             if not dense:
                 result = _pruned(decoder, passed, calls[passed], states.read(passed), recipe, {})
@@ -282,17 +286,17 @@ def _pruned(
     start: Tensors,
     keep: Callable[[Iterable[Tensor]], None] | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Prunes every linear of a block, one after the other, all on the inputs that the unpruned block gives them.
+    """Prunes every linear of a block, one after the other. All statistics come from the unpruned block.
 
     Args:
-        keep: takes what leaves the unpruned block.
+        keep: consumes the outputs of the unpruned block.
     """
     pruner = pruners.pruner_of(recipe.pruner)
     with decoder.loaded(index, start) as block:
         inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
-    heap.release_freed_memory()  # what the block and its run took: solving begins without
+    heap.release_freed_memory()  # of the block and its activations, before the pruner needs memory
     shapes = {name: decoder.blank_linear(index, name).shape for name in decoder.block_names(index)}
-    for name in sorted(shapes, key=lambda name: -shapes[name][1]):  # the widest takes most memory, so it comes first
+    for name in sorted(shapes, key=lambda name: -shapes[name][1]):  # the widest input takes the most memory, so it comes first
         known = inputs.pop(name)  # freed when the last linear that reads it is done
         if not known.silent and not torch.isfinite(known.squares.sum()):
             raise FedgroveError(f"block {index}: the inputs of {name} are not finite", 'try model.dtype = "float32"')
@@ -306,9 +310,9 @@ class BlockSums:
     """The server's half: the sums of a block, linear by linear.
 
     Args:
-        layout: the model as the round began; block: the block.
-        scales: of each client: the inverse of the probability that it was given the block.
-        trim: values left out at every position, from above and below.
+        layout: the model at the start of the round; block: the block.
+        scales: by client, the inverse of the probability that it was assigned the block.
+        trim: how many of the highest and of the lowest values are left out at every position.
     """
 
     def __init__(self, layout: Decoder, block: int, scales: Mapping[str, float], trim: int = 0):
@@ -342,7 +346,12 @@ class BlockSums:
             total.add(change, weight if weight.dim() else float(weight), self._scales[client])
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Takes the sum of the clients' fixed-point numbers, if it can be one of clients that pruned as they were asked."""
+        """Takes the sum of the clients' fixed-point numbers.
+
+        Raises:
+            WireError: clients that followed their requests cannot have this sum: the votes are too many or too few, or a value
+                is larger than its votes allow.
+        """
         for name in self.sums:
             votes, value = total[WEIGHT + name], total.get(CHANGE + name)
             requests = [self._requests[client] for client in replies]
@@ -354,11 +363,11 @@ class BlockSums:
                 or int(votes.long().sum()) != num_kept
                 or (value is not None and (value.abs() > code.limit * votes.long()).any())
             ):
-                raise WireError(f"block {self._block}, {name} holds other votes or values than can be")
+                raise WireError(f"block {self._block}, {name}: no valid responses add up to these votes or values")
             device = self._layout.device
             decoded = None if value is None else code.decode(name, value.to(device))
             self.sums[name] = WeightedSum(decoded, votes.to(device).double(), float(len(requests)))
 
     def take(self, name: str) -> WeightedSum:
-        """A linear's sums, which are not kept any longer."""
+        """Returns a linear's sums and removes them, so that their memory can be freed."""
         return self.sums.pop(name)

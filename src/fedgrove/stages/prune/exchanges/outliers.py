@@ -1,4 +1,4 @@
-"""Before a stage prunes, every client measures the blocks of its copy of the model, to say how much of each may go."""
+"""Before a stage prunes, every client measures the blocks of its own copy of the model, which decides their sparsities."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MEASURED = f"{CHANGE}measured"
 
 
 class MeasureBlocks(Request):
-    """Say one number in [0, 1] of each block; weighted by the client's windows in the sum.
+    """Send one number in [0, 1] for each block of your model, as the allocation measures it on your text.
 
-    The response holds ``change/measured``: (blocks,) int64, multiples of 2⁻³², times the number of windows.
+    The response holds ``change/measured``: (blocks,) int64, multiples of 2⁻³², times the client's number of windows.
 
     Attributes:
         allocation, owl_m, owl_lambda: see :mod:`fedgrove.stages.prune.allocation`.
@@ -80,13 +80,14 @@ class MeasureBlocks(Request):
 
 
 def check_range(measured: torch.Tensor, samples: int) -> None:
-    """Refuses numbers that are no fractions.
+    """Refuses sums that cannot come from numbers in [0, 1].
 
     Args:
-        measured: integers, summed over so many windows.
+        measured: (blocks,) int64, multiples of 2⁻³², summed over windows.
+        samples: the number of windows.
 
     Raises:
-        WireError: one is out of range.
+        WireError: a number is out of range.
     """
     if (measured < 0).any() or (measured > 2**CODE.fraction_bits * samples).any():
-        raise WireError("it says of a block what is no fraction")
+        raise WireError("a block's number is not between 0 and 1")

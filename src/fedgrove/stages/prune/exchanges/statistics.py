@@ -1,9 +1,8 @@
-"""Every client sums what a pruner needs to know of one block's inputs, over its own text; the server adds the sums up.
+"""Every client sums the statistics of one block's inputs that a pruner needs, over its own text; the server adds the sums up.
 
-For source "dense" hidden states pass through the client's own copy of the model: where working files are gone the pass begins
-anew, so a client may miss any request. For "sequential" they pass through the pruned blocks that the server made, which come
-with
-each request: a client whose hidden states are gone cannot go on.
+With source "dense", hidden states pass through the client's own copy of the model. If the hidden-state cache is gone, the pass
+starts again, so a client may miss any request. With "sequential", hidden states pass through the blocks that the server pruned.
+Each request carries only the previous block, so a client whose cache is gone cannot continue.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from fedgrove.stages.prune.calibration_pass import shared_inputs
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.block import start_of
 
-SCALE = "scale/"  # tensors of a request: what the channels of an input are multiplied by before they are summed
+SCALE = "scale/"  # tensors of a request: the factors by which an input's channels are multiplied before they are summed
 
 
 class Noise(BaseModel):
-    """Differential privacy of one window of text; see :mod:`fedgrove.privacy.gaussian`.
+    """The noise that gives differential privacy to one window of text; see :mod:`fedgrove.privacy.gaussian`.
 
     Attributes:
-        norms: by input, what a window's Σ x² is clipped to.
-        inputs: of how many inputs, in all blocks, sums are released.
-        clients: how many at least are in the sum that is opened: they share the noise.
-        epsilon, delta: what all the sums together may spend.
+        norms: by input, the L2 norm to which a window's scaled Σ x² is clipped.
+        inputs: the number of inputs, in all blocks, whose sums are released.
+        clients: the smallest number of clients in a sum that is opened; each of them adds a share of the noise.
+        epsilon, delta: the privacy budget of all the sums together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,34 +49,34 @@ class Noise(BaseModel):
     delta: float
 
     def mechanism(self, name: str) -> GaussianMechanism:
-        """What clips a window's Σ x² of one input, and the noise on its sum; all inputs together are one Gaussian mechanism."""
+        """Clips a window's Σ x² of one input and adds noise to its sum; the noise is set for all inputs together."""
         noise_multiplier = gaussian_noise_multiplier(self.epsilon, self.delta, self.inputs)
         return GaussianMechanism(self.norms[name], noise_multiplier, self.clients, bits=BITS, rounding=0.5)
 
 
 class Tokens(Reply):
-    """How many tokens were summed over."""
+    """The number of tokens in the sums."""
 
     tokens: int
 
 
 class SumInputs(Request):
-    """Sum, over your text, what the pruner has to know of one block's inputs.
+    """Sum, over your text, the statistics of one block's inputs that the pruner needs.
 
-    Tensors beside the request: ``scale/<input>``: (in,) float32 powers of two; ``start/<linear>``: (out, in), the block before
-    this one, pruned, for source "sequential". The response holds ``change/<input>/squares`` and, as asked, ``/products``,
+    Tensors sent with the request: ``scale/<input>``: (in,) float32 powers of two; ``start/<linear>``: (out, in), the pruned
+    previous block, for source "sequential". The response holds ``change/<input>/squares`` and, if requested, ``/products``,
     ``/sums`` and ``/spreads``: see :class:`~fedgrove.stages.prune.aggregation.pooled.Statistic`.
 
     Attributes:
-        run: names the run: what is noisy is made once in it.
-        block: whose inputs are summed.
+        run: the run's name; a noisy response is drawn only once per run.
+        block: the block whose inputs are summed.
         calibration: the windows, and what they pass through.
-        consumers: for each linear of the block the input that it reads; inputs are named by the first linear that reads them.
-        widths: channels of each input.
-        products: the inputs whose products are wanted, not only their squares.
-        moments: whether sums and variances are wanted.
+        consumers: for each linear of the block, its input; inputs are named after the first linear that reads them.
+        widths: number of channels of each input.
+        products: the inputs whose products are summed, besides their squares.
+        moments: whether sums and variances are summed too.
         limit: the largest number that may be sent.
-        noise: None: no noise is added.
+        noise: the noise for differential privacy; None: no noise is added.
     """
 
     KIND: ClassVar[str] = "prune/statistics"
@@ -103,7 +102,7 @@ class SumInputs(Request):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         calibration, noise = self.calibration, self.noise
         if noise and (self.products or self.moments):
-            raise client.error("there is noise for squares alone; it sends nothing else beside it")
+            raise client.error("noise protects only sums of squares, so it sends no products or moments with epsilon")
         decoder = decoder_of(client, device, calibration.compute_dtype)
         states = HiddenStates(client, calibration, decoder)
         calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
@@ -121,7 +120,7 @@ class SumInputs(Request):
 
         def begin(name: str) -> Statistic:
             if self.consumers.get(name) != name:
-                raise client.error(f"its model reads the inputs of {name} in another way than the server's")
+                raise client.error(f"its model and the server's disagree on which linears share the input of {name}")
             scale = tensors[SCALE + name].to(decoder.device)
             mechanism = noise.mechanism(name) if noise else None
             return Statistic(name, scale, name in self.products, self.limit, mechanism, self.moments)
@@ -181,11 +180,11 @@ def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:
 
 
 class InputSums(IntegerSums):
-    """The server's half: sums over everybody's text.
+    """The server's half: the sums over all clients' text.
 
     Attributes:
-        tokens: summed over.
-        clients: whose.
+        tokens: number of tokens in the sums.
+        clients: the names of the clients in the sums.
     """
 
     def __init__(self, messages: Mapping[str, Message]):
@@ -199,7 +198,7 @@ class InputSums(IntegerSums):
         self._largest = LARGEST
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """No client's number may take the sum out of the ring."""
+        """Lowers the clients' limits so that the sum fits in the ring."""
         self._largest = 2 ** (self._ring - 2)
         limited: dict[str, Message] = {}
         for client, message in messages.items():
@@ -242,5 +241,5 @@ def _requests_of(messages: Mapping[str, Message]) -> dict[str, SumInputs]:
 
 
 def largest_per_client(clients: int) -> int:
-    """The largest number that one of so many clients may send in the open."""
+    """The largest number that each of so many clients may send without secure aggregation."""
     return LARGEST // clients

@@ -61,9 +61,15 @@ def prune(name: str, weight: Tensor, inputs: InputStatistics, target: Target, da
     scores, such as Wanda, is the same bit for bit either way.
 
     Args:
-        name: of a pruner.
+        name: a pruner's name.
         weight, inputs, target: see above; with "each", ``inputs`` is equilibrated in place.
         damping: "mean" as published, or "each".
+
+    Returns:
+        The pruned weight and its mask (True = kept), both (out, in).
+
+    Raises:
+        ValueError: the statistics hold NaN or infinity, or the Gram matrix cannot be factored.
     """
     pruner = pruner_for(name, inputs)
     if damping == "mean" or pruner.NEEDS != "gram":

@@ -65,7 +65,7 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
     group = target.pattern[1] if target.pattern else 1
     block = group * max(1, BLOCK // group)
     solve = _solver(weight)
-    buffers = torch.empty(4, block, num_out, dtype=dtype, device=device)  # reused: new memory costs more time than the work
+    buffers = torch.empty(4, block, num_out, dtype=dtype, device=device)  # reused: allocating takes longer than computing
 
     for start in range(0, num_in, block):
         end = min(start + block, num_in)
@@ -131,7 +131,7 @@ def gpu_kernel(device: torch.device) -> Solver | None:
     except Exception as error:  # a compiler or a driver can raise anything; torch does the same work without them
         if not (isinstance(error, ModuleNotFoundError) and error.name == "triton"):
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"fedgrove: {device}: SparseGPT's kernel does not work ({why}); torch does its work, slower", file=sys.stderr)
+            print(f"fedgrove: {device}: SparseGPT's GPU kernel does not work ({why}); using torch, slower", file=sys.stderr)
         return None
     return kernels.columns
 

@@ -1,1 +1,1 @@
-"""What clients are asked in a stage that cuts channels and heads."""
+"""The requests to clients in a stage that cuts channels and heads."""

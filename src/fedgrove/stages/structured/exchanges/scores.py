@@ -1,4 +1,4 @@
-"""Every client sums, over its windows, what the loss would change without a channel or a head; the server adds the sums up."""
+"""Every client scores all channels and heads by sums over its windows of text; the server adds the sums up."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.gradients import group_products
 from fedgrove.stages.structured.scores import score_of
 
-CODE = FixedPoint(fraction_bits=24)  # of what one window adds
-LARGEST = 2**62  # of a sum over all clients
+CODE = FixedPoint(fraction_bits=24)  # encodes what each window adds to a sum
+LARGEST = 2**62  # the largest sum over all clients
 
 
 class Tokens(Reply):
-    """How many tokens were summed over."""
+    """The number of tokens in the sums."""
 
     tokens: int
 
 
 class ScoreGroups(Request):
-    """Sum what the loss on your text would change, were a channel or a group of heads cut; all of them at once.
+    """Sum, over your text, a score of how the loss changes if a channel or group of heads is cut, for all of them at once.
 
     The response holds ``change/<block>/channels`` and ``change/<block>/heads``: (groups,) int64, multiples of 2⁻²⁴.
 
@@ -64,7 +64,7 @@ class ScoreGroups(Request):
         except FedgroveError as error:
             raise client.error(str(error)) from error
         finally:
-            states.forget(before=len(decoder) + 1)  # half of them are gradients by now: no pass may begin with them
+            states.forget(before=len(decoder) + 1)  # some have been replaced by gradients, so no later pass may start from them
         return Response(sums, Tokens(tokens=windows.numel()))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
@@ -93,10 +93,14 @@ class ScoreGroups(Request):
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], signed: bool, limit: int) -> None:
-    """Refuses sums that are too large, or negative where nothing negative is added.
+    """Refuses sums that are too large, or negative although the score never is.
+
+    Args:
+        signed: whether the score can be negative.
+        limit: the largest absolute value that is allowed.
 
     Raises:
-        WireError: names the first.
+        WireError: names the first tensor that is out of range.
     """
     for name, tensor in tensors.items():
         if (tensor > limit).any() or (tensor < (-limit if signed else 0)).any():

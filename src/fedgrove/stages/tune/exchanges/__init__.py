@@ -1,1 +1,1 @@
-"""What clients are asked in a stage that fine-tunes."""
+"""The requests of a stage that fine-tunes."""

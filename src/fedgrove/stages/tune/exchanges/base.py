@@ -1,4 +1,4 @@
-"""Before a stage tunes, every client is sent what earlier stages changed, a block at a time."""
+"""Before tuning, the server sends every client the weights that earlier stages changed, block by block."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedgrove.stages.tune.client_model import base_folder
 
 
 class KeepWeights(Request):
-    """Keep these tensors, which the model of the stage has and your own copy has not. They go by their names in the checkpoint.
+    """Store these tensors of the stage's model, which differ from your own copy. Names are those in the checkpoint.
 
     Attributes:
-        part: a number.
+        part: index of the file in which the client stores them.
     """
 
     KIND: ClassVar[str] = "tune/base"

@@ -1,4 +1,4 @@
-"""Before a planner chooses ranks, every client scores the linears on its text; the server adds the scores up."""
+"""Before a planner chooses ranks, every client scores the linears on its text, and the server averages the scores."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ IMPORTANCE = f"{CHANGE}importance"
 
 
 class Tokens(Reply):
-    """How many tokens the client's text has: its weight."""
+    """The number of tokens of the client's text, which is the client's weight."""
 
     tokens: int
 
 
 class ScoreLinears(TuneRequest):
-    """Score every linear on your text, in a few steps of training that are then forgotten.
+    """Score every linear on your text, in a few training steps whose result is discarded.
 
-    The response holds ``change/importance``: (linears,) in the model's order: float64, or int32, of scores that add up to one,
-    where there are ``fixed``.
+    The response contains ``change/importance``: (linears,) in the model's order, float64. With ``fixed``, it is int32:
+    the client's normalized scores as fixed-point numbers.
 
     Attributes:
-        tokens: of the client's text, as it said.
-        steps, micro, learning_rate: of the training; batches are of ``micro`` windows.
-        fixed: for sums of fixed-point numbers.
+        tokens: of the client's text, as the client reported it.
+        steps, micro, learning_rate: of the training; batches have ``micro`` windows.
+        fixed: the settings of fixed-point numbers; None: floats.
     """
 
     KIND: ClassVar[str] = "tune/importance"
@@ -84,20 +84,21 @@ class ScoreLinears(TuneRequest):
 
 
 def check_tokens(claimed: int, said: int) -> None:
-    """Refuses a client that weighs itself otherwise than it said before.
+    """Checks that a client claims the number of tokens, its weight, that it reported before.
 
     Raises:
-        WireError: it does.
+        WireError: the numbers differ.
     """
     if claimed != said:
-        raise WireError(f"it claims {claimed} tokens, but it said {said} before")
+        raise WireError(f"it claims {claimed} tokens, but it reported {said} before")
 
 
 class ImportanceSum:
-    """The server's half: the importance of each linear, together 1.
+    """The server's half: the importance of each linear, from the sum of the clients' scores.
 
     Args:
-        names: of the linears; weights: of the clients in a sum of fixed-point numbers, by name.
+        names: of the linears, in the model's order.
+        weights: by client, in a sum of fixed-point numbers.
     """
 
     def __init__(self, names: list[str], weights: Mapping[str, float]):
@@ -106,7 +107,7 @@ class ImportanceSum:
         self._fixed: tuple[torch.Tensor, float] | None = None
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Stages that are summed securely send fixed-point numbers already."""
+        """The requests unchanged: secure aggregation needs precision "fixed", so they ask for integers already."""
         return dict(messages)
 
     def ring_bits(self) -> int:
@@ -124,12 +125,12 @@ class ImportanceSum:
         self._fixed = total + scores.long(), weight + self._weights[client]
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Takes an opened sum."""
+        """Takes the sum that secure aggregation opened."""
         fixed_point.check(total, 1.0)
         self._fixed = total[IMPORTANCE].long(), sum(self._weights[client] for client in sorted(replies))
 
     def importance(self) -> dict[str, float]:
-        """By linear."""
+        """The importance by linear; adds up to 1."""
         if self._fixed is None:
             return scoring.normalized(self._scores.mean(), self._names)
         mean = fixed_point.mean(*self._fixed)

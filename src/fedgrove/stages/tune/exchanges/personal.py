@@ -1,4 +1,4 @@
-"""After the last round every client compares the shared change with its own best one, and keeps what is better for itself."""
+"""After the last round every client compares the shared change with its own best one, and keeps the better one."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from fedgrove.stages.tune.personal import best, hold_out, mean_loss
 
 
 class Losses(Reply):
-    """Mean losses of a learnt token on held-out windows; None where there was too little text to hold some out."""
+    """Mean losses per token on the client's held-out windows; None if it has none, or no own change."""
 
     shared: float | None
     own: float | None
 
 
 class ComparePersonal(TuneRequest):
-    """Compare, on your own held-out text, the shared change with your own best one.
+    """Compare the losses of the shared change and of your own best change on your held-out text.
 
-    An own one that is better lies in ``personal/stage-N`` of this client's folder; it is never sent. Tensors beside the
-    request: ``rest/<linear>/<part>``: the shared change.
+    If the client's own change is better, it is written as an adapter to ``personal/stage-N`` of the client's folder; it
+    is never sent. Tensors of the request: ``rest/<linear>/<part>``, the shared change.
 
     Attributes:
         parametrization: of the changes.
         masked: the linears whose zeros stay zero.
-        micro: windows at once.
-        base, title: for the card of what is kept.
+        micro: windows computed at once.
+        base, title: for the card of the personal adapter.
     """
 
     KIND: ClassVar[str] = "tune/personal"

@@ -1,4 +1,4 @@
-"""A round of tuning: every client trains on its own text from where the server is; the server makes one change of theirs."""
+"""A round of tuning: clients train on their own text, starting from the server's state; the server aggregates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, p
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
 from fedgrove.stages.tune.trainers import trainer_of
 
-OWN, REST = "own", "rest"  # tensors of a request: what a client trains, and what it only computes with
+OWN, REST = "own", "rest"  # tensors of a request: the part that a client trains, and the rest
 
 
 class Training(BaseModel):
@@ -59,11 +59,11 @@ class WindowNoise(BaseModel):
 
 
 class Trained(Reply):
-    """The client's tokens, which are its weight, and its mean training loss.
+    """The reply of a client that trained.
 
     Attributes:
-        tokens: of the client's text.
-        loss: None where it is summed as a fixed-point number, or where it may not be disclosed.
+        tokens: of the client's text: its weight.
+        loss: mean training loss per token; None if it is part of the sum, or may not be disclosed.
     """
 
     tokens: int
@@ -73,23 +73,24 @@ class Trained(Reply):
 class Train(TuneRequest):
     """Train on your text for one round.
 
-    Tensors beside the request: ``own/<linear>/<part>`` and ``rest/<linear>/<part>``: where to start; a part that is missing
-    begins anew. The response holds ``change/<linear>/<part>``: the change as trained, or what the round changed, as the
-    parametrization says; with ``fixed`` int32, what the round changed, and ``change/loss``.
+    Tensors of the request: ``own/<linear>/<part>`` and ``rest/<linear>/<part>``, the client's start; missing parts are
+    initialized. The response contains ``change/<linear>/<part>``: the trained values or the difference that the round
+    made (see :attr:`~fedgrove.stages.tune.parametrizations.Parametrization.RELATIVE`). With ``fixed``, it contains
+    int32: the difference, and ``change/loss`` unless there is noise.
 
     Attributes:
-        run: names the run: what is noisy is made once in it.
-        parametrization, trainer: what is trained, and how.
+        run: name of the run: part of the name under which a noisy response is released once.
+        parametrization, trainer: names.
         shared_a: all clients share one A, which is not trained.
-        ranks: by linear, of those that this client trains.
-        scales: by linear: LoRA's α/r.
+        ranks: by linear, for those that this client trains.
+        scales: by linear, LoRA's α/r.
         masked: the linears whose zeros stay zero.
-        tokens: of the client's text, as it said.
-        seen: windows that this client was given in earlier rounds.
+        tokens: of the client's text, as the client reported it.
+        seen: how many windows this client trained on in earlier rounds.
         dtype: of the response.
         training: the settings.
-        fixed: for sums of fixed-point numbers; None: floats.
-        windows: for trainers that add noise.
+        fixed: the settings of fixed-point numbers; None: floats.
+        windows: the privacy budget, for trainers that add noise.
     """
 
     KIND: ClassVar[str] = "tune/train"
@@ -114,12 +115,12 @@ class Train(TuneRequest):
 
     @property
     def noisy(self) -> bool:
-        """Whether noise protects what is sent: then no loss is."""
+        """Whether noise protects the response; then the loss is not sent."""
         return self.windows is not None or (self.fixed is not None and self.fixed.noise is not None)
 
     @property
     def method(self) -> Parametrization:
-        """The parametrization's file."""
+        """The module of the parametrization."""
         return parametrization_of(self.parametrization)
 
     def discloses(self) -> frozenset[Disclosure]:
@@ -131,15 +132,13 @@ class Train(TuneRequest):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
         if client.credentials is not None and self.fixed and self.fixed.noise and not self.fixed.noise.adders:
-            raise client.error(
-                "where sums are taken under secure aggregation clients add the noise; this request leaves it to the server"
-            )
+            raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
         decoder, ids, labels = self.model_and_windows(client, device)
         tokens = ids.numel()
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
         noise = self.windows or (self.fixed and self.fixed.noise)
         if noise and not self.round < noise.rounds:
-            raise client.error(f"round {self.round + 1} of {noise.rounds}: its budget is spent")
+            raise client.error(f"round {self.round + 1} of {noise.rounds}: its privacy budget is spent")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
         model = load(decoder, self.bits)
@@ -198,7 +197,7 @@ class Train(TuneRequest):
             changes = mechanism.clip(changes)
         values: dict[str, Tensor] = {}
         for name, shape in self._fixed_shapes(shapes).items():
-            change = changes.get(name)  # narrower than the widest client's, or not trained here
+            change = changes.get(name)  # may have fewer columns than other clients', or not be trained here
             values[name] = (
                 torch.zeros(shape) if change is None else nn.functional.pad(change, (0, shape[-1] - change.shape[-1]))
             )
@@ -231,9 +230,9 @@ class Train(TuneRequest):
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
         check_tokens(reply.tokens, self.tokens)
-        reports_loss = self.fixed is None and not self.noisy  # else it is in the sum, or may not be disclosed
+        reports_loss = self.fixed is None and not self.noisy  # else it is part of the sum, or may not be disclosed
         if (reply.loss is not None) != reports_loss:
-            raise WireError("its loss is not a finite number" if reports_loss else "it reports a loss that nobody asked for")
+            raise WireError("its loss is not a finite number" if reports_loss else "it reports a loss that was not requested")
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.fixed is None:
@@ -275,7 +274,7 @@ def _parts(tensors: Tensors, kind: str, name: str) -> Tensors:
 
 
 def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a: bool) -> Tensors:
-    """What travels beside a :class:`Train` request."""
+    """The tensors of a :class:`Train` request."""
     return {
         f"{kind}/{name}/{part}": value.to(dtype).contiguous()
         for name, start in starts.items()
@@ -286,12 +285,13 @@ def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a
 
 
 class FloatRound:
-    """The server's half where clients send floats: the aggregation's sum of each linear, one client after the other.
+    """The server's half if clients send floats: clients are added one by one to the aggregation's sum of each linear.
 
     Args:
-        states: of every linear that is tuned; ranks: of each, those of this round's clients.
+        states: by linear, for those that are tuned.
+        ranks: by linear, the ranks of this round's clients.
         assigned: by client and linear, the rank.
-        seed: the stage's, from which a shared A follows.
+        seed: of the stage, from which a shared A is generated.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class FloatRound:
         self._loss = WeightedSum()
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Floats cannot be summed securely; jobs that would are refused when they are read."""
+        """Always raises FedgroveError: floats cannot be summed securely. Such jobs are refused when they are loaded."""
         raise FedgroveError(
             "privacy.secure_aggregation: only fixed-point numbers can be summed securely", 'set precision = "fixed"'
         )
@@ -330,16 +330,16 @@ class FloatRound:
             self._aggregation.add(self.sums[name], change, float(reply.tokens))
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """There is no total of floats: see :meth:`masked`."""
+        """Not possible: see :meth:`masked`."""
         raise NotImplementedError
 
     def loss(self) -> float | None:
-        """The weighted mean of the clients' losses."""
+        """The weighted mean of the clients' losses; None if no client reported one."""
         return float(self._loss.mean()) if self.losses else None
 
 
 class WholeRound(IntegerSums):
-    """The server's half where clients send fixed-point numbers: the mean of what they changed.
+    """The server's half if clients send fixed-point numbers: the mean of their differences.
 
     Args:
         requests: by client.
@@ -350,10 +350,12 @@ class WholeRound(IntegerSums):
         self._requests = requests
 
     def means(self, clients: list[str]) -> dict[str, Tensor]:
-        """By linear and part, float64: the weighted mean of what changed, each column over those who train it; and ``loss``.
+        """The weighted mean of the differences, ``<linear>/<part>`` -> float64, and of ``loss`` if it was sent.
+
+        Each column is averaged over the clients that train it. With noise, the sum is used as it is, with weight 1.
 
         Args:
-            clients: who is in the sum.
+            clients: the clients in the sum.
         """
         first = next(iter(self._requests.values()))
         assert first.fixed is not None

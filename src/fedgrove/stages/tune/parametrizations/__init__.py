@@ -1,7 +1,7 @@
-"""What is trained of a linear, and how its change is represented: a new parametrization is a new file here.
+"""Parametrizations: what is trained of a linear, and the form of its change. A new parametrization is a new file here.
 
-The client's half puts a change into the model, lets a trainer train it and takes it out again; the server's half says what a
-response holds, what it costs and how the change becomes part of the weight.
+The client's half attaches a change to the model and extracts it after training. The server's half defines the content
+of a response, its cost, and how the change is merged into the weight.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PACKAGE = "stages.tune.parametrizations"
 
 @dataclass(frozen=True)
 class Attachment:
-    """How a change is put into a client's model.
+    """How changes are attached to a client's model.
 
     Attributes:
-        scales: by linear: LoRA's α/r, for parametrizations with ranks.
-        masks: by linear, (out, in) bool, True = kept: of the linears whose zeros are to stay.
+        scales: by linear, LoRA's α/r; only for parametrizations with ranks.
+        masks: by linear, (out, in) bool, True = kept; only for linears whose zeros must stay zero.
         shared_a: all clients share one A, which is not trained.
     """
 
@@ -42,16 +42,16 @@ class Attachment:
 
 
 class Parametrization(Protocol):
-    """What a parametrization's file holds.
+    """The contract of a parametrization's file.
 
     Attributes:
-        FORM: of its changes; see :mod:`fedgrove.stages.tune.aggregation`.
-        DISCLOSES: what a client sends.
-        AGGREGATION: the aggregation that is taken where a job names none.
-        RANKED: whether a linear has a rank that can be chosen. Where it has none, its rank is said to be 1.
-        RELATIVE: clients send what a round changed; else, where it ended.
-        PRIVATE: whether it can be trained with noise.
-        PERSONAL: whether clients can keep one of their own.
+        FORM: the form of its changes; see :mod:`fedgrove.stages.tune.aggregation`.
+        DISCLOSES: what a response reveals about a client's text.
+        AGGREGATION: the default aggregation.
+        RANKED: whether a linear has a rank that can be chosen. If not, plans record rank 1.
+        RELATIVE: True: clients send the difference that a round made; False: the values at the end of the round.
+        PRIVATE: whether it can be trained with differential privacy.
+        PERSONAL: whether clients can keep a personal change.
     """
 
     FORM: Form
@@ -63,92 +63,106 @@ class Parametrization(Protocol):
     PERSONAL: bool
 
     def none(self, shape: tuple[int, int]) -> Any:
-        """No change of a weight (out, in)."""
+        """The zero change of a weight (out, in)."""
         ...
 
     def change_of(self, parts: Mapping[str, Tensor]) -> Any:
-        """A change from its tensors."""
+        """A change from its tensors, by name of the part."""
         ...
 
     def start(
         self, own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
     ) -> Start[Any]:
-        """What a client begins with, from the parts that came with a request; what is missing begins anew."""
+        """What a client starts with.
+
+        Args:
+            own: the parts of the trained change that came with a request; missing parts are initialized.
+            rest: the parts of the remaining change, which is not trained.
+            shape: (out, in) of the weight.
+            rank: to train; 0: the client does not train this linear.
+            name: the linear's, which with ``seed`` determines the initial values.
+        """
         ...
 
     def attach(self, model: nn.Module, starts: Mapping[str, Start[Any]], how: Attachment) -> GradientMasks:
-        """Puts the changes into a frozen model and opens what is trained.
+        """Attaches the changes to a frozen model and sets ``requires_grad`` on what is trained.
 
         Returns:
-            Parameters whose gradient is masked.
+            Parameters whose gradient must be masked, with their masks.
         """
         ...
 
     def detach(self, model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Any]]) -> dict[str, Any]:
-        """What was trained, by linear, on the CPU: see ``RELATIVE``."""
+        """The trained change of each of these linears, on the CPU; see ``RELATIVE``."""
         ...
 
     def received(self, parts: Mapping[str, Tensor], own: Any, rank: int, name: str, seed: str) -> Any:
-        """A change from what a client sent.
+        """A change from the parts that a client sent.
 
         Args:
-            own: what the client began with, from which parts follow that are not sent.
+            own: the trained part of the client's start, from which parts that are not sent are taken.
         """
         ...
 
     def total(self, trained: Any, start: Start[Any]) -> Any:
-        """The whole change that a client computed with."""
+        """The complete change of the weight at the client after training, including the part that was not trained."""
         ...
 
     def round_change(self, trained: Any, start: Start[Any], shared_a: bool) -> dict[str, Tensor]:
-        """What a round changed, by part: for sums of fixed-point numbers."""
+        """The difference that a round made, by part, for sums of fixed-point numbers."""
         ...
 
     def after_round(self, state: Any, change: Mapping[str, Tensor], rank: int, dtype: torch.dtype, name: str, seed: str) -> Any:
-        """The live change after a round, from the mean of what clients changed (:meth:`round_change`).
+        """The live part of the state after a round.
 
         Args:
-            state: the server's, as the clients were given it in ``dtype``.
+            state: the server's state before the round.
+            change: the mean of the clients' :meth:`round_change`.
+            dtype: in which the clients received the state.
         """
         ...
 
     def expected(self, shape: tuple[int, int], rank: int, dtype: torch.dtype, shared_a: bool) -> TensorSpecs:
-        """Shape and dtype of each part that a client sends of a linear."""
+        """Shape and dtype of each part that a client sends for a linear."""
         ...
 
     def merge(self, weight: Tensor, change: Any, masked: bool) -> Tensor:
-        """The weight (out, in) with its change, in its own dtype, rounded once; its zeros stay if ``masked``."""
+        """The weight (out, in) plus its change, rounded once to the weight's dtype; zeros stay zero if ``masked``."""
         ...
 
     def configurations(self, space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
-        """What all clients may be given alike, the best first; one window at once."""
+        """The configurations that planner "uniform" can give to all clients, best first; with one window at once."""
         ...
 
     def memory(self, cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
-        """Bytes at the peak of training, besides the program itself."""
+        """Bytes at the peak of training, without the process itself."""
         ...
 
     def compute_seconds(self, cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
-        """Seconds of computing in a round."""
+        """Seconds of computation in a round."""
         ...
 
     def numbers(self, cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
-        """Numbers of a change on the wire."""
+        """How many numbers a change has on the wire."""
         ...
 
     def shortage(self, cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-        """Why a client with too little memory cannot take part, and what would do."""
+        """The message for a client with too little memory: how much it needs, and the remedy."""
         ...
 
     def write_adapter(
         self, out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
     ) -> bool:
-        """Writes the result as an adapter that plain peft loads; False where there is no such form.
+        """Writes the changes as an adapter that plain peft loads.
 
         Args:
-            base: the model that the job names; title: of the adapter's card.
-            pruned: the model has zeros that the adapter would refill; its card then says so.
-            changed: earlier stages changed the model, so that the base is not the one that the job names.
+            base: the model that the job names.
+            title: the title of the adapter's card.
+            pruned: the model has zeros that the adapter would refill; the card then warns about this.
+            changed: earlier stages changed the model, so the adapter does not fit the model that the job names.
+
+        Returns:
+            Whether an adapter was written; always False for parametrizations that peft adapters cannot represent.
         """
         ...
 
@@ -157,5 +171,5 @@ METHOD = Parametrization
 
 
 def parametrization_of(name: str) -> Parametrization:
-    """The parametrization of that name."""
+    """Loads a parametrization by name."""
     return cast(Parametrization, plugins.load(PACKAGE, name))

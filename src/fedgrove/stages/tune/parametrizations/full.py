@@ -1,4 +1,4 @@
-"""Full fine-tuning: the whole weight of every linear is trained, in float32."""
+"""Full fine-tuning: all weights of every linear are trained, in float32."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Dense:
     """A change of a weight as one tensor.
 
     Attributes:
-        value: (out, in) float32; None: no change, which takes no memory.
+        value: (out, in) float32; None: no change, without memory for zeros.
     """
 
     value: Tensor | None = None
@@ -86,7 +86,7 @@ def start(
 
 
 def attach(model: nn.Module, starts: Mapping[str, Start[Dense]], how: Attachment) -> GradientMasks:
-    """Adds the change so far to the weights, and lets them be trained."""
+    """Adds the change so far to the weights and makes them trainable; gradients of pruned weights are masked."""
     masks = []
     for name, begun in starts.items():
         module = model.get_submodule(name)
@@ -101,7 +101,7 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Dense]], how: Attachment
 
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Dense]]) -> dict[str, Dense]:
-    """What this round added to each weight."""
+    """The difference that this round made to each weight, (out, in) float32."""
     changes = {}
     for name in names:
         module = cast(Any, model.get_submodule(name))
@@ -110,29 +110,29 @@ def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[De
 
 
 def received(parts: Mapping[str, Tensor], own: Dense, rank: int, name: str, seed: str) -> Dense:
-    """What the round added."""
+    """The difference that the round made."""
     return Dense.of(parts)
 
 
 def total(trained: Dense, start: Start[Dense]) -> Dense:
-    """The change so far, and what this round added."""
+    """The change so far plus the difference that this round made."""
     return start.own.plus(trained)
 
 
 def round_change(trained: Dense, start: Start[Dense], shared_a: bool) -> dict[str, Tensor]:
-    """It is one already."""
+    """The trained change: it already is the difference that the round made."""
     return trained.parts()
 
 
 def after_round(
     state: State[Dense], change: Mapping[str, Tensor], rank: int, dtype: torch.dtype, name: str, seed: str
 ) -> Dense:
-    """The mean change on top of what was there."""
+    """The state plus the mean difference."""
     return state.live.plus(Dense.of(change))
 
 
 def expected(shape: tuple[int, int], rank: int, dtype: torch.dtype, shared_a: bool) -> TensorSpecs:
-    """(out, in)."""
+    """One tensor, (out, in)."""
     return {"weight": (torch.Size(shape), dtype)}
 
 
@@ -142,7 +142,7 @@ def merge(weight: Tensor, change: Dense, masked: bool) -> Tensor:
 
 
 def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
-    """Weights that are trained are held in 32 bits."""
+    """A single configuration: trained weights are always float32."""
     return [ClientConfig(32, batch, 1, dict.fromkeys(cost.linears, 1))]
 
 
@@ -162,15 +162,15 @@ def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -
 
 
 def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-    """One window at once is too much."""
+    """Even a micro-batch of one window needs too much memory."""
     return (
-        f"training whole linears needs {mebibytes(costs.full_memory(cost, 1), enough=True)} "
-        f"of memory, but it has {mebibytes(budget.memory)} (clients.memory)"
+        f"full fine-tuning needs {mebibytes(costs.full_memory(cost, 1), enough=True)} "
+        f'of memory, but it has {mebibytes(budget.memory)} (clients.memory); lower length, or set method = "lora"'
     )
 
 
 def write_adapter(
     out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """A change of all weights is no adapter."""
+    """Writes nothing: a dense change of all weights cannot be stored as an adapter."""
     return False

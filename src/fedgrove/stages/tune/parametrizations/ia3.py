@@ -1,10 +1,11 @@
 """(IA)³ (Liu et al., NeurIPS 2022): one learnt scale for each output channel of a linear.
 
-The paper's: scales that begin at one, on what a linear puts out. Ours: on every linear of a block, not on keys, values and the
-feed-forward part alone; stored as the difference from one, so that changes of several clients add up; and on W·x without the
-bias, so that it merges exactly: the new weight is diag(1 + s)·W. A pruned model keeps its zeros, for a scaled zero is zero.
+From the paper: scales that start at 1 and multiply the output of a linear. Ours: every linear of a block has scales,
+not only keys, values and the feed-forward part; they are stored as the difference from 1, so that changes of several
+clients can be added; and they multiply W·x without the bias, so that merging gives the weight diag(1 + s)·W. A pruned
+model keeps its zeros, because a scaled zero is zero.
 
-Do not expect what LoRA learns: there are as many numbers as channels, and they can only make a channel louder or quieter.
+(IA)³ can learn less than LoRA: it has one number per output channel, which can only scale that channel.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Scales:
     """ΔW = diag(s)·W.
 
     Attributes:
-        s: (out,): by how much more than one each output channel is multiplied; None: by one, and nothing is sent.
+        s: (out,), each output channel is multiplied by 1 + s; None: all zeros, and nothing is sent.
     """
 
     s: Tensor | None = None
@@ -75,7 +76,7 @@ class Scales:
 
 
 def none(shape: tuple[int, int]) -> Scales:
-    """All scales one."""
+    """All channels multiplied by 1."""
     return Scales()
 
 
@@ -92,7 +93,7 @@ def start(
 
 
 def attach(model: nn.Module, starts: Mapping[str, Start[Scales]], how: Attachment) -> GradientMasks:
-    """Multiplies what each linear puts out; no gradient needs a mask, for a scaled zero is zero."""
+    """Scales the output of each linear with a forward hook; no gradient needs a mask, because a scaled zero is zero."""
     for name, begun in starts.items():
         module = model.get_submodule(name)
         device = next(module.parameters()).device
@@ -108,7 +109,7 @@ def _scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Scales]]) -> dict[str, Scales]:
-    """What this round added to each scale."""
+    """The difference that this round made to each scale, (out,) float32."""
     changes = {}
     for name in names:
         now, begun = cast(Tensor, model.get_submodule(name).ia3_s), cast(Tensor, starts[name].own.s)
@@ -117,34 +118,34 @@ def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Sc
 
 
 def received(parts: Mapping[str, Tensor], own: Scales, rank: int, name: str, seed: str) -> Scales:
-    """What the round added."""
+    """The difference that the round made."""
     return Scales.of(parts)
 
 
 def total(trained: Scales, start: Start[Scales]) -> Scales:
-    """The scales so far, and what this round added."""
+    """The scales so far plus the difference that this round made."""
     return start.own.plus(trained)
 
 
 def round_change(trained: Scales, start: Start[Scales], shared_a: bool) -> dict[str, Tensor]:
-    """It is one already."""
+    """The trained change: it already is the difference that the round made."""
     return trained.parts()
 
 
 def after_round(
     state: State[Scales], change: Mapping[str, Tensor], rank: int, dtype: torch.dtype, name: str, seed: str
 ) -> Scales:
-    """The mean change on top of what was there."""
+    """The state plus the mean difference."""
     return state.live.plus(Scales.of(change))
 
 
 def expected(shape: tuple[int, int], rank: int, dtype: torch.dtype, shared_a: bool) -> TensorSpecs:
-    """(out,)."""
+    """One tensor, (out,)."""
     return {"s": (torch.Size([shape[0]]), dtype)}
 
 
 def merge(weight: Tensor, change: Scales, masked: bool) -> Tensor:
-    """diag(1 + s)·W, rounded once; what is not zero stays so."""
+    """diag(1 + s)·W, rounded once to the weight's dtype; if ``masked``, non-zero weights do not become zero."""
     if change.s is None:
         return weight
     merged = ((1.0 + change.s.double())[:, None] * weight.double()).to(weight.dtype)
@@ -152,19 +153,19 @@ def merge(weight: Tensor, change: Scales, masked: bool) -> Tensor:
 
 
 def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
-    """All linears, the most bits first."""
+    """One configuration per number of bits, the most bits first; all linears are tuned."""
     return [ClientConfig(bits, batch, 1, dict.fromkeys(cost.linears, 1)) for bits in sorted(space.bits, reverse=True)]
 
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
-    """The frozen weights, and for one window what the blocks keep and what every linear puts out."""
+    """Bytes of the frozen weights and trained scales, and per window of activations and of every linear's output."""
     outputs = sum(rows for rows, _ in cost.linears.values())
     window = costs.activation_bytes(cost, config.bits) + 4 * cost.length * outputs
     return costs.weight_bytes(cost, config.bits) + costs.PER_TUNED * outputs + config.micro * window
 
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
-    """Forwards and back through the frozen model."""
+    """Seconds of the forward and backward passes of a round through the frozen model."""
     windows = space.steps * costs.each_device(config.batch, budget)
     return windows * costs.window_operations(cost, space) / budget.speed
 
@@ -175,10 +176,10 @@ def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -
 
 
 def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-    """One window at once in the fewest bits is too much."""
+    """Even a micro-batch of one window in the fewest bits needs too much memory."""
     need = memory(cost, space, ClientConfig(min(space.bits), space.batches[-1], 1, {}))
     return (
-        f"training scales needs {mebibytes(need, enough=True)} of memory, but it has {mebibytes(budget.memory)} "
+        f"training the scales needs {mebibytes(need, enough=True)} of memory, but it has {mebibytes(budget.memory)} "
         "(clients.memory); lower length, or allow fewer bits"
     )
 
@@ -186,5 +187,5 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
 def write_adapter(
     out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """The scales are part of the merged model; there is no folder beside it."""
+    """Writes nothing: the scales are merged into the model."""
     return False

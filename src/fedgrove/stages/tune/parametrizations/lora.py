@@ -1,7 +1,8 @@
 """LoRA (Hu et al., ICLR 2022): the change of a weight as the product of two small factors, on a frozen model.
 
-The adapters are peft's, one rank for each linear. What peft has not is a mask: on a pruned model an ordinary adapter would
-refill the zeros, so there the product of the factors is masked before it is used, and what was trained is what is merged.
+The adapters are peft's, with one rank per linear. peft has no masks: on a pruned model an ordinary adapter would refill
+the zeros. There the product of the factors is masked in the forward pass as well as in the merge, so that the merged
+model computes what was trained.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ RELATIVE = False
 PRIVATE = True
 PERSONAL = True
 
-OWN, REST = "own", "rest"  # the adapter that is trained, and the one that is only computed with
+OWN, REST = "own", "rest"  # the adapter that is trained, and the frozen one that is only added
 
 
 def none(shape: tuple[int, int]) -> Factors:
-    """Rank 0."""
+    """A change of rank 0."""
     return Factors.none(*shape)
 
 
@@ -53,9 +54,10 @@ def change_of(parts: Mapping[str, Tensor]) -> Factors:
 def start(
     own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
 ) -> Start[Factors]:
-    """Factors that came, filled up to ``rank`` with fresh terms that change nothing yet.
+    """The received factors, in float32, with new terms up to ``rank``; B of a new term is 0, so it changes nothing yet.
 
-    Where all share one A it does not come: the rows of the rest come after those of what is trained.
+    If all clients share one A, it is not sent but generated from the seed: its first rows belong to the trained
+    factors, the next ones to the rest.
     """
 
     def given(parts: Mapping[str, Tensor], first: int) -> Factors:
@@ -68,9 +70,9 @@ def start(
 
 
 def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachment) -> GradientMasks:
-    """Puts adapters into a model; an own rank of 0 is not trained.
+    """Attaches peft's adapters, up to two per linear: the trained one and the frozen rest. Rank 0 is left out.
 
-    On a pruned model the product of the factors is masked before it is used, so no gradient needs a mask.
+    On a pruned model the product of the factors is masked in the forward pass, so no gradient needs a mask.
     """
     scales, masks = how.scales, how.masks
     hush()
@@ -93,7 +95,7 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachme
             kinds = {type(_base_layer(model.get_submodule(name))) for name in factors}
             config._register_custom_module(dict.fromkeys(kinds, _masked_layer()))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters: we know
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
             inject_adapter_in_model(config, model, adapter)
         for name, pair in factors.items():
             layer = cast(Any, model.get_submodule(name))
@@ -117,7 +119,7 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachme
 
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Factors]]) -> dict[str, Factors]:
-    """The trained adapters, on the CPU, the scale folded into B."""
+    """The trained adapters, on the CPU, with the scale α/r multiplied into B."""
     result = {}
     for name in names:
         layer = cast(Any, model.get_submodule(name))
@@ -127,44 +129,44 @@ def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Fa
 
 
 def received(parts: Mapping[str, Tensor], own: Factors, rank: int, name: str, seed: str) -> Factors:
-    """B, and A: the client's, or the one that all share."""
+    """B and A as received; if all clients share A, that of the client's start."""
     return Factors(parts["b"], parts["a"] if "a" in parts else fill(own, rank, name, seed).a)
 
 
 def total(trained: Factors, start: Start[Factors]) -> Factors:
-    """What was trained, and the rest."""
+    """The trained factors plus the rest."""
     return trained.plus(start.rest)
 
 
 def round_change(trained: Factors, start: Start[Factors], shared_a: bool) -> dict[str, Tensor]:
-    """What B changed by, (out, rank): with one A for all, the mean of the adapters is a plain sum of these."""
-    assert shared_a, "products of two factors that both change do not add up"
+    """The difference in B, (out, rank). With one A for all clients, the mean adapter is mean(B)·A."""
+    assert shared_a, "B alone represents the change only if all clients share A"
     return {"b": trained.b - start.own.b}
 
 
 def after_round(
     state: State[Factors], change: Mapping[str, Tensor], rank: int, dtype: torch.dtype, name: str, seed: str
 ) -> Factors:
-    """The mean change on top of where all began; terms that nobody trained keep their value."""
+    """The B that the clients started from plus the mean difference; terms that no client trained keep their value."""
     own = fill(state.live.part(0, rank), rank, name, seed)
-    began = own.b.to(dtype).double()  # as the clients were given it
+    began = own.b.to(dtype).double()  # rounded as in the request, so that it is what the clients started from
     live = Factors(began + change["b"], own.a.double())
     return live.plus(state.live.part(rank, state.live.rank))
 
 
 def expected(shape: tuple[int, int], rank: int, dtype: torch.dtype, shared_a: bool) -> TensorSpecs:
-    """B (out, rank), and A (rank, in) where it is trained."""
+    """B (out, rank), and A (rank, in) if it is trained."""
     specs: TensorSpecs = {"b": (torch.Size([shape[0], rank]), dtype)}
     return specs if shared_a else {**specs, "a": (torch.Size([rank, shape[1]]), dtype)}
 
 
 def merge(weight: Tensor, change: Factors, masked: bool) -> Tensor:
-    """weight + B·A in the weight's own dtype, rounded once."""
+    """weight + B·A, rounded once to the weight's dtype; see :func:`merge_dense`."""
     return merge_dense(weight, change.product(), masked)
 
 
 def merge_dense(weight: Tensor, change: Tensor, masked: bool) -> Tensor:
-    """weight + change in the weight's own dtype, rounded once; zeros stay zero if ``masked``, and nothing else becomes zero.
+    """weight + change, rounded once to the weight's dtype; if ``masked``, zeros stay zero and nothing else becomes zero.
 
     Args:
         weight: (out, in), any float dtype.
@@ -177,7 +179,7 @@ def merge_dense(weight: Tensor, change: Tensor, masked: bool) -> Tensor:
 
 
 def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
-    """One rank for all linears: the most bits first, then the largest rank."""
+    """The same rank for all linears; ordered by bits, then by rank, both descending."""
     return [
         ClientConfig(bits, batch, 1, dict.fromkeys(cost.linears, rank))
         for bits in sorted(space.bits, reverse=True)
@@ -190,12 +192,12 @@ compute_seconds = costs.compute_seconds
 
 
 def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
-    """rank·(out + in) for each linear; rank·out where A is shared."""
+    """Σ rank·(out + in) over the linears; Σ rank·out if A is shared."""
     return sum(rank * (cost.linears[name][0] if shared_a else sum(cost.linears[name])) for name, rank in ranks.items())
 
 
 def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-    """The smallest rank in the fewest bits is too much."""
+    """Even the smallest rank in the fewest bits needs too much memory."""
     least = ClientConfig(min(space.bits), space.batches[-1], 1, dict.fromkeys(cost.linears, space.ranks[0]))
     return (
         f"rank {space.ranks[0]} in every linear needs {mebibytes(memory(cost, space, least), enough=True)} of memory, but it "
@@ -206,12 +208,12 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
 def write_adapter(
     out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """A LoRA adapter; each linear keeps the rank that its change has."""
+    """See :func:`fedgrove.stages.tune.peft_adapter.write_lora`."""
     return peft_adapter.write_lora(out, decoder, changes, base, title, pruned, changed)
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """x·(mask ∘ B·A)ᵀ. The dense product is made anew in the backward pass: only the factors are kept."""
+    """x·(mask ∘ B·A)ᵀ. The backward pass computes the dense product again, so that only the factors are saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, a: Tensor, mask: Tensor) -> Tensor:
@@ -227,11 +229,11 @@ class _MaskedProduct(torch.autograd.Function):
 
 
 def _masked_layer() -> type[nn.Module]:
-    """The class, made when peft is here: importing fedgrove imports no peft."""
+    """Defines the class on demand, because importing fedgrove must not import peft."""
     from peft.tuners import lora
 
     class MaskedLora(lora.Linear):  # type: ignore[misc]
-        """peft's adapters of a linear; where there is a mask, their product is masked before it is used."""
+        """peft's adapters of a linear; if the linear has a mask, the product of the factors is masked."""
 
         mask: Tensor | None = None
 

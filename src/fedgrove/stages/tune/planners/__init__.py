@@ -1,4 +1,4 @@
-"""Who gets what: a configuration for each client, by what it has. A new planner is a new file here."""
+"""Planners: choose each client's configuration by its budget. A new planner is a new file here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PACKAGE = "stages.tune.planners"
 
 @dataclass(frozen=True)
 class Problem:
-    """What a planner chooses from.
+    """The inputs of a planner.
 
     Attributes:
         cost: of the model.
-        budgets: of each client, by name.
-        bits: in which each client can hold frozen weights.
-        importance: of each linear, together 1.
-        number: bytes of a number on the wire.
+        budgets: by client.
+        bits: by client, the numbers of bits in which it can store frozen weights.
+        importance: of each linear; adds up to 1.
+        number: bytes of one number on the wire.
     """
 
     cost: ModelCost
@@ -37,12 +37,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a planner chose.
+    """The result of a planner.
 
     Attributes:
-        configs: of each client that takes part.
-        left_out: client -> which budget is too small, and what would do.
-        deadline: seconds of a round that were aimed at; None: no deadline.
+        configs: by client, for those that take part.
+        left_out: by client, why it cannot take part, and what would be enough.
+        deadline: seconds allowed for a round; None: no deadline.
     """
 
     configs: dict[str, ClientConfig]
@@ -51,10 +51,10 @@ class Choice:
 
 
 class Planner(Protocol):
-    """What a planner's file holds.
+    """The contract of a planner's file.
 
     Attributes:
-        NEEDS_IMPORTANCE: whether clients score the linears before it plans.
+        NEEDS_IMPORTANCE: whether clients must score the linears first.
         NEEDS_RANKS: whether it chooses ranks, which not every parametrization has.
         EQUAL_RANKS: whether it gives all clients the same ranks.
     """
@@ -67,7 +67,7 @@ class Planner(Protocol):
         """Gives each client a configuration, or leaves it out.
 
         Raises:
-            FedgroveError: the clients have nothing in common that all can hold.
+            FedgroveError: the planner needs one configuration for all clients, and none fits all of them.
         """
         ...
 
@@ -76,5 +76,5 @@ METHOD = Planner
 
 
 def planner_of(name: str) -> Planner:
-    """The planner of that name."""
+    """Loads a planner by name."""
     return cast(Planner, plugins.load(PACKAGE, name))

@@ -1,6 +1,7 @@
-"""FedPipe (arXiv 2404.06448): bits, batch and ranks of each client by an optimisation over its memory, its time and its uplink.
+"""FedPipe (arXiv 2404.06448): optimizes each client's bits, batch and ranks within its memory, time and uplink.
 
-Ours: the objective and the linear form, see :mod:`fedgrove.stages.tune.cost`; equal clients are solved for once.
+Ours: the objective and the linear formulation (see :mod:`fedgrove.stages.tune.cost`); clients with equal budgets are
+solved once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def choose(config: Config, problem: Problem) -> Choice:
             try:
                 if not bits:
                     raise Infeasible(
-                        f"it can hold none of bits = {list(config.bits)} (clients.bits; 8 and 4 need bitsandbytes there)"
+                        f"it supports none of bits = {list(config.bits)} (clients.bits; 8 and 4 need bitsandbytes)"
                     )
                 solved[budget, client_space] = cost.best(problem.cost, client_space, budget, problem.importance)
             except Infeasible as error:
@@ -49,6 +50,6 @@ def choose(config: Config, problem: Problem) -> Choice:
 
 
 def default_deadline(model: ModelCost, space: SearchSpace, budgets: Mapping[str, Budget]) -> float:
-    """What the slowest client needs for the smallest batch at the smallest ranks: small steps teach more in the same time."""
+    """The slowest client's seconds for the smallest batch and ranks: small batches learn more in the same time."""
     least = ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[0]))
     return max(cost.seconds(model, space, budget, least) for budget in budgets.values())

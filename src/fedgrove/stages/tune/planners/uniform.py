@@ -1,4 +1,4 @@
-"""The same for all: the best configuration that the weakest client can hold. The baseline of FedPipe's paper."""
+"""The same configuration for all clients: the best that fits the weakest client. The baseline of the FedPipe paper."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ EQUAL_RANKS = True
 
 
 def choose(config: Config, problem: Problem) -> Choice:
-    """The first of the parametrization's configurations that every client can hold which can hold any; the largest batch."""
+    """Chooses the first of the parametrization's configurations that fits all clients, with the largest batch.
+
+    Clients that no configuration fits are left out. Each client gets the largest micro-batch that fits in its memory.
+
+    Raises:
+        FedgroveError: every remaining client can hold some configuration, but no configuration fits all of them.
+    """
     method = parametrization_of(config.parametrization)
     space = SearchSpace(config.bits, config.batches, config.ranks, config.steps, 0, problem.number)
     candidates = method.configurations(space, problem.cost, config.batches[-1])
 
     def fits(client: str, candidate: ClientConfig) -> bool:
-        allowed = candidate.bits in problem.bits[client] or candidate.bits not in config.bits  # what is not chosen is given
+        # bits that are not in the job are fixed by the parametrization, such as 32 for "full"
+        allowed = candidate.bits in problem.bits[client] or candidate.bits not in config.bits
         return allowed and method.memory(problem.cost, space, candidate) <= problem.budgets[client].memory
 
     left_out = {
@@ -36,7 +43,5 @@ def choose(config: Config, problem: Problem) -> Choice:
             }
             return Choice(configs, left_out)
     if able:
-        raise FedgroveError(
-            'planner "uniform": the clients have no bits in common that all can hold', "allow more values in bits"
-        )
+        raise FedgroveError('planner "uniform": no value of bits fits all clients', "allow more values in bits")
     return Choice({}, left_out)

@@ -13,22 +13,22 @@ PACKAGE = "stages.tune.trainers"
 
 
 class Trainer(Protocol):
-    """What a trainer's file holds.
+    """The contract of a trainer's file.
 
     Attributes:
-        PRIVATE: whether it adds noise, so that no window of the text can be told from what was learnt.
+        PRIVATE: whether it adds noise, so that training is differentially private for single windows of text.
     """
 
     PRIVATE: bool
 
     def train(self, model: nn.Module, work: Work, settings: Settings) -> float | None:
-        """Trains what requires a gradient.
+        """Trains the parameters that require a gradient.
 
         Returns:
-            The mean loss a token, where it may be disclosed.
+            The mean loss per token; None if it may not be disclosed.
 
         Raises:
-            FedgroveError: the loss is not finite, or the noise is too little.
+            FedgroveError: the loss is not finite, or the noise is too small for the budget.
         """
         ...
 
@@ -37,5 +37,5 @@ METHOD = Trainer
 
 
 def trainer_of(name: str) -> Trainer:
-    """The trainer of that name."""
+    """Loads a trainer by name."""
     return cast(Trainer, plugins.load(PACKAGE, name))

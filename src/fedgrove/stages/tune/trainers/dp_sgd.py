@@ -15,27 +15,28 @@ PRIVATE = True
 
 
 def train(model: nn.Module, work: Work, settings: Settings) -> None:
-    """Trains what requires a gradient, so that no window of the text can be told from what was learnt.
+    """Trains the parameters that require a gradient, with differential privacy for each window of text.
 
-    In every step each window takes part with probability ``settings.batch`` / windows, by the operating system's randomness:
-    who knew the draw would gain what is counted as hidden by it. Windows go through the model one by one; the gradient of a
-    window's mean loss is scaled down to the norm ``budget.clip`` over all trained parameters (and to nothing where it is not
-    finite), the sum gets Gaussian noise and is divided by the expected number of windows. What the optimizer makes of that
-    gradient spends nothing more, nor does a mask.
+    In every step each window takes part with probability ``settings.batch`` / windows (Poisson sampling), drawn from
+    the operating system's randomness: the accounting assumes that nobody else knows the draw. Windows go through the
+    model one by one. The gradient of a window's mean loss is scaled down to the L2 norm ``budget.clip`` over all
+    trained parameters (to 0 if it is not finite). The sum of the gradients gets Gaussian noise and is divided by the
+    expected number of windows. The optimizer and the masks only post-process this noisy gradient, which spends no
+    budget.
 
     Args:
-        model: in any state; it is left in that of evaluation.
-        work: all windows of the client, and the budget; ``seen``, ``seed`` and ``devices`` are not looked at.
-        settings: ``batch`` is the expected number of windows of a step; ``max_grad_norm`` and ``micro`` are not looked at.
+        model: in training or evaluation mode; it is left in evaluation mode.
+        work: all windows of the client, the masks and the budget; ``seen``, ``seed`` and ``devices`` are ignored.
+        settings: ``batch`` is the expected number of windows of a step; ``max_grad_norm`` and ``micro`` are ignored.
 
     Raises:
-        FedgroveError: the noise is too little for what was promised.
+        FedgroveError: the noise is too small for the budget.
     """
     budget, ids, labels = work.budget, work.ids, work.labels
     assert budget is not None
     rate = min(1.0, settings.batch / len(ids))
     if not dp_sgd_keeps(budget.noise, budget.epsilon, budget.delta, rate, budget.rounds * settings.steps):
-        raise FedgroveError(f"noise of {budget.noise:g} is too little for epsilon = {budget.epsilon:g}; it trains nothing")
+        raise FedgroveError(f"noise of {budget.noise:g} is too little for epsilon = {budget.epsilon:g}; training refused")
     mechanism = GaussianMechanism(budget.clip, budget.noise, adders=1)
     parameters = trained_parameters(model)
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
@@ -62,7 +63,7 @@ def train(model: nn.Module, work: Work, settings: Settings) -> None:
 
 
 def _gradient(model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of the mean loss of one window, (length,) each: by the number of the parameter."""
+    """The gradient of the mean loss of one window, ids and labels (length,), by index of the parameter."""
     learnt = int((labels[1:] != IGNORED).sum())
     loss = loss_sum(model, ids[None], labels[None]) / max(1, learnt)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Plain training: stochastic gradient descent or AdamW on batches of windows."""
+"""Training without noise: stochastic gradient descent or AdamW on batches of windows."""
 
 from __future__ import annotations
 
@@ -40,19 +40,21 @@ def train_on(
     masks: GradientMasks = (),
     others: Sequence[torch.device] = (),
 ) -> float:
-    """Trains what requires a gradient.
+    """Trains the parameters that require a gradient.
 
-    With several devices each holds a copy of the model and computes every so many windows of a step; gradients are summed
-    on the first, which steps, so the result is that of one device but for the order in which floats are added.
+    With several devices, each has a copy of the model and computes some of a step's micro-batches. Gradients are summed
+    on the first device, which does the step: the result equals that of one device except for the order in which floats
+    are added.
 
     Args:
-        model: in any state; it is left in that of evaluation, without dropout, so that the same batches give the same bits.
-        batches: (ids, labels) of each step, (batch, length) each; labels of ``IGNORED`` are not learnt.
-        masks: where False there is no gradient, so zeros stay.
-        others: devices besides the model's own.
+        model: in training or evaluation mode. It is trained, and left, in evaluation mode: without dropout the same
+            batches give the same bits.
+        batches: (ids, labels) of each step, (batch, length) each; tokens with label ``IGNORED`` have no loss.
+        masks: gradients are set to 0 where the mask is False, so that zeros stay zero.
+        others: further devices, besides the one that has the model.
 
     Returns:
-        The mean loss a token, over all steps, each measured before its step.
+        The mean loss per token over all steps, each measured before its step; 0 if no token had a loss.
 
     Raises:
         FedgroveError: the loss is not finite.
@@ -69,7 +71,7 @@ def train_on(
             learnt = int((labels[:, 1:] != IGNORED).sum())
             if not learnt:
                 continue
-            losses = []  # not numbers yet: reading one would wait for its device before the next is given work
+            losses = []  # kept as tensors: float() would wait for the device before the next one gets work
             for (part, wanted), one in zip(pieces(ids, labels, settings.micro), itertools.cycle(copies), strict=False):
                 share = loss_sum(one, part, wanted) / learnt
                 share.backward()  # type: ignore[no-untyped-call]
@@ -77,13 +79,13 @@ def train_on(
             loss = sum(map(float, losses))
             for other in copies[1:]:
                 for parameter, copied in zip(parameters, trained_parameters(other), strict=True):
-                    if copied.grad is not None:  # fewer windows than devices
+                    if copied.grad is not None:  # None if the step had fewer micro-batches than devices
                         cast(Tensor, parameter.grad).add_(copied.grad.to(parameter.device))
                         copied.grad = None
             for weight, mask in masks:
                 cast(Tensor, weight.grad).mul_(mask)
             if not math.isfinite(loss):
-                raise FedgroveError("its loss is not finite", "lower learning_rate, or look at its data")
+                raise FedgroveError("its loss is not finite", "lower learning_rate, or check its data")
             if settings.proximal:
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
