@@ -223,7 +223,7 @@ def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(sma
     [
         ({"dp_unit": "window"}, {}, "privacy of one window of 16 tokens of one client"),
         ({**WHOLE, "dp_unit": "client"}, {}, "but not towards the server"),
-        ({**WHOLE, "dp_unit": "client"}, SECURE, "at least 2 clients adding their part"),
+        ({**WHOLE, "dp_unit": "client"}, SECURE, "at least 2 clients add their part"),
     ],
 )
 def test_what_is_promised_is_said_and_no_loss_leaves(
