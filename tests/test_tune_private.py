@@ -150,7 +150,7 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
         ({"stages": [{**TUNE, "epsilon": 1.0, "method": "fedpipe"}]}, 'set method = "lora"'),
         ({"stages": [{**TUNE, "epsilon": 1.0, "dp_unit": "client"}]}, 'precision = "fixed" beside it'),
         ({"stages": [{**WHOLE, "epsilon": 0.01, "dp_unit": "client"}]}, "raise epsilon, or lower dp_clip"),
-        ({"stages": [PRUNE, {**TUNE, "epsilon": 1.0}], "evaluate__alone": True}, "evaluate.alone: the clients' models"),
+        ({"stages": [PRUNE, {**TUNE, "epsilon": 1.0}], "evaluate__alone": True}, "evaluate.alone: the clients' own models"),
         ({"stages": [{**WHOLE, **FEDPIPE}], "privacy": SECURE, "clients__0__memory": "1MiB"}, "to hide one"),
     ],
 )

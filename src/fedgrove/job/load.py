@@ -32,7 +32,7 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
 def load_federated(
     path: Path, changes: Sequence[str] = (), sites: Sequence[str] = (), texts: Path | None = None
 ) -> FederatedJob:
-    """Reads a job file for a federation. There ``model.path`` is a name; each site's ``site.toml`` gives the path of its copy.
+    """Reads a job file for a federation. There ``model.path`` is a name; each site's own file has the path.
 
     Args:
         path: the TOML file; if it has no ``[[clients]]``, all sites take part.

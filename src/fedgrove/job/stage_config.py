@@ -55,7 +55,7 @@ class StageConfig(Table):
         return 1
 
     def hidden_states_kept(self, num_blocks: int) -> int:
-        """The largest number of blocks whose hidden states, of every calibration window, a client caches on its disk."""
+        """The largest number of blocks whose hidden states, of all calibration windows, a client caches on disk."""
         return 0
 
     def check(self, job: Job, index: int) -> None:
@@ -72,7 +72,7 @@ class StageConfig(Table):
         """As :meth:`check`, for a job with secure aggregation."""
 
     def centralized(self, job: Job) -> Self:
-        """The same stage for one client with everybody's text: without resource limits, privacy and communication cost."""
+        """The same stage for one client with everybody's text: no resource limits, no privacy, no communication."""
         return self
 
 

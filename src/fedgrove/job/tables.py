@@ -46,7 +46,7 @@ def whole_pair(part: Any) -> Any:
 
 
 class Client(Table):
-    """``[[clients]]``: an owner of text. In a federation only ``name`` is allowed; each site sets the rest in its own file.
+    """``[[clients]]``: an owner of text. In a federation only ``name`` is allowed; each site sets the rest itself.
 
     Attributes:
         name: up to 64 letters, digits, dots, dashes and underscores; shown in the report and the model card.
@@ -222,17 +222,13 @@ class Job(Table):
     @classmethod
     def _in_order(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
         _unique([client.name for client in clients])
-        return tuple(
-            sorted(clients, key=lambda client: client.name)
-        )  # so that the order in the file does not affect the result
+        return tuple(sorted(clients, key=lambda client: client.name))  # the file's order must not matter
 
     @model_validator(mode="after")
     def _fits_together(self) -> Job:
         for i, stage in enumerate(self.stages):
             if stage.privacy_budget() is not None and self.evaluate.alone:
-                raise ValueError(
-                    f"evaluate.alone: the clients' models without the others have no noise (stages.{i}.epsilon); set it to false"
-                )
+                raise ValueError(f"evaluate.alone: the clients' own models have no noise (stages.{i}.epsilon); set it to false")
             stage.check(self, i)
         if self.privacy.secure_aggregation:
             self._check_secure()
@@ -251,7 +247,7 @@ class Job(Table):
             stage.check_secure(self, i)
 
     def together(self, clients: int) -> int:
-        """How many of ``clients`` clients must contribute to a number, so that after dropouts ``privacy.min_group`` remain."""
+        """How many of ``clients`` must contribute to a number, so that after dropouts ``privacy.min_group`` remain."""
         least = max(min(self.rounds.quorum or clients, clients), clients - clients // 3)
         return self.privacy.min_group + clients - least
 
