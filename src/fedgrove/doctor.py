@@ -1,4 +1,4 @@
-"""Checks of a machine, a model and texts before anything runs; each check that fails has a remedy.
+"""Checks of a machine, a model and texts before anything runs, with remedies for those that fail.
 
 The functions do not raise for errors of the machine, the model or a text: they return a check that is not ok.
 """

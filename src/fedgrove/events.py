@@ -150,12 +150,11 @@ def to_json(event: Event) -> dict[str, Any]:
 def from_json(value: object) -> Event | None:
     """The event that :func:`to_json` wrote, received over a network.
 
-    Unknown fields are ignored; strings are truncated to ``MAX_TEXT`` characters, and control characters are removed.
+    Unknown fields are ignored; strings are truncated to ``MAX_TEXT`` characters, and control characters are replaced with spaces.
 
     Returns:
         None if it is not a known event: its kind is unknown (the sender may have a newer fedgrove), or a field is
-            missing or has
-        a wrong type.
+        missing or has a wrong type.
     """
     if not isinstance(value, dict) or not isinstance(value.get("event"), str) or value["event"] not in _ADAPTERS:
         return None

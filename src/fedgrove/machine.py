@@ -1,4 +1,4 @@
-"""Checks of a machine: versions, devices, memory, disk, ports. Each check that fails has a remedy."""
+"""Checks of a machine: versions, devices, memory, disk, ports, with remedies for those that fail."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ readable on a phone, and show numbers on hover without a script. Plotly, Bokeh a
 Matplotlib's images have a fixed size, fixed colors and no hover; pygal has no heat map. Positions in percent are enough
 for all of this: an SVG without a view box stretches with its column, but its text and dots keep their size.
 
-All SVG is made with :meth:`markupsafe.Markup.format`, which escapes the values.
+All marks are made with :meth:`markupsafe.Markup.format`, which escapes the values.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def read(run: Path) -> Summary:
         FedgroveError: the folder is no run folder, or the run has not ended.
     """
     if not (run / "job.toml").is_file():
-        raise FedgroveError(f"{run}: this is no run folder (it has no job.toml)")
+        raise FedgroveError(f"{run}: no run folder (it has no job.toml)")
     if not (run / "model").is_dir():
         from fedgrove.runfolder import unfinished  # slow: it imports torch, which a report does not need
 

@@ -28,8 +28,7 @@ def speed(model: Path, dtype: str = "auto") -> dict[str, Measured]:
     """Measures a model directory in a new process.
 
     Returns:
-        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their
-        range,
+        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their range,
         which is not a confidence interval: it describes one machine at one time. ``memory``: the peak in bytes, without
         the libraries. ``disk``: bytes of all files of the directory.
 
