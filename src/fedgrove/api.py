@@ -83,8 +83,7 @@ def run(
         out: the run folder; default: ``runs/NAME``.
         resume: continue an interrupted run.
         workers: the number of worker processes; 0: the clients' work is done in this process. In a script, workers need
-        the
-            usual ``if __name__ == "__main__":``.
+            the usual ``if __name__ == "__main__":``.
         quiet: show no progress on standard error.
         track: "tensorboard" and/or "mlflow": also log metrics there as they are measured; see :mod:`fedgrove.tracking`.
 

@@ -150,7 +150,8 @@ def to_json(event: Event) -> dict[str, Any]:
 def from_json(value: object) -> Event | None:
     """The event that :func:`to_json` wrote, received over a network.
 
-    Unknown fields are ignored; strings are truncated to ``MAX_TEXT`` characters, and control characters are replaced with spaces.
+    Unknown fields are ignored; strings are truncated to ``MAX_TEXT`` characters, and control characters
+    become spaces.
 
     Returns:
         None if it is not a known event: its kind is unknown (the sender may have a newer fedgrove), or a field is
