@@ -47,9 +47,14 @@ def _normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
+LEAST_NOISE = 0.2  # no job is given less; below it the accountant needs minutes
+
+
 @lru_cache(maxsize=256)
 def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The smallest noise multiplier, or slightly more, with which ``steps`` steps of DP-SGD are (ε, δ)-private.
+
+    It is at least ``LEAST_NOISE``.
 
     Args:
         epsilon: ε > 0.
@@ -65,7 +70,8 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
     """
     if rate >= 1:
         return gaussian_noise_multiplier(epsilon, delta, steps)
-    require_accountant()
+    if dp_sgd_epsilon(LEAST_NOISE, delta, rate, steps) <= epsilon:
+        return LEAST_NOISE
     from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism, pld  # an optional extra
 
     noise_multiplier: float = calibrate_dp_mechanism(
@@ -73,7 +79,7 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
         lambda noise: _event(noise, rate, steps),
         epsilon,
         delta,
-        LowerEndpointAndGuess(0.2, 1.0),
+        LowerEndpointAndGuess(LEAST_NOISE, 1.0),
         tol=2e-3,
     )
     return noise_multiplier
@@ -95,12 +101,14 @@ def dp_sgd_epsilon(noise_multiplier: float, delta: float, rate: float, steps: in
 def dp_sgd_keeps(noise_multiplier: float, epsilon: float, delta: float, rate: float, steps: int) -> bool:
     """Whether ``steps`` steps of DP-SGD are (ε, δ)-private; arguments as for :func:`dp_sgd_noise_multiplier`.
 
+    Noise below ``LEAST_NOISE`` is never enough: the answer must not take minutes, because the server chooses the noise.
+
     Raises:
         FedgroveError: ``rate`` is below 1 and ``dp-accounting`` is not installed.
     """
     if rate >= 1:
         return noise_multiplier >= gaussian_noise_multiplier(epsilon, delta, steps) * (1 - 1e-9)
-    return dp_sgd_epsilon(noise_multiplier, delta, rate, steps) <= epsilon
+    return noise_multiplier >= LEAST_NOISE and dp_sgd_epsilon(noise_multiplier, delta, rate, steps) <= epsilon
 
 
 def require_accountant() -> None:
