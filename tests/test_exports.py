@@ -243,7 +243,7 @@ def test_a_form_that_reads_back_otherwise_is_not_kept(small: Small, tmp_path: Pa
         return total + 0.02 * count, count
 
     monkeypatch.setattr(hf, "losses", losses)
-    with pytest.raises(FedgroveError, match="it was not kept"):
+    with pytest.raises(FedgroveError, match="the export was removed"):
         export(small.undisturbed(), "hf", tmp_path / "hf")
     assert not list(tmp_path.iterdir())
 

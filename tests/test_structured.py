@@ -404,7 +404,7 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     page = (run / "report.html").read_text()
     assert "Narrower blocks" in page
     assert "24 of 96 channels and 2 of 4 heads out of every block" in page
-    assert "Zeros take as much room" not in page
+    assert "zeros take as much space" not in page
     assert "structurally pruned on its own text only" in page
     assert Disclosure.SCORES.sentence in page
     card = (run / "model" / "README.md").read_text()

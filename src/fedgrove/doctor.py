@@ -1,6 +1,6 @@
-"""What a machine, a model and a text are good for, before anything runs: a list of checks, each with its remedy.
+"""Checks of a machine, a model and texts before anything runs, with remedies for those that fail.
 
-Nothing here raises for what is wrong with the machine, the model or a text: that is what the checks say.
+The functions do not raise for errors of the machine, the model or a text: they return a check that is not ok.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import stage_of
 
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
-LENGTH = 512  # tokens of the windows with which "could hold" is counted: the default of a job
+LENGTH = 512  # tokens of the windows for which "could hold" is computed: the default of a job
 
 
 def show(checks: Sequence[Check], as_json: bool = False) -> None:
-    """Prints checks for a person, or as one JSON document."""
+    """Prints checks as text, or as one JSON document."""
     if as_json:
         print(json.dumps([vars(check) for check in checks], indent=2))
         return
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print(f"{'ok  ' if check.ok else 'MEND'}  {check.name:<{width}}  {check.text}")
+        print(f"{'ok  ' if check.ok else 'FIX '}  {check.name:<{width}}  {check.text}")
         if check.remedy:
             print(f"{'':{width + 8}}{check.remedy}")
         for line in check.sample.splitlines():
@@ -45,7 +45,12 @@ def show(checks: Sequence[Check], as_json: bool = False) -> None:
 
 
 def examine(job: Job, folder: Path) -> list[Check]:
-    """What a job needs of this machine: its model, every client's text, the plan, and room in a run folder."""
+    """Checks what a job needs on this machine: the model, every client's text, disk space for the run, and the plan.
+
+    Args:
+        job: the job.
+        folder: where runs are written.
+    """
     path, details = find(job.model.path, job.model.revision)
     checks = [details]
     dtype = None if job.model.dtype == "auto" else getattr(torch, job.model.dtype)
@@ -70,9 +75,9 @@ def examine(job: Job, folder: Path) -> list[Check]:
 
 
 def site(client: LocalClient) -> list[Check]:
-    """What one client has: its copy of the model, its text, and what its memory could hold.
+    """Checks one client: its copy of the model, its text, and which work fits into its memory.
 
-    ``sample`` of a check is the client's own text: whoever sends the checks on leaves it out.
+    ``sample`` of a check is the client's own text and must be removed before checks are sent elsewhere.
     """
     checks = model(client.model, client.dtype)
     readable = all(check.ok for check in checks)
@@ -85,7 +90,7 @@ def site(client: LocalClient) -> list[Check]:
 
 
 def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
-    """Where a model is. One that is on the hub and not yet here is asked for, not fetched: None, and how much it is."""
+    """Finds a model. One that is on the hub only is not downloaded: its path is None, and the check gives its size."""
     if Path(path).is_dir():
         return Path(path), Check("model", True, str(path))
     from huggingface_hub import HfApi, snapshot_download
@@ -96,24 +101,24 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
     except (HFValidationError, OSError, ValueError):
         pass
     else:
-        return here, Check("model", True, f"{path}, fetched from the hub to {here}")
+        return here, Check("model", True, f"{path}, downloaded from the hub to {here}")
     try:
         info = HfApi().model_info(path, revision=revision, files_metadata=True, timeout=10)
-    except Exception as error:  # whatever a network can do
+    except Exception as error:  # any error of the network or the hub
         return None, Check(
             "model",
             False,
-            f"{path} is neither a directory here nor a model that the hub gives out ({type(error).__name__})",
+            f"{path} is neither a directory here nor a model available on the hub ({type(error).__name__})",
             "fix model.path; without a network, copy the model here and name its directory",
         )
     size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
     return None, Check(
-        "model", True, f"{path}: on the hub, {size_of(size)} to fetch; a run fetches it, and then it can be tried"
+        "model", True, f"{path}: on the hub, {size_of(size)} to download; a run downloads it, and then it can be checked"
     )
 
 
 def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
-    """Whether a model directory can be used: every header, one tensor of each file, the architecture, the tokenizer."""
+    """Checks a model directory: all headers, one tensor of each file, the architecture, and the tokenizer."""
     try:
         checkpoint = Checkpoint(path, dtype)
         for names in checkpoint.shards.values():
@@ -133,17 +138,18 @@ def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
     words = "A text that every tokenizer can take apart."
     tokens = len(tokenizer(words, add_special_tokens=False)["input_ids"])
     spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
-    details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters a token of plain English"
+    details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters per token of plain English"
     return [*checks, Check("tokenizer", tokens > 0, details, "" if tokens else "copy the tokenizer's files again")]
 
 
 def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | None = None) -> list[Check]:
-    """Whether a file can be read to its end by its template; ``sample`` shows the first record as the model will see it.
+    """Checks that all records of a file fit the template; ``sample`` shows the first record as the model will see it.
 
     Args:
-        owner: whose.
+        owner: the name of the client, or of the held-out text.
+        file: the source.
         templates: see :func:`fedgrove.data.sources.read_fields`.
-        model: whose tokenizer counts; None: nothing is counted.
+        model: the model whose tokenizer counts tokens; None: tokens are not counted.
     """
     name = f"{owner}: {file if is_hub(file) else file.name}"
     first: str | None = None
@@ -161,7 +167,7 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
             if first is None:
                 first = joined
             characters += len(joined)
-            if tokenizer is not None and counted < 10**6:  # enough to know characters by tokens
+            if tokenizer is not None and counted < 10**6:  # enough to estimate characters per token
                 tokens += len(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
                 counted += len(joined)
     except FedgroveError as error:
@@ -172,17 +178,19 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
     if tokens:
         details += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
     if empty:
-        details += f"; {empty:,} without text are passed over"
+        details += f"; {empty:,} without text are skipped"
     shown = first[:SAMPLE].splitlines()[:LINES]
     whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
     return [Check(name, True, details, sample="\n".join(shown) + ("" if whole else "…"))]
 
 
 def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:
-    """What work on a model would fit into this machine, or into what a client allows: counted, not tried.
+    """Which work on a model fits into the memory of this machine, or into a client's limit: estimated, not tried.
 
     Args:
-        memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
+        path: the model directory.
+        dtype: the dtype of the weights; None: as on disk.
+        memory: bytes that the planner may use; None: the free memory of the GPU, or of this machine if there is none.
     """
     decoder = Decoder(Checkpoint(path, dtype))
     free = memory or free_memory()
@@ -192,14 +200,14 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
         needs |= stage_of(kind).typical_memory(decoder, length)
     fits = [f"{what} ({size_of(need)})" for what, need in needs.items() if need <= free]
     more = [f"{what} ({size_of(need)})" for what, need in needs.items() if need > free]
-    said = f"of {size_of(free)}: {', '.join(fits) or 'nothing'}"
+    said = f"in {size_of(free)}: {', '.join(fits) or 'nothing'}"
     if more:
         said += f"; too large: {', '.join(more)}"
-    return Check("could hold", bool(fits), said, "" if fits else "take a smaller model, or a machine with more memory")
+    return Check("could hold", bool(fits), said, "" if fits else "use a smaller model, or a machine with more memory")
 
 
 def _plans(job: Job) -> list[Check]:
-    """Every client's part in every stage, against this machine's memory: here one client works at a time."""
+    """Compares each stage's largest memory with this machine's, where one client works at a time."""
     free = free_memory()
     checks = []
     with tempfile.TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run", job)) as run:
@@ -211,7 +219,7 @@ def _plans(job: Job) -> list[Check]:
     for plan in plans:
         name, most = max(((name, assignment.memory) for name, assignment in plan.clients.items()), key=lambda pair: pair[1])
         said = f"{len(plan.clients)} clients, at most {size_of(most)} of memory ({name}), "
-        said += f"{size_of(plan.uploads())} to send in all"
+        said += f"{size_of(plan.uploads())} to send in total"
         for client, why in sorted(plan.left_out.items()):
             said += f"; {client} is left out: {why}"
         fits = most <= free
@@ -225,7 +233,7 @@ def _templates(text: str | None, prompt: str | None = None, answer: str | None =
 
 
 def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
-    """Room for the run folder: the result, every stage's changed tensors, and the clients' hidden states."""
+    """Disk space for the run folder: the result, every stage's changed tensors, and the hidden-state caches."""
     width = checkpoint.config.get_text_config().hidden_size
     need = checkpoint.num_bytes()
     num_blocks = checkpoint.config.get_text_config().num_hidden_layers
@@ -241,9 +249,9 @@ def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
         need *= 2
     free = free_disk(folder)
     said = f"a run needs about {size_of(need)} in {folder.resolve()}, {size_of(free)} are free"
-    return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or give --out another disk")
+    return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or use another disk (--out)")
 
 
 def _refused(name: str, error: FedgroveError) -> Check:
-    """A check from an error that a run would end with."""
+    """A failed check from the error with which a run would end."""
     return Check(name, False, str(FedgroveError(error.what, client=error.client)), error.remedy or "")

@@ -1,4 +1,4 @@
-"""The options that several commands share, and the values that an option may take."""
+"""Options that several commands share, and the allowed values of options."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: stages.0.sparsity=0.6")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clients' work is done in this process.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one per core.")]
 
 
 class Tracker(StrEnum):
-    """Where ``run`` hands its metrics on to."""
+    """Programs to which ``run`` can log its metrics."""
 
     tensorboard = "tensorboard"
     mlflow = "mlflow"
@@ -33,7 +33,7 @@ class Measure(StrEnum):
 
 
 class Deal(StrEnum):
-    """How ``split`` deals."""
+    """How ``split`` distributes records."""
 
     iid = "iid"
     dirichlet = "dirichlet"

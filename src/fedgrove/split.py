@@ -1,4 +1,4 @@
-"""Splits one text among several clients, to try a federation before it exists; a seed decides which client gets what.
+"""Distributes one text over several clients, to simulate a federation; a seed makes the distribution reproducible.
 
 The distributions are those of the literature on heterogeneous clients; the names of the options are ours.
 """
@@ -33,7 +33,7 @@ class Holding:
     Attributes:
         name: of the client.
         records: number of records.
-        characters: of their text.
+        characters: number of characters in their text fields.
         labels: number of records by the value of the field, if a field was given.
     """
 
@@ -51,7 +51,7 @@ class Split:
         folder: contains the clients' files, and ``job.toml``, a job of these clients.
         holdings: of the clients, in order.
         held_out: number of records held out for evaluation.
-        empty: names of clients that were left out because they would have got no record.
+        empty: names of clients that were left out because they would have got no records.
     """
 
     folder: Path
@@ -83,9 +83,12 @@ def split(
             values. "size": at random, with the clients' sizes from a Dirichlet distribution. "field": all records with the same
             value of ``field`` go to one client, the most frequent value first, each to the client with the fewest records.
         clients: their number; None, for "field" only: one per value.
+        field: the field for "dirichlet" and "field".
+        alpha: the parameter of the Dirichlet distribution, above 0; smaller: the clients differ more.
         text: the template that turns a record into text, for the job file.
         held_out: the fraction of the records to hold out, drawn at random before the records are distributed.
-        model: for the job file.
+        seed: of the random distribution.
+        model: the model directory or hub id for the job file.
 
     Raises:
         FedgroveError: an argument does not match the others or the source.
@@ -93,9 +96,9 @@ def split(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedgroveError(f"--out {out}: it exists already", "name another folder")
     if by in ("dirichlet", "field") and not field:
-        raise FedgroveError(f"--by {by}: name the field that decides: --field label")
+        raise FedgroveError(f"--by {by}: name a field, such as --field label")
     if clients is None and by != "field":
-        raise FedgroveError(f"--by {by}: say how many clients: --clients 8")
+        raise FedgroveError(f"--by {by}: give the number of clients, such as --clients 8")
     if clients is not None and clients < 1:
         raise FedgroveError("--clients: must be at least 1")
     if not 0 <= held_out < 1:
@@ -160,8 +163,7 @@ def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[
         if missing:
             raise FedgroveError(
                 f"{where}: no field '{missing[0]}'",
-                f"it has: {', '.join(map(str, record))}. "
-                "Say how a record becomes text, such as --text '{question} {answer}'",
+                f"it has: {', '.join(map(str, record))}. Give a template, such as --text '{{question}} {{answer}}'",
             )
         if field is not None and field not in record:
             raise FedgroveError(f"{where}: no field '{field}'", f"it has: {', '.join(map(str, record))}. Fix --field")
@@ -230,7 +232,7 @@ def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, opt
     template = f"text = {json.dumps(text, ensure_ascii=False)}\n" if text else ""
     path = json.dumps(model, ensure_ascii=False)
     lines = [
-        f"# A federation to try: {summary}. The file that `fedgrove init` writes explains every key.\n",
+        f"# A simulated federation: {summary}. The file that `fedgrove init` writes explains the keys.\n",
         "# Before you run it:   fedgrove doctor job.toml; fedgrove plan job.toml\n",
         f'\nname = "{title}"\n\n[model]\n',
         f"path = {path:<26} # a Hugging Face directory with safetensors, or the id of a model on the hub\n",

@@ -18,7 +18,7 @@ from fedgrove.models.stream import Checkpoint
 
 
 class Examiner:
-    """Evaluates one model. Perplexity loads it block by block; the other metrics need the full model in memory."""
+    """Evaluates one model. Perplexity loads it block by block; the other metrics load the full model into memory."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
         self.tokenizer = checkpoint.tokenizer()

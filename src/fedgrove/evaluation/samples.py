@@ -1,4 +1,4 @@
-"""Texts that the model generates before and after the run, from the job's prompts and from no other text."""
+"""Texts that the model generates before and after the run, from the job's prompts only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_samples(run: RunFolder) -> None:
     prompts, model = run.job.evaluate.prompts, run.job.model
     if not prompts or (run.path / FILE).is_file():
         return
-    run.phase(Phase("samples", "the model as it came"))
+    run.phase(Phase("samples", "the base model"))
     before = _write(find_model(model.path, model.revision), prompts, model.dtype)
     run.phase(Phase("samples", "the result"))
     after = _write(run.path / "model", prompts, "auto")

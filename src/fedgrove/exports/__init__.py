@@ -3,7 +3,8 @@
 Each file has:
 
 - ``WHAT``: a short description.
-- ``EXACT``: True if the reloaded export must have the perplexity of the model; False if it is quantized deliberately.
+- ``EXACT``: True if the reloaded export must have the perplexity of the model (within 1 %); False for a quantized
+  format.
 - ``USE``: how to use it, as Markdown for the model card; ``FOLDER`` in it stands for the folder.
 - ``RELATION``, optional: its relation to the base model in the card's metadata, "quantized" or "adapter"; default: "finetune".
 - ``LIBRARY``, optional: the library that loads it, for the metadata; default: that of the model's card.

@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen2 and Qwen3 are written here, tensor by tensor, with the writer and the table of names of the gguf package.
 Other architectures can be converted from a plain directory by llama.cpp's converter. To quantize, use ``llama-quantize`` of
-llama.cpp (its formats have a code for zero, so pruned weights stay zero).
+llama.cpp; its formats have a code for zero, so pruned weights stay zero.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write(source: Source, out: Path) -> None:
     for name in checkpoint.names():
         known = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
-            raise FedgroveError(f"--to gguf: {name} has no place in a {ARCHITECTURES[kind]} file", ELSEWHERE)
+            raise FedgroveError(f"--to gguf: {name} is not part of a {ARCHITECTURES[kind]} model in this format", ELSEWHERE)
         if name != "lm_head.weight" or not config.get("tie_word_embeddings"):
             named[known] = name
     for known, array in extra.items():

@@ -57,7 +57,7 @@ def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) 
     hush()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    # The other weights are bfloat16, the dtype of the products; int8 always computes them in float16.
+    # The weights that stay unquantized are bfloat16, as is the compute dtype of nf4; LLM.int8() computes in float16.
     model = AutoModelForCausalLM.from_pretrained(
         source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
     )

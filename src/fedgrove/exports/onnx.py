@@ -1,8 +1,9 @@
 """An ONNX graph for onnxruntime and others, in float32. Needs the extra ``onnx``.
 
-The graph takes token ids and returns the logits of every position. It has no key-value cache: it is for scoring, and for
-programs with their own loop. It is written by torch's exporter; optimum's exporter, which would write a cache, requires an
-older version of transformers than fedgrove (optimum-onnx 0.1.0: below 4.58, optimum-intel 2.2.0: below 5.6).
+The graph takes token ids and returns the logits of every position. It has no key-value cache: it is meant for scoring,
+and for programs with their own generation loop. It is written by torch's exporter; optimum's exporter, which would
+write a cache, requires an older version of transformers than fedgrove (optimum-onnx 0.1.0: below 4.58, optimum-intel
+2.2.0: below 5.6).
 """
 
 from __future__ import annotations

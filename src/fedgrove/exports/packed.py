@@ -88,14 +88,14 @@ def unpack(source: Path, out: Path) -> None:
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """Of the unpacked model, in a temporary folder next to ``folder``."""
+    """Computed on the unpacked model, in a temporary folder next to ``folder``."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
         unpack(folder, Path(plain))
         return negative_log_likelihood(Decoder(Checkpoint(Path(plain))), windows)
 
 
 def _layout(file: Path) -> dict[str, Any]:
-    """Which part and which file of the model each tensor is in."""
+    """Reads ``packed.json``: the part and the model file of each tensor."""
     try:
         layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if layout["format"] != 1:

@@ -43,6 +43,9 @@ def write(
         pairs: (prompt, reference), in the form that a tuning stage uses.
         tokens: the maximum number of generated tokens.
         on_progress: called after every prompt.
+
+    Raises:
+        FedgroveError: a prompt is empty.
     """
     references: dict[str, list[str]] = {}
     for prompt, reference in pairs:

@@ -28,11 +28,12 @@ def speed(model: Path, dtype: str = "auto") -> dict[str, Measured]:
     """Measures a model directory in a new process.
 
     Returns:
-        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their range (which
-        is no confidence interval: it is one machine, at one time). ``memory``: bytes at the peak, without the libraries.
-        ``disk``: bytes of all files of the directory.
+        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their range,
+        which is not a confidence interval: it describes one machine at one time. ``memory``: the peak in bytes, without
+        the libraries. ``disk``: bytes of all files of the directory.
 
-    Plain transformers computes with zeros like with other numbers: a pruned model is neither faster nor smaller in it.
+    Plain transformers computes zeros like other numbers, so unstructured pruning makes a model neither faster nor
+    smaller there.
 
     Raises:
         FedgroveError: the process failed; says why.
