@@ -395,7 +395,9 @@ def test_a_client_that_raises_is_named(small: Small, tmp_path: Path, faulty: Tel
     faulty("raise", (SAMPLES + 1) * LENGTH)
     line = complaint("run", job, "--out", out)
     log = out / "clients" / "birch" / "error.log"
-    assert line.startswith(f"client 'birch': RuntimeError in its handler; the trace is in {log} (2 of 3 clients responded")
+    assert line.startswith(
+        f"client 'birch': RuntimeError in its handler: it breaks; the trace is in {log} (2 of 3 clients responded"
+    )
     assert "the handler fails" in log.read_text()
     assert not (out / "model").exists()
     faulty("nothing")

@@ -13,7 +13,23 @@ from fedgrove.data import tokens
 from fedgrove.data.tokens import encode, encode_long, prefix_ids
 from small import Small
 
-WORDS = "the old ash tree naïve café 木 花と森 🌳🌲 grows—slowly, (and) well. 12,345.67 ÄÖÜ ß".split()
+WORDS = [
+    "the",
+    "old",
+    "ash",
+    "tree",
+    "naïve",
+    "café",
+    "木",
+    "花と森",
+    "🌳🌲",
+    "grows—slowly,",
+    "(and)",
+    "well.",
+    "12,345.67",
+    "ÄÖÜ",
+    "ß",
+]
 
 
 def bytes_bpe() -> Tokenizer:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from fedgrove.report.reader import read
 from fedgrove.report.summary import Summary
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model, run_job
-from fedgrove.runfolder import RunFolder
+from fedgrove.runfolder import RunFolder, planning_folder
 
 AnyJob = Job | Mapping[str, Any] | str | Path
 
@@ -121,9 +120,8 @@ def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
     wanted = as_job(job)
     hush()
     with (
-        tempfile.TemporaryDirectory() as folder,
         display(quiet) as listener,
-        closing(RunFolder(Path(folder) / "run", wanted, listener=listener)) as asked,
+        planning_folder(wanted, listener) as asked,
         closing(local_engine(wanted, asked.path / "clients")) as engine,
     ):
         return make_plans(wanted, open_model(wanted.model), Federation(engine, asked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import sys
@@ -348,6 +349,9 @@ def main() -> None:
     # Set before torch is imported: OpenMP threads that spin while they wait make a busy machine four times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     heap.keep_large_apart()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows a ? for what it cannot write
     app()
 
 

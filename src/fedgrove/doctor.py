@@ -6,7 +6,6 @@ The functions do not raise for errors of the machine, the model or a text: they 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,8 +13,10 @@ from pathlib import Path
 import torch
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data.chat import Chat, as_text
+from fedgrove.data.chat import DATE, Chat, as_text, writes_date
 from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
+from fedgrove.data.tally import Tally
+from fedgrove.data.tokens import encode_long
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.machine import Check, free_disk, free_memory, size_of
@@ -23,7 +24,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model
-from fedgrove.runfolder import RunFolder
+from fedgrove.runfolder import planning_folder
 from fedgrove.stages.base import stage_of
 
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
@@ -152,15 +153,18 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
         model: the model whose tokenizer counts tokens; None: tokens are not counted.
     """
     name = f"{owner}: {file if is_hub(file) else file.name}"
+    tally = Tally()
     first: str | None = None
-    records = empty = chats = characters = tokens = counted = 0
+    records = empty = chats = untrainable = characters = tokens = counted = 0
     try:
         tokenizer = Checkpoint(model).tokenizer() if model is not None else None
-        for parts in read_fields(file, templates):
+        for parts in read_fields(file, templates, tally):
             said = [as_text(part, tokenizer) for part in parts]
             joined = "".join(said)
             records += 1
-            chats += isinstance(parts[-1], Chat)
+            if isinstance(parts[-1], Chat):
+                chats += 1
+                untrainable += tokenizer is not None and not parts[-1].trained_spans(tokenizer)
             if not said[-1].strip():
                 empty += 1
                 continue
@@ -168,7 +172,7 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
                 first = joined
             characters += len(joined)
             if tokenizer is not None and counted < 10**6:  # enough to estimate characters per token
-                tokens += len(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+                tokens += sum(map(len, encode_long([joined], tokenizer)))
                 counted += len(joined)
     except FedgroveError as error:
         return [_refused(name, error)]
@@ -177,11 +181,26 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
     details = f"{records:,} records{f' ({chats:,} of them chats)' if chats else ''}, {characters:,} characters"
     if tokens:
         details += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
+    notes = []
+    if tally.files > 1 or tally.passed_over:
+        notes.append(f"{tally.files:,} files read, {len(tally.passed_over):,} passed over{_some(tally.passed_over)}")
     if empty:
-        details += f"; {empty:,} without text are skipped"
+        notes.append(f"{empty:,} without text are skipped")
+    if untrainable:
+        notes.append(f"{untrainable:,} chats have no turn of the assistant to train on")
+    if tally.replaced:
+        notes.append(f"{tally.replaced:,} broken characters (unpaired surrogates) are read as U+FFFD")
+    if chats and tokenizer is not None and writes_date(tokenizer):
+        notes.append(f"the chat template writes a date: it is always {DATE:%d %b %Y}, so that runs can be repeated")
+    notes += tally.guessed
     shown = first[:SAMPLE].splitlines()[:LINES]
     whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
-    return [Check(name, True, details, sample="\n".join(shown) + ("" if whole else "…"))]
+    return [Check(name, True, "; ".join([details, *notes]), sample="\n".join(shown) + ("" if whole else "…"))]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of some names, in brackets."""
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
 
 
 def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:
@@ -210,7 +229,7 @@ def _plans(job: Job) -> list[Check]:
     """Compares each stage's largest memory with this machine's, where one client works at a time."""
     free = free_memory()
     checks = []
-    with tempfile.TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run", job)) as run:
+    with planning_folder(job) as run:
         try:
             with closing(local_engine(job, run.path / "clients")) as engine:
                 plans = make_plans(job, open_model(job.model), Federation(engine, run))

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TRACE = "error.log"  # a client's file with the trace of an error that is not the user's
+
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int | None = None, fsync: bool = False) -> None:
     """Writes a file atomically; creates missing parent folders and replaces an existing file.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ import filelock
 
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener, Measured, Message, OnProgress, Phase, Requested, Responded, announce
-from fedgrove.files import read_lines, write_atomically
+from fedgrove.files import TRACE, read_lines, write_atomically
 from fedgrove.job.tables import Job
 
 
@@ -146,6 +147,18 @@ class RunFolder:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def planning_folder(job: Job, listener: Listener | None = None) -> Iterator[RunFolder]:
+    """A run folder for a plan without a run. It is removed afterwards, unless it holds the trace of an error."""
+    path = Path(tempfile.mkdtemp(prefix="fedgrove-plan-"))
+    try:
+        with closing(RunFolder(path / "run", job, listener=listener)) as run:
+            yield run
+    finally:
+        if not any(path.rglob(TRACE)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _void(folder: Path) -> bool:

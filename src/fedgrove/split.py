@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records
-from fedgrove.data.template import template_fields
+from fedgrove.data.sources import DEFAULT_TEMPLATE, describe_fields, read_records, suggest_template
+from fedgrove.data.tally import Tally
+from fedgrove.data.template import MISSING, look_up, template_fields
+from fedgrove.data.values import as_json, holds_bytes, text_of
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
 
@@ -150,26 +153,27 @@ def split(
 
 
 def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """All records, and their values of the field. The passages of plain text become records with the field ``text``."""
+    """All records, and their values of the field. The passages of plain text become records with the field ``text``.
+
+    Fields that hold bytes, such as sound and pictures, are left out.
+    """
     records: list[dict[str, Any]] = []
     labels: list[str] = []
     try:
         needed = template_fields(text or DEFAULT_TEMPLATE)
     except ValueError as error:
         raise FedgroveError(f"--text: {error}") from error
+    tally = Tally()
     for where, record in read_records(source):
         record = {"text": record} if isinstance(record, str) else record
-        missing = [name for name in needed if name not in record]
-        if missing:
-            raise FedgroveError(
-                f"{where}: no field '{missing[0]}'",
-                f"it has: {', '.join(map(str, record))}. Give a template, such as --text '{{question}} {{answer}}'",
-            )
-        if field is not None and field not in record:
-            raise FedgroveError(f"{where}: no field '{field}'", f"it has: {', '.join(map(str, record))}. Fix --field")
-        records.append(record)
+        for option, name in [*(("--text", name) for name in needed), *([("--field", field)] if field is not None else [])]:
+            if look_up(record, name) is MISSING:
+                example = suggest_template(record) if option == "--text" else None
+                remedy = f"{describe_fields(record)}. Fix {option}{f', such as {shlex.quote(example)}' if example else ''}"
+                raise FedgroveError(f"{where}: no field {name!r}", remedy)
         if field is not None:
-            labels.append(str(record[field]))
+            labels.append(text_of(look_up(record, field), where, field, tally))
+        records.append({name: as_json(value) for name, value in record.items() if not holds_bytes(value)})
     return records, labels
 
 
@@ -219,7 +223,7 @@ def _plain(value: str) -> str:
 def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
     with file.open("w", encoding="utf-8") as stream:
         for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _characters(record: dict[str, Any]) -> int:

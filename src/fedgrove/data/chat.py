@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 DATE = datetime.datetime(2024, 7, 26)
 # Roles of ShareGPT's files, in the words of chat templates; other roles stay as they are.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+# Replaces transformers' function of this name, which reads the clock and cannot be given another date.
+_FROZEN_CLOCK = (
+    "{% macro strftime_now(format='%d %b %Y') %}{{ format"
+    + "".join(f" | replace('%{code}', '{DATE.strftime('%' + code)}')" for code in "aAbBcdDeFGHIjmMpSTuUVwWxXyYzZ")
+    + " }}{% endmacro %}"
+)
 _MARK = "\ue000answer\ue001"  # stands for an answer; of the private use area, so that no text holds it
 
 
@@ -64,7 +70,7 @@ class Chat:
             start = len(before) if whole.startswith(before) else answer[0] if answer else 0
             end = len(after) if whole.startswith(after) else answer[1] if answer else 0
             spans.append((start, end))
-        return spans
+        return [(start, end) for start, end in spans if start < end]
 
     def _answer(self, tokenizer: PreTrainedTokenizerBase, number: int, whole: str) -> tuple[int, int] | None:
         """Which characters of ``whole`` are the content of a message; None if the template does not write it as it stands.
@@ -88,12 +94,13 @@ class Chat:
                 "use a model that was trained to chat, or write a template of text fields",
             )
         try:
+            template = _FROZEN_CLOCK + tokenizer.get_chat_template() if writes_date(tokenizer) else None
             return str(
                 tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
+                    chat_template=template,
                     tokenize=False,
                     add_generation_prompt=begins_answer,
-                    strftime_now=DATE.strftime,
                 )
             )
         except Exception as error:  # a template is a program of the model's author: it can raise anything

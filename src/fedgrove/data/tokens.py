@@ -123,6 +123,20 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return next((ids[:i] for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare), [])
 
 
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | None = None) -> list[int]:
+    """Token ids of a prompt that a model continues: :func:`prefix_ids` once, then the text.
+
+    Args:
+        text: the prompt; one that a chat template wrote may begin with the prefix itself.
+        tokenizer: the model's.
+        longest: the maximum number of ids; a longer text is cut off from the left.
+    """
+    prefix, ids = prefix_ids(tokenizer), encode(text, tokenizer)
+    if prefix and ids[: len(prefix)] == prefix:
+        ids = ids[len(prefix) :]
+    return prefix + (ids if longest is None else ids[max(0, len(ids) + len(prefix) - longest) :])
+
+
 def _call(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
     try:
         return tokenizer(text, add_special_tokens=False, verbose=False, **options)

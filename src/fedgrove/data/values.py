@@ -6,6 +6,7 @@ import datetime
 import decimal
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fedgrove.data.tally import Tally
@@ -55,3 +56,23 @@ def kind_of_value(value: Any) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         return "bytes"
     return f"a {type(value).__name__}"
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON can hold it: dates, times and decimal numbers as text, every text cleaned."""
+    if isinstance(value, str):
+        return clean(value, Tally())
+    if isinstance(value, Mapping):
+        return {clean(str(key), Tally()): as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(entry) for entry in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def holds_bytes(value: Any) -> bool:
+    """Whether bytes are anywhere in a value."""
+    if isinstance(value, Mapping):
+        return any(map(holds_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_bytes, value))
+    return isinstance(value, bytes | bytearray | memoryview)

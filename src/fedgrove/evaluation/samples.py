@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from fedgrove.data.tokens import encode_prompt
 from fedgrove.events import Phase
 from fedgrove.models.stream import find_model
 from fedgrove.runfolder import RunFolder
@@ -39,7 +40,7 @@ def _write(folder: Path, prompts: tuple[str, ...], dtype: str) -> list[str]:
     model = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
     outputs = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)], dtype=torch.int64)
         with torch.inference_mode():
             generated = model.generate(
                 ids,
