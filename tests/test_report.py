@@ -420,7 +420,7 @@ def test_where_there_is_noise_it_is_not_denied(run: Path) -> None:
 def test_losses_on_windows_are_told_where_clients_sent_them(tmp_path: Path, alone: bool) -> None:
     run = make_run(tmp_path / "run", alone=alone)
     for text in (_page(run).text, card(run, None, "Use it.")):
-        assert (f"it sent {Disclosure.WINDOW_LOSSES.sentence}." in text) is alone
+        assert (f"the client sent {Disclosure.WINDOW_LOSSES.sentence}." in text) is alone
 
 
 def test_the_page_asks_nothing_of_a_network(run: Path) -> None:
