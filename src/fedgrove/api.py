@@ -23,7 +23,8 @@ from fedgrove.events import Phase, Several, announce
 from fedgrove.export import find_result
 from fedgrove.job.load import load, parse
 from fedgrove.job.tables import Job
-from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.models.files import find_model
+from fedgrove.models.stream import Checkpoint
 from fedgrove.progress import display
 from fedgrove.report.reader import read
 from fedgrove.report.summary import Summary

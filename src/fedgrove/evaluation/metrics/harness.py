@@ -44,7 +44,8 @@ def harness(
     if unknown:
         where = f"neither lm-eval nor {folder} has it" if folder else "lm-eval has no such task; name a folder of your own"
         raise FedgroveError(f"task {unknown[0]!r}: {where}")
-    lm = HFLM(pretrained=str(model), dtype=dtype, batch_size=1, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm = HFLM(pretrained=str(model), dtype=dtype, batch_size=1, device=device, trust_remote_code=False)
     try:
         evaluated = lm_eval.simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, verbosity="ERROR"
