@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.experts import legacy_name, unfuse
+from fedgrove.models.positions import positions
 from fedgrove.models.pretrained import hollow_model
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
@@ -155,7 +156,11 @@ class Decoder:
 
         Args:
             ids: (windows, tokens) token ids.
+
+        Raises:
+            FedgroveError: the model has no positions for so many tokens, or no row of the embedding for a token.
         """
+        self._check_ids(ids)
         calls: list[Call] = []
         first: list[Tensor] = []
 
@@ -178,6 +183,21 @@ class Decoder:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         self._calls = (ids.shape[0], ids.shape[1]), calls
         return first[0], calls
+
+    def _check_ids(self, ids: Tensor) -> None:
+        limit, is_hard = positions(self.model, self.checkpoint.config)
+        if is_hard and limit is not None and ids.shape[1] > limit:
+            raise FedgroveError(
+                f"length: a window has {ids.shape[1]} tokens, but the model has positions for {limit}",
+                f"set it to at most {limit}",
+            )
+        rows = cast(Any, self.model).get_input_embeddings().weight.shape[0]
+        largest = int(ids.max())
+        if largest >= rows:
+            raise FedgroveError(
+                f"model: {self.checkpoint.path}: the tokenizer gives the id {largest}, but the embedding has only {rows} rows",
+                "copy the tokenizer of this model",
+            )
 
     def calls(self, windows: int, tokens: int) -> list[Call]:
         """The arguments of every block besides the hidden states, for a batch of (windows, tokens)."""

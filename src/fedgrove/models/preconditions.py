@@ -6,18 +6,16 @@ import re
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import FUSED
+from fedgrove.models.positions import positions
 from fedgrove.models.stream import Checkpoint
 
 NAMED = 3  # extra tensors that a note names
 _OLD_BUFFERS = re.compile(r"(.*\.)?(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|rotary_emb\..*)")
-_POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
 
 
 def check_parameters(decoder: Decoder) -> list[str]:
@@ -55,27 +53,6 @@ def check_parameters(decoder: Decoder) -> list[str]:
     return [*_notes_on_ties(decoder), *_notes_on_extras(checkpoint, used)]
 
 
-def positions(decoder: Decoder) -> tuple[int | None, bool]:
-    """How many tokens a window may have.
-
-    Returns:
-        The number; None: any. And whether it is hard: positions come from a table, so that a longer window fails. If it is not
-        hard, the model was trained with so many tokens and is measured beyond that at the reader's own risk.
-    """
-    tables = [
-        module.num_embeddings - int(getattr(module, "offset", 0))
-        for name, module in decoder.model.named_modules()
-        if isinstance(module, nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2])
-    ]
-    buffers = dict(decoder.model.named_buffers())
-    tables += [len(buffer) for name, buffer in buffers.items() if _is_table(name, buffer)]
-    if tables:
-        return min(tables), True
-    config = decoder.checkpoint.config.get_text_config()
-    limits = [value for key in _LIMITS if isinstance(value := getattr(config, key, None), int) and value > 0]
-    return (limits[0], False) if limits else (None, False)
-
-
 def check_length(decoder: Decoder, length: int, key: str) -> str | None:
     """Compares the tokens of a window with the model's positions.
 
@@ -89,7 +66,7 @@ def check_length(decoder: Decoder, length: int, key: str) -> str | None:
     Raises:
         FedgroveError: the model has no positions for so many tokens.
     """
-    limit, is_hard = positions(decoder)
+    limit, is_hard = positions(decoder.model, decoder.checkpoint.config)
     if limit is None or length <= limit:
         return None
     if is_hard:
@@ -145,9 +122,3 @@ def _notes_on_extras(checkpoint: Checkpoint, used: set[str]) -> list[str]:
         return []
     more = f" and {len(extras) - NAMED} more" if len(extras) > NAMED else ""
     return [f"the model does not use {', '.join(extras[:NAMED])}{more}; the result holds them unchanged"]
-
-
-def _is_table(name: str, buffer: torch.Tensor) -> bool:
-    """Whether a buffer holds one row per position, as in GPT-J."""
-    leaf = name.rpartition(".")[2]
-    return buffer.dim() == 2 and bool(_POSITIONS.search(leaf)) and "position_ids" not in leaf
