@@ -31,7 +31,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.export import Texts, export
 from fedgrove.exports import Source
 from fedgrove.models.masks import Target
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.prune.pruners import magnitude
 from small import CLIENTS, DEMO, TOKENIZER, Small, cli, complaint, make_model
 

@@ -217,7 +217,7 @@ def test_a_model_without_decoder_blocks_is_named(small: Small, tmp_path: Path) -
 def test_a_model_that_is_no_language_model_is_named(small: Small, tmp_path: Path) -> None:
     model = make_model(tmp_path / "t5")
     (model / "config.json").write_text('{"model_type": "t5"}')
-    refused(small, tmp_path, "t5", "no causal language model", model__path=str(model))
+    refused(small, tmp_path, "t5", "encoder-decoder", model__path=str(model))
     (model / "config.json").write_text('{"model_type": "from-the-future"}')
     refused(small, tmp_path, "config.json", "from-the-future", model__path=str(model))
     (model / "config.json").unlink()

@@ -21,7 +21,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.experts import TYPES
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure

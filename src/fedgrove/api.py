@@ -22,7 +22,10 @@ from fedgrove.events import Phase, Several, announce
 from fedgrove.export import find_result
 from fedgrove.job.load import load, parse
 from fedgrove.job.tables import Job
-from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.files import find_model
+from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
+from fedgrove.models.stream import Checkpoint
 from fedgrove.progress import display
 from fedgrove.report.reader import read
 from fedgrove.report.summary import Summary
@@ -181,7 +184,12 @@ def evaluate(
     with display(quiet, delay=0) as listener:
         if sources:
             checkpoint = Checkpoint(folder)
+            decoder = Decoder(checkpoint)
+            check_parameters(decoder)
+            check_finite(checkpoint)
+            check_length(decoder, length, "--length")
             examiner = Examiner(checkpoint)
+            check_vocabulary(examiner.tokenizer, decoder)
             for number, source in enumerate(map(Path, sources)):
                 phase = Phase("evaluate", str(source), done=number, total=len(sources))
                 on_progress = announce(listener, phase)

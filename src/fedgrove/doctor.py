@@ -16,11 +16,12 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.data.chat import DATE, Chat, as_text, writes_date
 from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
 from fedgrove.data.tally import Tally
-from fedgrove.data.tokens import encode_long
+from fedgrove.data.tokens import encode, encode_long
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.machine import Check, free_disk, free_memory, size_of
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.preconditions import check_finite, check_parameters, check_vocabulary
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model
@@ -119,25 +120,25 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
 
 
 def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
-    """Checks a model directory: all headers, one tensor of each file, the architecture, and the tokenizer."""
+    """Checks a model directory: the architecture, every parameter, all weights for NaN and infinity, and the tokenizer."""
     try:
         checkpoint = Checkpoint(path, dtype)
-        for names in checkpoint.shards.values():
-            if names and not torch.isfinite(checkpoint.read(names[-1]).float()).all():
-                return [Check("model", False, f"{path}: {names[-1]} is not finite", "copy the model again")]
         decoder = Decoder(checkpoint)
+        notes = check_parameters(decoder)
+        check_finite(checkpoint)
         numel = sum(checkpoint.spec(name)[0].numel() for name in checkpoint.names())
         kind = type(decoder.model).__name__
         about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {size_of(checkpoint.num_bytes())}"
-        checks = [Check("model readable", True, about)]
+        checks = [Check("model readable", True, "; ".join([about, *notes]))]
     except FedgroveError as error:
         return [_refused("model readable", error)]
     try:
         tokenizer = checkpoint.tokenizer()
+        check_vocabulary(tokenizer, decoder)
+        words = "A text that every tokenizer can take apart."
+        tokens = len(encode(words, tokenizer))
     except FedgroveError as error:
         return [*checks, _refused("tokenizer", error)]
-    words = "A text that every tokenizer can take apart."
-    tokens = len(tokenizer(words, add_special_tokens=False)["input_ids"])
     spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
     details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters per token of plain English"
     return [*checks, Check("tokenizer", tokens > 0, details, "" if tokens else "copy the tokenizer's files again")]

@@ -29,5 +29,6 @@ class FedgroveError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, in one line; its type where it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What a library's exception says, in one line: its first line, with the second where the first ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

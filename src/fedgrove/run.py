@@ -25,7 +25,9 @@ from fedgrove.exports.hf import USE
 from fedgrove.files import read_lines
 from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.models.files import find_model
+from fedgrove.models.preconditions import check_length, check_parameters, check_vocabulary
+from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import Credentials, make_credentials
 from fedgrove.report.model_card import card
 from fedgrove.report.page import write_report
@@ -66,6 +68,7 @@ def make_model(job: Job, federation: Federation) -> None:
     """Runs all stages and writes the finished model to the run folder."""
     run = federation.run
     model = open_model(job.model)
+    check_finite(model)
     plans = make_plans(job, model, federation)  # first, to find errors in texts before anything is computed
     evaluate(model, None, run, federation.device)
     evaluate_directory(model.path, None, run)
@@ -82,13 +85,37 @@ def make_model(job: Job, federation: Federation) -> None:
     model.write(run.path / "model", {"README.md": card(run.path, base_card, USE.replace("FOLDER", "model"))})
 
 
+def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
+    """Whether a model has all parameters, and rows and positions enough for the job's text; reads no weights.
+
+    Returns:
+        Notes.
+
+    Raises:
+        FedgroveError: it has not; names the tensor, the file or the key.
+    """
+    decoder = Decoder(model)
+    notes = check_parameters(decoder)
+    check_vocabulary(model.tokenizer(), decoder)
+    lengths = {"evaluate.length": job.evaluate.length} if job.evaluate.data else {}
+    for index, stage in enumerate(job.stages):
+        windows = stage.calibration_windows()
+        length = windows[1] if windows is not None else stage.training_length()
+        if length is not None:
+            lengths[f"stages.{index}.length"] = length
+    more = (check_length(decoder, length, key) for key, length in lengths.items())
+    return *notes, *(note for note in more if note is not None)
+
+
 def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan]:
-    """Requests the clients' capabilities, and plans every stage for the model's shapes at that stage."""
+    """Checks the model, requests the clients' capabilities, and plans every stage for the model's shapes at that stage."""
+    notes_on_model = check_model(job, model)
     capabilities = ask_capabilities(job, federation)
     plans: list[Plan] = []
     for index, config in enumerate(job.stages):
         plan = stage_of(config.kind).plan(index, config, Decoder(model), capabilities, job)
-        plans.append(plan.model_copy(update={"notes": (*plan.notes, *notes_on_other_stages(job, index))}))
+        notes = (*plan.notes, *notes_on_other_stages(job, index), *(notes_on_model if index == 0 else ()))
+        plans.append(plan.model_copy(update={"notes": notes}))
         width = plan.width_after()
         if width is not None:
             model = model.over(width=width)  # only the shapes are right: the stage has not run yet

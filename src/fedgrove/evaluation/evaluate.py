@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.rounds import heldout_windows
@@ -44,6 +45,11 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
         on_progress = run.phase(Phase("evaluate", which, stage=stage, text=text.name, done=number, total=len(wanted.data)))
         if text.measure == "perplexity":
             by_metric = examiner.perplexity(windows[text.name], on_progress)
+            if stage is None and not math.isfinite(by_metric["perplexity"].value):
+                raise FedgroveError(
+                    f"model: its perplexity on {text.name} is {by_metric['perplexity'].value}, before any stage",
+                    "copy the model again; if its weights are right, try another text",
+                )
         else:
             pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
             by_metric = examiner.answers(text.measure, pairs, on_progress, text.labels, wanted.length, wanted.tokens)

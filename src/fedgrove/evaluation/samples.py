@@ -9,7 +9,8 @@ import torch
 
 from fedgrove.data.tokens import encode_prompt
 from fedgrove.events import Phase
-from fedgrove.models.stream import find_model
+from fedgrove.models.files import find_model
+from fedgrove.models.pretrained import load_full_model, read_tokenizer
 from fedgrove.runfolder import RunFolder
 
 FILE = "samples.json"
@@ -34,10 +35,8 @@ def write_samples(run: RunFolder) -> None:
 
 def _write(folder: Path, prompts: tuple[str, ...], dtype: str) -> list[str]:
     """A model's continuation of each prompt, by greedy decoding."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
+    tokenizer = cast(Any, read_tokenizer(folder))
+    model = load_full_model(folder, dtype=dtype)
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([encode_prompt(prompt, tokenizer)], dtype=torch.int64)

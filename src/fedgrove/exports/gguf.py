@@ -20,7 +20,9 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source, require
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import nll_of_logits
+from fedgrove.models.preconditions import check_parameters
 from fedgrove.models.stream import Checkpoint
 
 WHAT = "GGUF for llama.cpp, in the model's dtype"
@@ -38,6 +40,7 @@ from llama_cpp import Llama
 print(Llama("FOLDER/model.gguf")("The", max_tokens=40)["choices"][0]["text"])
 ```"""
 FILE = "model.gguf"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers' name -> gguf's
 ELSEWHERE = "export --to hf, and convert that with llama.cpp's convert_hf_to_gguf.py"
 
@@ -68,17 +71,19 @@ def write(source: Source, out: Path) -> None:
     extra = _rope(writer, config)
     blocks = config["num_hidden_layers"]
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()], blocks)
+    decoder = Decoder(checkpoint)
+    check_parameters(decoder)
     named = {}
-    for name in checkpoint.names():
+    for name, _ in decoder.model.named_parameters(remove_duplicate=False):
         known = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
             raise FedgroveError(f"--to gguf: {name} is not part of a {ARCHITECTURES[kind]} model in this format", ELSEWHERE)
-        if name != "lm_head.weight" or not config.get("tie_word_embeddings"):
-            named[known] = name
+        if name != HEAD or not {HEAD, EMBEDDING} & decoder.ties.keys():
+            named[known] = name, decoder.stored_name(decoder.source(name))
     for known, array in extra.items():
         writer.add_tensor_info(known, list(array.shape), array.dtype, array.nbytes)
-    for known, name in named.items():
-        shape, _ = checkpoint.spec(name)
+    for known, (_, stored_name) in named.items():
+        shape, _ = checkpoint.spec(stored_name)
         stored = torch.float32 if len(shape) == 1 else dtype
         raw = gguf.GGMLQuantizationType.BF16 if stored == torch.bfloat16 else None
         numbers = np.dtype({torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32}[stored])
@@ -88,8 +93,8 @@ def write(source: Source, out: Path) -> None:
     writer.write_ti_data_to_file()
     for array in extra.values():
         writer.write_tensor_data(array)
-    for name in named.values():
-        tensor = checkpoint.read(name)
+    for name, stored_name in named.values():
+        tensor = checkpoint.read(stored_name)
         stored = torch.float32 if tensor.dim() == 1 else dtype
         tensor = (_interleaved(name, tensor, config) if ARCHITECTURES[kind] == "llama" else tensor).to(stored).contiguous()
         writer.write_tensor_data((tensor.view(torch.uint16) if stored == torch.bfloat16 else tensor).numpy())
@@ -102,7 +107,7 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
         return _losses_llama(folder / FILE, windows)
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, trust_remote_code=False).eval()
     return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 

@@ -9,7 +9,6 @@ write a cache, requires an older version of transformers than fedgrove (optimum-
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.exports import Source, refuse_experts, require
+from fedgrove.models.files import small_contents
 from fedgrove.models.perplexity import nll_of_logits
-from fedgrove.models.stream import Checkpoint, small_files
+from fedgrove.models.pretrained import load_full_model
+from fedgrove.models.stream import Checkpoint
 
 WHAT = "ONNX graph in float32, without a cache"
 EXACT = True
@@ -53,10 +54,8 @@ def write(source: Source, out: Path) -> None:
     """
     require("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
     refuse_experts("onnx", source)
-    from transformers import AutoModelForCausalLM
-
     checkpoint = Checkpoint(source.model)
-    model = AutoModelForCausalLM.from_pretrained(source.model, dtype=torch.float32).eval()
+    model = load_full_model(source.model, dtype=torch.float32)
     max_tokens = getattr(checkpoint.config, "max_position_embeddings", None)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=max_tokens)}
     example = torch.ones(2, min(16, max_tokens or 16), dtype=torch.int64)
@@ -78,9 +77,8 @@ def write(source: Source, out: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
     program.save(out / FILE)
-    for file in small_files(source.model):
-        if not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+    for name, content in small_contents(source.model).items():
+        (out / name).write_bytes(content)
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:

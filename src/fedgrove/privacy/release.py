@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.files import write_atomically
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 
 
 def release_once(
