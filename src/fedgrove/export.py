@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from fedgrove.exports import Source
 from fedgrove.exports.packed import is_packed
 from fedgrove.files import atomic_folder, read_lines, write_atomically
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import perplexity
+from fedgrove.models.perplexity import perplexity, perplexity_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.model_card import card_of_form
 from fedgrove.runfolder import unfinished
@@ -163,7 +162,7 @@ def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Tex
             of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows)
         listener.on_event(Phase("export", f"measuring {to}", text=name))
         total, count = form.losses(source, folder, windows)
-        found[name] = math.exp(total / count)
+        found[name] = perplexity_of(total, count)
         if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
             raise FedgroveError(
                 f"--to {to}: on {name} the export has perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",

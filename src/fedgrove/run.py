@@ -26,7 +26,7 @@ from fedgrove.files import read_lines
 from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.files import find_model
-from fedgrove.models.preconditions import check_length, check_parameters, check_vocabulary
+from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import Credentials, make_credentials
 from fedgrove.report.model_card import card

@@ -70,7 +70,7 @@ def calibration_windows(
         budget *= CHARACTERS  # a language with long tokens, or much white space
     names = f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}"
     if not ids:
-        raise FedgroveError(f"{names}: no text in it")
+        raise FedgroveError(f"{names}: it holds no text")
     raise FedgroveError(
         f"{names}: {len(ids)} tokens, but {samples} windows of {length} need {samples * (length - len(prefix))}",
         "lower samples or length, or add text",

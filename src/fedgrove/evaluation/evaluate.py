@@ -13,6 +13,7 @@ from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.rounds import heldout_windows
 from fedgrove.events import Phase
 from fedgrove.job.stage_config import StageConfig
+from fedgrove.models.perplexity import perplexity_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
 from fedgrove.runfolder import RunFolder
@@ -88,7 +89,7 @@ def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federatio
 
 def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: str, text: str, run: RunFolder) -> None:
     run.keep(stage, client, f"perplexity/{text}", each)
-    run.log(stage, None, client, f"perplexity/{text}", math.exp(sum(loss for loss, _ in each) / sum(n for _, n in each)))
+    run.log(stage, None, client, f"perplexity/{text}", perplexity_of(sum(loss for loss, _ in each), sum(n for _, n in each)))
 
 
 def evaluate_speed(before: Path, after: Path, run: RunFolder) -> None:
