@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,36 +31,51 @@ class RunFolder:
             job (``rounds`` may differ).
         resume: continue what is there.
         listener: gets every event of the run.
+        shown: what messages call the folder; default: ``--out PATH``.
+        another: what to do where the folder cannot be used.
+        beside: files that the caller writes there too; they alone do not make it a run.
 
     Raises:
         FedgroveError: the folder holds something else, another job, or a run that is still going on.
     """
 
-    def __init__(self, path: Path, job: Job, *, resume: bool = False, listener: Listener | None = None):
+    def __init__(
+        self,
+        path: Path,
+        job: Job,
+        *,
+        resume: bool = False,
+        listener: Listener | None = None,
+        shown: str | None = None,
+        another: str = "name another folder",
+        beside: Collection[str] = (),
+    ):
         self.path = path.resolve()
         self.job = job
         self.listener = listener or Listener()
         job_file = self.path / "job.toml"
+        of = str(job_file) if shown is None else f"that of {shown}"
+        shown = shown or f"--out {path}"
         if self.path.is_file():
-            raise FedgroveError(f"--out {path}: this is a file", "name a folder")
-        void = _void(self.path)
+            raise FedgroveError(f"{shown}: this is a file", "name a folder")
+        void = _void(self.path, beside)
         started = job_file.is_file() and not void
         if started and not resume:
-            raise FedgroveError(f"--out {path}: a run is there already", "continue it with --resume or name another folder")
+            raise FedgroveError(f"{shown}: a run is there already", f"continue it with --resume or {another}")
         if not started and not void:
-            raise FedgroveError(f"--out {path}: the folder is not empty and holds no run", "name another one")
+            raise FedgroveError(f"{shown}: the folder is not empty and holds no run", another)
         if started and _what(job_file.read_text(encoding="utf-8")) != _what(job.dumps()):
-            raise FedgroveError(f"--resume: the job differs from {job_file}", "run that one, or name another --out")
+            raise FedgroveError(f"--resume: the job differs from {of}", f"run that one, or {another}")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise FedgroveError(
-                f"--out {path}: another process is running there", "wait for it or name another folder"
-            ) from error
+            raise FedgroveError(f"{shown}: another process is running there", f"wait for it or {another}") from error
         self.write_text("job.toml", job.dumps())
         if void:
+            for name in beside:
+                (self.path / name).unlink(missing_ok=True)
             (self.path / "ledger.jsonl").write_text("")
         else:
             for name in ("metrics.jsonl", "ledger.jsonl", "examples.jsonl"):
@@ -147,14 +162,14 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
 
-def _void(folder: Path) -> bool:
+def _void(folder: Path, beside: Collection[str]) -> bool:
     """Whether there is nothing in a folder, or what a run left that ended before it had computed anything.
 
     So a job or a text that was refused can be fixed and run again under the same name.
     """
     left = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     refused = {"job.toml", "ledger.jsonl"} <= left
-    return left <= {".lock", "job.toml.partial"} | (
+    return left <= {".lock", "job.toml.partial", *beside} | (
         {"job.toml", "ledger.jsonl", "clients", "work", "tensorboard", "mlflow"} if refused else set()
     )
 

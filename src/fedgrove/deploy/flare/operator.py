@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from fedgrove.deploy.flare import require_flare
-from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, SAID, STATE
+from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, STATE
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
@@ -130,7 +130,7 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
     meta = {
         "name": job.name,
         "resource_spec": {},
-        "min_clients": min(job.rounds.quorum or len(names), len(names)),
+        "min_clients": 1,  # the run checks its own quorum, and names the sites that are missing
         "deploy_map": {"app_server": ["server"], "app_site": names},
     }
     workflow = {"id": "fedgrove", "path": CONTROLLER, "args": {"resume": resume}}
@@ -175,7 +175,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         None if the run ended well (or the plan is made), else one line that says why it did not.
     """
     job = sent(kit, name)
-    number = 0
+    number = shown = 0  # of events; of messages among them
     with session(kit) as flare:
         while True:
             try:
@@ -193,6 +193,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
                 write_atomically(kit / CAPABILITIES, json.dumps(capabilities, indent=2))
             for event in map(from_json, events):
                 number += 1  # also for an event of an unknown type: the server counts it too
+                shown += isinstance(event, Message)
                 if event is not None:
                     listener.on_event(event)
                 if planned and isinstance(event, Phase) and event.action not in BEFORE_COMPUTING:
@@ -206,9 +207,8 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         except FedgroveError:
             return f"{name}: it ended before it started ({status}); the server's log says why"
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
-        if number == 0 and (fetched / SAID).is_file():
-            for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
-                listener.on_event(Message(printable(line)))
+    for line in state.get("messages", [])[shown:]:  # those of the run's last moments
+        listener.on_event(Message(printable(str(line))))
     return None if state["state"] == "ended" else printable(str(state["line"]))
 
 
