@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ from nvflare.private.fed.server import admin, job_runner
 from nvflare.private.fed.server.fed_server import FederatedServer
 from nvflare.utils.job_launcher_utils import get_client_job_args, get_server_job_args
 
-from fedgrove.deploy.flare import coordinate, kits
+from fedgrove.deploy.flare import coordinate, doctor, kits, node
 from fedgrove.deploy.flare.files import FEDERATION, SERVER, SITE, Federation, ServerFile, SiteFile, read
 from fedgrove.deploy.flare.launcher import command
 from fedgrove.deploy.flare.outcomes import STARTED, SiteOutcomes, ended_sites
@@ -83,6 +85,46 @@ def test_kits_name_the_launchers_and_the_servers_component(some_kits: Path) -> N
         paths = {part["id"]: part["path"] for part in resources["components"]}
         assert paths["process_launcher"] == kits.LAUNCHERS[kind]
         assert (kits.OUTCOMES in paths.values()) == (kind == "server")
+
+
+@pytest.mark.parametrize("name", ["new\nline", "tab\t", "bell\a", b"latin-\xe9", "/".join(["long" * 60] * 16)])
+@pytest.mark.parametrize("kind", ["server", "sites/ash"])
+def test_a_kit_whose_path_cannot_work_is_refused_by_start_and_doctor(
+    some_kits: Path, tmp_path: Path, name: str | bytes, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = os.fsdecode(name)
+    for part in folder.split("/"):  # a path this long can only be made in steps
+        Path(part).mkdir()
+        os.chdir(part)
+    if len(folder) < 1000:
+        shutil.copytree(some_kits / kind, "kit")
+        kit = tmp_path / folder / "kit"
+    else:
+        kit = tmp_path / folder
+    with pytest.raises(FedgroveError, match="move the kit to a") as caught:
+        node.start(kit)
+    str(caught.value).encode()
+    assert "\n" not in str(caught.value)
+    check = doctor.folder(kit)
+    assert (check.ok, check.remedy) == (False, caught.value.remedy)
+
+
+@pytest.mark.parametrize("blocked", ["transfer", "log", node.PID, "log/console.log"])
+def test_a_kit_that_cannot_be_written_to_is_refused_by_start(
+    some_kits: Path, tmp_path: Path, blocked: str, small: Small
+) -> None:
+    """Also for root, whom no permission stops: where a folder should be there is a file, and the other way round."""
+    kit = tmp_path / "kit"
+    shutil.copytree(some_kits / "server", kit)
+    (kit / SERVER).write_text(tomli_w.dumps({"models": {"m": str(small.model)}}))
+    if blocked in ("transfer", "log"):
+        shutil.rmtree(kit / blocked, ignore_errors=True)
+        (kit / blocked).write_text("")
+    else:
+        (kit / blocked).mkdir(parents=True)
+    with pytest.raises(FedgroveError, match=r"it cannot be written to \(.*\); make it writable"):
+        node.start(kit)
 
 
 class Cell:

@@ -205,11 +205,25 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         try:
             fetched = _fetch(kit, job, Path(folder))
         except FedgroveError:
-            return f"{name}: it ended before it started ({status}); the server's log says why"
+            return f"{name}: it ended before it started ({status}){_not_deployed(kit, job)}; the server's log says why"
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
     for line in state.get("messages", [])[shown:]:  # those of the run's last moments
         listener.on_event(Message(printable(str(line))))
     return None if state["state"] == "ended" else printable(str(state["line"]))
+
+
+def _not_deployed(kit: Path, job: str) -> str:
+    """Which sites did not take a job that the server handed out, in words; empty: none. Why is in their own logs."""
+    with session(kit) as flare:
+        try:
+            details = flare.get_job_meta(job).get("job_deploy_detail") or []
+        except FedgroveError:
+            raise
+        except Exception:  # FLARE raises exceptions of many types
+            return ""
+    parts = [str(detail).partition(": ") for detail in details]
+    sites = sorted({printable(site) for site, _, reply in parts if reply != "OK" and "clients" not in site and " " not in site})
+    return f": it did not reach {', '.join(sites)}" if sites else ""
 
 
 def _read_progress(reply: object) -> tuple[list[object], dict[str, Any]]:
