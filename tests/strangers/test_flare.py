@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,13 +32,14 @@ from nvflare.private.fed.server import admin, job_runner
 from nvflare.private.fed.server.fed_server import FederatedServer
 from nvflare.utils.job_launcher_utils import get_client_job_args, get_server_job_args
 
-from fedgrove.deploy.flare import coordinate, doctor, kits, node
+from fedgrove.deploy.flare import coordinate, doctor, kits, node, operator
 from fedgrove.deploy.flare.files import FEDERATION, SERVER, SITE, Federation, ServerFile, SiteFile, read
 from fedgrove.deploy.flare.launcher import command
 from fedgrove.deploy.flare.outcomes import STARTED, SiteOutcomes, ended_sites
 from fedgrove.engines.base import Engine
 from fedgrove.engines.flare import ABSENT, ENDED, FlareEngine
 from fedgrove.errors import FedgroveError
+from fedgrove.events import Listener
 from fedgrove.job.load import load, load_federated, read_toml
 from small import CLIENTS, Small, cli, complaint
 
@@ -422,3 +424,31 @@ def test_no_message_of_the_server_names_its_folders(small: Small, tmp_path: Path
 )
 def test_a_path_is_cut_to_its_last_part(text: str, expected: str) -> None:
     assert coordinate.without_paths(text, [Path("/srv/kit"), Path("/srv/models/my model")]) == expected
+
+
+@pytest.mark.parametrize(
+    ("details", "words"),
+    [
+        (["server: OK", "ash: no space left on /srv/ash", "birch: no reply (deployment timeout)", "cedar: OK"], "ash, birch"),
+        (["server: OK", "ash: denied: /a: b", "num_ok_sites 0 < required_min_sites 1"], "ash"),
+        (["invalid_clients: elm", "server: [Errno 28] /srv/kit"], "server"),
+        (["server: OK", "ash: OK"], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_the_operator_learns_which_sites_a_job_did_not_reach(
+    details: list[str] | None, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Flare:
+        def get_job_status(self, job: str) -> str:
+            return "FAILED_TO_RUN"
+
+        def get_job_meta(self, job: str) -> dict[str, Any]:
+            return {"job_deploy_detail": details}
+
+    monkeypatch.setattr(operator, "session", lambda kit: nullcontext(Flare()))
+    monkeypatch.setattr(operator, "sent", lambda kit, name: JOB_ID)
+    line = operator.watch(tmp_path, "wards", Listener())
+    reached = f": it did not reach {words}" if words else ""
+    assert line == f"wards: it ended before it started (FAILED_TO_RUN){reached}; the server's log says why"

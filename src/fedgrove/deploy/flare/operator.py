@@ -221,8 +221,8 @@ def _not_deployed(kit: Path, job: str) -> str:
             raise
         except Exception:  # FLARE raises exceptions of many types
             return ""
-    parts = [str(detail).partition(": ") for detail in details]
-    sites = sorted({printable(site) for site, _, reply in parts if reply != "OK" and "clients" not in site and " " not in site})
+    replies = [str(detail).partition(": ") for detail in details]  # "SITE: OK", "SITE: why not", and remarks
+    sites = sorted({printable(site) for site, colon, reply in replies if colon and reply != "OK" and site != "invalid_clients"})
     return f": it did not reach {', '.join(sites)}" if sites else ""
 
 
