@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from transformers import (
@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -36,6 +35,9 @@ from fedgrove.models.files import (
     weight_files,
 )
 from fedgrove.models.tensor_files import header
+
+if TYPE_CHECKING:  # this import takes as long as that of torch
+    from transformers import PreTrainedModel
 
 CODE = "it needs Python code of its own, which is never run"
 ATTENTIONS = ("sdpa", "eager")  # the first that the model has; others need packages or GPUs that may be missing
