@@ -409,3 +409,11 @@ def test_a_fingerprint_does_not_see_what_is_not_the_model(tmp_path: Path) -> Non
     shutil.copytree(folder, tmp_path / "copy")
     replace(tmp_path / "copy", LINEAR, weights(folder)[LINEAR][:, :32].repeat(1, 2).float())
     assert Checkpoint(tmp_path / "copy").fingerprint() != before
+
+
+def test_a_padding_token_without_a_row_is_no_fault(small: Small) -> None:
+    decoder = Decoder(Checkpoint(small.model))
+    tokenizer = decoder.checkpoint.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert max(tokenizer.get_vocab().values()) == 4096
+    check_vocabulary(tokenizer, decoder)
