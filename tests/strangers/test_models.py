@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedgrove import doctor
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.models.blocks import Decoder
@@ -331,6 +332,9 @@ def test_what_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
     line = refusal(folder)
     assert words in line
     assert "float32" not in line or words == "float32"
+    checks = doctor.model(folder)
+    assert [check for check in checks if not check.ok], "doctor refuses what a run would refuse"
+    assert words in " ".join(f"{check.text}; {check.remedy}" for check in checks)
 
 
 @pytest.mark.parametrize("name", ["not a number", "missing", "gptq", "string", "outside", "shape"])
