@@ -58,7 +58,8 @@ def respond(
         if release is None:
             response = request.respond(tensors, client, device)
         else:  # a noisy response is made once and then repeated
-            packed = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
+            folder = client.records
+            packed = release_once(folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
             response = Response(packed[0], request.REPLY.model_validate(packed[1]))
     if masking is not None:
         response = Response(masking.apply(client, response.tensors, release), response.reply)

@@ -185,8 +185,11 @@ class Config(StageConfig):
     def reads_text(self) -> bool:
         return self.solver.NEEDS != "nothing" or self.measures_blocks
 
-    def privacy_budget(self) -> float | None:
-        return self.epsilon
+    def privacy_budget(self) -> tuple[float, float] | None:
+        return None if self.epsilon is None else (self.epsilon, self.delta)
+
+    def noise_of_others(self, secure: bool) -> bool:
+        return not secure
 
     def methods(self) -> set[str]:
         return {self.pruner, self.aggregation, *({self.allocation} if self.measures_blocks else set())}

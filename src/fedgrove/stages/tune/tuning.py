@@ -237,7 +237,6 @@ class Tuning:
         falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
         return Train(
             **self._common(client, round_),
-            run=self.run.name,
             parametrization=config.parametrization,
             trainer=config.trainer,
             shared_a=self.aggregation.SHARED_A,
