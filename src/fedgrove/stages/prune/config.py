@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedgrove.job.tables import Job
 
 
+MAX_WEIGHT_GROWTH = 8.0  # far more than any pruner does, and far less than a client needs to ruin a matrix
 AGGREGATION_KEYS = frozenset(
     {"shrink", "expand", "max_weight_growth", "trim", "mixed", "protect_first_block", "epsilon"}
 )  # keys that only some aggregations use; each aggregation lists its own in READS
@@ -51,7 +52,8 @@ class Config(StageConfig):
         shrink: multiply each weight by (fraction of clients that kept it) to this power; 0 is the paper's method. Only
             aggregation "fedspallm".
         expand: prune further, by votes, until the sparsity is exact (the paper's mask expansion); false leaves fewer zeros.
-        max_weight_growth: refuse a client whose pruned weights are larger than this multiple of the largest weight before.
+        max_weight_growth: refuse a client whose pruned weights are larger than this multiple of the largest weight before;
+            default: 8, where clients send weights in the open.
         trim: at every weight, leave out this many of the clients' highest and of their lowest values, so that a few dishonest
             clients have little effect. Only aggregation "fedspallm".
         source: what the calibration text passes through before it reaches a block: "sequential", the pruned blocks before it,
@@ -162,6 +164,13 @@ class Config(StageConfig):
     def damping_mode(self) -> Literal["mean", "each"]:
         """``damping``, or its default."""
         return self.damping or self.method.DAMPING
+
+    @property
+    def growth_limit(self) -> float | None:
+        """``max_weight_growth``, or its default; None for aggregations that get no weights."""
+        if "max_weight_growth" not in self.method.READS:
+            return None
+        return self.max_weight_growth or MAX_WEIGHT_GROWTH
 
     @property
     def kept_of(self) -> tuple[int, int]:

@@ -237,6 +237,9 @@ class Train(TuneRequest):
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.fixed is None:
+            too_large = [name for name, tensor in tensors.items() if (tensor.abs() > fixed_point.LARGEST).any()]
+            if too_large:
+                raise WireError(f"{too_large[0]} has numbers larger than {fixed_point.LARGEST:g}")
             return
         fixed_point.check(tensors, self.fixed.weight)
         for name, tensor in tensors.items():
