@@ -43,7 +43,7 @@ def test_changes_are_clipped_together_and_rounded_towards_zero() -> None:
 
 def test_the_clients_share_the_noise_of_the_sum() -> None:
     zeros = torch.zeros(20_000, dtype=torch.int64)
-    noise = Noise(norms={"x": 2.0}, inputs=12, clients=4, epsilon=1.0, delta=1e-5)
+    noise = Noise(norms={"x": 2.0}, inputs=12, skips_first=False, clients=4, epsilon=1.0, delta=1e-5)
     total = sum(noise.mechanism("x").add_share(zeros) for _ in range(4))
     deviation = float((total.double() * 2.0**-BITS).std())  # type: ignore[union-attr]
     sensitivity = 2.0 + 0.5 * math.sqrt(20_000) * 2.0**-BITS
