@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.exports import Source
+from fedgrove.exports import Source, plain_folder
 from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import Checkpoint, find_model, small_files
 from fedgrove.report.words import file_name
@@ -70,7 +70,9 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     from transformers import AutoModelForCausalLM
 
     base_model = _base(source)
-    base = AutoModelForCausalLM.from_pretrained(find_model(base_model["path"], base_model.get("revision")), dtype=torch.float32)
+    base_source = Source(find_model(base_model["path"], base_model.get("revision")))
+    with plain_folder(base_source) as plain:
+        base = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, trust_remote_code=False)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     return nll_of_logits(lambda ids: model(input_ids=ids).logits, windows)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedgrove.exports import Source, refuse_experts, require
+from fedgrove.exports import Source, plain_folder, refuse_experts, require
 from fedgrove.models.perplexity import nll_of_logits
 from fedgrove.models.stream import small_files
 from fedgrove.stages.tune.frozen import hush
@@ -36,7 +36,7 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
     hush()
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", trust_remote_code=False).eval()
     return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
@@ -55,13 +55,19 @@ def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) 
     require(form, "quantize", "bitsandbytes")
     refuse_experts(form, source)
     hush()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     # The other weights are bfloat16, the dtype of the products; int8 always computes them in float16.
-    model = AutoModelForCausalLM.from_pretrained(
-        source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
-    )
+    quantization = BitsAndBytesConfig(**settings)
+    with plain_folder(source) as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=quantization, device_map="cpu", trust_remote_code=False
+        )
+    model.generation_config = (
+        GenerationConfig()
+    )  # the model's is copied below; transformers refuses to write some that it reads
     model.save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)
     for file in small_files(source.model):
         if not (out / file.name).exists() and not file.name.endswith(".index.json"):
             shutil.copyfile(file, out / file.name)
