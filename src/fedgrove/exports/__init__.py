@@ -25,7 +25,8 @@ from typing import Any
 
 from fedgrove.errors import FedgroveError
 
-NOT_KEPT = "it was not kept. Export --to hf, and report the model to us"  # the remedy where an export reads back otherwise than the model
+# The remedy where an export reads back otherwise than the model.
+NOT_KEPT = "it was not kept. Export --to hf, and report the model to us"
 
 
 @dataclass(frozen=True)
