@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fedgrove.models.stream import small_files, write_safetensors
+from fedgrove.models.files import small_contents
+from fedgrove.models.tensor_files import write_safetensors
 
 TOKENIZER = Path(__file__).parent.parent / "src" / "fedgrove" / "demo" / "grove-6m"
 SHAPES = {  # width, width of the feed-forward part, blocks, heads, heads of keys and values
@@ -44,9 +44,9 @@ def make(out: Path, shape: str, tokenizer: Path, dtype: torch.dtype, blocks: int
         return (torch.randn(size, generator=random) * 0.02).to(dtype)
 
     out.mkdir(parents=True)
-    for file in small_files(tokenizer):
-        if file.name.startswith(("tokenizer", "special")):
-            shutil.copy(file, out)
+    for name, content in small_contents(tokenizer).items():
+        if name.startswith(("tokenizer", "special")):
+            (out / name).write_bytes(content)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(out)
     write_safetensors(out / "model.safetensors", specs, (tensor(name, spec[0]) for name, spec in specs.items()))

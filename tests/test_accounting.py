@@ -46,3 +46,12 @@ def test_many_steps_without_sampling_are_one_gaussian() -> None:
     assert accounting.dp_sgd_epsilon(noise, 1e-5, 1.0, 16) == pytest.approx(3.0, rel=2e-3)
     assert accounting.dp_sgd_noise_multiplier(3.0, 1e-5, 1.0, 16) == noise
     assert accounting.dp_sgd_noise_multiplier(3.0, 1e-5, 0.99, 16) == pytest.approx(noise, rel=0.02)
+
+
+def test_noise_below_the_least_is_refused_without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "dp_sgd_epsilon", lambda *arguments: pytest.fail("this takes minutes"))
+    assert not accounting.dp_sgd_keeps(0.01, 1.0, 1e-5, 0.1, 4)
+
+
+def test_a_promise_that_hardly_any_noise_keeps_gets_the_least() -> None:
+    assert accounting.dp_sgd_noise_multiplier(100.0, 1e-3, 0.001, 1) == accounting.LEAST_NOISE

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fedgrove.data.sources import facts_of, read_texts, template_fields
+from fedgrove.data.sources import facts_of, read_texts
+from fedgrove.data.template import MISSING, look_up, template_fields
 from fedgrove.data.windows import IGNORED, calibration_windows, evaluation_windows, training_windows
 from fedgrove.errors import FedgroveError
 from small import Small
@@ -66,12 +67,34 @@ def test_plain_text_is_cut_into_passages_that_lose_nothing(tmp_path: Path) -> No
     assert all(passage.endswith("\n") for passage in passages)
 
 
-def test_templates_reach_into_nothing() -> None:
-    assert template_fields("{question}\n{the answer}") == ["question", "the answer"]
-    assert template_fields("{{not a field}} {text}") == ["text"]
-    for bad in ("{a.b}", "{a[0]}", "{}", "{0}", "{text!r}", "{text:>10}", "{__class__.x}", "no field"):
-        with pytest.raises(ValueError, match="field"):
-            template_fields(bad)
+@pytest.mark.parametrize(
+    ("template", "fields"),
+    [
+        ("{question}\n{the answer}", ["question", "the answer"]),
+        ("{{not a field}} {text}", ["text"]),
+        ("{{{text}}}", ["text"]),
+        ("{review/text}{review.score}", ["review/text", "review.score"]),
+        ("{a{{b}}}", ["a{b}"]),
+        ("{factual?} {1st_note} {Note (free)}", ["factual?", "1st_note", "Note (free)"]),
+        ("{text!r}{text:>10}{a[0]}", ["text!r", "text:>10", "a[0]"]),
+    ],
+)
+def test_any_key_may_stand_between_braces(template: str, fields: list[str]) -> None:
+    assert template_fields(template) == fields
+
+
+@pytest.mark.parametrize("template", ["no field", "{}", "{text", "text}", "{{text}}", "{a{b}", ""])
+def test_a_template_that_is_none_is_refused(template: str) -> None:
+    with pytest.raises(ValueError, match="field"):
+        template_fields(template)
+
+
+def test_a_template_reads_keys_and_nothing_else() -> None:
+    record = {"a": {"b": {"c": 1}, "b.c": 2}, "a.b": 3, "d": [4], "e": "text"}
+    assert look_up(record, "a.b") == 3, "the key itself comes first"
+    assert look_up(record, "a.b.c") == 2, "then the object under the longest key"
+    for field in ("d.0", "d[0]", "e.upper", "e.__class__", "a.", ".a", "f"):
+        assert look_up(record, field) is MISSING
 
 
 def test_windows_are_packed_and_drawn_by_the_seed(small: Small, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -94,12 +117,17 @@ def test_another_seed_draws_other_records(tmp_path: Path, tokenizer: PreTrainedT
     assert (draw("a") == tokenizer.eos_token_id).any(), "records are told apart by the end-of-text token"
 
 
-def test_all_files_of_a_client_are_drawn_from(small: Small, tokenizer: PreTrainedTokenizerBase) -> None:
-    files = [small.texts["ash"], small.texts["birch"], small.texts["cedar"]]
-    windows = calibration_windows(files, None, tokenizer, 5, 16, "s")
-    each = [calibration_windows([file], None, tokenizer, n, 16, "s") for file, n in zip(files, (1, 2, 2), strict=True)]
-    assert torch.equal(windows, torch.cat(each))
-    assert calibration_windows(files, None, tokenizer, 2, 16, "s").shape == (2, 16), "fewer windows than files"
+def test_all_files_of_a_client_are_one_source(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    large, tiny = tmp_path / "large.jsonl", tmp_path / "tiny.jsonl"
+    large.write_text("".join(json.dumps({"text": f"a large file says {i}"}) + "\n" for i in range(300)))
+    tiny.write_text('{"text": "one tiny record"}\n')
+    joined = tmp_path / "together" / "large.jsonl"
+    joined.parent.mkdir()
+    joined.write_text(large.read_text() + tiny.read_text())
+    one, both = (calibration_windows(paths, None, tokenizer, 40, 16, "s") for paths in ([joined], [large, tiny]))
+    assert torch.equal(one, both)
+    with pytest.raises(FedgroveError, match=r"large\.jsonl and 1 more: \d+ tokens, but 4000 windows of 16 need 64000"):
+        calibration_windows([large, tiny], None, tokenizer, 4000, 16, "s")
 
 
 def test_a_text_with_too_few_tokens_says_how_many_there_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -276,7 +304,7 @@ def test_text_that_would_be_cut_off_at_a_comma_is_named(tmp_path: Path) -> None:
 def test_a_source_that_was_given_no_template_is_told_one(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("note\nhello\n")
-    with pytest.raises(FedgroveError, match=r"it has: note\. Mend the template \(key text\): .* such as text = \"\{note\}\""):
+    with pytest.raises(FedgroveError, match=r"it has: note\. Fix the template \(key text\): .* such as text = \"\{note\}\""):
         list(read_texts(file))
 
 
@@ -296,7 +324,12 @@ def test_a_long_text_is_read_whole(tmp_path: Path, suffix: str) -> None:
         case "txt":
             file.write_text(f"{long}\nshort")
     texts = list(read_texts(file))
-    assert texts == ([f"{long}\n", "short"] if suffix == "txt" else [long, "short"])
+    if suffix == "txt":
+        assert "".join(texts) == f"{long}\nshort"
+        assert max(map(len, texts)) <= 8192, "a line without an end is cut at white space"
+        assert all(text.endswith("d") for text in texts[:-2])
+    else:
+        assert texts == [long, "short"]
 
 
 def test_a_tsv_is_read_by_tabs_whatever_else_its_first_line_holds(tmp_path: Path) -> None:

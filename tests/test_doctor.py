@@ -59,7 +59,7 @@ def test_a_plan_that_cannot_be_is_a_check_too(small: Small) -> None:
     status, found = checks(small.job(), "--set", "clients.0.memory=1MiB")
     assert status == 2
     assert "client 'ash': one block needs" in found["plan"]["text"]
-    assert "leave it out" in found["plan"]["remedy"]
+    assert "leave the client out" in found["plan"]["remedy"]
 
 
 def test_ports_are_tried(small: Small) -> None:
@@ -69,7 +69,7 @@ def test_ports_are_tried(small: Small) -> None:
         port = taken.getsockname()[1]
         status, found = checks("--listen", port, "--connect", f"127.0.0.1:{port}")
         assert status == 2
-        assert "taken" in found["ports"]["text"]
+        assert "in use by another program" in found["ports"]["text"]
         assert found[f"reach 127.0.0.1:{port}"]["ok"]
     _, found = checks("--connect", f"127.0.0.1:{port}", "--connect", "here")
     assert "outgoing" in found[f"reach 127.0.0.1:{port}"]["remedy"]
@@ -83,7 +83,7 @@ def test_a_site_keeps_its_text_out_of_what_may_be_sent(small: Small, tmp_path: P
     for check in looked_at:
         assert len(words & set((check.text + check.remedy).split())) <= 3, check
     assert any(check.sample for check in looked_at)
-    assert looked_at[-1].text.startswith("of 4.0 MiB: nothing"), "what the client allows, not what the machine has"
+    assert looked_at[-1].text.startswith("in 4.0 MiB: nothing"), "what the client allows, not what the machine has"
     assert not looked_at[-1].ok
 
 

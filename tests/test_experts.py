@@ -20,7 +20,8 @@ from fedgrove.export import export
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import Experts
 from fedgrove.models.masks import Target
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.prune.config import Config as PruneStage
 from fedgrove.stages.prune.input_statistics import InputStatistics

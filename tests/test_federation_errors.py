@@ -352,7 +352,7 @@ def test_what_is_learnt_leaves_a_site_under_a_mask_with_noise_and_without_its_lo
     out = federation.fetch("private")
     (note,) = json.loads((out / "plan-0-tune.json").read_text())["notes"]
     assert "(20, 0.001)-differential privacy of one whole client" in note
-    assert "clients adding their part of the noise" in note
+    assert "clients add their part of the noise" in note
     assert not any(json.loads(line)["name"] == "loss" for line in (out / "metrics.jsonl").read_text().splitlines())
 
 

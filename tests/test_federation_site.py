@@ -514,9 +514,9 @@ def test_a_job_for_a_federation_names_sites_and_nothing_of_theirs(small: Small) 
     job = load_federated(small.job(clients=None, model__path="any-name"), sites=["ash", "birch"])
     assert [client.name for client in job.clients] == ["ash", "birch"]
     assert job.model.path == "any-name"
-    with pytest.raises(FedgroveError, match=r"clients\.0\.data: in a federation the site's own file says that"):
+    with pytest.raises(FedgroveError, match=r"clients\.0\.data: in a federation each site sets this in its own file"):
         load_federated(small.job(), sites=["ash", "birch"])
-    with pytest.raises(FedgroveError, match="'dogwood' is no site; there are ash, birch"):
+    with pytest.raises(FedgroveError, match="'dogwood' is no site of this federation; the sites are ash, birch"):
         load_federated(small.job(clients=[{"name": "dogwood"}]), sites=["ash", "birch"])
 
 

@@ -233,7 +233,7 @@ class Config(StageConfig):
 '''
 TOY_STAGE = """
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.base import Assignment, Plan, Result
 
 

@@ -22,7 +22,7 @@ def test_a_noisy_answer_is_made_once_and_given_again(tmp_path: Path) -> None:
     assert release_once(tmp_path, "run/0/1", "ash", make) == first == ({"x": torch.tensor([0])}, {"stage": 0})
     agree_on_survivors(tmp_path, "run/0/1", "ash", ["ash", "birch", "cedar"])
     agree_on_survivors(tmp_path, "run/0/1", "ash", ["ash", "birch", "cedar"])
-    with pytest.raises(FedgroveError, match="'ash': its noisy answer is in a sum of other clients"):
+    with pytest.raises(FedgroveError, match="'ash': its noisy response is already in a sum of other clients"):
         agree_on_survivors(tmp_path, "run/0/1", "ash", ["ash", "birch"])
     assert release_once(tmp_path, "run/0/2", "ash", make)[0]["x"] == 1
     with pytest.raises(FedgroveError, match="'ash': it has released this once"):

@@ -366,12 +366,12 @@ def test_each_stage_says_what_left_its_owner(run: Path) -> None:
     assert f"Stage 0, pruning: each client sent {squares}, and {products}." in text
     assert f"Stage 1, pruning: each client sent {masks}. Stage 2" in text
     assert f"Stage 2, distil: each client sent {factors}; {loss}; and {held_out}. Stage 3" in text
-    assert "Stage 3, distil: each client sent something that its plan does not name." in text
+    assert "Stage 3, distil: each client sent data that is not listed in the plan." in text
     assert "could see what each client sent. No noise" in text
     job = tomllib.loads((run / "job.toml").read_text())
     job["privacy"] = {"secure_aggregation": True}
     (run / "job.toml").write_text(tomli_w.dumps(job))
-    assert "added up over the clients, and those of no single client" in _page(run).text
+    assert "saw sums over the clients in each stage, and not the numbers of any single client" in _page(run).text
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_where_there_is_noise_it_is_not_denied(run: Path) -> None:
     private = {**POOLED, "epsilon": 4.0, "discloses": ["SQUARES"]}
     set_stages(run, private | {"notes": ["(4, 1e-06)-differential privacy"]})
     for text in (_page(run).text, card(run, None, "Use it.")):
-        assert "Noise was added; what that promises is stated below." in text
+        assert "Noise was added; the privacy guarantee is stated below." in text
         assert "(4, 1e-06)-differential privacy" in text
         assert "No noise" not in text
     set_stages(run, dict(private), {**MASKS, "discloses": ["MASKS"]})
@@ -420,7 +420,7 @@ def test_where_there_is_noise_it_is_not_denied(run: Path) -> None:
 def test_losses_on_windows_are_told_where_clients_sent_them(tmp_path: Path, alone: bool) -> None:
     run = make_run(tmp_path / "run", alone=alone)
     for text in (_page(run).text, card(run, None, "Use it.")):
-        assert (f"it sent {Disclosure.WINDOW_LOSSES.sentence}." in text) is alone
+        assert (f"the client sent {Disclosure.WINDOW_LOSSES.sentence}." in text) is alone
 
 
 def test_the_page_asks_nothing_of_a_network(run: Path) -> None:
@@ -497,7 +497,7 @@ def test_a_run_without_evaluation_says_so(tmp_path: Path) -> None:
 
 def test_a_run_without_alone_leaves_it_open_whether_it_paid(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", alone=False)
-    assert "whether working together paid is open" in _page(run).text
+    assert "it is unknown whether working together paid" in _page(run).text
     assert own_texts(read(run)) is None
 
 
@@ -624,7 +624,7 @@ def test_the_verdict_claims_nothing_that_other_windows_could_undo(run: Path) -> 
     same = measure(110.3, 110.2)
     assert same.startswith("Working together made no clear difference")
     assert "no client clearly gains or loses" in same
-    assert "for no owner there is a clear difference" in same
+    assert "no owner has a clear difference" in same
     mixed = measure(110.3, 130)
     assert mixed.startswith("Working together paid")
     assert "law gains most (−15.4%), for ward there is no clear difference (−0.3%)" in mixed
@@ -662,7 +662,7 @@ def test_what_one_owner_would_have_stands_beside_it(tmp_path: Path) -> None:
     assert float(rows[1][head.index("against centralized")]) == read(run).federated["law"] / one.federated["law"]
     head, *rows = page.csv("measures")
     assert rows[0][head.index("centralized")] == "0.75"
-    assert f"in one place, would have {geometric_mean(list(one.federated.values())):.1f}" in page.text
+    assert f"in one place, perplexity would be {geometric_mean(list(one.federated.values())):.1f}" in page.text
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(read(run)))
     assert f"{one.federated['ward']:.1f}" in console.export_text()

@@ -94,7 +94,7 @@ def test_a_session_hides_one_input(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 3)
     inputs = inputs_of(federation.names)
     federation.run(inputs)
-    with pytest.raises(SecureError, match="has had its answer"):
+    with pytest.raises(SecureError, match="has already masked an input"):
         federation.mask("c000", federation.sealed, inputs["c001"])
 
 
@@ -118,11 +118,11 @@ def test_messages_of_another_session_are_refused(tmp_path: Path) -> None:
     adverts, sealed = federation.adverts, federation.sealed
     federation.session = new_session(federation.names)
     fresh = federation.advertise(federation.names)
-    with pytest.raises(SecureError, match="not signed by it"):
+    with pytest.raises(SecureError, match="not signed by that client"):
         federation.share("c000", adverts)
     for name in federation.names:
         federation.share(name, fresh)
-    with pytest.raises(SecureError, match="changed on their way"):
+    with pytest.raises(SecureError, match="changed in transit"):
         federation.mask("c000", sealed, {"x": torch.zeros(4, dtype=torch.int32)})
 
 
@@ -142,13 +142,13 @@ def test_forged_keys_are_refused(tmp_path: Path) -> None:
     mallory = make_credentials(federation.names)
     store = SessionStore(tmp_path / "mallory")
     forged = client.advertise(federation.session, "c001", replace(mallory["c001"], min_group=2), store)
-    with pytest.raises(SecureError, match="'c001' are not signed by it"):
+    with pytest.raises(SecureError, match="'c001' are not signed by that client"):
         federation.share("c000", {**adverts, "c001": forged})
     changed = replace(adverts["c001"], mask_key=adverts["c002"].mask_key)
-    with pytest.raises(SecureError, match="'c001' are not signed by it"):
+    with pytest.raises(SecureError, match="'c001' are not signed by that client"):
         federation.share("c000", {**adverts, "c001": changed})
     federation.share("c000", adverts)
-    with pytest.raises(SecureError, match="other keys than before"):
+    with pytest.raises(SecureError, match="keys differ from those sent before"):
         federation.share("c000", {name: adverts[name] for name in ("c000", "c001")})
 
 
@@ -159,7 +159,7 @@ def test_a_session_that_differs_between_clients_is_refused(tmp_path: Path) -> No
     others = federation.advertise(federation.names[1:])
     federation.session = session
     mine = federation.advertise(["c000"])
-    with pytest.raises(SecureError, match="not signed by it"):
+    with pytest.raises(SecureError, match="not signed by that client"):
         federation.share("c000", {**others, **mine})
 
 
@@ -213,7 +213,7 @@ def test_whoever_is_not_on_the_signed_roster_is_refused(tmp_path: Path) -> None:
     forged = json.dumps({"clients": {**json.loads(mine.roster)["clients"], "zed": "00" * 32}}).encode()
     with pytest.raises(SecureError, match="not signed by the operator"):
         client.advertise(new_session([*federation.names, "zed"]), "c000", replace(mine, roster=forged), store)
-    with pytest.raises(SecureError, match="it takes 3 or more"):
+    with pytest.raises(SecureError, match="3 or more must take part"):
         client.advertise(new_session(["c000", "c001"]), "c000", replace(mine, min_group=3), store)
 
 

@@ -141,7 +141,7 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"stages__0__aggregation": "fedavg"}, 'aggregation "fedavg": use'),
+        ({"stages__0__aggregation": "fedavg"}, 'aggregation "fedavg" cannot be summed securely; use one of'),
         ({"evaluate__alone": True}, "evaluate.alone: under secure"),
         ({"privacy__min_group": 4}, "privacy.min_group: 4 clients"),
         ({"stages__0__layers": {"sample": 0.5}}, "every client must be in every sum"),

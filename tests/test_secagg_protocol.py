@@ -159,7 +159,7 @@ def test_requests_carry_the_protocol(tmp_path: Path) -> None:
         shown = dict(reversed(server.signatures_for(session, name, signatures).items()))  # in any order
         revealed[name] = said(name, exchange.Open(stage=0, session=session, signatures=shown)).shares
     assert same(opening.open(revealed), total(inputs, names[1:]))
-    with pytest.raises(FedgroveError, match="in a sum of other clients already"):  # each noted with whom its release was summed
+    with pytest.raises(FedgroveError, match="already in a sum of other clients"):  # each noted with whom its release was summed
         agree_on_survivors(clients["c001"].folder, "run/0/0", "c001", names)
     with pytest.raises(FedgroveError, match="'c001': it has no key and no roster"):
         exchange.Keys(stage=0, session=session).respond({}, replace(clients["c001"], credentials=None), "cpu")

@@ -137,13 +137,13 @@ def test_a_kind_that_tells_nothing_is_shown_by_its_messages(tmp_path: Path, new_
     assert "memory" in text_of(plan_table(plan, {"kind": "blur"}))
     assert "2000" in text_of(plan_table(plan, {"kind": "blur"}))
     assert "blocks" not in text_of(plan_table(plan, {"kind": "blur"}))
-    assert "nobody" in text_of(plan_table({**plan, "clients": {}}, {"kind": "blur"}))
+    assert "no client takes part" in text_of(plan_table({**plan, "clients": {}}, {"kind": "blur"}))
 
 
 def test_a_report_that_lacks_something_is_refused_in_one_line(new_kind: Callable[..., None]) -> None:
     new_kind("half", TOY.replace("def limits(config):", "del limits\n\n\ndef other(config):"))
     with pytest.raises(
-        FedgroveError, match=r"half.report\.py: it lacks the function limits, which .*StageReport asks for"
+        FedgroveError, match=r"half.report\.py: it lacks the function limits, which .*StageReport requires"
     ) as error:
         report_of("half")
     assert "\n" not in str(error.value)

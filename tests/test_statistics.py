@@ -313,5 +313,5 @@ def test_the_report_says_what_was_sent_and_who_could_see_it(small: Small, tmp_pa
     assert Disclosure.SQUARES.sentence in page
     assert Disclosure.PRODUCTS.sentence not in page
     assert ("Whoever ran the server could see what each client sent" in page) is not secure
-    assert ("added up over the clients" in page) is secure
+    assert ("sums over the clients in each stage" in page) is secure
     assert "protect_first_block = true" in page

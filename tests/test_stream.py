@@ -19,8 +19,10 @@ from fedgrove.export import export, folder_bytes
 from fedgrove.exports import packed as packing
 from fedgrove.exports.packed import FILES, LAYOUT
 from fedgrove.models import stream
+from fedgrove.models.files import INDEX, find_model
 from fedgrove.models.masks import Target
-from fedgrove.models.stream import INDEX, Checkpoint, find_model, save_tensors, write_safetensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import SAFETENSORS_DTYPES, save_tensors, write_safetensors
 from fedgrove.stages.prune.pruners import magnitude
 
 SHARD = "model-00002-of-"
@@ -137,7 +139,7 @@ def test_an_overlay_that_was_written_over_is_read_anew(sharded: Path, tmp_path: 
 def test_a_file_of_every_dtype_is_what_safetensors_reads(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     tensors = {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "odd": torch.arange(7, dtype=torch.uint8)}
-    for dtype in stream.SAFETENSORS_DTYPES:
+    for dtype in SAFETENSORS_DTYPES:
         tensors[str(dtype)] = (torch.randn(3, 5, generator=random) * 10).to(dtype)
     tensors["turned"] = torch.randn(4, 6, generator=random).T
     file = tmp_path / "x.safetensors"

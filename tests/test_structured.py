@@ -21,7 +21,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 from fedgrove.models.experts import TYPES
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
@@ -404,7 +405,7 @@ def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     page = (run / "report.html").read_text()
     assert "Narrower blocks" in page
     assert "24 of 96 channels and 2 of 4 heads out of every block" in page
-    assert "Zeros take as much room" not in page
+    assert "zeros take as much space" not in page
     assert "structurally pruned on its own text only" in page
     assert Disclosure.SCORES.sentence in page
     card = (run / "model" / "README.md").read_text()

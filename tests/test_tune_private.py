@@ -150,7 +150,7 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
         ({"stages": [{**TUNE, "epsilon": 1.0, "method": "fedpipe"}]}, 'set method = "lora"'),
         ({"stages": [{**TUNE, "epsilon": 1.0, "dp_unit": "client"}]}, '"ffa_lora" and precision = "fixed"'),
         ({"stages": [{**WHOLE, "epsilon": 0.01, "dp_unit": "client"}]}, "raise epsilon, or lower dp_clip"),
-        ({"stages": [PRUNE, {**TUNE, "epsilon": 1.0}], "evaluate__alone": True}, "evaluate.alone: what a client"),
+        ({"stages": [PRUNE, {**TUNE, "epsilon": 1.0}], "evaluate__alone": True}, "evaluate.alone: the clients' own models"),
         ({"stages": [{**WHOLE, **FEDPIPE}], "privacy": SECURE, "clients__0__memory": "1MiB"}, "to hide one"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(sma
     [
         ({"dp_unit": "window"}, {}, "privacy of one window of 16 tokens of one client"),
         ({**WHOLE, "dp_unit": "client"}, {}, "but not towards the server"),
-        ({**WHOLE, "dp_unit": "client"}, SECURE, "at least 2 clients adding their part"),
+        ({**WHOLE, "dp_unit": "client"}, SECURE, "at least 2 clients add their part"),
     ],
 )
 def test_what_is_promised_is_said_and_no_loss_leaves(

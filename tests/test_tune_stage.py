@@ -590,7 +590,7 @@ def test_the_ledger_tells_modelled_seconds_and_the_plan_foretells_them(small: Sm
     assert status == 0
     foretold = json.loads((run / "plan-0-tune.json").read_text())["total"]
     assert foretold == pytest.approx(clock, rel=0.05, abs=2e-3)
-    assert f"{foretold:,.1f} s of the clients' own time" in " ".join(out.split())
+    assert f"{foretold:,.1f} s on the clients' machines" in " ".join(out.split())
 
 
 def test_a_run_ends_with_what_each_client_was_given_and_why(small: Small, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ __all__ = ["FedgroveError"]
 
 def __getattr__(name: str) -> Any:
     if name == "FedgroveError":
-        from fedgrove.errors import FedgroveError  # when it is asked for: importing fedgrove does nothing
+        from fedgrove.errors import FedgroveError  # importing fedgrove must import nothing else
 
         return FedgroveError
     raise AttributeError(f"module 'fedgrove' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The Python API, as small as the command line, which is made of it: :func:`run`, :func:`plan` and :func:`evaluate`.
+"""The Python API: :func:`run`, :func:`plan` and :func:`evaluate`. The command line calls these functions.
 
 >>> from fedgrove import api                                                 # doctest: +SKIP
 >>> result = api.run("job.toml", out="runs/first")                           # doctest: +SKIP
@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -23,24 +22,27 @@ from fedgrove.events import Phase, Several, announce
 from fedgrove.export import find_result
 from fedgrove.job.load import load, parse
 from fedgrove.job.tables import Job
-from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.files import find_model
+from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
+from fedgrove.models.stream import Checkpoint
 from fedgrove.progress import display
 from fedgrove.report.reader import read
 from fedgrove.report.summary import Summary
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model, run_job
-from fedgrove.runfolder import RunFolder
+from fedgrove.runfolder import RunFolder, planning_folder
 
 AnyJob = Job | Mapping[str, Any] | str | Path
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run that has ended.
+    """A finished run.
 
     Attributes:
-        path: the run folder; ``model`` and ``report`` lie in it.
-        summary: everything that its files say.
+        path: the run folder, which contains ``model`` and ``report.html``.
+        summary: the content of its files.
     """
 
     path: Path
@@ -48,12 +50,12 @@ class Result:
 
     @property
     def model(self) -> Path:
-        """The result: a plain Hugging Face directory."""
+        """The resulting model: a plain Hugging Face directory."""
         return self.path / "model"
 
     @property
     def report(self) -> Path:
-        """The page that shows it."""
+        """The HTML report."""
         return self.path / "report.html"
 
     @property
@@ -63,7 +65,7 @@ class Result:
 
     @property
     def perplexity(self) -> dict[str, Any]:
-        """By model ("dense", "alone", "federated") and held-out text."""
+        """Perplexity by model ("dense", "alone", "federated", "centralized") and text; "alone" also by client."""
         return self.summary.perplexities()
 
 
@@ -79,13 +81,13 @@ def run(
     """Runs a job on this machine, as ``fedgrove run`` does.
 
     Args:
-        job: a path, or what a job file says as a dict; paths in a dict are relative to the current folder.
+        job: a path, or the content of a job file as a dict; paths in a dict are relative to the current folder.
         out: the run folder; default: ``runs/NAME``.
         resume: continue an interrupted run.
-        workers: worker processes; 0: the clients' work is done in this one. In a script, workers need the usual
-            ``if __name__ == "__main__":``.
-        quiet: no progress on standard error.
-        track: "tensorboard" and "mlflow": the metrics go there as they are measured; see :mod:`fedgrove.tracking`.
+        workers: the number of worker processes; 0: the clients' work is done in this process. In a script, workers need
+            the usual ``if __name__ == "__main__":``.
+        quiet: show no progress on standard error.
+        track: "tensorboard" and/or "mlflow": also log metrics there as they are measured; see :mod:`fedgrove.tracking`.
 
     Raises:
         FedgroveError: an error that the user can fix, in one line.
@@ -110,17 +112,19 @@ def run(
 
 
 def plan(job: AnyJob, *, quiet: bool = False) -> list[Any]:
-    """What each client would do, send, and need in memory and time: a plan for each stage. Runs nothing.
+    """Plans each stage: what each client would do and send, and the memory and time that it needs. Runs nothing.
 
     The plans are frozen objects (:class:`fedgrove.stages.prune.plan.Plan`, :class:`fedgrove.stages.tune.plan.TunePlan`, …);
-    ``model_dump()`` makes one a dict.
+    ``model_dump()`` converts one to a dict.
+
+    Raises:
+        FedgroveError: an error that the user can fix, in one line.
     """
     wanted = as_job(job)
     hush()
     with (
-        tempfile.TemporaryDirectory() as folder,
         display(quiet) as listener,
-        closing(RunFolder(Path(folder) / "run", wanted, listener=listener)) as asked,
+        planning_folder(wanted, listener) as asked,
         closing(local_engine(wanted, asked.path / "clients")) as engine,
     ):
         return make_plans(wanted, open_model(wanted.model), Federation(engine, asked))
@@ -147,19 +151,26 @@ def evaluate(
 
     Args:
         model: a run folder, a model directory or a hub id.
-        data: the held-out texts; see :mod:`fedgrove.data.sources`.
+        data: the held-out texts, or one; see :mod:`fedgrove.data.sources`.
         measure: "perplexity" of ``text``: consecutive windows of ``length`` tokens that do not overlap. "accuracy": how often
             the most likely of the ``labels`` is the ``answer`` to the ``prompt``. "generation": ROUGE and BLEU of what the
-            model writes after the ``prompt`` against the ``answer``.
-        text, prompt, answer: how a record becomes these.
-        labels: all that may be answered; none: all answers that occur.
-        records: at most so many of each text, where answers are measured.
-        tokens: written at most.
-        speed: also tokens a second, bytes on disk and memory at the peak, by plain transformers in a process of its own.
-        tasks: of lm-evaluation-harness, by name; tasks_from: a folder with YAML files of more.
+            model generates after the ``prompt``, with the ``answer`` as reference.
+        text, prompt, answer: templates that turn a record into these.
+        labels: all possible answers; default: all answers that occur.
+        length: tokens of a window, or of a prompt with its label.
+        records: the maximum number of records of each text whose answers are measured, and of each task.
+        tokens: the maximum number of generated tokens per record.
+        speed: also measure tokens per second, bytes on disk and peak memory, in plain transformers in a separate
+            process.
+        tasks: names of tasks of lm-evaluation-harness.
+        tasks_from: a folder with YAML files of more tasks.
+        quiet: show no progress on standard error.
 
     Returns:
         By text (or task, or "speed"), named numbers. ``NAME.low`` and ``NAME.high`` are the ends of a 95 % interval.
+
+    Raises:
+        FedgroveError: an error that the user can fix, in one line.
     """
     hush()
     sources = [data] if isinstance(data, str | Path) else list(data)
@@ -173,7 +184,12 @@ def evaluate(
     with display(quiet, delay=0) as listener:
         if sources:
             checkpoint = Checkpoint(folder)
+            decoder = Decoder(checkpoint)
+            check_parameters(decoder)
+            check_finite(checkpoint)
+            check_length(decoder, length, "--length")
             examiner = Examiner(checkpoint)
+            check_vocabulary(examiner.tokenizer, decoder)
             for number, source in enumerate(map(Path, sources)):
                 phase = Phase("evaluate", str(source), done=number, total=len(sources))
                 on_progress = announce(listener, phase)
@@ -192,10 +208,10 @@ def evaluate(
 
 
 def as_job(job: AnyJob) -> Job:
-    """A job from a path, from what a job file says, or as it is.
+    """A job from a path or from the content of a job file; a job is returned unchanged.
 
     Raises:
-        FedgroveError: names the key that is wrong.
+        FedgroveError: a key is wrong; names it.
     """
     if isinstance(job, Job):
         return job
@@ -205,7 +221,7 @@ def as_job(job: AnyJob) -> Job:
 
 
 def hush() -> None:
-    """Keeps libraries from writing between our lines."""
+    """Turns off the warnings and progress bars of transformers, which would disturb our own output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""What one owner of everybody's text would get: a reference that only a simulation can have.
+"""The centralized reference run: the same job with one client that has everybody's text.
 
-In a federation no text may be put in one place, so nobody knows what that would bring. Where all clients are simulated on
-one machine it can be tried: the same job once more, with one client that has the same windows of text as all of them.
+In a federation no text may be put in one place, so this run is not possible there. In a simulation on one machine it
+is: the job runs again with one client that has the same windows of text as all clients together.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fedgrove.report.summary import CENTRALIZED
 
 
 def centralized_job(job: Job) -> Job:
-    """The job of one owner of all text, on whom nothing presses: no limits, nothing to hide, no bytes to save.
+    """The job for one client with all text: no resource limits, no privacy settings, no communication cost.
 
-    What that is for a stage, its own table says: :meth:`fedgrove.job.stage_config.StageConfig.centralized`.
+    Each kind of stage defines its centralized version in :meth:`fedgrove.job.stage_config.StageConfig.centralized`.
     """
     everything = Client(name=CENTRALIZED, data=tuple(file for client in job.clients for file in client.data))
     evaluate = job.evaluate.model_copy(update={"alone": False, "centralized": False, "speed": False, "prompts": ()})
@@ -35,7 +35,7 @@ def centralized_job(job: Job) -> Job:
 
 
 def centralized_client(clients: Sequence[LocalClient], folder: Path) -> LocalClient:
-    """The one client: it has the text of ``clients``, and keeps its working files in a folder of its own."""
+    """One client with the text of all ``clients``; its working files are in ``folder``."""
     owners = tuple(replace(client, folder=folder / CENTRALIZED / client.name, credentials=None) for client in clients)
     first = clients[0]
     return LocalClient(

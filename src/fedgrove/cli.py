@@ -1,9 +1,10 @@
-"""The command line. Results go to standard output, progress and errors to standard error."""
+"""The command line. It prints results to standard output, progress and errors to standard error."""
 
 from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import sys
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from fedgrove.report import plans as plan_report
     from fedgrove.report import split as split_report
     from fedgrove.rounds import capabilities
-else:  # most bring torch: --help and a report must not wait for it
+else:  # most of these import torch, which --help and a report must not wait for
     api, events, machine, progress = lazy("api"), lazy("events"), lazy("machine"), lazy("progress")
     examination, exporting, dealing, job_file = lazy("doctor"), lazy("export"), lazy("split"), lazy("job.load")
     compare, run_page, reader, table = (lazy(f"report.{name}") for name in ("compare", "page", "reader", "table"))
@@ -62,14 +63,14 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What is said before a command."""
+    """Options before the command."""
 
 
 def command(function: Callable[..., None], group: typer.Typer = app) -> Callable[..., None]:
-    """A command: an error that the user can fix is one line and status 2, an interruption is status 130."""
+    """Registers a command: prints a FedgroveError as one line (status 2); an interruption has status 130."""
 
     @group.command()
     @functools.wraps(function)
@@ -125,18 +126,18 @@ def split(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A file, a folder, a saved data set or hub:OWNER/NAME.")],
     out: Annotated[Path, typer.Option(help="The folder to write: a file for each client, job.toml, split.html.")],
     by: Annotated[
-        Deal, typer.Option(help="iid: evenly; dirichlet: uneven by --field; field: a value to one; size.")
+        Deal, typer.Option(help="iid: evenly; dirichlet: uneven by --field; field: by value; size: uneven sizes.")
     ] = Deal.iid,
-    clients: Annotated[int | None, typer.Option(help="How many; with --by field default: one for each value.")] = None,
-    field: Annotated[str | None, typer.Option(help="The field that tells the records apart.")] = None,
-    alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution: small makes the clients differ more.")] = 0.3,
+    clients: Annotated[int | None, typer.Option(help="How many; default with --by field: one per value.")] = None,
+    field: Annotated[str | None, typer.Option(help="The field by which records are distributed.")] = None,
+    alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller: clients differ more.")] = 0.3,
     text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
-    held_out: Annotated[float, typer.Option("--heldout", help="The fraction that nobody gets, to evaluate on.")] = 0.1,
+    held_out: Annotated[float, typer.Option("--heldout", help="The fraction of records held out for evaluation.")] = 0.1,
     seed: int = 0,
     model: Annotated[str, typer.Option(help="For the job file: a model directory or a hub id.")] = "path/to/model",
     quiet: Quiet = False,
 ) -> None:
-    """Deals one text to several clients, to try a federation; shows who holds what and writes a job file.
+    """Distributes one text over several clients, to simulate a federation; shows who holds what and writes a job file.
 
     Example: fedgrove split posts.jsonl --clients 8 --by dirichlet --alpha 0.3 --field label --out posts
     """
@@ -163,7 +164,7 @@ def split(
     for name in split.empty:
         print(f"{name} got no record and is left out; raise --alpha, or lower --clients")
     kept = f"{split.held_out:,} records are held out; " if split.held_out else ""
-    print(f"{kept}the job is {out / 'job.toml'}, the picture {out / 'split.html'}")
+    print(f"{kept}the job is {out / 'job.toml'}, the page is {out / 'split.html'}")
 
 
 @command
@@ -188,7 +189,7 @@ def plan(
         for note in plan.notes:
             console.print(f"Note: {note}")
     console.print(
-        "Memory is the peak besides the program itself (about 500 MiB). "
+        "Memory is the peak in addition to the program itself (about 500 MiB). "
         f"Time is what a client of speed 1.0 ({capabilities.SPEED / 1e9:.0f} GFLOP/s) needs to compute and upload."
     )
 
@@ -197,14 +198,14 @@ def plan(
 def doctor(
     job: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]")] = None,
     out: Annotated[Path | None, typer.Option(help="Where runs are written; default: runs.")] = None,
-    listen: Annotated[list[int] | None, typer.Option(help="A port that a server would listen on here.")] = None,
-    connect: Annotated[list[str] | None, typer.Option(help="HOST:PORT that a client would reach.")] = None,
+    listen: Annotated[list[int] | None, typer.Option(help="A port on which a server would listen here.")] = None,
+    connect: Annotated[list[str] | None, typer.Option(help="HOST:PORT to which a client would connect.")] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Looks at this machine, and at what a job needs of it: model, data, templates, memory. Runs nothing.
+    """Checks this machine, and what a job needs: model, data, templates, memory. Runs nothing.
 
-    Ends with status 2 where something has to be fixed. The first record of every file is shown as the model will see it.
+    Ends with status 2 if something has to be fixed. The first record of every file is shown as the model will see it.
 
     Example: fedgrove doctor job.toml
     """
@@ -226,11 +227,11 @@ def run(
     set_: Set = None,
     workers: Workers = 0,
     threads: Threads = None,
-    track: Annotated[list[Tracker] | None, typer.Option(help="Hands the metrics on as they are measured.")] = None,
+    track: Annotated[list[Tracker] | None, typer.Option(help="Also log metrics there as they are measured.")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a job; the model is in RUN/model.
+    """Runs a job and writes the model to RUN/model.
 
     Example: fedgrove run job.toml --out runs/first --set stages.0.sparsity=0.6
     """
@@ -245,26 +246,26 @@ def run(
 @command
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a model directory or a hub id.")],
-    data: Annotated[list[Path] | None, typer.Option(help="A held-out file, folder or data set; may be given again.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A held-out file, folder or data set; repeatable.")] = None,
     text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
     measure: Annotated[Measure, typer.Option(help="accuracy and generation need --prompt and --answer.")] = Measure.perplexity,
-    prompt: Annotated[str | None, typer.Option(help="What is asked: '{question} '.")] = None,
-    answer: Annotated[str | None, typer.Option(help="What is right: '{answer}'.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="One that may be answered; default: all that occur.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="How a record becomes a prompt: '{question} '.")] = None,
+    answer: Annotated[str | None, typer.Option(help="How a record becomes the correct answer: '{answer}'.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A possible answer; default: all that occur.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window, or of a prompt with its label.")] = 512,
-    records: Annotated[int | None, typer.Option(min=1, help="At most so many, of answers and of tasks.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Written at most, by generation.")] = 64,
-    speed: Annotated[bool, typer.Option("--speed", help="Tokens a second, memory, bytes: by plain transformers.")] = False,
-    task: Annotated[list[str] | None, typer.Option(help="Of lm-evaluation-harness; may be given again.")] = None,
+    records: Annotated[int | None, typer.Option(min=1, help="The most records, for answers and tasks.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens generated per record.")] = 64,
+    speed: Annotated[bool, typer.Option("--speed", help="Speed, memory, bytes in plain transformers.")] = False,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-evaluation-harness; repeatable.")] = None,
     tasks_from: Annotated[Path | None, typer.Option(help="A folder with YAML files of more tasks.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measures a model: perplexity on texts, accuracy, generation, speed, and tasks of lm-evaluation-harness.
+    """Measures a model: perplexity, accuracy, generation, speed, and tasks of lm-evaluation-harness.
 
     For perplexity the text is cut into consecutive windows of --length tokens that do not overlap (stride = length). Every
     token but the first of a window is predicted from those before it; perplexity is exp of the mean negative log-likelihood
-    of all predicted tokens. Intervals are of 95 %, by bootstrap over windows or records.
+    of all predicted tokens. Intervals are 95 % intervals, by bootstrap over windows or records.
 
     Example: fedgrove evaluate runs/first --data heldout.txt
 
@@ -285,20 +286,20 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a model directory or a packed model.")],
     to: Annotated[str, typer.Option(help="hf, packed, adapter, gguf, onnx, int8 or nf4.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/FORM.")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Text to measure it on; default: the run's held-out texts.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text to measure on; default: the run's held-out texts.")] = None,
     text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window, with --data.")] = 512,
-    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each text.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="The most windows of each text.")] = None,
     measure: Annotated[bool, typer.Option(help="Reload what was written and measure its perplexity.")] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Writes the result in another form, reloads it and measures it: bytes and perplexity.
+    """Writes the result in another format, reloads it, and measures its bytes and perplexity.
 
-    **hf**: a plain model directory (also what a packed model becomes again). **packed**: the fewest bytes, nothing lost.
-    **adapter**: for peft, where nothing was pruned. **gguf**: for llama.cpp. **onnx**: a graph in float32. **int8**, **nf4**:
-    8 and 4 bits by bitsandbytes, for transformers.
+    **hf**: a plain model directory (also from a packed model). **packed**: the fewest bytes, lossless. **adapter**: for
+    peft, if nothing was pruned. **gguf**: for llama.cpp. **onnx**: a graph in float32. **int8**, **nf4**: 8 and 4 bits
+    by bitsandbytes, for transformers.
 
-    What was measured is also in OUT.export.json, and in the run's report when it is made again.
+    The measurements are also in OUT.export.json, and in the run's report when it is written again.
 
     Example: fedgrove export runs/first --to packed
     """
@@ -315,15 +316,15 @@ def export(
     with progress.display(quiet) as listener:
         written = exporting.export(source, to, out, texts, listener)
     Console().print(export_report.export_table(reader.read_exports(written.parent)))
-    print(f"Wrote {written} ({exporting.folder_bytes(written) / 1e6:.1f} MB) and {written.name}.export.json beside it")
+    print(f"Wrote {written} ({exporting.folder_bytes(written) / 1e6:.1f} MB) and {written.name}.export.json next to it")
 
 
 @command
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several to compare.")],
-    out: Annotated[Path, typer.Option(help="The page, where several runs are compared.")] = Path("compare.html"),
+    out: Annotated[Path, typer.Option(help="The page that compares several runs.")] = Path("compare.html"),
 ) -> None:
-    """Writes RUN/report.html anew, from the run folder alone; of several runs one page that puts them side by side.
+    """Writes RUN/report.html again, from the run folder alone; for several runs, one page that compares them.
 
     Example: fedgrove report runs/first runs/second --out compare.html
     """
@@ -345,9 +346,13 @@ app.add_typer(federation)
 
 def main() -> None:
     """The entry point of the ``fedgrove`` command."""
-    # Threads of linear algebra that spin while they wait slow a busy machine fourfold; it must be said before torch loads.
+    # Set before torch is imported: OpenMP threads that spin while they wait make a busy machine four times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     heap.keep_large_apart()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # set before tqdm is imported: libraries show no bars inside of ours
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows a ? for what it cannot write
     app()
 
 
@@ -366,5 +371,5 @@ def _fail(message: str, status: int) -> None:
     print(f"fedgrove: {' '.join(message.split())}", file=sys.stderr)
     sys.stdout.flush()
     if status == 130:
-        os._exit(status)  # no thread of a library may hold an interrupted run
+        os._exit(status)  # a normal exit would wait for threads of libraries
     raise typer.Exit(status)

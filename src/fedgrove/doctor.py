@@ -1,12 +1,11 @@
-"""What a machine, a model and a text are good for, before anything runs: a list of checks, each with its remedy.
+"""Checks of a machine, a model and texts before anything runs, with remedies for those that fail.
 
-Nothing here raises for what is wrong with the machine, the model or a text: that is what the checks say.
+The functions do not raise for errors of the machine, the model or a text: they return a check that is not ok.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,30 +13,33 @@ from pathlib import Path
 import torch
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data.chat import Chat, as_text
+from fedgrove.data.chat import DATE, Chat, as_text, writes_date
 from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
+from fedgrove.data.tally import Tally
+from fedgrove.data.tokens import encode, encode_long
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.machine import Check, free_disk, free_memory, size_of
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.preconditions import check_finite, check_parameters, check_vocabulary
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model
-from fedgrove.runfolder import RunFolder
+from fedgrove.runfolder import planning_folder
 from fedgrove.stages.base import stage_of
 
 SAMPLE, LINES = 400, 6  # characters and lines of the first record that are shown
-LENGTH = 512  # tokens of the windows with which "could hold" is counted: the default of a job
+LENGTH = 512  # tokens of the windows for which "could hold" is computed: the default of a job
 
 
 def show(checks: Sequence[Check], as_json: bool = False) -> None:
-    """Prints checks for a person, or as one JSON document."""
+    """Prints checks as text, or as one JSON document."""
     if as_json:
         print(json.dumps([vars(check) for check in checks], indent=2))
         return
     width = max(len(check.name) for check in checks)
     for check in checks:
-        print(f"{'ok  ' if check.ok else 'MEND'}  {check.name:<{width}}  {check.text}")
+        print(f"{'ok  ' if check.ok else 'FIX '}  {check.name:<{width}}  {check.text}")
         if check.remedy:
             print(f"{'':{width + 8}}{check.remedy}")
         for line in check.sample.splitlines():
@@ -45,7 +47,12 @@ def show(checks: Sequence[Check], as_json: bool = False) -> None:
 
 
 def examine(job: Job, folder: Path) -> list[Check]:
-    """What a job needs of this machine: its model, every client's text, the plan, and room in a run folder."""
+    """Checks what a job needs on this machine: the model, every client's text, disk space for the run, and the plan.
+
+    Args:
+        job: the job.
+        folder: where runs are written.
+    """
     path, details = find(job.model.path, job.model.revision)
     checks = [details]
     dtype = None if job.model.dtype == "auto" else getattr(torch, job.model.dtype)
@@ -70,9 +77,9 @@ def examine(job: Job, folder: Path) -> list[Check]:
 
 
 def site(client: LocalClient) -> list[Check]:
-    """What one client has: its copy of the model, its text, and what its memory could hold.
+    """Checks one client: its copy of the model, its text, and which work fits into its memory.
 
-    ``sample`` of a check is the client's own text: whoever sends the checks on leaves it out.
+    ``sample`` of a check is the client's own text and must be removed before checks are sent elsewhere.
     """
     checks = model(client.model, client.dtype)
     readable = all(check.ok for check in checks)
@@ -85,7 +92,7 @@ def site(client: LocalClient) -> list[Check]:
 
 
 def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
-    """Where a model is. One that is on the hub and not yet here is asked for, not fetched: None, and how much it is."""
+    """Finds a model. One that is on the hub only is not downloaded: its path is None, and the check gives its size."""
     if Path(path).is_dir():
         return Path(path), Check("model", True, str(path))
     from huggingface_hub import HfApi, snapshot_download
@@ -96,73 +103,77 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
     except (HFValidationError, OSError, ValueError):
         pass
     else:
-        return here, Check("model", True, f"{path}, fetched from the hub to {here}")
+        return here, Check("model", True, f"{path}, downloaded from the hub to {here}")
     try:
         info = HfApi().model_info(path, revision=revision, files_metadata=True, timeout=10)
-    except Exception as error:  # whatever a network can do
+    except Exception as error:  # any error of the network or the hub
         return None, Check(
             "model",
             False,
-            f"{path} is neither a directory here nor a model that the hub gives out ({type(error).__name__})",
+            f"{path} is neither a directory here nor a model available on the hub ({type(error).__name__})",
             "fix model.path; without a network, copy the model here and name its directory",
         )
     size = sum(file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".safetensors"))
     return None, Check(
-        "model", True, f"{path}: on the hub, {size_of(size)} to fetch; a run fetches it, and then it can be tried"
+        "model", True, f"{path}: on the hub, {size_of(size)} to download; a run downloads it, and then it can be checked"
     )
 
 
 def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
-    """Whether a model directory can be used: every header, one tensor of each file, the architecture, the tokenizer."""
+    """Checks a model directory: the architecture, every parameter, all weights for NaN and infinity, and the tokenizer."""
     try:
         checkpoint = Checkpoint(path, dtype)
-        for names in checkpoint.shards.values():
-            if names and not torch.isfinite(checkpoint.read(names[-1]).float()).all():
-                return [Check("model", False, f"{path}: {names[-1]} is not finite", "copy the model again")]
         decoder = Decoder(checkpoint)
+        notes = check_parameters(decoder)
+        check_finite(checkpoint)
         numel = sum(checkpoint.spec(name)[0].numel() for name in checkpoint.names())
         kind = type(decoder.model).__name__
         about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {size_of(checkpoint.num_bytes())}"
-        checks = [Check("model readable", True, about)]
+        checks = [Check("model readable", True, "; ".join([about, *notes]))]
     except FedgroveError as error:
         return [_refused("model readable", error)]
     try:
         tokenizer = checkpoint.tokenizer()
+        check_vocabulary(tokenizer, decoder)
+        words = "A text that every tokenizer can take apart."
+        tokens = len(encode(words, tokenizer))
     except FedgroveError as error:
         return [*checks, _refused("tokenizer", error)]
-    words = "A text that every tokenizer can take apart."
-    tokens = len(tokenizer(words, add_special_tokens=False)["input_ids"])
     spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
-    details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters a token of plain English"
+    details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters per token of plain English"
     return [*checks, Check("tokenizer", tokens > 0, details, "" if tokens else "copy the tokenizer's files again")]
 
 
 def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | None = None) -> list[Check]:
-    """Whether a file can be read to its end by its template; ``sample`` shows the first record as the model will see it.
+    """Checks that all records of a file fit the template; ``sample`` shows the first record as the model will see it.
 
     Args:
-        owner: whose.
+        owner: the name of the client, or of the held-out text.
+        file: the source.
         templates: see :func:`fedgrove.data.sources.read_fields`.
-        model: whose tokenizer counts; None: nothing is counted.
+        model: the model whose tokenizer counts tokens; None: tokens are not counted.
     """
     name = f"{owner}: {file if is_hub(file) else file.name}"
+    tally = Tally()
     first: str | None = None
-    records = empty = chats = characters = tokens = counted = 0
+    records = empty = chats = untrainable = characters = tokens = counted = 0
     try:
         tokenizer = Checkpoint(model).tokenizer() if model is not None else None
-        for parts in read_fields(file, templates):
+        for parts in read_fields(file, templates, tally):
             said = [as_text(part, tokenizer) for part in parts]
             joined = "".join(said)
             records += 1
-            chats += isinstance(parts[-1], Chat)
+            if isinstance(parts[-1], Chat):
+                chats += 1
+                untrainable += tokenizer is not None and not parts[-1].trained_spans(tokenizer)
             if not said[-1].strip():
                 empty += 1
                 continue
             if first is None:
                 first = joined
             characters += len(joined)
-            if tokenizer is not None and counted < 10**6:  # enough to know characters by tokens
-                tokens += len(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"])
+            if tokenizer is not None and counted < 10**6:  # enough to estimate characters per token
+                tokens += sum(map(len, encode_long([joined], tokenizer)))
                 counted += len(joined)
     except FedgroveError as error:
         return [_refused(name, error)]
@@ -171,18 +182,35 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
     details = f"{records:,} records{f' ({chats:,} of them chats)' if chats else ''}, {characters:,} characters"
     if tokens:
         details += f", {'' if counted == characters else 'about '}{round(tokens * characters / counted):,} tokens"
+    notes = []
+    if tally.files > 1 or tally.passed_over:
+        notes.append(f"{tally.files:,} files read, {len(tally.passed_over):,} passed over{_some(tally.passed_over)}")
     if empty:
-        details += f"; {empty:,} without text are passed over"
+        notes.append(f"{empty:,} without text are skipped")
+    if untrainable:
+        notes.append(f"{untrainable:,} chats have no turn of the assistant to train on")
+    if tally.replaced:
+        notes.append(f"{tally.replaced:,} broken characters (unpaired surrogates) are read as U+FFFD")
+    if chats and tokenizer is not None and writes_date(tokenizer):
+        notes.append(f"the chat template writes a date: it is always {DATE:%d %b %Y}, so that runs can be repeated")
+    notes += tally.guessed
     shown = first[:SAMPLE].splitlines()[:LINES]
     whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
-    return [Check(name, True, details, sample="\n".join(shown) + ("" if whole else "…"))]
+    return [Check(name, True, "; ".join([details, *notes]), sample="\n".join(shown) + ("" if whole else "…"))]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of some names, in brackets."""
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
 
 
 def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:
-    """What work on a model would fit into this machine, or into what a client allows: counted, not tried.
+    """Which work on a model fits into the memory of this machine, or into a client's limit: estimated, not tried.
 
     Args:
-        memory: bytes that the planner may use; None: what is free on the GPU, or else in this machine.
+        path: the model directory.
+        dtype: the dtype of the weights; None: as on disk.
+        memory: bytes that the planner may use; None: the free memory of the GPU, or of this machine if there is none.
     """
     decoder = Decoder(Checkpoint(path, dtype))
     free = memory or free_memory()
@@ -192,17 +220,17 @@ def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None 
         needs |= stage_of(kind).typical_memory(decoder, length)
     fits = [f"{what} ({size_of(need)})" for what, need in needs.items() if need <= free]
     more = [f"{what} ({size_of(need)})" for what, need in needs.items() if need > free]
-    said = f"of {size_of(free)}: {', '.join(fits) or 'nothing'}"
+    said = f"in {size_of(free)}: {', '.join(fits) or 'nothing'}"
     if more:
         said += f"; too large: {', '.join(more)}"
-    return Check("could hold", bool(fits), said, "" if fits else "take a smaller model, or a machine with more memory")
+    return Check("could hold", bool(fits), said, "" if fits else "use a smaller model, or a machine with more memory")
 
 
 def _plans(job: Job) -> list[Check]:
-    """Every client's part in every stage, against this machine's memory: here one client works at a time."""
+    """Compares each stage's largest memory with this machine's, where one client works at a time."""
     free = free_memory()
     checks = []
-    with tempfile.TemporaryDirectory() as folder, closing(RunFolder(Path(folder) / "run", job)) as run:
+    with planning_folder(job) as run:
         try:
             with closing(local_engine(job, run.path / "clients")) as engine:
                 plans = make_plans(job, open_model(job.model), Federation(engine, run))
@@ -211,7 +239,7 @@ def _plans(job: Job) -> list[Check]:
     for plan in plans:
         name, most = max(((name, assignment.memory) for name, assignment in plan.clients.items()), key=lambda pair: pair[1])
         said = f"{len(plan.clients)} clients, at most {size_of(most)} of memory ({name}), "
-        said += f"{size_of(plan.uploads())} to send in all"
+        said += f"{size_of(plan.uploads())} to send in total"
         for client, why in sorted(plan.left_out.items()):
             said += f"; {client} is left out: {why}"
         fits = most <= free
@@ -225,7 +253,7 @@ def _templates(text: str | None, prompt: str | None = None, answer: str | None =
 
 
 def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
-    """Room for the run folder: the result, every stage's changed tensors, and the clients' hidden states."""
+    """Disk space for the run folder: the result, every stage's changed tensors, and the hidden-state caches."""
     width = checkpoint.config.get_text_config().hidden_size
     need = checkpoint.num_bytes()
     num_blocks = checkpoint.config.get_text_config().num_hidden_layers
@@ -241,9 +269,9 @@ def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
         need *= 2
     free = free_disk(folder)
     said = f"a run needs about {size_of(need)} in {folder.resolve()}, {size_of(free)} are free"
-    return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or give --out another disk")
+    return Check("room for the run", need <= free, said, "" if need <= free else "free some space, or use another disk (--out)")
 
 
 def _refused(name: str, error: FedgroveError) -> Check:
-    """A check from an error that a run would end with."""
+    """A failed check from the error with which a run would end."""
     return Check(name, False, str(FedgroveError(error.what, client=error.client)), error.remedy or "")

@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
-MAX_TEXT = 2000  # characters of a string that came over a network; the rest is cut off
-MAX_CLIENTS = 10_000  # in one event that came over a network
+MAX_TEXT = 2000  # characters of a string from a network; longer ones are truncated
+MAX_CLIENTS = 10_000  # in one event from a network
 
 
 def printable(text: str) -> str:
-    """A text from a network on one line, without control characters: a server must not steer an operator's terminal."""
+    """One line of printable characters, so that text from a server cannot control an operator's terminal."""
     return "".join(char if char.isprintable() else " " for char in text[:MAX_TEXT])
 
 
@@ -32,23 +32,23 @@ Text = Annotated[str, Strict(), AfterValidator(printable)]
 Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 
-OnProgress = Callable[[float, float], None]  # called with (done, total) while a piece of work goes on
+OnProgress = Callable[[float, float], None]  # called with (done, total) during a piece of work
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What begins now, or goes on.
+    """The piece of work that begins now, or continues.
 
     Attributes:
-        action: what is done, as a short identifier: "plan", "evaluate", a stage's kind such as "prune", …
-        detail: the same in more words, for people.
-        title: for people, in place of ``action``.
+        action: a short identifier of the work: "plan", "evaluate", a stage's kind such as "prune", …
+        detail: a description for people.
+        title: shown to people instead of ``action``.
         stage: the stage's index.
         round, rounds: the round's index, and how many there are; likewise ``block``, ``blocks``. Counted from 0.
-        client: whose part this is, where it is one client's.
-        text: the held-out text that is measured on.
-        done, total: so much of the work of this action is done, of so much; a total of 0: unknown. Where no total is given
-            it follows from rounds and blocks.
+        client: the client whose work this is, if it is one client's.
+        text: the held-out text on which the model is measured.
+        done, total: the amount of this action's work that is done, and the total amount; a total of 0: unknown. By
+            default both are computed from rounds and blocks.
         within: the names of the runs of which this run is a part; see :class:`Within`.
     """
 
@@ -87,7 +87,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Message:
-    """A line to be read afterwards too: a client that failed, or was left out."""
+    """A line that stays visible: a client failed, or was left out."""
 
     text: Text
 
@@ -109,7 +109,7 @@ class Requested:
 
 @dataclass(frozen=True)
 class Responded:
-    """A client's response came; 0 bytes: the client failed."""
+    """A client's response arrived; 0 bytes: the client failed."""
 
     client: Text
     num_bytes: Count
@@ -121,9 +121,9 @@ class Measured:
 
     Attributes:
         time: seconds since 1970.
-        stage: None: the model that the run began with.
-        round: counted from 0; None: after the stage's last one.
-        client: None: the federation's.
+        stage: the stage's index; None: the base model.
+        round: counted from 0; None: after the stage's last round.
+        client: whose model was measured; None: the federation's.
         name: what was measured, such as ``perplexity/TEXT``.
     """
 
@@ -132,7 +132,7 @@ class Measured:
     round: Count | None
     client: Text | None
     name: Text
-    value: Annotated[float, Strict()]  # not a number where a model is beyond repair
+    value: Annotated[float, Strict()]  # can be infinite or not a number if a model is broken
 
 
 Event = Phase | Message | Requesting | Requested | Responded | Measured
@@ -148,13 +148,14 @@ def to_json(event: Event) -> dict[str, Any]:
 
 
 def from_json(value: object) -> Event | None:
-    """The event that :func:`to_json` wrote, as it came over a network.
+    """The event that :func:`to_json` wrote, received over a network.
 
-    Fields that are not known here are passed over, strings are cut to ``MAX_TEXT`` and hold no control characters.
+    Unknown fields are ignored; strings are truncated to ``MAX_TEXT`` characters, and control characters
+    become spaces.
 
     Returns:
-        None where it is no event that is known here: of another kind (the other fedgrove may be newer), or with a field that
-        is missing or of a wrong type.
+        None if it is not a known event: its kind is unknown (the sender may have a newer fedgrove), or a field is
+        missing or has a wrong type.
     """
     if not isinstance(value, dict) or not isinstance(value.get("event"), str) or value["event"] not in _ADAPTERS:
         return None
@@ -165,13 +166,13 @@ def from_json(value: object) -> Event | None:
 
 
 class Listener:
-    """Gets every event of a run. This one does nothing with it."""
+    """Receives every event of a run. This base class ignores them."""
 
     def on_event(self, event: Event) -> None:
         """Called for every event, in order, by the thread that runs the job."""
 
     def close(self) -> None:
-        """The run ended, well or not."""
+        """Called when the run has ended, successfully or not."""
 
     def __enter__(self) -> Listener:
         return self
@@ -181,7 +182,7 @@ class Listener:
 
 
 class Several(Listener):
-    """Hands every event to several listeners."""
+    """Passes every event to several listeners."""
 
     def __init__(self, listeners: Sequence[Listener]):
         self._listeners = tuple(listeners)
@@ -196,9 +197,9 @@ class Several(Listener):
 
 
 class Within(Listener):
-    """Hands on the events of a run that is a part of another, under the part's name.
+    """Passes on the events of a run that is a part of another run, with the part's name.
 
-    Its measurements are not handed on: they are in its own run folder.
+    Measurements are not passed on: they are in the part's own run folder.
     """
 
     def __init__(self, listener: Listener, name: str):
@@ -214,11 +215,11 @@ class Within(Listener):
 
 
 def announce(listener: Listener, phase: Phase) -> OnProgress:
-    """Tells a listener of a phase.
+    """Sends a phase to a listener.
 
     Returns:
-        What to call with (done, total) of this one step as it goes on; the listener then hears of the phase again, with the
-        fraction added to ``phase.done``.
+        A function to be called with (done, total) of this phase's current step; it sends the phase again, with done /
+        total added to ``phase.done``.
     """
     listener.on_event(phase)
     return lambda done, total: listener.on_event(replace(phase, done=phase.done + done / total))

@@ -1,4 +1,4 @@
-"""Give a model away in one of the forms of :mod:`fedgrove.exports`, and measure what was given away."""
+"""Exports a model to one of the formats of :mod:`fedgrove.exports`, and measures the export."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from fedgrove import plugins
 from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener, Phase
-from fedgrove.exports import NOT_KEPT, Source, without_bars
+from fedgrove.exports import NOT_KEPT, Source
 from fedgrove.exports.packed import is_packed
 from fedgrove.files import atomic_folder, read_lines, write_atomically
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import perplexity
+from fedgrove.models.perplexity import perplexity, perplexity_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.model_card import card_of_form
 from fedgrove.runfolder import unfinished
 
-NEAR = 0.01  # how far an exact form's perplexity may lie from the model's, relatively: other programs round differently
+NEAR = 0.01  # largest relative difference between the perplexities of an exact format and of the model (other rounding)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What an export is measured on.
+    """The texts on which an export is measured.
 
     Attributes:
         files: (name, file, template) of each text.
         length: tokens of a window.
-        windows: at most so many of each text; None for all.
-        known: perplexity of the model on texts that a run measured in the same way, by name.
+        windows: the maximum number of windows of each text; None: all.
+        known: (name, perplexity of the model) of texts that a run measured in the same way.
     """
 
     files: tuple[tuple[str, Path, str | None], ...] = ()
@@ -51,9 +51,11 @@ class Measured:
     """An export as it is recorded in ``OUT.export.json``.
 
     Attributes:
-        form: its name.
-        bytes: of all its files; of_model: of the model's files.
-        perplexity: by text, after reloading the export; of_perplexity: of the model.
+        form: the name of the format.
+        bytes: the size of all files of the export.
+        of_model: the size of all files of the model.
+        perplexity: by text, of the reloaded export.
+        of_perplexity: by text, of the model.
         length: tokens of a window.
     """
 
@@ -68,23 +70,23 @@ class Measured:
 def export(
     source: Path, to: str, out: Path | None = None, texts: Texts | None = None, listener: Listener | None = None
 ) -> Path:
-    """Writes the model of a run, of a model directory or of a packed model in another form.
+    """Writes the model of a run, of a model directory or of a packed model in another format.
 
-    What is measured is written to ``OUT.export.json``, beside the folder.
+    The measurements are written to ``OUT.export.json``, next to the folder.
 
     Args:
-        source: a run folder, a Hugging Face model directory, or what the form ``packed`` wrote.
-        to: the form.
-        out: a folder that does not exist yet; default: named as the form, in ``source``.
-        texts: what to measure on; default: the run's held-out texts, as the run measured their perplexity.
-        listener: gets the events of the export.
+        source: a run folder, a Hugging Face model directory, or an export in the format ``packed``.
+        to: the name of the format.
+        out: a folder that does not exist yet; default: a folder in ``source``, named after the format.
+        texts: the texts to measure on; default: the run's held-out texts, with the run's windows.
+        listener: receives the events of the export.
 
     Returns:
         The folder.
 
     Raises:
-        FedgroveError: the source is none of these, ``out`` exists, or a form that loses nothing reads back otherwise than the
-            model (nothing is left then).
+        FedgroveError: the source is none of these, ``out`` exists, or an exact format has another perplexity than the
+            model (the export is removed then).
     """
     form = plugins.load("exports", to)
     out = out or source / getattr(form, "FOLDER", to)
@@ -98,7 +100,7 @@ def export(
     # Texts are read before anything is written, so that a fault in them is not found after an hour; of a packed model the
     # tokenizer is packed as well.
     windows = None if is_packed(given.model) else _windows(given.model, texts)
-    with atomic_folder(out) as partial, without_bars():
+    with atomic_folder(out) as partial:
         listener.on_event(Phase("export", f"writing {to}"))
         form.write(given, partial)
         if to != "hf":
@@ -111,10 +113,10 @@ def export(
 
 
 def find_source(path: Path) -> Source:
-    """What a path stands for.
+    """The model to export: of a run folder, or the path itself.
 
     Raises:
-        FedgroveError: a run that has not ended.
+        FedgroveError: the run has not ended.
     """
     if not (path / "job.toml").is_file():
         return Source(path)
@@ -133,9 +135,9 @@ def find_result(path: Path) -> Path:
 
 
 def held_out(source: Source) -> Texts:
-    """The held-out texts of a run that are still there, and the perplexity that the run measured on them.
+    """The held-out texts of a run that still exist, and the perplexity that the run measured on them.
 
-    Texts of which the run measured accuracy or generation are none: they have a prompt and an answer, and no text.
+    Texts for accuracy or generation are left out: they have a prompt and an answer instead of a text.
     """
     if source.run is None:
         return Texts()
@@ -175,10 +177,10 @@ def _measure(
             of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows_of_text)
         listener.on_event(Phase("export", f"measuring {to}", text=name))
         total, count = form.losses(source, folder, windows_of_text)
-        found[name] = math.exp(total / count)
-        if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
+        found[name] = perplexity_of(total, count)
+        if form.EXACT and name in of_model and not math.isclose(found[name], of_model[name], rel_tol=NEAR):
             raise FedgroveError(
-                f"--to {to}: on {name} it reads back with perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",
+                f"--to {to}: on {name} the export has perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",
                 NOT_KEPT,
             )
     of = {name: of_model[name] for name in found if name in of_model}

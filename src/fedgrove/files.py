@@ -1,6 +1,6 @@
-"""Files and folders that are there completely or not at all, whenever a process is killed; and lines of JSON.
+"""Atomic writing of files and folders, so that a killed process leaves none that is incomplete; and reading JSON lines.
 
-What is being written has its final name with ``.partial`` after it. One that is left behind is overwritten the next time.
+Content is written to the final name plus ``.partial`` and then renamed. A leftover partial file is overwritten.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+TRACE = "error.log"  # a client's file with the trace of an error that is not the user's
+
 
 def write_atomically(path: Path, content: str | bytes, *, mode: int | None = None, fsync: bool = False) -> None:
-    """Writes a file, with the folders above it; an existing one is replaced.
+    """Writes a file atomically; creates missing parent folders and replaces an existing file.
 
     Args:
+        path: the file.
         content: text is written as UTF-8.
-        mode: permissions such as 0o600, for a secret: nobody else can open the file while it is written either.
+        mode: permissions such as 0o600, for a secret: they also hold while the file is written.
         fsync: return only when the file would survive a power failure.
     """
     with atomic_file(path) as partial:
         if mode is not None:
-            partial.unlink(missing_ok=True)  # one that is left behind may have other permissions
+            partial.unlink(missing_ok=True)  # a leftover file may have other permissions
         with open(partial, "wb" if mode is None else "xb", opener=_opener(mode)) as file:  # Path.open has no opener
             file.write(content.encode() if isinstance(content, str) else content)
             if fsync:
@@ -33,14 +36,14 @@ def write_atomically(path: Path, content: str | bytes, *, mode: int | None = Non
     if fsync:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name
+            os.fsync(folder)  # also makes the renaming permanent
         finally:
             os.close(folder)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, for a file that is written piece by piece; it becomes ``path`` when the block ends well."""
+    """Yields a temporary path for a file written in pieces; renamed to ``path`` if the block does not raise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     yield partial
@@ -49,10 +52,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder to write to; it becomes ``path`` when the block ends well and is removed when it does not.
+    """Yields an empty temporary folder; it is renamed to ``path`` if the block does not raise, and removed if it does.
 
     Args:
-        replace: an existing ``path`` is removed first; without it that is an error.
+        path: the final folder.
+        replace: remove an existing ``path`` before renaming. Otherwise a ``path`` that is not an empty folder is an
+            error.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +73,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if there is no file. A last line that a kill cut short is passed over."""
+    """The objects of a JSON-lines file; none if there is no file. An incomplete last line is ignored."""
     if not path.is_file():
         return []
     *whole, _ = path.read_text(encoding="utf-8").split("\n")

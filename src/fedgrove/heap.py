@@ -1,4 +1,4 @@
-"""How the C library of Linux (glibc) handles freed memory. Other systems have no such functions and do not need them."""
+"""Settings of glibc, the C library of Linux, for freed memory. Other systems have no such functions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _SETTINGS = {  # the parameter's number in mallopt(3): the environment variable 
 
 
 def keep_large_apart() -> None:
-    """Makes the C library allocate large tensors outside the heap, where they would leave gaps.
+    """Makes the C library allocate large tensors outside the heap, because they would fragment it.
 
-    This saves a client a sixth of its memory.
+    This reduces a client's memory by a sixth.
 
-    Smaller tensors stay on the heap, because new memory pages take time: with half of ``MMAP_THRESHOLD``, a block's activations
-    were allocated outside it, and a client took a tenth longer.
+    Smaller tensors stay on the heap, because mapping new memory pages takes time: with half of ``MMAP_THRESHOLD``, a
+    block's activations were allocated outside the heap, and a client took 10 % longer.
 
-    Applies to this process and, through the environment, to its child processes. Variables that are already set are kept.
+    Applies to this process and, through environment variables, to its child processes. Variables that are set already
+    are not changed.
     """
     for number, (variable, value) in _SETTINGS.items():
         if variable not in os.environ:
@@ -32,7 +33,9 @@ def keep_large_apart() -> None:
 
 
 def release_freed_memory() -> None:
-    """Returns freed memory to the system. Otherwise it is fragmented, the next response does not fit into the pieces, and
-    memory grows with the number of clients."""
+    """Returns freed memory to the system.
+
+    Without it the freed memory is too fragmented for the next response, so memory grows with the number of clients.
+    """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

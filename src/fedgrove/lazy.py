@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first used, so that a command that needs none of them starts at once."""
+"""Modules that are imported on first use, so that commands that do not need them start quickly."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class lazy:
-    """Stands for the module ``fedgrove.<name>``, which is imported when one of its attributes is read.
+    """A proxy of the module ``fedgrove.<name>``, which is imported when one of its attributes is read.
 
-    ``importlib.util.LazyLoader`` does not do: it puts an empty module into ``sys.modules``, and whatever looks at all modules,
-    as importing torch does, loads it in the midst of another import.
+    ``importlib.util.LazyLoader`` cannot be used: it puts an empty module into ``sys.modules``, and code that inspects
+    all modules, such as the import of torch, would load that module in the middle of another import.
     """
 
     def __init__(self, name: str):

@@ -1,4 +1,4 @@
-"""What a machine is good for, whatever runs there: versions, devices, memory, disk, ports. Each check comes with its remedy."""
+"""Checks of a machine: versions, devices, memory, disk, ports, with remedies for those that fail."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-SERVER_PORTS = (8002, 8003)  # where a FLARE server listens unless it is told otherwise
+SERVER_PORTS = (8002, 8003)  # the default ports of a FLARE server
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check.
 
     Attributes:
-        name: what.
-        ok: whether a run would get past it.
-        text: what was found. It holds nothing of anybody's text, so that it may be sent.
-        remedy: what to do where it is not ok.
-        sample: the owner's own text, to be shown to the owner alone.
+        name: what was checked.
+        ok: whether a run is possible as far as this check can tell.
+        text: the result. It contains nothing of a client's text, so that it may be sent to others.
+        remedy: how to fix it, if not ok.
+        sample: a part of the client's own text, which may be shown to the client only.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Check:
 
 
 def check_machine(folder: Path, listen: Sequence[int] = (), connect: Sequence[str] = ()) -> list[Check]:
-    """Versions, devices, memory, disk and ports.
+    """Checks versions, devices, memory, disk and ports.
 
     Args:
         folder: where runs are written.
-        listen: ports that a server would listen on here; without any, FLARE's own are looked at and none is required.
-        connect: HOST:PORT that a client would reach.
+        listen: ports on which a server would listen here; if empty, FLARE's default ports are shown and may be in use.
+        connect: HOST:PORT addresses to which a client would connect.
     """
     return [*_versions(), _devices(), _memory(), _disk(folder), *_ports(listen), *map(_reaches, connect)]
 
@@ -83,7 +83,7 @@ def _versions() -> list[Check]:
 
 
 def _extra(wanted: Requirement) -> str | None:
-    """The extra that a requirement belongs to; None: it belongs to everybody."""
+    """The extra that a requirement belongs to; None: it is always required."""
     if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
         return None
     names = importlib.metadata.metadata("fedgrove").get_all("Provides-Extra") or []
@@ -102,7 +102,7 @@ def _devices() -> Check:
 def _memory() -> Check:
     memory = psutil.virtual_memory()
     said = f"{size_of(memory.available)} of {size_of(memory.total)} are free"
-    enough = memory.available >= 2**30  # the libraries alone take half of it
+    enough = memory.available >= 2**30  # the libraries alone take half of that
     return Check("memory", enough, said, "" if enough else "close other programs: fedgrove alone needs about 1 GiB")
 
 
@@ -113,7 +113,7 @@ def _disk(folder: Path) -> Check:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes free on the disk of a folder, which need not be there yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     at = folder.resolve()
     while not at.exists():
         at = at.parent
@@ -121,7 +121,7 @@ def free_disk(folder: Path) -> int:
 
 
 def free_memory() -> int:
-    """Bytes free on the GPU, or else in this machine."""
+    """Free bytes of the GPU with the most free memory, or of this machine if there is no GPU."""
     if torch.cuda.is_available():
         return max(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     return int(psutil.virtual_memory().available)
@@ -130,11 +130,11 @@ def free_memory() -> int:
 def _ports(listen: Iterable[int]) -> list[Check]:
     listen = list(listen)
     free = {port: _is_free(port) for port in listen or SERVER_PORTS}
-    said = "; ".join(f"{port} {'free' if is_free else 'taken by another program'}" for port, is_free in free.items())
+    said = "; ".join(f"{port} {'free' if is_free else 'in use by another program'}" for port, is_free in free.items())
     if not listen:
-        return [Check("ports", True, f"{said} (only the server of a deployment listens; a run on one machine uses none)")]
+        return [Check("ports", True, f"{said} (only the server of a federation needs them; a run on one machine uses none)")]
     ok = all(free.values())
-    return [Check("ports", ok, said, "" if ok else "end the other program, or give the server another port")]
+    return [Check("ports", ok, said, "" if ok else "stop the other program, or use another port for the server")]
 
 
 def _is_free(port: int) -> bool:
@@ -151,17 +151,17 @@ def _reaches(address: str) -> Check:
     host, _, port = address.rpartition(":")
     name = f"reach {address}"
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        return Check(name, False, "this is no HOST:PORT", "write for instance server.example.org:8002")
+        return Check(name, False, "this is not HOST:PORT", "write for instance server.example.org:8002")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
-            return Check(name, True, "it answers")
+            return Check(name, True, "connected")
     except OSError as error:
         what = str(error.strerror or error or type(error).__name__)
-        return Check(name, False, what, "start the server, or let your firewall through to it (outgoing TCP)")
+        return Check(name, False, what, "start the server, or allow outgoing TCP to it in your firewall")
 
 
 def size_of(number: float) -> str:
-    """Bytes for people, in powers of 1024."""
+    """Bytes as text with binary units, such as "3.4 GiB"; "any" for an unlimited amount."""
     if not math.isfinite(number):
         return "any"
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

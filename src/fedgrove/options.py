@@ -1,24 +1,32 @@
-"""The options that several commands share, and the values that an option may take."""
+"""Options that several commands share, and the allowed values of options."""
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+
+def _no_bars_of_downloads(quiet: bool) -> bool:
+    if quiet:  # said before huggingface_hub is imported, which does not follow TQDM_DISABLE on a terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.", callback=_no_bars_of_downloads)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: stages.0.sparsity=0.6")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes; 0: the clients' work is done in this process.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one a core.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each process; default: one per core.")]
 
 
 class Tracker(StrEnum):
-    """Where ``run`` hands its metrics on to."""
+    """Programs to which ``run`` can log its metrics."""
 
     tensorboard = "tensorboard"
     mlflow = "mlflow"
@@ -33,7 +41,7 @@ class Measure(StrEnum):
 
 
 class Deal(StrEnum):
-    """How ``split`` deals."""
+    """How ``split`` distributes records."""
 
     iid = "iid"
     dirichlet = "dirichlet"

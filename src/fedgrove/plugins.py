@@ -1,8 +1,8 @@
-"""A method is a file, and its file name is its name in the job: that is the whole registry.
+"""Finds methods by file name: a method is a file, and its file name is its name in the job. There is no other registry.
 
-A kind of stage is a folder of ``fedgrove.stages``; every other kind of method (a pruner, an aggregation, a planner, an export)
-is a file in a package. The package's ``__init__`` may name, as ``METHOD``, the protocol that its files have to fulfil: a file
-that lacks part of it is refused when it is loaded, in one line.
+A kind of stage is a folder of ``fedgrove.stages``. Every other method (a pruner, an aggregation, a planner, an export)
+is a file in a package. The package's ``__init__`` may define ``METHOD``, the protocol that its files have to implement:
+a file that lacks part of it is refused with a one-line error when it is loaded.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from fedgrove.errors import FedgroveError
 
 
 def names(package: str, folders: bool = False) -> list[str]:
-    """The methods in a package of fedgrove, such as ``names("stages.prune.pruners")``; imports none of them.
+    """The names of the methods in a package of fedgrove, such as "stages.prune.pruners", sorted; imports none of them.
 
     Args:
-        folders: the subpackages instead of the files.
+        package: the package, without "fedgrove.".
+        folders: list the subpackages instead of the files.
     """
     path = importlib.import_module(f"fedgrove.{package}").__path__
     return sorted(module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders)
 
 
 def load(package: str, name: str, protocol: Any = None) -> ModuleType:
-    """The file of one method.
+    """Imports the file of one method.
+
+    Only names that :func:`names` lists are imported, because ``name`` may come from a network.
 
     Args:
-        protocol: what it has to fulfil, where that is more than the package's own protocol.
+        package: the package, without "fedgrove.".
+        name: the method.
+        protocol: the protocol that the file has to implement; default: the package's ``METHOD``, if it has one.
 
     Raises:
-        FedgroveError: there is no such method (the name may come from the network, so nothing else is imported by it), or its
-            file lacks something that the package's protocol asks for.
+        FedgroveError: there is no such method, or its file lacks part of the protocol.
     """
     if name not in names(package):
         raise FedgroveError(f"{package}: there is no {name!r} here", f"choose one of {', '.join(names(package))}")
@@ -43,13 +47,13 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     lacking = _lacking(module, protocol) if protocol is not None else None
     if lacking:
         raise FedgroveError(
-            f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} asks for", "add it"
+            f"{module.__file__}: it lacks {lacking}, which {protocol.__module__}.{protocol.__name__} requires", "add it"
         )
     return module
 
 
 def _lacking(module: ModuleType, protocol: Any) -> str | None:
-    """The first attribute or function of a protocol that a file has not; None: it has them all."""
+    """The first attribute, function or parameters of a protocol that a file lacks; None: it has all of them."""
     bases = [base for base in reversed(protocol.__mro__) if base is not object]
     for attribute in [name for base in bases for name in vars(base).get("__annotations__", {})]:
         if not hasattr(module, attribute):

@@ -1,4 +1,4 @@
-"""Shows people the events of a run: a bar on a terminal, plain lines elsewhere. Only this file knows of terminals."""
+"""Displays the events of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rich.text import Text
 
 from fedgrove.events import Event, Listener, Message, Phase, Requested, Requesting, Responded
 
-MOST_NAMES = 4  # clients that are waited for and named; the others are counted
-QUIET = 15.0  # seconds without a line after which plain lines repeat what goes on
-SHORT = 2.0  # seconds that a command may take without showing anything
-LEAST_BYTES = 50_000  # fewer are not shown
+MOST_NAMES = 4  # pending clients that are named; further ones are counted
+QUIET = 15.0  # seconds without a line after which plain lines show the current state again
+SHORT = 2.0  # seconds before a command shows progress
+LEAST_BYTES = 50_000  # smaller amounts are not shown
 
 
 class _Display(Listener):
-    """What both kinds of display know: the phase, whom the run waits for, bytes, time left.
+    """The state of both kinds of display: the phase, the pending clients, bytes, and time left.
 
-    A thread of its own refreshes the display, because the run may be busy for minutes between two events.
+    A separate thread refreshes the display, because minutes can pass between two events.
 
     Args:
         delay: seconds before anything is shown: a command that ends sooner shows nothing.
-        clock: seconds from any start.
+        clock: returns the current time in seconds.
     """
 
     TICK = 0.25  # seconds between two refreshes
@@ -41,8 +41,8 @@ class _Display(Listener):
         self._created = clock()
         self._phase: Phase | None = None
         self._phase_start = self._created
-        self._action_start, self._action_done = self._created, 0.0  # when this action began, and how much was done then
-        self._num_requested = 0  # clients that the phase needs
+        self._action_start, self._action_done = self._created, 0.0  # this action's start time, and how much was done then
+        self._num_requested = 0  # clients that get a request in this phase
         self._responded: set[str] = set()
         self._waiting_since: dict[str, float] = {}  # clients that have not responded
         self._num_bytes = 0  # since this action began
@@ -78,7 +78,7 @@ class _Display(Listener):
                     self._num_bytes += num_bytes
 
     def tick(self) -> None:
-        """A quarter of a second went by."""
+        """Called every ``TICK`` seconds, once ``delay`` has passed."""
 
     def _on_phase(self, phase: Phase) -> None:
         now, last = self._clock(), self._phase
@@ -93,10 +93,10 @@ class _Display(Listener):
             self._on_new_phase()
 
     def _on_new_phase(self) -> None:
-        """The phase's line is another one than before."""
+        """Called when the line of the phase has changed."""
 
     def _on_message(self, text: str) -> None:
-        """A line that stays."""
+        """Shows a line that stays visible."""
 
     def _refresh(self) -> None:
         while not self._closed.wait(self.TICK):
@@ -105,27 +105,27 @@ class _Display(Listener):
                     self.tick()
 
     def _fraction(self) -> float | None:
-        """Of the action, counting the clients that have responded; None: unknown."""
+        """The fraction of the action that is done, counting clients that have responded; None: unknown."""
         if self._phase is None or not self._phase.total:
             return None
         part = len(self._responded) / self._num_requested if self._num_requested else 0.0
         return min(1.0, (self._phase.done + part) / self._phase.total)
 
     def _seconds_left(self) -> float | None:
-        """At the speed of this action so far; None where it is too early to tell."""
+        """The estimated remaining time at the speed of this action so far; None: too early for an estimate."""
         fraction, passed = self._fraction(), self._clock() - self._action_start
         if self._phase is None or fraction is None or passed < SHORT or fraction * self._phase.total <= self._action_done:
             return None
         return passed * (1 - fraction) / (fraction - self._action_done / self._phase.total)
 
     def _facts(self) -> list[str]:
-        """Bytes and time left, where there is something to show."""
+        """Bytes and time left, if known and large enough to show."""
         left = self._seconds_left()
         facts = [f"{self._num_bytes / 1e6:,.1f} MB moved"] if self._num_bytes >= LEAST_BYTES else []
         return facts + ([f"{_duration(left)} left"] if left is not None else [])
 
     def _waiting(self) -> str:
-        """Whom the run waits for, and how long."""
+        """The clients that have not responded, and for how long."""
         if not self._waiting_since:
             return ""
         names = sorted(self._waiting_since)
@@ -135,7 +135,7 @@ class _Display(Listener):
 
 
 class Lines(_Display):
-    """Plain lines: one for each phase, and one where nothing was shown for a while."""
+    """Plain lines: one for each phase, and one whenever nothing was printed for ``quiet`` seconds."""
 
     def __init__(
         self, file: TextIO | None = None, delay: float = 0.0, quiet: float = QUIET, clock: Callable[[], float] = time.monotonic
@@ -144,7 +144,7 @@ class Lines(_Display):
         self._file = file
         self._quiet = quiet
         self._last_line = self._created
-        self._pending = False  # the phase was not yet shown
+        self._pending = False  # the phase has not been shown yet
 
     def tick(self) -> None:
         if self._pending:
@@ -175,7 +175,7 @@ class Lines(_Display):
 
 
 class Bar(_Display):
-    """One or two lines at the foot of a terminal that change; messages stand above them."""
+    """One or two lines at the bottom of a terminal that are updated; messages are printed above them."""
 
     def __init__(self, console: Console, delay: float = 0.0, clock: Callable[[], float] = time.monotonic):
         super().__init__(delay, clock)
@@ -214,7 +214,8 @@ def display(quiet: bool = False, delay: float = SHORT) -> Listener:
     """The display of a command, on standard error: a bar on a terminal, plain lines elsewhere; nothing with ``quiet``.
 
     Args:
-        delay: see :class:`Bar`; a command that shows what it does from its beginning gives 0.
+        quiet: show nothing.
+        delay: seconds before anything is shown; 0 for a command that shows progress from its start.
     """
     if quiet:
         return Listener()
@@ -223,7 +224,7 @@ def display(quiet: bool = False, delay: float = SHORT) -> Listener:
 
 
 def _action(phase: Phase) -> tuple[object, ...]:
-    """What the time left is estimated for."""
+    """Identifies the action for which the time left is estimated."""
     return phase.within, phase.action, phase.stage, phase.total
 
 

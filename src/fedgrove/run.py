@@ -1,8 +1,8 @@
 """READ THIS FIRST: a whole run, top to bottom.
 
-A job comes in, each stage is planned and carried out by the clients, the model is measured before the first and after
-every stage, and a plain Hugging Face model comes out. Everything that is decided, measured or sent is written to the run
-folder, and what is there already is not done again: that is how a killed run goes on.
+A run takes a job, plans each stage, runs the stages with the clients, measures the model before the first stage and
+after every stage, and writes a plain Hugging Face model. All plans, measurements and message sizes are written to the
+run folder, and what is already there is not done again: this is how a killed run is continued.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from fedgrove.exports.hf import USE
 from fedgrove.files import read_lines
 from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import Checkpoint, find_model
+from fedgrove.models.files import find_model
+from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
+from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import Credentials, make_credentials
 from fedgrove.report.model_card import card
 from fedgrove.report.page import write_report
@@ -42,10 +44,10 @@ def run_job(job: Job, engine: Engine, run: RunFolder, device: str = "cpu") -> No
     """Runs a job.
 
     Args:
-        job: what is wanted.
+        job: the job.
         engine: reaches the clients.
         run: the run folder; an interrupted run continues.
-        device: where the server computes.
+        device: the server's torch device.
 
     Raises:
         FedgroveError: an error that the user can fix.
@@ -63,40 +65,65 @@ def run_job(job: Job, engine: Engine, run: RunFolder, device: str = "cpu") -> No
 
 
 def make_model(job: Job, federation: Federation) -> None:
-    """Everything up to the finished model in the run folder."""
+    """Runs all stages and writes the finished model to the run folder."""
     run = federation.run
     model = open_model(job.model)
-    plans = make_plans(job, model, federation)  # every client's text is tried before anything is computed
+    check_finite(model)
+    plans = make_plans(job, model, federation)  # first, to find errors in texts before anything is computed
     evaluate(model, None, run, federation.device)
     evaluate_directory(model.path, None, run)
     for config, plan in zip(job.stages, plans, strict=True):
-        run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))  # decided before the first round
+        run.write_json(f"plan-{plan.stage}-{plan.kind}.json", plan.model_dump(mode="json"))  # written before the first round
         before = model
         model = stage_of(config.kind).run(model, plan, config, federation).model
         evaluate(model, plan.stage, run, federation.device)
         evaluate_alone(before, plan, config, federation)
     run.phase(Phase("write", title="writing the model"))
-    heap.release_freed_memory()  # what the last stage worked with
+    heap.release_freed_memory()  # of the last stage
     base = model.path / "README.md"
     base_card = base.read_text(encoding="utf-8") if base.is_file() else None
     model.write(run.path / "model", {"README.md": card(run.path, base_card, USE.replace("FOLDER", "model"))})
 
 
+def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
+    """Whether a model has all parameters, and rows and positions enough for the job's text; reads no weights.
+
+    Returns:
+        Notes.
+
+    Raises:
+        FedgroveError: it has not; names the tensor, the file or the key.
+    """
+    decoder = Decoder(model)
+    notes = check_parameters(decoder)
+    check_vocabulary(model.tokenizer(), decoder)
+    lengths = {"evaluate.length": job.evaluate.length} if job.evaluate.data else {}
+    for index, stage in enumerate(job.stages):
+        windows = stage.calibration_windows()
+        length = windows[1] if windows is not None else stage.training_length()
+        if length is not None:
+            lengths[f"stages.{index}.length"] = length
+    more = (check_length(decoder, length, key) for key, length in lengths.items())
+    return *notes, *(note for note in more if note is not None)
+
+
 def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan]:
-    """Asks the clients what they have, and plans every stage on the model as it will find it."""
+    """Checks the model, requests the clients' capabilities, and plans every stage for the model's shapes at that stage."""
+    notes_on_model = check_model(job, model)
     capabilities = ask_capabilities(job, federation)
     plans: list[Plan] = []
     for index, config in enumerate(job.stages):
         plan = stage_of(config.kind).plan(index, config, Decoder(model), capabilities, job)
-        plans.append(plan.model_copy(update={"notes": (*plan.notes, *notes_on_other_stages(job, index))}))
+        notes = (*plan.notes, *notes_on_other_stages(job, index), *(notes_on_model if index == 0 else ()))
+        plans.append(plan.model_copy(update={"notes": notes}))
         width = plan.width_after()
         if width is not None:
-            model = model.over(width=width)  # its weights are not there yet
+            model = model.over(width=width)  # only the shapes are right: the stage has not run yet
     return plans
 
 
 def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities]:
-    """What each client has, by name, after it tried whether its text suffices for every stage."""
+    """The capabilities of each client, by name. Each client first checks that its text suffices for every stage."""
     lengths = [config.training_length() for config in job.stages]
     own_samples = {client.name: client.samples for client in job.clients}
     messages = {}
@@ -110,7 +137,7 @@ def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities
                 calibrations.append(Windows(samples=samples, length=windows[1], seed=seed))
         request = DescribeYourself(calibrations=tuple(calibrations), lengths=tuple(n for n in lengths if n is not None))
         messages[client] = Message(request)
-    federation.run.phase(Phase("plan", title="asking the clients what they have"))
+    federation.run.phase(Phase("plan", title="requesting the clients' capabilities"))
     capabilities = {}
     for client, _, reply in federation.collect(messages):
         assert isinstance(reply, Capabilities)
@@ -119,7 +146,7 @@ def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities
 
 
 def notes_on_other_stages(job: Job, index: int) -> list[str]:
-    """What a stage's promise of privacy does not cover: other stages that use the same text."""
+    """Notes that a stage's privacy guarantee does not cover other stages, which use the same text."""
     if job.stages[index].privacy_budget() is None:
         return []
     notes = []
@@ -129,21 +156,21 @@ def notes_on_other_stages(job: Job, index: int) -> list[str]:
         epsilon = config.privacy_budget()
         if epsilon is None:
             notes.append(
-                f"Stage {other} uses the same text without noise, and the result holds what it learnt: no privacy is promised "
-                "for the run as a whole. Give it an epsilon too, or run stage "
-                f"{index} in a job of its own on other text."
+                f"Stage {other} uses the same text without noise, and the result depends on it: the run as a whole has no "
+                "privacy guarantee. Give that stage an epsilon, too, or run stage "
+                f"{index} in a separate job on other text."
             )
         else:
-            notes.append(f"Stage {other} spends epsilon = {epsilon:g} of the same text besides; the sums of both count.")
+            notes.append(f"Stage {other} also spends epsilon = {epsilon:g} on the same text; both epsilons add up.")
     return notes
 
 
 def run_centralized(job: Job, run: RunFolder, device: str) -> None:
-    """Runs the job as one owner of everybody's text, in a run folder within this one. In a simulation only."""
+    """Runs the job with one client that has everybody's text, in a run folder within this one. In a simulation only."""
     wanted, folder = centralized_job(job), run.path / CENTRALIZED
     inner = RunFolder(folder, wanted, resume=True, listener=Within(run.listener, CENTRALIZED))
     try:
-        for name in ("metrics.jsonl", "examples.jsonl"):  # the model as it came is the same, and was measured
+        for name in ("metrics.jsonl", "examples.jsonl"):  # the base model is the same and was measured already
             if not (folder / name).is_file():
                 lines = [line for line in read_lines(run.path / name) if line["stage"] is None]
                 inner.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
@@ -154,18 +181,18 @@ def run_centralized(job: Job, run: RunFolder, device: str) -> None:
 
 
 def open_model(model: Model) -> Checkpoint:
-    """The model of a job, found here or on the hub; nothing of it is read yet."""
+    """The model of a job, a local directory or from the hub; reads no weights."""
     dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
     return Checkpoint(find_model(model.path, model.revision), dtype)
 
 
 def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:
-    """The embedded default: the job's clients on this machine, each with a folder of its own for its working files."""
+    """The engine of a simulation: the job's clients on this machine, each with its own folder for working files."""
     return LocalEngine(local_clients(job, open_model(job.model), folder), workers, devices)
 
 
 def local_clients(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient]:
-    """The job's clients, simulated."""
+    """The job's clients, simulated on this machine."""
     credentials: dict[str, Credentials] = {}
     if job.privacy.secure_aggregation:
         credentials = make_credentials((client.name for client in job.clients), job.privacy.min_group)

@@ -1,14 +1,15 @@
-"""The run folder: everything that was decided, measured and sent, written so that a killed run goes on where it was."""
+"""The run folder: plans, measurements and message sizes of a run, written so that a killed run can be continued."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ import filelock
 
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener, Measured, Message, OnProgress, Phase, Requested, Responded, announce
-from fedgrove.files import read_lines, write_atomically
+from fedgrove.files import TRACE, read_lines, write_atomically
 from fedgrove.job.tables import Job
 
 
@@ -26,14 +27,15 @@ class RunFolder:
     """A run folder.
 
     Args:
-        path: the folder; made if it is not there.
-        job: what is run. It is written to ``job.toml``; an existing run is continued only by the same
-            job (``rounds`` may differ).
-        resume: continue what is there.
-        listener: gets every event of the run.
+        path: the folder; created if it does not exist.
+        job: the job. It is written to ``job.toml``; an existing run is continued only with the same job (``rounds`` may
+            differ).
+        resume: continue an existing run.
+        listener: receives every event of the run.
 
     Raises:
-        FedgroveError: the folder holds something else, another job, or a run that is still going on.
+        FedgroveError: the folder contains something else, a run of another job, a run although ``resume`` is false, or
+            a run that is still in progress.
     """
 
     def __init__(self, path: Path, job: Job, *, resume: bool = False, listener: Listener | None = None):
@@ -68,40 +70,40 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The same for every beginning of the same job, whatever its folder."""
-        return hashlib.sha256(self.job.model_dump_json(exclude={"rounds"}).encode()).hexdigest()  # those may change on the way
+        """A hash of the job without ``rounds``: the same for every run of the same job, in any folder."""
+        return hashlib.sha256(self.job.model_dump_json(exclude={"rounds"}).encode()).hexdigest()  # may change on resume
 
     def message(self, text: str) -> None:
-        """A line for people, to be read afterwards too: a client that failed, or was left out."""
+        """Reports a line that stays visible: a client failed, or was left out."""
         self.listener.on_event(Message(text))
 
     def phase(self, phase: Phase) -> OnProgress:
-        """What begins now; see :func:`fedgrove.events.announce` for the result."""
+        """Reports the work that begins now; see :func:`fedgrove.events.announce` for the result."""
         return announce(self.listener, phase)
 
     def close(self) -> None:
-        """Lets the folder go."""
-        (self.path / ".lock").unlink(missing_ok=True)  # while it is held: nobody else's lock may be removed
+        """Releases the lock of the folder."""
+        (self.path / ".lock").unlink(missing_ok=True)  # before the release: afterwards it may be another process's lock
         self._lock.release()
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file, completely or not at all."""
+        """Writes a file atomically."""
         write_atomically(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a JSON file, completely or not at all."""
+        """Writes a JSON file atomically."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def log(self, stage: int | None, round_: int | None, client: str | None, name: str, value: float) -> None:
-        """One line of ``metrics.jsonl``. ``stage`` None: the model as it came."""
+        """Adds a line to ``metrics.jsonl``. ``stage`` None: the base model; ``round_`` None: after the last round."""
         measured = Measured(time.time(), stage, round_, client, name, value)
         self._append("metrics.jsonl", asdict(measured))
         self.listener.on_event(measured)
 
     def keep(self, stage: int | None, client: str | None, name: str, parts: Sequence[Sequence[float]]) -> None:
-        """One line of ``examples.jsonl``: what a measurement is the mean of, (sum, how many) of each window or record.
+        """Adds a line to ``examples.jsonl``: (sum, count) of each window or record that a measurement is the mean of.
 
-        It is written before the measurement, so that whoever finds the one finds the other.
+        It is written before the measurement, so that every measurement in ``metrics.jsonl`` has its line.
         """
         self._append("examples.jsonl", {"stage": stage, "client": client, "name": name, "parts": parts})
 
@@ -115,31 +117,31 @@ class RunFolder:
         num_bytes: int,
         modelled: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """One line of ``ledger.jsonl``: a message as it was sent, with its modelled seconds where a stage has a clock."""
+        """Adds a line to ``ledger.jsonl``: a message's bytes, and its modeled seconds if the stage has a clock."""
         line = {"stage": stage, "round": round_, "client": client, "direction": direction, "kind": kind, "bytes": num_bytes}
         self._append("ledger.jsonl", line | dict(modelled))
         self.listener.on_event((Requested if direction == "down" else Responded)(client, num_bytes))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What :meth:`log` wrote."""
+        """All lines of ``metrics.jsonl``."""
         return read_lines(self.path / "metrics.jsonl")
 
     def overlay(self, stage: int, round_: int) -> Path:
-        """Where a round's finished blocks lie. A file there is a finished block: this is how a run is continued."""
+        """The folder of a round's finished blocks. Each file there is a finished block, which a resumed run skips."""
         return self.path / "work" / f"stage-{stage}" / f"round-{round_}"
 
     def has_model(self) -> bool:
-        """Whether the result is there already."""
+        """Whether the resulting model has been written."""
         return (self.path / "model").is_dir()
 
     def finish(self) -> None:
-        """Lets the working files go; the result stays, and what clients keep for themselves."""
+        """Removes the working files; keeps the result, and the clients' personal adapters (``personal``)."""
         shutil.rmtree(self.path / "work", ignore_errors=True)
         for file in (self.path / "clients").glob("*/*"):
             if file.name != "personal":
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         for folder in (*(self.path / "clients").glob("*"), self.path / "clients"):
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
@@ -147,10 +149,22 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
 
-def _void(folder: Path) -> bool:
-    """Whether there is nothing in a folder, or what a run left that ended before it had computed anything.
+@contextmanager
+def planning_folder(job: Job, listener: Listener | None = None) -> Iterator[RunFolder]:
+    """A run folder for a plan without a run. It is removed afterwards, unless it holds the trace of an error."""
+    path = Path(tempfile.mkdtemp(prefix="fedgrove-plan-"))
+    try:
+        with closing(RunFolder(path / "run", job, listener=listener)) as run:
+            yield run
+    finally:
+        if not any(path.rglob(TRACE)):
+            shutil.rmtree(path, ignore_errors=True)
 
-    So a job or a text that was refused can be fixed and run again under the same name.
+
+def _void(folder: Path) -> bool:
+    """Whether a folder is empty, or has only the files of a run that ended before it had computed anything.
+
+    So after an error in a job or a text is fixed, the same folder can be used again.
     """
     left = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     refused = {"job.toml", "ledger.jsonl"} <= left
@@ -160,17 +174,17 @@ def _void(folder: Path) -> bool:
 
 
 def _what(job: str) -> dict[str, Any]:
-    """The part of a job that decides what comes out; how long to wait for whom may change when a run is continued."""
+    """The part of a job that must not change when a run is continued: all tables except ``rounds``."""
     return {key: value for key, value in tomllib.loads(job).items() if key != "rounds"}
 
 
 def unfinished(run: Path) -> FedgroveError:
-    """What to raise of a run that has not ended."""
+    """The error for a run that has not ended."""
     return FedgroveError(f"{run}: this run has not ended", f"continue it: fedgrove run {run / 'job.toml'} --out {run} --resume")
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Drops a last line that a kill cut short."""
+    """Removes an incomplete last line, which a killed process can leave."""
     if path.is_file():
         data = path.read_bytes()
         if not data.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Splits one text among several clients, to try a federation before it exists; a seed decides which client gets what.
+"""Distributes one text over several clients, to simulate a federation; a seed makes the distribution reproducible.
 
 The distributions are those of the literature on heterogeneous clients; the names of the options are ours.
 """
@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedgrove.data.sources import DEFAULT_TEMPLATE, read_records, template_fields
+from fedgrove.data.sources import DEFAULT_TEMPLATE, describe_fields, read_records, suggest_template
+from fedgrove.data.tally import Tally
+from fedgrove.data.template import MISSING, look_up, template_fields
+from fedgrove.data.values import as_json, holds_bytes, text_of
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
 
@@ -32,7 +36,7 @@ class Holding:
     Attributes:
         name: of the client.
         records: number of records.
-        characters: of their text.
+        characters: number of characters in their text fields.
         labels: number of records by the value of the field, if a field was given.
     """
 
@@ -50,7 +54,7 @@ class Split:
         folder: contains the clients' files, and ``job.toml``, a job of these clients.
         holdings: of the clients, in order.
         held_out: number of records held out for evaluation.
-        empty: names of clients that were left out because they would have got no record.
+        empty: names of clients that were left out because they would have got no records.
     """
 
     folder: Path
@@ -82,9 +86,12 @@ def split(
             values. "size": at random, with the clients' sizes from a Dirichlet distribution. "field": all records with the same
             value of ``field`` go to one client, the most frequent value first, each to the client with the fewest records.
         clients: their number; None, for "field" only: one per value.
+        field: the field for "dirichlet" and "field".
+        alpha: the parameter of the Dirichlet distribution, above 0; smaller: the clients differ more.
         text: the template that turns a record into text, for the job file.
         held_out: the fraction of the records to hold out, drawn at random before the records are distributed.
-        model: for the job file.
+        seed: of the random distribution.
+        model: the model directory or hub id for the job file.
 
     Raises:
         FedgroveError: an argument does not match the others or the source.
@@ -92,9 +99,9 @@ def split(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FedgroveError(f"--out {out}: it exists already", "name another folder")
     if by in ("dirichlet", "field") and not field:
-        raise FedgroveError(f"--by {by}: name the field that decides: --field label")
+        raise FedgroveError(f"--by {by}: name a field, such as --field label")
     if clients is None and by != "field":
-        raise FedgroveError(f"--by {by}: say how many clients: --clients 8")
+        raise FedgroveError(f"--by {by}: give the number of clients, such as --clients 8")
     if clients is not None and clients < 1:
         raise FedgroveError("--clients: must be at least 1")
     if not 0 <= held_out < 1:
@@ -146,27 +153,27 @@ def split(
 
 
 def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """All records, and their values of the field. The passages of plain text become records with the field ``text``."""
+    """All records, and their values of the field. The passages of plain text become records with the field ``text``.
+
+    Fields that hold bytes, such as sound and pictures, are left out.
+    """
     records: list[dict[str, Any]] = []
     labels: list[str] = []
     try:
         needed = template_fields(text or DEFAULT_TEMPLATE)
     except ValueError as error:
         raise FedgroveError(f"--text: {error}") from error
+    tally = Tally()
     for where, record in read_records(source):
         record = {"text": record} if isinstance(record, str) else record
-        missing = [name for name in needed if name not in record]
-        if missing:
-            raise FedgroveError(
-                f"{where}: no field '{missing[0]}'",
-                f"it has: {', '.join(map(str, record))}. "
-                "Say how a record becomes text, such as --text '{question} {answer}'",
-            )
-        if field is not None and field not in record:
-            raise FedgroveError(f"{where}: no field '{field}'", f"it has: {', '.join(map(str, record))}. Fix --field")
-        records.append(record)
+        for option, name in [*(("--text", name) for name in needed), *([("--field", field)] if field is not None else [])]:
+            if look_up(record, name) is MISSING:
+                example = suggest_template(record) if option == "--text" else None
+                remedy = f"{describe_fields(record)}. Fix {option}{f', such as {shlex.quote(example)}' if example else ''}"
+                raise FedgroveError(f"{where}: no field {name!r}", remedy)
         if field is not None:
-            labels.append(str(record[field]))
+            labels.append(text_of(look_up(record, field), where, field, tally))
+        records.append({name: as_json(value) for name, value in record.items() if not holds_bytes(value)})
     return records, labels
 
 
@@ -216,7 +223,7 @@ def _plain(value: str) -> str:
 def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
     with file.open("w", encoding="utf-8") as stream:
         for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _characters(record: dict[str, Any]) -> int:
@@ -229,7 +236,7 @@ def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, opt
     template = f"text = {json.dumps(text, ensure_ascii=False)}\n" if text else ""
     path = json.dumps(model, ensure_ascii=False)
     lines = [
-        f"# A federation to try: {summary}. The file that `fedgrove init` writes explains every key.\n",
+        f"# A simulated federation: {summary}. The file that `fedgrove init` writes explains the keys.\n",
         "# Before you run it:   fedgrove doctor job.toml; fedgrove plan job.toml\n",
         f'\nname = "{title}"\n\n[model]\n',
         f"path = {path:<26} # a Hugging Face directory with safetensors, or the id of a model on the hub\n",

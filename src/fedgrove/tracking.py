@@ -1,4 +1,4 @@
-"""The metrics of a run in TensorBoard or MLflow, as they are measured. Nothing of it is installed or written by default."""
+"""Logs the metrics of a run to TensorBoard or MLflow as they are measured. Off by default; needs an extra."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fedgrove.events import Event, Listener, Measured
 
 
 def track(kind: str, name: str, folder: Path) -> Listener:
-    """A listener that hands every line of ``metrics.jsonl`` on.
+    """A listener that logs every new line of ``metrics.jsonl``.
 
-    A measurement is handed on once, by the process that made it: a run that continues does not repeat the earlier ones.
+    Each measurement is logged once, by the process that made it: a resumed run does not log earlier ones again.
 
     Args:
         kind: "tensorboard" or "mlflow".
-        name: of the run.
-        folder: the run folder; where nothing else is said, files go to ``tensorboard`` or ``mlflow`` in it.
+        name: the name of the run.
+        folder: the run folder; by default, files are written to ``tensorboard`` or ``mlflow`` in it.
 
     Raises:
         FedgroveError: the package is not installed.
@@ -28,7 +28,7 @@ def track(kind: str, name: str, folder: Path) -> Listener:
 
 
 class _Tracker(Listener):
-    """Hands on (tag, value, round)."""
+    """Calls ``write`` with (tag, value, round) for every measurement."""
 
     def __init__(self, write: Callable[[str, float, int], None], close: Callable[[], None]):
         self._write = write
@@ -45,7 +45,7 @@ class _Tracker(Listener):
 
 
 def _tensorboard(name: str, folder: Path) -> Listener:
-    """``tensorboard --logdir RUN/tensorboard`` shows it."""
+    """Writes to RUN/tensorboard; ``tensorboard --logdir RUN/tensorboard`` shows it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -55,7 +55,7 @@ def _tensorboard(name: str, folder: Path) -> Listener:
 
 
 def _mlflow(name: str, folder: Path) -> Listener:
-    """Goes to ``MLFLOW_TRACKING_URI`` where that is set, and to files in RUN/mlflow where it is not."""
+    """Logs to ``MLFLOW_TRACKING_URI`` if that is set, else to files in RUN/mlflow."""
     try:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data.sources import facts_of
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import write_safetensors
+from fedgrove.models.tensor_files import write_safetensors
 
 
 class Calibration(BaseModel):

@@ -19,7 +19,8 @@ from fedgrove.data import windows as packed
 from fedgrove.data.sources import DEFAULT_TEMPLATE, facts_of
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 
 
 def calibration_windows(client: LocalClient, samples: int, length: int, seed: str) -> Tensor:

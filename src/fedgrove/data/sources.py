@@ -7,55 +7,38 @@ its fields, or, where a field holds a list of messages, by the model's own chat 
 
 from __future__ import annotations
 
-import csv
-import glob
 import json
 import re
-import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgrove.data.chat import Chat, as_text, is_messages
-from fedgrove.errors import FedgroveError
+from fedgrove.data.chat import Chat, as_text, is_messages, read_messages
+from fedgrove.data.readers import PACKED, READERS, Record, Records, columns, kind_suffix, read_text
+from fedgrove.data.tally import Tally
+from fedgrove.data.template import MISSING, look_up, parse_template, template_fields, template_of
+from fedgrove.data.values import text_of
+from fedgrove.errors import FedgroveError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEMPLATE = "{text}"
-PASSAGE = 4096  # characters; a plain text file is cut into passages of about this size, at ends of lines
-LONGEST_FIELD = 2**31 - 1  # characters of a field of a CSV file: the most that csv accepts on every platform
 HUB = "hub:"
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-}
+SHOWN_FIELDS = 12  # names of fields in an error: a table can have thousands
+# Files beside data that hold none: of a clone of a data set, of a folder that `save_pretrained` or a program wrote.
+_NOT_DATA = re.compile(
+    r"(readme|license|licence|changelog|citation|contributing|requirements)([._-][a-z]{2})?\.(md|txt|text)"
+    r"|(dataset_infos?|dataset_dict|state|croissant|package|config|metadata|tokenizer_config|special_tokens_map)\.json",
+    re.IGNORECASE,
+)
 
 
-def template_fields(template: str) -> list[str]:
-    """The field names of a template such as ``"{question}\\n{answer}"``.
-
-    Raises:
-        ValueError: it is no such template; fields are plain names, so that no template can reach into an object.
-    """
-    fields = []
-    for _, field, spec, conversion in string.Formatter().parse(template):
-        if field is None:
-            continue
-        if spec or conversion or not re.fullmatch(r"[^\W\d][\w \-]*", field):
-            raise ValueError(f"{{{field}}} is no plain field name")
-        fields.append(field)
-    if not fields:
-        raise ValueError("it names no field; write for instance {text}")
-    return fields
-
-
-def read_texts(path: Path, template: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
+def read_texts(
+    path: Path,
+    template: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Iterator[str]:
     """The texts of a source: of each record by the template, or the passages of plain text files, in order.
 
     Args:
@@ -64,7 +47,7 @@ def read_texts(path: Path, template: str | None = None, tokenizer: PreTrainedTok
         tokenizer: writes messages; where there are none it is not needed.
 
     Raises:
-        FedgroveError: a file is missing or damaged, or a record lacks a field; names file and line.
+        FedgroveError: a file is missing or damaged, a record lacks a field or holds no text there; names file and line.
     """
     for (part,) in read_fields(path, {"text": template or DEFAULT_TEMPLATE}):
         text = as_text(part, tokenizer)
@@ -72,45 +55,73 @@ def read_texts(path: Path, template: str | None = None, tokenizer: PreTrainedTok
             yield text
 
 
-def read_fields(path: Path, templates: Mapping[str, str]) -> Iterator[tuple[str | Chat, ...]]:
+def read_fields(path: Path, templates: Mapping[str, str], tally: Tally | None = None) -> Iterator[tuple[str | Chat, ...]]:
     """Each record of a source by several templates at once; see :func:`read_texts`.
 
     Args:
         path: likewise.
         templates: the job's key -> the template. A plain text file is read by the key ``text`` alone. A template that is one
             field with a list of messages gives a :class:`Chat`.
+        tally: counts what was read, passed over and replaced.
     """
+    tally = tally or Tally()
     fields = {key: template_fields(template) for key, template in templates.items()}
-    for where, record in read_records(path):
+    wanted = list(dict.fromkeys(name for names in fields.values() for name in names))
+    for where, record in read_records(path, wanted, tally):
         if isinstance(record, str):
             if "text" not in templates:
                 raise FedgroveError(f"{where}: a plain text file has no fields", f"leave out {' and '.join(templates)}")
             yield (record,)
             continue
         for key, names in fields.items():
-            missing = [name for name in names if name not in record]
-            if missing:
-                have = ", ".join(map(str, record)) or "no field"
-                remedy = f"it has: {have}. Mend the template (key {key})"
-                if templates[key] == DEFAULT_TEMPLATE and record:
-                    remedy += f': say how a record becomes text, such as {key} = "{{{next(iter(record))}}}"'
-                raise FedgroveError(f"{where}: no field '{missing[0]}'", remedy)
-        yield tuple(_fill(template, fields[key], record, where) for key, template in templates.items())
+            for name in names:
+                if look_up(record, name) is MISSING:
+                    remedy = f"{describe_fields(record)}. Fix the template (key {key})"
+                    if templates[key] == DEFAULT_TEMPLATE and (example := suggest_template(record)):
+                        remedy += f": say how a record becomes text, such as {key} = {json.dumps(example, ensure_ascii=False)}"
+                    raise FedgroveError(f"{where}: no field {name!r}", remedy)
+        yield tuple(_fill(template, fields[key], record, where, tally) for key, template in templates.items())
 
 
-def _fill(template: str, names: Sequence[str], record: Mapping[str, Any], where: str) -> str | Chat:
-    chats = [name for name in names if is_messages(record[name])]
-    if not chats:
-        return template.format_map({name: "" if record[name] is None else record[name] for name in names})
-    if template != f"{{{chats[0]}}}":
-        raise FedgroveError(
-            f"{where}: the field '{chats[0]}' holds messages", f'its template is "{{{chats[0]}}}" and nothing else'
-        )
-    return Chat(tuple(record[chats[0]]), where)
+def _fill(template: str, names: Sequence[str], record: Record, where: str, tally: Tally) -> str | Chat:
+    values = {name: look_up(record, name) for name in names}
+    for name, value in values.items():
+        if is_messages(value):
+            if parse_template(template) != (("", name),):
+                raise FedgroveError(
+                    f"{where}: the field {name!r} holds messages", f'its template is "{template_of(name)}" and nothing else'
+                )
+            return Chat(read_messages(value, where, name, tally), where)
+    if values and parse_template(template) == (("", names[0]),) and values[names[0]] == []:
+        return ""  # a conversation in which nobody said anything
+    texts = {name: text_of(value, where, name, tally) for name, value in values.items()}
+    return "".join(literal + texts.get(field or "", "") for literal, field in parse_template(template))
 
 
-def files_of(path: Path) -> list[Path]:
+def describe_fields(record: Record) -> str:
+    """The names of a record's fields, for an error."""
+    names = [str(name) for name in record if name is not None]
+    more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+    return f"it has: {', '.join(names[:SHOWN_FIELDS]) or 'no field'}{more}"
+
+
+def suggest_template(record: Record) -> str | None:
+    """A template for the field of a record that is most likely its text: messages, or the longest text; None if it has none."""
+    best: tuple[int, str] | None = None
+    for name, value in record.items():
+        nested = value if isinstance(value, Mapping) else {}
+        for path, entry in [(str(name), value), *((f"{name}.{key}", inner) for key, inner in nested.items())]:
+            size = len(entry) if isinstance(entry, str) else 10**9 if is_messages(entry) else 0
+            template = template_of(path)
+            if size and template and look_up(record, path) is entry and (best is None or size > best[0]):
+                best = size, template
+    return best[1] if best else None
+
+
+def files_of(path: Path, tally: Tally | None = None) -> list[Path]:
     """The files that a source is made of, in the order in which they are read; of one on the hub: itself.
+
+    Of a folder, hidden files are left out, and files that describe the data instead of holding them.
 
     Raises:
         FedgroveError: there is no such file or folder, or nothing in it that can be read.
@@ -121,11 +132,14 @@ def files_of(path: Path) -> list[Path]:
         raise FedgroveError(f"{path}: no such file or folder")
     if is_saved(path):
         return sorted(file for file in path.rglob("*") if file.is_file())
-    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
-    files = sorted(path / name for name in names if not any(part.startswith(".") for part in name.parts))
-    if not files:
-        raise FedgroveError(f"{path}: this folder holds no {', '.join(sorted(SUFFIXES))} file", "name another")
-    return files
+    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    read = [name for name in visible if kind_suffix(name) in READERS and not _NOT_DATA.fullmatch(name.name)]
+    if not read:
+        raise FedgroveError(f"{path}: this folder holds no {', '.join(sorted(READERS))} file with data", "name another")
+    if tally is not None:
+        tally.passed_over += [str(name) for name in visible if name not in read]
+    return [path / name for name in read]
 
 
 def facts_of(path: Path) -> list[list[str | int]]:
@@ -133,6 +147,11 @@ def facts_of(path: Path) -> list[list[str | int]]:
     if is_hub(path):
         return [[str(path)]]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(path)]
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file is read as one text without records."""
+    return not is_hub(path) and READERS.get(kind_suffix(path)) is read_text
 
 
 def is_hub(path: Path) -> bool:
@@ -145,117 +164,49 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def read_records(path: Path, fields: Sequence[str] = (), tally: Tally | None = None) -> Records:
     """Every record of a source with the place that an error names; of a plain text file its passages.
+
+    Args:
+        path: see the module.
+        fields: those that will be looked up; of a table with columns no other column is read. None named: all.
+        tally: counts files that were read and passed over.
 
     Raises:
         FedgroveError: a file is missing or damaged; names file and line.
     """
+    tally = tally if tally is not None else Tally()
     if is_hub(path):
-        yield from _read_dataset(
-            path,
-            _open_hub,
-            "not a data set that the hub gives out to you here",
-            "check name and split, or fetch it elsewhere and save_to_disk it",
-        )
+        remedy = "check name and split, or fetch it elsewhere and save_to_disk it"
+        yield from _guarded(path, _open_hub, fields, "not a data set that the hub gives out to you here", remedy)
         return
     if path.is_dir() and is_saved(path):
-        yield from _read_dataset(path, _open_saved, "not a data set that can be read", "save it again with save_to_disk")
+        remedy = "save it again with save_to_disk"
+        yield from _guarded(path, _open_saved, fields, "not a data set that can be read", remedy)
         return
-    for file in files_of(path):
+    for file in files_of(path, tally):
+        reader = READERS.get(kind_suffix(file))
+        if reader is None or (file.suffix.lower() in PACKED and kind_suffix(file) == ".parquet"):
+            raise FedgroveError(
+                f"{file}: unknown kind of file",
+                f"use {', '.join(sorted(READERS))}; text files may be packed ({', '.join(PACKED)})",
+            )
+        tally.files += 1
         try:
-            match SUFFIXES.get(file.suffix.lower()):
-                case "text":
-                    yield from ((str(file), passage) for passage in _passages(file))
-                case "jsonl":
-                    yield from _read_jsonl(file)
-                case "csv":
-                    yield from _read_csv(file)
-                case "parquet":
-                    yield from _read_dataset(file, _open_parquet, "not a parquet file that can be read")
-                case _:
-                    raise FedgroveError(f"{file}: unknown kind of file", f"use {', '.join(sorted(SUFFIXES))}")
+            yield from reader(file, fields, tally)
+        except FedgroveError:
+            raise
         except UnicodeDecodeError as error:
             raise FedgroveError(f"{file}: not UTF-8 text (byte {error.start})", "convert it") from error
+        except Exception as error:  # what a library raises of a stranger's file changes with its releases
+            what = f"not a {kind_suffix(file)[1:]} file that can be read"
+            raise FedgroveError(f"{file}: {what} ({type(error).__name__}: {first_line(error)})", "write it again") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # not only JSONDecodeError: Python refuses numbers of 4,300 digits too
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise FedgroveError(f"{where}: not JSON ({reason})", "one object a line is expected") from error
-            if not isinstance(record, dict):
-                raise FedgroveError(f"{where}: not a JSON object", "one object a line is expected")
-            yield where, record
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(LONGEST_FIELD)  # by default a field longer than 131,072 characters is an error, and texts are longer
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        separator = "\t"
-        if path.suffix.lower() != ".tsv":
-            head = re.sub('"[^"]*"', "", file.readline())
-            file.seek(0)
-            separator = max(",;\t", key=head.count)  # spreadsheets of half of Europe write semicolons
-        lines = _Lines(file)
-        reader = csv.DictReader(lines, delimiter=separator)
-        begin = 1
-        try:
-            if reader.fieldnames and lines.ended:
-                raise _unclosed(path, begin)
-            begin = reader.line_num + 1
-            for record in reader:
-                where = f"{path}, line {reader.line_num}"
-                if lines.ended:  # the reader looked for the end of this record, and there was none
-                    raise _unclosed(path, begin)
-                if None in record:
-                    raise FedgroveError(
-                        f"{where}: more fields than the first line names",
-                        f"write text that holds {separator!r} in double quotes",
-                    )
-                yield where, record
-                begin = reader.line_num + 1
-        except csv.Error as error:
-            raise FedgroveError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-
-
-def _unclosed(path: Path, line: int) -> FedgroveError:
-    return FedgroveError(
-        f"{path}, line {line}: the record that begins here opens a double quote and never closes it",
-        "close it, or write two for one that belongs to the text",
-    )
-
-
-class _Lines:
-    """The lines of a file, and whether somebody wanted one more than there are."""
-
-    def __init__(self, file: Iterable[str]):
-        self._lines = iter(file)
-        self.ended = False
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        try:
-            return next(self._lines)
-        except StopIteration:
-            self.ended = True
-            raise
-
-
-def _read_dataset(
-    path: Path, opened: Callable[[Path], Iterable[dict[str, Any]]], what: str, remedy: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _guarded(
+    path: Path, opened: Callable[[Path, Sequence[str]], Iterable[Record]], fields: Sequence[str], what: str, remedy: str
+) -> Records:
+    """The records of a data set; whatever the library raises is one line."""
     import datasets  # slow to import, and most jobs read files that need no library
     import huggingface_hub
 
@@ -263,28 +214,16 @@ def _read_dataset(
     for library in (datasets.logging, huggingface_hub.logging):
         library.set_verbosity(library.CRITICAL)  # what is wrong is said below, in one line
     try:
-        for number, record in enumerate(opened(path), 1):
+        for number, record in enumerate(opened(path, fields), 1):
             yield f"{path}, record {number}", record
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = f"({type(error).__name__})"
-        if remedy is None:
-            raise FedgroveError(f"{path}: {what} {reason}") from error
-        raise FedgroveError(f"{path}: {what}", f"{remedy} {reason}") from error
+    except FedgroveError:
+        raise
+    except Exception as error:  # as for files
+        raise FedgroveError(f"{path}: {what}", f"{remedy} ({type(error).__name__})") from error
 
 
-def _open_parquet(path: Path) -> Iterable[dict[str, Any]]:
-    import datasets  # see _read_dataset
-
-    # Streaming, because datasets would otherwise keep a copy of private text in its cache. Escaped, because it would take a
-    # name with brackets for a pattern.
-    table: Iterable[dict[str, Any]] = datasets.load_dataset(
-        "parquet", data_files=glob.escape(str(path)), split="train", streaming=True
-    )
-    return table
-
-
-def _open_saved(path: Path) -> Iterable[dict[str, Any]]:
-    import datasets  # see _read_dataset
+def _open_saved(path: Path, fields: Sequence[str]) -> Iterable[Record]:
+    import datasets  # see _guarded
 
     saved = datasets.load_from_disk(str(path))  # read where it lies
     if isinstance(saved, datasets.DatasetDict):
@@ -293,30 +232,21 @@ def _open_saved(path: Path) -> Iterable[dict[str, Any]]:
                 f"{path}: it has the splits {', '.join(saved)}", f"name the folder of one: {path / next(iter(saved))}"
             )
         saved = next(iter(saved.values()))
-    table: Iterable[dict[str, Any]] = saved
-    return table
+    return _select(saved, fields)
 
 
-def _open_hub(path: Path) -> Iterable[dict[str, Any]]:
-    import datasets  # see _read_dataset
+def _open_hub(path: Path, fields: Sequence[str]) -> Iterable[Record]:
+    import datasets  # see _guarded
 
     name, *rest = str(path).removeprefix(HUB).split(":")
     if len(rest) > 2 or not all([name, *rest]):
         raise FedgroveError(f"{path}: write hub:OWNER/NAME, hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIGURATION:SPLIT")
     configuration, split = [None, *rest][-2:] if rest else (None, "train")
-    table: Iterable[dict[str, Any]] = datasets.load_dataset(name, configuration, split=split, streaming=True)
-    return table
+    return _select(datasets.load_dataset(name, configuration, split=split, streaming=True), fields)
 
 
-def _passages(path: Path) -> Iterator[str]:
-    passage: list[str] = []
-    size = 0
-    with path.open(encoding="utf-8-sig") as file:
-        for line in file:
-            passage.append(line)
-            size += len(line)
-            if size >= PASSAGE:
-                yield "".join(passage)
-                passage, size = [], 0
-    if "".join(passage).strip():
-        yield "".join(passage)
+def _select(table: Any, fields: Sequence[str]) -> Iterable[Record]:
+    """Only the columns of ``fields``, so that neither sound nor pictures are decoded."""
+    selected = columns(fields, table.column_names or ())
+    rows: Iterable[Record] = table if selected is None else table.select_columns(selected)
+    return rows

@@ -15,7 +15,8 @@ import torch
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
 from fedgrove.engines.worker import Reply, Worker, WorkerDied
-from fedgrove.errors import FedgroveError
+from fedgrove.errors import FedgroveError, first_line
+from fedgrove.files import TRACE
 
 
 class LocalEngine:
@@ -103,11 +104,11 @@ def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
     except FedgroveError as error:
         return None, str(error)
     except Exception as error:
-        log: Path = client.folder / "error.log"
+        log: Path = client.folder / TRACE
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         if isinstance(error, OSError) and error.strerror:
             return None, f"{error.strerror}: {error.filename or client.folder}; fix that, then continue with --resume"
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             return None, "out of memory; lower samples or length, or give its work to a larger machine"
-        return None, f"{type(error).__name__} in its handler; the trace is in {log}"
+        return None, f"{type(error).__name__} in its handler: {first_line(error)}; the trace is in {log}"

@@ -1,1 +1,1 @@
-""""""
+"""Evaluation: perplexity, accuracy, generation, speed and tasks, before, during and after a run."""

@@ -1,4 +1,4 @@
-"""The stage between stages: measure the model, and what each client would have had alone."""
+"""Evaluation between stages: measures the model, and the model that each client would have without the others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.evaluation.rounds import heldout_windows
 from fedgrove.events import Phase
 from fedgrove.job.stage_config import StageConfig
+from fedgrove.models.perplexity import perplexity_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
 from fedgrove.runfolder import RunFolder
@@ -21,13 +23,14 @@ from fedgrove.stages.base import Plan, stage_of
 def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str = "cpu") -> None:
     """Measures a model on the job's held-out texts and writes ``perplexity/<text>``, ``accuracy/<text>``, … to the metrics.
 
-    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. What the metrics hold already is not measured
-    again.
+    ``perplexity.low/<text>`` and ``.high`` are the ends of a 95 % interval. What is already in ``metrics.jsonl`` is not
+    measured again.
 
     Args:
         model: the model.
-        stage: the one that made the model; None before the first.
-        device: where to compute.
+        stage: index of the stage that made the model; None: the base model.
+        run: the run folder.
+        device: the torch device, such as "cuda:0".
     """
     wanted = run.job.evaluate
     if not wanted.data:
@@ -43,6 +46,11 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
         on_progress = run.phase(Phase("evaluate", which, stage=stage, text=text.name, done=number, total=len(wanted.data)))
         if text.measure == "perplexity":
             by_metric = examiner.perplexity(windows[text.name], on_progress)
+            if stage is None and not math.isfinite(by_metric["perplexity"].value):
+                raise FedgroveError(
+                    f"model: its perplexity on {text.name} is {by_metric['perplexity'].value}, before any stage",
+                    "copy the model again; if its weights are right, try another text",
+                )
         else:
             pairs = read_pairs(text.path, text.prompt or "", text.answer or "", examiner.tokenizer, wanted.records)
             by_metric = examiner.answers(text.measure, pairs, on_progress, text.labels, wanted.length, wanted.tokens)
@@ -53,11 +61,13 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
 
 
 def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federation: Federation) -> None:
-    """Measures, after the first stage, what each client would have had without the others (``evaluate.alone``).
+    """Measures, after the first stage, the model that each client would have without the others (``evaluate.alone``).
 
     Args:
-        model: as the stage began.
-        plan: of the stage; a stage that does not know what a client has alone yields nothing.
+        model: the model before the stage.
+        plan: the plan of the stage. Nothing is measured for a kind of stage that cannot compute such a model.
+        config: the table of the stage.
+        federation: reaches the clients.
     """
     run = federation.run
     wanted = run.job.evaluate
@@ -79,24 +89,24 @@ def evaluate_alone(model: Checkpoint, plan: Plan, config: StageConfig, federatio
 
 def _log_alone(each: Sequence[tuple[float, float]], stage: int | None, client: str, text: str, run: RunFolder) -> None:
     run.keep(stage, client, f"perplexity/{text}", each)
-    run.log(stage, None, client, f"perplexity/{text}", math.exp(sum(loss for loss, _ in each) / sum(n for _, n in each)))
+    run.log(stage, None, client, f"perplexity/{text}", perplexity_of(sum(loss for loss, _ in each), sum(n for _, n in each)))
 
 
 def evaluate_speed(before: Path, after: Path, run: RunFolder) -> None:
-    """``prefill/speed``, ``decode``, ``memory`` and ``disk`` of the model as it came and of the result.
+    """Measures ``prefill/speed``, ``decode/speed``, ``memory/speed`` and ``disk/speed`` of base model and result.
 
-    One right after the other: a machine is not as busy when a run ends as when it began.
+    Both are measured at the end of the run, one after the other, because the load of the machine changes during a run.
     """
     for model, stage in ((before, None), (after, len(run.job.stages) - 1)):
         evaluate_directory(model, stage, run, speed=True)
 
 
 def evaluate_directory(model: Path, stage: int | None, run: RunFolder, speed: bool = False) -> None:
-    """Measures what plain transformers does with a model directory: ``acc/<task>``, …
+    """Measures a model directory in plain transformers: ``acc/<task>`` and so on.
 
     Args:
-        stage: the one that made it; None: the model as it came.
-        speed: also its speed, memory and bytes.
+        stage: index of the stage that made it; None: the base model.
+        speed: also measure its speed, memory and bytes.
     """
     wanted = run.job.evaluate
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
@@ -111,7 +121,7 @@ def evaluate_directory(model: Path, stage: int | None, run: RunFolder, speed: bo
 
 
 def _log(found: Mapping[str, float], text: str, stage: int | None, done: Set[Any], run: RunFolder, last: str) -> None:
-    """Writes named numbers, ``last`` at the end: where it is there, all of them are."""
+    """Writes named numbers to the metrics, ``last`` at the end: if it was written, all of them were."""
     for name in sorted(found, key=lambda name: name == last):
         if (stage, None, f"{name}/{text}") not in done:
             run.log(stage, None, None, f"{name}/{text}", found[name])

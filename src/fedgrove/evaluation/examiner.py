@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from fedgrove.evaluation.metrics import Measured, bootstrap
 from fedgrove.events import Listener, OnProgress, Phase
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import negative_log_likelihoods
+from fedgrove.models.perplexity import negative_log_likelihoods, perplexity_of
 from fedgrove.models.stream import Checkpoint
 
 
 class Examiner:
-    """Evaluates one model. Perplexity loads it block by block; the other metrics need the full model in memory."""
+    """Evaluates one model. Perplexity loads it block by block; the other metrics load the full model into memory."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
         self.tokenizer = checkpoint.tokenizer()
@@ -36,7 +35,7 @@ class Examiner:
     def perplexity(self, windows: Sequence[Tensor], on_progress: OnProgress) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval is from resampled windows."""
         each = negative_log_likelihoods(self._decoder, windows, on_progress)
-        return {"perplexity": replace(bootstrap(each, lambda sums: math.exp(sums[0] / sums[1])), parts=each)}
+        return {"perplexity": replace(bootstrap(each, lambda sums: perplexity_of(sums[0], sums[1])), parts=each)}
 
     def answers(
         self,

@@ -19,7 +19,7 @@ from fedgrove.runfolder import RunFolder
 
 
 def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder, device: str = "cpu") -> None:
-    """Writes ``perplexity/<text>`` of a model as it is after a round. What the metrics hold already is not measured again."""
+    """Writes ``perplexity/<text>`` of the model after a round. What is already in the metrics is not measured again."""
     done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
     decoder = Decoder(model, device)
     windows = heldout_windows(model, run)
@@ -31,14 +31,17 @@ def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder, d
 
 
 def heldout_windows(model: Checkpoint, run: RunFolder) -> dict[str, list[Tensor]]:
-    """By text, token ids (1, tokens) of each window of the texts whose perplexity is measured."""
+    """By name of the text, token ids (1, tokens) of each window, for the texts whose perplexity is measured."""
     wanted = run.job.evaluate
     return _tokenised(model.path, wanted, json.dumps([facts_of(text.path) for text in wanted.data]))
 
 
 @lru_cache(maxsize=1)
 def _tokenised(model: Path, wanted: Evaluate, facts: str) -> dict[str, list[Tensor]]:
-    """The held-out texts as windows: the same ones after every stage and round, so they are tokenised once."""
+    """The held-out texts as windows, cached because they are the same after every stage and round.
+
+    ``facts`` is part of the cache's key, so that a file that changes is read again.
+    """
     tokenizer = Checkpoint(model).tokenizer()
     return {
         text.name: evaluation_windows(text.path, text.text, tokenizer, wanted.length, wanted.windows)

@@ -1,4 +1,4 @@
-"""Texts that the model generates before and after the run, from the job's prompts and from no other text."""
+"""Texts that the model generates before and after the run, from the job's prompts only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 
+from fedgrove.data.tokens import encode_prompt
 from fedgrove.events import Phase
-from fedgrove.models.stream import find_model
+from fedgrove.models.files import find_model
+from fedgrove.models.pretrained import load_full_model, read_tokenizer
 from fedgrove.runfolder import RunFolder
 
 FILE = "samples.json"
@@ -23,7 +25,7 @@ def write_samples(run: RunFolder) -> None:
     prompts, model = run.job.evaluate.prompts, run.job.model
     if not prompts or (run.path / FILE).is_file():
         return
-    run.phase(Phase("samples", "the model as it came"))
+    run.phase(Phase("samples", "the base model"))
     before = _write(find_model(model.path, model.revision), prompts, model.dtype)
     run.phase(Phase("samples", "the result"))
     after = _write(run.path / "model", prompts, "auto")
@@ -33,13 +35,11 @@ def write_samples(run: RunFolder) -> None:
 
 def _write(folder: Path, prompts: tuple[str, ...], dtype: str) -> list[str]:
     """A model's continuation of each prompt, by greedy decoding."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
+    tokenizer = cast(Any, read_tokenizer(folder))
+    model = load_full_model(folder, dtype=dtype)
     outputs = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)], dtype=torch.int64)
         with torch.inference_mode():
             generated = model.generate(
                 ids,

@@ -3,7 +3,8 @@
 Each file has:
 
 - ``WHAT``: a short description.
-- ``EXACT``: True if the reloaded export must have the perplexity of the model; False if it is quantized deliberately.
+- ``EXACT``: True if the reloaded export must have the perplexity of the model (within 1 %); False for a quantized
+  format.
 - ``USE``: how to use it, as Markdown for the model card; ``FOLDER`` in it stands for the folder.
 - ``RELATION``, optional: its relation to the base model in the card's metadata, "quantized" or "adapter"; default: "finetune".
 - ``LIBRARY``, optional: the library that loads it, for the metadata; default: that of the model's card.
@@ -15,18 +16,13 @@ Each file has:
 from __future__ import annotations
 
 import importlib.util
-import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedgrove.errors import FedgroveError
 
 # The remedy where an export reads back otherwise than the model.
-NOT_KEPT = "it was not kept. Export --to hf, and report the model to us"
+NOT_KEPT = "the export was removed. Use --to hf, and report the model to us"
 
 
 @dataclass(frozen=True)
@@ -65,48 +61,3 @@ def refuse_experts(form: str, source: Source) -> None:
     kind = Checkpoint(source.model).config.model_type
     if kind in TYPES:
         raise FedgroveError(f"--to {form}: the experts of {kind} cannot be written in this format", "use hf or packed")
-
-
-@contextmanager
-def plain_folder(source: Source) -> Iterator[Path]:
-    """A temporary folder of links from which transformers loads exactly the tensors that a ``Checkpoint`` of the source reads.
-
-    The source itself may lack its index, have an old one, or hold other weights beside those of the model.
-    """
-    from fedgrove.models.stream import INDEX, Checkpoint, small_files
-
-    checkpoint = Checkpoint(source.model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in small_files(checkpoint.path):
-            if not file.name.endswith(".index.json"):
-                (folder / file.name).symlink_to(file.resolve())
-        only = len(checkpoint.shards) == 1
-        for shard in checkpoint.shards:
-            (folder / ("model.safetensors" if only else shard)).symlink_to((checkpoint.path / shard).resolve())
-        if not only:
-            weight_map = {tensor: shard for shard, tensors in checkpoint.shards.items() for tensor in tensors}
-            index = {"metadata": {"total_size": checkpoint.num_bytes()}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        yield folder
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Libraries show no progress bars of their own: they would be written into ours, and in spite of ``--quiet``.
-
-    transformers' switch for its bars does not reach those of its GGUF reader, and tqdm reads its environment when it is
-    imported, which is long before: hence tqdm itself is told.
-    """
-    from tqdm import tqdm
-
-    original = tqdm.__init__
-
-    def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{**kwargs, "disable": True})
-
-    setattr(tqdm, "__init__", disabled)  # noqa: B010 (mypy allows no assignment to a method)
-    try:
-        yield
-    finally:
-        setattr(tqdm, "__init__", original)  # noqa: B010

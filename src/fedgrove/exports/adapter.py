@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.exports import Source, plain_folder
+from fedgrove.exports import Source
+from fedgrove.models.files import CONFIG, find_model, small_contents
 from fedgrove.models.perplexity import nll_of_logits
-from fedgrove.models.stream import Checkpoint, find_model, small_files
+from fedgrove.models.pretrained import load_full_model
+from fedgrove.models.stream import Checkpoint
 from fedgrove.report.words import file_name
 from fedgrove.stages.tune.frozen import hush
 
@@ -58,21 +60,18 @@ def write(source: Source, out: Path) -> None:
     config["base_model_name_or_path"] = file_name(_base(source)["path"])
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(adapter / "adapter_model.safetensors", out / "adapter_model.safetensors")
-    for file in small_files(source.model):
-        if file.name not in ("config.json", "generation_config.json") and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+    for name, content in small_contents(source.model).items():
+        if name not in (CONFIG, "generation_config.json"):
+            (out / name).write_bytes(content)
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
     """Computed by peft, on the job's base model."""
     hush()
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     base_model = _base(source)
-    base_source = Source(find_model(base_model["path"], base_model.get("revision")))
-    with plain_folder(base_source) as plain:
-        base = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, trust_remote_code=False)
+    base = load_full_model(find_model(base_model["path"], base_model.get("revision")), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     return nll_of_logits(lambda ids: model(input_ids=ids).logits, windows)
 

@@ -2,7 +2,7 @@
 
 Llama, Mistral, Qwen2 and Qwen3 are written here, tensor by tensor, with the writer and the table of names of the gguf package.
 Other architectures can be converted from a plain directory by llama.cpp's converter. To quantize, use ``llama-quantize`` of
-llama.cpp (its formats have a code for zero, so pruned weights stay zero).
+llama.cpp; its formats have a code for zero, so pruned weights stay zero.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import NOT_KEPT, Source, require
@@ -22,6 +23,8 @@ from fedgrove.exports.llamacpp import positions, vocabulary
 from fedgrove.exports.llamacpp.positions import ELSEWHERE
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import nll_of_logits
+from fedgrove.models.preconditions import check_parameters
+from fedgrove.models.pretrained import load_gguf
 from fedgrove.models.stream import Checkpoint
 
 WHAT = "GGUF for llama.cpp, in the model's dtype"
@@ -39,6 +42,7 @@ from llama_cpp import Llama
 print(Llama("FOLDER/model.gguf")("The", max_tokens=40)["choices"][0]["text"])
 ```"""
 FILE = "model.gguf"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers' name -> gguf's
 BIASES = {"llama": ("attn_", "ffn_"), "qwen2": ("attn_q", "attn_k", "attn_v"), "qwen3": ()}  # that llama.cpp reads
 
@@ -51,7 +55,7 @@ DROPPED = ("rope_parameters", "head_dim", "attention_bias", "mlp_bias")
 
 
 def write(source: Source, out: Path) -> None:
-    """Writes ``model.gguf``; memory: one tensor, or the embedding and the head if both are stored and could be the same.
+    """Writes ``model.gguf``; memory: one tensor.
 
     Raises:
         FedgroveError: the gguf package is missing, or the architecture, its positions or its tokenizer are not supported.
@@ -68,15 +72,17 @@ def write(source: Source, out: Path) -> None:
     writer = gguf.GGUFWriter(None, architecture)
     dtype = _dtype(checkpoint)
     _describe(writer, config, dtype, source)
-    rotary = positions.of_model(Decoder(checkpoint), architecture)
+    decoder = Decoder(checkpoint)
+    check_parameters(decoder)
+    rotary = positions.of_model(decoder, architecture)
     positions.write(writer, rotary)
-    vocabulary.write(writer, checkpoint, config["vocab_size"])
+    vocabulary.write(writer, decoder)
     extra = {} if rotary.divisors is None else {positions.DIVISORS: rotary.divisors}
-    named = _names(checkpoint, architecture)
+    named = _names(decoder, architecture)
     for known, array in extra.items():
         writer.add_tensor_info(known, list(array.shape), array.dtype, array.nbytes)
-    for known, name in named.items():
-        shape, _ = checkpoint.spec(name)
+    for known, (_, stored_name) in named.items():
+        shape, _ = checkpoint.spec(stored_name)
         stored = torch.float32 if len(shape) == 1 else dtype
         raw = gguf.GGMLQuantizationType.BF16 if stored == torch.bfloat16 else None
         numbers = np.dtype({torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.float32}[stored])
@@ -86,8 +92,8 @@ def write(source: Source, out: Path) -> None:
     writer.write_ti_data_to_file()
     for array in extra.values():
         writer.write_tensor_data(array)
-    for name in named.values():
-        tensor = checkpoint.read(name)
+    for name, stored_name in named.values():
+        tensor = checkpoint.read(stored_name)
         stored = torch.float32 if tensor.dim() == 1 else dtype
         tensor = (_interleaved(name, tensor, config) if architecture == "llama" else tensor).to(stored).contiguous()
         writer.write_tensor_data((tensor.view(torch.uint16) if stored == torch.bfloat16 else tensor).numpy())
@@ -113,13 +119,14 @@ def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[flo
         )
     if importlib.util.find_spec("llama_cpp") is not None:
         return _losses_llama(folder / FILE, windows)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    own = checkpoint.config
 
-    own, told = checkpoint.config, AutoConfig.from_pretrained(folder, gguf_file=FILE)
-    settings = {key: getattr(told, key) for key in READ}
-    settings |= {key: getattr(own, key) for key in DROPPED if hasattr(own, key)}
-    config = AutoConfig.for_model(ARCHITECTURES[own.model_type], **settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, config=config, dtype=torch.float32).eval()
+    def complete(read: PretrainedConfig) -> PretrainedConfig:
+        settings = {key: getattr(read, key) for key in READ}
+        settings |= {key: getattr(own, key) for key in DROPPED if hasattr(own, key)}
+        return AutoConfig.for_model(ARCHITECTURES[own.model_type], **settings)
+
+    model = load_gguf(folder / FILE, complete)
     return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
@@ -149,28 +156,18 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     raise FedgroveError("--to gguf: the model's dtype is not one of float32, float16, bfloat16", ELSEWHERE)
 
 
-def _names(checkpoint: Checkpoint, architecture: str) -> dict[str, str]:
-    """The tensors of the file: their names there -> in the checkpoint.
-
-    Of an embedding and a head that the configuration ties, either may be stored; where both are and differ, they are not tied.
-    """
+def _names(decoder: Decoder, architecture: str) -> dict[str, tuple[str, str]]:
+    """The tensors of the file: their names there -> in the model and in the checkpoint. A tied head is not among them."""
     import gguf
 
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], checkpoint.config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(decoder))
     named = {}
-    for name in checkpoint.names():
-        if name.endswith("rotary_emb.inv_freq"):  # stored by old versions of transformers; follows from the settings
-            continue
+    for name, _ in decoder.model.named_parameters(remove_duplicate=False):
         known = table.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None or (known.endswith(".bias") and not known.split(".")[-2].startswith(BIASES[architecture])):
-            raise FedgroveError(f"--to gguf: {name} has no place in a {architecture} file", ELSEWHERE)
-        named[known] = name
-    embedding, head = "token_embd.weight", "output.weight"
-    if checkpoint.config.tie_word_embeddings and head in named:
-        if embedding not in named:
-            named[embedding] = named.pop(head)
-        elif torch.equal(checkpoint.read(named[embedding]), checkpoint.read(named[head])):
-            del named[head]
+            raise FedgroveError(f"--to gguf: {name} is not part of a {architecture} model in this format", ELSEWHERE)
+        if name != HEAD or not {HEAD, EMBEDDING} & decoder.ties.keys():
+            named[known] = name, decoder.stored_name(decoder.source(name))
     return named
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedgrove.exports import Source, plain_folder, refuse_experts, require
+from fedgrove.exports import Source, refuse_experts, require
+from fedgrove.models.files import small_contents
 from fedgrove.models.perplexity import nll_of_logits
-from fedgrove.models.stream import small_files
+from fedgrove.models.pretrained import load_full_model
 from fedgrove.stages.tune.frozen import hush
 
 WHAT = "linears in 8 bits (LLM.int8)"
@@ -34,9 +34,7 @@ def write(source: Source, out: Path) -> None:
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
     """Computed by transformers with bitsandbytes."""
     hush()
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", trust_remote_code=False).eval()
+    model = load_full_model(folder, device_map="cpu")
     return nll_of_logits(lambda ids: model(ids).logits, windows)
 
 
@@ -55,19 +53,15 @@ def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) 
     require(form, "quantize", "bitsandbytes")
     refuse_experts(form, source)
     hush()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig
 
-    # The other weights are bfloat16, the dtype of the products; int8 always computes them in float16.
-    quantization = BitsAndBytesConfig(**settings)
-    with plain_folder(source) as folder:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, quantization_config=quantization, device_map="cpu", trust_remote_code=False
-        )
-    model.generation_config = (
-        GenerationConfig()
-    )  # the model's is copied below; transformers refuses to write some that it reads
+    # The weights that stay unquantized are bfloat16, as is the compute dtype of nf4; LLM.int8() computes in float16.
+    model = load_full_model(
+        source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
+    )
+    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; the model's is copied
     model.save_pretrained(out)
     (out / "generation_config.json").unlink(missing_ok=True)
-    for file in small_files(source.model):
-        if not (out / file.name).exists() and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+    for name, content in small_contents(source.model).items():
+        if not (out / name).exists():
+            (out / name).write_bytes(content)

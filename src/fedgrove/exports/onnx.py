@@ -1,14 +1,14 @@
 """An ONNX graph for onnxruntime and others, in float32. Needs the extra ``onnx``.
 
-The graph takes token ids and returns the logits of every position. It has no key-value cache: it is for scoring, and for
-programs with their own loop. It is written by torch's exporter; optimum's exporter, which would write a cache, requires an
-older version of transformers than fedgrove (optimum-onnx 0.1.0: below 4.58, optimum-intel 2.2.0: below 5.6).
+The graph takes token ids and returns the logits of every position. It has no key-value cache: it is meant for scoring,
+and for programs with their own generation loop. It is written by torch's exporter; optimum's exporter, which would
+write a cache, requires an older version of transformers than fedgrove (optimum-onnx 0.1.0: below 4.58, optimum-intel
+2.2.0: below 5.6).
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
-from fedgrove.exports import Source, plain_folder, refuse_experts, require
+from fedgrove.exports import Source, refuse_experts, require
+from fedgrove.models.files import small_contents
 from fedgrove.models.perplexity import nll_of_logits
-from fedgrove.models.stream import Checkpoint, small_files
+from fedgrove.models.pretrained import load_full_model
+from fedgrove.models.stream import Checkpoint
 
 WHAT = "ONNX graph in float32, without a cache"
 EXACT = True
@@ -55,15 +57,12 @@ def write(source: Source, out: Path) -> None:
     """
     require("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
     refuse_experts("onnx", source)
-    from transformers import AutoModelForCausalLM
-
     checkpoint = Checkpoint(source.model)
     if _grows(checkpoint.config):
         raise FedgroveError(
             "--to onnx: positions of type 'dynamic' change with the length of the text, and a graph's cannot", "export --to hf"
         )
-    with plain_folder(source) as folder:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    model = load_full_model(source.model, dtype=torch.float32)
     max_tokens = getattr(checkpoint.config, "max_position_embeddings", None)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=max_tokens)}
     example = torch.ones(2, min(16, max_tokens or 16), dtype=torch.int64)
@@ -91,9 +90,8 @@ def write(source: Source, out: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
     program.save(out / FILE)
-    for file in small_files(source.model):
-        if not file.name.endswith(".index.json"):
-            shutil.copyfile(file, out / file.name)
+    for name, content in small_contents(source.model).items():
+        (out / name).write_bytes(content)
 
 
 def _grows(config: PretrainedConfig) -> bool:

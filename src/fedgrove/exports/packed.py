@@ -16,8 +16,10 @@ from torch import Tensor
 from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.files import INDEX, PACKED, index_of, small_contents
 from fedgrove.models.perplexity import negative_log_likelihood
-from fedgrove.models.stream import Checkpoint, raw_bytes, small_files, write_safetensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import raw_bytes, write_safetensors
 from fedgrove.rounds import wire
 
 WHAT = "packed: lossless, one bit per zero"
@@ -27,7 +29,7 @@ USE = """Unpack it, which restores every bit, then load it like any other model:
 ```sh
 fedgrove export FOLDER --to hf --out plain
 ```"""
-LAYOUT = "packed.json"
+LAYOUT = PACKED
 FILES = "files.packed"
 PART = 2**28  # bytes of tensors in one packed file, and thus in memory when packing or unpacking
 
@@ -59,7 +61,8 @@ def write(source: Source, out: Path) -> None:
     for number, names in enumerate(parts):
         message = wire.pack({name: checkpoint.read(name) for name in names}, {})
         (out / _part(number)).write_bytes(message)
-    files = {file.name: torch.from_numpy(np.fromfile(file, np.uint8)) for file in small_files(source.model)}
+    contents = small_contents(source.model)
+    files = {name: torch.from_numpy(np.frombuffer(content, np.uint8).copy()) for name, content in contents.items()}
     (out / FILES).write_bytes(wire.pack(files, {}))
     (out / LAYOUT).write_text(json.dumps({"format": 1, "shards": checkpoint.shards, "parts": parts}) + "\n")
 
@@ -82,20 +85,25 @@ def unpack(source: Path, out: Path) -> None:
 
     for file, content in _open(source / FILES).items():
         (out / Path(file).name).write_bytes(raw_bytes(content))
+    num_bytes = 0
     for shard, names in layout["shards"].items():
         specs = {name: (part(part_of[name])[name].shape, part(part_of[name])[name].dtype) for name in names}
         write_safetensors(out / Path(shard).name, specs, (part(part_of[name])[name] for name in names))
+        num_bytes += sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
+    index = index_of({Path(shard).name: names for shard, names in layout["shards"].items()}, num_bytes)
+    if index is not None:
+        (out / INDEX).write_text(index, encoding="utf-8")
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """Of the unpacked model, in a temporary folder next to ``folder``."""
+    """Computed on the unpacked model, in a temporary folder next to ``folder``."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
         unpack(folder, Path(plain))
         return negative_log_likelihood(Decoder(Checkpoint(Path(plain))), windows)
 
 
 def _layout(file: Path) -> dict[str, Any]:
-    """Which part and which file of the model each tensor is in."""
+    """Reads ``packed.json``: the part and the model file of each tensor."""
     try:
         layout: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if layout["format"] != 1:

@@ -1,1 +1,1 @@
-"""The job: what somebody wants, as one frozen object. Tables, the types of their keys, and the reader of the file."""
+"""The job file as one frozen object: its tables, the types of their keys, and the reader of the file."""

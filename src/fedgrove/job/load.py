@@ -1,4 +1,4 @@
-"""Read a job file: TOML to a frozen :class:`~fedgrove.job.tables.Job`; every error names the file and the key."""
+"""Reads a job file: from TOML to a frozen :class:`~fedgrove.job.tables.Job`. Every error names the file and the key."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
 
     Args:
         path: the TOML file.
-        changes: such as ``stages.0.sparsity=0.6``, applied before anything is checked.
+        changes: overrides of keys such as ``stages.0.sparsity=0.6``, applied before anything is checked.
 
     Raises:
-        FedgroveError: names the file and the key, and says what would do.
+        FedgroveError: the file cannot be read, or a key is wrong; names the file, the key and the remedy.
     """
     return _load(path, changes, Job, path.parent)
 
@@ -32,16 +32,16 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
 def load_federated(
     path: Path, changes: Sequence[str] = (), sites: Sequence[str] = (), texts: Path | None = None
 ) -> FederatedJob:
-    """Reads a job file for a federation. ``model.path`` is a name there: each site's own file says where its copy is.
+    """Reads a job file for a federation. There ``model.path`` is a name; each site's own file has the path.
 
     Args:
-        path: the TOML file; where it has no ``[[clients]]`` all sites take part.
+        path: the TOML file; if it has no ``[[clients]]``, all sites take part.
         changes: as for :func:`load`.
         sites: the names of the federation's sites.
-        texts: where held-out texts lie; default: beside the file.
+        texts: the folder of the held-out texts; default: the folder of the job file.
 
     Raises:
-        FedgroveError: likewise.
+        FedgroveError: as for :func:`load`; also if a client is no site, or has a key other than its name.
     """
     return _load(path, changes, FederatedJob, texts or path.parent, sites)
 
@@ -50,15 +50,15 @@ Kind = TypeVar("Kind", bound=Job)
 
 
 def parse(said: Mapping[str, Any], folder: Path, where: str = "job") -> Job:
-    """A job from what a job file says.
+    """A job from the content of a job file.
 
     Args:
-        said: as TOML gives it.
-        folder: what paths in it are relative to.
-        where: named in complaints.
+        said: the parsed TOML; not changed.
+        folder: the folder that paths in it are relative to.
+        where: the name of the job in error messages.
 
     Raises:
-        FedgroveError: names the key, and says what would do.
+        FedgroveError: a key is wrong; names the key and the remedy.
     """
     raw = copy.deepcopy(dict(said))
     _find_model(raw, folder)
@@ -101,22 +101,27 @@ def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
     for i, client in enumerate(clients if isinstance(clients, list) else []):
         for key in client if isinstance(client, dict) else ():
             if key != "name":
-                raise FedgroveError(f"{path}: clients.{i}.{key}: in a federation the site's own file says that", "leave it out")
+                raise FedgroveError(
+                    f"{path}: clients.{i}.{key}: in a federation each site sets this in its own file", "leave it out"
+                )
         if sites and isinstance(client, dict) and client.get("name") not in sites:
-            raise FedgroveError(f"{path}: clients.{i}.name: {client.get('name')!r} is no site", f"there are {', '.join(sites)}")
+            raise FedgroveError(
+                f"{path}: clients.{i}.name: {client.get('name')!r} is no site of this federation",
+                f"the sites are {', '.join(sites)}",
+            )
 
 
-_ALTERNATIVE = re.compile(rf"literal\[.*|[A-Z]\w*|{'|'.join(KINDS)}")  # pydantic names the member of a union that it tried
+_ALTERNATIVE = re.compile(rf"literal\[.*|[A-Z]\w*|{'|'.join(KINDS)}")  # pydantic adds the union's member to a key's path
 
 
 def complaint(error: ValidationError) -> str:
-    """The first error of a file as one line: the key, and what would do."""
+    """The first error of a file as one line: the key, and what is wrong or allowed."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         what = "no such key"
-    elif first["type"].startswith("union_tag"):  # a stage of no kind, or of one that there is not
+    elif first["type"].startswith("union_tag"):  # the kind of a stage is missing or unknown
         where, what = f"{where}.kind", f"choose one of {', '.join(KINDS)}"
     elif first["type"] == "missing":
         what = "this key is required"
@@ -131,7 +136,7 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key.strip():
         raise FedgroveError(f"--set {change}: write KEY=VALUE, for instance stages.0.sparsity=0.6")
-    parsed: Any = value  # a bare word is a string
+    parsed: Any = value  # a value that is not TOML, such as a bare word, is a string
     with suppress(tomllib.TOMLDecodeError):
         table = tomllib.loads(f"value = {value}")
         parsed = table["value"] if len(table) == 1 else value

@@ -1,4 +1,4 @@
-"""What the job file may say of any kind of stage, and what the rest of fedgrove asks of such a table."""
+"""The base class of a stage's table in the job file, with the methods that the rest of fedgrove calls."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from fedgrove.job.units import Table
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
 
-STAGES = "stages"  # the package whose folders are the kinds of stage
+STAGES = "stages"  # the package whose subpackages are the kinds of stage
 
 
 class StageConfig(Table):
     """A table of ``[[stages]]``. A kind of stage is a folder of ``fedgrove.stages`` whose ``config.py`` derives its ``Config``.
 
-    Nothing outside that folder looks at the keys of one kind; what the job, the planner, ``doctor``, a site and the report
-    need to know of every kind are the methods below.
+    No code outside that folder reads the keys of one kind. What the job, the planner, ``doctor``, a site and the report
+    need to know about every kind is given by the methods below.
     """
 
     kind: str
 
     def calibration_windows(self) -> tuple[int, int] | None:
-        """(windows of each client, tokens of each) that clients calibrate on; None: the stage does not calibrate."""
+        """(windows of each client, tokens of a window) for calibration; None: the stage does not calibrate."""
         return None
 
     def training_length(self) -> int | None:
@@ -35,7 +35,7 @@ class StageConfig(Table):
         return True
 
     def privacy_budget(self) -> float | None:
-        """ε of what the stage promises for a client's text; None: no noise is added."""
+        """ε of the stage's differential privacy; None: no noise is added."""
         return None
 
     def methods(self) -> set[str]:
@@ -43,40 +43,44 @@ class StageConfig(Table):
         return set()
 
     def changes_structure(self) -> bool:
-        """Whether later stages find tensors of other shapes than the clients' own copies have."""
+        """Whether the stage changes the shapes of tensors, so that later stages differ from the clients' copies."""
         return False
 
     def makes_zeros(self) -> bool:
-        """Whether the stage leaves zeros that later stages have to keep."""
+        """Whether the stage makes zeros that later stages have to keep."""
         return False
 
     def passes(self) -> int:
-        """How many copies of the changed tensors the run folder holds at most."""
+        """The largest number of copies of the changed tensors in the run folder."""
         return 1
 
     def hidden_states_kept(self, num_blocks: int) -> int:
-        """How many blocks' hidden states of every calibration window a client keeps on its disk at most."""
+        """The largest number of blocks whose hidden states, of all calibration windows, a client caches on disk."""
         return 0
 
     def check(self, job: Job, index: int) -> None:
-        """Refuses what does not fit the rest of the job.
+        """Refuses settings that contradict the rest of the job.
 
         Args:
-            index: the stage's place in the job.
+            index: the stage's index in the job, from 0.
 
         Raises:
-            ValueError: begins with the key, such as ``stages.0.trim: …``, and says what would do.
+            ValueError: a setting does not fit; begins with the key, such as ``stages.0.trim: …``, and gives the remedy.
         """
 
     def check_secure(self, job: Job, index: int) -> None:
-        """Likewise, where the job asks for secure aggregation."""
+        """As :meth:`check`, for a job with secure aggregation."""
 
     def centralized(self, job: Job) -> Self:
-        """The same stage for one client that has everybody's text: no limits, nothing to hide, no bytes to save."""
+        """The same stage for one client with everybody's text: no resource limits, no privacy, no communication."""
         return self
 
 
 def config_of(kind: str) -> type[StageConfig]:
-    """The table of a kind of stage."""
+    """The class of a kind's table.
+
+    Raises:
+        FedgroveError: there is no such kind.
+    """
     config: type[StageConfig] = plugins.load(f"{STAGES}.{kind}", "config").Config
     return config

@@ -1,4 +1,4 @@
-"""The job file: what somebody wants, as one frozen object. Every complaint names the key."""
+"""The job file as one frozen object. Every error names the key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedgrove.job.units import Bits, BitsPerSecond, Bytes, File, Files, Name, Sp
 KINDS = tuple(plugins.names(STAGES, folders=True))
 if TYPE_CHECKING:
     AnyStage = StageConfig
-else:  # the kinds are the folders of fedgrove.stages, so the union is made of them
+else:  # built from the folders of fedgrove.stages, so that a new kind needs no change here
     AnyStage = Annotated[Union[tuple(config_of(kind) for kind in KINDS)], Field(discriminator="kind")]  # noqa: UP007
 
 
@@ -26,7 +26,7 @@ class Model(Table):
     Attributes:
         path: a Hugging Face model directory with safetensors, or the id of a model on the hub.
         revision: a branch, a tag or a commit of a model on the hub.
-        dtype: the dtype in which weights are read and written; "auto": as they are on disk.
+        dtype: the dtype in which weights are read and written; "auto": the dtype on disk.
     """
 
     path: str
@@ -35,29 +35,34 @@ class Model(Table):
 
 
 def whole_pair(part: Any) -> Any:
-    """Refuses a prompt without an answer, and the reverse."""
+    """Checks that prompt and answer are both given, or neither.
+
+    Raises:
+        ValueError: only one of them is given.
+    """
     if (part.prompt is None) != (part.answer is None):
         raise ValueError("give both prompt and answer, or neither")
     return part
 
 
 class Client(Table):
-    """``[[clients]]``: an owner of text. Only for a simulation: in a federation every client brings its own.
+    """``[[clients]]``: an owner of text. In a federation only ``name`` is allowed; each site sets the rest itself.
 
     Attributes:
-        name: up to 64 letters, digits, dots, dashes and underscores; it appears in the report and in the model card.
-        data: where its text is: one source or a list.
+        name: up to 64 letters, digits, dots, dashes and underscores; shown in the report and the model card.
+        data: the source of its text, or a list of sources.
         text: how a record becomes text, such as "{question} {answer}"; default: "{text}".
-        prompt: for tuning, together with ``answer``: how a record becomes a question. Only the answer is learnt.
+        prompt: for tuning, together with ``answer``: how a record becomes a prompt. Only the answer is learnt.
         answer: see ``prompt``.
-        memory: the most that the planner may use; a block that needs more is refused before anything runs; default: unlimited.
+        memory: the most memory that the planner may use; a block that needs more is refused before the run starts;
+            default: unlimited.
         speed: computing speed relative to the others; "measure" measures it once.
-        uplink: how fast it can send; with sampled layers a slow client gets fewer blocks.
-        downlink: how fast it can receive.
-        bits: the precisions in which it can hold frozen weights while it tunes.
+        uplink: its upload speed; with sampled layers a slow client gets fewer blocks.
+        downlink: its download speed.
+        bits: the precisions, in bits, in which it can hold frozen weights during tuning.
         devices: the number of accelerators that share its work.
-        samples: its number of calibration windows, if not the stage's.
-        sparsity: prunes harder than the stage says; the result has the stage's sparsity.
+        samples: its number of calibration windows; default: the stage's.
+        sparsity: its own sparsity, higher than the stage's; the result has the stage's sparsity.
     """
 
     name: Name
@@ -78,17 +83,17 @@ class Client(Table):
 
 
 class Text(Table):
-    """``[[evaluate.data]]``: a held-out text, and what is measured on it; or only its file name.
+    """``[[evaluate.data]]``: a held-out text and what is measured on it. A file name alone is allowed, too.
 
     Attributes:
-        name: its name in tables; a text with the name of a client counts as that client's own kind of text.
-        path: where it is: a file, a folder or a data set, as for a client.
+        name: its name in tables; a text with the name of a client is treated as that client's own kind of text.
+        path: its source: a file, a folder or a data set, as for a client.
         text: how a record becomes text.
-        measure: "perplexity" of the text; "accuracy": how often the most likely of the labels is the answer to the prompt;
-            "generation": ROUGE and BLEU of what the model writes after the prompt, compared with the answer.
-        prompt: how a record becomes a question, if answers are measured.
-        answer: how a record becomes the right answer.
-        labels: all possible answers, written as answers are; default: all answers that occur.
+        measure: "perplexity" of the text; "accuracy": how often the most likely label is the answer to the prompt;
+            "generation": ROUGE and BLEU of what the model generates after the prompt, with the answer as reference.
+        prompt: how a record becomes a prompt, for accuracy and generation.
+        answer: how a record becomes the correct answer.
+        labels: all possible answers, written exactly as the answers; default: all answers that occur.
     """
 
     name: Name
@@ -123,16 +128,18 @@ class Evaluate(Table):
     """``[evaluate]``: what is measured before the first stage and after each.
 
     Attributes:
-        data: held-out texts. The server sees them, so they must not be private.
+        data: held-out texts. The server reads them, so they must not be private.
         length: tokens of a window, or of a prompt with its label; windows do not overlap.
         windows: at most this many of each text; default: all.
-        prompts: the model continues each of these, before and after, and the report shows both side by side. The whole model is
-            loaded for that. Prompts must not be private.
+        prompts: the model continues each of these, before and after the run, and the report shows both side by side.
+            This loads the full model into memory. Prompts must not be private.
         records: at most this many of each text whose answers are measured, and of each task; default: all.
-        tokens: the most that "generation" writes for one record.
-        alone: also measure what each client would have without the others; the server then learns the loss of each window.
-        centralized: also run the job as one owner of everybody's text, into ``RUN/centralized``, and report it next to the
-            federation. Simulation only, since it puts the clients' text in one place. It takes about as long as the run itself.
+        tokens: the maximum number of tokens that "generation" generates for one record.
+        alone: also measure the model that each client would have without the others; the server then learns the loss of
+            each window.
+        centralized: also run the job with one client that has everybody's text, into ``RUN/centralized``, and report it
+            next to the federation. Simulation only, because it puts the clients' text in one place. It takes about as
+            long as the run itself.
         speed: also measure tokens per second, memory and bytes of the model before and after, with plain transformers.
         tasks: tasks of lm-evaluation-harness, by name, before and after.
         tasks_from: a folder with YAML files of more tasks.
@@ -158,7 +165,7 @@ class Evaluate(Table):
 
     @property
     def measures_alone(self) -> bool:
-        """Whether the server learns what each client would have had without the others: on held-out text, if there is any."""
+        """Whether each client's model without the others is measured: if requested, and if there is held-out text."""
         return self.alone and bool(self.data)
 
 
@@ -167,8 +174,8 @@ class Rounds(Table):
 
     Attributes:
         quorum: continue when this many clients respond; default: all.
-        timeout: seconds to wait for a response; default: for ever.
-        retries: how often a client that failed gets the request again.
+        timeout: seconds to wait for a response; default: no limit.
+        retries: how often the request is sent again to a client that failed.
     """
 
     quorum: Annotated[int, Field(ge=1)] | None = None
@@ -181,7 +188,7 @@ class Privacy(Table):
 
     Attributes:
         secure_aggregation: the server learns only sums, and nothing about any one client; see the page on security.
-        min_group: the fewest clients in a sum; a client takes part in no smaller one.
+        min_group: the smallest number of clients in a sum; clients refuse smaller sums.
     """
 
     secure_aggregation: bool = False
@@ -189,14 +196,14 @@ class Privacy(Table):
 
 
 class Job(Table):
-    """The whole job file.
+    """The job file.
 
     Attributes:
         name: of the job; the run folder is ``runs/NAME`` unless ``--out`` names another.
         seed: the same job with the same seed on the same machine gives the same model, bit for bit.
         model: the model to prune and tune.
         clients: the owners of text.
-        stages: what is done, one after the other.
+        stages: the stages, run in this order.
         evaluate: what is measured, and on what.
         rounds: what happens when clients do not respond.
         privacy: what the server may learn.
@@ -215,13 +222,13 @@ class Job(Table):
     @classmethod
     def _in_order(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
         _unique([client.name for client in clients])
-        return tuple(sorted(clients, key=lambda client: client.name))  # so that their order in the file changes nothing
+        return tuple(sorted(clients, key=lambda client: client.name))  # the file's order must not matter
 
     @model_validator(mode="after")
     def _fits_together(self) -> Job:
         for i, stage in enumerate(self.stages):
             if stage.privacy_budget() is not None and self.evaluate.alone:
-                raise ValueError(f"evaluate.alone: what a client has alone has no noise (stages.{i}.epsilon); set it to false")
+                raise ValueError(f"evaluate.alone: the clients' own models have no noise (stages.{i}.epsilon); set it to false")
             stage.check(self, i)
         if self.privacy.secure_aggregation:
             self._check_secure()
@@ -231,7 +238,7 @@ class Job(Table):
 
     def _check_secure(self) -> None:
         if self.evaluate.alone:
-            raise ValueError("evaluate.alone: under secure aggregation no client reports what it has alone; set it to false")
+            raise ValueError("evaluate.alone: under secure aggregation no client reports its own losses; set it to false")
         if len(self.clients) < self.privacy.min_group:
             raise ValueError(
                 f"privacy.min_group: {self.privacy.min_group} clients in a sum, but there are {len(self.clients)}; lower it"
@@ -240,17 +247,17 @@ class Job(Table):
             stage.check_secure(self, i)
 
     def together(self, clients: int) -> int:
-        """How many of so many clients must add to a number, so that those who may drop leave ``privacy.min_group`` in it."""
+        """How many of ``clients`` must contribute to a number, so that after dropouts ``privacy.min_group`` remain."""
         least = max(min(self.rounds.quorum or clients, clients), clients - clients // 3)
         return self.privacy.min_group + clients - least
 
     def dumps(self) -> str:
-        """The job as TOML, defaults filled in, paths absolute: it can be read again from anywhere."""
+        """The job as TOML with defaults filled in and absolute paths, so that it can be read from any folder."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 class FederatedClient(Client):
-    """``[[clients]]`` in a federation: a name and nothing else; everything about itself a site says itself."""
+    """``[[clients]]`` in a federation: only a name; each site sets everything else in its own file."""
 
     data: tuple[File, ...] = ()
 
@@ -259,7 +266,8 @@ class FederatedJob(Job):
     """A job for the sites of a federation.
 
     Attributes:
-        result: "server": the model stays there, and operators fetch it; "sites": it also goes to the sites that want it.
+        result: "server": the model stays on the server, and operators fetch it; "sites": it is also sent to the sites
+            that want it.
     """
 
     clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from fedgrove import plugins
-from fedgrove.data.sources import template_fields
+from fedgrove.data.template import template_fields
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -18,8 +18,8 @@ _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10,
 class Table(BaseModel):
     """A table of the job file: frozen; unknown keys are refused.
 
-    ``SHORT_FORMS``: keys that a file may hold besides the fields, which stand for several of them, and the packages whose
-    methods they may name.
+    ``SHORT_FORMS``: additional keys of a file, each of which sets several fields, and the packages whose methods they
+    may name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,7 +27,12 @@ class Table(BaseModel):
 
 
 def quantity(unit: str, example: str) -> Any:
-    """A validator that reads "8GiB" or "20Mbit" as a whole number."""
+    """A validator that reads "8GiB" or "20Mbit" as an integer.
+
+    Args:
+        unit: a regular expression of the unit, which a file may leave out.
+        example: for the error message.
+    """
 
     def parse(value: Any) -> Any:
         if not isinstance(value, str):

@@ -14,12 +14,14 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.experts import legacy_name, unfuse
+from fedgrove.models.positions import positions
+from fedgrove.models.pretrained import hollow_model
 from fedgrove.models.stream import Checkpoint
+from fedgrove.models.ties import resolve_ties
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
 
@@ -47,19 +49,20 @@ class Decoder:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
         stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
-        try:
-            with init_empty_weights(include_buffers=False):
-                # the dtype affects constants that are not in checkpoints, such as the scale of Gemma's embeddings
-                self.model: nn.Module = AutoModelForCausalLM.from_config(checkpoint.config, dtype=self.dtype or stored)
-        except ValueError as error:
-            kind = getattr(checkpoint.config, "model_type", "?")
-            raise FedgroveError(f"model: {checkpoint.path}: type {kind} is no causal language model") from error
+        with init_empty_weights(include_buffers=False):
+            self.model: nn.Module = hollow_model(checkpoint.config, checkpoint.path, self.dtype or stored)
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
+        self.ties, self.untied = resolve_ties(
+            cast(Any, self.model).all_tied_weights_keys,
+            lambda name: self.stored_name(name) in checkpoint,
+            lambda one, other: checkpoint.same(self.stored_name(one), self.stored_name(other)),
+        )
         self._unloaded_ends: dict[str, nn.Parameter] = {}  # the meta parameters that the loaded ends replaced
         self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
+        self._wrap: Callable[[Tensor], Any] | None = None  # hidden states -> what a block returns; None: not known yet
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -68,7 +71,7 @@ class Decoder:
         """The linears of a block: their names in the block -> the names of their weights in the checkpoint."""
         if index not in self._names:  # cached: slow with hundreds of experts
             names = linears(self.blocks[index])
-            self._names[index] = {name: self._stored(f"{self.prefix}.{index}.{name}.weight") for name in names}
+            self._names[index] = {name: self.stored_name(f"{self.prefix}.{index}.{name}.weight") for name in names}
         return self._names[index]
 
     def read_linear(self, index: int, name: str) -> Tensor:
@@ -133,12 +136,14 @@ class Decoder:
             block.load_state_dict(unloaded, assign=True)
 
     @contextmanager
-    def zeroed(self, index: int) -> Iterator[nn.Module]:
+    def zeroed(self, index: int, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
         """A block with zeros as weights, to measure its memory without reading, or having, the weights."""
         block = self.blocks[index]
         unloaded = dict(block.state_dict())
         for name, parameter in list(block.named_parameters()):
-            self._put(block, name, nn.Parameter(torch.zeros(parameter.shape, device=self.device), requires_grad=False))
+            self._put(
+                block, name, nn.Parameter(torch.zeros(parameter.shape, device=self.device, dtype=dtype), requires_grad=False)
+            )
         try:
             yield block
         finally:
@@ -151,11 +156,21 @@ class Decoder:
 
         Args:
             ids: (windows, tokens) token ids.
+
+        Raises:
+            FedgroveError: the model has no positions for so many tokens, or no row of the embedding for a token.
         """
+        self._check_ids(ids)
         calls: list[Call] = []
         first: list[Tensor] = []
 
         def record(index: int, hidden: Tensor, call: Call) -> Tensor:
+            if index != len(calls):
+                kind = self.checkpoint.config.model_type
+                raise FedgroveError(
+                    f"model: type {kind} does not run its {len(self.blocks)} blocks one after the other, as fedgrove does",
+                    "take a model of another type",
+                )
             if index == 0:
                 first.append(hidden)
             calls.append(call)
@@ -164,10 +179,25 @@ class Decoder:
             return hidden
 
         self._fill_ends(head=False)
-        with self._replaced_blocks(record), torch.no_grad(), suppress(_BlocksReached):
+        with self._replaced_blocks(record, self._wrapping()), torch.no_grad(), suppress(_BlocksReached):
             self.model(input_ids=ids.to(self.device), use_cache=False)
         self._calls = (ids.shape[0], ids.shape[1]), calls
         return first[0], calls
+
+    def _check_ids(self, ids: Tensor) -> None:
+        limit, is_hard = positions(self.model, self.checkpoint.config)
+        if is_hard and limit is not None and ids.shape[1] > limit:
+            raise FedgroveError(
+                f"length: a window has {ids.shape[1]} tokens, but the model has positions for {limit}",
+                f"set it to at most {limit}",
+            )
+        rows = cast(Any, self.model).get_input_embeddings().weight.shape[0]
+        largest = int(ids.max())
+        if largest >= rows:
+            raise FedgroveError(
+                f"model: {self.checkpoint.path}: the tokenizer gives the id {largest}, but the embedding has only {rows} rows",
+                "copy the tokenizer of this model",
+            )
 
     def calls(self, windows: int, tokens: int) -> list[Call]:
         """The arguments of every block besides the hidden states, for a batch of (windows, tokens)."""
@@ -185,7 +215,7 @@ class Decoder:
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """The output of a loaded block; differentiable under ``torch.enable_grad``."""
         result = block(hidden, *call[0], **call[1])
-        return cast(Tensor, result[0] if isinstance(result, tuple) else result)
+        return cast(Tensor, result[0] if isinstance(result, tuple | list) else result)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The logits from the last block's output: (1, tokens, vocabulary); differentiable as in :meth:`run`."""
@@ -194,17 +224,48 @@ class Decoder:
             return hidden
 
         self._fill_ends(head=True)
-        with self._replaced_blocks(skip):
-            return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False).logits)
+        with self._replaced_blocks(skip, self._wrapping()):
+            return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False, return_dict=True).logits)
+
+    def _wrapping(self) -> Callable[[Tensor], Any]:
+        """Makes of hidden states what a block returns: the tensor, or a tuple that begins with it.
+
+        Found out once, by running the first block with zeros as weights on two tokens. The ends must be loaded.
+        """
+        if self._wrap is not None:
+            return self._wrap
+        found: list[Any] = []
+
+        def run(index: int, hidden: Tensor, call: Call) -> Tensor:
+            with self.zeroed(0, hidden.dtype) as block:
+                result = type(block).forward(block, hidden, *call[0], **call[1])
+            found.append(result)
+            first = result[0] if isinstance(result, tuple | list) else result
+            if not isinstance(first, Tensor) or first.shape != hidden.shape:
+                kind = self.checkpoint.config.model_type
+                raise FedgroveError(
+                    f"model: the blocks of type {kind} do not turn one tensor of hidden states into another",
+                    "take a model of another type",
+                )
+            raise _BlocksReached
+
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with self._replaced_blocks(run, lambda hidden: hidden), torch.no_grad(), suppress(_BlocksReached):
+            self.model(input_ids=ids, use_cache=False)
+        others = (None,) * (len(found[0]) - 1) if isinstance(found[0], tuple | list) else None
+        self._wrap = (lambda hidden: hidden) if others is None else (lambda hidden: (hidden, *others))
+        return self._wrap
 
     @contextmanager
-    def _replaced_blocks(self, function: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+    def _replaced_blocks(
+        self, function: Callable[[int, Tensor, Call], Tensor], wrap: Callable[[Tensor], Any]
+    ) -> Iterator[None]:
         """Calls ``function`` instead of the blocks; the model's code still prepares masks and positions."""
 
-        def replacement(index: int) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def replacement(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden = args[0] if args else kwargs.pop("hidden_states")
-                return function(index, hidden, (args[1:], kwargs))
+                return wrap(function(index, hidden, (args[1:], kwargs)))
 
             return forward
 
@@ -230,28 +291,33 @@ class Decoder:
         self._tie()
 
     def _tie(self) -> None:
-        model = cast(Any, self.model)
-        if self._ties_head():
-            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        """Lets tied parameters of the ends that are loaded share one tensor."""
+        for pair in self.ties.items():
+            values = {name: self.model.get_parameter(name) for name in pair}
+            loaded = [value for value in values.values() if not value.is_meta]
+            if loaded and not any(name.startswith(self.prefix + ".") for name in pair):
+                for name, value in values.items():
+                    if value.is_meta:
+                        self._unloaded_ends.setdefault(name, value)
+                    self._put(self.model, name, loaded[0])
 
     def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
-            stored = self._stored(prefix + name)
-            if stored in self.checkpoint:
-                value = self._read(stored, parameter.shape)
-                self._put(module, name, nn.Parameter(value, requires_grad=False))
-            elif not self._is_tied(prefix + name):
+            stored = self.stored_name(self.source(prefix + name))
+            if stored not in self.checkpoint:
                 raise FedgroveError(f"model: {self.checkpoint.path} lacks the tensor {stored}; the copy is incomplete")
+            self._put(module, name, nn.Parameter(self._read(stored, parameter.shape), requires_grad=False))
         persistent = module.state_dict().keys()  # old checkpoints also hold causal masks, in dtypes that no longer fit
         for name, buffer in list(module.named_buffers(recurse=recurse)):
-            stored = self._stored(prefix + name)
+            stored = self.stored_name(prefix + name)
             read = name in persistent and stored in self.checkpoint
             self._put(module, name, self._read(stored, buffer.shape) if read else buffer.to(self.device))
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:
+        found = self.checkpoint.spec(name)[0]
+        if found != shape:
+            raise FedgroveError(f"model: {name} has shape {list(found)}, but config.json specifies {list(shape)}")
         value = self.checkpoint.read(name)
-        if value.shape != shape:
-            raise FedgroveError(f"model: {name} has shape {list(value.shape)}, but config.json specifies {list(shape)}")
         return value.to(self.device, self.dtype if value.dtype.is_floating_point else None)
 
     @staticmethod
@@ -259,7 +325,7 @@ class Decoder:
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, value)
 
-    def _stored(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
         """A parameter's name in the checkpoint.
 
         The names in a model that was saved without its head lack a prefix; the head of GPT-NeoX and the experts of Mixtral have
@@ -269,13 +335,9 @@ class Decoder:
         names = (name, short, name.replace("lm_head.", "embed_out.", 1), legacy_name(name), legacy_name(short))
         return next((stored for stored in names if stored in self.checkpoint), name)
 
-    def _is_tied(self, name: str) -> bool:
-        return self._ties_head() and self.model.get_parameter(name) is cast(Any, self.model).get_output_embeddings().weight
-
-    def _ties_head(self) -> bool:
-        """Whether the head is tied to the embedding, so that a checkpoint need not hold it."""
-        tied = bool(getattr(self.checkpoint.config.get_text_config(), "tie_word_embeddings", False))
-        return tied and cast(Any, self.model).get_output_embeddings() is not None
+    def source(self, name: str) -> str:
+        """The parameter whose stored value a parameter has: itself, or the one that it is tied to."""
+        return self.ties.get(name, name)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from fedgrove.files import write_atomically
-from fedgrove.models.stream import Checkpoint, raw_bytes
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import raw_bytes
 
 ENDS, TOKENIZER = "ends", "tokenizer"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fedgrove.data.tokens import encode, encode_prompt
 from fedgrove.errors import FedgroveError
 
 
@@ -33,7 +34,7 @@ def score_labels(
     Raises:
         FedgroveError: a label has no tokens, or is a prefix of another one, which it would always beat; names the label.
     """
-    ids = [_encode(tokenizer, label) for label in labels]
+    ids = [encode(label, tokenizer) for label in labels]
     for label, tokens in zip(labels, ids, strict=True):
         pairs = zip(labels, ids, strict=True)
         longer = [other for other, other_ids in pairs if other != label and other_ids[: len(tokens)] == tokens]
@@ -50,7 +51,7 @@ def score_labels(
     scores = []
     with torch.inference_mode():
         for prompt in prompts:
-            prompt_ids = _encode(tokenizer, prompt)[-(length - longest) :] or [tokenizer.eos_token_id or 0]
+            prompt_ids = encode_prompt(prompt, tokenizer, length - longest) or [tokenizer.eos_token_id or 0]
             output = cast(Any, model)(input_ids=torch.tensor([prompt_ids], device=device), use_cache=longest > 1)
             logits = output.logits[:, -1:].expand(len(ids), -1, -1)
             if longest > 1:
@@ -70,7 +71,3 @@ def accuracy(scores: Tensor, truth: Sequence[int]) -> float:
         truth: the index of the true label of each prompt.
     """
     return float((scores.argmax(1) == torch.tensor(truth)).double().mean())
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -61,10 +61,18 @@ def negative_log_likelihoods(
     return each
 
 
+def perplexity_of(total: float, count: float) -> float:
+    """exp(total / count); infinity where that is too large for a float."""
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
+
+
 def perplexity(decoder: Decoder, windows: Sequence[Tensor], on_progress: OnProgress = lambda done, total: None) -> float:
     """exp of the mean negative log-likelihood per predicted token; windows do not overlap."""
     total, count = negative_log_likelihood(decoder, windows, on_progress)
-    return math.exp(total / count)
+    return perplexity_of(total, count)
 
 
 def nll_of_logits(logits: Callable[[Tensor], Tensor], windows: Sequence[Tensor]) -> tuple[float, int]:

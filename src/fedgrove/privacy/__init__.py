@@ -1,1 +1,1 @@
-"""Privacy around the sums: secure aggregation, Gaussian noise, how much of it a promise needs, and what is promised."""
+"""Secure aggregation and differential privacy: Gaussian noise, its accounting, and the guarantees."""

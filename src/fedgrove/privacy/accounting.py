@@ -1,10 +1,12 @@
-"""How much noise a promise of (ε, δ)-differential privacy needs, and how much of the promise noise spends.
+"""Privacy accounting: the noise that (ε, δ)-differential privacy needs, and the ε that a given noise spends.
 
 - **The Gaussian mechanism** is calibrated exactly by the analytic formula of Balle & Wang (ICML 2018, Theorem 8). Several
-  releases of the same unit are one Gaussian mechanism of √releases times the sensitivity, whatever each depends on.
-- **DP-SGD** (Abadi et al., CCS 2016) gains by sampling: each window takes part in a step with the same small probability. Its
-  accountant is the privacy loss distribution of Google's ``dp-accounting``, for the composition of Poisson-sampled Gaussians,
-  with every rounding upwards. Without sampling (probability one) the Gaussian formula serves.
+  releases of the same unit compose to one Gaussian mechanism with √releases times the sensitivity. This also holds if a
+  release depends on the earlier ones.
+- **DP-SGD** (Abadi et al., CCS 2016) is amplified by sampling: each window takes part in a step with the same small
+  probability. It is accounted for with the privacy loss distribution of Google's ``dp-accounting``, for the composition
+  of Poisson-sampled Gaussians; all roundings are pessimistic. Without sampling (probability 1) the Gaussian formula is
+  used.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from fedgrove.errors import FedgroveError
 
 
 def gaussian_noise_multiplier(epsilon: float, delta: float, releases: int = 1) -> float:
-    """The least noise with which Gaussian releases together keep to (ε, δ).
+    """The smallest noise multiplier with which all Gaussian releases together are (ε, δ)-differentially private.
 
     Args:
         epsilon: ε > 0.
         delta: 0 < δ < 1.
-        releases: how many sums are opened that one protected unit is part of.
+        releases: the number of released sums that contain one protected unit.
 
     Returns:
         The standard deviation of the noise on each sum, in units of its sensitivity.
@@ -45,25 +47,31 @@ def _normal_cdf(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
+LEAST_NOISE = 0.2  # no job is given less; below it the accountant needs minutes
+
+
 @lru_cache(maxsize=256)
 def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The least noise, or a little more, with which so many steps of DP-SGD keep to (ε, δ).
+    """The smallest noise multiplier, or slightly more, with which ``steps`` steps of DP-SGD are (ε, δ)-private.
+
+    It is at least ``LEAST_NOISE``.
 
     Args:
         epsilon: ε > 0.
         delta: 0 < δ < 1.
-        rate: the probability with which a window takes part in a step, independent of all else.
-        steps: how many there are, in all rounds.
+        rate: the probability that a window takes part in a step, independently of all other windows and steps.
+        steps: the number of steps in all rounds together.
 
     Returns:
-        The standard deviation of the noise on a step's sum of gradients, in units of the norm that each is clipped to.
+        The standard deviation of the noise on a step's sum of gradients, in units of the clipping norm.
 
     Raises:
         FedgroveError: ``dp-accounting`` is not installed.
     """
     if rate >= 1:
         return gaussian_noise_multiplier(epsilon, delta, steps)
-    require_accountant()
+    if dp_sgd_epsilon(LEAST_NOISE, delta, rate, steps) <= epsilon:
+        return LEAST_NOISE
     from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism, pld  # an optional extra
 
     noise_multiplier: float = calibrate_dp_mechanism(
@@ -71,7 +79,7 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
         lambda noise: _event(noise, rate, steps),
         epsilon,
         delta,
-        LowerEndpointAndGuess(0.2, 1.0),
+        LowerEndpointAndGuess(LEAST_NOISE, 1.0),
         tol=2e-3,
     )
     return noise_multiplier
@@ -79,7 +87,7 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
 
 @lru_cache(maxsize=256)
 def dp_sgd_epsilon(noise_multiplier: float, delta: float, rate: float, steps: int) -> float:
-    """The ε of so many steps of DP-SGD, an upper bound; arguments as for :func:`dp_sgd_noise_multiplier`.
+    """An upper bound of the ε of ``steps`` steps of DP-SGD; arguments as for :func:`dp_sgd_noise_multiplier`.
 
     Raises:
         FedgroveError: ``dp-accounting`` is not installed.
@@ -91,20 +99,26 @@ def dp_sgd_epsilon(noise_multiplier: float, delta: float, rate: float, steps: in
 
 
 def dp_sgd_keeps(noise_multiplier: float, epsilon: float, delta: float, rate: float, steps: int) -> bool:
-    """Whether so many steps of DP-SGD keep to (ε, δ); arguments as for :func:`dp_sgd_noise_multiplier`."""
+    """Whether ``steps`` steps of DP-SGD are (ε, δ)-private; arguments as for :func:`dp_sgd_noise_multiplier`.
+
+    Noise below ``LEAST_NOISE`` is never enough: the answer must not take minutes, because the server chooses the noise.
+
+    Raises:
+        FedgroveError: ``rate`` is below 1 and ``dp-accounting`` is not installed.
+    """
     if rate >= 1:
         return noise_multiplier >= gaussian_noise_multiplier(epsilon, delta, steps) * (1 - 1e-9)
-    return dp_sgd_epsilon(noise_multiplier, delta, rate, steps) <= epsilon
+    return noise_multiplier >= LEAST_NOISE and dp_sgd_epsilon(noise_multiplier, delta, rate, steps) <= epsilon
 
 
 def require_accountant() -> None:
-    """Checks that the accountant of DP-SGD is there.
+    """Checks that ``dp-accounting``, the accountant of DP-SGD, is installed.
 
     Raises:
         FedgroveError: ``dp-accounting`` is not installed.
     """
     if importlib.util.find_spec("dp_accounting") is None:
-        raise FedgroveError('epsilon: counting the budget of windows needs dp-accounting: pip install "fedgrove[privacy]"')
+        raise FedgroveError('epsilon: the privacy accounting of windows needs dp-accounting: pip install "fedgrove[privacy]"')
 
 
 def _accountant(pld: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The attack that a promise is measured against: was a window trained on? Told by its loss (Yeom et al., CSF 2018)."""
+"""Membership inference by a threshold on the loss (Yeom et al., CSF 2018), to check a privacy guarantee empirically."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 def bound(epsilon: float, delta: float) -> float:
-    """The most that any attack can gain on one window under (ε, δ)-differential privacy: right guesses minus wrong ones.
+    """The largest advantage (true minus false positive rate) of any attack on one window under (ε, δ)-privacy.
 
-    (e^ε − 1 + 2δ) / (e^ε + 1): Humphries et al., CSF 2023; Kairouz, Oh & Viswanath, ICML 2015.
+    It is (e^ε − 1 + 2δ) / (e^ε + 1): Humphries et al., CSF 2023; Kairouz, Oh & Viswanath, ICML 2015.
     """
     return (math.expm1(epsilon) + 2 * delta) / (math.exp(epsilon) + 1)
 
 
 def advantage(inside: Tensor, outside: Tensor) -> float:
-    """What a threshold on the loss gains: the share of members below it minus that of others.
+    """The advantage of a threshold on the loss: the fraction of members at or below it minus that of non-members.
 
-    The threshold that is best on one half of the windows is used on the other half, both ways round, so that noise alone
-    gains nothing; the result may then be negative. It scatters by about 1/√windows.
+    The best threshold of one half of the windows is applied to the other half, and the reverse, so that chance alone
+    gives no advantage on average. The result can therefore be negative; its standard deviation is about 1/√windows.
 
     Args:
-        inside: (windows,) losses of those that were trained on.
-        outside: (windows,) losses of others of the same kind.
+        inside: (windows,) losses of windows that were trained on.
+        outside: (windows,) losses of windows of the same kind that were not.
     """
     advantages = []
     for half in (0, 1):

@@ -1,4 +1,4 @@
-"""How a kind of stage is shown that brings no ``report.py``: by its name, its clients and their messages."""
+"""The report of a kind of stage without its own ``report.py``: its name, its clients and their messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CARD = ""
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """The kind's name, and its method where it names one."""
+    """The kind's name, and the method if the table has one."""
     return f"{config['kind']} with {config['method']}" if "method" in config else str(config["kind"])
 
 
@@ -35,9 +35,9 @@ def limits(config: Mapping[str, Any]) -> str:
 
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
-    """Whatever the plan says of each client in plain numbers and words."""
+    """All numbers and strings that the plan has for each client."""
     if not plan["clients"]:
-        return Text(f"stage {plan['stage']}: {plan['kind']}; nobody takes part")
+        return Text(f"stage {plan['stage']}: {plan['kind']}; no client takes part")
     assignments: Mapping[str, Mapping[str, Any]] = plan["clients"]
     keys = [
         key
@@ -63,7 +63,7 @@ def figures(summary: Summary, stage: Stage) -> list[Figure]:
 
 
 def sections(summary: Summary, stage: Stage) -> list[Section]:
-    """How many messages each client sent and received, and their bytes; none where there was no message."""
+    """A table of each client's messages and their bytes; no section if there are no clients."""
     messages: dict[str, dict[str, list[int]]] = {client: {"up": [0, 0], "down": [0, 0]} for client in stage.clients}
     rows = [row for row in summary.traffic if row.stage == stage.number and not row.overhead]
     for row in rows:

@@ -1,11 +1,11 @@
-"""Charts for the page: rows of marks, placed in percent, drawn as inline SVG.
+"""Charts for the page: rows of marks with positions in percent, drawn as inline SVG.
 
-Why not a library: the page must be one small file, take its colors from the reader's scheme (light, dark, print), keep its
-letters readable on a phone, and show numbers on hover without a script. Plotly, Bokeh and Vega bring megabytes of script;
-what Matplotlib draws has one size, one set of colors and no hover; pygal has no heat map. Marks placed in percent need
-none of that: an SVG without a view box stretches with its column, its text and its dots do not.
+Why no library: the page must be one small file, follow the reader's color scheme (light, dark, print), keep text
+readable on a phone, and show numbers on hover without a script. Plotly, Bokeh and Vega need megabytes of script;
+Matplotlib's images have a fixed size, fixed colors and no hover; pygal has no heat map. Positions in percent are enough
+for all of this: an SVG without a view box stretches with its column, but its text and dots keep their size.
 
-Everything that is drawn is text with holes in it, filled by :class:`markupsafe.Markup`, which escapes.
+All marks are made with :meth:`markupsafe.Markup.format`, which escapes the values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a chart: its name, its marks and what stands at its end."""
+    """One row of a chart: its label on the left, its marks, and a value on the right."""
 
     label: str
     marks: Markup
@@ -32,11 +32,11 @@ class Chart:
     """A chart.
 
     Attributes:
-        kind: "dots" and "bars" have their labels above the marks on a narrow screen, "heat" keeps them beside.
-        alt: what a reader who does not see it should know.
+        kind: "dots" and "bars" have their labels above the marks on a narrow screen, "heat" has them on the left.
+        alt: a description for readers who cannot see the chart.
         rows: from top to bottom.
-        axis: the marks below (dots, bars) or above (heat) the rows.
-        legend: (class of the mark, what it stands for).
+        axis: the labels below (dots, bars) or above (heat) the rows.
+        legend: (class of the mark, its meaning).
     """
 
     kind: Literal["dots", "bars", "heat"]
@@ -47,13 +47,13 @@ class Chart:
 
     @property
     def dense(self) -> bool:
-        """Whether its rows are drawn lower, because they are many."""
+        """Whether rows are drawn with less height, because there are many."""
         return len(self.rows) > 24
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers to percent of the width.
+    """Maps numbers to percent of the width.
 
     >>> Scale.over([0.0, 7.3]).ticks
     [0.0, 2.0, 4.0, 6.0, 8.0]
@@ -65,7 +65,7 @@ class Scale:
 
     @classmethod
     def over(cls, values: Iterable[float]) -> Scale:
-        """From the numbers to show and zero: four to eight round ticks that reach around them."""
+        """A scale with round ticks (four to eight, as a rule) that includes all values and zero."""
         numbers = [0.0, *values]
         low, high = min(numbers), max(numbers)
         rough = (high - low or 1.0) / 6
@@ -76,17 +76,17 @@ class Scale:
         return cls(first * step, last * step, [k * step for k in range(first, last + 1)])
 
     def at(self, value: float) -> str:
-        """Where a number stands, in percent."""
+        """The position of a number, such as "12.5%"."""
         return _percent((value - self.low) / (self.high - self.low))
 
 
 def dot(scale: Scale, value: float, kind: str, title: str) -> Markup:
-    """A dot that says ``title`` when hovered."""
+    """A dot that shows ``title`` on hover."""
     return Markup('<circle class="{}" cx="{}" cy="50%" r="5"><title>{}</title></circle>').format(kind, scale.at(value), title)
 
 
 def square(scale: Scale, value: float, kind: str, title: str) -> Markup:
-    """A square, to be told from a dot without its color."""
+    """A square, which differs from a dot also without color."""
     return Markup(
         '<rect class="{}" x="{}" y="50%" width="9" height="9" transform="translate(-4.5 -4.5)"><title>{}</title></rect>'
     ).format(kind, scale.at(value), title)
@@ -100,21 +100,21 @@ def line(scale: Scale, low: float, high: float, kind: str, title: str = "") -> M
 
 
 def tick(scale: Scale, value: float, kind: str, title: str = "") -> Markup:
-    """An upright line at a number."""
+    """A vertical line at a number."""
     return Markup('<line class="{}" x1="{}" x2="{}" y1="0" y2="100%"><title>{}</title></line>').format(
         kind, scale.at(value), scale.at(value), title
     )
 
 
 def bar(scale: Scale, value: float, kind: str, title: str) -> Markup:
-    """A bar from zero, which must be the scale's low end."""
+    """A bar from zero to a number; the scale must begin at zero."""
     return Markup('<rect class="{}" y="18%" width="{}" height="64%"><title>{}</title></rect>').format(
         kind, scale.at(value), title
     )
 
 
 def grid(scale: Scale) -> Markup:
-    """Faint lines at the ticks, a stronger one at zero."""
+    """Thin vertical lines at the ticks, a darker one at zero."""
     return Markup("").join(
         Markup('<line class="{}" x1="{}" x2="{}" y1="0" y2="100%"/>').format("zero" if value == 0 else "grid", x, x)
         for value, x in ((value, scale.at(value)) for value in scale.ticks)
@@ -122,7 +122,7 @@ def grid(scale: Scale) -> Markup:
 
 
 def tick_labels(scale: Scale, labels: Sequence[str]) -> Markup:
-    """The numbers at the ticks; the outermost stay inside."""
+    """Labels at the ticks; the outermost are aligned to stay inside the chart."""
     last = len(labels) - 1
     return Markup("").join(
         Markup('<text x="{}" y="12" text-anchor="{}">{}</text>').format(
@@ -136,8 +136,8 @@ def cells(num_columns: int, filled: Mapping[int, tuple[float, str]]) -> Markup:
     """A row of a heat map.
 
     Args:
-        num_columns: of the map.
-        filled: by column, how strong (0 to 1) and what it says when hovered; other columns stay empty.
+        num_columns: number of columns of the map.
+        filled: by column, the opacity (0 to 1) and the text shown on hover; other columns stay empty.
     """
     width = _percent(1 / num_columns)
     return Markup("").join(
@@ -149,7 +149,7 @@ def cells(num_columns: int, filled: Mapping[int, tuple[float, str]]) -> Markup:
 
 
 def column_labels(labels: Sequence[str]) -> Markup:
-    """Names above the columns of a heat map; of many, every second, fifth, …"""
+    """Labels above the columns of a heat map; at most twelve, so of many only every second, fifth, …"""
     step = next(k for k in (1, 2, 5, 10, 20, 50, 100, len(labels)) if len(labels) / k <= 12)
     return Markup("").join(
         Markup('<text x="{}" y="12" text-anchor="middle">{}</text>').format(_percent((i + 0.5) / len(labels)), label)
@@ -159,7 +159,7 @@ def column_labels(labels: Sequence[str]) -> Markup:
 
 
 def runs(rows: Sequence[Iterable[int]]) -> str:
-    """A whole small map as one SVG path, a stroke for each run of filled cells: few bytes for many cells.
+    """A small map as one SVG path with one stroke for each run of filled cells, which needs few bytes.
 
     >>> runs([[0, 1, 4], [2]])
     'M0 .5h2M4 .5h1M2 1.5h1'

@@ -1,4 +1,4 @@
-"""Several runs side by side: one HTML page and one table for a terminal, from their run folders alone."""
+"""Compares several runs: one HTML page and one table for a terminal, from their run folders alone."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from fedgrove.report.sheet import Column, Table, render
 from fedgrove.report.summary import Summary, geometric_mean
 from fedgrove.report.words import change, file_name, plural, size
 
-FEWER = 0.99  # what is nearer to the next is not called fewer bytes
-PATHS = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
+FEWER = 0.99  # a run with more than this fraction of the next run's bytes is not reported as sending fewer
+PATHS = frozenset({"data", "path"})  # keys of the job whose values are paths of the machine that it ran on
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> dict[str, Summary]:
-    """Writes a page that puts runs side by side, atomically.
+    """Writes a page that compares runs, atomically.
 
     Args:
         runs: two or more run folders.
         out: the file.
 
     Returns:
-        The runs by the names that they have on the page.
+        The runs by their names on the page.
 
     Raises:
-        FedgroveError: a folder is no run, a run has not ended, or a folder is given twice.
+        FedgroveError: a folder is no run folder, a run has not ended, or a folder is given twice.
     """
     if len({run.resolve() for run in runs}) < len(runs):
-        raise FedgroveError("report: a run is given twice", "name each folder once")
+        raise FedgroveError("report: a run is given twice", "give each folder once")
     summaries = dict(zip(names(runs), map(read, runs), strict=True))
     write_atomically(out, page(summaries))
     return summaries
 
 
 def names(runs: Sequence[Path]) -> list[str]:
-    """What to call run folders: their own names, with as many folders above them as it takes to tell them apart."""
+    """Names for run folders: their own names, with as many parent folders as needed to make them unique."""
     parts = [run.resolve().parts for run in runs]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
@@ -56,12 +56,16 @@ def names(runs: Sequence[Path]) -> list[str]:
 
 
 def page(runs: Mapping[str, Summary]) -> str:
-    """The page."""
+    """The HTML page.
+
+    Args:
+        runs: two or more, by name.
+    """
     texts = shared_texts(runs)
     others = sorted({text for run in runs.values() for text in run.texts} - set(texts))
     says = f"Compared on {plural(len(texts), 'text')} that all of these runs measured." if texts else ""
     if others:
-        says += f" Left out because not every run measured them alike: {', '.join(others)}."
+        says += f" Left out because not every run measured them in the same way: {', '.join(others)}."
     return render(
         "compare.html",
         page_name="runs",
@@ -90,7 +94,7 @@ def shared_texts(runs: Mapping[str, Summary]) -> list[str]:
 
 
 def quality(runs: Mapping[str, Summary], texts: Sequence[str]) -> Table:
-    """Perplexity by text (rows) and run (columns); the dense model once, where all began with the same."""
+    """Perplexity by text (rows) and run (columns); one column for the dense model if it is the same in all runs."""
 
     first = next(iter(runs.values()))
     same = all(run.dense[text] == first.dense[text] for run in runs.values() for text in texts)
@@ -139,7 +143,7 @@ def cost(runs: Mapping[str, Summary]) -> Table:
     used = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
     return Table(
         "cost",
-        "What the models take, and what making them took",
+        "Size of the models, and the cost of the runs",
         [columns[i] for i in used],
         [[r[i] for i in used] for r in rows],
     )
@@ -158,10 +162,10 @@ def settings(runs: Mapping[str, Summary]) -> Table:
 
 
 def comparison_table(runs: Mapping[str, Summary]) -> rich.table.Table:
-    """For a terminal: a row for each run; single texts are on the page."""
+    """For a terminal: a row for each run. The page also has the single texts."""
     texts = shared_texts(runs)
-    over = f"; perplexity, the mean over {len(texts)} held out: lower is better" if texts else ""
-    table = rich.table.Table(title=f"Runs side by side{over}", title_justify="left")
+    over = f"; perplexity is the mean over {len(texts)} held-out texts, lower is better" if texts else ""
+    table = rich.table.Table(title=f"Runs compared{over}", title_justify="left")
     table.add_column("run")
     for heading in ("perplexity", "against dense", "zeros", "model", "sent by all"):
         table.add_column(Text(heading), justify="right")
@@ -181,7 +185,7 @@ def comparison_table(runs: Mapping[str, Summary]) -> rich.table.Table:
 
 def _verdict(runs: Mapping[str, Summary], texts: Sequence[str]) -> str:
     if not texts:
-        return "These runs share no held-out text that was measured alike, so which model is better is open."
+        return "These runs share no held-out text that was measured in the same way, so it is unknown which model is better."
     means = {name: geometric_mean([run.federated[text] for text in texts]) for name, run in runs.items()}
     best, worst = min(means, key=lambda name: means[name]), max(means, key=lambda name: means[name])
     over = plural(len(texts), "text") + " held out"
@@ -194,7 +198,7 @@ def _verdict(runs: Mapping[str, Summary], texts: Sequence[str]) -> str:
     says += ": no clear difference." if unclear(interval) else "."
     (lightest, sent), (_, next_sent), *_ = sorted(((name, sum(run.uplink.values())) for name, run in runs.items()), key=_bytes)
     if sent < FEWER * next_sent:
-        says += f" The fewest bytes were sent in {lightest}, {size(sent)} from all clients together."
+        says += f" The clients sent the fewest bytes in {lightest}: {size(sent)} together."
     return says
 
 
@@ -203,7 +207,7 @@ def _bytes(sent: tuple[str, int]) -> int:
 
 
 def _chart(runs: Mapping[str, Summary], texts: Sequence[str]) -> Chart:
-    """Each run's perplexities as differences to its dense model's."""
+    """Each run's perplexities as relative differences from its dense model's."""
 
     def at(value: float, dense: float) -> float:
         return 100 * (value / dense - 1)
@@ -226,7 +230,7 @@ def _chart(runs: Mapping[str, Summary], texts: Sequence[str]) -> Chart:
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:
-    """A job as dotted keys and text: ``stages.0.sparsity``. Folders are left out."""
+    """A job as strings by dotted key, such as ``stages.0.sparsity``. Paths are shortened to file names."""
     if isinstance(value, dict):
         parts = list(value.items())
     elif isinstance(value, list) and any(isinstance(part, dict) for part in value):

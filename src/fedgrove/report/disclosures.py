@@ -1,7 +1,7 @@
-"""What left a client, from the plans' lists of disclosures: the page and the model card say the same.
+"""What left a client, from the plans' lists of disclosures, for the page and the model card.
 
-A plan's ``discloses`` holds names of :class:`~fedgrove.rounds.disclosure.Disclosure`, decided from the requests that the stage
-makes; the phrases are that class's. Secure aggregation and noise are said around them.
+A plan's ``discloses`` lists names of :class:`~fedgrove.rounds.disclosure.Disclosure`, computed from the stage's
+requests; that class has the phrases. Sentences about secure aggregation and noise are added here.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fedgrove.report.summary import Stage
 from fedgrove.report.words import capitalized, listed
 from fedgrove.rounds.disclosure import Disclosure
 
-APART = frozenset({Disclosure.CAPABILITIES.name, Disclosure.WINDOW_LOSSES.name})  # said for the run, not for a stage
+APART = frozenset({Disclosure.CAPABILITIES.name, Disclosure.WINDOW_LOSSES.name})  # reported once for the run
 
 
 def what_left(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
-    """What clients sent, stage by stage, and who could see it: a paragraph each."""
+    """Paragraphs about what clients sent, stage by stage, and who could see it."""
     says = [f"No text and no tokens left a client. Before the first stage each client sent {Disclosure.CAPABILITIES.sentence}."]
     if any(Disclosure.WINDOW_LOSSES.name in stage.plan.get("discloses", ()) for stage in stages):
-        says.append(f"To measure what each client has alone, it sent {Disclosure.WINDOW_LOSSES.sentence}.")
+        says.append(f"To measure each client's model without the others, the client sent {Disclosure.WINDOW_LOSSES.sentence}.")
     for stage in stages:
         sent = f"each client sent {sent_in(stage)}."
         name = report_of(stage.kind).DOING or stage.kind
@@ -32,9 +32,9 @@ def what_left(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
 
 
 def sent_in(stage: Stage) -> str:
-    """What each client sent in a stage, to stand behind "sent"."""
+    """What each client sent in a stage, as a phrase to follow "sent"."""
     if "discloses" not in stage.plan:
-        return "something that its plan does not name"
+        return "data that is not listed in the plan"
     names: list[str] = [name for name in stage.plan["discloses"] if name not in APART]
     order = list(Disclosure.__members__)
     names.sort(key=lambda name: order.index(name) if name in order else len(order))
@@ -43,26 +43,26 @@ def sent_in(stage: Stage) -> str:
 
 
 def noisy(stage: Stage) -> bool:
-    """Whether noise was added to what clients sent, or to its sum."""
+    """Whether noise was added to what clients sent, or to the sum of it."""
     return bool(stage.plan.get("noise")) or stage.config.get("epsilon") is not None
 
 
 def _seen(job: Mapping[str, Any], stages: Sequence[Stage]) -> str:
-    """Who could see it, and whether there is noise."""
+    """A paragraph about who could see what clients sent, and whether noise was added."""
     if job.get("privacy", {}).get("secure_aggregation"):
         says = (
-            "Secure aggregation was on: whoever ran the server saw the numbers of each stage added up over the clients, and "
-            "those of no single client; the descriptions were seen one by one."
+            "Secure aggregation was on: whoever ran the server saw sums over the clients in each stage, and not the numbers of "
+            "any single client. The server did see the description that each client sent."
         )
     else:
         says = "Whoever ran the server could see what each client sent."
     with_noise = [stage.number for stage in stages if noisy(stage)]
     if not with_noise:
         return (
-            f"{says} No noise was added: these numbers are less than text, but they are computed from text, and nothing here "
-            "is a proof of privacy."
+            f"{says} No noise was added: these numbers reveal less than the text, but they are computed from it, and "
+            "there is no proof of privacy."
         )
     if len(with_noise) == len(stages):
-        return f"{says} Noise was added; what that promises is stated below."
+        return f"{says} Noise was added; the privacy guarantee is stated below."
     numbers = listed([str(number) for number in with_noise])
-    return f"{says} Noise was added in stage {numbers} only; what that promises is stated below."
+    return f"{says} Noise was added in stage {numbers} only; its privacy guarantee is stated below."

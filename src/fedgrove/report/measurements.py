@@ -1,4 +1,4 @@
-"""The page's parts on other measurements: before and after, what the model writes, its size, and its exports."""
+"""The page's tables of other measurements: before and after the run, generated samples, sizes, and exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sizes(summary: Summary) -> Table:
 
 
 def exports(summary: Summary) -> Table | None:
-    """Every form that was exported into the run folder: bytes, and perplexity after it was reloaded."""
+    """Every export in the run folder: bytes, and perplexity of the reloaded export."""
     if not summary.exports:
         return None
     columns = [Column("form"), Column("bytes", size), Column("of the model", "{:.3f}".format), Column("texts", "{:,}".format)]
@@ -43,7 +43,7 @@ def exports(summary: Summary) -> Table | None:
 
 
 def measures(summary: Summary) -> Table | None:
-    """What was measured of the model besides perplexity, with intervals where there are some."""
+    """All measurements of the model other than perplexity, with intervals if there are any."""
     stages = [None, *range(len(summary.stages))]
     ends = (".low", ".high")
 
@@ -96,6 +96,6 @@ def _spread(name: str, take: Callable[[str], float | None]) -> Spread | None:
 
 
 def samples(summary: Summary) -> Table:
-    """What the model writes: only as CSV."""
+    """The generated samples; used as CSV only."""
     rows = [[sample["prompt"], sample["before"], sample["after"]] for sample in summary.samples]
     return Table("samples", "", [Column("prompt"), Column("before"), Column("after")], rows)

@@ -1,4 +1,4 @@
-"""The model card: README.md of a result in the Hugging Face form, from the files of the run folder."""
+"""The model card: README.md of a result in Hugging Face format, from the files of the run folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ USE = "## How to use it"
 
 
 def card(run: Path, base_card: str | None, use: str) -> str:
-    """What was done, on whose text, how good it is, what is protected, how to use it; then the card of the base model.
+    """The card: stages, clients, quality, privacy, and how to use the model; then the card of the base model.
 
     Args:
-        run: the run folder; its model need not be there yet.
-        base_card: README.md of the model that the job began with.
-        use: Markdown; ``FOLDER`` in it stands for the model's folder.
+        run: the run folder; its model need not exist yet.
+        base_card: README.md of the base model.
+        use: Markdown that explains how to use the model.
     """
-    from huggingface_hub import EvalResult, ModelCardData  # slow, and a report does without
+    from huggingface_hub import EvalResult, ModelCardData  # slow to import, and the report does not need it
 
     job = read_job(run)
     stages = read_stages(run, job)
@@ -61,24 +61,24 @@ def card(run: Path, base_card: str | None, use: str) -> str:
         "\n\n".join(privacy(job, stages)),
         USE,
         use,
-        "Check what it writes before anybody relies on it: it was measured on the texts above and on nothing else.",
+        "Check what it writes before you rely on it: it was measured only on the texts above.",
     ]
     text = (base.text or "").strip()
     if text:
-        parts += ["## The card of the model that it came from", text]
+        parts += ["## The card of the base model", text]
     return f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"
 
 
 def card_of_form(model: Path, form: str, use: str, folder: str, relation: str = "finetune", library: str | None = None) -> str:
-    """The card of a model for another form of it: the same, but for how it is used and what it is on the hub.
+    """The card of an export: the model's card with other instructions for use, metadata and tags.
 
     Args:
         model: the model's directory.
-        form: what it became.
-        use: Markdown of that form.
-        folder: the name of the folder.
-        relation: what it is to the base model, as the hub calls it.
-        library: that loads it; None: the one of the model's card.
+        form: the name of the export's format.
+        use: Markdown that explains how to use that format; ``FOLDER`` and ``BASE`` in it are replaced.
+        folder: the name of the export's folder.
+        relation: the relation to the base model, in the hub's terms.
+        library: the library that loads the export; None: that of the model's card.
     """
     file = model / "README.md"
     card = _read(file.read_text(encoding="utf-8") if file.is_file() else f"# {model.name}\n")
@@ -96,14 +96,14 @@ def card_of_form(model: Path, form: str, use: str, folder: str, relation: str = 
 
 
 def privacy(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
-    """What left a client and who could see it, and what the plans state besides: a paragraph each."""
+    """Paragraphs about what left a client and who could see it, and the plans' notes."""
     notes = [note for stage in stages for note in stage.plan.get("notes", ())]
-    repeats = [] if all(map(noisy, stages)) else ["A model can repeat text that it was made with."]
+    repeats = [] if all(map(noisy, stages)) else ["A model can repeat text that it was trained or calibrated on."]
     return [*what_left(job, stages), *repeats, *notes]
 
 
 def _read(text: str) -> Any:
-    from huggingface_hub import ModelCard  # slow, likewise
+    from huggingface_hub import ModelCard  # slow to import
 
     front = "" if text.startswith("---\n") else "---\nlibrary_name: transformers\n---\n"
     return ModelCard(front + text, ignore_metadata_errors=True)

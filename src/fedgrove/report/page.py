@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing but itself. Here it is put together; each part has a file of its own."""
+"""The report: one self-contained HTML page. This file combines its parts; each part has its own file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fedgrove.report.summary import Summary
 from fedgrove.report.verdict import alone_means, one_owner, own_texts, verdict
 from fedgrove.report.words import between, change, file_name, plural, size
 
-PRIVATE = frozenset({"data", "path"})  # keys of the job that hold paths of the machine it ran on
+PRIVATE = frozenset({"data", "path"})  # keys of the job whose values are paths of the machine that it ran on
 
 
 def write_report(run: Path) -> Path:
     """Writes ``RUN/report.html``, atomically, from the files of the run folder alone.
 
     Raises:
-        FedgroveError: it is no run folder, or the run has not ended.
+        FedgroveError: the folder is no run folder, or the run has not ended.
     """
     out = run / "report.html"
     write_atomically(out, page(read(run)))
@@ -35,7 +35,7 @@ def write_report(run: Path) -> Path:
 
 
 def page(summary: Summary) -> str:
-    """The page of a run."""
+    """The HTML page of a run."""
     return render(
         "page.html",
         page_name=summary.job["name"],
@@ -72,7 +72,7 @@ def page(summary: Summary) -> str:
 
 
 def stage_sections(summary: Summary) -> list[Section]:
-    """What each stage says about itself, in order."""
+    """The sections of all stages, in order."""
     return [section for stage in summary.stages for section in report_of(stage.kind).sections(summary, stage)]
 
 
@@ -99,7 +99,7 @@ def figures(summary: Summary) -> list[Figure]:
 
 
 def _without_folders(value: Any, key: str = "") -> Any:
-    """A copy of the job whose paths are file names: the page is made to be passed on, and folder names reveal their owner."""
+    """A copy of the job with file names instead of paths: the page may be shared, and folder names can be private."""
     if isinstance(value, dict):
         return {name: _without_folders(part, name) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""How sure a comparison of two models is: intervals of what lies between them, on the very same text."""
+"""Confidence intervals for the difference of two models, measured on the same windows (paired bootstrap)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ Examples = Mapping[str, Parts]  # of one model, by text
 
 
 def ratio_interval(over: Examples, under: Sequence[Examples], texts: Sequence[str]) -> Interval | None:
-    """95 % of: the perplexity of one model, divided by the mean over others, each the geometric mean over texts.
+    """The 95 % interval of one model's perplexity divided by the mean of others', each a geometric mean over texts.
 
-    None where it is not known: in runs of an older fedgrove, or with one window of a text.
+    Args:
+        over: (loss, tokens) of each window of the one model, by text.
+        under: likewise of the other models.
+        texts: the texts to use.
+
+    Returns:
+        None if it cannot be computed: the run is of an older fedgrove, or a text has only one window.
     """
     drawn = _drawn([over, *under], texts)
     if not drawn or not under:
@@ -25,13 +31,13 @@ def ratio_interval(over: Examples, under: Sequence[Examples], texts: Sequence[st
 
 
 def difference_interval(after: Examples, before: Examples, name: str) -> Interval | None:
-    """95 % of: the mean of a measure of one model, less that of another."""
+    """The 95 % interval of a measure of one model minus that of another; None if it cannot be computed."""
     drawn = _drawn([after, before], [name])
     return interval(drawn[0] - drawn[1]) if drawn else None
 
 
 def unclear(between: Interval | None, none: float = 1.0) -> bool:
-    """Whether there may be no difference: the interval holds ``none``."""
+    """Whether the difference is not significant: the interval includes ``none``, the value for no difference."""
     return between is not None and between[0] <= none <= between[1]
 
 

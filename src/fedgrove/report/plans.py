@@ -11,5 +11,5 @@ from fedgrove.report.stage_reports import report_of
 
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
-    """A plan as it stands in ``RUN/plan-N-KIND.json``, and its stage as it stands in ``RUN/job.toml``."""
+    """The table of a plan, from the content of ``RUN/plan-N-KIND.json`` and the stage's table in ``RUN/job.toml``."""
     return report_of(plan["kind"]).plan_table(plan, config)

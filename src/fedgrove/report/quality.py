@@ -1,4 +1,4 @@
-"""The page's part on quality: perplexity on held-out text, dense, alone, centralized and federated."""
+"""The page's section on quality: perplexity on held-out text of the dense, alone, centralized and federated models."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedgrove.report.sheet import Column, Spread, Table
 from fedgrove.report.summary import Summary, geometric_mean
 from fedgrove.report.words import between, change, ratio
 
-MOST_COLUMNS = 5  # more clients than this share three columns: lowest, mean, highest
+MOST_COLUMNS = 5  # for more clients the table has three columns: lowest, mean, highest
 
 
 def perplexity_chart(summary: Summary) -> Chart | None:
-    """Each text's perplexities as differences to the dense model's."""
+    """Each text's perplexities as relative differences from the dense model's; None if nothing was measured."""
     if not summary.texts:
         return None
     takes: list[tuple[str, Callable[[dict[str, float]], float], list[str]]] = [
@@ -89,7 +89,7 @@ def perplexity_chart(summary: Summary) -> Chart | None:
 
 
 def perplexities(summary: Summary) -> Table | None:
-    """Perplexity by text (rows) and model (columns); None where nothing was measured."""
+    """Perplexity by text (rows) and model (columns); None if nothing was measured."""
     if not summary.texts:
         return None
     clients = sorted(summary.alone)
@@ -136,7 +136,7 @@ def perplexities(summary: Summary) -> Table | None:
 
 
 def differences(summary: Summary) -> Table | None:
-    """What the federated model is against the others, on each text, and how sure that is."""
+    """The federated model's perplexity relative to the others', on each text, with intervals; None if not measured."""
     if not summary.texts:
         return None
     clients = sorted(summary.alone)
@@ -174,7 +174,7 @@ def differences(summary: Summary) -> Table | None:
 
 
 def alone(summary: Summary) -> Table | None:
-    """Every client alone on every text, where the table of perplexities has no room for it: only as CSV."""
+    """Perplexity of every client alone on every text, as CSV, if there are too many clients for the table."""
     if len(summary.alone) <= MOST_COLUMNS:
         return None
     clients = sorted(summary.alone)

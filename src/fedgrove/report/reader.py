@@ -1,4 +1,4 @@
-"""The one reader of a run folder: what its files say, as plain values."""
+"""Reads the files of a run folder into plain values. All reports use this reader."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fedgrove.report.summary import CENTRALIZED, PERPLEXITY, Stage, Summary, Tra
 def read(run: Path) -> Summary:
     """Reads a run folder.
 
-    Lines that say a thing again (a resumed run) count as the last one says; metrics and messages of kinds that are not
-    known here are passed over or only summed.
+    If a measurement occurs several times (in a resumed run), the last one is used. Unknown metrics are ignored, and
+    messages of unknown kinds are only summed.
 
     Raises:
-        FedgroveError: it is no run folder, or the run has not ended.
+        FedgroveError: the folder is no run folder, or the run has not ended.
     """
     if not (run / "job.toml").is_file():
         raise FedgroveError(f"{run}: no run folder (it has no job.toml)")
     if not (run / "model").is_dir():
-        from fedgrove.runfolder import unfinished  # slow: it imports torch, which a report does without
+        from fedgrove.runfolder import unfinished  # slow: it imports torch, which a report does not need
 
         raise unfinished(run)
     job = read_job(run)
@@ -98,23 +98,23 @@ def read(run: Path) -> Summary:
 
 
 def read_job(run: Path) -> dict[str, Any]:
-    """``job.toml`` as it ran."""
+    """The content of ``job.toml``."""
     return tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
 
 
 def read_stages(run: Path, job: Mapping[str, Any]) -> list[Stage]:
-    """The job's stages with their plans, as far as those are written."""
+    """The job's stages, with those plans that have been written."""
     plans = {plan["stage"]: plan for plan in map(read_json, run.glob("plan-*.json"))}
     return [Stage(number, table["kind"], table, plans.get(number, {})) for number, table in enumerate(job["stages"])]
 
 
 def read_perplexities(run: Path) -> dict[tuple[int | None, str | None], dict[str, float]]:
-    """Perplexity by (stage, client) and text, of whole stages; the last line of a measurement counts."""
+    """Perplexity after whole stages, by (stage, client) and text; the last line of a measurement is used."""
     return _perplexities(read_lines(run / "metrics.jsonl"))
 
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:
-    """Every export that lies in a folder and is still there, the smallest first; ``folder`` is added to each."""
+    """The records of all exports in a folder that still exist, the smallest first; ``folder`` is added to each."""
     rows = []
     for file in sorted(folder.glob("*.export.json")):
         name = file.name.removesuffix(".export.json")
@@ -162,7 +162,7 @@ def _examples(run: Path) -> dict[tuple[int | None, str | None], dict[str, Parts]
 
 
 def _weights(model: Path) -> tuple[int, str | None]:
-    """Parameters of a model directory, and the dtype that most of them have; from the files' headers alone."""
+    """The number of parameters of a model directory, and their most frequent dtype; reads the files' headers only."""
     by_dtype = Counter[str]()
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="np") as opened:

@@ -1,9 +1,9 @@
-"""What a kind of stage gives the report: the protocol of ``stages/KIND/report.py``, and the parts of its sections.
+"""What a kind of stage adds to the report: the protocol of ``stages/KIND/report.py``, and the parts of its sections.
 
-The report knows no kind of stage. It loads ``fedgrove.stages.KIND.report`` by the name in the job
-(:mod:`fedgrove.report.stage_reports`), and a kind without that file is shown by :mod:`fedgrove.report.any_stage`. Such a
-file reads plain data only (the stage's table in the job, its plan, its JSON files), and imports neither torch nor the rest of
-its stage: a report must be there at once, and without a model.
+The report has no code for any kind of stage. It loads ``fedgrove.stages.KIND.report`` by the name in the job
+(:mod:`fedgrove.report.stage_reports`); a kind without that file is shown by :mod:`fedgrove.report.any_stage`. Such a
+file reads plain data only (the stage's table in the job, its plan, its JSON files), and imports neither torch nor the
+rest of its stage, so that a report is fast and needs no model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text; ``note``: in small. A :class:`markupsafe.Markup` may hold HTML, everything else is escaped."""
+    """Text; ``note``: in small print. A :class:`markupsafe.Markup` may contain HTML, everything else is escaped."""
 
     text: str
     note: bool = False
@@ -38,7 +38,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list."""
+    """A list of lines."""
 
     lines: Sequence[str]
     part: ClassVar[str] = "bullets"
@@ -46,7 +46,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart and what it shows."""
+    """A chart with a caption."""
 
     chart: Chart
     caption: str
@@ -55,7 +55,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table; ``folded``: shown only when asked."""
+    """A table; ``folded``: collapsed until the reader opens it."""
 
     table: Table
     folded: bool = False
@@ -64,7 +64,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Download:
-    """A table that is offered as CSV and not shown, behind a line of text."""
+    """A table that is not shown but offered as CSV, after a line of text."""
 
     text: str
     table: Table
@@ -93,7 +93,7 @@ Part = Paragraph | Bullets | Picture | Sheet | Download | SmallMaps
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page. ``id``: of its heading, once on the page."""
+    """A section of the page. ``id``: the HTML id of its heading, unique on the page."""
 
     id: str
     title: str
@@ -101,14 +101,14 @@ class Section:
 
 
 class StageReport(Protocol):
-    """``stages/KIND/report.py``.
+    """The protocol of ``stages/KIND/report.py``.
 
     Attributes:
-        DID: what clients did together, in the past tense, which is also the participle: "pruned".
-        DOING: the same as a noun: "pruning", as in "after pruning"; "": the name of the kind.
-        FILES: JSON files that the stage writes into the run folder, besides its plan.
-        TAGS: of the model card.
-        CARD: what whoever uses the result should know, for the model card; "": nothing.
+        DID: what the clients did, as past tense and participle: "pruned".
+        DOING: the same as a noun: "pruning", as in "after pruning"; "": the name of the kind is used.
+        FILES: JSON files that the stage writes into the run folder in addition to its plan.
+        TAGS: tags for the model card.
+        CARD: what users of the result should know, for the model card; "": nothing.
     """
 
     DID: str
@@ -122,39 +122,39 @@ class StageReport(Protocol):
         ...
 
     def recipe(self, config: Mapping[str, Any]) -> str:
-        """How much work it was: "16 windows of 512 tokens from each client"; "": nothing to say."""
+        """The amount of work: "16 windows of 512 tokens from each client"; "": not stated."""
         ...
 
     def limits(self, config: Mapping[str, Any]) -> str:
-        """What this stage keeps back of that which its plan discloses, in whole sentences; "": nothing."""
+        """Sentences about limits on what the plan discloses; "": none."""
         ...
 
     def plan_table(self, plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
-        """The plan for a terminal: what each client is given, and by what it has, why."""
+        """The plan for a terminal: each client's work, and the capabilities on which it depends."""
         ...
 
     def result_tables(self, stage: Stage) -> list[RenderableType]:
-        """What a terminal shows of the stage when a run has ended, above the results."""
+        """Tables of the stage that a terminal shows above the results when a run has ended."""
         ...
 
     def outcome(self, stage: Stage, files: Mapping[str, Any]) -> Outcome:
-        """What the stage came to.
+        """The outcome of the stage.
 
         Args:
             stage: its table and plan.
-            files: those of ``FILES`` that are there, by name.
+            files: the content of those ``FILES`` that exist, by name.
         """
         ...
 
     def figures(self, summary: Summary, stage: Stage) -> list[Figure]:
-        """Its large numbers at the top of the page."""
+        """The stage's large numbers at the top of the page."""
         ...
 
     def sections(self, summary: Summary, stage: Stage) -> list[Section]:
-        """Its sections of the page."""
+        """The stage's sections of the page."""
         ...
 
 
 def numbered(summary: Summary, stage: Stage, title: str) -> str:
-    """A title with the stage's number, where there are several stages."""
+    """A title, with the stage's number if there are several stages."""
     return f"{title}: stage {stage.number}" if len(summary.stages) > 1 else title

@@ -1,4 +1,4 @@
-"""A table of a page: shown, and offered as a CSV file; and the pages' templates."""
+"""Tables of a page, shown and offered as CSV files; and the rendering of the pages' templates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG = 30  # a table with more rows is folded
 
 
 class Spread(NamedTuple):
-    """A number with the ends of its interval, and how the page says it: in large, and below it in small."""
+    """A number with its interval, and its text on the page: the number, and in small print below it the interval."""
 
     value: float
     low: float | None
@@ -27,9 +27,9 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its heading, and how a value is shown. Without ``show`` it is text.
+    """A column of a table: its heading, and a function that formats a value. Without ``show`` values are text.
 
-    ``spread``: its values are :class:`Spread`, and three columns of the CSV file.
+    ``spread``: its values are :class:`Spread`, which become three columns of the CSV file.
     """
 
     title: str
@@ -38,11 +38,11 @@ class Column:
 
     @property
     def textual(self) -> bool:
-        """Whether its values are text, to be set to the left."""
+        """Whether its values are text, which is aligned to the left."""
         return self.show is None and not self.spread
 
     def text(self, value: Any) -> str:
-        """A value as the page shows it; the CSV has it in full."""
+        """A value as the page shows it; the CSV file has it in full precision."""
         if value is None:
             return "–"
         if isinstance(value, Spread):
@@ -62,12 +62,12 @@ class Table:
 
     @property
     def folded(self) -> bool:
-        """Whether the page shows it only when asked."""
+        """Whether the table is collapsed until the reader opens it."""
         return len(self.rows) > LONG
 
     @property
     def link(self) -> str:
-        """The table as a data URI. CSV as in RFC 4180, numbers in full."""
+        """The table as a data URI with CSV (RFC 4180), numbers in full precision."""
         text = io.StringIO()
         writer = csv.writer(text)
         titles = [[c.title, f"{c.title}: low", f"{c.title}: high"] if c.spread else [c.title] for c in self.columns]
@@ -85,14 +85,14 @@ class Table:
 
 
 def _harmless(value: Any) -> Any:
-    """Keeps a spreadsheet from taking a name for a formula."""
+    """Quotes a text that a spreadsheet would otherwise interpret as a formula."""
     if value is None:
         return ""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def render(template: str, **values: Any) -> str:
-    """Fills one of the templates that lie beside this file; names of people are escaped."""
+    """Fills one of the templates in this folder; values are escaped."""
     loader = jinja2.FunctionLoader(lambda name: (files("fedgrove.report") / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

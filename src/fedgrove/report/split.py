@@ -1,4 +1,4 @@
-"""Who holds what, after a split: a table for a terminal and a picture."""
+"""The result of ``fedgrove split``: the records of each client, as a table for a terminal and as a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.sheet import render
 from fedgrove.report.words import plural
 
-MOST_LABELS = 40  # columns of the picture; the rarer values share the last one
+MOST_LABELS = 40  # columns of the chart; rarer values share the last column
 OTHERS = "others"
 
 
@@ -31,7 +31,7 @@ class Holding(Protocol):
 
 
 def holdings_table(holdings: Sequence[Holding]) -> Table:
-    """A row for each client: records, characters, and the values of the field that it has the most of."""
+    """A row for each client: records, characters, and the most frequent values of the field."""
     table = Table(title="Who holds what", title_justify="left")
     labelled = any(holding.labels for holding in holdings)
     for heading in ("client", "records", "share", "characters", *(["values", "the most frequent"] if labelled else [])):
@@ -52,11 +52,11 @@ def holdings_table(holdings: Sequence[Holding]) -> Table:
 
 
 def holdings_page(holdings: Sequence[Holding], title: str) -> str:
-    """One self-contained HTML page: a map of clients by values where there are values, else a bar for each client; a table."""
+    """One self-contained HTML page: a heat map of clients by values (without a field: bars), and a table."""
     columns = _columns(holdings)
     says = "Records of each client."
     if columns:
-        says = "A stronger color: more of the client’s records; the number at the end counts them all. The columns: "
+        says = "The stronger the color, the more of the client’s records; the number on the right is their total. Columns: "
         says += ", ".join(f"{number} {column}" for number, column in enumerate(columns, 1)) + "."
     return render(
         "split.html",
@@ -81,7 +81,7 @@ def _table(holdings: Sequence[Holding]) -> sheet.Table:
 
 
 def _by_value(holdings: Sequence[Holding]) -> sheet.Table:
-    """Records of each client by value, all of them: only as CSV."""
+    """Records of each client by value, for all values; used as CSV only."""
     values = sorted({label for holding in holdings for label in holding.labels})
     rows = [[h.name, *(h.labels.get(value, 0) for value in values)] for h in holdings]
     return sheet.Table("values", "", [sheet.Column("client"), *map(sheet.Column, values)], rows)

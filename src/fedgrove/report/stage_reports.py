@@ -1,4 +1,4 @@
-"""Finds ``stages/KIND/report.py`` by the kind's name, which is the whole registry."""
+"""Finds ``stages/KIND/report.py`` by the kind's name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ STAGES, FILE = "stages", "report"
 
 
 def report_of(kind: str) -> StageReport:
-    """What a kind of stage gives the report; see :class:`~fedgrove.report.sections.StageReport`.
+    """The report module of a kind of stage; see :class:`~fedgrove.report.sections.StageReport`.
 
-    A kind that has no such file, or whose folder is not here, is shown by :mod:`fedgrove.report.any_stage`.
+    For a kind without such a file, or an unknown kind, it is :mod:`fedgrove.report.any_stage`.
 
     Raises:
-        FedgroveError: its file lacks part of the protocol.
+        FedgroveError: the file lacks part of the protocol.
     """
     if kind in plugins.names(STAGES, folders=True) and FILE in plugins.names(f"{STAGES}.{kind}"):
         return cast(StageReport, plugins.load(f"{STAGES}.{kind}", FILE, StageReport))
@@ -25,5 +25,5 @@ def report_of(kind: str) -> StageReport:
 
 
 def stage_files() -> list[str]:
-    """The files that any kind of stage may write into the run folder, besides its plan."""
+    """The names of all files that stages may write into the run folder in addition to their plans, sorted."""
     return sorted({file for kind in plugins.names(STAGES, folders=True) for file in report_of(kind).FILES})

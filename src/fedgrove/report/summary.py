@@ -1,4 +1,4 @@
-"""A finished run as plain values; :mod:`fedgrove.report.reader` makes them of a run folder, pages and tables show them."""
+"""A finished run as plain values: read by :mod:`fedgrove.report.reader`, shown by pages and tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from fedgrove.evaluation.metrics import Parts
 from fedgrove.report.paired import Interval, ratio_interval
 
-CENTRALIZED = "centralized"  # the owner of all the text, and the folder of its run
+CENTRALIZED = "centralized"  # the name of the client with all text, and the folder of its run
 PERPLEXITY = "perplexity/"
-CAPABILITIES, ALONE = "rounds/capabilities", "/alone"  # requests around a stage, not for its result, and how their kind ends
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by the names that safetensors gives to dtypes
+CAPABILITIES, ALONE = "rounds/capabilities", "/alone"  # endings of the kinds of overhead requests
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # by safetensors' names of dtypes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Traffic:
 
     @property
     def overhead(self) -> bool:
-        """Whether it went around the stages, not into their result."""
+        """Whether these messages were for capabilities or measurement instead of the result."""
         return self.kind.endswith((CAPABILITIES, ALONE))
 
 
@@ -39,10 +39,10 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        number: its place in the job.
+        number: its index in the job, from 0.
         kind: the name of its folder in ``fedgrove.stages``.
         config: its table in ``job.toml``.
-        plan: ``plan-N-KIND.json``; empty where there is none.
+        plan: the content of ``plan-N-KIND.json``; empty if there is none.
     """
 
     number: int
@@ -52,20 +52,21 @@ class Stage:
 
     @property
     def clients(self) -> list[str]:
-        """Everybody who was planned for, by name."""
+        """The clients in the plan, sorted by name."""
         return sorted(self.plan.get("clients", {}))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage came to, in terms that every page and table can use, whatever the kind of stage.
+    """The outcome of a stage, in terms that do not depend on the kind of stage.
 
     Attributes:
-        says: what became of the model, such as "50.0% of the weights in 42 matrices are zero"; "": nothing to say.
-        zeros: how many weights it pruned to zero.
-        weights: how many weights the matrices have that it pruned.
-        dense: numbers that one client would send in a round of plain averaging of the same matrices; 0: no such comparison.
-        rounds: in how many rounds.
+        says: the effect on the model, such as "50.0% of the weights in 42 matrices are zero"; "": not stated.
+        zeros: the number of weights that it pruned to zero.
+        weights: the number of weights in the matrices that it pruned.
+        dense: the number of values that one client would send per round for plain averaging of the same matrices; 0: no
+            such comparison.
+        rounds: the number of rounds.
     """
 
     says: str = ""
@@ -80,30 +81,30 @@ class Summary:
     """A finished run.
 
     Attributes:
-        name: of the folder.
-        job: the job as it ran.
-        stages: of the job, in order.
+        name: the name of the run folder.
+        job: the content of ``job.toml``.
+        stages: the stages of the job, in order.
         outcomes: of each stage.
-        files: the JSON files of the run folder that belong to kinds of stage, by name, such as ``pruning.json``.
-        clients: everybody who was planned for, sent or received something, by name.
+        files: the content of the stages' JSON files, such as ``pruning.json``, by file name.
+        clients: all clients of the job, of the plans and of the ledger, sorted by name.
         texts: the held-out texts that were measured before and after, in the job's order.
-        dense: perplexity of the model as it came, by text.
+        dense: perplexity of the base model, by text.
         after: by stage, perplexity by text of the model after it.
-        alone: by client, perplexity by text of what it would have had without the others; empty if not measured.
-        alone_stage: after which stage ``alone`` was measured; compare it with ``together``.
-        centralized: perplexity by text of what one owner of all the text would have; empty if that was not run.
-        centralized_measured: likewise everything else that was measured, by name.
-        examples: (sum, how many) of each window or record that a measurement is the mean of, by (stage, client) and name.
-        centralized_examples: likewise, by name.
-        exports: what was measured of each form that was exported into the run folder.
-        samples: ``samples.json``: each prompt, and what the model wrote before and after.
-        rounds_measured: the metrics of single rounds and of clients, but perplexities: by (stage, round, client, name).
+        alone: by client and text, perplexity of the model that it would have without the others; empty if not measured.
+        alone_stage: the stage after which ``alone`` was measured; compare ``alone`` with ``together``.
+        centralized: perplexity of the centralized run's model, by text; empty if there is no such run.
+        centralized_measured: all measurements of that model, by name.
+        examples: (sum, count) of each window or record that a measurement is the mean of, by (stage, client) and name.
+        centralized_examples: the same for the centralized run, by name.
+        exports: the records of the exports in the run folder.
+        samples: from ``samples.json``: each prompt, and what the model generated before and after the run.
+        rounds_measured: by (stage, round, client, name), all metrics except perplexities after whole stages.
         traffic: the ledger, summed by stage, round, client, direction and kind.
-        dtype: in which most of the result's numbers are stored, as safetensors names it.
-        parameters: of the result.
-        model_bytes: all files of ``model/``.
-        packed_bytes: all files of ``packed/``; None if the model was not exported so.
-        began, ended: Unix times of the first and the last measurement; None without one.
+        dtype: the most frequent dtype of the result, in safetensors' name.
+        parameters: number of parameters of the result.
+        model_bytes: size of all files of ``model/``.
+        packed_bytes: size of all files of ``packed/``; None if there is no such export.
+        began, ended: Unix times of the first and the last measurement; None if there is none.
     """
 
     name: str
@@ -134,7 +135,7 @@ class Summary:
 
     @property
     def last(self) -> int:
-        """The last stage."""
+        """The index of the last stage."""
         return len(self.stages) - 1
 
     @property
@@ -144,17 +145,17 @@ class Summary:
 
     @property
     def together(self) -> dict[str, float]:
-        """Perplexity of the model that may be compared with ``alone``: the one after the same stage."""
+        """Perplexity, by text, of the federated model to compare with ``alone``: the one after the same stage."""
         return self.federated if self.alone_stage is None else self.after[self.alone_stage]
 
     @property
     def zeros(self) -> int:
-        """Weights that were pruned to zero."""
+        """Number of weights that were pruned to zero."""
         return sum(outcome.zeros for outcome in self.outcomes)
 
     @property
     def pruned_weights(self) -> int:
-        """Weights in all pruned matrices; 0: nothing was pruned."""
+        """Number of weights in all pruned matrices; 0: nothing was pruned."""
         return sum(outcome.weights for outcome in self.outcomes)
 
     @property
@@ -168,40 +169,40 @@ class Summary:
 
     @property
     def alone_mean(self) -> float | None:
-        """The mean over clients of what they have alone, each the geometric mean over the texts."""
+        """The mean of the clients' perplexities alone, each a geometric mean over texts; None if not measured."""
         if not self.alone:
             return None
         return sum(self.mean(values) for values in self.alone.values()) / len(self.alone)
 
     @property
     def owned(self) -> dict[str, str]:
-        """The texts that belong to a client that was measured alone: those of its name. By text, the client."""
+        """By text, its owner: a client of the same name that was measured alone."""
         return {text: text for text in self.texts if text in self.alone}
 
     def perplexities(self) -> dict[str, Any]:
-        """Perplexity by model and text: dense, alone by client, federated."""
+        """Perplexity by model and text: dense, alone (by client and text), federated, and centralized if it was run."""
         outcomes: dict[str, Any] = {"dense": self.dense, "alone": self.alone, "federated": self.federated}
         return outcomes | ({"centralized": self.centralized} if self.centralized else {})
 
     def against_dense(self, texts: Sequence[str]) -> Interval | None:
-        """95 % of the result's perplexity divided by the dense model's; see :mod:`fedgrove.report.paired`."""
+        """95 % interval of the result's perplexity divided by the dense model's; see :mod:`fedgrove.report.paired`."""
         return ratio_interval(self.windows(self.last), [self.windows(None)], texts)
 
     def against_alone(self, clients: Sequence[str], texts: Sequence[str]) -> Interval | None:
-        """95 % of ``together`` divided by the mean of what these clients have alone."""
+        """95 % interval of ``together`` divided by the mean of these clients' perplexities alone."""
         alone = [self.windows(self.alone_stage, client) for client in clients]
         return ratio_interval(self.windows(self.last if self.alone_stage is None else self.alone_stage), alone, texts)
 
     def against_centralized(self, texts: Sequence[str]) -> Interval | None:
-        """95 % of the result's perplexity divided by that of one owner of all the text."""
+        """95 % interval of the result's perplexity divided by the centralized model's."""
         return ratio_interval(self.windows(self.last), [_of_texts(self.centralized_examples)], texts)
 
     def windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
-        """(Loss, tokens) of each window by text, of the model after a stage or of what a client has alone."""
+        """By text, (loss, tokens) of each window, of the model after a stage or of a client's model alone."""
         return _of_texts(self.examples.get((stage, client), {}))
 
     def sent(self, direction: str, *, overhead: bool = False) -> dict[str, int]:
-        """Bytes "up" or "down" by client: of the stages' own work, or of the ``overhead`` (capabilities, measurement)."""
+        """Bytes "up" or "down" by client: of the stages, or of the ``overhead`` (capabilities and measurement)."""
         total = dict.fromkeys(self.clients, 0)
         for row in self.traffic:
             if row.direction == direction and row.overhead == overhead:
@@ -209,7 +210,7 @@ class Summary:
         return total
 
     def sent_by_round(self, direction: str) -> dict[tuple[int, int], dict[str, int]]:
-        """Bytes "up" or "down" of the stages' own work, by (stage, round), then by client."""
+        """Bytes "up" or "down" without overhead, by (stage, round), then by client."""
         bytes_by_round: dict[tuple[int, int], dict[str, int]] = {}
         for row in self.traffic:
             if row.direction == direction and not row.overhead:
@@ -219,31 +220,31 @@ class Summary:
 
     @property
     def uplink(self) -> dict[str, int]:
-        """Bytes of the stages' own work that each client sent."""
+        """Bytes that each client sent, without overhead."""
         return self.sent("up")
 
     @property
     def downlink(self) -> dict[str, int]:
-        """Bytes of the stages' own work that each client was sent."""
+        """Bytes that each client received, without overhead."""
         return self.sent("down")
 
     def dense_round_bytes(self, stage: int) -> int:
-        """What one client would send in a round of plain averaging of the same matrices; 0: no such comparison."""
+        """Bytes that one client would send per round for plain averaging of these matrices; 0: no comparison."""
         return self.outcomes[stage].dense * _BYTES.get(self.dtype or "", 2) if stage < len(self.outcomes) else 0
 
     @property
     def dense_rounds(self) -> int:
-        """Rounds of all stages that can be compared with plain averaging."""
+        """Number of rounds of all stages that can be compared with plain averaging."""
         return sum(outcome.rounds for outcome in self.outcomes if outcome.dense)
 
     @property
     def dense_bytes(self) -> int:
-        """What one client would send in all of these rounds."""
+        """Bytes that one client would send for plain averaging in all of these rounds."""
         return sum(self.dense_round_bytes(stage) * outcome.rounds for stage, outcome in enumerate(self.outcomes))
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """exp of the mean of the logarithms."""
+    """exp of the mean of the logarithms; NaN without values."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 

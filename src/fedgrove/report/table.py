@@ -1,4 +1,4 @@
-"""The result as a table for a terminal."""
+"""The results of a run for a terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedgrove.report.summary import Summary
 from fedgrove.report.verdict import one_owner, own_texts, verdict
 from fedgrove.report.words import size
 
-MOST_COLUMNS = 5  # more clients than this share one column
+MOST_COLUMNS = 5  # more clients than this share one column, the mean
 
 
 def result_table(summary: Summary) -> Group:
-    """What stages show of themselves; perplexity on every text, dense, alone and federated; what that says, and bytes."""
+    """The stages' tables, the table of perplexities, and sentences about quality and bytes."""
     parts: list[RenderableType] = [table for stage in summary.stages for table in report_of(stage.kind).result_tables(stage)]
     parts += [_perplexities(summary)] if summary.texts else []
     return Group(*parts, Text("\n".join(_lines(summary))))
@@ -67,7 +67,7 @@ def _lines(summary: Summary) -> list[str]:
 
 
 def measured_lines(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What was measured, a line for each text, task or "speed"; numbers with their 95 % intervals."""
+    """A line for each text, task or "speed" with its measurements and their 95 % intervals."""
     lines = []
     for name, numbers in found.items():
         said = [_said(key, numbers) for key in numbers if key.rpartition(".")[2] not in ("low", "high")]

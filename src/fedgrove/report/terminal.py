@@ -1,15 +1,15 @@
-"""Parts of the tables that a terminal shows of a plan."""
+"""Helpers for the tables of a plan on a terminal."""
 
 from __future__ import annotations
 
 from rich.table import Table
 from rich.text import Text
 
-LEFT = frozenset({"client", "blocks", "has", "ranks"})  # columns of text
+LEFT = frozenset({"client", "blocks", "has", "ranks"})  # columns of text, aligned to the left
 
 
 def client_table(title: str, *headings: str) -> Table:
-    """An empty table, a column for each heading; text to the left, numbers to the right."""
+    """An empty table with a column for each heading."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in LEFT else "right")
@@ -17,7 +17,7 @@ def client_table(title: str, *headings: str) -> Table:
 
 
 def fill(table: Table, *cells: str) -> None:
-    """Adds a row; what looks like markup of rich in a name stays text."""
+    """Adds a row of plain text, so that rich does not interpret names as markup."""
     table.add_row(*map(Text, cells))
 
 

@@ -1,4 +1,4 @@
-"""The page's part on bytes: what each client sent and received, as the ledger counted it."""
+"""The page's section on bytes: what each client sent and received, from the ledger."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedgrove.report.words import plural, shortened, size
 
 
 def bytes_chart(summary: Summary) -> Chart | None:
-    """A bar for each client: bytes sent; None where nobody sent any."""
+    """A bar for each client: bytes sent; None if no client sent any."""
     up, down = summary.uplink, summary.downlink
     if not any(up.values()):
         return None
@@ -42,7 +42,7 @@ def bytes_chart(summary: Summary) -> Chart | None:
 
 
 def bytes_map(summary: Summary) -> Chart | None:
-    """Client × round: bytes sent."""
+    """A heat map of bytes sent by client and round; None if there is only one round, or no bytes were sent."""
     sent = summary.sent_by_round("up")
     most = max((value for by_client in sent.values() for value in by_client.values()), default=0)
     if len(sent) < 2 or not most:
@@ -65,7 +65,7 @@ def bytes_map(summary: Summary) -> Chart | None:
 
 
 def bytes_by_client(summary: Summary) -> Table | None:
-    """Bytes of each client, and of all."""
+    """Bytes of each client, and of all; None if there was no traffic."""
     if not summary.traffic:
         return None
     up, down = summary.uplink, summary.downlink
@@ -88,7 +88,7 @@ def bytes_by_client(summary: Summary) -> Table | None:
 
 
 def bytes_by_round(summary: Summary) -> Table | None:
-    """Bytes of all clients in each round; None where there is only one."""
+    """Bytes of all clients in each round; None if there is only one round."""
     up, down = summary.sent_by_round("up"), summary.sent_by_round("down")
     keys = sorted(up.keys() | down.keys())
     if len(keys) < 2:

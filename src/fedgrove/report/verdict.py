@@ -1,4 +1,4 @@
-"""What a run came to, in sentences: the terminal and the page say the same."""
+"""The results of a run in sentences, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import Stage, Summary
 from fedgrove.report.words import between, capitalized, change, compared, listed, plural
 
-NOTHING = 0.005  # a relative difference in perplexity that we do not call a gain or a loss
+NOTHING = 0.005  # relative differences in perplexity up to this are not called a gain or a loss
 
 
 def verdict(summary: Summary) -> tuple[str, str]:
-    """What was done, and whether working together paid and for whom most and least."""
+    """Two texts: what was done; and whether working together paid, and for which client most and least."""
     return _done(summary), _paid(summary)
 
 
 def own_texts(summary: Summary) -> str | None:
-    """What the federated model is to the owners on their own kind of text; None where that was not measured."""
+    """Compares the federated model with each owner's model alone on its own text; None if that was not measured."""
     together = summary.together
     ratios = {client: together[text] / summary.alone[client][text] for text, client in summary.owned.items()}
     if not ratios or len(summary.alone) == 1:
@@ -35,7 +35,7 @@ def own_texts(summary: Summary) -> str | None:
     elif worse == len(ratios):
         whom = f"{every} would have been better off alone"
     elif len(open_) == len(ratios):
-        whom = "for no owner there is a clear difference between the federated model and what it has alone"
+        whom = "no owner has a clear difference between the federated model and its model alone"
     else:
         whom = f"{better} of {len(ratios)} owners are" if better else "no owner is"
         whom += " better off with the federated model than alone"
@@ -48,19 +48,19 @@ def own_texts(summary: Summary) -> str | None:
 
 
 def one_owner(summary: Summary) -> str | None:
-    """What one owner of all the text would have; None where that was not run."""
+    """Compares the federated model with the centralized one; None if there is no centralized run."""
     if not summary.centralized or not summary.texts:
         return None
     ratio = summary.mean(summary.federated) / summary.mean(summary.centralized)
     interval = summary.against_centralized(summary.texts)
-    says = f"One owner of everybody’s text, in one place, would have {summary.mean(summary.centralized):.1f}"
+    says = f"With everybody’s text in one place, perplexity would be {summary.mean(summary.centralized):.1f}"
     if unclear(interval) or ratio == 1:
         return f"{says}: no clear difference from the federated model{between(interval)}."
     return f"{says}: the federated model’s perplexity is {compared(ratio)}{between(interval)}."
 
 
 def alone_means(summary: Summary) -> str:
-    """What was done to the model that a client has alone: "pruned"."""
+    """What was done to a client's model alone, as a participle: "pruned"."""
     return _did(summary.stages if summary.alone_stage is None else summary.stages[: summary.alone_stage + 1])
 
 
@@ -86,10 +86,10 @@ def _paid(summary: Summary) -> str:
         ratios = {text: summary.federated[text] / summary.dense[text] for text in summary.texts}
         most = max(ratios, key=lambda text: ratios[text])
         worst = f", and {change(ratios[most])} on {most}, which changed worst" if len(ratios) > 1 else ""
-        lacking = "what clients have alone was not measured, so whether working together paid is open"
+        lacking = "the clients' models alone were not measured, so it is unknown whether working together paid"
         return f"{measured.capitalize()}{worst}; {lacking}."
     if len(summary.alone) == 1:
-        return f"{measured.capitalize()}; with one client there is nobody to work together with."
+        return f"{measured.capitalize()}; there is only one client, so there is no comparison."
     ratio = summary.mean(summary.together) / summary.alone_mean
     interval = summary.against_alone(list(summary.alone), summary.texts)
     paid = "paid" if ratio < 1 - NOTHING else "did not pay" if ratio > 1 + NOTHING else "made little difference"
@@ -98,14 +98,14 @@ def _paid(summary: Summary) -> str:
     best, worst = min(by_client, key=lambda c: by_client[c]), max(by_client, key=lambda c: by_client[c])
     open_ = {client for client in (best, worst) if unclear(summary.against_alone([client], summary.texts))}
     gains = _most_and_least((best, by_client[best]), (worst, by_client[worst]), open_)
-    against = f"{compared(ratio)} than what a client has alone on average{between(interval)}"
+    against = f"{compared(ratio)} than the mean of the clients' models alone{between(interval)}"
     if summary.together is summary.federated:
         return f"Working together {paid}: {measured}, {against}; {gains}."
     return f"Working together {paid}: {_when(summary)}perplexity is {against}; {gains}. In the end, {measured}."
 
 
 def _when(summary: Summary) -> str:
-    """After which stage the clients measured what they have alone; nothing to say where that is the last."""
+    """The stage after which the clients' models alone were measured, as a phrase; empty if it is the last stage."""
     if summary.alone_stage is None or summary.together is summary.federated:
         return ""
     kind = summary.stages[summary.alone_stage].kind
@@ -113,7 +113,7 @@ def _when(summary: Summary) -> str:
 
 
 def _most_and_least(best: tuple[str, float], worst: tuple[str, float], open_: Collection[str]) -> str:
-    """Who gains most and least; ``open_``: those of the two for whom there is no clear difference."""
+    """A phrase about the clients that gain most and least; ``open_``: those of them without a clear difference."""
 
     def says(one: tuple[str, float], what: str) -> str:
         return f"{one[0]} {what} ({change(one[1])})"

@@ -1,4 +1,4 @@
-"""Numbers, lists and paths in words. Nothing here knows of a run."""
+"""Formats numbers, lists and paths for people. Independent of runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 
 def size(number: float) -> str:
-    """Bytes for people, in powers of 1000: "3.4 MB"."""
+    """Bytes as text, with decimal units: "3.4 MB"."""
     for unit in ("bytes", "kB", "MB"):
         if number < 999.95 or (unit == "bytes" and number < 1000):
             return f"{number:,.0f} bytes" if unit == "bytes" else f"{number:.1f} {unit}"
@@ -27,7 +27,7 @@ def compared(ratio: float) -> str:
 
 
 def between(interval: tuple[float, float] | None) -> str:
-    """An interval of a ratio in brackets, to stand behind it: (0.9, 1.1) -> " (−10.0% to +10.0%)"."""
+    """An interval of a ratio in parentheses, to follow the ratio: (0.9, 1.1) -> " (−10.0% to +10.0%)"; "" for None."""
     return f" ({change(interval[0])} to {change(interval[1])})" if interval else ""
 
 
@@ -43,7 +43,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """1 -> "1 client", 2 -> "2 clients"; "matrix" has a plural of its own, and only the first word gets one."""
+    """1 -> "1 client", 2 -> "2 clients"; "matrix" becomes "matrices"; only the first word is changed."""
     one, *rest = noun.split(" ")
     several = " ".join(["matrices" if one == "matrix" else one + "s", *rest])
     return f"{number:,} {noun if number == 1 else several}"
@@ -55,7 +55,7 @@ def listed(words: Sequence[str], separator: str = ", ", last: str = " and ") -> 
 
 
 def capitalized(text: str) -> str:
-    """The text with its first letter in upper case and nothing else changed."""
+    """The text with its first letter in upper case; unlike ``str.capitalize``, the rest is not changed."""
     return text[:1].upper() + text[1:]
 
 
@@ -65,7 +65,7 @@ def ratio(value: float | None, of: float | None) -> float | None:
 
 
 def file_name(path: str) -> str:
-    """The last part of an absolute path, since folder names reveal their owner; anything else, such as a hub id, as it is."""
+    """The last part of an absolute path, because folders can be private; anything else, such as a hub id, unchanged."""
     for flavor in (PurePosixPath(path), PureWindowsPath(path)):
         if flavor.is_absolute():
             return flavor.name
@@ -73,5 +73,5 @@ def file_name(path: str) -> str:
 
 
 def shortened(name: str) -> str:
-    """At most 24 characters of a name that a page repeats thousands of times."""
+    """At most 24 characters of a name, because a page repeats it thousands of times."""
     return name if len(name) <= 24 else f"{name[:23]}…"

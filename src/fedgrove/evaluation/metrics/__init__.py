@@ -47,12 +47,13 @@ class Measured:
 def bootstrap(parts: Parts, statistic: Callable[[Sequence[float]], float], seed: int = 0) -> Measured:
     """A statistic of a sum over examples, with its percentile bootstrap interval (Efron 1979).
 
-    Examples are resampled with replacement, as many as there are. They must be independent: consecutive windows of one long
-    text are not entirely, so the interval of its perplexity is too narrow. An interval does not apply to other kinds of text.
+    Examples are resampled with replacement, as many as there are. They must be independent. Consecutive windows of
+    one long text are not fully independent, so the interval of its perplexity is too narrow. An interval does not apply
+    to other kinds of text.
 
     Args:
         parts: for each example the numbers that are summed.
-        statistic: a function of the sums.
+        statistic: computes the statistic from the sums.
         seed: of the resampling; the same seed gives the same interval.
     """
     table = np.asarray(parts, dtype=np.float64)
@@ -106,7 +107,11 @@ def mean(values: Sequence[float], seed: int = 0) -> Measured:
 def read_pairs(
     path: Path, prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[tuple[str, str]]:
-    """The first ``limit`` records of a source, or all of them, as (prompt, answer)."""
+    """The first ``limit`` records of a source, or all of them, as (prompt, answer).
+
+    Raises:
+        FedgroveError: the source cannot be read, or has no records.
+    """
     fields = islice(read_fields(path, {"prompt": prompt, "answer": answer}), limit)
     pairs = [(as_text(question, tokenizer), as_text(reply, tokenizer)) for question, reply in fields]
     if not pairs:

@@ -13,7 +13,7 @@ from fedgrove.evaluation.metrics import Measured, mean
 from fedgrove.events import OnProgress
 from fedgrove.models.labels import score_labels
 
-MAX_LABELS = 200  # each is computed for every prompt; more are not classification
+MAX_LABELS = 200  # every label is scored for every prompt; with more labels this is not classification
 
 
 def accuracy(
@@ -34,7 +34,7 @@ def accuracy(
         on_progress: called after every prompt.
 
     Raises:
-        FedgroveError: there are too many labels, or an answer is none of them.
+        FedgroveError: there are too many labels, or an answer is not one of them.
     """
     choices = list(labels) or sorted({answer for _, answer in pairs})
     if len(choices) > MAX_LABELS:

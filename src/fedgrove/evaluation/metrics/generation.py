@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedgrove.data.tokens import encode_prompt
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import Measured, bootstrap, mean
 from fedgrove.events import OnProgress
@@ -43,6 +44,9 @@ def write(
         pairs: (prompt, reference), in the form that a tuning stage uses.
         tokens: the maximum number of generated tokens.
         on_progress: called after every prompt.
+
+    Raises:
+        FedgroveError: a prompt is empty.
     """
     references: dict[str, list[str]] = {}
     for prompt, reference in pairs:
@@ -51,8 +55,8 @@ def write(
     device = next(model.parameters()).device
     written = []
     for number, (prompt, refs) in enumerate(references.items(), 1):
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"].to(device)
-        if not ids.shape[1]:
+        ids = torch.tensor([encode_prompt(prompt, tokenizer)], dtype=torch.int64, device=device)
+        if not prompt:
             raise FedgroveError("generation: a prompt is empty", "fix its template")
         with torch.inference_mode():
             generated = cast(Any, model).generate(

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from fedgrove.errors import FedgroveError
+from fedgrove.data.tokens import prefix_ids
+from fedgrove.errors import FedgroveError, first_line
 from fedgrove.evaluation.metrics import Measured
+from fedgrove.models.pretrained import plain_folder, read_tokenizer
 
 Z_95 = 1.96  # half the width of a 95 % interval, in standard errors
 
@@ -44,14 +46,21 @@ def harness(
     if unknown:
         where = f"neither lm-eval nor {folder} has it" if folder else "lm-eval has no such task; name a folder of your own"
         raise FedgroveError(f"task {unknown[0]!r}: {where}")
-    lm = HFLM(pretrained=str(model), dtype=dtype, batch_size=1, device="cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        evaluated = lm_eval.simple_evaluate(
-            model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, verbosity="ERROR"
+    with plain_folder(model) as path:
+        lm = HFLM(
+            pretrained=str(path),
+            dtype=dtype,
+            batch_size=1,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            add_bos_token=bool(prefix_ids(read_tokenizer(model))),  # releases of the harness differ in what they do by default
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FedgroveError(f"tasks {', '.join(tasks)}: {line}") from error
+        try:
+            evaluated = lm_eval.simple_evaluate(
+                model=lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, verbosity="ERROR"
+            )
+        except Exception as error:  # what the harness raises for a task's files changes with its releases
+            raise FedgroveError(f"tasks {', '.join(tasks)}: {first_line(error)}") from error
     return {task: _measured(values) for task, values in evaluated["results"].items()}
 
 

@@ -28,11 +28,12 @@ def speed(model: Path, dtype: str = "auto") -> dict[str, Measured]:
     """Measures a model directory in a new process.
 
     Returns:
-        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their range (which
-        is no confidence interval: it is one machine, at one time). ``memory``: bytes at the peak, without the libraries.
-        ``disk``: bytes of all files of the directory.
+        ``prefill`` and ``decode``: tokens per second with one prompt at a time, the median of five runs with their range,
+        which is not a confidence interval: it describes one machine at one time. ``memory``: the peak in bytes, without
+        the libraries. ``disk``: bytes of all files of the directory.
 
-    Plain transformers computes with zeros like with other numbers: a pruned model is neither faster nor smaller in it.
+    Plain transformers computes zeros like other numbers, so unstructured pruning makes a model neither faster nor
+    smaller there.
 
     Raises:
         FedgroveError: the process failed; says why.
@@ -55,10 +56,11 @@ def speed(model: Path, dtype: str = "auto") -> dict[str, Measured]:
 def measure(path: Path, dtype: str) -> dict[str, list[float]]:
     """Measures what :func:`speed` returns, in this process."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fedgrove.models.pretrained import load_full_model, read_config
 
     gpu = torch.cuda.is_available()
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    config = read_config(path).get_text_config()
     max_tokens = getattr(config, "max_position_embeddings", None) or PROMPT + GENERATED
     prompt = max(1, min(PROMPT, max_tokens * PROMPT // (PROMPT + GENERATED)))
     generated = max(2, min(GENERATED, max_tokens - prompt))
@@ -66,8 +68,7 @@ def measure(path: Path, dtype: str) -> dict[str, list[float]]:
     ids = ids.to("cuda" if gpu else "cpu")
 
     def load() -> Any:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        return model.to(ids.device).eval()
+        return load_full_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(ids.device)
 
     def timed(model: Any, tokens: int) -> float:
         if gpu:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.exports.llamacpp.positions import ELSEWHERE
-from fedgrove.models.stream import Checkpoint
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.preconditions import check_vocabulary
 
 # The regular expressions by which a tokenizer splits text before BPE -> llama.cpp's name for this pre-tokenizer.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -18,18 +19,17 @@ PRE_TOKENIZERS = {f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}": "llama-bpe", f"{_CON
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
-def write(writer: Any, checkpoint: Checkpoint, size: int) -> None:
+def write(writer: Any, decoder: Decoder) -> None:
     """Adds the tokenizer's keys to a ``gguf.GGUFWriter``: tokens, merges, special tokens, chat templates.
 
-    Args:
-        size: rows of the model's embedding.
-
     Raises:
-        FedgroveError: tokenizer.json is missing, the tokenizer is none that is supported, or it has tokens beyond ``size``.
+        FedgroveError: tokenizer.json is missing, the tokenizer is none that is supported, or the embedding has too few rows.
     """
     import gguf
 
+    checkpoint = decoder.checkpoint
     tokenizer = checkpoint.tokenizer()
+    check_vocabulary(tokenizer, decoder)
     file = checkpoint.path / "tokenizer.json"
     if not file.is_file():
         raise FedgroveError(f"--to gguf: {file} is missing", ELSEWHERE)
@@ -39,15 +39,9 @@ def write(writer: Any, checkpoint: Checkpoint, size: int) -> None:
         raise FedgroveError("--to gguf: the pre-tokenizer of this tokenizer is not supported", ELSEWHERE)
     added = tokenizer.added_tokens_decoder
     words = {number: word for word, number in tokenizer.get_vocab().items()}
-    if max(words) >= size:
-        raise FedgroveError(
-            f"--to gguf: the tokenizer has token {max(words)} ({words[max(words)]!r}), "
-            f"but the model's embedding has {size} rows",
-            "resize the embedding with transformers: model.resize_token_embeddings(len(tokenizer))",
-        )
     kinds = gguf.TokenType
     tokens, types = [], []
-    for number in range(size):
+    for number in range(checkpoint.config.vocab_size):
         tokens.append(words.get(number, f"[PAD{number}]"))
         if number in added:
             types.append(kinds.CONTROL if added[number].special else kinds.USER_DEFINED)

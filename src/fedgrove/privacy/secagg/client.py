@@ -1,7 +1,7 @@
-"""What a client does in the five phases of a secure sum; :mod:`fedgrove.privacy.secagg` describes the protocol.
+"""The client's part in the five phases of a secure sum; :mod:`fedgrove.privacy.secagg` describes the protocol.
 
-Every function may be called again with the same arguments and gives the same result, except :func:`mask`: a session hides one
-input.
+Every function may be called again with the same arguments and gives the same result, except :func:`mask`: a session
+masks only one input.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from fedgrove.privacy.secagg.store import SessionStore
 
 
 def advertise(session: Session, client: str, credentials: Credentials, store: SessionStore) -> Advert:
-    """Phase 1: makes the secrets of a session, and signs their public halves.
+    """Phase 1: makes the secrets of a session, and signs their public keys.
 
     Raises:
-        SecureError: the sum is too small for this client, or somebody in it is not on the roster.
+        SecureError: the sum is too small for this client, it does not include this client, or a client in it is not on
+            the roster.
     """
     if client not in session.clients:
-        raise SecureError("secure aggregation: this client is asked into a sum that it is no part of")
+        raise SecureError("secure aggregation: the request is for a sum that does not include this client; refused")
     if len(session.clients) < credentials.min_group:
-        raise SecureError(f"a sum of {len(session.clients)} clients is refused; it takes {credentials.min_group} or more")
+        raise SecureError(f"a sum of {len(session.clients)} clients is refused; {credentials.min_group} or more must take part")
     for other in session.clients:
         credentials.public_key(other)
     with store.opened(session, begin=True) as state:
@@ -46,26 +47,26 @@ def share(
     """Phase 2: checks the neighbors' keys and encrypts for each of them a share of this client's two secrets.
 
     Args:
-        adverts: of the neighbors; those who fell silent are left out. This client's own may be among them.
+        adverts: by client, the keys of the neighbors that sent some. This client's own keys may be included.
 
     Returns:
         By neighbor, the encrypted shares in hex.
 
     Raises:
-        SecureError: keys that are not signed, not a neighbor's, too few, or others than before.
+        SecureError: keys are not signed, are not from a neighbor, are too few, or differ from those sent before.
     """
     adverts = {peer: advert for peer, advert in sorted(adverts.items()) if peer != client}
     if not set(adverts) <= set(session.neighbors(client)) or len(adverts) + 1 < session.threshold:
-        raise SecureError("secure aggregation: keys of others than the neighbors, or of too few of them")
+        raise SecureError("secure aggregation: keys of clients that are no neighbors, or of too few neighbors; refused")
     for peer, advert in adverts.items():
         signed = keys.advert_message(session, peer, advert)
         if not keys.verify(credentials.public_key(peer), advert.signature, signed):
-            raise SecureError(f"secure aggregation: the keys of client '{peer}' are not signed by it; refused")
+            raise SecureError(f"secure aggregation: the keys of client '{peer}' are not signed by that client; refused")
     with store.opened(session) as state:
         if state.adverts is None:
             state.adverts = adverts
         if state.adverts != adverts:
-            raise SecureError("secure aggregation: other keys than before were sent for the same session; refused")
+            raise SecureError("secure aggregation: the keys differ from those sent before for the same session; refused")
         if state.sealed_shares is None:
             holders = session.holders(client)
             mask_shares = sharing.split(state.mask_seed, holders, session.threshold)
@@ -89,28 +90,30 @@ def mask(
     tensors: Mapping[str, Tensor],
     release: str | None = None,
 ) -> dict[str, Tensor]:
-    """Phase 3: hides an input: adds this client's self-mask and its half of the pairwise masks.
+    """Phase 3: masks an input: adds this client's self-mask and its pairwise masks.
 
-    Two inputs under the same masks would show their difference, so a session hides one.
+    Two inputs under the same masks would reveal their difference, so a session masks only one.
 
     Args:
-        sealed_shares: by neighbor, the encrypted shares that it sent to this client; those who sent none are left out.
+        sealed_shares: by neighbor, the encrypted shares that it sent to this client; neighbors that sent none are left
+            out.
         tensors: dtypes as in ``masking.RINGS``.
-        release: the name of the noisy release that the input is, if it is one; kept until the survivors are confirmed, see
+        release: if the input is a noisy release, its name; stored until the survivors are confirmed, see
             :func:`fedgrove.privacy.release.agree_on_survivors`.
 
     Returns:
         The masked tensors: same names, shapes and dtypes, on the CPU.
 
     Raises:
-        SecureError: the session has hidden an input, or the shares are not those of enough neighbors.
+        SecureError: the session has already masked an input, or shares are missing from too many neighbors or are from
+            clients that are no neighbors.
     """
     with store.opened(session) as state:
         if state.adverts is None or state.masked:
-            raise SecureError("secure aggregation: this session has had its answer, or has not begun; refused")
+            raise SecureError("secure aggregation: this session has already masked an input, or has not begun; refused")
         peers = sorted(sealed_shares)
         if not set(peers) <= set(state.adverts) or len(peers) + 1 < session.threshold:
-            raise SecureError("secure aggregation: shares of others than the neighbors, or of too few of them")
+            raise SecureError("secure aggregation: shares of clients that are no neighbors, or of too few neighbors; refused")
         channel = keys.session_key(state.channel_seed, "channel", session)
         for peer in peers:
             sealed = sealed_shares[peer]
@@ -130,21 +133,22 @@ def mask(
 
 
 def confirm(session: Session, client: str, credentials: Credentials, store: SessionStore, survivors: list[str]) -> str:
-    """Phase 4: signs the list of those whose masked inputs are in the sum; one list a session.
+    """Phase 4: signs the list of the clients whose masked inputs are in the sum; one list per session.
 
     Returns:
         The signature in hex.
 
     Raises:
-        SecureError: the list is too short, without this client, or another than this client signed before.
+        SecureError: the list is too short, does not include this client, or differs from the list that this client
+            signed before.
     """
     if survivors != sorted(set(survivors)) or client not in survivors or not set(survivors) <= set(session.clients):
-        raise SecureError("secure aggregation: a list of survivors that is none")
+        raise SecureError("secure aggregation: the list of survivors is not a sorted list of clients of this session; refused")
     if len(survivors) < max(session.quorum, credentials.min_group):
         raise SecureError(f"secure aggregation: a sum of {len(survivors)} clients is too small to be opened")
     with store.opened(session) as state:
         if not state.masked or (state.survivors or survivors) != survivors:
-            raise SecureError("secure aggregation: this client has no part in the sum, or signed another list; refused")
+            raise SecureError("secure aggregation: this client is not in the sum, or signed another list; refused")
         state.survivors = survivors
     return keys.sign(credentials.key, keys.survivors_message(session, survivors))
 
@@ -152,19 +156,19 @@ def confirm(session: Session, client: str, credentials: Credentials, store: Sess
 def reveal(
     session: Session, client: str, credentials: Credentials, store: SessionStore, signatures: Mapping[str, str]
 ) -> dict[str, dict[Secret, str]]:
-    """Phase 5: gives out shares: of the self-mask of every neighbor that survived, of the mask key of every one that dropped.
+    """Phase 5: reveals shares: of the self-masks of surviving neighbors, of the mask keys of those that dropped out.
 
-    Which of the two follows from the list that this client signed itself, so it never gives out both of one client.
+    The list that this client signed decides which of the two, so it never reveals both of one client.
 
     Args:
-        signatures: of that list, by at least ``threshold`` of this client and its neighbors. Two overlapping neighborhoods
-            cannot both collect so many for different lists.
+        signatures: by client, of that list, from at least ``threshold`` of this client and its neighbors. That is more
+            than half of these clients, and each signs one list only.
 
     Returns:
         By owner of the secret, {"self": share} or {"mask": share}, in hex.
 
     Raises:
-        SecureError: too few signatures, or a wrong one.
+        SecureError: this client confirmed no list in this session, there are too few signatures, or one is wrong.
     """
     with store.opened(session) as state:
         if state.survivors is None or state.own_shares is None:

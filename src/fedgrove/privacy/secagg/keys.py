@@ -1,8 +1,8 @@
-"""Keys of secure aggregation: long-term signing keys on a signed roster, and what a session's secrets are turned into.
+"""Keys of secure aggregation: long-term signing keys on a signed roster, and keys derived from a session's secrets.
 
 Signatures are Ed25519, key agreement is X25519, derivation HKDF-SHA256 with the session's digest as salt, the channel
-between two clients ChaCha20-Poly1305. Everything that is derived or signed names its purpose and its session, so nothing of
-one session or purpose is of use in another.
+between two clients ChaCha20-Poly1305. Every derived key and every signature includes its purpose and its session, so
+neither can be used for another purpose or session.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES = 32, 64, 16
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a client has before its first session. All but ``key`` may be public.
+    """What a client needs before its first session. Everything except ``key`` may be public.
 
     Attributes:
-        key: its long-term Ed25519 key, 32 bytes.
+        key: its long-term private Ed25519 key, 32 bytes.
         roster: JSON ``{"clients": {name: public key in hex}}``.
-        signature: the operator's, of the roster.
-        operator: the operator's public Ed25519 key, which this client got by other means and trusts.
-        min_group: it takes part in no sum of fewer clients.
+        signature: the operator's signature of the roster, 64 bytes.
+        operator: the operator's public Ed25519 key, 32 bytes, which this client received through a trusted channel.
+        min_group: the client refuses sums of fewer clients.
     """
 
     key: bytes
@@ -47,7 +47,7 @@ class Credentials:
         """The long-term public key of a client, 32 bytes.
 
         Raises:
-            SecureError: the roster is not signed by the operator, or does not hold this client.
+            SecureError: the roster is not signed by the operator, or does not list this client.
         """
         roster = _read_roster(self.operator, self.signature, self.roster)
         if client not in roster:
@@ -64,7 +64,7 @@ def _read_roster(operator: bytes, signature: bytes, roster: bytes) -> dict[str, 
 
 
 def make_credentials(clients: Iterable[str], min_group: int = 3) -> dict[str, Credentials]:
-    """Credentials by client, for clients that are simulated on one machine: the operator's key is made, used and forgotten."""
+    """Credentials by client, for clients simulated on one machine; the operator's private key is not kept."""
     operator = Ed25519PrivateKey.generate()
     private_keys = {client: Ed25519PrivateKey.generate() for client in sorted(clients)}
     public_keys = {client: key.public_key().public_bytes_raw().hex() for client, key in private_keys.items()}
@@ -82,9 +82,9 @@ class Advert:
 
     Attributes:
         mask_key: X25519, for pairwise masks.
-        channel_key: X25519, for the channel through which shares travel.
+        channel_key: X25519, for the encryption of shares.
         commitment: to the seed of the self-mask.
-        signature: the client's, of the three and of the session.
+        signature: the client's signature of these three and of the session.
     """
 
     mask_key: str
@@ -99,7 +99,7 @@ def sign(key: bytes, message: bytes) -> str:
 
 
 def verify(public: bytes, signature: str, message: bytes) -> bool:
-    """Whether a signature in hex is the one of a message by the holder of a long-term key."""
+    """Whether a signature, in hex, of a message is valid for a long-term public key."""
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError):
@@ -108,13 +108,13 @@ def verify(public: bytes, signature: str, message: bytes) -> bool:
 
 
 def advert_message(session: Session, client: str, advert: Advert) -> bytes:
-    """What a client signs of its keys."""
+    """The message that a client signs in phase 1: its name and public keys, and the session."""
     keys = {name: value for name, value in asdict(advert).items() if name != "signature"}
     return b"fedgrove keys" + session.digest + json.dumps([client, keys], sort_keys=True).encode()
 
 
 def survivors_message(session: Session, survivors: list[str]) -> bytes:
-    """What a client signs of a list of survivors."""
+    """The message that a client signs in phase 4: the list of survivors, and the session."""
     return b"fedgrove survivors" + session.digest + json.dumps(survivors).encode()
 
 
@@ -124,12 +124,12 @@ def session_key(seed: str, purpose: Literal["mask", "channel"], session: Session
 
 
 def public_hex(private: X25519PrivateKey) -> str:
-    """The public half of a key, in hex."""
+    """The public key of a private key, in hex."""
     return private.public_key().public_bytes_raw().hex()
 
 
 def pair_mask_key(private: X25519PrivateKey, public: str, session: Session, client: str, peer: str) -> bytes:
-    """The key of the mask that two clients share, 32 bytes; the same whichever of the two private keys it is made from."""
+    """The key of the pairwise mask of two clients, 32 bytes; the same from either private key."""
     return _agree(private, public, "pair", session, client, peer)
 
 
@@ -153,7 +153,7 @@ def _derive(secret: bytes, purpose: str, session: Session) -> bytes:
 
 
 def seal(private: X25519PrivateKey, public: str, session: Session, sender: str, receiver: str, plain: bytes) -> str:
-    """Encrypts for the receiver alone, in hex; at most one message each way in a session.
+    """Encrypts a message for the receiver, in hex; at most one message per direction in a session (the nonce is fixed).
 
     Args:
         private: the sender's channel key.
@@ -171,17 +171,17 @@ def unseal(private: X25519PrivateKey, public: str, session: Session, sender: str
         public: the sender's, in hex.
 
     Raises:
-        SecureError: it is not what the sender sent to this receiver in this session.
+        SecureError: it was not encrypted by the sender for this receiver in this session.
     """
     cipher = ChaCha20Poly1305(_agree(private, public, "channel", session, sender, receiver))
     try:
         return cipher.decrypt(_nonce(sender, receiver), bytes.fromhex(sealed), _envelope(session, sender, receiver))
     except (InvalidTag, ValueError) as error:
-        raise SecureError(f"secure aggregation: the shares of client '{sender}' were changed on their way; refused") from error
+        raise SecureError(f"secure aggregation: the shares of client '{sender}' were changed in transit; refused") from error
 
 
 def _nonce(sender: str, receiver: str) -> bytes:
-    return bytes(11) + bytes([sender < receiver])  # each direction has one message, so one bit tells all nonces of a key apart
+    return bytes(11) + bytes([sender < receiver])  # a key encrypts one message per direction, so one bit suffices
 
 
 def _envelope(session: Session, sender: str, receiver: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Rings and keystreams: integers that wrap around, and the pseudorandom numbers that hide them."""
+"""Rings and keystreams: integers that wrap around, and the pseudorandom numbers that mask them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedgrove.privacy.secagg.session import SecureError, Session
 Ring = np.ndarray[Any, Any]  # (numel,) uint8, uint32 or uint64
 
 RINGS = {torch.uint8: np.uint8, torch.int32: np.uint32, torch.int64: np.uint64}
-CHUNK_BYTES = 2**17  # keystream that is made at once: it stays in a core's cache
+CHUNK_BYTES = 2**17  # of keystream generated at once: fits into a core's cache
 
 
 def as_rings(tensors: Mapping[str, Tensor]) -> list[Ring]:
@@ -26,7 +26,7 @@ def as_rings(tensors: Mapping[str, Tensor]) -> list[Ring]:
         tensors: contiguous, on the CPU, of the dtypes in ``RINGS``.
 
     Raises:
-        SecureError: another dtype.
+        SecureError: a tensor has another dtype.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in RINGS:
@@ -36,7 +36,7 @@ def as_rings(tensors: Mapping[str, Tensor]) -> list[Ring]:
 
 def add_keystream(rings: list[Ring], key: bytes, sign: int) -> None:
     """Adds (+1) or subtracts (−1) the ChaCha20 keystream of a 32-byte key, in place; each ring has its own nonce."""
-    zeros, stream = bytes(CHUNK_BYTES), bytearray(CHUNK_BYTES + 64)  # update_into wants room for one more block
+    zeros, stream = bytes(CHUNK_BYTES), bytearray(CHUNK_BYTES + 64)  # update_into needs space for one more block
     combine = np.add if sign > 0 else np.subtract
     for number, ring in enumerate(rings):
         encryptor = Cipher(ChaCha20(key, bytes(8) + number.to_bytes(8, "little")), mode=None).encryptor()
@@ -48,7 +48,7 @@ def add_keystream(rings: list[Ring], key: bytes, sign: int) -> None:
 
 
 def pair_sign(client: str, peer: str) -> int:
-    """Whether a client adds (+1) or subtracts (−1) the mask that it shares with a peer, who does the opposite."""
+    """Whether a client adds (+1) or subtracts (−1) the pairwise mask with a peer; the peer does the opposite."""
     return 1 if client < peer else -1
 
 
@@ -59,7 +59,8 @@ def reduce(rings: list[Ring], session: Session) -> None:
 
 
 def restore_signs(rings: list[Ring], session: Session) -> None:
-    """Reads the highest bit of the session's ring as the sign of an int64, in place. The other dtypes fill their ring."""
+    """Reads the highest bit of the session's ring as the sign of an int64, in place. The rings of the other
+    dtypes have as many bits as the dtype, or hold no negative numbers."""
     for ring in rings:
         if ring.itemsize == 8:
             ring <<= np.uint64(64 - session.bits)

@@ -1,6 +1,6 @@
-"""What the server does in a secure sum: it forwards the clients' messages, adds up masked inputs, and removes the masks.
+"""The server's part in a secure sum: it forwards the clients' messages, adds up masked inputs, and removes the masks.
 
-The form of what clients send (names, lengths of keys and shares) has to be checked before it comes here.
+Callers must check the form of the clients' messages (names, lengths of keys and shares) first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Revealed = Mapping[str, Mapping[str, Mapping[Secret, str]]]  # client -> owner o
 
 
 def adverts_for(session: Session, client: str, adverts: Mapping[str, Advert]) -> dict[str, Advert]:
-    """For phase 2: the keys of the client's neighbors, as far as they came."""
+    """For phase 2: the keys of the client's neighbors that have sent theirs."""
     return {peer: adverts[peer] for peer in session.neighbors(client) if peer in adverts}
 
 
@@ -33,22 +33,22 @@ def sealed_shares_for(session: Session, client: str, sealed_shares: Mapping[str,
 
 
 def signatures_for(session: Session, client: str, signatures: Mapping[str, str]) -> dict[str, str]:
-    """For phase 5: the signatures of the client and its neighbors, as far as they came."""
+    """For phase 5: the signatures of the client and its neighbors that have sent theirs."""
     return {holder: signatures[holder] for holder in session.holders(client) if holder in signatures}
 
 
 class Opening:
-    """The server's side of one sum: adds up masked inputs, then takes the masks off their sum.
+    """The server's side of one sum: adds up masked inputs, then removes the masks from the sum.
 
-    Memory: one client's input, whatever the number of clients.
+    Memory: the size of one client's input, whatever the number of clients.
 
     Args:
-        session: the sum.
-        adverts: by client; those who fell silent are left out.
-        sharers: who sent shares: their pairwise masks are in their neighbors' inputs.
+        session: the public parameters of the sum.
+        adverts: by client, the keys of the clients that sent some.
+        sharers: the clients that sent shares: their pairwise masks are in their neighbors' inputs.
 
     Attributes:
-        survivors: whose inputs are in the sum, sorted.
+        survivors: the clients whose inputs are in the sum, sorted.
     """
 
     def __init__(self, session: Session, adverts: Mapping[str, Advert], sharers: Iterable[str]):
@@ -68,19 +68,20 @@ class Opening:
         self.survivors = sorted([*self.survivors, client])
 
     def open(self, revealed: Revealed) -> dict[str, Tensor]:
-        """The sum of the survivors' tensors, in the dtypes that they sent. The masked sum is used up.
+        """The sum of the survivors' tensors, in the dtypes that they sent. May be called once: it unmasks in place.
 
         Args:
             revealed: by client, what :func:`fedgrove.privacy.secagg.client.reveal` returned.
 
         Raises:
-            SecureError: fewer shares than the threshold, or shares that are not those of the secret.
+            SecureError: there are fewer shares than the threshold, or a recovered secret does not match its commitment
+                or key.
         """
         rings = masking.as_rings(self._sum)
         for client in self.survivors:
             seed = self.secret(client, "self", revealed)
             if keys.commitment(seed, self.session) != self.adverts[client].commitment:
-                raise SecureError(f"secure aggregation: the shares of client '{client}' do not fit together", "ask again")
+                raise SecureError(f"secure aggregation: the shares of client '{client}' do not fit together", "try again")
             masking.add_keystream(rings, keys.self_mask_key(seed, self.session), -1)
         for dropped in sorted(set(self.sharers) - set(self.survivors)):
             peers = [client for client in self.session.neighbors(dropped) if client in self.survivors]
@@ -88,7 +89,7 @@ class Opening:
                 continue
             private = keys.session_key(self.secret(dropped, "mask", revealed), "mask", self.session)
             if keys.public_hex(private) != self.adverts[dropped].mask_key:
-                raise SecureError(f"secure aggregation: the shares of client '{dropped}' do not fit together", "ask again")
+                raise SecureError(f"secure aggregation: the shares of client '{dropped}' do not fit together", "try again")
             for client in peers:
                 key = keys.pair_mask_key(private, self.adverts[client].mask_key, self.session, dropped, client)
                 masking.add_keystream(rings, key, -masking.pair_sign(client, dropped))
@@ -97,7 +98,7 @@ class Opening:
         return self._sum
 
     def secret(self, owner: str, which: Secret, revealed: Revealed) -> str:
-        """A client's secret in hex, from the first ``threshold`` shares of it.
+        """A client's secret in hex, recovered from the first ``threshold`` of its shares.
 
         Raises:
             SecureError: fewer shares than the threshold.

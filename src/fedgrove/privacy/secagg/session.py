@@ -1,4 +1,4 @@
-"""The public facts of one secure sum: who takes part, who shares masks with whom, and how many must stay."""
+"""The public parameters of one secure sum: the clients, their neighbors, and how many must not drop out."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fedgrove.errors import FedgroveError
 
 
 class SecureError(FedgroveError):
-    """A message that a client refuses, or a sum that cannot be opened."""
+    """A client refuses a message, or a sum cannot be opened."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """The public facts of one sum. Every client signs them together with its keys.
+    """The public parameters of one sum. Every client signs them together with its keys.
 
     Attributes:
-        name: fresh for every sum.
-        clients: who is asked to take part, sorted.
+        name: random, new for every sum.
+        clients: names of the clients that are asked to take part, sorted.
         degree: the number of neighbors of each client: even, or all other clients.
-        threshold: how many of the ``degree`` + 1 shares of a secret recover it, and how many clients among a client's
-            neighbors and itself must have signed the list of survivors.
-        quorum: how many clients at least must survive.
-        bits: size of the ring of int64 tensors, 8 to 64.
+        threshold: how many of the ``degree`` + 1 shares of a secret recover it, and how many of a client and its
+            neighbors must have signed the list of survivors before the client reveals shares.
+        quorum: the smallest number of survivors with which the sum is opened.
+        bits: the size of the ring of int64 tensors, 8 to 64.
 
     Raises:
-        SecureError: the facts do not fit together, or would protect nobody.
+        SecureError: the parameters are inconsistent, or would not protect a client.
     """
 
     name: str
@@ -44,21 +44,21 @@ class Session:
     def __post_init__(self) -> None:
         number = len(self.clients)
         if not all(type(fact) is int for fact in (self.degree, self.threshold, self.quorum, self.bits)):
-            raise SecureError("secure aggregation: a session that is not understood")
+            raise SecureError("secure aggregation: degree, threshold, quorum and bits of a session must be integers")
         if sorted(set(self.clients)) != list(self.clients):
-            raise SecureError("secure aggregation: the clients are not sorted, or named twice")
+            raise SecureError("secure aggregation: the clients are not sorted, or one is named twice")
         if not 0 < self.degree < number or (self.degree % 2 and self.degree < number - 1):
-            raise SecureError(f"secure aggregation: {self.degree} neighbors among {number} clients")
+            raise SecureError(f"secure aggregation: {self.degree} neighbors are not possible among {number} clients")
         if not self.degree + 1 < 2 * self.threshold <= 2 * (self.degree + 1):
-            raise SecureError("secure aggregation: fewer than half of the shares would open a secret")
+            raise SecureError("secure aggregation: the threshold must be more than half of the shares, and at most all of them")
         if not number < 2 * self.quorum <= 2 * number:
-            raise SecureError("secure aggregation: fewer than half of the clients would open a sum")
+            raise SecureError("secure aggregation: the quorum must be more than half of the clients, and at most all of them")
         if not 8 <= self.bits <= 64:
-            raise SecureError("secure aggregation: a ring is of 8 to 64 bits")
+            raise SecureError("secure aggregation: a ring must have 8 to 64 bits")
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of all facts, 32 bytes."""
+        """SHA-256 of all parameters, 32 bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
 
     def ring_bits(self, itemsize: int) -> int:
@@ -66,7 +66,10 @@ class Session:
         return {1: len(self.clients).bit_length(), 4: 32, 8: self.bits}[itemsize]
 
     def neighbors(self, client: str) -> list[str]:
-        """The clients with whom a client shares masks, sorted: ``degree`` / 2 on each side of a ring that the name shuffles."""
+        """The clients that share pairwise masks with a client, sorted.
+
+        They are ``degree`` / 2 on each side of it on a ring of all clients, whose order the session's name decides.
+        """
         if self.degree >= len(self.clients) - 1:
             return [other for other in self.clients if other != client]
         ring = _ring(self)
@@ -84,11 +87,12 @@ def _ring(session: Session) -> list[str]:
 
 
 def new_session(clients: Iterable[str], bits: int = 64) -> Session:
-    """The facts of the next sum.
+    """The parameters of the next sum, with a random name.
 
-    Up to about forty clients everybody is everybody's neighbor, and two thirds of them (rounded up) have to survive. More
-    clients have 8·log₂ n neighbors each; two thirds of all clients and about half of each neighborhood have to survive.
-    Neighborhoods are random, so some lose more than a third of their members when a third of all clients drops out.
+    With up to 49 clients, all are neighbors of each other, and two thirds of them (rounded up) have to survive. With
+    more clients, each has 8·⌈log₂ n⌉ neighbors; two thirds of all clients and about half of each neighborhood have to
+    survive. Neighborhoods are random, so some lose more than a third of their members when a third of all clients drops
+    out.
 
     Args:
         clients: their names.
@@ -100,7 +104,7 @@ def new_session(clients: Iterable[str], bits: int = 64) -> Session:
     names = tuple(sorted(clients))
     number = len(names)
     if number < 2:
-        raise SecureError("secure aggregation: a sum of one client is its own; there must be at least two")
+        raise SecureError("secure aggregation: a sum of one client is not secret; there must be at least two")
     quorum = min_survivors(number)
     degree = 8 * math.ceil(math.log2(number))
     if degree >= number - 1:
@@ -109,5 +113,5 @@ def new_session(clients: Iterable[str], bits: int = 64) -> Session:
 
 
 def min_survivors(clients: int) -> int:
-    """How many of so many clients are at least in any sum that is opened: two thirds, and more than half."""
+    """The smallest number of survivors of ``clients`` in any opened sum: two thirds (rounded up), more than half."""
     return max(clients - clients // 3, clients // 2 + 1)

@@ -1,4 +1,4 @@
-"""Shamir's secret sharing (CACM 1979): ``threshold`` shares of a secret recover it, fewer say nothing about it."""
+"""Shamir's secret sharing (CACM 1979): ``threshold`` shares recover a secret, fewer reveal nothing about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECRET_BYTES = 16
 SHARE_BYTES = SECRET_BYTES + 1
 PRIME = 2**128 + 51  # the smallest prime that is larger than every secret
 
-Secret = Literal["mask", "self"]  # of each client two secrets are shared: the seeds of its mask key and of its self-mask
+Secret = Literal["mask", "self"]  # each client shares two secrets: the seeds of its mask key and of its self-mask
 
 
 def split(secret: str, holders: Sequence[str], threshold: int) -> dict[str, str]:
@@ -19,7 +19,7 @@ def split(secret: str, holders: Sequence[str], threshold: int) -> dict[str, str]
 
     Args:
         secret: ``SECRET_BYTES`` in hex.
-        holders: the names of those who get a share; the one in place i gets the value at i + 1.
+        holders: the names of the clients that get a share; the i-th, from 0, gets the value of the polynomial at i + 1.
         threshold: how many shares recover the secret.
 
     Returns:
@@ -30,7 +30,7 @@ def split(secret: str, holders: Sequence[str], threshold: int) -> dict[str, str]
 
 
 def recover(shares: Mapping[int, str]) -> str:
-    """The secret in hex, from exactly ``threshold`` shares: a holder's place in ``holders`` and its share.
+    """The secret in hex, from exactly ``threshold`` shares by index of the holder in ``holders`` (see :func:`split`).
 
     Wrong shares give a wrong secret, not an error.
     """
@@ -39,10 +39,10 @@ def recover(shares: Mapping[int, str]) -> str:
 
 
 def at_zero(points: Mapping[int, int]) -> int:
-    """Lagrange's interpolation at 0 modulo ``PRIME`` of {x: f(x)}.
+    """Lagrange interpolation of {x: f(x)} at 0, modulo ``PRIME``.
 
-    ``shamirs.interpolate`` gives the same with one modular inversion for each pair of points; one for each point, as here, is a
-    hundred times faster with a hundred clients.
+    ``shamirs.interpolate`` gives the same result with one modular inversion per pair of points. This function needs one
+    per point, which is a hundred times faster with a hundred clients.
     """
     secret = 0
     for i, value in points.items():

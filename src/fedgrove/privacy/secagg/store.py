@@ -1,4 +1,4 @@
-"""What a client remembers of the running session: secrets and commitments on its own disk, readable by its owner alone."""
+"""A client's state of the current session: secrets and decisions, in files that only the file's owner can read."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def _new_secret() -> str:
 
 @dataclass
 class SessionState:
-    """A client's memory of one session, filled phase by phase. Secrets and shares are in hex.
+    """A client's state of one session, filled phase by phase. Secrets and shares are in hex.
 
     Attributes:
         mask_seed, self_seed, channel_seed: the client's secrets; the first two are shared among its neighbors.
         adverts: the neighbors' keys, as first received.
         own_shares: the client's shares of its own secrets: {"mask": share, "self": share}.
-        sealed_shares: by neighbor, the encrypted shares for it.
-        held_shares: by neighbor, its shares that this client holds, like ``own_shares``.
-        masked: whether this session has hidden an input.
-        release: the name of the noisy release that was hidden, if it was one; see :mod:`fedgrove.privacy.release`.
+        sealed_shares: by neighbor, the encrypted shares that this client sends to it.
+        held_shares: by neighbor, the shares of the neighbor's secrets that this client holds, like ``own_shares``.
+        masked: whether this session has masked an input.
+        release: the name of that input, if it was a noisy release; see :mod:`fedgrove.privacy.release`.
         survivors: the list that this client signed.
     """
 
@@ -47,22 +47,22 @@ class SessionState:
 
     @classmethod
     def of(cls, text: str) -> SessionState:
-        """From :meth:`dumps`."""
+        """Reads what :meth:`dumps` wrote."""
         facts = json.loads(text)
         if facts["adverts"] is not None:
             facts["adverts"] = {peer: Advert(**advert) for peer, advert in facts["adverts"].items()}
         return cls(**facts)
 
     def dumps(self) -> str:
-        """All of it as JSON."""
+        """The state as JSON."""
         return json.dumps(asdict(self))
 
 
 class SessionStore:
-    """Keeps the state of a client's newest session, and of no older one: what an older one hid stays hidden.
+    """Stores the state of a client's newest session only: without its state, an older one can no longer be unmasked.
 
     Args:
-        folder: on the client's own disk; made when it is needed.
+        folder: on the client's own disk; created when needed.
     """
 
     def __init__(self, folder: Path):
@@ -70,13 +70,13 @@ class SessionStore:
 
     @contextlib.contextmanager
     def opened(self, session: Session, begin: bool = False) -> Iterator[SessionState]:
-        """The state of a session. Changes are on the disk when the block ends; one that raises changes nothing.
+        """The state of a session. Changes are written when the block ends, unless it raises.
 
         Args:
-            begin: start the session with new secrets if it is not the running one; that ends the running one.
+            begin: if the session is not the current one, start it with new secrets; this ends the current one.
 
         Raises:
-            SecureError: the session is not the one that was begun last.
+            SecureError: the session is not the one that was started last, and ``begin`` is false.
         """
         path = self.folder / f"{session.digest.hex()}.json"
         before = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -84,11 +84,11 @@ class SessionStore:
             state = SessionState.of(before)
         elif begin:
             state = SessionState()
-            for older in self.folder.glob("*.json*"):  # what a killed process was writing holds secrets too
+            for older in self.folder.glob("*.json*"):  # also partial files of a killed process, which contain secrets
                 older.unlink()
         else:
-            raise SecureError("secure aggregation: a session that this client did not begin, or that is over; refused")
+            raise SecureError("secure aggregation: this client did not begin this session, or it is over; refused")
         yield state
         if state.dumps() != before:
-            # fsync: a response must not leave before the client cannot forget that it gave it
+            # fsync: before a response is sent, its record must survive a power failure
             write_atomically(path, state.dumps(), mode=0o600, fsync=True)

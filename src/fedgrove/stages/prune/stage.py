@@ -16,7 +16,8 @@ from fedgrove.client.hidden_states import Calibration
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.stream import Checkpoint, raw_bytes, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import raw_bytes, save_tensors
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation

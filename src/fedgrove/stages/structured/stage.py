@@ -19,7 +19,8 @@ from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.masks import lowest
 from fedgrove.models.perplexity import negative_log_likelihoods
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.models.width import cut_columns, cut_rows, family_of, width_of
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.capabilities import Capabilities

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedgrove.files import atomic_folder
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.report.words import file_name
 from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.frozen import hush

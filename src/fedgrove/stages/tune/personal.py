@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.tune.changes import Change
 from fedgrove.stages.tune.parametrizations import Parametrization
 from fedgrove.stages.tune.training import loss_sum, pieces

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan

@@ -15,7 +15,8 @@ from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.events import Phase
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.cost import ModelCost, measure_cost
-from fedgrove.models.stream import Checkpoint, save_tensors
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation

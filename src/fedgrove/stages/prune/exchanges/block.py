@@ -18,7 +18,7 @@ from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Call, Decoder, as_matrix
 from fedgrove.models.masks import Target
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.models.stream import save_tensors
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
 from fedgrove.stages.tune.client_model import base_folder
 

@@ -1,0 +1,196 @@
+"""The only place where transformers reads a folder: its configuration, its tokenizer, or the full model.
+
+Python code that lies beside a model is never run. What transformers raises for a stranger's file changes with every release, so
+here all of it becomes one line that names the file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedgrove.errors import FedgroveError, first_line
+from fedgrove.models.files import (
+    CONFIG,
+    INDEX,
+    index_of,
+    loads_as_it_is,
+    read_json,
+    small_contents,
+    weight_files,
+)
+from fedgrove.models.tensor_files import header
+
+CODE = "it needs Python code of its own, which is never run"
+ATTENTIONS = ("sdpa", "eager")  # the first that the model has; others need packages or GPUs that may be missing
+_BIDIRECTIONAL = ("bert-generation", "xlnet")  # encoders that transformers does not list as masked language models
+
+T = TypeVar("T")
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model directory.
+
+    Raises:
+        FedgroveError: config.json is damaged, of a type that transformers does not know, or needs code of its own.
+    """
+    file = folder / CONFIG
+    raw = read_json(file)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the types of what it raises are not documented
+        kind = raw.get("model_type")
+        if kind not in CONFIG_MAPPING and "auto_map" in raw:
+            raise _needs_code(file) from error
+        if kind not in CONFIG_MAPPING:
+            raise FedgroveError(
+                f"model: {file} is not understood: model_type {kind!r} is unknown to the installed transformers",
+                "take a model that transformers knows, or a newer transformers",
+            ) from error
+        raise FedgroveError(f"model: {file} is not understood: {first_line(error)}", "correct it, or copy it again") from error
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model directory.
+
+    Raises:
+        FedgroveError: there is none, its files are damaged, or it needs code of its own.
+    """
+    file = folder / "tokenizer_config.json"
+    raw = read_json(file) if file.is_file() else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the types of what it raises are not documented
+        if "auto_map" in raw:
+            raise _needs_code(file) from error
+        raise FedgroveError(
+            f"model: {folder} has no tokenizer that loads: {first_line(error)}",
+            "copy the tokenizer's files (tokenizer.json) again",
+        ) from error
+
+
+def hollow_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The causal decoder of a configuration, in the context in which it is called (such as without weights).
+
+    Args:
+        config: of the model.
+        folder: for messages.
+        dtype: of the parameters and of constants that no checkpoint holds, such as the scale of Gemma's embeddings.
+
+    Raises:
+        FedgroveError: it is no causal decoder, or its config.json cannot be built.
+    """
+    kind = getattr(config, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise FedgroveError(f"model: {folder}: type {kind} is an encoder-decoder", "fedgrove prunes causal decoders")
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or kind in _BIDIRECTIONAL
+    if masked and not getattr(config, "is_decoder", False):
+        raise FedgroveError(f"model: {folder}: type {kind} is an encoder", "fedgrove prunes causal decoders")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if getattr(config, "auto_map", None):
+            raise _needs_code(folder / CONFIG)
+        raise FedgroveError(f"model: {folder}: type {kind} is no causal language model", "take one that generates text")
+    return _with_attention(
+        lambda attention: AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        ),
+        lambda error: FedgroveError(
+            f"model: no {kind} can be built from {folder / CONFIG}: {first_line(error)}", "correct it, or copy it again"
+        ),
+    )
+
+
+def load_full_model(folder: Path, **settings: Any) -> Any:
+    """The full model in memory, in evaluation mode, loaded by transformers from the files that are the model.
+
+    Args:
+        folder: a model directory.
+        settings: for ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        FedgroveError: transformers cannot load it.
+    """
+    with plain_folder(folder) as path:
+        model = _with_attention(
+            lambda attention: AutoModelForCausalLM.from_pretrained(
+                path, attn_implementation=attention, trust_remote_code=False, **settings
+            ),
+            lambda error: FedgroveError(f"model: transformers does not load {folder}: {first_line(error)}", "copy it again"),
+        )
+    return cast(Any, model).eval()
+
+
+def load_gguf(file: Path, complete: Callable[[PretrainedConfig], PretrainedConfig]) -> Any:
+    """The full model in a GGUF file, in float32 and in evaluation mode.
+
+    Args:
+        file: the GGUF file.
+        complete: gives the configuration to use, from the one that transformers makes of the file.
+
+    Raises:
+        FedgroveError: transformers cannot load it.
+    """
+    try:
+        config = complete(AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False))
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # the types of what it raises are not documented
+        raise FedgroveError(f"model: transformers does not load {file}: {first_line(error)}", "export it again") from error
+    return cast(Any, model).eval()
+
+
+@contextmanager
+def plain_folder(folder: Path) -> Iterator[Path]:
+    """A folder from which transformers loads the model: the given one, or a temporary one with links to its files.
+
+    The latter where transformers would not find the weights, or would put an adapter on top; see
+    :func:`fedgrove.models.files.loads_as_it_is`.
+    """
+    if loads_as_it_is(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        links = Path(temporary)
+        for small, content in small_contents(folder).items():
+            (links / small).write_bytes(content)
+        names = {}
+        for name, file in weight_files(folder).items():
+            (links / name).symlink_to(file.resolve())
+            names[name] = list(header(file))
+        index = index_of(names, sum(file.stat().st_size for file in links.glob("*.safetensors")))
+        if index is not None:
+            (links / INDEX).write_text(index, encoding="utf-8")
+        yield links
+
+
+def _with_attention(build: Callable[[str], T], refusal: Callable[[Exception], FedgroveError]) -> T:
+    """Builds with the first kind of attention that the model has; config.json may ask for one that is not installed."""
+    fault: Exception | None = None
+    for attention in ATTENTIONS:
+        try:
+            return build(attention)
+        except Exception as error:  # the types of what it raises are not documented
+            fault = error
+    assert fault is not None
+    raise refusal(fault) from fault
+
+
+def _needs_code(file: Path) -> FedgroveError:
+    return FedgroveError(f"model: {file}: {CODE}", "take a model that transformers knows")

@@ -1,0 +1,122 @@
+"""Architectures of AutoModelForCausalLM: measured as plain transformers measures them, or refused in one line.
+
+``bench/decoders.py`` takes every type; here is a choice of different ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
+
+from decoders import plain_perplexity, save_small, small_config, windows
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import perplexity
+from fedgrove.models.positions import positions
+from fedgrove.models.preconditions import check_length, check_parameters
+from fedgrove.models.stream import Checkpoint
+
+MEASURED = (
+    "apertus", "bart", "biogpt", "bloom", "codegen", "cohere", "cpmant", "ctrl", "deepseek_v2", "diffllama", "ernie4_5",
+    "falcon", "gemma3_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "mixtral",
+    "modernbert-decoder", "mpt", "nanochat", "olmo2", "openai-gpt", "opt", "persimmon", "phi", "phi3", "prophetnet",
+    "qwen3_moe", "stablelm", "trocr", "xglm",
+)  # fmt: skip
+ENCODERS = ("bert", "bert-generation", "camembert", "electra", "megatron-bert", "rembert", "roberta", "roformer", "xlnet")
+REFUSED = ("bamba", "falcon_mamba", "gpt_oss", "jamba", "mamba", "recurrent_gemma", "rwkv")
+HARD = {"gpt2": 64, "opt": 64, "gptj": 64, "biogpt": 64, "ctrl": 64, "gpt_neo": 64, "mpt": 64, "roberta": 62, "prophetnet": 61}
+SOFT = ("bloom", "falcon", "llama", "phi", "xglm")
+
+
+def decoder_of(folder: Path) -> Decoder:
+    decoder = Decoder(Checkpoint(folder))
+    check_parameters(decoder)
+    return decoder
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_a_type_is_measured_as_plain_transformers_measures_it(kind: str, tmp_path: Path) -> None:
+    folder = save_small(kind, tmp_path)
+    assert perplexity(decoder_of(folder), windows()) == pytest.approx(plain_perplexity(folder), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "bloom", "gpt2", "llama", "gpt_bigcode"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_with_a_tied_head_and_with_one_of_its_own(kind: str, tied: bool, tmp_path: Path) -> None:
+    folder = save_small(kind, tmp_path, tie_word_embeddings=tied)
+    assert perplexity(decoder_of(folder), windows()) == pytest.approx(plain_perplexity(folder), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "roformer", "megatron-bert"])
+def test_an_encoder_that_is_used_as_a_decoder_is_one(kind: str, tmp_path: Path) -> None:
+    folder = save_small(kind, tmp_path, is_decoder=True)
+    assert perplexity(decoder_of(folder), windows()) == pytest.approx(plain_perplexity(folder), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_is_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(FedgroveError, match=f"type {kind} is an encoder; fedgrove prunes causal decoders"):
+        Decoder(Checkpoint(save_small(kind, tmp_path)))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    sizes = {name: value for name, value in small_config("bart").to_dict().items() if name.endswith(("layers", "dim", "heads"))}
+    BartForConditionalGeneration(BartConfig(**sizes, d_model=32, vocab_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(FedgroveError, match="type bart is an encoder-decoder; fedgrove prunes causal decoders"):
+        Decoder(Checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_state_space_models_and_unknown_experts_are_refused(kind: str, tmp_path: Path) -> None:
+    folder = save_small(kind, tmp_path)
+    with pytest.raises(FedgroveError) as refusal:
+        perplexity(decoder_of(folder), windows())
+    assert "three dimensions" in str(refusal.value)
+
+
+def test_blocks_that_are_not_run_one_after_the_other_are_refused(tmp_path: Path) -> None:
+    decoder = Decoder(Checkpoint(save_small("llama", tmp_path)))
+    again = decoder.blocks[0]
+    decoder.blocks[1].register_forward_pre_hook(lambda block, args: (again(args[0]),))
+    with pytest.raises(FedgroveError, match="does not run its 3 blocks one after the other"):
+        decoder.embed(windows()[0])
+
+
+@pytest.mark.parametrize("kind", ["xglm", "gemma3_text", "falcon", "gpt2", "opt", "codegen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_type_runs_in_16_bits_in_which_no_constant_stays_in_32(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_small(kind, tmp_path, dtype)
+    decoder = Decoder(Checkpoint(folder), dtype=dtype)
+    hidden, calls = decoder.embed(windows()[0])
+    assert hidden.dtype == dtype
+    for index in range(len(decoder)):
+        with decoder.loaded(index) as block:
+            hidden = decoder.run(block, hidden, calls[index])
+    logits = decoder.logits(windows()[0], hidden)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()(input_ids=windows()[0], use_cache=False).logits
+    torch.testing.assert_close(logits.float(), plain.float(), rtol=0.05, atol=0.05 * float(plain.float().std()))
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_learnt_positions_are_a_hard_limit_which_is_exact(kind: str, tmp_path: Path) -> None:
+    decoder = Decoder(Checkpoint(save_small(kind, tmp_path, **({"is_decoder": True} if kind == "roberta" else {}))))
+    assert positions(decoder.model, decoder.checkpoint.config) == (HARD[kind], True)
+    decoder.embed(torch.full((1, HARD[kind]), 5))
+    with pytest.raises(FedgroveError, match=f"positions for {HARD[kind]}; set it to at most {HARD[kind]}"):
+        decoder.embed(torch.full((1, HARD[kind] + 1), 5))
+    with pytest.raises(FedgroveError, match=r"evaluate\.length = 65"):
+        check_length(decoder, 65, "evaluate.length")
+
+
+@pytest.mark.parametrize("kind", SOFT)
+def test_other_positions_are_a_note_at_most(kind: str, tmp_path: Path) -> None:
+    decoder = Decoder(Checkpoint(save_small(kind, tmp_path)))
+    limit, is_hard = positions(decoder.model, decoder.checkpoint.config)
+    assert not is_hard
+    assert check_length(decoder, 64, "stages.0.length") is None
+    assert (check_length(decoder, 80, "stages.0.length") is None) == (limit is None)
+    decoder.embed(torch.full((1, 80), 5))
