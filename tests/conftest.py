@@ -40,3 +40,13 @@ def grove(demo: Path) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A federation that runs in a second."""
     return Small(tmp_path_factory.mktemp("small"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many strangers' inputs (tests/strangers) were tried, and how many behaved as they should."""
+    passed, failed = (
+        [report for report in terminalreporter.stats.get(outcome, []) if "/strangers/" in report.nodeid]
+        for outcome in ("passed", "failed")
+    )
+    if passed or failed:
+        terminalreporter.write_line(f"strangers' inputs: {len(passed)} of {len(passed) + len(failed)} right")

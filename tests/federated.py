@@ -51,7 +51,7 @@ class Lines(Listener):
                 self.phases.append(event)
                 if event.message in self.at_phase:
                     self.at_phase.pop(event.message)()
-            case Responded(client) if client in self.at_response:
+            case Responded(client, num_bytes) if num_bytes and client in self.at_response:  # 0: the client failed
                 self.at_response.pop(client)()
 
     def has_phase(self, message: str) -> bool:

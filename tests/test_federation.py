@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import shlex
 import shutil
 import ssl
@@ -26,10 +27,11 @@ from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.doctor import shake_hands
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.deploy.flare.installation import credentials
+from fedgrove.engines.flare import ENDED
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
-from small import Small, cli, complaint, wait_until
+from small import ROOT, Small, cli, complaint, wait_until
 
 SECRET = "zanzibar-7413"
 TUNE = {
@@ -235,6 +237,34 @@ def test_a_job_below_the_privacy_floor_is_refused(federation: Running) -> None:
         f"({number - 1} of {number} clients responded, {number} needed: rounds.quorum)"
     )
     assert not [phase for phase in seen.phases if phase.action == "prune"], "nothing is computed before all agree"
+
+
+def test_a_site_whose_process_ends_at_once_is_one_missing_client(federation: Running, tmp_path: Path) -> None:
+    """In a folder with a space everything works; at cedar the process of a run ends before it has done anything."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'nvflare.private.fed.app.client.worker_process' in sys.orig_argv: os._exit(1)\n"
+    )
+    birch, cedar = federation.sites["birch"], federation.sites["cedar"]
+    for kit in (birch, cedar):
+        node.stop(kit)
+    now = time.time()
+    moved = federation.folder / "a folder" / "birch"
+    moved.parent.mkdir()
+    birch.rename(moved)
+    birch.symlink_to(moved)
+    federation.start_site("birch")
+    federation.start_site("cedar", PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT / "src")]))
+    federation.wait_for(("birch", "cedar"), since=now)
+    seen = Lines()
+    clients = [{"name": name} for name in federation.names]
+    assert federation.run("two", seen, clients=clients, rounds={"quorum": 2}) is None
+    assert seen.messages[:1] == [f"cedar: {ENDED}"]
+    records = json.loads((federation.fetch("two") / "pruning.json").read_text(encoding="utf-8"))["tensors"]
+    assert {tuple(record["clients"]) for record in records} == {("ash", "birch")}
+    now = time.time()
+    node.stop(cedar)
+    federation.start_site("cedar")
+    federation.wait_for(("cedar",), since=now)
 
 
 def test_a_removed_site_does_not_come_back(federation: Running) -> None:

@@ -20,6 +20,7 @@ pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installe
 import fedgrove.stages.prune.pruners
 from federated import MODEL, Lines, Running, environment
 from fedgrove.deploy.flare import node, operator
+from fedgrove.engines.flare import ABSENT, ENDED
 from fedgrove.errors import FedgroveError
 from small import ROOT, Small, make_model
 
@@ -28,7 +29,7 @@ SECRET = "zanzibar-7413"
 NAMES = ("ash", "birch", "cedar", "dogwood", "elm")
 BLOCKS = 12
 BLOCK = "prune: round 1 of 1, block {} of 12"
-GRACE = 4.0  # seconds; an hour's outage and one of a quarter of a minute differ in nothing else
+GRACE = 10.0  # seconds: enough for a site on a busy machine; an hour's outage and a short one differ in nothing else
 
 # A pruner that does at every block what the next line of a file says, in the folder of the site that it runs at.
 PRUNER = """
@@ -115,6 +116,25 @@ class Tamper(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Tamper())
 """
+# What a site's machine may do to the processes that FLARE starts there; the first word of a file in the kit says which.
+BROKEN = """
+import os, resource, signal, sys
+from pathlib import Path
+
+way = Path("way.txt").read_text().split() if Path("way.txt").is_file() else ["none"]
+if "nvflare.private.fed.app.client.worker_process" in sys.orig_argv:  # the process of a run
+    match way[0]:
+        case "exit":
+            os._exit(int(way[1]))
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+else:
+    match os.environ.get("BROKEN"):
+        case "python":
+            sys.executable = "/gone/python"
+        case "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+"""
 FAULTY = """
 import os
 import fedgrove.stages.prune.pruners
@@ -141,7 +161,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[s
     """What is in the environment of a process that can misbehave, is tampered with, or is of an older fedgrove."""
     folder = tmp_path_factory.mktemp("paths")
     found = {}
-    for name, code in (("faulty", FAULTY), ("tampered", FAULTY + TAMPER % {"secret": SECRET}), ("old", OLD)):
+    for name, code in (
+        ("broken", BROKEN),
+        ("faulty", FAULTY),
+        ("tampered", FAULTY + TAMPER % {"secret": SECRET}),
+        ("old", OLD),
+    ):
         (folder / name).mkdir()
         (folder / name / "sitecustomize.py").write_text(code)
         (folder / name / "faulty.py").write_text(PRUNER % {"secret": SECRET})
@@ -360,3 +385,66 @@ def in_process(grown: Small) -> Path:
     """The same job in one process."""
     clients = [{"name": site["name"], "data": str(grown.texts.get(site["name"], grown.texts["ash"]))} for site in FOUR]
     return grown.undisturbed(clients=clients, evaluate__alone=False)
+
+
+ODD = {
+    "server": "the server's  folder",
+    "ash": "it's a folder # {of} $HOME",
+    "cedar": 'é "quoted" %s \\ 日本語',
+    "gorse": "/".join(["long" * 50] * 4),
+}
+
+
+def test_sites_whose_process_does_not_start_are_missing_by_name_and_end_nobodys_run(
+    small: Small, paths: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """Odd folders work; at other sites a run's process ends at once, cannot be started, or the disk is full."""
+    names = ("ash", "birch", "cedar", "dogwood", "elm", "fir", "gorse")
+    running = Running(small, tmp_path / "federation", names, grace=GRACE)
+    try:
+        for name, folder in ODD.items():
+            move(running.server if name == "server" else running.sites[name], tmp_path / "federation" / folder / name)
+        broken, sound = paths["broken"], dict.fromkeys(ODD, paths["faulty"])
+        for name, way in (("birch", "exit 1"), ("dogwood", "kill")):
+            (running.sites[name] / "way.txt").write_text(way)
+        bad = {"elm": broken | {"BROKEN": "python"}, "fir": broken | {"BROKEN": "disk"}}
+        running.start(birch=broken, dogwood=broken, **bad, **sound)
+        ash = running.sites["ash"]
+        seen = Lines()
+        error = running.run("missing", seen, rounds={"quorum": 5})
+        assert error == f"client 'birch': {ENDED} (3 of 7 clients responded, 5 needed: rounds.quorum)"
+        missing = [f"birch: {ENDED}", f"dogwood: {ENDED}", f"elm: {ENDED}", f"fir: {ABSENT}"]
+        assert seen.messages[:4] == missing
+
+        for name, way in (("birch", "exit 0"), ("dogwood", "exit 103")):
+            (running.sites[name] / "way.txt").write_text(way)
+        seen = Lines()
+
+        def kill() -> None:
+            kill_run(running.sites["gorse"])
+            (ash / "go-on.txt").touch()
+
+        seen.at_phase["prune: round 1 of 1, block 1 of 2"] = kill
+        (ash / "errors.txt").write_text("wait\n")
+        assert running.run("missing", seen, stages__0__pruner="faulty", rounds={"quorum": 2}) is None, "the name is free"
+        assert seen.messages[:4] == missing
+        assert f"gorse: {ENDED}" in seen.messages, "its process ended while the run went on"
+        report = (running.fetch("missing") / "report.html").read_text(encoding="utf-8")
+        assert all(name in report for name in ("birch", "dogwood", "elm", "fir"))
+    finally:
+        running.close()
+
+
+def move(kit: Path, folder: Path) -> None:
+    """Moves a kit; where it was, there is a link."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    kit.rename(folder)
+    kit.symlink_to(folder)
+
+
+def kill_run(kit: Path) -> None:
+    """SIGKILL to the process of a run at a site, not to the site's own."""
+    process = node.running(kit)
+    assert process is not None
+    for child in process.children():
+        child.kill()

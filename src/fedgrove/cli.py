@@ -79,6 +79,10 @@ def command(function: Callable[..., None], group: typer.Typer = app) -> Callable
             function(*args, **kwargs)
         except FedgroveError as error:
             _fail(str(error), 2)
+        except UnicodeEncodeError as error:  # a file's name in letters that the locale of this terminal does not have
+            if sys.getfilesystemencoding().lower() == "utf-8":
+                raise
+            _fail(f"the terminal's locale cannot write {ascii(error.object)[:100]}; set PYTHONUTF8=1 or LC_ALL=C.UTF-8", 2)
         except KeyboardInterrupt:
             _fail("interrupted; a run continues with --resume", 130)
         except OSError as error:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -32,37 +32,52 @@ class RunFolder:
             differ).
         resume: continue an existing run.
         listener: receives every event of the run.
+        shown: the name of the folder in messages; default: ``--out PATH``.
+        another: what to do if the folder cannot be used.
+        beside: files that the caller writes into the folder, too; they alone do not make it a run.
 
     Raises:
         FedgroveError: the folder contains something else, a run of another job, a run although ``resume`` is false, or
             a run that is still in progress.
     """
 
-    def __init__(self, path: Path, job: Job, *, resume: bool = False, listener: Listener | None = None):
+    def __init__(
+        self,
+        path: Path,
+        job: Job,
+        *,
+        resume: bool = False,
+        listener: Listener | None = None,
+        shown: str | None = None,
+        another: str = "name another folder",
+        beside: Collection[str] = (),
+    ):
         self.path = path.resolve()
         self.job = job
         self.listener = listener or Listener()
         job_file = self.path / "job.toml"
+        of = str(job_file) if shown is None else f"that of {shown}"
+        shown = shown or f"--out {path}"
         if self.path.is_file():
-            raise FedgroveError(f"--out {path}: this is a file", "name a folder")
-        void = _void(self.path)
+            raise FedgroveError(f"{shown}: this is a file", "name a folder")
+        void = _void(self.path, beside)
         started = job_file.is_file() and not void
         if started and not resume:
-            raise FedgroveError(f"--out {path}: a run is there already", "continue it with --resume or name another folder")
+            raise FedgroveError(f"{shown}: a run is there already", f"continue it with --resume or {another}")
         if not started and not void:
-            raise FedgroveError(f"--out {path}: the folder is not empty and holds no run", "name another one")
+            raise FedgroveError(f"{shown}: the folder is not empty and holds no run", another)
         if started and _what(job_file.read_text(encoding="utf-8")) != _what(job.dumps()):
-            raise FedgroveError(f"--resume: the job differs from {job_file}", "run that one, or name another --out")
+            raise FedgroveError(f"--resume: the job differs from {of}", f"run that one, or {another}")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise FedgroveError(
-                f"--out {path}: another process is running there", "wait for it or name another folder"
-            ) from error
+            raise FedgroveError(f"{shown}: another process is running there", f"wait for it or {another}") from error
         self.write_text("job.toml", job.dumps())
         if void:
+            for name in beside:
+                (self.path / name).unlink(missing_ok=True)
             (self.path / "ledger.jsonl").write_text("")
         else:
             for name in ("metrics.jsonl", "ledger.jsonl", "examples.jsonl"):
@@ -161,14 +176,14 @@ def planning_folder(job: Job, listener: Listener | None = None) -> Iterator[RunF
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _void(folder: Path) -> bool:
+def _void(folder: Path, beside: Collection[str]) -> bool:
     """Whether a folder is empty, or has only the files of a run that ended before it had computed anything.
 
     So after an error in a job or a text is fixed, the same folder can be used again.
     """
     left = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     refused = {"job.toml", "ledger.jsonl"} <= left
-    return left <= {".lock", "job.toml.partial"} | (
+    return left <= {".lock", "job.toml.partial", *beside} | (
         {"job.toml", "ledger.jsonl", "clients", "work", "tensorboard", "mlflow"} if refused else set()
     )
 

@@ -11,7 +11,7 @@ import math
 import queue
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ WAIT = 3600.0  # seconds for a response if the job sets no timeout; without a li
 STREAMED = 2**22  # bytes from which a message is sent as tensors, which FLARE streams
 PIECE = 2**24  # bytes of one such tensor: the next one is prepared while one is being sent
 MISSING = 5.0  # seconds to fetch a request, for a site that did not fetch the previous one
+ENDED = "its process of this run has ended, and its own log says why; it can take part again after --resume"
+ABSENT = "this run did not reach it (not connected, or its disk is full); it can take part after --resume"
 
 
 @dataclass
@@ -60,6 +62,7 @@ class FlareEngine:
         run: the name under which sites keep their working files.
         grace: seconds in which a site must fetch a request; otherwise it is skipped until the next request.
         aborted: returns whether the job was stopped.
+        ended: returns the clients whose process of this run has ended.
         missing: clients that did not fetch the last request.
     """
 
@@ -69,6 +72,7 @@ class FlareEngine:
     run: str
     grace: float
     aborted: Callable[[], bool]
+    ended: Callable[[], Collection[str]]
     missing: set[str] = field(default_factory=set)
 
     def clients(self) -> list[str]:
@@ -83,11 +87,14 @@ class FlareEngine:
         connected = {client.name for client in self.context.get_engine().get_clients()}
         replies: queue.SimpleQueue[tuple[str, str, Any]] = queue.SimpleQueue()
         waiting: dict[str, _Sent] = {}
+        ended = self.ended()
         for client in sorted(messages):
-            if client in connected:
+            if client in ended:
+                yield client, None, ENDED
+            elif client in connected:
                 waiting[client] = self._send(kind, client, messages, wait, replies)
             else:
-                yield client, None, "it was not connected when this run was submitted; it can take part after --resume"
+                yield client, None, ABSENT
         try:
             while waiting:
                 try:
@@ -146,10 +153,13 @@ class FlareEngine:
 
     def _overdue(self, waiting: Mapping[str, _Sent], wait: float) -> list[tuple[str, str]]:
         now = time.monotonic()
+        ended = self.ended()
         late = []
         for client, sent in waiting.items():
             grace = min(self.grace, MISSING) if client in self.missing else self.grace
-            if now - sent.since > wait:
+            if client in ended:
+                late.append((client, ENDED))
+            elif now - sent.since > wait:
                 late.append((client, f"no response in {wait:g} s (rounds.timeout)"))
             elif not sent.fetched and now - sent.since > grace:
                 self.missing.add(client)

@@ -46,6 +46,36 @@ def load_federated(
     return _load(path, changes, FederatedJob, texts or path.parent, sites)
 
 
+def read_toml(path: Path, what: str = "file", remedy: str | None = None) -> dict[str, Any]:
+    """The tables of a TOML file, which may begin with a byte order mark.
+
+    Args:
+        path: the file.
+        what: what it is, for the message when it does not exist.
+        remedy: what to do when it does not exist.
+
+    Raises:
+        FedgroveError: names the file and, where it is not UTF-8 or not TOML, the line.
+    """
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise FedgroveError(f"{path}: no such {what}", remedy) from error
+    except OSError as error:
+        raise FedgroveError(
+            f"{path}: it cannot be read ({error.strerror or type(error).__name__})", "make it readable for this user"
+        ) from error
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise FedgroveError(f"{path}: not TOML: line {line} is not UTF-8", "save the file as UTF-8") from error
+    except RecursionError as error:
+        raise FedgroveError(f"{path}: not TOML: values are nested too deeply") from error
+    except ValueError as error:  # besides TOMLDecodeError, such as for a number with thousands of digits
+        raise FedgroveError(f"{path}: not TOML: {error}") from error
+
+
 Kind = TypeVar("Kind", bound=Job)
 
 
@@ -66,12 +96,7 @@ def parse(said: Mapping[str, Any], folder: Path, where: str = "job") -> Job:
 
 
 def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, sites: Sequence[str] | None = None) -> Kind:
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FedgroveError(f"{path}: no such job file", "`fedgrove init` writes one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FedgroveError(f"{path}: not TOML: {error}") from error
+    raw = read_toml(path, "job file", "`fedgrove init` writes one")
     for change in changes:
         _apply(raw, change)
     if sites is None:

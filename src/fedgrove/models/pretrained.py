@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from transformers import (
@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -37,6 +36,9 @@ from fedgrove.models.files import (
     weight_files,
 )
 from fedgrove.models.tensor_files import header
+
+if TYPE_CHECKING:  # this import takes as long as that of torch
+    from transformers import PreTrainedModel
 
 CODE = "it needs Python code of its own, which is never run"
 ATTENTIONS = ("sdpa", "eager")  # the first that the model has; others need packages or GPUs that may be missing

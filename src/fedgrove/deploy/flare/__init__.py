@@ -3,6 +3,8 @@
 ``files``: the files that people write. ``kits``: certificates and folders to hand out. ``node``: starts and stops a kit.
 ``operator``: submits jobs to a running federation, watches them and fetches results. ``doctor``: checks a kit.
 
+``launcher`` starts the process of a run, at the server and at a site; ``outcomes`` notes which of a run's processes have ended.
+
 A run at the server: ``controller`` (FLARE's end) and ``coordinate``. At a site: ``executor`` (FLARE's end), ``site`` (bytes in,
 bytes out), ``policy`` (what the site allows), ``installation`` (what it has), ``exchanges`` (requests to the
 site itself).

@@ -55,13 +55,17 @@ def init(
         raise FedgroveError(f"{file} exists already", "edit it, or name another folder")
     name = name or _asked("Name of the federation")
     server = server or _asked("Server, as HOST:PORT", "localhost:8002")
-    host, _, port = server.rpartition(":")
+    host, colon, port = server.rpartition(":")
+    if not colon or kit_files.is_ipv6(server):
+        host, port = server, "8002"
+    if not host or not port.isdecimal():
+        raise FedgroveError(f"--server {server}: this is no HOST:PORT", "write for instance fl.example.org:8002")
     sites = site or _asked("Sites, separated by spaces").split()
     people = operator or _asked("Operators (e-mail addresses, separated by spaces)").split()
     template = Template((TEMPLATES / "federation.toml").read_text(encoding="utf-8"))
     site_tables = "\n".join(f"[[sites]]\nname = {json.dumps(one)}\n" for one in sites)
     operator_tables = "\n".join(f"[[operators]]\nname = {json.dumps(one)}\n" for one in people)
-    facts = {"name": json.dumps(name), "host": json.dumps(host or server), "port": port if host else "8002"}
+    facts = {"name": json.dumps(name), "host": json.dumps(host), "port": str(int(port))}
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(template.substitute(facts, sites=site_tables, operators=operator_tables), encoding="utf-8")
     try:

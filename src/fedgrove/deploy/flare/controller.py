@@ -11,6 +11,7 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
 from fedgrove.deploy.flare.coordinate import Recorder, coordinate
+from fedgrove.deploy.flare.outcomes import ended_sites
 from fedgrove.engines.flare import FlareEngine
 
 
@@ -42,11 +43,15 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
         kit, job = Path(workspace.get_root_dir()), fl_ctx.get_job_id()
         offload = setup_tensor_disk_offload(engine, True, job)
 
+        config, results = Path(workspace.get_app_config_dir(job)), Path(workspace.get_run_dir(job))
+
         def connect(clients: list[str], run: str, grace: float) -> FlareEngine:
-            return FlareEngine(self, fl_ctx, clients, run, grace, lambda: bool(abort_signal.triggered))
+            def aborted() -> bool:
+                return bool(abort_signal.triggered)
+
+            return FlareEngine(self, fl_ctx, clients, run, grace, aborted, lambda: ended_sites(results))
 
         try:
-            config, results = Path(workspace.get_app_config_dir(job)), Path(workspace.get_run_dir(job))
             error = coordinate(kit, config, results, self._resume, connect, recorder)
         finally:
             cleanup_tensor_disk_offload(engine, offload)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ FETCHED = (
     "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
     JOB, SAID, "adapter", "model",
 )  # fmt: skip
+_PATH = re.compile(r"(?<![\w.:/])/[^\s/:;,'\"()]+(?:/[^\s/:;,'\"()]+)*")  # an absolute path without spaces
 Connect = Callable[[list[str], str, float], Engine]  # clients, name of the working folder, seconds to fetch a request
 
 
@@ -49,14 +51,18 @@ class Recorder(Listener):
         events: all events so far, as :func:`fedgrove.events.to_json` writes them.
         file: the file for messages; None until the run folder exists.
         capabilities: by site; empty until the sites have agreed.
+        folders: folders of the server, whose paths messages leave out.
     """
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.file: Path | None = None
         self.capabilities: dict[str, Any] = {}
+        self.folders: list[Path] = []
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, events.Message):
+            event = events.Message(without_paths(event.text, self.folders))
         self.events.append(events.to_json(event))
         if isinstance(event, events.Message) and self.file is not None:
             with self.file.open("a", encoding="utf-8") as file:
@@ -81,28 +87,47 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
     Returns:
         None if the run ended well, else one line that says why it did not.
     """
-    state: dict[str, str] = {"state": "ended"}
+    state: dict[str, Any] = {"state": "ended"}
     folder = None
+    recorder.folders = [kit, config]
     try:
         settings = read(kit / SERVER, ServerFile)
+        recorder.folders += [(kit / model).parent for model in settings.models.values()]
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
         job, model = open_job(kit, config, settings)
         folder = kit / "runs" / job.name
-        run = RunFolder(folder, job, resume=resume, listener=recorder)
+        run = RunFolder(
+            folder,
+            job,
+            resume=resume,
+            listener=recorder,
+            shown=f"name = {job.name!r}",
+            another="give the job another name",
+            beside=(FACTS, SAID),
+        )
         try:
             recorder.file = folder / SAID
             run_with_sites(job, model, settings, connect, run, recorder)
         finally:
             run.close()
     except FedgroveError as error:
-        state = {"state": "failed", "line": str(error)}
+        state = {"state": "failed", "line": without_paths(str(error), recorder.folders)}
     except Exception as error:
         state = {"state": "failed", "line": f"{type(error).__name__} at the server; the trace is in its log"}
         raise
     finally:
         recorder.message(state.get("line", "the run has ended"))
+        state["messages"] = [event["text"] for event in recorder.events if event["event"] == "message"]
         _offer(folder, results / "run", state)
     return state.get("line")
+
+
+def without_paths(text: str, folders: Sequence[Path]) -> str:
+    """A message for people at other machines: of each path only the last part, or the part within one of ``folders``."""
+    known = {str(path) for folder in folders for path in (folder, folder.resolve()) if path != Path("/")}
+    for path in sorted(known, key=len, reverse=True):
+        text = text.replace(f"{path}/", "").replace(path, Path(path).name)
+    return _PATH.sub(lambda found: Path(found[0]).name, text)
 
 
 def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJob, str]:
@@ -187,7 +212,7 @@ def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
     shutil.rmtree(run.path / "work", ignore_errors=True)
 
 
-def _offer(run: Path | None, out: Path, state: dict[str, str]) -> None:
+def _offer(run: Path | None, out: Path, state: dict[str, Any]) -> None:
     """Hard-links the files that the operator may fetch into FLARE's folder of the job, which FLARE serves."""
     out.mkdir(parents=True, exist_ok=True)
     (out / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import stat
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fedgrove.deploy.flare.exchanges.join import CLOCK
 from fedgrove.deploy.flare.files import SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
 from fedgrove.deploy.flare.installation import Installation, credentials
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, NEVER, name_of
-from fedgrove.deploy.flare.node import address, kind_of, running
+from fedgrove.deploy.flare.node import address, check_path, kind_of, running
 from fedgrove.errors import FedgroveError
 from fedgrove.machine import Check, check_machine
 
@@ -34,7 +35,7 @@ def examine(kit: Path) -> list[Check]:
     alive = running(kit) is not None
     listen = [port] if kind == "server" and not alive else []
     connect = [f"{host}:{port}"] if kind != "server" or alive else []
-    checks = check_machine(kit, listen, connect)
+    checks = [folder(kit), *check_machine(kit, listen, connect)]
     checks.append(certificate(kit, kind, datetime.now(UTC)))
     checks.append(private_keys(kit))
     if connect and kind != "server":
@@ -51,6 +52,17 @@ def examine(kit: Path) -> list[Check]:
     if kind == "site":
         checks += _site(kit)
     return checks
+
+
+def folder(kit: Path) -> Check:
+    """Whether the kit's process can be started in its folder."""
+    try:
+        check_path(kit)
+    except FedgroveError as error:
+        return Check("folder", False, error.what, error.remedy or "")
+    if not os.access(kit, os.W_OK):
+        return Check("folder", False, f"{kit} cannot be written to", "make it writable for this user")
+    return Check("folder", True, "it can be written to")
 
 
 def certificate(kit: Path, kind: str, now: datetime) -> Check:
@@ -168,7 +180,8 @@ def _site(kit: Path) -> list[Check]:
             continue
         checks += doctor.site(Installation(kit, settings, run="").client(name))
     work = kit / settings.work
-    work.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # the next line says so
+        work.mkdir(parents=True, exist_ok=True)
     if not os.access(work, os.W_OK):
         checks.append(Check("work", False, f"{work} cannot be written to", "make it writable for this user"))
     return [*checks, roster(kit)]

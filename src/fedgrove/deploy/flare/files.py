@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-import tomllib
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job.load import complaint
+from fedgrove.job.load import complaint, read_toml
 from fedgrove.job.tables import KINDS, whole_pair
 from fedgrove.job.units import Bits, BitsPerSecond, Bytes, Files, Name, Table, Template
 
-Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$")]
+
+def is_ipv6(host: str) -> bool:
+    """Whether a text is an IPv6 address, with or without brackets and a zone."""
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]").partition("%")[0]).version == 6
+    except ValueError:
+        return False
+
+
+def _no_ipv6(host: object) -> object:
+    """Refuses an IPv6 address: FLARE splits HOST:PORT at the first colon, and its server listens on IPv4 only."""
+    if isinstance(host, str) and is_ipv6(host):
+        raise ValueError(f"{host!r} is an IPv6 address, which NVIDIA FLARE cannot use; write a host name or an IPv4 address")
+    return host
+
+
+def _no_ipv6_address(address: object) -> object:
+    if isinstance(address, str):
+        _no_ipv6(address)
+        _no_ipv6(address.rpartition(":")[0])
+    return address
+
+
+Host = Annotated[str, BeforeValidator(_no_ipv6), Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
-Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?:\d{1,5}$")]
+Address = Annotated[str, BeforeValidator(_no_ipv6_address), Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?:\d{1,5}$")]
 SITE, SERVER, FEDERATION = "site.toml", "server.toml", "federation.toml"
 
 
@@ -172,13 +195,9 @@ def read(path: Path, kind: type[File]) -> File:
     Raises:
         FedgroveError: names the file and the key.
     """
+    raw = read_toml(path, remedy="`fedgrove federation init` and `kits` write them")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
         return kind.model_validate(raw, context={"folder": path.parent.resolve()})
-    except OSError as error:
-        raise FedgroveError(f"{path}: no such file", "`fedgrove federation init` and `kits` write them") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FedgroveError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
         raise FedgroveError(f"{path}: {complaint(error)}") from error
 

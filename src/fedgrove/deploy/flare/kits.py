@@ -31,6 +31,11 @@ from fedgrove.job.tables import KINDS
 
 CONTROLLER = "fedgrove.deploy.flare.controller.FedgroveController"  # the only class FLARE may load at the server
 EXECUTOR = "fedgrove.deploy.flare.executor.FedgroveExecutor"  # the only one at a site
+OUTCOMES = "fedgrove.deploy.flare.outcomes.SiteOutcomes"
+LAUNCHERS = {
+    "server": "fedgrove.deploy.flare.launcher.ServerLauncher",
+    "site": "fedgrove.deploy.flare.launcher.SiteLauncher",
+}
 PATIENCE = 7200  # seconds after which the server drops a silent site; until then a run keeps sending it requests
 LIFETIME = timedelta(days=360)  # how long a renewed certificate is valid: as long as FLARE's own
 AUTHORITY = "authority"
@@ -187,6 +192,9 @@ def _harden(kit: Path, kind: str, change: Any) -> None:
     local = kit / "local"
     resources = json.loads((local / "resources.json.default").read_text(encoding="utf-8"))
     change(resources)
+    for part in resources["components"]:
+        if part["id"] == "process_launcher":
+            part["path"] = LAUNCHERS[kind]
     resources["class_list_enforcement_mode"] = "enforce"
     resources["class_allow_list"] = [CONTROLLER if kind == "server" else EXECUTOR]
     rights = {"project_admin": AT_SERVER if kind == "server" else AT_SITE}
@@ -205,7 +213,7 @@ def _server_resources(resources: dict[str, Any]) -> None:
     for part in components:
         if part["id"] == "job_scheduler":
             part["args"]["max_jobs"] = 1
-    resources["components"] = components
+    resources["components"] = [*components, {"id": "site_outcomes", "path": OUTCOMES, "args": {}}]
 
 
 def name_of(kit: Path) -> str:

@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "4",
     "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT": "15",  # a run that has ended does not wait 15 minutes for a site that is gone
 }
+LONGEST = 3500  # bytes of a kit's path: the system allows 4095, and files of a run lie a few folders deeper
 READY = 30.0  # seconds that a start waits until the server listens
 
 
@@ -41,6 +42,20 @@ def kind_of(kit: Path) -> str:
     raise FedgroveError(f"{kit}: this is not a kit", "name a folder that `fedgrove federation kits` made")
 
 
+def check_path(kit: Path) -> None:
+    """Raises :class:`FedgroveError` if FLARE or a log could not write the kit's path. Spaces and any script are fine."""
+    encoded = os.fsencode(kit.resolve())
+    shown = encoded.decode("utf-8", "replace")
+    if not str(kit.resolve()).isprintable():
+        raise FedgroveError(
+            f"{shown}: the path has a control character, or is not UTF-8", "move the kit to a folder without it"
+        )
+    if len(encoded) > LONGEST:
+        raise FedgroveError(
+            f"{shown[:200]}…: the path is {len(encoded)} bytes long, {LONGEST} are possible", "move the kit to a shorter path"
+        )
+
+
 def start(kit: Path, foreground: bool = False) -> int:
     """Starts the process of a server's or site's kit.
 
@@ -51,11 +66,12 @@ def start(kit: Path, foreground: bool = False) -> int:
         The process id.
 
     Raises:
-        FedgroveError: it is an operator's kit, it is already running, its settings file is not valid, or it ended at
-            once.
+        FedgroveError: it is an operator's kit, it is already running, its settings file is not valid, its folder cannot
+            be written to or has a path that does not work, or it ended at once.
     """
     require_flare()
     kit = kit.resolve()
+    check_path(kit)
     kind = kind_of(kit)
     if kind == "operator":
         raise FedgroveError(
@@ -64,15 +80,22 @@ def start(kit: Path, foreground: bool = False) -> int:
     read(kit / (SERVER if kind == "server" else SITE), ServerFile if kind == "server" else SiteFile)
     if running(kit) is not None:
         raise FedgroveError(f"{kit}: it is already running", f"`fedgrove federation stop {kit}` stops it")
-    if kind == "server":
-        keep_jobs_in(kit)
-    for folder in ("transfer", "log"):
-        (kit / folder).mkdir(exist_ok=True)
-    environment = {**ENVIRONMENT, **os.environ}
-    if foreground:
+    try:
+        if kind == "server":
+            keep_jobs_in(kit)
+        for folder in ("transfer", "log"):
+            (kit / folder).mkdir(exist_ok=True)
         (kit / PID).write_text(str(os.getpid()))
-        os.execve(sys.executable, _command(kit, kind), environment)
-    with (kit / "log" / "console.log").open("ab") as log:
+        log = (kit / "log" / "console.log").open("ab")
+    except OSError as error:
+        raise FedgroveError(
+            f"{kit}: it cannot be written to ({error.strerror or type(error).__name__})",
+            "make it writable for this user, and free some space if its disk is full",
+        ) from error
+    environment = {**ENVIRONMENT, **os.environ}
+    with log:
+        if foreground:
+            os.execve(sys.executable, _command(kit, kind), environment)
         process = subprocess.Popen(
             _command(kit, kind), env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )

@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from fedgrove.deploy.flare import require_flare
-from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, SAID, STATE
+from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, STATE
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
@@ -130,7 +130,7 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
     meta = {
         "name": job.name,
         "resource_spec": {},
-        "min_clients": min(job.rounds.quorum or len(names), len(names)),
+        "min_clients": 1,  # the run checks its own quorum, and names the sites that are missing
         "deploy_map": {"app_server": ["server"], "app_site": names},
     }
     workflow = {"id": "fedgrove", "path": CONTROLLER, "args": {"resume": resume}}
@@ -175,7 +175,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         None if the run ended well (or the plan is made), else one line that says why it did not.
     """
     job = sent(kit, name)
-    number = 0
+    number = shown = 0  # of events; of messages among them
     with session(kit) as flare:
         while True:
             try:
@@ -193,6 +193,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
                 write_atomically(kit / CAPABILITIES, json.dumps(capabilities, indent=2))
             for event in map(from_json, events):
                 number += 1  # also for an event of an unknown type: the server counts it too
+                shown += isinstance(event, Message)
                 if event is not None:
                     listener.on_event(event)
                 if planned and isinstance(event, Phase) and event.action not in BEFORE_COMPUTING:
@@ -204,12 +205,25 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         try:
             fetched = _fetch(kit, job, Path(folder))
         except FedgroveError:
-            return f"{name}: it ended before it started ({status}); the server's log says why"
+            return f"{name}: it ended before it started ({status}){_not_deployed(kit, job)}; the server's log says why"
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
-        if number == 0 and (fetched / SAID).is_file():
-            for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
-                listener.on_event(Message(printable(line)))
+    for line in state.get("messages", [])[shown:]:  # those of the run's last moments
+        listener.on_event(Message(printable(str(line))))
     return None if state["state"] == "ended" else printable(str(state["line"]))
+
+
+def _not_deployed(kit: Path, job: str) -> str:
+    """Which sites did not take a job that the server handed out, in words; empty: none. Why is in their own logs."""
+    with session(kit) as flare:
+        try:
+            details = flare.get_job_meta(job).get("job_deploy_detail") or []
+        except FedgroveError:
+            raise
+        except Exception:  # FLARE raises exceptions of many types
+            return ""
+    replies = [str(detail).partition(": ") for detail in details]  # "SITE: OK", "SITE: why not", and remarks
+    sites = sorted({printable(site) for site, colon, reply in replies if colon and reply != "OK" and site != "invalid_clients"})
+    return f": it did not reach {', '.join(sites)}" if sites else ""
 
 
 def _read_progress(reply: object) -> tuple[list[object], dict[str, Any]]:
