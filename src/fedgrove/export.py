@@ -93,7 +93,7 @@ def export(
     if out.exists():
         raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
     given = find_source(source)
-    if is_packed(given.model) and to != "hf":
+    if is_packed(given.model) and to not in ("hf", "packed"):
         raise FedgroveError(f"--to {to}: {given.model} is packed", "unpack it with --to hf, and export what that gives")
     listener = listener or Listener()
     texts = held_out(given) if texts is None else texts
