@@ -53,7 +53,9 @@ SIZES: dict[str, Any] = {
     "vocab_size": 300, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2,
     "pad_token_id": 1,
 }  # fmt: skip
-TEXT = DEMO / "texts" / "theatre-heldout.txt"
+_FOLDER = tempfile.TemporaryDirectory()
+TEXT = Path(_FOLDER.name) / "text.txt"
+TEXT.write_text((DEMO / "texts" / "theatre-heldout.txt").read_text(encoding="utf-8")[:1000])
 TEXTS = Texts((("held", TEXT, None),), 48, 2)
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
