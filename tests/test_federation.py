@@ -176,7 +176,7 @@ def test_a_job_that_brings_code_is_refused(federation: Running, tmp_path: Path) 
     file.write_text(file.read_text(encoding="utf-8").replace(kits.EXECUTOR, "mine.Mine"), encoding="utf-8")
     assert "COMPLETED" not in submit_raw(federation, folder)
     assert not (tmp_path / "ran").exists()
-    assert b"ash: NVFLARE_ERROR: BYOC not permitted" in everything(federation.server), "the site refuses it"
+    assert b": NVFLARE_ERROR: BYOC not permitted" in everything(federation.server), "the sites refuse it"
 
 
 @pytest.mark.parametrize("where", ["app_site", "app_server"])

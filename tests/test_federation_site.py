@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from pydantic import BaseModel, ValidationError
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import HARMLESS
-from fedgrove.deploy.flare import files
+from fedgrove.deploy.flare import files, ledger
 from fedgrove.deploy.flare.doctor import clock
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
@@ -49,17 +50,19 @@ from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
-from small import Small, complaint, make_model
+from small import CLIENTS, Small, complaint, make_model
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "samples": 16, "length": 512}
 SUMS = {**PRUNE, "aggregation": "pooled"}
 PRIVATE = {**SUMS, "epsilon": 4.0}
 TUNE = {"kind": "tune", "method": "fedpipe", "aggregation": "flexlora", "length": 512, "steps": 4}
 STRUCTURED = {"kind": "structured", "samples": 16, "length": 512}
+ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
+WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
 
 
 def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
-    fields = {"name": "job", "model": "m", "dtype": "auto", "digests": {}, "secure": False, "alone": False}
+    fields = {"name": "job", "seed": 0, "model": "m", "dtype": "auto", "digests": {}, "secure": False, "alone": False}
     return Terms.model_validate({**fields, "clients": ["ash", "birch", "cedar"], "stages": list(stages), **changes})
 
 
@@ -79,11 +82,19 @@ def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
         ({"group": 3}, terms(PRUNE, clients=["ash", "ash", "ash"]), "allow.group"),
         ({"secure": True}, terms(PRUNE), "allow.secure"),
         ({"secure": True}, terms(PRUNE, secure=True), None),
-        ({"epsilon": 4.0}, terms(PRIVATE), None),
-        ({"epsilon": 2.0}, terms(PRIVATE), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms(PRIVATE, secure=True), None),
+        ({"epsilon": 4.0}, terms(PRIVATE), "allow.epsilon"),
+        ({"epsilon": 2.0}, terms(PRIVATE, secure=True), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms(PRIVATE, PRIVATE, secure=True), "allow.epsilon"),
+        ({"epsilon": 8.0}, terms(PRIVATE, PRIVATE, secure=True), None),
+        ({"epsilon": 4.0, "delta": 1e-7}, terms(PRIVATE, secure=True), "allow.delta"),
+        ({"epsilon": 4.0}, terms({**PRIVATE, "delta": 0.09}, secure=True), "allow.delta"),
+        ({"epsilon": 4.0}, terms(ADAPTERS), None),
+        ({"epsilon": 4.0}, terms(WHOLE), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms(WHOLE, secure=True), None),
         ({"epsilon": 2.0}, terms(PRUNE), "allow.epsilon"),
         ({"epsilon": 4.0}, terms({**PRUNE, "allocation": "owl"}), "allow.epsilon"),
-        ({"epsilon": 4.0}, terms(PRIVATE, alone=True), "allow.epsilon"),
+        ({"epsilon": 4.0}, terms(PRIVATE, alone=True, secure=True), "allow.epsilon"),
         ({"alone": False}, terms(PRUNE, alone=True), "allow.alone"),
         ({"samples": 15}, terms(PRUNE), "allow.samples"),
         ({"samples": 15}, terms(STRUCTURED), "allow.samples"),
@@ -105,9 +116,9 @@ RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=N
 CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through)
 DENSE = Calibration(stage=2, samples=16, length=512, seed="0/2")
 BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm")
-NOISE = Noise(norms={"x": 1.0}, inputs=4, clients=3, epsilon=4.0, delta=1e-6)
+NOISE = Noise(norms={"x": 1.0}, inputs=4, skips_first=False, clients=2, epsilon=4.0, delta=1e-6)
 SUM = SumInputs(
-    stage=2, run="r", block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**40
+    stage=2, block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**40
 )
 SCORES = ScoreGroups(stage=0, score="fisher", limit=2**40, calibration=Calibration(stage=0, samples=16, length=512, seed="0/0"))
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
@@ -115,16 +126,14 @@ ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK)
 TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 32, "length": 512, "seed": "0/1", "personal": 0.0}
 TRAINING = Training(steps=4, batch=1, micro=1, learning_rate=1e-3, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
 TRAIN = Train(
-    **TUNED, run="r", parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 1.0}, masked=(),
+    **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 1.0}, masked=(),
     tokens=9, seen=0, dtype="bfloat16", training=TRAINING,
 )  # fmt: skip
 IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
-ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
-WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
 NUMBERS = FixedPointChanges(
-    weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=3)
+    weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
 )
 
 
@@ -151,7 +160,7 @@ def dp_sgd(request: Train, **changes: Any) -> Any:
 
 
 def moved(request: Any, stage: int, **changes: Any) -> Any:
-    return changed(request, stage=stage, calibration__stage=stage, **changes)
+    return changed(request, stage=stage, calibration__stage=stage, calibration__seed=f"0/{stage}", **changes)
 
 
 JOB = (PRUNE, TUNE, PRIVATE, SUMS)
@@ -161,7 +170,10 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
     ("request_", "word"),
     [
         (BLOCK, None),
-        (changed(BLOCK, block=0, keep=True, calibration__samples=15), None),
+        (changed(BLOCK, block=0, keep=True), None),
+        (changed(BLOCK, calibration__samples=15), "samples"),
+        (changed(BLOCK, calibration__samples=1), "samples"),
+        (changed(BLOCK, calibration__seed="1/0"), "seed"),
         (changed(BLOCK, recipe__pruner="sparsegpt"), "pruner"),
         (changed(BLOCK, aggregation="fedavg"), "aggregation"),
         (changed(BLOCK, aggregation="fedit"), "aggregation"),
@@ -180,6 +192,9 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (moved(SUM, 0), "kind"),
         (moved(SUM, 1), "kind"),
         (changed(SUM, noise=NOISE), None),
+        (changed(SUM, noise=changed(NOISE, clients=4)), "noise"),
+        (changed(SUM, noise=changed(NOISE, clients=10**30)), "noise"),
+        (changed(SUM, noise=changed(NOISE, skips_first=True)), "epsilon"),
         (SUM, "epsilon"),
         (changed(SUM, noise=changed(NOISE, epsilon=4.1)), "epsilon"),
         (changed(SUM, noise=changed(NOISE, delta=1e-5)), "delta"),
@@ -245,6 +260,7 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
         (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
         (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=NUMBERS), None),
+        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise__adders=4)), "noise"),
         (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise=None)), "epsilon"),
         (WHOLE, changed(TRAIN, stage=0, shared_a=True), "fixed"),
     ],
@@ -387,7 +403,14 @@ def message(request: Request, tensors: Tensors | None = None) -> bytes:
 
 
 def send(kit: Path, request: Request, tensors: Tensors | None = None, run: str = "run") -> tuple[bytes | None, str | None]:
-    return respond(kit, run, request.KIND, message(request, tensors))
+    return respond(kit, run, request.KIND, message(request, tensors), kit / "job.toml")
+
+
+def sign(kit: Path, *stages: dict[str, Any], **changes: Any) -> Path:
+    """The job that FLARE brings to a site after it has checked the operator's signature."""
+    tables = {"name": "job", "model": {"path": "m"}, "clients": [{"name": name} for name in CLIENTS], "stages": list(stages)}
+    (kit / "job.toml").write_text(tomli_w.dumps({**tables, **changes}), encoding="utf-8")
+    return kit
 
 
 def make_site(kit: Path, small: Small, **settings: str) -> Path:
@@ -413,8 +436,8 @@ def test_a_site_that_did_not_agree_answers_nothing(small: Small, tmp_path: Path)
 
 def test_a_site_joins_answers_takes_the_result_and_clears_its_files(small: Small, tmp_path: Path) -> None:
     site = make_site(tmp_path, small, result="true", speed='"measure"')
-    wanted = terms({**PRUNE, "samples": 3, "length": 16}, digests=digests(Checkpoint(small.model)))
-    join = JoinRun(terms=wanted, clock=time.time())
+    sign(site, {**PRUNE, "samples": 3, "length": 16})
+    join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())
     response, error = send(site, join)
     assert response, error
     reply = wire.unpack(response)[1]
@@ -446,7 +469,39 @@ def test_a_site_joins_answers_takes_the_result_and_clears_its_files(small: Small
     assert not (site / "work" / "run").exists()
 
 
-TERMS = terms(PRUNE).model_dump(mode="json")
+def test_a_site_believes_the_signed_job_and_not_what_the_server_says(small: Small, tmp_path: Path) -> None:
+    site = make_site(tmp_path, small)
+    join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())
+    assert send(site, join) == (None, "terms Refusal job"), "no job came with the run"
+    (site / "job.toml").write_text('name = "job"\nstages = []\n')
+    assert send(site, join) == (None, "terms Refusal job"), "every check of a job file holds here, too"
+    sign(site, PRUNE)
+    assert send(site, join)[1] is None
+    assert send(site, join)[1] is None, "a run that goes on joins again"
+    others = (([SUMS], {}), ([{**PRUNE, "samples": 99}], {}), ([PRUNE], {"seed": 1}), ([PRUNE, TUNE], {}))
+    for number, (stages, changes) in enumerate(others):
+        sign(site, *stages, **changes)
+        assert send(site, join) == (None, "terms Refusal job"), "a run cannot be joined again with another job"
+        assert send(site, join, run=f"run-{number}")[1] is None
+    sign(site, PRUNE)
+    assert send(site, changed(join, digests={}), run="other") == (None, "model Refusal block-0000")
+
+
+def test_a_site_counts_what_it_spends_over_all_runs(small: Small, tmp_path: Path) -> None:
+    site = make_site(tmp_path, small)
+    with (site / "site.toml").open("a") as file:
+        file.write("[allow]\nbudget = 9.0\n")
+    join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())
+
+    def joined(run: str, *stages: dict[str, Any], **changes: Any) -> str | None:
+        return send(sign(site, *stages, **changes), join, run=run)[1]
+
+    assert joined("one", ADAPTERS, evaluate={"alone": False}) is None
+    assert joined("two", ADAPTERS, evaluate={"alone": False}) is None, "the same job costs nothing more"
+    assert joined("three", ADAPTERS, evaluate={"alone": False}, name="again") is None
+    assert joined("four", ADAPTERS, evaluate={"alone": False}, name="third") == "refused Refusal allow.budget"
+    assert joined("five", PRUNE) == "refused Refusal allow.budget", "a job without noise has no end of epsilon"
+    assert sum(ledger.spent(site).values()) == 8.0
 
 
 @pytest.mark.parametrize(
@@ -460,14 +515,14 @@ TERMS = terms(PRUNE).model_dump(mode="json")
         ("prune/nothing", {}, "terms Refusal kind"),
         ("../secret", {}, "terms Refusal kind"),
         ("deploy/result", {"file": "../x", "last": True}, "terms Refusal file"),
-        ("deploy/join", {"terms": {**TERMS, "name": "../x"}, "clock": 0}, "terms Refusal terms.name"),
-        ("deploy/join", {"terms": {**TERMS, "dtype": "nn"}, "clock": 0}, "terms Refusal terms.dtype"),
+        ("deploy/join", {"digests": {"ends": 7}, "clock": 0}, "terms Refusal digests.ends"),
+        ("deploy/join", {"digests": {}, "clock": 0, "terms": {"secure": False}}, "terms Refusal terms"),
     ],
 )
 def test_what_is_no_request_is_refused_by_the_field(kind: str, fields: object, code: str, small: Small, tmp_path: Path) -> None:
     site = make_site(tmp_path, small)
-    assert respond(site, "run", kind, wire.pack({}, {"request": fields})) == (None, code)
-    assert respond(site, "run", kind, b"noise") == (None, "error WireError")
+    assert respond(site, "run", kind, wire.pack({}, {"request": fields}), site / "job.toml") == (None, code)
+    assert respond(site, "run", kind, b"noise", site / "job.toml") == (None, "error WireError")
 
 
 @pytest.mark.parametrize(
@@ -483,7 +538,7 @@ def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
 ) -> None:
     assert "not known before the first job" in clock(tmp_path, datetime.now(UTC)).text
     (tmp_path / "site.toml").write_text(f'data = "{small.texts["ash"]}"\n[models]\n')
-    send(tmp_path, JoinRun(terms=terms(PRUNE, clients=["ash"]), clock=time.time() + behind))
+    send(tmp_path, JoinRun(digests={}, clock=time.time() + behind))
     check = clock(tmp_path, datetime.now(UTC))
     assert (check.ok, check.text.startswith(says)) == (ok, True), check
 

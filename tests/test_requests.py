@@ -21,7 +21,6 @@ from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import DeliverResult
 from fedgrove.deploy.flare.installation import Declared
-from fedgrove.deploy.flare.policy import Terms
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
@@ -85,13 +84,7 @@ class Exchange:
 
 EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(
-        JoinRun(
-            stage=0,
-            clock=0.0,
-            terms=Terms(
-                name="run", model="model", dtype="auto", digests={}, stages=(), secure=False, alone=False, clients=("ash",)
-            ),
-        ),
+        JoinRun(stage=0, clock=0.0, digests={}),
         Joined(result=True, capabilities=Declared()),
     ),
     Exchange(DeliverResult(stage=0, file="header", last=True), Reply()),
@@ -103,7 +96,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(MeasureBlocks(stage=0, allocation="owl", owl_m=5.0, owl_lambda=0.1, calibration=CALIBRATION), Reply()),
     Exchange(
         SumInputs(
-            stage=0, run="r", block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
+            stage=0, block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
             limit=2**40,
         ),
         statistics.Tokens(tokens=TOKENS),
@@ -127,7 +120,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     *(
         Exchange(
             Train(
-                **TUNED, run="r", parametrization=parametrization, trainer="sgd", shared_a=False, masked=(), tokens=99, seen=0,
+                **TUNED, parametrization=parametrization, trainer="sgd", shared_a=False, masked=(), tokens=99, seen=0,
                 ranks={f"model.layers.0.{Q}": 4}, scales={f"model.layers.0.{Q}": 1.0}, dtype="float32", training=TRAINING,
             ),
             Trained(tokens=99, loss=1.0),

@@ -17,6 +17,7 @@ from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Response
 from fedgrove.stages.prune.aggregation import Options, fedprllm, fedspallm
 from fedgrove.stages.prune.exchanges.block import PruneBlock
+from fedgrove.stages.tune.exchanges.train import Train
 from small import Small, cli, complaint
 
 
@@ -109,7 +110,7 @@ def test_a_job_trims_what_a_liar_sends(small: Small, tmp_path: Path, monkeypatch
     poison(monkeypatch, "birch", 1000)
     largest = {}
     for trim in (0, 1):
-        job = small.job(f"trim-{trim}", stages__0__trim=trim, evaluate={})
+        job = small.job(f"trim-{trim}", stages__0__trim=trim, stages__0__max_weight_growth=1e6, evaluate={})
         assert cli("run", job, "--out", tmp_path / str(trim), "--quiet")[0] == 0
         weights = load_file(tmp_path / str(trim) / "model" / "model.safetensors")
         largest[trim] = max(float(weights[name].abs().max()) for name in weights if "proj" in name)
@@ -120,7 +121,10 @@ def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, "birch", 100)
-    spec = {"evaluate": {}, "stages__0__max_weight_growth": 4.0}
+    spec: dict[str, Any] = {"evaluate": {}}
+    words = complaint("run", small.job("default", **spec), "--out", tmp_path / "default")
+    assert "more than 8 times the largest weight before (max_weight_growth)" in words
+    spec["stages__0__max_weight_growth"] = 4.0
     words = complaint("run", small.job("bound", **spec), "--out", tmp_path / "run")
     assert "client 'birch': its response was refused" in words
     assert "more than 4 times the largest weight before (max_weight_growth)" in words
@@ -128,3 +132,26 @@ def test_a_client_whose_weights_grow_past_the_bound_is_refused_by_name(
     assert cli("run", left_out, "--out", tmp_path / "without", "--quiet")[0] == 0
     tensors = json.loads((tmp_path / "without" / "pruning.json").read_text())["tensors"]
     assert all(row["clients"] == ["ash", "cedar"] for row in tensors)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "ia3"])
+def test_a_client_whose_trained_numbers_are_out_of_range_is_refused_by_name(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    honest = Train.respond
+
+    def respond(request: Train, tensors: Any, client: LocalClient, device: str) -> Response:
+        response = honest(request, tensors, client, device)
+        if client.name != "birch":
+            return response
+        return Response({key: torch.full_like(value, 1e30) for key, value in response.tensors.items()}, response.reply)
+
+    monkeypatch.setattr(Train, "respond", respond)
+    stage = {"kind": "tune", "method": method, "rounds": 1, "steps": 1, "length": 16, "batches": [1], "bits": [32]}
+    job = small.job("liar", stages=[stage], evaluate={}, rounds={"quorum": 2})
+    status, _, err = cli("run", job, "--out", tmp_path / "run")
+    assert status == 0
+    assert "birch: its response was refused: " in err
+    assert "has numbers larger than 64" in err
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) and float(tensor.abs().max()) < 100 for tensor in weights.values())

@@ -13,18 +13,23 @@ import torch
 from fedgrove import run as server
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.serve import serve
+from fedgrove.client.serve import respond, serve
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.privacy.secagg.masking import as_rings
+from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds import wire
-from fedgrove.rounds.request import Response
+from fedgrove.rounds.exchanges.secagg import Masking
+from fedgrove.rounds.request import Reply, Response, Tensors
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
+from fedgrove.stages.tune.exchanges.base import KeepWeights
+from fedgrove.stages.tune.exchanges.personal import Losses
+from fedgrove.stages.tune.exchanges.train import Trained
 from secagg import uniform
 from small import LENGTH, Small, complaint
 from test_statistics import hashes, prune
@@ -130,9 +135,7 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
     calibration = Calibration(stage=0, samples=1, length=LENGTH, seed="s")
     recipe = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
     block = PruneBlock(stage=0, block=0, calibration=calibration, recipe=recipe, aggregation="fedspallm")
-    sums = SumInputs(
-        stage=0, run="r", block=0, calibration=calibration, consumers={}, widths={}, products=(), moments=False, limit=1
-    )
+    sums = SumInputs(stage=0, block=0, calibration=calibration, consumers={}, widths={}, products=(), moments=False, limit=1)
     for request in (block, sums, EvaluateAlone(stage=0, texts={}, prune=block)):
         with pytest.raises(FedgroveError, match="only under secure aggregation"):
             serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), client, "cpu")
@@ -150,3 +153,24 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
 def test_jobs_that_secure_aggregation_cannot_do_are_refused(small: Small, changes: dict[str, Any], says: str) -> None:
     spec = {"stages__0__aggregation": "pooled", "privacy__secure_aggregation": True, "evaluate": {}, **changes}
     assert says in complaint("plan", small.job("refused", **spec))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reply"),
+    [
+        ({}, Losses(shared=1.0, own=None)),
+        ({}, Trained(tokens=1)),
+        ({"change/x": torch.zeros(2, dtype=torch.int32)}, Trained(tokens=1, loss=0.5)),
+        ({"change/x": torch.zeros(2, dtype=torch.int32)}, Losses(shared=1.0, own=2.0)),
+    ],
+)
+def test_a_server_that_asks_for_a_mask_where_there_is_nothing_to_mask_gets_nothing(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: Tensors, reply: Reply
+) -> None:
+    job = load(small.job("oracle", stages__0__aggregation="pooled", evaluate={}, privacy={"secure_aggregation": True}))
+    client = server.local_clients(job, server.open_model(job.model), tmp_path)[0]
+    request = KeepWeights(stage=1, part=0)
+    monkeypatch.setattr(KeepWeights, "respond", lambda *arguments: Response(tensors, reply))
+    masking = Masking(session=new_session([one.name for one in job.clients], 64), sealed_shares={})
+    with pytest.raises(FedgroveError, match="is not a sum, so secure aggregation does not hide it; refused"):
+        respond(request, {}, masking, client, "cpu")

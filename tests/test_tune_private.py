@@ -64,7 +64,7 @@ def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **chan
 def train_request(**changes: Any) -> Train:
     """What a client is asked to do in a round; it need not be what a job would ask."""
     asked: dict[str, Any] = {
-        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0, "run": "run",
+        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0,
         "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 0,
         "seen": 0, "dtype": "float32",
         "training": Training(
@@ -204,9 +204,9 @@ def test_a_noisy_response_is_named_by_its_round_so_that_it_is_made_once() -> Non
     windows = WindowNoise(epsilon=8.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
     for protected in ({"fixed": fixed}, {"windows": windows, "trainer": "dp_sgd"}):
         names = {train_request(stage=stage, round=round_, **protected).release() for stage in (0, 1) for round_ in (0, 1)}
-        assert names == {"run/0/0", "run/0/1", "run/1/0", "run/1/1"}
+        assert names == {"0/0", "0/1", "1/0", "1/1"}
         other = train_request(seen=5, seed="t", ranks={"x": 2}, tokens=3, **protected)
-        assert other.release() == "run/0/0", "asked otherwise for the same round, it gives the same response"
+        assert other.release() == "0/0", "asked otherwise for the same round, it gives the same response"
     assert train_request(fixed=FixedPointChanges(weight=1 / 3, widest={})).release() is None
 
 

@@ -153,15 +153,15 @@ def notes_on_other_stages(job: Job, index: int) -> list[str]:
     for other, config in enumerate(job.stages):
         if other == index or not config.reads_text():
             continue
-        epsilon = config.privacy_budget()
-        if epsilon is None:
+        budget = config.privacy_budget()
+        if budget is None:
             notes.append(
                 f"Stage {other} uses the same text without noise, and the result depends on it: the run as a whole has no "
                 "privacy guarantee. Give that stage an epsilon, too, or run stage "
                 f"{index} in a separate job on other text."
             )
         else:
-            notes.append(f"Stage {other} also spends epsilon = {epsilon:g} on the same text; both epsilons add up.")
+            notes.append(f"Stage {other} also spends epsilon = {budget[0]:g} on the same text; both epsilons add up.")
     return notes
 
 

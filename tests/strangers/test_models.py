@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import decoders
 from decoders import plain_perplexity, save_small
+from fedgrove import doctor
 from fedgrove.errors import FedgroveError
 from fedgrove.export import Texts, export
 from fedgrove.models.blocks import Decoder
@@ -370,6 +371,9 @@ def test_what_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
     line = refusal(folder)
     assert words in line
     assert "float32" not in line or words == "float32"
+    checks = doctor.model(folder)
+    assert [check for check in checks if not check.ok], "doctor refuses what a run would refuse"
+    assert words in " ".join(f"{check.text}; {check.remedy}" for check in checks)
 
 
 @pytest.mark.parametrize("name", ["not a number", "missing", "gptq", "string", "outside", "shape"])
@@ -448,3 +452,11 @@ def test_a_fingerprint_does_not_see_what_is_not_the_model(tmp_path: Path) -> Non
     shutil.copytree(folder, tmp_path / "copy")
     replace(tmp_path / "copy", LINEAR, weights(folder)[LINEAR][:, :32].repeat(1, 2).float())
     assert Checkpoint(tmp_path / "copy").fingerprint() != before
+
+
+def test_a_padding_token_without_a_row_is_no_fault(small: Small) -> None:
+    decoder = Decoder(Checkpoint(small.model))
+    tokenizer = decoder.checkpoint.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert max(tokenizer.get_vocab().values()) == 4096
+    check_vocabulary(tokenizer, decoder)

@@ -370,6 +370,8 @@ def test_a_long_letter_of_many_lines_is_one_text(tmp_path: Path) -> None:
 def test_a_table_reads_as_it_was_written(
     tmp_path: Path, rows: Sequence[tuple[str, str]], separator: str, quoting: int, end: str
 ) -> None:
+    bare = "\r" in "".join(text for row in rows for text in row) and quoting != csv.QUOTE_ALL
+    assume(not bare)  # releases of Python differ in whether csv.writer puts these in quotes
     file = tmp_path / "a.csv"
     written = io.StringIO(newline="")
     writer = csv.writer(written, delimiter=separator, quoting=quoting, lineterminator=end)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ class LocalClient:
         prompt, answer: templates instead of ``text`` in stages that tune: only the answer is trained on.
         owners: in a simulation, instead of ``data``: the clients whose windows this client uses; see
             :mod:`fedgrove.centralized`.
+        ledger: where it records what it has released; default: ``folder``, which a site removes after the run.
     """
 
     name: str
@@ -42,6 +43,12 @@ class LocalClient:
     prompt: str | None = None
     answer: str | None = None
     owners: tuple[LocalClient, ...] = ()
+    ledger: Path | None = None
+
+    @property
+    def records(self) -> Path:
+        """The folder in which the client records its noisy responses, and with whom they were summed."""
+        return self.ledger or self.folder
 
     def error(self, what: str, remedy: str | None = None) -> FedgroveError:
         """An error of this client, in one line that names it."""

@@ -12,6 +12,7 @@ from fedgrove.rounds.exchanges.secagg import Masking
 from fedgrove.rounds.request import Disclosure, Request, RequestError, Response, parse
 
 HARMLESS = frozenset({Disclosure.CAPABILITIES})  # what a client sends unmasked even if it has credentials
+UNMASKED = frozenset({"tokens"})  # what the JSON of a response may say beside masked tensors: the server knows it before
 
 
 def serve(kind: str, message: bytes, client: LocalClient, device: str) -> bytes:
@@ -58,11 +59,23 @@ def respond(
         if release is None:
             response = request.respond(tensors, client, device)
         else:  # a noisy response is made once and then repeated
-            packed = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
+            folder = client.records
+            packed = release_once(folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
             response = Response(packed[0], request.REPLY.model_validate(packed[1]))
     if masking is not None:
+        _check_all_is_masked(request, response, client)
         response = Response(masking.apply(client, response.tensors, release), response.reply)
     return pack(request, response)
+
+
+def _check_all_is_masked(request: Request, response: Response, client: LocalClient) -> None:
+    """Refuses a response under secure aggregation that says something beside its masked tensors.
+
+    A server may ask for a mask where there is nothing to mask: the JSON of a response travels as it is.
+    """
+    said = response.reply.model_dump(exclude_none=True).keys() - UNMASKED
+    if said or not response.tensors:
+        raise client.error(f"its response to '{request.KIND}' is not a sum, so secure aggregation does not hide it; refused")
 
 
 def pack(request: Request, response: Response) -> bytes:

@@ -30,7 +30,12 @@ def load(path: Path, changes: Sequence[str] = ()) -> Job:
 
 
 def load_federated(
-    path: Path, changes: Sequence[str] = (), sites: Sequence[str] = (), texts: Path | None = None
+    path: Path,
+    changes: Sequence[str] = (),
+    sites: Sequence[str] = (),
+    texts: Path | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> FederatedJob:
     """Reads a job file for a federation. There ``model.path`` is a name; each site's own file has the path.
 
@@ -39,11 +44,12 @@ def load_federated(
         changes: as for :func:`load`.
         sites: the names of the federation's sites.
         texts: the folder of the held-out texts; default: the folder of the job file.
+        elsewhere: the held-out texts are on another machine, so it is not checked that they exist.
 
     Raises:
         FedgroveError: as for :func:`load`; also if a client is no site, or has a key other than its name.
     """
-    return _load(path, changes, FederatedJob, texts or path.parent, sites)
+    return _load(path, changes, FederatedJob, texts or path.parent, sites, elsewhere)
 
 
 def read_toml(path: Path, what: str = "file", remedy: str | None = None) -> dict[str, Any]:
@@ -95,7 +101,14 @@ def parse(said: Mapping[str, Any], folder: Path, where: str = "job") -> Job:
     return _validate(raw, Job, folder, where)
 
 
-def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, sites: Sequence[str] | None = None) -> Kind:
+def _load(
+    path: Path,
+    changes: Sequence[str],
+    kind: type[Kind],
+    folder: Path,
+    sites: Sequence[str] | None = None,
+    elsewhere: bool = False,
+) -> Kind:
     raw = read_toml(path, "job file", "`fedgrove init` writes one")
     for change in changes:
         _apply(raw, change)
@@ -103,12 +116,12 @@ def _load(path: Path, changes: Sequence[str], kind: type[Kind], folder: Path, si
         _find_model(raw, path.parent)
     else:
         _name_owners(raw, path, sites)
-    return _validate(raw, kind, folder, str(path))
+    return _validate(raw, kind, folder, str(path), elsewhere)
 
 
-def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str) -> Kind:
+def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str, elsewhere: bool = False) -> Kind:
     try:
-        return kind.model_validate(raw, context={"folder": folder.resolve()})
+        return kind.model_validate(raw, context={"folder": folder.resolve(), "elsewhere": elsewhere})
     except ValidationError as error:
         raise FedgroveError(f"{where}: {complaint(error)}") from error
 

@@ -34,9 +34,17 @@ class StageConfig(Table):
         """Whether clients compute anything from their text."""
         return True
 
-    def privacy_budget(self) -> float | None:
-        """ε of the stage's differential privacy; None: no noise is added."""
+    def privacy_budget(self) -> tuple[float, float] | None:
+        """(ε, δ) of the stage's differential privacy; None: no noise is added."""
         return None
+
+    def noise_of_others(self, secure: bool) -> bool:
+        """Whether a client's response alone has less noise than the budget needs: others add the rest, or the server all.
+
+        Args:
+            secure: whether only the sum of the responses can be seen.
+        """
+        return False
 
     def methods(self) -> set[str]:
         """The names of methods that a site may allow or forbid."""

@@ -59,8 +59,9 @@ def method_of(package: str) -> Any:
 def _existing(path: Path, info: ValidationInfo) -> Path:
     if str(path).startswith("hub:"):
         return path
-    path = (info.context or {}).get("folder", Path()) / path.expanduser()
-    if not path.exists():
+    context = info.context or {}
+    path = context.get("folder", Path()) / path.expanduser()
+    if not context.get("elsewhere") and not path.exists():
         raise ValueError(f"no such file or folder: {path}")
     return path.resolve()
 

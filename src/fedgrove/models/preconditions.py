@@ -75,13 +75,18 @@ def check_length(decoder: Decoder, length: int, key: str) -> str | None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, decoder: Decoder) -> None:
-    """Compares the largest id that a tokenizer can give with the rows of the embedding.
+    """Compares the largest id that a tokenizer gives to text with the rows of the embedding.
+
+    A padding token does not count: many tokenizers got one without a row, and windows are never padded.
 
     Raises:
         FedgroveError: the embedding has too few rows; names the token.
     """
     rows = cast(Any, decoder.model).get_input_embeddings().weight.shape[0]
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    ids = tokenizer.get_vocab()
+    if tokenizer.pad_token != tokenizer.eos_token:
+        ids.pop(tokenizer.pad_token, None)
+    token, largest = max(ids.items(), key=lambda item: item[1], default=("", -1))
     if largest >= rows:
         raise FedgroveError(
             f"model: {decoder.checkpoint.path}: the tokenizer gives {token!r} the id {largest}, but the embedding has only "

@@ -28,7 +28,7 @@ def release_once(
 
     Args:
         folder: a folder on the client's own disk.
-        release: the name of the release; chosen by the server, and the same for the same place in the same run.
+        release: the name of the release: its place in the job. ``folder`` belongs to one job.
         client: the client's name, for error messages.
         make: makes the response: tensors, and a value that JSON can represent.
 
@@ -43,7 +43,9 @@ def release_once(
     if not file.is_file():
         if release in releases:
             raise FedgroveError(
-                "it has released this once, and its privacy budget is spent", "a new run spends the budget again", client=client
+                "it has released this once, and its privacy budget is spent",
+                "the same job under another name spends it again",
+                client=client,
             )
         tensors, info = make()
         save_tensors(tensors, file, {"info": json.dumps(info)})
@@ -70,7 +72,9 @@ def agree_on_survivors(folder: Path, release: str, client: str, survivors: list[
     """
     releases = _read(folder)
     if (releases.get(release) or survivors) != survivors:
-        raise FedgroveError("its noisy response is already in a sum of other clients", "start a new run", client=client)
+        raise FedgroveError(
+            "its noisy response is already in a sum of other clients", "run the job under another name", client=client
+        )
     _write(folder, {**releases, release: survivors})
 
 
@@ -82,7 +86,7 @@ def _read(folder: Path) -> dict[str, list[str] | None]:
 
 
 def _write(folder: Path, releases: dict[str, list[str] | None]) -> None:
-    write_atomically(folder / "released.json", json.dumps(releases))
+    write_atomically(folder / "released.json", json.dumps(releases), fsync=True)
 
 
 def statistics_statement(epsilon: float, delta: float, length: int, adders: int) -> str:

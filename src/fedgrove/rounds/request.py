@@ -130,6 +130,10 @@ class Request(BaseModel):
         """A name for the response if it is noisy, so that it is made only once; None: no noise."""
         return None
 
+    def adders(self) -> int:
+        """With how many clients a response must be summed at least, because they add its noise together; 1: no such need."""
+        return 1
+
     def beyond(self, config: StageConfig) -> str | None:
         """The first field that the stage of an agreed job does not allow; None: the request is within the job.
 

@@ -20,8 +20,7 @@ from fedgrove import events
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
-from fedgrove.deploy.flare.files import SERVER, ServerFile, model_folder, read
-from fedgrove.deploy.flare.policy import Terms
+from fedgrove.deploy.flare.files import JOB, SERVER, ServerFile, model_folder, read
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Event, Listener, Phase
@@ -35,7 +34,7 @@ from fedgrove.rounds.request import Message
 from fedgrove.run import open_model, run_job
 from fedgrove.runfolder import RunFolder
 
-JOB, HELD_OUT, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
+HELD_OUT, FACTS, STATE, SAID = "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
     "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
     JOB, SAID, "adapter", "model",
@@ -94,7 +93,7 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
         settings = read(kit / SERVER, ServerFile)
         recorder.folders += [(kit / model).parent for model in settings.models.values()]
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-        job, model = open_job(kit, config, settings)
+        job = open_job(kit, config, settings)
         folder = kit / "runs" / job.name
         run = RunFolder(
             folder,
@@ -107,7 +106,7 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
         )
         try:
             recorder.file = folder / SAID
-            run_with_sites(job, model, settings, connect, run, recorder)
+            run_with_sites(job, settings, connect, run, recorder)
         finally:
             run.close()
     except FedgroveError as error:
@@ -130,8 +129,8 @@ def without_paths(text: str, folders: Sequence[Path]) -> str:
     return _PATH.sub(lambda found: Path(found[0]).name, text)
 
 
-def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJob, str]:
-    """The submitted job with the server's copy of the model, and the model's name. No submitted path is opened.
+def open_job(kit: Path, config: Path, settings: ServerFile) -> FederatedJob:
+    """The submitted job with the server's copy of the model. No submitted path is opened.
 
     Raises:
         FedgroveError: the job is not valid, a held-out text is a path at the server, or the server has no model of that
@@ -146,22 +145,16 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJo
     if any(text.path.parent != texts.resolve() for text in job.evaluate.data):
         raise FedgroveError("evaluate.data: a held-out text travels with the job; a path at the server is not read")
     copy = job.model.model_copy(update={"path": str(model_folder(settings.models, job.model.path, kit))})
-    return job.model_copy(update={"model": copy}), job.model.path
+    return job.model_copy(update={"model": copy})
 
 
-def run_with_sites(
-    job: FederatedJob, model: str, settings: ServerFile, connect: Connect, run: RunFolder, recorder: Recorder
-) -> None:
-    """Asks the sites to join, runs the job and delivers the result.
-
-    Args:
-        model: the name by which sites know the job's model.
-    """
+def run_with_sites(job: FederatedJob, settings: ServerFile, connect: Connect, run: RunFolder, recorder: Recorder) -> None:
+    """Asks the sites to join, runs the job and delivers the result."""
     facts = run.path / FACTS
     if not facts.is_file():
         run.write_json(FACTS, {"run": f"{job.name[:40]}-{secrets.token_hex(8)}"})
     name = str(json.loads(facts.read_text(encoding="utf-8"))["run"])
-    joined = join(job, model, connect([client.name for client in job.clients], name, settings.grace), run)
+    joined = join(job, connect([client.name for client in job.clients], name, settings.grace), run)
     recorder.capabilities = {site: reply.capabilities.model_dump(mode="json") for site, reply in joined.items()}
     engine = connect(list(joined), name, settings.grace)
     run_job(job, engine, run, settings.device)
@@ -172,24 +165,15 @@ def run_with_sites(
         pass  # a site that misses this keeps its working files until its owner deletes them
 
 
-def join(job: FederatedJob, model: str, engine: Engine, run: RunFolder) -> dict[str, Joined]:
+def join(job: FederatedJob, engine: Engine, run: RunFolder) -> dict[str, Joined]:
     """Asks the sites to take part in this job, on the model of that name; returns the replies of those that do.
 
     Raises:
         FedgroveError: fewer agree than the quorum; names the first that does not, and why.
     """
     run.phase(Phase("join", title="asking the sites whether they take part"))
-    terms = Terms(
-        name=job.name,
-        model=model,
-        dtype=job.model.dtype,
-        digests=digests(open_model(job.model), run.path / "work" / "digests.json"),
-        stages=job.stages,
-        secure=job.privacy.secure_aggregation,
-        alone=job.evaluate.measures_alone,
-        clients=tuple(engine.clients()),
-    )
-    message = Message(JoinRun(terms=terms, clock=time.time()))
+    of_model = digests(open_model(job.model), run.path / "work" / "digests.json")
+    message = Message(JoinRun(digests=of_model, clock=time.time()))
     joined = {}
     for site, _, reply in collect(engine, run, dict.fromkeys(engine.clients(), message)):
         assert isinstance(reply, Joined)

@@ -16,7 +16,7 @@ from cryptography import x509
 from fedgrove import doctor
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.exchanges.join import CLOCK
-from fedgrove.deploy.flare.files import SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
+from fedgrove.deploy.flare.files import JOB, SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
 from fedgrove.deploy.flare.installation import Installation, credentials
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, NEVER, name_of
 from fedgrove.deploy.flare.node import address, check_path, kind_of, running
@@ -178,7 +178,7 @@ def _site(kit: Path) -> list[Check]:
         except FedgroveError as error:
             checks.append(Check("model", False, error.what, error.remedy or "fix that"))
             continue
-        checks += doctor.site(Installation(kit, settings, run="").client(name))
+        checks += doctor.site(Installation(kit, settings, run="", job=kit / JOB).client(name))
     work = kit / settings.work
     with suppress(OSError):  # the next line says so
         work.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from nvflare.apis.shareable import make_reply
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
+from fedgrove.deploy.flare.files import JOB
 from fedgrove.deploy.flare.site import respond, threads, write_log
 from fedgrove.engines import error_codes
 from fedgrove.engines.flare import BODY, ERROR, KIND, NONCE, RUN, SECONDS, VERSION, body_of, bytes_of
@@ -70,7 +71,7 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
             self._worker = _start_worker(kit)
         message = bytes_of(data.pop(BODY))
         ends = time.monotonic() + float(data[SECONDS])
-        self._worker.send(kit, str(data[RUN]), str(data[KIND]), message)
+        self._worker.send(kit, str(data[RUN]), str(data[KIND]), message, _job_of(fl_ctx))
         del message
         while not self._worker.pipe.poll(0.05):
             if abort_signal.triggered or time.monotonic() > ends:
@@ -88,6 +89,12 @@ def _start_worker(kit: Path) -> Worker:
 
 def _kit_of(fl_ctx: Any) -> Path:
     return Path(fl_ctx.get_engine().get_workspace().get_root_dir())
+
+
+def _job_of(fl_ctx: Any) -> Path:
+    """The job file in the app that the operator signed; FLARE has compared it with the signature."""
+    workspace = fl_ctx.get_engine().get_workspace()
+    return Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / JOB
 
 
 def _log_exception(fl_ctx: Any) -> None:

@@ -40,6 +40,7 @@ Host = Annotated[str, BeforeValidator(_no_ipv6), Field(pattern=r"^[A-Za-z0-9]([A
 Port = Annotated[int, Field(ge=1, le=65535)]
 Address = Annotated[str, BeforeValidator(_no_ipv6_address), Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?:\d{1,5}$")]
 SITE, SERVER, FEDERATION = "site.toml", "server.toml", "federation.toml"
+JOB = "job.toml"  # of a submitted job, in the app of the server and in that of the sites
 
 
 def _folder(path: Path) -> Path:
@@ -115,7 +116,10 @@ class Allow(Table):
         methods: the allowed pruners, aggregations, allocations, scores and tuning methods by name; "all", or a list.
         group: the fewest sites of a job that this site takes part in.
         secure: respond only under secure aggregation.
-        epsilon: respond only with differential privacy, with at most this ε per stage.
+        epsilon: respond only with differential privacy, with at most this ε for all stages of a job together, and only
+            if this site's response alone, or its masked share of a sum, has the noise.
+        delta: the largest δ for all stages of a job together, if ``epsilon`` is set.
+        budget: the largest ε of all jobs together that this site has ever joined; default: any.
         alone: allow jobs to request the loss of this site's own model on each window of held-out text.
         samples: the largest number of calibration windows in a stage.
     """
@@ -124,7 +128,9 @@ class Allow(Table):
     methods: Literal["all"] | tuple[Name, ...] = "all"
     group: Annotated[int, Field(ge=1)] = 2
     secure: bool = False
-    epsilon: Annotated[float, Field(gt=0)] | None = None
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     alone: bool = True
     samples: Annotated[int, Field(gt=0)] | None = None
 

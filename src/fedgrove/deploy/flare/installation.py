@@ -42,11 +42,13 @@ class Installation:
         kit: the site's folder.
         settings: the contents of its ``site.toml``.
         run: the name of the folder with the run's working files.
+        job: the job file that the operator signed and FLARE brought to this site.
     """
 
     kit: Path
     settings: SiteFile
     run: str
+    job: Path
 
     @property
     def folder(self) -> Path:
@@ -62,12 +64,13 @@ class Installation:
         """The capabilities that the site declares."""
         return Declared.model_validate(self.settings.model_dump(mode="json", include=set(Declared.model_fields)))
 
-    def client(self, model: str, dtype: str = "auto", secure: bool = False) -> LocalClient:
+    def client(self, model: str, dtype: str = "auto", secure: bool = False, ledger: Path | None = None) -> LocalClient:
         """The site as a client of a run.
 
         Args:
             model: the name of the run's model.
             dtype: the dtype in which the model is read, such as "bfloat16"; "auto": the checkpoint's own.
+            ledger: the folder in which the site records what it has released for the job.
             secure: load the credentials for secure aggregation even if ``allow.secure`` is false. A client with
                 credentials sends nothing about its text unless it is masked.
 
@@ -87,6 +90,7 @@ class Installation:
             credentials=credentials(self.kit, settings.allow) if secure or settings.allow.secure else None,
             prompt=settings.prompt,
             answer=settings.answer,
+            ledger=ledger,
         )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import tomli_w
 
 from fedgrove.deploy.flare import require_flare
-from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, STATE
-from fedgrove.deploy.flare.files import FEDERATION, Federation, read
+from fedgrove.deploy.flare.coordinate import HELD_OUT, STATE
+from fedgrove.deploy.flare.files import FEDERATION, JOB, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
 from fedgrove.errors import FedgroveError
@@ -162,7 +162,8 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
         (at_server / HELD_OUT).mkdir(exist_ok=True)
         (at_server / HELD_OUT / name).write_bytes(content)
         text["path"] = name
-    (at_server / JOB).write_text(tomli_w.dumps(tables), encoding="utf-8")
+    for config in (at_server, at_site):  # a site reads the job itself: what the server says of it is not believed
+        (config / JOB).write_text(tomli_w.dumps(tables), encoding="utf-8")
 
 
 def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) -> str | None:

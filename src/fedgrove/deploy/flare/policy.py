@@ -9,6 +9,8 @@ if its response discloses nothing about a client's text. So a new type of reques
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -19,28 +21,32 @@ from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.tables import KINDS, AnyStage
+from fedgrove.job.tables import KINDS, AnyStage, FederatedJob
 from fedgrove.job.units import Name
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Request
+from fedgrove.stages.base import calibration_seed
 
 
 class Terms(BaseModel):
-    """The parts of a job that a site has to agree to.
+    """The parts of a job that a site has to agree to. The site reads them from the job that the operator signed.
 
     Attributes:
         name: the job's name.
+        seed: the job's seed.
         model: the model's name; each site's ``site.toml`` says where its copy is.
         dtype: the dtype in which the model is read.
         digests: hashes of the server's copy, see :func:`fedgrove.models.digest.digests`.
         stages: the job's stages.
         secure: whether sums are computed under secure aggregation.
         alone: whether clients report the losses of their own models (``evaluate.alone``).
-        clients: the clients that are asked to take part.
+        clients: the clients that may take part.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
+    seed: int
     model: Name
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     digests: dict[str, str]
@@ -48,6 +54,38 @@ class Terms(BaseModel):
     secure: bool
     alone: bool
     clients: tuple[Name, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the terms: the same for every run of the same job on the same model."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def spends(self) -> tuple[float, float]:
+        """ε and δ of all stages together, by basic composition; infinite if a stage has no noise."""
+        budgets = [stage.privacy_budget() for stage in self.stages]
+        if self.alone or any(budget is None for budget in budgets):
+            return math.inf, math.inf  # no noise is added to the losses of a client's own model either
+        spent = [budget for budget in budgets if budget is not None]
+        return sum(epsilon for epsilon, _ in spent), sum(delta for _, delta in spent)
+
+
+def terms_of(job: FederatedJob, digests: Mapping[str, str]) -> Terms:
+    """The terms of a job.
+
+    Args:
+        digests: of the server's copy of the model, see :func:`fedgrove.models.digest.digests`.
+    """
+    return Terms(
+        name=job.name,
+        seed=job.seed,
+        model=job.model.path,
+        dtype=job.model.dtype,
+        digests=dict(digests),
+        stages=job.stages,
+        secure=job.privacy.secure_aggregation,
+        alone=job.evaluate.measures_alone,
+        clients=tuple(client.name for client in job.clients),
+    )
 
 
 def refused_key(allow: Allow, terms: Terms) -> str | None:
@@ -61,10 +99,12 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
         return "allow.group"
     if allow.secure and not terms.secure:
         return "allow.secure"
+    epsilon, delta = terms.spends()
     if allow.epsilon is not None:
-        budgets = [stage.privacy_budget() for stage in stages]
-        if terms.alone or any(epsilon is None or epsilon > allow.epsilon for epsilon in budgets):
-            return "allow.epsilon"  # no noise is added to the losses of a client's own model
+        if not epsilon <= allow.epsilon or any(stage.noise_of_others(terms.secure) for stage in stages):
+            return "allow.epsilon"
+        if not delta <= allow.delta:
+            return "allow.delta"
     if terms.alone and not allow.alone:
         return "allow.alone"
     windows = [stage.calibration_windows() for stage in stages]
@@ -73,12 +113,13 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
     return None
 
 
-def check(allow: Allow, terms: Terms, request: Request) -> None:
+def check(allow: Allow, terms: Terms, request: Request, summed: int | None = None) -> None:
     """Refuses a request that is not part of the job that the site agreed to, or that the site no longer allows.
 
     Args:
         allow: the current settings: ``site.toml`` may have become stricter since the site agreed.
         terms: the terms that the site agreed to.
+        summed: the smallest number of clients whose masked responses can be summed; None: the response is not masked.
 
     Raises:
         Refusal: names the key of ``[allow]``, or the field of the request.
@@ -101,22 +142,32 @@ def check(allow: Allow, terms: Terms, request: Request) -> None:
     for calibration in _calibrations(request):
         if allow.samples is not None and calibration.samples > allow.samples:
             raise Refusal("refused", "allow.samples")
-        field = _calibration_beyond(calibration, request, stage)
+        field = _calibration_beyond(calibration, request, stage, calibration_seed(terms.seed, request.stage))
         if field is not None:
             raise Refusal("terms", field)
     field = request.beyond(stage)
     if field is not None:
         raise Refusal("terms", field)
+    if summed is None:
+        summed = 1 if terms.secure else min_survivors(len(terms.clients))
+    if request.adders() > summed:
+        raise Refusal("terms", "noise")
 
 
-def _calibration_beyond(calibration: Calibration, request: Request, stage: StageConfig) -> str | None:
-    """The first field of a request's calibration that the agreed stage does not allow."""
+def _calibration_beyond(calibration: Calibration, request: Request, stage: StageConfig, seed: str) -> str | None:
+    """The first field of a request's calibration that is not as in the agreed stage.
+
+    Fewer windows or another seed are refused, too: sums over one window, or over windows that overlap in all but one,
+    would reveal that window.
+    """
     samples, length = stage.calibration_windows() or (0, 0)
     if calibration.stage != request.stage:
         return "stage"
     if calibration.length != length:
         return "length"
-    return "samples" if calibration.samples > samples else None
+    if calibration.samples != samples:
+        return "samples"
+    return "seed" if calibration.seed != seed else None
 
 
 def _calibrations(value: object) -> Iterator[Calibration]:

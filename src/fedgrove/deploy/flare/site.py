@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedgrove.client import serve
-from fedgrove.deploy.flare import policy
+from fedgrove.deploy.flare import ledger, policy
 from fedgrove.deploy.flare.exchanges.join import agreed_terms
 from fedgrove.deploy.flare.files import SITE, SiteFile, read
 from fedgrove.deploy.flare.installation import Installation, SiteRequest
@@ -33,7 +33,7 @@ def threads(kit: Path) -> int:
         return 1  # respond() reports that the file is not valid
 
 
-def respond(kit: Path, run: str, kind: str, message: bytes) -> Reply:
+def respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> Reply:
     """Responds to one request. Of an error, only its code (:mod:`fedgrove.engines.error_codes`) is sent.
 
     Args:
@@ -41,13 +41,14 @@ def respond(kit: Path, run: str, kind: str, message: bytes) -> Reply:
         run: the name of the folder with the run's working files.
         kind: the request's name on the wire, see :mod:`fedgrove.rounds.request`.
         message: the request, packed by :func:`fedgrove.rounds.wire.pack`.
+        job: the job file that the operator signed.
 
     Returns:
         (response, None) or (None, error code).
     """
     reply: Reply
     try:
-        reply = _respond(kit, run, kind, message), None
+        reply = _respond(kit, run, kind, message, job), None
     except Exception as error:
         reply = None, error_codes.encode_exception(error)
         write_log(kit, traceback.format_exc())
@@ -56,7 +57,7 @@ def respond(kit: Path, run: str, kind: str, message: bytes) -> Reply:
     return reply
 
 
-def _respond(kit: Path, run: str, kind: str, message: bytes) -> bytes:
+def _respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> bytes:
     if not _NAME.fullmatch(run):
         raise Refusal("terms", "run")
     try:
@@ -64,7 +65,7 @@ def _respond(kit: Path, run: str, kind: str, message: bytes) -> bytes:
     except FedgroveError as error:
         raise Refusal("site-file") from error
     _limit_memory(settings.limit)
-    site = Installation(kit, settings, run)
+    site = Installation(kit, settings, run, job)
     try:
         request, tensors, masking = serve.read(kind, message)
     except RequestError as error:
@@ -72,8 +73,9 @@ def _respond(kit: Path, run: str, kind: str, message: bytes) -> bytes:
     if isinstance(request, SiteRequest):
         return serve.pack(request, request.respond_at(tensors, site))
     terms = agreed_terms(site)
-    policy.check(settings.allow, terms, request)
-    client = site.client(terms.model, terms.dtype, terms.secure)
+    summed = None if masking is None else masking.session.quorum
+    policy.check(settings.allow, terms, request, summed)
+    client = site.client(terms.model, terms.dtype, terms.secure, ledger.releases(kit, terms))
     return serve.respond(request, tensors, masking, client, settings.device)
 
 

@@ -123,7 +123,7 @@ class Check(_Phase):
         with store.opened(session) as state:
             release = state.release
         if release is not None:
-            agree_on_survivors(client.folder, release, name, self.survivors)
+            agree_on_survivors(client.records, release, name, self.survivors)
         return Response({}, Signed(signature=signature))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fedgrove.errors import FedgroveError
@@ -136,3 +137,21 @@ def gather(
             for hook in hooks:
                 hook.remove()
     return inputs
+
+
+class _Unsummed:
+    """In place of a sum, where inputs are only counted."""
+
+    def add(self, x: Tensor) -> None:
+        """Does nothing."""
+
+
+def count_inputs(decoder: Decoder) -> list[int]:
+    """The number of different inputs that the linears of each block read; reads no weights of blocks."""
+    hidden, calls = decoder.embed(torch.zeros(1, 2, dtype=torch.int64))
+    counts = []
+    for index in range(len(decoder)):
+        with decoder.zeroed(index, hidden.dtype) as block, shared_inputs(block, lambda name: _Unsummed()) as inputs:
+            decoder.run(block, hidden, calls[index])
+        counts.append(len({id(shared) for shared in inputs.values()}))
+    return counts

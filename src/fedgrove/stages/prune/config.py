@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedgrove.job.tables import Job
 
 
+MAX_WEIGHT_GROWTH = 8.0  # far more than any pruner does, and far less than a client needs to ruin a matrix
 AGGREGATION_KEYS = frozenset(
     {"shrink", "expand", "max_weight_growth", "trim", "mixed", "protect_first_block", "epsilon"}
 )  # keys that only some aggregations use; each aggregation lists its own in READS
@@ -51,7 +52,8 @@ class Config(StageConfig):
         shrink: multiply each weight by (fraction of clients that kept it) to this power; 0 is the paper's method. Only
             aggregation "fedspallm".
         expand: prune further, by votes, until the sparsity is exact (the paper's mask expansion); false leaves fewer zeros.
-        max_weight_growth: refuse a client whose pruned weights are larger than this multiple of the largest weight before.
+        max_weight_growth: refuse a client whose pruned weights are larger than this multiple of the largest weight before;
+            default: 8, where clients send weights in the open.
         trim: at every weight, leave out this many of the clients' highest and of their lowest values, so that a few dishonest
             clients have little effect. Only aggregation "fedspallm".
         source: what the calibration text passes through before it reaches a block: "sequential", the pruned blocks before it,
@@ -164,6 +166,13 @@ class Config(StageConfig):
         return self.damping or self.method.DAMPING
 
     @property
+    def growth_limit(self) -> float | None:
+        """``max_weight_growth``, or its default; None for aggregations that get no weights."""
+        if "max_weight_growth" not in self.method.READS:
+            return None
+        return self.max_weight_growth or MAX_WEIGHT_GROWTH
+
+    @property
     def kept_of(self) -> tuple[int, int]:
         """(n, m) of the pattern."""
         assert self.pattern
@@ -185,8 +194,11 @@ class Config(StageConfig):
     def reads_text(self) -> bool:
         return self.solver.NEEDS != "nothing" or self.measures_blocks
 
-    def privacy_budget(self) -> float | None:
-        return self.epsilon
+    def privacy_budget(self) -> tuple[float, float] | None:
+        return None if self.epsilon is None else (self.epsilon, self.delta)
+
+    def noise_of_others(self, secure: bool) -> bool:
+        return not secure
 
     def methods(self) -> set[str]:
         return {self.pruner, self.aggregation, *({self.allocation} if self.measures_blocks else set())}

@@ -239,6 +239,7 @@ def sum_request(
         private = Noise(
             norms={first: one.norm for first, one in inputs.items()},
             inputs=num_inputs,
+            skips_first=config.protect_first_block,
             clients=min_survivors(len(plan.clients)),
             epsilon=config.epsilon,
             delta=config.delta,
@@ -253,7 +254,6 @@ def sum_request(
     )
     return SumInputs(
         stage=plan.stage,
-        run=federation.run.name,
         block=block,
         calibration=calibration,
         consumers={name: first for first, one in inputs.items() for name in one.consumers},

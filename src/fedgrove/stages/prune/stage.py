@@ -226,7 +226,7 @@ def prune_request(
         calibration=calibration,
         recipe=recipe,
         aggregation=config.aggregation,
-        max_weight_growth=config.max_weight_growth,
+        max_weight_growth=config.growth_limit,
         keep=job.evaluate.measures_alone and plan.stage == 0 and round_ == 0,
     )
 

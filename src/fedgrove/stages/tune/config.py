@@ -191,8 +191,11 @@ class Config(StageConfig):
     def training_length(self) -> int | None:
         return self.length
 
-    def privacy_budget(self) -> float | None:
-        return self.epsilon
+    def privacy_budget(self) -> tuple[float, float] | None:
+        return None if self.epsilon is None else (self.epsilon, self.delta)
+
+    def noise_of_others(self, secure: bool) -> bool:
+        return not secure and not self.trainer_method.PRIVATE
 
     def methods(self) -> set[str]:
         return {self.planner, self.parametrization, self.trainer, self.aggregation}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.events import Phase
 from fedgrove.models.blocks import Decoder, as_matrix
@@ -186,7 +187,10 @@ class Tuning:
             rank = max(ranks[name])
             if self.method.RANKED:
                 rank = max(rank, old[name].live.rank)
-            new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
+            try:
+                new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # of NaN or infinity; torch exports it in docs
+                raise self._diverged(name) from error
             self._step(name, shape, old[name], new, rank)
         loss = sums.loss()
         if loss is not None:
@@ -215,9 +219,17 @@ class Tuning:
         kind, state = self.config.server_optimizer, self.state
         remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
         live, remembered = step(kind, old.live, new.live, remembered, self.config.server_lr, rank)
+        if not all(bool(torch.isfinite(part).all()) for part in live.parts().values()):
+            raise self._diverged(name)
         state.put(name, shape, State(live, new.frozen))
         if kind != "average":
             state.optimizer[name] = remembered
+
+    def _diverged(self, name: str) -> FedgroveError:
+        return FedgroveError(
+            f"stage {self.plan.stage}: the clients' changes of {name} have no finite mean",
+            "lower learning_rate, or leave out the client whose loss stands out",
+        )
 
     def _common(self, client: str, round_: int) -> dict[str, Any]:
         return {
@@ -237,7 +249,6 @@ class Tuning:
         falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
         return Train(
             **self._common(client, round_),
-            run=self.run.name,
             parametrization=config.parametrization,
             trainer=config.trainer,
             shared_a=self.aggregation.SHARED_A,

@@ -8,16 +8,19 @@ from typing import ClassVar
 
 from pydantic import ValidationError
 
+from fedgrove.deploy.flare import ledger
 from fedgrove.deploy.flare.files import model_folder
 from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, torch_dtype
-from fedgrove.deploy.flare.policy import Terms, refused_key
+from fedgrove.deploy.flare.policy import Terms, refused_key, terms_of
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
 from fedgrove.files import write_atomically
+from fedgrove.job.load import load_federated
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 
+AGREED = "agreed.json"  # the terms that the site agreed to, in the folder of the run
 CLOCK = "log/clock.json"  # the server's time and this machine's, when the site was last asked to join
 
 
@@ -34,10 +37,10 @@ class Joined(Reply):
 
 
 class JoinRun(SiteRequest):
-    """Take part in a job; later requests are compared with its terms.
+    """Take part in the job that the operator signed; later requests are compared with its terms.
 
     Attributes:
-        terms: the parts of the job that the site has to agree to.
+        digests: hashes of the server's copy of the model, see :func:`fedgrove.models.digest.digests`.
         clock: the server's time, in seconds since 1970.
     """
 
@@ -45,13 +48,14 @@ class JoinRun(SiteRequest):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.CAPABILITIES})
     REPLY: ClassVar[type[Reply]] = Joined
 
-    terms: Terms
+    digests: dict[str, str]
     clock: float
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
-        kit, settings, terms = site.kit, site.settings, self.terms
+        kit, settings = site.kit, site.settings
         (kit / "log").mkdir(exist_ok=True)
         (kit / CLOCK).write_text(json.dumps({"server": self.clock, "here": time.time()}), encoding="utf-8")
+        terms = self._terms(site)
         key = refused_key(settings.allow, terms)
         if key is not None:
             raise Refusal("refused", key)
@@ -63,8 +67,19 @@ class JoinRun(SiteRequest):
         different = first_difference(terms.digests, digests(checkpoint, kit / settings.work / f"digests-{terms.model}.json"))
         if different is not None:
             raise Refusal("model", different)
-        write_atomically(site.folder / "agreed.json", terms.model_dump_json())
+        ledger.spend(kit, terms, settings.allow.budget)
+        write_atomically(site.folder / AGREED, terms.model_dump_json())
         return Response({}, Joined(result=settings.result, capabilities=site.declared()))
+
+    def _terms(self, site: Installation) -> Terms:
+        """The terms of the signed job; of a run that was joined before, the same as then."""
+        try:
+            terms = terms_of(load_federated(site.job, elsewhere=True), self.digests)
+        except (FedgroveError, ValidationError) as error:
+            raise Refusal("terms", "job") from error
+        if (site.folder / AGREED).is_file() and agreed_terms(site) != terms:
+            raise Refusal("terms", "job")
+        return terms
 
 
 def agreed_terms(site: Installation) -> Terms:
@@ -74,6 +89,6 @@ def agreed_terms(site: Installation) -> Terms:
         Refusal: it has not agreed to this run.
     """
     try:
-        return Terms.model_validate_json((site.folder / "agreed.json").read_text(encoding="utf-8"))
+        return Terms.model_validate_json((site.folder / AGREED).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise Refusal("joined") from error

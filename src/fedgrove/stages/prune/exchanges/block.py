@@ -199,7 +199,7 @@ class PruneBlock(Request):
             "pattern": config.kept_of if config.pattern else None,
             "source": "dense" if config.calibration_source == "dense" else recipe.through,
             "compute_dtype": config.compute_dtype,
-            "max_weight_growth": config.max_weight_growth,
+            "max_weight_growth": config.growth_limit,
         }
         if not 0 <= self.round < config.rounds:
             return "rounds"

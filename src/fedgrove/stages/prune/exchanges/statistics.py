@@ -23,7 +23,7 @@ from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prune.aggregation.pooled import BITS, LARGEST, Statistic, check_sums, expected, ring_bits
-from fedgrove.stages.prune.calibration_pass import shared_inputs
+from fedgrove.stages.prune.calibration_pass import count_inputs, shared_inputs
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.block import start_of
 
@@ -36,6 +36,7 @@ class Noise(BaseModel):
     Attributes:
         norms: by input, the L2 norm to which a window's scaled Σ x² is clipped.
         inputs: the number of inputs, in all blocks, whose sums are released.
+        skips_first: whether no sums of the first block are released.
         clients: the smallest number of clients in a sum that is opened; each of them adds a share of the noise.
         epsilon, delta: the privacy budget of all the sums together.
     """
@@ -43,7 +44,8 @@ class Noise(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     norms: dict[str, float]
-    inputs: int
+    inputs: Annotated[int, Field(ge=1)]
+    skips_first: bool
     clients: Annotated[int, Field(ge=1)]
     epsilon: float
     delta: float
@@ -68,7 +70,6 @@ class SumInputs(Request):
     ``/sums`` and ``/spreads``: see :class:`~fedgrove.stages.prune.aggregation.pooled.Statistic`.
 
     Attributes:
-        run: the run's name; a noisy response is drawn only once per run.
         block: the block whose inputs are summed.
         calibration: the windows, and what they pass through.
         consumers: for each linear of the block, its input; inputs are named after the first linear that reads them.
@@ -83,7 +84,6 @@ class SumInputs(Request):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})
     REPLY: ClassVar[type[Reply]] = Tokens
 
-    run: str
     block: int
     calibration: Calibration
     consumers: dict[str, str]
@@ -96,14 +96,19 @@ class SumInputs(Request):
     def discloses(self) -> frozenset[Disclosure]:
         return disclosed_by(bool(self.products), self.moments)
 
+    def adders(self) -> int:
+        return self.noise.clients if self.noise else 1
+
     def release(self) -> str | None:
-        return f"{self.run}/{self.stage}/{self.block}" if self.noise else None
+        return f"{self.stage}/{self.block}" if self.noise else None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         calibration, noise = self.calibration, self.noise
         if noise and (self.products or self.moments):
             raise client.error("noise protects only sums of squares, so it sends no products or moments with epsilon")
         decoder = decoder_of(client, device, calibration.compute_dtype)
+        if noise and noise.inputs < sum(count_inputs(decoder)[noise.skips_first :]):
+            raise client.error("the noise is for fewer sums than the model has; refused")
         states = HiddenStates(client, calibration, decoder)
         calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
         start = start_of(tensors)
@@ -167,7 +172,8 @@ class SumInputs(Request):
             return "moments"
         if (config.epsilon is None) != (self.noise is None):
             return "epsilon"
-        if self.noise and config.epsilon is not None and self.noise.epsilon > config.epsilon:
+        noise = self.noise
+        if noise and (noise.epsilon > (config.epsilon or 0) or noise.skips_first != config.protect_first_block):
             return "epsilon"
         return "delta" if self.noise and self.noise.delta > config.delta else None
 

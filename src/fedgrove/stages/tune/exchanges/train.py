@@ -79,7 +79,6 @@ class Train(TuneRequest):
     int32: the difference, and ``change/loss`` unless there is noise.
 
     Attributes:
-        run: name of the run: part of the name under which a noisy response is released once.
         parametrization, trainer: names.
         shared_a: all clients share one A, which is not trained.
         ranks: by linear, for those that this client trains.
@@ -99,7 +98,6 @@ class Train(TuneRequest):
     )
     REPLY: ClassVar[type[Reply]] = Trained
 
-    run: str
     parametrization: str
     trainer: str
     shared_a: bool
@@ -126,8 +124,11 @@ class Train(TuneRequest):
     def discloses(self) -> frozenset[Disclosure]:
         return frozenset({self.method.DISCLOSES} | (set() if self.noisy else {Disclosure.LOSS}))
 
+    def adders(self) -> int:
+        return self.fixed.noise.adders if self.fixed and self.fixed.noise else 1
+
     def release(self) -> str | None:
-        return f"{self.run}/{self.stage}/{self.round}" if self.noisy else None
+        return f"{self.stage}/{self.round}" if self.noisy else None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
@@ -236,6 +237,9 @@ class Train(TuneRequest):
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.fixed is None:
+            too_large = [name for name, tensor in tensors.items() if (tensor.abs() > fixed_point.LARGEST).any()]
+            if too_large:
+                raise WireError(f"{too_large[0]} has numbers larger than {fixed_point.LARGEST:g}")
             return
         fixed_point.check(tensors, self.fixed.weight)
         for name, tensor in tensors.items():
