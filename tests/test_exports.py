@@ -44,6 +44,9 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "attention_factor": 0.8, "original_max_position_embeddings": 16,
+}  # fmt: skip
 
 
 def model(folder: Path, config: Any) -> Path:
@@ -146,6 +149,8 @@ CONFIGS = {
     "llama, tied, wide heads": LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=32),
     "llama 3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
     "llama, linear": LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    "llama, yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
+    "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
@@ -191,8 +196,8 @@ def test_what_gguf_does_not_know_is_refused_with_a_way_out(tmp_path: Path) -> No
         return str(fault.value)
 
     assert "gemma2" in refused(model(tmp_path / "gemma", Gemma2Config(**SIZES, head_dim=16)))
-    yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
-    assert "yarn" in refused(model(tmp_path / "yarn", LlamaConfig(**SIZES, rope_parameters=yarn)))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert "dynamic" in refused(model(tmp_path / "dynamic", LlamaConfig(**SIZES, rope_parameters=dynamic)))
     file = model(tmp_path / "words", LlamaConfig(**SIZES)) / "tokenizer.json"
     told = json.loads(file.read_text())
     told["pre_tokenizer"] = {"type": "Whitespace"}

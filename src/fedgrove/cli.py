@@ -353,6 +353,7 @@ def main() -> None:
     # Set before torch is imported: OpenMP threads that spin while they wait make a busy machine four times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     heap.keep_large_apart()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # set before tqdm is imported: libraries show no bars inside of ours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows a ? for what it cannot write

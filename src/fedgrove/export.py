@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from fedgrove import plugins
 from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener, Phase
-from fedgrove.exports import Source
+from fedgrove.exports import NOT_KEPT, Source
 from fedgrove.exports.packed import is_packed
 from fedgrove.files import atomic_folder, read_lines, write_atomically
 from fedgrove.models.blocks import Decoder
@@ -92,7 +93,13 @@ def export(
     if out.exists():
         raise FedgroveError(f"{out} exists already", "choose another folder or remove it")
     given = find_source(source)
+    if is_packed(given.model) and to not in ("hf", "packed"):
+        raise FedgroveError(f"--to {to}: {given.model} is packed", "unpack it with --to hf, and export what that gives")
     listener = listener or Listener()
+    texts = held_out(given) if texts is None else texts
+    # Texts are read before anything is written, so that a fault in them is not found after an hour; of a packed model the
+    # tokenizer is packed as well.
+    windows = None if is_packed(given.model) else _windows(given.model, texts)
     with atomic_folder(out) as partial:
         listener.on_event(Phase("export", f"writing {to}"))
         form.write(given, partial)
@@ -100,7 +107,7 @@ def export(
             relation, library = getattr(form, "RELATION", "finetune"), getattr(form, "LIBRARY", None)
             text = card_of_form(given.model, to, form.USE, out.name, relation, library)
             (partial / "README.md").write_text(text, encoding="utf-8")
-        measured = _measure(form, to, given, partial, held_out(given) if texts is None else texts, listener)
+        measured = _measure(form, to, given, partial, windows or _windows(partial, texts), texts, listener)
     write_atomically(out.with_name(f"{out.name}.export.json"), json.dumps(asdict(measured), indent=2) + "\n")
     return out
 
@@ -153,27 +160,38 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _measure(form: ModuleType, to: str, source: Source, folder: Path, texts: Texts, listener: Listener) -> Measured:
+def _measure(
+    form: ModuleType,
+    to: str,
+    source: Source,
+    folder: Path,
+    windows: Mapping[str, list[Tensor]],
+    texts: Texts,
+    listener: Listener,
+) -> Measured:
     of_model = dict(texts.known)
     found: dict[str, float] = {}
-    for name, windows in _windows(source, folder, texts):
+    for name, windows_of_text in windows.items():
         if name not in of_model and not is_packed(source.model):
             listener.on_event(Phase("export", "measuring the model", text=name))
-            of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows)
+            of_model[name] = perplexity(Decoder(Checkpoint(source.model)), windows_of_text)
         listener.on_event(Phase("export", f"measuring {to}", text=name))
-        total, count = form.losses(source, folder, windows)
+        total, count = form.losses(source, folder, windows_of_text)
         found[name] = perplexity_of(total, count)
-        if form.EXACT and name in of_model and not abs(found[name] / of_model[name] - 1) <= NEAR:
+        if form.EXACT and name in of_model and not math.isclose(found[name], of_model[name], rel_tol=NEAR):
             raise FedgroveError(
                 f"--to {to}: on {name} the export has perplexity {found[name]:.3f}, but the model has {of_model[name]:.3f}",
-                "the export was removed. Use --to hf, and report the model to us",
+                NOT_KEPT,
             )
     of = {name: of_model[name] for name in found if name in of_model}
     return Measured(to, folder_bytes(folder), folder_bytes(source.model), found, of, texts.length)
 
 
-def _windows(source: Source, folder: Path, texts: Texts) -> Iterable[tuple[str, list[Tensor]]]:
-    if texts.files:
-        tokenizer = Checkpoint(folder if is_packed(source.model) else source.model).tokenizer()
-        for name, file, template in texts.files:
-            yield name, evaluation_windows(file, template, tokenizer, texts.length, texts.windows)
+def _windows(model: Path, texts: Texts) -> dict[str, list[Tensor]]:
+    """The windows of each text by its name, cut by the tokenizer of a model directory."""
+    if not texts.files:
+        return {}
+    tokenizer = Checkpoint(model).tokenizer()
+    return {
+        name: evaluation_windows(file, template, tokenizer, texts.length, texts.windows) for name, file, template in texts.files
+    }

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+def _no_bars_of_downloads(quiet: bool) -> bool:
+    if quiet:  # said before huggingface_hub is imported, which does not follow TQDM_DISABLE on a terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.", callback=_no_bars_of_downloads)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job: stages.0.sparsity=0.6")

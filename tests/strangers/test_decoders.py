@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
-from decoders import plain_perplexity, save_small, small_config, windows
+from decoders import LENGTH, plain_perplexity, save_small, small_config, windows
+from fedgrove.api import run
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder
+from fedgrove.models.blocks import Decoder, find_blocks, linears
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.positions import positions
 from fedgrove.models.preconditions import check_length, check_parameters
 from fedgrove.models.stream import Checkpoint
+from fedgrove.stages.prune.calibration_pass import gather
+from small import TOKENIZER, Small
 
 MEASURED = (
     "apertus", "bart", "biogpt", "bloom", "codegen", "cohere", "cpmant", "ctrl", "deepseek_v2", "diffllama", "ernie4_5",
@@ -41,6 +46,49 @@ def decoder_of(folder: Path) -> Decoder:
 def test_a_type_is_measured_as_plain_transformers_measures_it(kind: str, tmp_path: Path) -> None:
     folder = save_small(kind, tmp_path)
     assert perplexity(decoder_of(folder), windows()) == pytest.approx(plain_perplexity(folder), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *((kind, {}) for kind in (*MEASURED, "bigbird_pegasus", "blenderbot", "marian", "mbart", "mvp", "pegasus", "plbart")),
+        *((kind, {"is_decoder": True, "add_cross_attention": True}) for kind in ("bert", "roberta", "gpt2")),
+    ],
+)
+def test_every_linear_that_is_pruned_is_run(kind: str, changes: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(small_config(kind, **changes)).eval()
+    run: set[nn.Module] = set()
+    modules = [module for block in find_blocks(model)[1] for module in linears(block).values()]
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, _: run.add(module))
+    with torch.no_grad():
+        model(input_ids=windows()[0], use_cache=False)
+    assert run == set(modules)
+
+
+def test_cross_attention_without_an_encoder_stays_as_it_is(small: Small, tmp_path: Path) -> None:
+    folder = save_small("bart", tmp_path / "model")
+    for name in TOKENIZER:
+        (folder / name).write_bytes((small.model / name).read_bytes())
+    tune = {"kind": "tune", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "ranks": [2], "bits": [32]}
+    prune = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH}
+    run(small.spec(model__path=str(folder), stages=[prune, tune], evaluate={}), out=tmp_path / "run", quiet=True)
+    before, after = Checkpoint(folder), Checkpoint(tmp_path / "run" / "model")
+    pruned = set(Decoder(before).linear_names().values())
+    crossing = {name for name in before.names() if ".encoder_attn." in name}
+    assert crossing
+    assert not crossing & pruned
+    assert {name for name in before.names() if not torch.equal(before.read(name), after.read(name))} == pruned
+    assert all(float((after.read(name) == 0).double().mean()) >= 0.49 for name in pruned)
+
+
+def test_a_linear_that_blocks_do_not_run_is_a_line(tmp_path: Path) -> None:
+    decoder = Decoder(Checkpoint(save_small("llama", tmp_path)))
+    ids = windows()[0]
+    hidden, calls = decoder.embed(ids)
+    decoder.blocks[0].add_module("spare", nn.Linear(4, 4))
+    with decoder.zeroed(0) as block, pytest.raises(FedgroveError, match="LlamaDecoderLayer do not run their linear spare"):
+        gather(decoder, block, [hidden], calls[0], "squares")
 
 
 @pytest.mark.parametrize("kind", ["falcon", "bloom", "gpt2", "llama", "gpt_bigcode"])

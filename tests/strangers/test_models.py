@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import decoders
+from decoders import plain_perplexity, save_small
 from fedgrove import doctor
 from fedgrove.errors import FedgroveError
-from fedgrove.export import export
+from fedgrove.export import Texts, export
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.files import INDEX, WEIGHTS
-from fedgrove.models.perplexity import perplexity
+from fedgrove.models.perplexity import nll_of_logits, perplexity, perplexity_of
 from fedgrove.models.preconditions import check_finite, check_parameters, check_vocabulary
 from fedgrove.models.pretrained import load_full_model
 from fedgrove.models.stream import Checkpoint
@@ -152,6 +154,43 @@ def test_an_odd_folder_is_measured_and_written_as_plain_transformers_loads_it(na
         places = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
         assert set(places) == set(checkpoint.names())
         assert all(name in load_file(tmp_path / "out" / file) for name, file in places.items())
+
+
+SWITCHES: dict[str, dict[str, object]] = {
+    "tuples": {"return_dict": False},
+    "hidden states": {"output_hidden_states": True},
+    "attentions": {"output_attentions": True},
+    "attentions that were saved by an older release": {"_output_attentions": True},
+    "routers": {"output_router_logits": True},
+    "all": {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "output_router_logits": True},
+    "TorchScript": {"torchscript": True},
+    "a cache": {"use_cache": True},
+    "no cache": {"use_cache": False},
+    "memory for gradients": {"gradient_checkpointing": True},
+    "dropout": {"attention_dropout": 0.5, "hidden_dropout": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "dropout": 0.5},
+    "chunks": {"chunk_size_feed_forward": 4},
+    "generation": {"do_sample": True, "temperature": 0.1, "num_beams": 4, "max_length": 3, "repetition_penalty": 2.0},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "mixtral", "bloom", "bart"])
+def test_settings_of_outputs_and_of_training_change_nothing(kind: str, switch: str, tmp_path: Path) -> None:
+    folder = save_small(kind, tmp_path)
+    expected = plain_perplexity(folder)
+    say(folder, **SWITCHES[switch])
+    ids = decoders.windows()
+    assert perplexity(Decoder(Checkpoint(folder)), ids) == pytest.approx(expected, rel=1e-4)
+    full = load_full_model(folder, dtype=torch.float32)
+    assert perplexity_of(*nll_of_logits(lambda one: full(input_ids=one).logits, ids)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["packed", "gguf", "int8"])
+def test_a_model_with_all_switches_is_exported(form: str, small: Small, tmp_path: Path) -> None:
+    pytest.importorskip({"packed": "torch", "gguf": "gguf", "int8": "bitsandbytes"}[form])
+    folder = make_model(tmp_path / "model")
+    say(folder, **SWITCHES["all"])
+    export(folder, form, tmp_path / "out", Texts((("held", small.texts["held-0"], None),), 16, 2))
 
 
 @pytest.mark.parametrize("name", [name for name in ODD if "tied" in name or "beside" in name or "shards" in name])

@@ -21,6 +21,9 @@ from pathlib import Path
 
 from fedgrove.errors import FedgroveError
 
+# The remedy where an export reads back otherwise than the model.
+NOT_KEPT = "the export was removed. Use --to hf, and report the model to us"
+
 
 @dataclass(frozen=True)
 class Source:

@@ -53,13 +53,15 @@ def quantize(form: str, source: Source, out: Path, settings: dict[str, object]) 
     require(form, "quantize", "bitsandbytes")
     refuse_experts(form, source)
     hush()
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig
 
     # The weights that stay unquantized are bfloat16, as is the compute dtype of nf4; LLM.int8() computes in float16.
     model = load_full_model(
         source.model, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
     )
+    model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; the model's is copied
     model.save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)
     for name, content in small_contents(source.model).items():
         if not (out / name).exists():
             (out / name).write_bytes(content)

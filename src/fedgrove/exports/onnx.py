@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from fedgrove.errors import FedgroveError
 from fedgrove.exports import Source, refuse_experts, require
 from fedgrove.models.files import small_contents
 from fedgrove.models.perplexity import nll_of_logits
@@ -50,11 +52,16 @@ def write(source: Source, out: Path) -> None:
     """Writes ``model.onnx`` and the tokenizer; the model must fit into memory twice, in float32.
 
     Raises:
-        FedgroveError: onnx, onnxscript or onnxruntime is missing, or the model is a mixture of experts.
+        FedgroveError: onnx, onnxscript or onnxruntime is missing, the model is a mixture of experts, its positions change with
+            the length of the text, or torch's exporter cannot write it.
     """
     require("onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
     refuse_experts("onnx", source)
     checkpoint = Checkpoint(source.model)
+    if _grows(checkpoint.config):
+        raise FedgroveError(
+            "--to onnx: positions of type 'dynamic' change with the length of the text, and a graph's cannot", "export --to hf"
+        )
     model = load_full_model(source.model, dtype=torch.float32)
     max_tokens = getattr(checkpoint.config, "max_position_embeddings", None)
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=max_tokens)}
@@ -73,12 +80,24 @@ def write(source: Source, out: Path) -> None:
                 output_names=["logits"],
                 dynamic_shapes={"input_ids": dynamic},
             )
+    except Exception as error:  # what the exporter raises differs from release to release
+        kind = checkpoint.config.model_type
+        raise FedgroveError(
+            f"--to onnx: torch's exporter cannot write this {kind} model ({type(error).__name__})",
+            "use another form, such as hf",
+        ) from error
     finally:
         logging.getLogger("torch.onnx").setLevel(level)
     assert program is not None
     program.save(out / FILE)
     for name, content in small_contents(source.model).items():
         (out / name).write_bytes(content)
+
+
+def _grows(config: PretrainedConfig) -> bool:
+    """Whether the frequencies of rotary positions depend on the length of the text, in any kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return any(one.get("rope_type") == "dynamic" for one in (rope, *rope.values()) if isinstance(one, dict))
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:

@@ -23,6 +23,8 @@ from fedgrove.models.pretrained import hollow_model
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
 
+_CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "cross_attention", "encoder_decoder_attention"}
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
 
 
@@ -363,10 +365,14 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
     """The prunable linears of a block by name.
 
     Norms, embeddings and the head are never among them. Linears with a single output are gates, such as that of Qwen2-MoE's
-    shared expert, and not prunable.
+    shared expert, and not prunable. Cross-attention (in the decoders of BART and others) is not run without an encoder.
     """
     modules = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    return {name: module for name, module in modules.items() if getattr(module, "out_features", None) != 1}
+    return {
+        name: module
+        for name, module in modules.items()
+        if getattr(module, "out_features", None) != 1 and not _CROSS_ATTENTION & set(name.split("."))
+    }
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:

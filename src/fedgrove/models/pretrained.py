@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -41,6 +42,11 @@ if TYPE_CHECKING:  # this import takes as long as that of torch
 
 CODE = "it needs Python code of its own, which is never run"
 ATTENTIONS = ("sdpa", "eager")  # the first that the model has; others need packages or GPUs that may be missing
+# Settings of config.json for training and for looking into a model, which change what its functions return.
+_SWITCHES = {
+    "gradient_checkpointing": False, "output_attentions": False, "output_hidden_states": False, "output_router_logits": False,
+    "return_dict": True,
+}  # fmt: skip
 _BIDIRECTIONAL = ("bert-generation", "xlnet")  # encoders that transformers does not list as masked language models
 
 T = TypeVar("T")
@@ -66,6 +72,16 @@ def read_config(folder: Path) -> PretrainedConfig:
                 "take a model that transformers knows, or a newer transformers",
             ) from error
         raise FedgroveError(f"model: {file} is not understood: {first_line(error)}", "correct it, or copy it again") from error
+
+
+def _switched(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a configuration with which a model returns its logits and nothing else."""
+    config = deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for key, value in _SWITCHES.items():
+            if hasattr(part, key):
+                setattr(part, key, value)
+    return config
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -108,9 +124,10 @@ def hollow_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype | No
         if getattr(config, "auto_map", None):
             raise _needs_code(folder / CONFIG)
         raise FedgroveError(f"model: {folder}: type {kind} is no causal language model", "take one that generates text")
+    switched = _switched(config)
     return _with_attention(
         lambda attention: AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            switched, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         ),
         lambda error: FedgroveError(
             f"model: no {kind} can be built from {folder / CONFIG}: {first_line(error)}", "correct it, or copy it again"
@@ -129,12 +146,33 @@ def load_full_model(folder: Path, **settings: Any) -> Any:
         FedgroveError: transformers cannot load it.
     """
     with plain_folder(folder) as path:
+        config = _switched(read_config(path))
         model = _with_attention(
             lambda attention: AutoModelForCausalLM.from_pretrained(
-                path, attn_implementation=attention, trust_remote_code=False, **settings
+                path, config=config, attn_implementation=attention, trust_remote_code=False, **settings
             ),
             lambda error: FedgroveError(f"model: transformers does not load {folder}: {first_line(error)}", "copy it again"),
         )
+    return cast(Any, model).eval()
+
+
+def load_gguf(file: Path, complete: Callable[[PretrainedConfig], PretrainedConfig]) -> Any:
+    """The full model in a GGUF file, in float32 and in evaluation mode.
+
+    Args:
+        file: the GGUF file.
+        complete: gives the configuration to use, from the one that transformers makes of the file.
+
+    Raises:
+        FedgroveError: transformers cannot load it.
+    """
+    try:
+        config = complete(AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False))
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # the types of what it raises are not documented
+        raise FedgroveError(f"model: transformers does not load {file}: {first_line(error)}", "export it again") from error
     return cast(Any, model).eval()
 
 

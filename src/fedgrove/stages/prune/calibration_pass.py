@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Call, Decoder, linears
 from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
@@ -48,6 +49,9 @@ def shared_inputs(block: nn.Module, new: Callable[[str], S]) -> Iterator[dict[st
 
     Yields:
         The input's sum for each linear; linears with the same input map to the same object. Filled when the block is run.
+
+    Raises:
+        FedgroveError: the block was run, but not one of its linears.
     """
     inputs: dict[str, S] = {}
     leaders: dict[str, S] = {}  # by the first linear that reads each shared input; only this linear adds to the sum
@@ -75,6 +79,11 @@ def shared_inputs(block: nn.Module, new: Callable[[str], S]) -> Iterator[dict[st
     finally:
         for hook in hooks:
             hook.remove()
+    not_run = linears(block).keys() - inputs.keys()
+    if inputs and not_run:
+        raise FedgroveError(
+            f"model: blocks of {type(block).__name__} do not run their linear {min(not_run)}", "take a model of another type"
+        )
 
 
 def gather(
