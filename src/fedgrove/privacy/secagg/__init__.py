@@ -20,7 +20,8 @@ All of this is from the paper. From Bell et al., *Secure Single-Server Aggregati
 2020): with many clients, only neighbors on a ring share masks. Our additions:
 
 - The secrets have 16 bytes, and keys are derived from them, so that a share fits into 17 bytes.
-- A client signs the session's parameters together with its keys, so that a server cannot tell clients different thresholds.
+- The number of neighbors, the threshold and the quorum follow from the number of clients. No message contains them, so a
+  server cannot choose weaker ones. A client signs the session, with all its clients, together with its keys.
 - Each client sends a commitment to its self-mask's seed, so that the server notices a wrong share.
 - Neighbors are determined by the session's name, which the server chooses. So neighborhoods that do not include all
   clients protect only against a server that follows the protocol.
@@ -32,7 +33,7 @@ has.
 
 Not hidden: the sum itself, who took part, and names, shapes and dtypes of tensors.
 
-Modules: ``session``: the public parameters of a sum; ``client`` and ``server``: the two sides of the protocol;
+Modules: ``session``: the public description of a sum; ``client`` and ``server``: the two sides of the protocol;
 ``masking``: rings and keystreams; ``keys``: signatures, key agreement and derivation; ``sharing``: Shamir's secret
 sharing; ``store``: the state that a client keeps on its disk.
 """

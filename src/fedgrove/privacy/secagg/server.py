@@ -43,7 +43,7 @@ class Opening:
     Memory: the size of one client's input, whatever the number of clients.
 
     Args:
-        session: the public parameters of the sum.
+        session: the public description of the sum.
         adverts: by client, the keys of the clients that sent some.
         sharers: the clients that sent shares: their pairwise masks are in their neighbors' inputs.
 
