@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.privacy.secagg import client, server
-from fedgrove.privacy.secagg.keys import make_credentials
+from fedgrove.privacy.secagg.keys import advert_hash, make_credentials
 from fedgrove.privacy.secagg.server import Opening
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.privacy.secagg.store import SessionStore
@@ -132,9 +132,10 @@ def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
             for name in cost.names:
                 sent({}, asdict(adverts[name]))
             sealed = {}
+            hashes = {name: advert_hash(name, advert) for name, advert in adverts.items()}
             for name in cost.names:
                 shown = server.adverts_for(session, name, adverts)
-                sealed[name] = client.share(session, name, credentials[name], stores[name], shown)
+                sealed[name] = client.share(session, name, credentials[name], stores[name], shown, hashes)
                 sent({}, sealed[name])
         opening = Opening(session, adverts, sealed)
         for i, name in enumerate(cost.names[: clients - silent]):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedgrove.privacy.secagg import client, server
-from fedgrove.privacy.secagg.keys import Advert, make_credentials
+from fedgrove.privacy.secagg.keys import Advert, advert_hash, make_credentials
 from fedgrove.privacy.secagg.server import Opening
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.privacy.secagg.store import SessionStore
@@ -35,7 +35,8 @@ class Federation:
 
     def share(self, name: str, adverts: Mapping[str, Advert]) -> dict[str, str]:
         shown = server.adverts_for(self.session, name, adverts)
-        return client.share(self.session, name, self.credentials[name], self.stores[name], shown)
+        hashes = {peer: advert_hash(peer, advert) for peer, advert in adverts.items()}
+        return client.share(self.session, name, self.credentials[name], self.stores[name], shown, hashes)
 
     def mask(self, name: str, sealed: Mapping[str, Mapping[str, str]], tensors: Tensors) -> dict[str, torch.Tensor]:
         return client.mask(self.session, name, self.stores[name], server.sealed_shares_for(self.session, name, sealed), tensors)

@@ -133,7 +133,8 @@ def test_a_new_session_removes_what_a_killed_process_left_of_an_older_one(tmp_pa
         (store.folder / left).write_text("a secret")
     session = new_session(["c000", "c001", "c002"])
     client.advertise(session, "c000", make_credentials(["c000", "c001", "c002"])["c000"], store)
-    assert [file.name for file in store.folder.iterdir()] == [f"{session.digest.hex()}.json"]
+    assert sorted(file.name for file in store.folder.iterdir()) == sorted([f"{session.digest.hex()}.json", "ended.txt"])
+    assert not any("a secret" in file.read_text() for file in store.folder.iterdir())
 
 
 def test_forged_keys_are_refused(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
             Advert.model_validate(wrong)
 
     sealed, revealed = federation.sealed["c000"], federation.revealed["c000"]
-    shares, opened = Shares(stage=0, session=session, adverts={}), Open(stage=0, session=session, signatures={})
+    shares, opened = Shares(stage=0, session=session, adverts={}, hashes={}), Open(stage=0, session=session, signatures={})
     shares.check_reply(Ciphertexts(sealed_shares=sealed))
     opened.check_reply(Revealed.model_validate({"shares": revealed}))
     with pytest.raises(WireError, match="to clients that are not asked"):

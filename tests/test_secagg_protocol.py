@@ -16,7 +16,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.release import agree_on_survivors
 from fedgrove.privacy.secagg import server
-from fedgrove.privacy.secagg.keys import Advert
+from fedgrove.privacy.secagg.keys import Advert, advert_hash
 from fedgrove.privacy.secagg.session import SecureError, new_session
 from fedgrove.privacy.secagg.sharing import PRIME, at_zero
 from fedgrove.rounds import wire
@@ -141,9 +141,11 @@ def test_requests_carry_the_protocol(tmp_path: Path) -> None:
         return reply
 
     adverts = {name: Advert(**said(name, exchange.Keys(stage=0, session=session)).model_dump()) for name in names}
+    hashes = {name: advert_hash(name, advert) for name, advert in adverts.items()}
     sealed = {}
     for name in names:
-        request = exchange.Shares(stage=0, session=session, adverts=server.adverts_for(session, name, adverts))
+        shown = server.adverts_for(session, name, adverts)
+        request = exchange.Shares(stage=0, session=session, adverts=shown, hashes=hashes)
         sealed[name] = said(name, request).sealed_shares
     opening = server.Opening(session, adverts, sealed)
     for name in names[1:]:

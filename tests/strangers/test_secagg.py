@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedgrove.privacy.secagg import keys, masking
+from fedgrove.privacy.secagg import client, keys, masking
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.privacy.secagg.server import Opening
-from fedgrove.privacy.secagg.session import SecureError, Session, min_survivors, parameters
+from fedgrove.privacy.secagg.session import SecureError, Session, min_survivors, new_session, parameters
+from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds.request import RequestError, parse
 from secagg import Federation, inputs_of, same, total
 
@@ -35,7 +36,7 @@ def opened_part(federation: Federation, group: Sequence[str], masked: Mapping[st
     except SecureError:
         return None
     rings = as_rings(opening._sum)
-    for name, seed in seeds.items():
+    for seed in seeds.values():
         masking.add_keystream(rings, keys.self_mask_key(seed, session), -1)
     for other in sorted(set(federation.names) - set(group)):
         try:
@@ -106,3 +107,113 @@ def test_the_helper_of_these_tests_opens_what_can_be_opened(tmp_path: Path) -> N
     part = opened_part(federation, survivors, federation.masked, federation.revealed)
     assert part is not None
     assert same(part, total(inputs, survivors))
+
+
+# What an earlier beginning of a session leaves behind
+
+
+class Replayed:
+    """The same clients twice in the same session, with other secrets: what a client does that lost its disk, or a second run."""
+
+    def __init__(self, folder: Path, number: int):
+        self.first = Federation(folder / "first", number)
+        self.again = Federation(folder / "again", number)
+        self.again.credentials, self.again.session = self.first.credentials, self.first.session
+        self.names = self.first.names
+        self.inputs = inputs_of(self.names)
+
+
+@pytest.mark.parametrize("number", [3, 6, 12])
+def test_signatures_of_an_earlier_beginning_open_nothing(tmp_path: Path, number: int) -> None:
+    both = Replayed(tmp_path, number)
+    few = both.names[: number - number // 3]
+    both.first.run(both.inputs, {"masked": both.names[len(few) :]})
+    again = both.again
+    adverts = again.advertise(again.names)
+    sealed = {name: again.share(name, adverts) for name in again.names}
+    for name in again.names:
+        again.mask(name, sealed, both.inputs[name])
+    for name in few:
+        again.confirm(name, few)
+        with pytest.raises(SecureError, match="did not sign this list of survivors"):
+            again.reveal(name, both.first.signatures)
+
+
+@pytest.mark.parametrize("old", ["one peer's", "all peers'", "all peers' and their hashes", "its own and theirs"])
+def test_keys_of_an_earlier_beginning_lead_nowhere(tmp_path: Path, old: str) -> None:
+    """A client may be shown old keys, for they are signed; but then nobody else signs what it signs."""
+    both = Replayed(tmp_path, 6)
+    both.first.run(both.inputs)
+    again, me = both.again, "c000"
+    fresh = again.advertise(again.names)
+    replayed = {"one peer's": ["c001"], "its own and theirs": again.names}.get(old, again.names[1:])
+    shown = {**fresh, **{name: both.first.adverts[name] for name in replayed}}
+    if me in replayed:
+        with pytest.raises(SecureError, match="are not those that its clients sent"):
+            again.share(me, shown)
+        return
+    again.share(me, shown)
+    others = {name: again.share(name, fresh) for name in again.names[1:]}
+    if old != "one peer's":
+        with pytest.raises(SecureError):
+            again.mask(me, {**both.first.sealed, me: {}}, both.inputs[me])
+        return
+    with pytest.raises(SecureError):  # not even the fresh ciphertexts: they are for other keys
+        again.mask(me, others, both.inputs[me])
+
+
+@pytest.mark.parametrize("wrong", ["own", "neighbor", "missing", "stranger", "more neighbors"])
+def test_hashes_that_are_not_those_of_the_keys_are_refused(tmp_path: Path, wrong: str) -> None:
+    federation = Federation(tmp_path, 4)
+    adverts = federation.advertise(federation.names)
+    hashes = {name: keys.advert_hash(name, advert) for name, advert in adverts.items()}
+    shown = {name: adverts[name] for name in federation.names[1:]}
+    if wrong == "own":
+        hashes["c000"] = hashes["c001"]
+    elif wrong == "neighbor":
+        hashes["c002"] = hashes["c001"]
+    elif wrong == "missing":
+        del hashes["c003"]
+    elif wrong == "stranger":
+        hashes["zed"] = hashes["c001"]
+    else:
+        del shown["c003"]
+    with pytest.raises(SecureError, match="are not those that its clients sent"):
+        client.share(federation.session, "c000", federation.credentials["c000"], federation.stores["c000"], shown, hashes)
+
+
+def test_a_client_that_is_no_neighbor_is_bound_to_the_same_keys(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 60)
+    session, me = federation.session, "c000"
+    far = next(name for name in federation.names[1:] if name not in session.neighbors(me))
+    adverts = federation.advertise(federation.names)
+    shown = {name: adverts[name] for name in session.neighbors(me)}
+    hashes = {name: keys.advert_hash(name, advert) for name, advert in adverts.items()}
+    assert keys.adverts_digest(session, hashes) != keys.adverts_digest(session, {**hashes, far: hashes[me]})
+    client.share(session, me, federation.credentials[me], federation.stores[me], shown, hashes)
+    with pytest.raises(SecureError, match="differ from those sent before"):
+        client.share(session, me, federation.credentials[me], federation.stores[me], shown, {**hashes, far: hashes[me]})
+
+
+@pytest.mark.parametrize("between", [1, 3])
+def test_a_session_is_begun_once(tmp_path: Path, between: int) -> None:
+    federation = Federation(tmp_path, 3)
+    sessions = [federation.session, *(new_session(federation.names) for _ in range(between))]
+    for session in sessions:
+        federation.session = session
+        federation.advertise(federation.names)
+        federation.advertise(federation.names)  # a repeated request
+    for session in sessions[:-1]:
+        federation.session = session
+        federation.stores = {name: SessionStore(store.folder) for name, store in federation.stores.items()}  # a new process
+        with pytest.raises(SecureError, match="began this session before"):
+            federation.advertise(federation.names)
+
+
+def test_a_session_that_was_interrupted_before_anything_was_sent_begins(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, 3)
+    store = federation.stores["c000"]
+    store.folder.mkdir()
+    (store.folder / f"{federation.session.digest.hex()}.json.partial").write_text("half a state")
+    inputs = inputs_of(federation.names)
+    assert same(federation.run(inputs)[1], total(inputs, federation.names))

@@ -22,6 +22,8 @@ All of this is from the paper. From Bell et al., *Secure Single-Server Aggregati
 - The secrets have 16 bytes, and keys are derived from them, so that a share fits into 17 bytes.
 - The number of neighbors, the threshold and the quorum follow from the number of clients. No message contains them, so a
   server cannot choose weaker ones. A client signs the session, with all its clients, together with its keys.
+- What survivors sign, and the encryption of shares, includes a digest of all clients' keys of this session (``hashes`` in phase
+  2), and a client begins a session once. So messages of an earlier beginning of the same session are worthless.
 - Each client sends a commitment to its self-mask's seed, so that the server notices a wrong share.
 - Neighbors are determined by the session's name, which the server chooses. So neighborhoods that do not include all
   clients protect only against a server that follows the protocol.

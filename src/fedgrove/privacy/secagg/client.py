@@ -12,10 +12,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedgrove.privacy.secagg import keys, masking, sharing
-from fedgrove.privacy.secagg.keys import Advert, Credentials
+from fedgrove.privacy.secagg.keys import Advert, Channel, Credentials
 from fedgrove.privacy.secagg.session import SecureError, Session
 from fedgrove.privacy.secagg.sharing import Secret
-from fedgrove.privacy.secagg.store import SessionStore
+from fedgrove.privacy.secagg.store import SessionState, SessionStore
 
 
 def advertise(session: Session, client: str, credentials: Credentials, store: SessionStore) -> Advert:
@@ -32,51 +32,58 @@ def advertise(session: Session, client: str, credentials: Credentials, store: Se
     for other in session.clients:
         credentials.public_key(other)
     with store.opened(session, begin=True) as state:
-        unsigned = Advert(
-            mask_key=keys.public_hex(keys.session_key(state.mask_seed, "mask", session)),
-            channel_key=keys.public_hex(keys.session_key(state.channel_seed, "channel", session)),
-            commitment=keys.commitment(state.self_seed, session),
-            signature="",
-        )
-    return replace(unsigned, signature=keys.sign(credentials.key, keys.advert_message(session, client, unsigned)))
+        return _advert(session, client, credentials, state)
 
 
 def share(
-    session: Session, client: str, credentials: Credentials, store: SessionStore, adverts: Mapping[str, Advert]
+    session: Session,
+    client: str,
+    credentials: Credentials,
+    store: SessionStore,
+    adverts: Mapping[str, Advert],
+    hashes: Mapping[str, str],
 ) -> dict[str, str]:
     """Phase 2: checks the neighbors' keys and encrypts for each of them a share of this client's two secrets.
 
     Args:
         adverts: by client, the keys of the neighbors that sent some. This client's own keys may be included.
+        hashes: by client, :func:`keys.advert_hash`, of all clients that sent keys, neighbors or not.
 
     Returns:
         By neighbor, the encrypted shares in hex.
 
     Raises:
-        SecureError: keys are not signed, are not from a neighbor, are too few, or differ from those sent before.
+        SecureError: keys are not signed, are not from a neighbor, are too few, differ from those sent before, or do not
+            fit the hashes.
     """
     adverts = {peer: advert for peer, advert in sorted(adverts.items()) if peer != client}
-    if not set(adverts) <= set(session.neighbors(client)) or len(adverts) + 1 < session.threshold:
+    neighbors = set(session.neighbors(client))
+    if not set(adverts) <= neighbors or len(adverts) + 1 < session.threshold:
         raise SecureError("secure aggregation: keys of clients that are no neighbors, or of too few neighbors; refused")
     for peer, advert in adverts.items():
         signed = keys.advert_message(session, peer, advert)
         if not keys.verify(credentials.public_key(peer), advert.signature, signed):
             raise SecureError(f"secure aggregation: the keys of client '{peer}' are not signed by that client; refused")
     with store.opened(session) as state:
+        shown = {**adverts, client: _advert(session, client, credentials, state)}
+        expected = {peer: keys.advert_hash(peer, advert) for peer, advert in shown.items()}
+        if not hashes.keys() <= set(session.clients) or expected != {
+            peer: known for peer, known in hashes.items() if peer in neighbors or peer == client
+        }:
+            raise SecureError("secure aggregation: the keys of this session are not those that its clients sent; refused")
+        digest = keys.adverts_digest(session, hashes)
         if state.adverts is None:
-            state.adverts = adverts
-        if state.adverts != adverts:
+            state.adverts, state.adverts_digest = adverts, digest.hex()
+        if state.adverts != adverts or state.adverts_digest != digest.hex():
             raise SecureError("secure aggregation: the keys differ from those sent before for the same session; refused")
         if state.sealed_shares is None:
             holders = session.holders(client)
             mask_shares = sharing.split(state.mask_seed, holders, session.threshold)
             self_shares = sharing.split(state.self_seed, holders, session.threshold)
             state.own_shares = {"mask": mask_shares[client], "self": self_shares[client]}
-            private = keys.session_key(state.channel_seed, "channel", session)
+            channel = _channel(session, client, state)
             state.sealed_shares = {
-                peer: keys.seal(
-                    private, advert.channel_key, session, client, peer, bytes.fromhex(mask_shares[peer] + self_shares[peer])
-                )
+                peer: channel.seal(peer, advert.channel_key, bytes.fromhex(mask_shares[peer] + self_shares[peer]))
                 for peer, advert in adverts.items()
             }
         return state.sealed_shares
@@ -114,10 +121,11 @@ def mask(
         peers = sorted(sealed_shares)
         if not set(peers) <= set(state.adverts) or len(peers) + 1 < session.threshold:
             raise SecureError("secure aggregation: shares of clients that are no neighbors, or of too few neighbors; refused")
-        channel = keys.session_key(state.channel_seed, "channel", session)
+        channel = _channel(session, client, state)
         for peer in peers:
-            sealed = sealed_shares[peer]
-            plain = keys.unseal(channel, state.adverts[peer].channel_key, session, peer, client, sealed)
+            plain = channel.unseal(peer, state.adverts[peer].channel_key, sealed_shares[peer])
+            if plain is None:
+                raise SecureError(f"secure aggregation: the shares of client '{peer}' were changed in transit; refused")
             size = sharing.SHARE_BYTES
             state.held_shares[peer] = {"mask": plain[:size].hex(), "self": plain[size:].hex()}
         state.masked, state.release = True, release
@@ -150,7 +158,8 @@ def confirm(session: Session, client: str, credentials: Credentials, store: Sess
         if not state.masked or (state.survivors or survivors) != survivors:
             raise SecureError("secure aggregation: this client is not in the sum, or signed another list; refused")
         state.survivors = survivors
-    return keys.sign(credentials.key, keys.survivors_message(session, survivors))
+        message = keys.survivors_message(bytes.fromhex(state.adverts_digest), survivors)
+    return keys.sign(credentials.key, message)
 
 
 def reveal(
@@ -173,7 +182,7 @@ def reveal(
     with store.opened(session) as state:
         if state.survivors is None or state.own_shares is None:
             raise SecureError("secure aggregation: nothing was confirmed in this session; refused")
-    message = keys.survivors_message(session, state.survivors)
+    message = keys.survivors_message(bytes.fromhex(state.adverts_digest), state.survivors)
     signers = set(session.holders(client)) & set(state.survivors)
     for name, signature in signatures.items():
         if name not in signers or not keys.verify(credentials.public_key(name), signature, message):
@@ -185,3 +194,19 @@ def reveal(
         which: Secret = "self" if owner in state.survivors else "mask"
         revealed[owner] = {which: shares[which]}
     return revealed
+
+
+def _advert(session: Session, client: str, credentials: Credentials, state: SessionState) -> Advert:
+    """The client's signed keys of a session: always the same for the same state."""
+    unsigned = Advert(
+        mask_key=keys.public_hex(keys.session_key(state.mask_seed, "mask", session)),
+        channel_key=keys.public_hex(keys.session_key(state.channel_seed, "channel", session)),
+        commitment=keys.commitment(state.self_seed, session),
+        signature="",
+    )
+    return replace(unsigned, signature=keys.sign(credentials.key, keys.advert_message(session, client, unsigned)))
+
+
+def _channel(session: Session, client: str, state: SessionState) -> Channel:
+    private = keys.session_key(state.channel_seed, "channel", session)
+    return Channel(private, session, bytes.fromhex(state.adverts_digest), client)

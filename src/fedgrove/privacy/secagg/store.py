@@ -14,6 +14,8 @@ from fedgrove.privacy.secagg.keys import Advert
 from fedgrove.privacy.secagg.session import SecureError, Session
 from fedgrove.privacy.secagg.sharing import SECRET_BYTES, Secret
 
+ENDED = "ended.txt"  # the digests of the sessions that were begun and are over, one in a line
+
 
 def _new_secret() -> str:
     return secrets.token_hex(SECRET_BYTES)
@@ -26,6 +28,7 @@ class SessionState:
     Attributes:
         mask_seed, self_seed, channel_seed: the client's secrets; the first two are shared among its neighbors.
         adverts: the neighbors' keys, as first received.
+        adverts_digest: of the keys of all clients, in hex; empty before they are received.
         own_shares: the client's shares of its own secrets: {"mask": share, "self": share}.
         sealed_shares: by neighbor, the encrypted shares that this client sends to it.
         held_shares: by neighbor, the shares of the neighbor's secrets that this client holds, like ``own_shares``.
@@ -38,6 +41,7 @@ class SessionState:
     self_seed: str = field(default_factory=_new_secret)
     channel_seed: str = field(default_factory=_new_secret)
     adverts: dict[str, Advert] | None = None
+    adverts_digest: str = ""
     own_shares: dict[Secret, str] | None = None
     sealed_shares: dict[str, str] | None = None
     held_shares: dict[str, dict[Secret, str]] = field(default_factory=dict)
@@ -61,6 +65,9 @@ class SessionState:
 class SessionStore:
     """Stores the state of a client's newest session only: without its state, an older one can no longer be unmasked.
 
+    It also records the sessions that are over, so that none is begun again with other secrets. Both records would
+    survive a power failure before anything is sent.
+
     Args:
         folder: on the client's own disk; created when needed.
     """
@@ -76,7 +83,8 @@ class SessionStore:
             begin: if the session is not the current one, start it with new secrets; this ends the current one.
 
         Raises:
-            SecureError: the session is not the one that was started last, and ``begin`` is false.
+            SecureError: the session is not the one that was started last, and ``begin`` is false; or it was begun before
+                and has ended.
         """
         path = self.folder / f"{session.digest.hex()}.json"
         before = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -84,6 +92,9 @@ class SessionStore:
             state = SessionState.of(before)
         elif begin:
             state = SessionState()
+            if session.digest.hex() in self._ended():
+                raise SecureError("secure aggregation: this client began this session before, and it is over; refused")
+            self._end([file.stem for file in sorted(self.folder.glob("*.json"))])
             for older in self.folder.glob("*.json*"):  # also partial files of a killed process, which contain secrets
                 older.unlink()
         else:
@@ -92,3 +103,12 @@ class SessionStore:
         if state.dumps() != before:
             # fsync: before a response is sent, its record must survive a power failure
             write_atomically(path, state.dumps(), mode=0o600, fsync=True)
+
+    def _end(self, digests: list[str]) -> None:
+        if digests:
+            text = "".join(f"{digest}\n" for digest in [*self._ended(), *digests])
+            write_atomically(self.folder / ENDED, text, fsync=True)
+
+    def _ended(self) -> list[str]:
+        file = self.folder / ENDED
+        return file.read_text(encoding="utf-8").split() if file.is_file() else []

@@ -57,7 +57,10 @@ class SecureAggregator:
 
         advertised = phase({client: Keys(**place) for client in messages}, Advert)
         adverts = {client: keys.Advert(**reply.model_dump()) for client, reply in advertised.items()}
-        shares = {client: Shares(**place, adverts=server.adverts_for(session, client, adverts)) for client in adverts}
+        hashes = {client: keys.advert_hash(client, advert) for client, advert in adverts.items()}
+        shares = {
+            client: Shares(**place, adverts=server.adverts_for(session, client, adverts), hashes=hashes) for client in adverts
+        }
         sealed = {client: reply.sealed_shares for client, reply in phase(shares, Ciphertexts).items()}
         masking: dict[str, Any] = {}
         for client in sealed:

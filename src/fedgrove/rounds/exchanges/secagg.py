@@ -99,9 +99,11 @@ class Shares(_Phase):
     REPLY: ClassVar[type[Reply]] = Ciphertexts
 
     adverts: dict[str, keys.Advert]
+    hashes: dict[str, Key]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        return Response({}, Ciphertexts(sealed_shares=protocol.share(*self._own(client), self.adverts)))
+        sealed_shares = protocol.share(*self._own(client), self.adverts, self.hashes)
+        return Response({}, Ciphertexts(sealed_shares=sealed_shares))
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Ciphertexts)
