@@ -137,12 +137,15 @@ def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
                 shown = server.adverts_for(session, name, adverts)
                 sealed[name] = client.share(session, name, credentials[name], stores[name], shown, hashes)
                 sent({}, sealed[name])
+            for name in cost.names:
+                unreadable = client.receive(session, name, stores[name], server.sealed_shares_for(session, name, sealed))
+                sent({}, {"unreadable": unreadable})
         opening = Opening(session, adverts, sealed)
         for i, name in enumerate(cost.names[: clients - silent]):
             values = numbers_of(i, count)
             with cost.by("client"):
-                received = server.sealed_shares_for(session, name, sealed)
-                message = sent(client.mask(session, name, stores[name], received, {"change/x": values}), {})
+                hidden = client.mask(session, name, stores[name], session.neighbors(name), {"change/x": values})
+                message = sent(hidden, {})
             with cost.by("server"):
                 opening.add(name, wire.unpack(message)[0])
         with cost.by("client"):

@@ -116,6 +116,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         secagg.Keys(stage=0, session=SESSION), secagg.Advert(mask_key=HEX, channel_key=HEX, commitment=HEX, signature=2 * HEX)
     ),
     Exchange(secagg.Shares(stage=0, session=SESSION, adverts={}, hashes={}), secagg.Ciphertexts(sealed_shares={})),
+    Exchange(secagg.Received(stage=0, session=SESSION, sealed_shares={}), secagg.Unreadable(unreadable=[])),
     Exchange(secagg.Check(stage=0, session=SESSION, survivors=["ash", "birch"]), secagg.Signed(signature=2 * HEX)),
     Exchange(secagg.Open(stage=0, session=SESSION, signatures={}), secagg.Revealed(shares={})),
     Exchange(ScoreGroups(stage=0, score="fisher", calibration=CALIBRATION, limit=2**40), scores.Tokens(tokens=TOKENS)),

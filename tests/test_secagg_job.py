@@ -20,6 +20,7 @@ from fedgrove.job.load import load
 from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.rounds import wire
+from fedgrove.rounds.exchanges.secagg import Ciphertexts, Shares
 from fedgrove.rounds.request import Response
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
@@ -107,7 +108,15 @@ def test_votes_and_values_that_do_not_add_up_are_refused(
 
 
 @pytest.mark.parametrize(
-    "kind", ["rounds/secagg/keys", "rounds/secagg/shares", "prune/statistics", "rounds/secagg/check", "rounds/secagg/open"]
+    "kind",
+    [
+        "rounds/secagg/keys",
+        "rounds/secagg/shares",
+        "rounds/secagg/received",
+        "prune/statistics",
+        "rounds/secagg/check",
+        "rounds/secagg/open",
+    ],
 )
 def test_a_job_goes_on_when_a_client_drops_at_any_request(
     small: Small, texts: dict[str, list[str]], tmp_path: Path, kind: str
@@ -121,6 +130,34 @@ def test_a_job_goes_on_when_a_client_drops_at_any_request(
     rest = {name: text for name, text in texts.items() if not early or name != "cedar"}
     assert hashes(hidden) == hashes(prune(small, tmp_path / "rest", rest, pruner="wanda"))
     assert all(row[2] == sorted(rest) for row in hidden.values())
+
+
+def test_a_client_whose_shares_cannot_be_read_is_left_out_by_name(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithQuorum(Recorder):
+        seen = []  # noqa: RUF012
+
+    honest = Shares.respond
+
+    def respond(request: Shares, tensors: Any, client: LocalClient, device: str) -> Response:
+        response = honest(request, tensors, client, device)
+        assert isinstance(response.reply, Ciphertexts)
+        if client.name != "cedar":
+            return response
+        return Response(
+            {},
+            Ciphertexts(sealed_shares={peer: "00" * (len(text) // 2) for peer, text in response.reply.sealed_shares.items()}),
+        )
+
+    monkeypatch.setattr(Shares, "respond", respond)
+    secure: dict[str, Any] = {"privacy": {"secure_aggregation": True}, "pruner": "wanda"}
+    line = "client 'cedar': too few others could read its shares .3 of 4 clients are left, 4 needed: rounds.quorum."
+    with pytest.raises(FedgroveError, match=line):
+        prune(small, tmp_path / "all", texts, **secure)
+    hidden = prune(small, tmp_path / "rest", texts, WithQuorum, **secure)
+    rest = {name: text for name, text in texts.items() if name != "cedar"}
+    assert hashes(hidden) == hashes(prune(small, tmp_path / "plain", rest, pruner="wanda"))
 
 
 def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp_path: Path) -> None:

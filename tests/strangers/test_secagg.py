@@ -28,7 +28,7 @@ def opened_part(federation: Federation, group: Sequence[str], masked: Mapping[st
         None: a self-mask of the group cannot be recovered.
     """
     session = federation.session
-    opening = Opening(session, federation.adverts, federation.sealed)
+    opening = Opening(session, federation.adverts, federation.sharers)
     for name in group:
         opening.add(name, masked[name])
     try:
@@ -77,13 +77,14 @@ def test_the_number_of_clients_alone_decides_who_is_protected_from_whom(number: 
 
 @pytest.mark.parametrize("key", ["degree", "threshold", "quorum", "neighbors", "min_group"])
 @pytest.mark.parametrize("number", [2, 3, 6, 9, 50, 101])
-@pytest.mark.parametrize("kind", ["keys", "shares", "check", "open"])
+@pytest.mark.parametrize("kind", ["keys", "shares", "received", "check", "open"])
 def test_a_request_that_names_a_parameter_is_refused(kind: str, number: int, key: str) -> None:
-    more = {"keys": {}, "shares": {"adverts": {}}, "check": {"survivors": []}, "open": {"signatures": {}}}[kind]
+    more = {"shares": {"adverts": {}, "hashes": {}}, "received": {"sealed_shares": {}}, "check": {"survivors": []}}
+    more["open"] = {"signatures": {}}
     session = {"name": "x", "clients": [f"c{i:03d}" for i in range(number)], "bits": 64}
     for value in (*range(1, number), getattr(parameters(number), key, 2)):
         with pytest.raises(RequestError, match=f"session.{key}"):
-            parse(f"rounds/secagg/{kind}", {"stage": 0, "session": {**session, key: value}, **more})
+            parse(f"rounds/secagg/{kind}", {"stage": 0, "session": {**session, key: value}, **more.get(kind, {})})
 
 
 @pytest.mark.parametrize("number", [6, 9, 12])
@@ -113,7 +114,7 @@ def test_the_helper_of_these_tests_opens_what_can_be_opened(tmp_path: Path) -> N
 
 
 class Replayed:
-    """The same clients twice in the same session, with other secrets: what a client does that lost its disk, or a second run."""
+    """The same clients twice in the same session, with other secrets: as if all had lost their disks, or in a second run."""
 
     def __init__(self, folder: Path, number: int):
         self.first = Federation(folder / "first", number)
@@ -132,14 +133,15 @@ def test_signatures_of_an_earlier_beginning_open_nothing(tmp_path: Path, number:
     adverts = again.advertise(again.names)
     sealed = {name: again.share(name, adverts) for name in again.names}
     for name in again.names:
-        again.mask(name, sealed, both.inputs[name])
+        again.receive(name, sealed)
+        again.mask(name, again.names, both.inputs[name])
     for name in few:
         again.confirm(name, few)
         with pytest.raises(SecureError, match="did not sign this list of survivors"):
             again.reveal(name, both.first.signatures)
 
 
-@pytest.mark.parametrize("old", ["one peer's", "all peers'", "all peers' and their hashes", "its own and theirs"])
+@pytest.mark.parametrize("old", ["one peer's", "all peers'", "its own and theirs"])
 def test_keys_of_an_earlier_beginning_lead_nowhere(tmp_path: Path, old: str) -> None:
     """A client may be shown old keys, for they are signed; but then nobody else signs what it signs."""
     both = Replayed(tmp_path, 6)
@@ -152,14 +154,10 @@ def test_keys_of_an_earlier_beginning_lead_nowhere(tmp_path: Path, old: str) -> 
         with pytest.raises(SecureError, match="are not those that its clients sent"):
             again.share(me, shown)
         return
-    again.share(me, shown)
+    mine = {me: again.share(me, shown)}
     others = {name: again.share(name, fresh) for name in again.names[1:]}
-    if old != "one peer's":
-        with pytest.raises(SecureError):
-            again.mask(me, {**both.first.sealed, me: {}}, both.inputs[me])
-        return
-    with pytest.raises(SecureError):  # not even the fresh ciphertexts: they are for other keys
-        again.mask(me, others, both.inputs[me])
+    old_or_fresh = both.first.sealed if old == "all peers'" else others
+    assert again.receive(me, {**old_or_fresh, **mine}) == again.names[1:], "they are for other keys, or for other hashes"
 
 
 @pytest.mark.parametrize("wrong", ["own", "neighbor", "missing", "stranger", "more neighbors"])
@@ -217,3 +215,113 @@ def test_a_session_that_was_interrupted_before_anything_was_sent_begins(tmp_path
     (store.folder / f"{federation.session.digest.hex()}.json.partial").write_text("half a state")
     inputs = inputs_of(federation.names)
     assert same(federation.run(inputs)[1], total(inputs, federation.names))
+
+
+# Bad ciphertexts and bad shares
+
+
+def spoiled(text: str, how: str) -> str:
+    flipped = f"{int(text[0], 16) ^ 1:x}"
+    return {
+        "first digit": flipped + text[1:],
+        "last digit": text[:-1] + f"{int(text[-1], 16) ^ 1:x}",
+        "zeros": "0" * len(text),
+        "short": text[:-2],
+        "empty": "",
+        "no hex": "zz" + text[2:],
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["first digit", "last digit", "zeros", "short", "empty", "no hex"])
+@pytest.mark.parametrize(("number", "bad"), [(3, 1), (9, 1), (9, 3), (9, 8), (12, 4)])
+def test_a_ciphertext_that_cannot_be_read_costs_one_share_and_no_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, bad: int, how: str
+) -> None:
+    """One client sends unreadable shares to some: it stays while enough can read theirs, and else it alone is left out."""
+    federation, sender = Federation(tmp_path, number), "c001"
+    inputs = inputs_of(federation.names)
+    honest = federation.share
+
+    def share(name: str, adverts: Mapping[str, keys.Advert]) -> dict[str, str]:
+        sealed = honest(name, adverts)
+        if name != sender:
+            return sealed
+        return {peer: spoiled(text, how) if i < bad else text for i, (peer, text) in enumerate(sealed.items())}
+
+    monkeypatch.setattr(federation, "share", share)
+    survivors, opened = federation.run(inputs)
+    stays = number - bad >= federation.session.threshold
+    assert survivors == [name for name in federation.names if stays or name != sender]
+    assert same(opened, total(inputs, survivors))
+
+
+@pytest.mark.parametrize("number", [3, 9, 12])
+def test_a_client_that_claims_to_read_no_shares_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    federation, liar = Federation(tmp_path, number), "c001"
+    inputs = inputs_of(federation.names)
+    honest = federation.receive
+
+    def receive(name: str, sealed: Mapping[str, Mapping[str, str]]) -> list[str]:
+        unreadable = honest(name, sealed)
+        return [peer for peer in federation.names if peer != name] if name == liar else unreadable
+
+    monkeypatch.setattr(federation, "receive", receive)
+    survivors, opened = federation.run(inputs)
+    assert survivors == federation.names
+    assert same(opened, total(inputs, survivors))
+
+
+@pytest.mark.parametrize("number", [6, 9, 12, 15])
+def test_a_graph_of_masks_that_the_server_chooses_opens_no_part(tmp_path: Path, number: int) -> None:
+    """It lets the survivors of each half share masks with each other and with clients that drop out, and with nobody else."""
+    federation = Federation(tmp_path, number)
+    inputs, session = inputs_of(federation.names), federation.session
+    federation.adverts = federation.advertise(federation.names)
+    federation.sealed = {name: federation.share(name, federation.adverts) for name in federation.names}
+    dropped = federation.names[: number - session.quorum]
+    rest = federation.names[len(dropped) :]
+    halves = [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
+    federation.sharers = federation.names
+    for name in federation.names:
+        assert federation.receive(name, federation.sealed) == []
+    masked = {}
+    for half in halves:
+        for name in half:
+            masked[name] = federation.mask(name, [*dropped, *half], inputs[name])
+    signatures = {name: federation.confirm(name, rest) for name in rest}
+    revealed = {name: federation.reveal(name, signatures) for name in rest}
+    for half in halves:
+        assert opened_part(federation, half, masked, revealed) is None
+
+
+@pytest.mark.parametrize("number", [3, 4, 6, 9, 12, 16, 60])
+@pytest.mark.parametrize("value", ["random", "zero", "largest", "another's"])
+def test_wrong_shares_are_left_out_and_their_holders_named(tmp_path: Path, number: int, value: str) -> None:
+    federation = Federation(tmp_path, number)
+    inputs = inputs_of(federation.names)
+    gone = federation.names[-1:] if number > 6 else []
+    survivors, _ = federation.run(inputs, {"masked": gone})
+    liars = survivors[:1] if number < 9 else survivors[:2]
+    for liar in liars:
+        for owner, shares in federation.revealed[liar].items():
+            for which in shares:
+                other = federation.revealed[survivors[-1]].get(owner, {}).get(which, "0")
+                lie = {"random": f"{12345 + len(owner):034x}", "zero": "0" * 34, "largest": "f" * 34, "another's": other}
+                shares[which] = lie[value]
+    opening = federation.summed()
+    assert same(opening.open(federation.revealed), total(inputs, survivors))
+    assert opening.liars == set(liars)
+
+
+@pytest.mark.parametrize("number", [3, 6, 9])
+def test_too_many_wrong_shares_are_one_line(tmp_path: Path, number: int) -> None:
+    federation = Federation(tmp_path, number)
+    federation.run(inputs_of(federation.names))
+    for liar in federation.names[: number - federation.session.threshold + 1]:
+        federation.revealed[liar]["c001"]["self"] = f"{12345:034x}"
+    with pytest.raises(
+        SecureError, match=r"the shares of client 'c001' do not fit together: .*; leave out 'c001', or run again"
+    ):
+        federation.summed().open(federation.revealed)

@@ -1,4 +1,4 @@
-"""The client's part in the five phases of a secure sum; :mod:`fedgrove.privacy.secagg` describes the protocol.
+"""The client's part in the six phases of a secure sum; :mod:`fedgrove.privacy.secagg` describes the protocol.
 
 Every function may be called again with the same arguments and gives the same result, except :func:`mask`: a session
 masks only one input.
@@ -6,7 +6,7 @@ masks only one input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -89,21 +89,48 @@ def share(
         return state.sealed_shares
 
 
+def receive(session: Session, client: str, store: SessionStore, sealed_shares: Mapping[str, str]) -> list[str]:
+    """Phase 3: decrypts the shares that the neighbors sent to this client.
+
+    Args:
+        sealed_shares: by neighbor, its encrypted shares.
+
+    Returns:
+        The neighbors whose shares were not made for this client in this session, sorted. The server decides who stays.
+
+    Raises:
+        SecureError: shares are from clients that are no neighbors, or differ from those sent before.
+    """
+    with store.opened(session) as state:
+        if state.adverts is None or not sealed_shares.keys() <= state.adverts.keys():
+            raise SecureError("secure aggregation: shares of clients that are no neighbors of this one; refused")
+        if state.received is None:
+            channel = _channel(session, client, state)
+            for peer, sealed in sealed_shares.items():
+                plain = channel.unseal(peer, state.adverts[peer].channel_key, sealed)
+                if plain is not None and len(plain) == 2 * sharing.SHARE_BYTES:
+                    mask_share, self_share = plain[: sharing.SHARE_BYTES], plain[sharing.SHARE_BYTES :]
+                    state.held_shares[peer] = {"mask": mask_share.hex(), "self": self_share.hex()}
+            state.received = dict(sealed_shares)
+        if state.received != sealed_shares:
+            raise SecureError("secure aggregation: the shares differ from those sent before for the same session; refused")
+        return sorted(sealed_shares.keys() - state.held_shares.keys())
+
+
 def mask(
     session: Session,
     client: str,
     store: SessionStore,
-    sealed_shares: Mapping[str, str],
+    peers: Sequence[str],
     tensors: Mapping[str, Tensor],
     release: str | None = None,
 ) -> dict[str, Tensor]:
-    """Phase 3: masks an input: adds this client's self-mask and its pairwise masks.
+    """Phase 4: masks an input: adds this client's self-mask and its pairwise masks.
 
     Two inputs under the same masks would reveal their difference, so a session masks only one.
 
     Args:
-        sealed_shares: by neighbor, the encrypted shares that it sent to this client; neighbors that sent none are left
-            out.
+        peers: the neighbors that mask their inputs, too.
         tensors: dtypes as in ``masking.RINGS``.
         release: if the input is a noisy release, its name; stored until the survivors are confirmed, see
             :func:`fedgrove.privacy.release.agree_on_survivors`.
@@ -112,23 +139,17 @@ def mask(
         The masked tensors: same names, shapes and dtypes, on the CPU.
 
     Raises:
-        SecureError: the session has already masked an input, or shares are missing from too many neighbors or are from
-            clients that are no neighbors.
+        SecureError: the session has already masked an input, or there are too few peers, or peers that are no neighbors.
     """
+    peers = sorted(set(peers))
     with store.opened(session) as state:
-        if state.adverts is None or state.masked:
+        if state.adverts is None or state.received is None or state.peers is not None:
             raise SecureError("secure aggregation: this session has already masked an input, or has not begun; refused")
-        peers = sorted(sealed_shares)
-        if not set(peers) <= set(state.adverts) or len(peers) + 1 < session.threshold:
-            raise SecureError("secure aggregation: shares of clients that are no neighbors, or of too few neighbors; refused")
-        channel = _channel(session, client, state)
-        for peer in peers:
-            plain = channel.unseal(peer, state.adverts[peer].channel_key, sealed_shares[peer])
-            if plain is None:
-                raise SecureError(f"secure aggregation: the shares of client '{peer}' were changed in transit; refused")
-            size = sharing.SHARE_BYTES
-            state.held_shares[peer] = {"mask": plain[:size].hex(), "self": plain[size:].hex()}
-        state.masked, state.release = True, release
+        if not set(peers) <= state.adverts.keys() or len(peers) + 1 < session.threshold:
+            raise SecureError(
+                "secure aggregation: masks with clients that are no neighbors, or with too few neighbors; refused"
+            )
+        state.peers, state.release = peers, release
     hidden = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     rings = masking.as_rings(hidden)
     masking.add_keystream(rings, keys.self_mask_key(state.self_seed, session), +1)
@@ -141,7 +162,7 @@ def mask(
 
 
 def confirm(session: Session, client: str, credentials: Credentials, store: SessionStore, survivors: list[str]) -> str:
-    """Phase 4: signs the list of the clients whose masked inputs are in the sum; one list per session.
+    """Phase 5: signs the list of the clients whose masked inputs are in the sum; one list per session.
 
     Returns:
         The signature in hex.
@@ -155,7 +176,7 @@ def confirm(session: Session, client: str, credentials: Credentials, store: Sess
     if len(survivors) < max(session.quorum, credentials.min_group):
         raise SecureError(f"secure aggregation: a sum of {len(survivors)} clients is too small to be opened")
     with store.opened(session) as state:
-        if not state.masked or (state.survivors or survivors) != survivors:
+        if state.peers is None or (state.survivors or survivors) != survivors:
             raise SecureError("secure aggregation: this client is not in the sum, or signed another list; refused")
         state.survivors = survivors
         message = keys.survivors_message(bytes.fromhex(state.adverts_digest), survivors)
@@ -165,9 +186,11 @@ def confirm(session: Session, client: str, credentials: Credentials, store: Sess
 def reveal(
     session: Session, client: str, credentials: Credentials, store: SessionStore, signatures: Mapping[str, str]
 ) -> dict[str, dict[Secret, str]]:
-    """Phase 5: reveals shares: of the self-masks of surviving neighbors, of the mask keys of those that dropped out.
+    """Phase 6: reveals shares: of the self-masks of surviving neighbors, of the mask keys of those that dropped out.
 
-    The list that this client signed decides which of the two, so it never reveals both of one client.
+    The list that this client signed decides which of the two, so it never reveals both of one client. It reveals none of
+    a neighbor with which it shares no mask. So a self-mask is recovered only if ``threshold`` survivors share a mask with
+    its owner, and then the survivors cannot be split into parts whose sums could be opened.
 
     Args:
         signatures: by client, of that list, from at least ``threshold`` of this client and its neighbors. That is more
@@ -180,7 +203,7 @@ def reveal(
         SecureError: this client confirmed no list in this session, there are too few signatures, or one is wrong.
     """
     with store.opened(session) as state:
-        if state.survivors is None or state.own_shares is None:
+        if state.survivors is None or state.own_shares is None or state.peers is None:
             raise SecureError("secure aggregation: nothing was confirmed in this session; refused")
     message = keys.survivors_message(bytes.fromhex(state.adverts_digest), state.survivors)
     signers = set(session.holders(client)) & set(state.survivors)
@@ -190,7 +213,8 @@ def reveal(
     if len(signatures) < session.threshold:
         raise SecureError(f"secure aggregation: {len(signatures)} clients signed the list, {session.threshold} must; refused")
     revealed: dict[str, dict[Secret, str]] = {}
-    for owner, shares in {**state.held_shares, client: state.own_shares}.items():
+    held_shares = {peer: state.held_shares[peer] for peer in state.peers if peer in state.held_shares}
+    for owner, shares in {**held_shares, client: state.own_shares}.items():
         which: Secret = "self" if owner in state.survivors else "mask"
         revealed[owner] = {which: shares[which]}
     return revealed

@@ -129,7 +129,7 @@ def adverts_digest(session: Session, hashes: Mapping[str, str]) -> bytes:
 
 
 def survivors_message(adverts_digest: bytes, survivors: list[str]) -> bytes:
-    """The message that a client signs in phase 4: the list of survivors, the session, and the keys of all its clients."""
+    """The message that a client signs in phase 5: the list of survivors, the session, and the keys of all its clients."""
     return b"fedgrove survivors" + adverts_digest + json.dumps(survivors).encode()
 
 

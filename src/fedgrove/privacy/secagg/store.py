@@ -32,7 +32,8 @@ class SessionState:
         own_shares: the client's shares of its own secrets: {"mask": share, "self": share}.
         sealed_shares: by neighbor, the encrypted shares that this client sends to it.
         held_shares: by neighbor, the shares of the neighbor's secrets that this client holds, like ``own_shares``.
-        masked: whether this session has masked an input.
+        received: by neighbor, the encrypted shares as first received; None: phase 3 has not begun.
+        peers: the neighbors with which the input shares a mask; None: no input was masked.
         release: the name of that input, if it was a noisy release; see :mod:`fedgrove.privacy.release`.
         survivors: the list that this client signed.
     """
@@ -45,7 +46,8 @@ class SessionState:
     own_shares: dict[Secret, str] | None = None
     sealed_shares: dict[str, str] | None = None
     held_shares: dict[str, dict[Secret, str]] = field(default_factory=dict)
-    masked: bool = False
+    received: dict[str, str] | None = None
+    peers: list[str] | None = None
     release: str | None = None
     survivors: list[str] | None = None
 

@@ -14,7 +14,19 @@ from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds.aggregator.base import Accumulator
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.collect import collect
-from fedgrove.rounds.exchanges.secagg import Advert, Check, Ciphertexts, Keys, Masking, Open, Revealed, Shares, Signed
+from fedgrove.rounds.exchanges.secagg import (
+    Advert,
+    Check,
+    Ciphertexts,
+    Keys,
+    Masking,
+    Open,
+    Received,
+    Revealed,
+    Shares,
+    Signed,
+    Unreadable,
+)
 from fedgrove.rounds.request import Message, Reply, Request
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
@@ -24,7 +36,7 @@ Said = TypeVar("Said", bound=Reply)
 
 @dataclass(frozen=True)
 class SecureAggregator:
-    """Five exchanges for one sum: keys, shares, the request itself with masked responses, survivors, opening."""
+    """Six exchanges for one sum: keys, shares, their receipt, the request itself with masked responses, survivors, opening."""
 
     engine: Engine
     run: RunFolder
@@ -39,7 +51,7 @@ class SecureAggregator:
     ) -> dict[str, Reply]:
         """See :meth:`fedgrove.rounds.aggregator.base.Aggregator.aggregate`.
 
-        The clock counts the clients' computation in the request itself, not in the other four exchanges.
+        The clock counts the clients' computation in the request itself, not in the other five exchanges.
         """
         messages = into.masked(messages)
         session = new_session(messages, into.ring_bits())
@@ -62,13 +74,19 @@ class SecureAggregator:
             client: Shares(**place, adverts=server.adverts_for(session, client, adverts), hashes=hashes) for client in adverts
         }
         sealed = {client: reply.sealed_shares for client, reply in phase(shares, Ciphertexts).items()}
+        received = {
+            client: Received(**place, sealed_shares=server.sealed_shares_for(session, client, sealed)) for client in sealed
+        }
+        unreadable = {client: reply.unreadable for client, reply in phase(received, Unreadable).items()}
+        sharers = server.clients_with_shares(session, sealed, unreadable)
+        self._leave_out(sorted(unreadable.keys() - set(sharers)), len(sharers), len(messages))
         masking: dict[str, Any] = {}
-        for client in sealed:
-            received = server.sealed_shares_for(session, client, sealed)
-            masking[client] = Masking(session=session, sealed_shares=received).model_dump(mode="json")
-        opening = server.Opening(session, adverts, sealed)
+        for client in sharers:
+            peers = sorted(set(session.neighbors(client)) & set(sharers))
+            masking[client] = Masking(session=session, peers=peers).model_dump(mode="json")
+        opening = server.Opening(session, adverts, sharers)
         replies: dict[str, Reply] = {}
-        asked = {client: messages[client] for client in sealed}
+        asked = {client: messages[client] for client in sharers}
         for client, tensors, reply in collect(self.engine, self.run, asked, layout=layout, clock=clock, masking=masking):
             opening.add(client, tensors)
             replies[client] = reply
@@ -78,6 +96,8 @@ class SecureAggregator:
         shown = {client: server.signatures_for(session, client, signatures) for client in signed}
         opened = phase({client: Open(**place, signatures=shown[client]) for client in signed}, Revealed)
         total = opening.open({client: reply.shares for client, reply in opened.items()})
+        for client in sorted(opening.liars):
+            self.run.message(f"{client}: it sent a wrong share, which was left out")
         try:
             into.add_total(total, replies)
         except WireError as error:
@@ -86,3 +106,14 @@ class SecureAggregator:
                 "one of them sent invalid values, and secure aggregation hides which; leave out one after another",
             ) from error
         return replies
+
+    def _leave_out(self, clients: list[str], left: int, asked: int) -> None:
+        """Names clients whose shares too few others could read; raises FedgroveError if too few clients are left."""
+        for client in clients:
+            self.run.message(f"{client}: too few others could read its shares; it is left out of this sum")
+        needed = min(self.run.job.rounds.quorum or asked, asked)
+        if clients and left < needed:
+            raise FedgroveError(
+                f"too few others could read its shares ({left} of {asked} clients are left, {needed} needed: rounds.quorum)",
+                client=clients[0],
+            )

@@ -1,7 +1,8 @@
-"""The four phases around a sum under secure aggregation: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secagg`.
+"""The five phases around a sum under secure aggregation: keys, shares, receipt, survivors, opening.
 
-None of them discloses anything about a client's text. Between ``shares`` and ``check`` the request for the sum itself
-is sent, together with a :class:`Masking`, by which the client masks its response.
+See :mod:`fedgrove.privacy.secagg`. None of them discloses anything about a client's text. Between ``received`` and
+``check`` the request for the sum itself is sent, together with a :class:`Masking`, by which the client masks its
+response.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class Ciphertexts(Reply):
     sealed_shares: dict[str, SealedShares]
 
 
+class Unreadable(Reply):
+    """The neighbors whose shares this client could not decrypt."""
+
+    unreadable: list[str]
+
+
 class Signed(Reply):
     """A client's signature of the list of survivors: the clients whose responses are in the sum."""
 
@@ -62,17 +69,17 @@ class Revealed(Reply):
 
 
 class Masking(BaseModel):
-    """What a client needs to mask its response: the session, and the shares that its neighbors sent to it."""
+    """What a client needs to mask its response: the session, and the neighbors that mask theirs, too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     session: Session
-    sealed_shares: dict[str, SealedShares]
+    peers: list[str]
 
     def apply(self, client: LocalClient, tensors: Mapping[str, Tensor], release: str | None) -> Tensors:
         """The masked tensors of a response. Without the keys they cannot be told from random ones."""
         _credentials_of(client)
-        return protocol.mask(self.session, client.name, _store_of(client), self.sealed_shares, tensors, release)
+        return protocol.mask(self.session, client.name, _store_of(client), self.peers, tensors, release)
 
 
 class _Phase(Request):
@@ -109,6 +116,24 @@ class Shares(_Phase):
         assert isinstance(reply, Ciphertexts)
         if not reply.sealed_shares.keys() <= set(self.session.clients):
             raise WireError("it sends shares to clients that are not asked")
+
+
+class Received(_Phase):
+    """Decrypt the shares that your neighbors sent to you, and name the neighbors whose shares you cannot read."""
+
+    KIND: ClassVar[str] = "rounds/secagg/received"
+    REPLY: ClassVar[type[Reply]] = Unreadable
+
+    sealed_shares: dict[str, SealedShares]
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        session, name, _, store = self._own(client)
+        return Response({}, Unreadable(unreadable=protocol.receive(session, name, store, self.sealed_shares)))
+
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Unreadable)
+        if not set(reply.unreadable) <= self.sealed_shares.keys():
+            raise WireError("it names shares that it was not sent")
 
 
 class Check(_Phase):
