@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +252,40 @@ def test_a_ciphertext_that_cannot_be_read_costs_one_share_and_no_client(
     survivors, opened = federation.run(inputs)
     stays = number - bad >= federation.session.threshold
     assert survivors == [name for name in federation.names if stays or name != sender]
+    assert same(opened, total(inputs, survivors))
+
+
+@pytest.mark.parametrize(
+    "how", ["unsigned", "another's signature", "zero mask key", "zero channel key", "point of small order"]
+)
+@pytest.mark.parametrize("number", [3, 9])
+def test_a_client_whose_keys_are_invalid_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, how: str
+) -> None:
+    federation, bad = Federation(tmp_path, number), "c001"
+    inputs = inputs_of(federation.names)
+    advertise, share, receive = federation.advertise, federation.share, federation.receive
+
+    def advertise_badly(names: Sequence[str]) -> dict[str, keys.Advert]:
+        adverts = advertise(names)
+        change = {
+            "unsigned": {"signature": "00" * 64},
+            "another's signature": {"signature": adverts["c000"].signature},
+            "zero mask key": {"mask_key": "00" * 32},
+            "zero channel key": {"channel_key": "00" * 32},
+            "point of small order": {"mask_key": "01" + "00" * 31},
+        }[how]
+        changed = replace(adverts[bad], **change)
+        if "signature" not in change:  # the client itself signs such keys
+            message = keys.advert_message(federation.session, bad, changed)
+            changed = replace(changed, signature=keys.sign(federation.credentials[bad].key, message))
+        return {**adverts, bad: changed}
+
+    monkeypatch.setattr(federation, "advertise", advertise_badly)
+    monkeypatch.setattr(federation, "share", lambda name, adverts: {} if name == bad else share(name, adverts))
+    monkeypatch.setattr(federation, "receive", lambda name, sealed: [] if name == bad else receive(name, sealed))
+    survivors, opened = federation.run(inputs)
+    assert survivors == [name for name in federation.names if name != bad]
     assert same(opened, total(inputs, survivors))
 
 

@@ -45,6 +45,8 @@ def share(
 ) -> dict[str, str]:
     """Phase 2: checks the neighbors' keys and encrypts for each of them a share of this client's two secrets.
 
+    Neighbors whose keys are not signed by them, or of no use, get no shares, and no mask is shared with them.
+
     Args:
         adverts: by client, the keys of the neighbors that sent some. This client's own keys may be included.
         hashes: by client, :func:`keys.advert_hash`, of all clients that sent keys, neighbors or not.
@@ -53,17 +55,19 @@ def share(
         By neighbor, the encrypted shares in hex.
 
     Raises:
-        SecureError: keys are not signed, are not from a neighbor, are too few, differ from those sent before, or do not
-            fit the hashes.
+        SecureError: keys are not from a neighbor, are valid for too few of them, differ from those sent before, or do
+            not fit the hashes.
     """
     adverts = {peer: advert for peer, advert in sorted(adverts.items()) if peer != client}
     neighbors = set(session.neighbors(client))
     if not set(adverts) <= neighbors or len(adverts) + 1 < session.threshold:
         raise SecureError("secure aggregation: keys of clients that are no neighbors, or of too few neighbors; refused")
-    for peer, advert in adverts.items():
-        signed = keys.advert_message(session, peer, advert)
-        if not keys.verify(credentials.public_key(peer), advert.signature, signed):
-            raise SecureError(f"secure aggregation: the keys of client '{peer}' are not signed by that client; refused")
+    valid = {peer: advert for peer, advert in adverts.items() if _is_valid(session, peer, credentials, advert)}
+    if len(valid) + 1 < session.threshold:
+        invalid = min(adverts.keys() - valid.keys())
+        raise SecureError(
+            f"secure aggregation: the keys of client '{invalid}' are not signed by that client, or of no use; refused"
+        )
     with store.opened(session) as state:
         shown = {**adverts, client: _advert(session, client, credentials, state)}
         expected = {peer: keys.advert_hash(peer, advert) for peer, advert in shown.items()}
@@ -73,8 +77,8 @@ def share(
             raise SecureError("secure aggregation: the keys of this session are not those that its clients sent; refused")
         digest = keys.adverts_digest(session, hashes)
         if state.adverts is None:
-            state.adverts, state.adverts_digest = adverts, digest.hex()
-        if state.adverts != adverts or state.adverts_digest != digest.hex():
+            state.adverts, state.adverts_digest = valid, digest.hex()
+        if state.adverts != valid or state.adverts_digest != digest.hex():
             raise SecureError("secure aggregation: the keys differ from those sent before for the same session; refused")
         if state.sealed_shares is None:
             holders = session.holders(client)
@@ -84,7 +88,7 @@ def share(
             channel = _channel(session, client, state)
             state.sealed_shares = {
                 peer: channel.seal(peer, advert.channel_key, bytes.fromhex(mask_shares[peer] + self_shares[peer]))
-                for peer, advert in adverts.items()
+                for peer, advert in valid.items()
             }
         return state.sealed_shares
 
@@ -102,12 +106,12 @@ def receive(session: Session, client: str, store: SessionStore, sealed_shares: M
         SecureError: shares are from clients that are no neighbors, or differ from those sent before.
     """
     with store.opened(session) as state:
-        if state.adverts is None or not sealed_shares.keys() <= state.adverts.keys():
+        if state.adverts is None or not sealed_shares.keys() <= set(session.neighbors(client)):
             raise SecureError("secure aggregation: shares of clients that are no neighbors of this one; refused")
         if state.received is None:
             channel = _channel(session, client, state)
-            for peer, sealed in sealed_shares.items():
-                plain = channel.unseal(peer, state.adverts[peer].channel_key, sealed)
+            for peer in sealed_shares.keys() & state.adverts.keys():
+                plain = channel.unseal(peer, state.adverts[peer].channel_key, sealed_shares[peer])
                 if plain is not None and len(plain) == 2 * sharing.SHARE_BYTES:
                     mask_share, self_share = plain[: sharing.SHARE_BYTES], plain[sharing.SHARE_BYTES :]
                     state.held_shares[peer] = {"mask": mask_share.hex(), "self": self_share.hex()}
@@ -147,7 +151,7 @@ def mask(
             raise SecureError("secure aggregation: this session has already masked an input, or has not begun; refused")
         if not set(peers) <= state.adverts.keys() or len(peers) + 1 < session.threshold:
             raise SecureError(
-                "secure aggregation: masks with clients that are no neighbors, or with too few neighbors; refused"
+                "secure aggregation: masks with too few neighbors, or with clients that sent this one no valid keys; refused"
             )
         state.peers, state.release = peers, release
     hidden = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -229,6 +233,11 @@ def _advert(session: Session, client: str, credentials: Credentials, state: Sess
         signature="",
     )
     return replace(unsigned, signature=keys.sign(credentials.key, keys.advert_message(session, client, unsigned)))
+
+
+def _is_valid(session: Session, client: str, credentials: Credentials, advert: Advert) -> bool:
+    signed = keys.verify(credentials.public_key(client), advert.signature, keys.advert_message(session, client, advert))
+    return signed and keys.is_usable(advert.mask_key) and keys.is_usable(advert.channel_key)
 
 
 def _channel(session: Session, client: str, state: SessionState) -> Channel:

@@ -143,6 +143,15 @@ def public_hex(private: X25519PrivateKey) -> str:
     return private.public_key().public_bytes_raw().hex()
 
 
+def is_usable(public: str) -> bool:
+    """Whether X25519 accepts a public key, in hex; a point of small order would give no secret."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+    except ValueError:
+        return False
+    return True
+
+
 def pair_mask_key(private: X25519PrivateKey, public: str, session: Session, client: str, peer: str) -> bytes:
     """The key of the pairwise mask of two clients, 32 bytes; the same from either private key."""
     return _agree(private, public, "pair", session, client, peer)

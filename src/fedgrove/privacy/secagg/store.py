@@ -27,7 +27,7 @@ class SessionState:
 
     Attributes:
         mask_seed, self_seed, channel_seed: the client's secrets; the first two are shared among its neighbors.
-        adverts: the neighbors' keys, as first received.
+        adverts: the neighbors' keys that are valid, as first received.
         adverts_digest: of the keys of all clients, in hex; empty before they are received.
         own_shares: the client's shares of its own secrets: {"mask": share, "self": share}.
         sealed_shares: by neighbor, the encrypted shares that this client sends to it.
