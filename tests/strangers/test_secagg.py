@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,27 @@ from typing import Any
 import pytest
 import torch
 
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import serve
+from fedgrove.errors import FedgroveError
 from fedgrove.privacy.secagg import client, keys, masking
+from fedgrove.privacy.secagg.keys import make_credentials
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.privacy.secagg.server import Opening
 from fedgrove.privacy.secagg.session import SecureError, Session, min_survivors, new_session, parameters
 from fedgrove.privacy.secagg.store import SessionStore
-from fedgrove.rounds.request import RequestError, parse
+from fedgrove.rounds import wire
+from fedgrove.rounds.exchanges.secagg import Masking
+from fedgrove.rounds.request import Request, RequestError, parse
+from fedgrove.stages.prune.exchanges.statistics import Noise
+from fedgrove.stages.prune.fixed_weights import FixedWeights
+from fedgrove.stages.tune.aggregation import ffa_lora
+from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.exchanges.train import Train, WindowNoise, start_tensors
+from fedgrove.stages.tune.factors import Factors
+from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from secagg import Federation, inputs_of, same, total
+from test_requests import EXCHANGES
 
 Tensors = dict[str, torch.Tensor]
 
@@ -72,7 +86,7 @@ def test_the_number_of_clients_alone_decides_who_is_protected_from_whom(number: 
         assert threshold >= degree // 2 + 2, "the survivors of a ring of neighbors could fall into parts"
     session = Session("x", tuple(f"c{i:04d}" for i in range(number)))
     assert (session.degree, session.threshold, session.quorum) == (degree, threshold, quorum)
-    assert asdict(session).keys() == {"name", "clients", "bits"}
+    assert asdict(session).keys() == {"name", "clients", "bits", "request"}
 
 
 @pytest.mark.parametrize("key", ["degree", "threshold", "quorum", "neighbors", "min_group"])
@@ -359,3 +373,149 @@ def test_too_many_wrong_shares_are_one_line(tmp_path: Path, number: int) -> None
         SecureError, match=r"the shares of client 'c001' do not fit together: .*; leave out 'c001', or run again"
     ):
         federation.summed().open(federation.revealed)
+
+
+# Different requests to different clients
+
+SUMMED = [exchange.request for exchange in EXCHANGES if exchange.request.OWN_FIELDS is not None]
+UNSUMMED = [exchange.request for exchange in EXCHANGES if exchange.request.OWN_FIELDS is None]
+OTHER = {  # of fields with a list of allowed values
+    "adamw": "sgd", "mean": "each", "lora": "full", "full": "ia3", "ia3": "full", "float32": "bfloat16",
+}  # fmt: skip
+FIXED = FixedPointChanges(weight=0.5, widest={"x": 4}, noise=ClientNoise(epsilon=1.0, delta=0.1, clip=1.0, rounds=2, adders=2))
+NOISE = Noise(norms={"x": 1.0}, inputs=1, clients=2, epsilon=1.0, delta=0.1)
+WINDOWS = WindowNoise(epsilon=1.0, delta=0.1, noise=1.0, rounds=1, clip=1.0)
+CODE = FixedWeights(units={"x": 1.0}, clients=3)
+for summed in list(SUMMED):
+    for part in ({"fixed": FIXED}, {"noise": NOISE}, {"windows": WINDOWS}, {"fixed_point": CODE}):
+        if part.keys() <= type(summed).model_fields.keys():
+            SUMMED.append(summed.model_copy(update=part))
+
+
+def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The paths of all plain values in JSON."""
+    if isinstance(value, dict | list) and value:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*path, key))
+    elif value is not None and not isinstance(value, dict | list):
+        yield path
+
+
+def changed(request: Request, path: tuple[str | int, ...]) -> Request:
+    """The same request with another value at a path."""
+    fields = request.model_dump(mode="json")
+    inner = fields
+    for key in path[:-1]:
+        inner = inner[key]
+    value = inner[path[-1]]
+    inner[path[-1]] = (
+        not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else OTHER.get(value, f"{value}x")
+    )
+    return type(request).model_validate(fields)
+
+
+def is_own(request: Request, path: tuple[str | int, ...]) -> bool:
+    names = ".".join(str(key) for key in path)
+    assert request.OWN_FIELDS is not None
+    return any(f"{names}.".startswith(f"{own}.") for own in request.OWN_FIELDS)
+
+
+@pytest.mark.parametrize("request_", SUMMED, ids=lambda request: request.KIND)
+def test_every_field_is_the_same_for_all_clients_of_a_sum_or_is_listed_as_the_clients_own(request_: Request) -> None:
+    tensors = {"own/x/b": torch.ones(3, 2)}
+    digest = request_.sum_digest(tensors)
+    paths = list(leaves(request_.model_dump(mode="json")))
+    assert len(paths) > 3
+    for path in paths:
+        assert (changed(request_, path).sum_digest(tensors) == digest) is is_own(request_, path), path
+    assert request_.sum_digest({}) != digest
+    assert request_.sum_digest({"own/x/b": torch.zeros(3, 2)}) != digest
+    assert request_.sum_digest({"own/x/b": torch.ones(2, 3)}) != digest
+    assert request_.sum_digest({"own/x/b": torch.ones(3, 2, dtype=torch.float64)}) != digest
+    assert request_.sum_digest({"own/y/b": torch.ones(3, 2)}) != digest
+    assert request_.sum_digest({**tensors, "own/y/b": torch.ones(1, 2)}) != digest
+
+
+def test_fields_that_are_listed_as_the_clients_own_exist() -> None:
+    for request_ in {type(one): one for one in SUMMED}.values():
+        every = [one for one in SUMMED if type(one) is type(request_)]
+        seen = {path for one in every for path in leaves(one.model_dump(mode="json"))}
+        assert request_.OWN_FIELDS is not None
+        for own in request_.OWN_FIELDS:
+            assert any(f"{'.'.join(map(str, path))}.".startswith(f"{own}.") for path in seen), own
+
+
+def client_with_credentials(folder: Path) -> LocalClient:
+    names = ["ash", "birch", "cedar"]
+    return LocalClient("ash", folder, folder, None, (), None, {}, make_credentials(names)["ash"])
+
+
+@pytest.mark.parametrize("request_", SUMMED, ids=lambda request: request.KIND)
+def test_a_client_computes_nothing_for_a_request_that_others_did_not_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
+) -> None:
+    ash = client_with_credentials(tmp_path)
+    monkeypatch.setattr(type(request_), "respond", lambda *rest: pytest.fail("it computed a response"))
+    tensors = {"own/x/b": torch.ones(3, 2)}
+    path = next(path for path in leaves(request_.model_dump(mode="json")) if not is_own(request_, path))
+    for request_of_others, sent in (
+        (changed(request_, path), tensors),
+        (request_, {"own/x/b": torch.zeros(3, 2)}),
+        (request_, {}),
+    ):
+        session = new_session(["ash", "birch", "cedar"], request=request_of_others.sum_digest(sent))
+        info = {
+            "request": request_.model_dump(mode="json"),
+            "masking": Masking(session=session, peers=["birch", "cedar"]).model_dump(mode="json"),
+        }
+        with pytest.raises(FedgroveError, match=r"'ash': this '.*' is not the request that the clients of this sum agreed on"):
+            serve(request_.KIND, wire.pack(tensors, info), ash, "cpu")
+
+
+@pytest.mark.parametrize("request_", UNSUMMED, ids=lambda request: request.KIND)
+def test_what_is_not_summed_is_not_answered_as_if_it_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
+) -> None:
+    """Losses in a reply would travel in the open beside tensors that are masked, or beside none."""
+    ash = client_with_credentials(tmp_path)
+    monkeypatch.setattr(type(request_), "respond", lambda *rest: pytest.fail("it computed a response"))
+    session = new_session(["ash", "birch", "cedar"], request=request_.sum_digest({}))
+    masking = Masking(session=session, peers=["birch", "cedar"]).model_dump(mode="json")
+    message = wire.pack({}, {"request": request_.model_dump(mode="json"), "masking": masking})
+    with pytest.raises(FedgroveError, match=r"'ash': responses to '.*' are not summed"):
+        serve(request_.KIND, message, ash, "cpu")
+
+
+def test_a_response_without_tensors_is_not_sent(tmp_path: Path) -> None:
+    session = new_session(["ash", "birch", "cedar"])
+    with pytest.raises(FedgroveError, match="'ash': its response has no tensors"):
+        Masking(session=session, peers=["birch", "cedar"]).apply(client_with_credentials(tmp_path), {}, None)
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_clients_of_unequal_ranks_start_from_the_same(rank: int) -> None:
+    train = next(one for one in SUMMED if isinstance(one, Train) and one.parametrization == "lora")
+    train = train.model_copy(update={"shared_a": True})
+    torch.manual_seed(0)
+    state = State(Factors(torch.randn(7, 5), torch.randn(5, 3)), Factors(torch.zeros(7, 0), torch.zeros(0, 3)))
+
+    def sent(state: State[Factors], rank: int) -> Tensors:
+        return start_tensors({"x": ffa_lora.begin(state, rank)}, torch.float32, shared_a=True)
+
+    digests = [train.sum_digest(wire.unpack(wire.pack(sent(state, of), {}))[0]) for of in (rank, 5, 2)]
+    assert len(set(digests)) == 1
+    other = State(Factors(state.live.b * torch.tensor([1, 1, 1, 1, 0.5]), state.live.a), state.frozen)
+    assert train.sum_digest(sent(other, rank)) != digests[0]
+
+
+@pytest.mark.parametrize("number", [3, 6, 60])
+def test_sessions_of_different_requests_are_different_sessions(tmp_path: Path, number: int) -> None:
+    federation = Federation(tmp_path, number)
+    named = federation.session
+    few = federation.names[:1]
+    federation.session = replace(named, request="what most are asked")
+    adverts = federation.advertise(federation.names)
+    federation.session = replace(named, request="what one is asked")
+    adverts |= federation.advertise(few)
+    with pytest.raises(SecureError, match="not signed by that client"):
+        federation.share(few[0], adverts)

@@ -53,6 +53,8 @@ def respond(
     """Responds to a request that :func:`read` returned; see :func:`serve`."""
     if client.credentials is not None and masking is None and not request.discloses() <= HARMLESS:
         raise client.error(f"it responds to '{request.KIND}' only under secure aggregation")
+    if masking is not None:
+        masking.check(client, request, tensors)
     release = request.release()
     with torch.no_grad():
         if release is None:

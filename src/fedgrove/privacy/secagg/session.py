@@ -70,6 +70,8 @@ class Session:
         clients: names of the clients that are asked to take part, sorted. Their number determines ``degree``,
             ``threshold`` and ``quorum``: see :class:`Parameters`.
         bits: the size of the ring of int64 tensors, 8 to 64.
+        request: a hash of what all clients are asked alike, see :meth:`fedgrove.rounds.request.Request.sum_digest`. As
+            part of the session it is in every signature and in the derivation of every mask.
 
     Raises:
         SecureError: the clients are too few, not sorted or not distinct, or there is no such ring.
@@ -78,6 +80,7 @@ class Session:
     name: str
     clients: tuple[str, ...]
     bits: int = 64
+    request: str = ""
 
     def __post_init__(self) -> None:
         if sorted(set(self.clients)) != list(self.clients):
@@ -131,14 +134,15 @@ def _ring(session: Session) -> list[str]:
     return sorted(session.clients, key=lambda client: hashlib.sha256(f"{session.name}/{client}".encode()).digest())
 
 
-def new_session(clients: Iterable[str], bits: int = 64) -> Session:
+def new_session(clients: Iterable[str], bits: int = 64, request: str = "") -> Session:
     """The next sum, with a random name.
 
     Args:
         clients: their names.
         bits: size of the ring of int64 tensors.
+        request: see :class:`Session`.
 
     Raises:
         SecureError: fewer than two clients.
     """
-    return Session(secrets.token_hex(16), tuple(sorted(clients)), bits)
+    return Session(secrets.token_hex(16), tuple(sorted(clients)), bits, request)

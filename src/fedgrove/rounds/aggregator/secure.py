@@ -54,8 +54,8 @@ class SecureAggregator:
         The clock counts the clients' computation in the request itself, not in the other five exchanges.
         """
         messages = into.masked(messages)
-        session = new_session(messages, into.ring_bits())
-        first = next(iter(messages.values())).request
+        first, tensors = next(iter(messages.values()))
+        session = new_session(messages, into.ring_bits(), first.sum_digest(dict(tensors)))
         place: dict[str, Any] = {"stage": first.stage, "round": first.round, "session": session}
         idle = Clock({name: replace(pace, compute=0.0) for name, pace in clock.paces.items()}, clock.spent) if clock else None
 

@@ -76,8 +76,25 @@ class Masking(BaseModel):
     session: Session
     peers: list[str]
 
+    def check(self, client: LocalClient, request: Request, tensors: Tensors) -> None:
+        """Checks before the work begins that the response will be summed with those of others to the same request.
+
+        Raises:
+            FedgroveError: responses to such a request are not summed, or the session is for another request.
+        """
+        if request.OWN_FIELDS is None:
+            raise client.error(f"responses to '{request.KIND}' are not summed, so no mask would protect them; refused")
+        if request.sum_digest(tensors) != self.session.request:
+            raise client.error(f"this '{request.KIND}' is not the request that the clients of this sum agreed on; refused")
+
     def apply(self, client: LocalClient, tensors: Mapping[str, Tensor], release: str | None) -> Tensors:
-        """The masked tensors of a response. Without the keys they cannot be told from random ones."""
+        """The masked tensors of a response. Without the keys they cannot be told from random ones.
+
+        Raises:
+            FedgroveError: there are none, or the protocol refuses it.
+        """
+        if not tensors:
+            raise client.error("its response has no tensors, so nothing of it would be summed; refused")
         _credentials_of(client)
         return protocol.mask(self.session, client.name, _store_of(client), self.peers, tensors, release)
 

@@ -34,6 +34,7 @@ class MeasureBlocks(Request):
 
     KIND: ClassVar[str] = "prune/outliers"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.OUTLIERS})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
 
     allocation: str
     owl_m: float

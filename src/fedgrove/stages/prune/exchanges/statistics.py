@@ -82,6 +82,7 @@ class SumInputs(Request):
     KIND: ClassVar[str] = "prune/statistics"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})
     REPLY: ClassVar[type[Reply]] = Tokens
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
 
     run: str
     block: int

@@ -44,6 +44,7 @@ class ScoreGroups(Request):
     KIND: ClassVar[str] = "structured/scores"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SCORES})
     REPLY: ClassVar[type[Reply]] = Tokens
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
 
     score: str
     calibration: Calibration

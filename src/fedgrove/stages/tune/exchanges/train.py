@@ -98,6 +98,9 @@ class Train(TuneRequest):
         {Disclosure.FACTORS, Disclosure.CHANGES, Disclosure.SCALES, Disclosure.LOSS}
     )
     REPLY: ClassVar[type[Reply]] = Trained
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
+        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "fixed.weight", "windows.noise"}
+    )
 
     run: str
     parametrization: str
@@ -128,6 +131,17 @@ class Train(TuneRequest):
 
     def release(self) -> str | None:
         return f"{self.run}/{self.stage}/{self.round}" if self.noisy else None
+
+    def common_tensors(self, tensors: Tensors) -> Tensors:
+        """For each part of a linear's change, what this client trains and the rest, side by side: ranks may differ."""
+        if not self.method.RANKED:
+            return tensors
+        joined: dict[str, list[Tensor]] = {}
+        for kind in (OWN, REST):
+            for name, tensor in sorted(tensors.items()):
+                if name.startswith(f"{kind}/"):
+                    joined.setdefault(name.removeprefix(f"{kind}/"), []).append(tensor)
+        return {name: torch.cat(parts, dim=1) for name, parts in joined.items()}
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
