@@ -144,7 +144,7 @@ def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
         for i, name in enumerate(cost.names[: clients - silent]):
             values = numbers_of(i, count)
             with cost.by("client"):
-                hidden = client.mask(session, name, stores[name], session.neighbors(name), {"change/x": values})
+                hidden = client.mask(session, name, stores[name], session.neighbors(name), {"change/x": values}, "x")
                 message = sent(hidden, {})
             with cost.by("server"):
                 opening.add(name, wire.unpack(message)[0])

@@ -29,6 +29,7 @@ class Federation:
         self.credentials = make_credentials(self.names, min_group=2)
         self.stores = {name: SessionStore(folder / name) for name in self.names}
         self.session = new_session(self.names)
+        self.sum_name = "the sum"
 
     def advertise(self, names: Sequence[str]) -> dict[str, Advert]:
         return {name: client.advertise(self.session, name, self.credentials[name], self.stores[name]) for name in names}
@@ -43,7 +44,7 @@ class Federation:
 
     def mask(self, name: str, sharers: Sequence[str], tensors: Tensors) -> dict[str, torch.Tensor]:
         peers = [peer for peer in self.session.neighbors(name) if peer in sharers]
-        return client.mask(self.session, name, self.stores[name], peers, tensors)
+        return client.mask(self.session, name, self.stores[name], peers, tensors, self.sum_name)
 
     def confirm(self, name: str, survivors: list[str]) -> str:
         return client.confirm(self.session, name, self.credentials[name], self.stores[name], survivors)

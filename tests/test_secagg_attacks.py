@@ -132,8 +132,8 @@ def test_a_new_session_removes_what_a_killed_process_left_of_an_older_one(tmp_pa
         (store.folder / left).write_text("a secret")
     session = new_session(["c000", "c001", "c002"])
     client.advertise(session, "c000", make_credentials(["c000", "c001", "c002"])["c000"], store)
-    assert sorted(file.name for file in store.folder.iterdir()) == sorted([f"{session.digest.hex()}.json", "ended.txt"])
-    assert not any("a secret" in file.read_text() for file in store.folder.iterdir())
+    assert sorted(file.name for file in store.folder.iterdir()) == sorted([f"{session.digest.hex()}.json", "records"])
+    assert not any("a secret" in file.read_text() for file in store.folder.rglob("*") if file.is_file())
 
 
 def test_forged_keys_are_refused(tmp_path: Path) -> None:

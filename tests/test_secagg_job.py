@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.privacy.secagg.masking import as_rings
+from fedgrove.privacy.secagg.server import Opening
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Ciphertexts, Shares
 from fedgrove.rounds.request import Response
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
@@ -30,6 +34,7 @@ from secagg import uniform
 from small import LENGTH, Small, complaint
 from test_statistics import hashes, prune
 
+Resumed = Callable[..., RunFolder]
 OWNERS = ("ash", "birch", "cedar", "dogwood")
 
 
@@ -158,6 +163,63 @@ def test_a_client_whose_shares_cannot_be_read_is_left_out_by_name(
     hidden = prune(small, tmp_path / "rest", texts, WithQuorum, **secure)
     rest = {name: text for name, text in texts.items() if name != "cedar"}
     assert hashes(hidden) == hashes(prune(small, tmp_path / "plain", rest, pruner="wanda"))
+
+
+@pytest.fixture
+def interrupted(small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resumed:
+    """A run whose server was killed after it had opened the first sum, which cedar had dropped out of."""
+    clients = []
+    for name, records in texts.items():
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(records))
+        clients.append({"name": name, "data": str(file), "samples": 1})
+    stage = {"stages__0__aggregation": "pooled", "stages__0__pruner": "wanda"}
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}, "rounds": {"quorum": 2}}
+    job = load(small.job("interrupted", clients=clients, evaluate={}, **stage, **secure))
+    honest = Opening.open
+
+    def killed(opening: Opening, revealed: Any) -> Any:
+        honest(opening, revealed)
+        raise RuntimeError("killed")
+
+    def resumed(silent: frozenset[tuple[str, str]] = frozenset(), without: str = "") -> RunFolder:
+        class Engine(Recorder):
+            seen = []  # noqa: RUF012
+
+        Engine.silent = silent
+        with closing(RunFolder(tmp_path / "run", job, resume=True)) as run:
+            local_clients = server.local_clients(job, server.open_model(job.model), run.path / "clients")
+            server.run_job(job, Engine([client for client in local_clients if client.name != without]), run)
+        return run
+
+    monkeypatch.setattr(Opening, "open", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        resumed(frozenset({("cedar", "prune/statistics")}))
+    monkeypatch.setattr(Opening, "open", honest)
+    return resumed
+
+
+def test_a_run_that_goes_on_opens_the_same_sum_of_the_same_clients(interrupted: Resumed) -> None:
+    run = interrupted()
+    tensors = json.loads((run.path / "pruning.json").read_text())["tensors"]
+    blocks = {row["block"]: row["clients"] for row in tensors}
+    assert blocks == {0: ["ash", "birch", "dogwood"], 1: list(OWNERS)}
+
+
+@pytest.mark.parametrize("how", [{"without": "birch"}, {"silent": frozenset({("birch", "prune/statistics")})}])
+def test_a_run_that_goes_on_without_a_client_of_the_sum_is_one_line(interrupted: Resumed, how: dict[str, Any]) -> None:
+    line = r"client 'birch': it was in the sum .* \(2 of 3 clients are there\); continue with --resume when it is back"
+    with pytest.raises(FedgroveError, match=line):
+        interrupted(**how)
+    interrupted()  # birch is back
+
+
+@pytest.mark.parametrize("forgets", ["prune/statistics", "rounds/secagg/keys"])
+def test_a_server_that_asks_again_without_a_client_learns_nothing(interrupted: Resumed, tmp_path: Path, forgets: str) -> None:
+    (tmp_path / "run" / "work" / "secure-sums.json").unlink()
+    line = r"client 'ash': its response is already in a sum of other clients \(ash, birch, dogwood\); continue with --resume"
+    with pytest.raises(FedgroveError, match=line):
+        interrupted(frozenset({("birch", forgets)}))
 
 
 def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp_path: Path) -> None:

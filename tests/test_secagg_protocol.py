@@ -14,11 +14,11 @@ import torch
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.release import agree_on_survivors
 from fedgrove.privacy.secagg import server
 from fedgrove.privacy.secagg.keys import Advert, advert_hash
-from fedgrove.privacy.secagg.session import SecureError, new_session
+from fedgrove.privacy.secagg.session import OtherSurvivors, SecureError, new_session
 from fedgrove.privacy.secagg.sharing import PRIME, interpolate
+from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges import secagg as exchange
 from fedgrove.rounds.request import Request, parse
@@ -104,8 +104,12 @@ def test_too_many_drops_open_nothing(tmp_path: Path) -> None:
 
 def test_secrets_are_readable_by_their_owner_alone(tmp_path: Path) -> None:
     federation = Federation(tmp_path, 3)
-    federation.advertise(federation.names)
-    for file in tmp_path.rglob("*.json"):
+    for _ in range(2):
+        federation.session = new_session(federation.names)
+        federation.run(inputs_of(federation.names))
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 9
+    for file in files:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
@@ -156,7 +160,7 @@ def test_requests_carry_the_protocol(tmp_path: Path) -> None:
     for name in names[1:]:
         masking = exchange.Masking(session=session, peers=session.neighbors(name))
         masking = exchange.Masking.model_validate_json(masking.model_dump_json())
-        opening.add(name, masking.apply(clients[name], inputs[name], "run/0/0"))
+        opening.add(name, masking.apply(clients[name], "prune/block/0/0/0", inputs[name]))
     signatures = {
         name: said(name, exchange.Check(stage=0, session=session, survivors=opening.survivors)).signature
         for name in opening.survivors
@@ -166,7 +170,7 @@ def test_requests_carry_the_protocol(tmp_path: Path) -> None:
         shown = dict(reversed(server.signatures_for(session, name, signatures).items()))  # in any order
         revealed[name] = said(name, exchange.Open(stage=0, session=session, signatures=shown)).shares
     assert same(opening.open(revealed), total(inputs, names[1:]))
-    with pytest.raises(FedgroveError, match="already in a sum of other clients"):  # each noted with whom its release was summed
-        agree_on_survivors(clients["c001"].folder, "run/0/0", "c001", names)
+    with pytest.raises(OtherSurvivors, match="already in a sum of other clients"):  # each noted with whom it was summed
+        SessionStore(clients["c001"].folder / "secure").agree_on_survivors("prune/block/0/0/0", "c001", names)
     with pytest.raises(FedgroveError, match="'c001': it has no key and no roster"):
         exchange.Keys(stage=0, session=session).respond({}, replace(clients["c001"], credentials=None), "cpu")

@@ -17,7 +17,7 @@ from fedgrove.privacy.secagg import client, keys, masking
 from fedgrove.privacy.secagg.keys import make_credentials
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.privacy.secagg.server import Opening
-from fedgrove.privacy.secagg.session import SecureError, Session, min_survivors, new_session, parameters
+from fedgrove.privacy.secagg.session import OtherSurvivors, SecureError, Session, min_survivors, new_session, parameters
 from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
@@ -489,7 +489,7 @@ def test_what_is_not_summed_is_not_answered_as_if_it_were(
 def test_a_response_without_tensors_is_not_sent(tmp_path: Path) -> None:
     session = new_session(["ash", "birch", "cedar"])
     with pytest.raises(FedgroveError, match="'ash': its response has no tensors"):
-        Masking(session=session, peers=["birch", "cedar"]).apply(client_with_credentials(tmp_path), {}, None)
+        Masking(session=session, peers=["birch", "cedar"]).apply(client_with_credentials(tmp_path), "tune/train/0/0", {})
 
 
 @pytest.mark.parametrize("rank", range(6))
@@ -519,3 +519,45 @@ def test_sessions_of_different_requests_are_different_sessions(tmp_path: Path, n
     adverts |= federation.advertise(few)
     with pytest.raises(SecureError, match="not signed by that client"):
         federation.share(few[0], adverts)
+
+
+# A second sum of other clients
+
+
+@pytest.mark.parametrize("number", [6, 9])
+@pytest.mark.parametrize("second", ["one less", "one more", "another one"])
+def test_a_second_list_of_survivors_of_the_same_sum_is_refused(tmp_path: Path, number: int, second: str) -> None:
+    federation = Federation(tmp_path, number)
+    inputs = inputs_of(federation.names)
+    first = federation.names[:-1]
+    federation.run(inputs, {"masked": federation.names[-1:]})
+    others = {"one less": first[:-1], "one more": federation.names, "another one": [*first[:-1], federation.names[-1]]}[second]
+    for _ in range(2):  # in every later session, also by a new process
+        federation.session = new_session(federation.names)
+        federation.stores = {name: SessionStore(store.folder) for name, store in federation.stores.items()}
+        federation.adverts = federation.advertise(federation.names)
+        federation.sealed = {name: federation.share(name, federation.adverts) for name in federation.names}
+        for name in federation.names:
+            federation.receive(name, federation.sealed)
+            federation.mask(name, federation.names, inputs[name])
+        signatures = {}
+        for name in others:
+            if name in first:
+                with pytest.raises(OtherSurvivors, match=f"client '{name}': its response is already in a sum of other clients"):
+                    federation.confirm(name, others)
+                with pytest.raises(SecureError, match="nothing was confirmed"):
+                    federation.reveal(name, signatures)
+            else:
+                signatures[name] = federation.confirm(name, others)
+    federation.session = new_session(federation.names)
+    assert same(federation.run(inputs, {"masked": federation.names[-1:]})[1], total(inputs, first)), "the same sum again"
+    federation.session, federation.sum_name = new_session(federation.names), "another sum"
+    assert same(federation.run(inputs)[1], total(inputs, federation.names))
+
+
+@pytest.mark.parametrize("request_", SUMMED, ids=lambda request: request.KIND)
+def test_the_name_of_a_sum_says_which_it_is_and_nothing_that_a_server_may_vary(request_: Request) -> None:
+    assert set(request_.SUM_FIELDS) <= type(request_).model_fields.keys()
+    for path in leaves(request_.model_dump(mode="json")):
+        other = changed(request_, path)
+        assert (other.sum_name != request_.sum_name) is (path[0] in request_.SUM_FIELDS)

@@ -63,7 +63,7 @@ def respond(
             packed = release_once(client.folder, release, client.name, lambda: _plain(request.respond(tensors, client, device)))
             response = Response(packed[0], request.REPLY.model_validate(packed[1]))
     if masking is not None:
-        response = Response(masking.apply(client, response.tensors, release), response.reply)
+        response = Response(masking.apply(client, request.sum_name, response.tensors), response.reply)
     return pack(request, response)
 
 

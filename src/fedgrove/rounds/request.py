@@ -79,6 +79,7 @@ class Request(BaseModel):
         REPLY: the type of the JSON of responses.
         OWN_FIELDS: None: responses are not summed, and so are never masked. Else the fields in which the requests to the
             clients of one sum may differ, such as ``calibration.samples``; all others have to be the same.
+        SUM_FIELDS: the fields by which a sum is known in its run.
 
     Attributes:
         stage: index of the stage in the job, from 0; round: index of the round in the stage, from 0.
@@ -90,6 +91,7 @@ class Request(BaseModel):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()
     REPLY: ClassVar[type[Reply]] = Reply
     OWN_FIELDS: ClassVar[frozenset[str] | None] = None
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round")
 
     stage: Index
     round: Index = 0
@@ -138,6 +140,11 @@ class Request(BaseModel):
     def release(self) -> str | None:
         """A name for the response if it is noisy, so that it is made only once; None: no noise."""
         return None
+
+    @property
+    def sum_name(self) -> str:
+        """The name of the sum that the response goes into, in its run."""
+        return "/".join([self.KIND, *(str(getattr(self, field)) for field in self.SUM_FIELDS)])
 
     def common_tensors(self, tensors: Tensors) -> Tensors:
         """The tensors sent with the request, in a form that is the same for all clients of one sum."""

@@ -127,7 +127,7 @@ def mask(
     store: SessionStore,
     peers: Sequence[str],
     tensors: Mapping[str, Tensor],
-    release: str | None = None,
+    sum_name: str,
 ) -> dict[str, Tensor]:
     """Phase 4: masks an input: adds this client's self-mask and its pairwise masks.
 
@@ -136,8 +136,7 @@ def mask(
     Args:
         peers: the neighbors that mask their inputs, too.
         tensors: dtypes as in ``masking.RINGS``.
-        release: if the input is a noisy release, its name; stored until the survivors are confirmed, see
-            :func:`fedgrove.privacy.release.agree_on_survivors`.
+        sum_name: the name of the sum in the run, also in a later session.
 
     Returns:
         The masked tensors: same names, shapes and dtypes, on the CPU.
@@ -153,7 +152,7 @@ def mask(
             raise SecureError(
                 "secure aggregation: masks with too few neighbors, or with clients that sent this one no valid keys; refused"
             )
-        state.peers, state.release = peers, release
+        state.peers, state.sum_name = peers, sum_name
     hidden = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     rings = masking.as_rings(hidden)
     masking.add_keystream(rings, keys.self_mask_key(state.self_seed, session), +1)
@@ -173,7 +172,7 @@ def confirm(session: Session, client: str, credentials: Credentials, store: Sess
 
     Raises:
         SecureError: the list is too short, does not include this client, or differs from the list that this client
-            signed before.
+            signed before, in this session or in another one of the same sum.
     """
     if survivors != sorted(set(survivors)) or client not in survivors or not set(survivors) <= set(session.clients):
         raise SecureError("secure aggregation: the list of survivors is not a sorted list of clients of this session; refused")
@@ -182,6 +181,7 @@ def confirm(session: Session, client: str, credentials: Credentials, store: Sess
     with store.opened(session) as state:
         if state.peers is None or (state.survivors or survivors) != survivors:
             raise SecureError("secure aggregation: this client is not in the sum, or signed another list; refused")
+        store.agree_on_survivors(state.sum_name, client, survivors)
         state.survivors = survivors
         message = keys.survivors_message(bytes.fromhex(state.adverts_digest), survivors)
     return keys.sign(credentials.key, message)

@@ -18,6 +18,10 @@ class SecureError(FedgroveError):
     """A client refuses a message, or a sum cannot be opened."""
 
 
+class OtherSurvivors(SecureError):
+    """A client's response to a request is already in a sum of other clients: the difference could reveal one of them."""
+
+
 class Parameters(NamedTuple):
     """How many of a sum's clients share masks, and how many must not drop out.
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from fedgrove.files import write_atomically
 from fedgrove.privacy.secagg.keys import Advert
-from fedgrove.privacy.secagg.session import SecureError, Session
+from fedgrove.privacy.secagg.session import OtherSurvivors, SecureError, Session
 from fedgrove.privacy.secagg.sharing import SECRET_BYTES, Secret
 
-ENDED = "ended.txt"  # the digests of the sessions that were begun and are over, one in a line
+ENDED = "records/ended.txt"  # the digests of the sessions that were begun and are over, one in a line
+SUMS = "records/sums.json"  # by name of the sum, the clients in it
 
 
 def _new_secret() -> str:
@@ -34,7 +35,7 @@ class SessionState:
         held_shares: by neighbor, the shares of the neighbor's secrets that this client holds, like ``own_shares``.
         received: by neighbor, the encrypted shares as first received; None: phase 3 has not begun.
         peers: the neighbors with which the input shares a mask; None: no input was masked.
-        release: the name of that input, if it was a noisy release; see :mod:`fedgrove.privacy.release`.
+        sum_name: the name of the sum of that input in its run.
         survivors: the list that this client signed.
     """
 
@@ -48,7 +49,7 @@ class SessionState:
     held_shares: dict[str, dict[Secret, str]] = field(default_factory=dict)
     received: dict[str, str] | None = None
     peers: list[str] | None = None
-    release: str | None = None
+    sum_name: str = ""
     survivors: list[str] | None = None
 
     @classmethod
@@ -67,8 +68,9 @@ class SessionState:
 class SessionStore:
     """Stores the state of a client's newest session only: without its state, an older one can no longer be unmasked.
 
-    It also records the sessions that are over, so that none is begun again with other secrets. Both records would
-    survive a power failure before anything is sent.
+    It also records the sessions that are over, so that none is begun again with other secrets, and the clients in each
+    sum, so that no second sum differs from it in one of them. Before anything is sent, what it depends on is on the disk
+    and would survive a power failure.
 
     Args:
         folder: on the client's own disk; created when needed.
@@ -106,10 +108,32 @@ class SessionStore:
             # fsync: before a response is sent, its record must survive a power failure
             write_atomically(path, state.dumps(), mode=0o600, fsync=True)
 
+    def agree_on_survivors(self, sum_name: str, client: str, survivors: list[str]) -> None:
+        """Records with which clients this client's input is summed; called before it signs their list.
+
+        Args:
+            sum_name: the name of the sum in the run; also in a later session, and after the run was continued.
+            client: this client's name.
+            survivors: the names of the clients in the sum, sorted.
+
+        Raises:
+            OtherSurvivors: the sum was one of other clients before.
+        """
+        file = self.folder / SUMS
+        sums: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = sums.setdefault(sum_name, survivors)
+        if known != survivors:
+            raise OtherSurvivors(
+                f"its response is already in a sum of other clients ({', '.join(known)})",
+                "continue with --resume when all of them are back, or start a new run",
+                client=client,
+            )
+        write_atomically(file, json.dumps(sums), mode=0o600, fsync=True)
+
     def _end(self, digests: list[str]) -> None:
         if digests:
             text = "".join(f"{digest}\n" for digest in [*self._ended(), *digests])
-            write_atomically(self.folder / ENDED, text, fsync=True)
+            write_atomically(self.folder / ENDED, text, mode=0o600, fsync=True)
 
     def _ended(self) -> list[str]:
         file = self.folder / ENDED

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.files import write_atomically
 from fedgrove.models.blocks import Decoder
 from fedgrove.privacy.secagg import keys, server
 from fedgrove.privacy.secagg.session import new_session
@@ -31,6 +33,8 @@ from fedgrove.rounds.request import Message, Reply, Request
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 
+SUMS = "work/secure-sums.json"
+
 Said = TypeVar("Said", bound=Reply)
 
 
@@ -52,7 +56,16 @@ class SecureAggregator:
         """See :meth:`fedgrove.rounds.aggregator.base.Aggregator.aggregate`.
 
         The clock counts the clients' computation in the request itself, not in the other five exchanges.
+
+        Which clients are in a sum is decided once, before they sign it: clients refuse a second decision. So if an
+        interrupted run is continued in between, the sum is that of the same clients.
         """
+        sums = self._sums()
+        name = next(iter(messages.values())).request.sum_name
+        decided = sums.get(name)
+        if decided is not None:
+            _check_survivors(decided, messages)
+            messages = {client: messages[client] for client in decided}
         messages = into.masked(messages)
         first, tensors = next(iter(messages.values()))
         session = new_session(messages, into.ring_bits(), first.sum_digest(dict(tensors)))
@@ -91,6 +104,8 @@ class SecureAggregator:
             opening.add(client, tensors)
             replies[client] = reply
         survivors = opening.survivors
+        _check_survivors(decided or [], survivors)
+        self._keep_sums({**sums, name: survivors})
         signed = phase({client: Check(**place, survivors=survivors) for client in survivors}, Signed)
         signatures = {client: reply.signature for client, reply in signed.items()}
         shown = {client: server.signatures_for(session, client, signatures) for client in signed}
@@ -107,6 +122,15 @@ class SecureAggregator:
             ) from error
         return replies
 
+    def _sums(self) -> dict[str, list[str]]:
+        """By name of the sum, the clients in it, for all sums of this run whose clients were decided."""
+        file = self.run.path / SUMS
+        sums: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return sums
+
+    def _keep_sums(self, sums: Mapping[str, list[str]]) -> None:
+        write_atomically(self.run.path / SUMS, json.dumps(sums), fsync=True)
+
     def _leave_out(self, clients: list[str], left: int, asked: int) -> None:
         """Names clients whose shares too few others could read; raises FedgroveError if too few clients are left."""
         for client in clients:
@@ -117,3 +141,15 @@ class SecureAggregator:
                 f"too few others could read its shares ({left} of {asked} clients are left, {needed} needed: rounds.quorum)",
                 client=clients[0],
             )
+
+
+def _check_survivors(decided: list[str], clients: Collection[str]) -> None:
+    """Raises FedgroveError if a client is missing that was in the sum when the run was interrupted."""
+    missing = sorted(set(decided) - set(clients))
+    if missing:
+        raise FedgroveError(
+            "it was in the sum that was under way when the run was stopped, and without it the others refuse that sum "
+            f"({len(decided) - len(missing)} of {len(decided)} clients are there)",
+            "continue with --resume when it is back, or start a new run",
+            client=missing[0],
+        )

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.privacy.release import agree_on_survivors
 from fedgrove.privacy.secagg import client as protocol
 from fedgrove.privacy.secagg import keys
 from fedgrove.privacy.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, Credentials
@@ -87,8 +86,11 @@ class Masking(BaseModel):
         if request.sum_digest(tensors) != self.session.request:
             raise client.error(f"this '{request.KIND}' is not the request that the clients of this sum agreed on; refused")
 
-    def apply(self, client: LocalClient, tensors: Mapping[str, Tensor], release: str | None) -> Tensors:
+    def apply(self, client: LocalClient, sum_name: str, tensors: Mapping[str, Tensor]) -> Tensors:
         """The masked tensors of a response. Without the keys they cannot be told from random ones.
+
+        Args:
+            sum_name: of the request, see :attr:`~fedgrove.rounds.request.Request.sum_name`.
 
         Raises:
             FedgroveError: there are none, or the protocol refuses it.
@@ -96,7 +98,7 @@ class Masking(BaseModel):
         if not tensors:
             raise client.error("its response has no tensors, so nothing of it would be summed; refused")
         _credentials_of(client)
-        return protocol.mask(self.session, client.name, _store_of(client), self.peers, tensors, release)
+        return protocol.mask(self.session, client.name, _store_of(client), self.peers, tensors, sum_name)
 
 
 class _Phase(Request):
@@ -162,13 +164,7 @@ class Check(_Phase):
     survivors: list[str]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        session, name, credentials, store = self._own(client)
-        signature = protocol.confirm(session, name, credentials, store, self.survivors)
-        with store.opened(session) as state:
-            release = state.release
-        if release is not None:
-            agree_on_survivors(client.folder, release, name, self.survivors)
-        return Response({}, Signed(signature=signature))
+        return Response({}, Signed(signature=protocol.confirm(*self._own(client), self.survivors)))
 
 
 class Open(_Phase):

@@ -96,6 +96,7 @@ class PruneBlock(Request):
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
         {"calibration.samples", "calibration.windows_per_run", "calibration.through", "recipe.sparsities", "recipe.blocks"}
     )
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round", "block")
 
     block: int
     calibration: Calibration

@@ -45,6 +45,7 @@ class ScoreGroups(Request):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SCORES})
     REPLY: ClassVar[type[Reply]] = Tokens
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage",)
 
     score: str
     calibration: Calibration
