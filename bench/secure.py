@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.privacy.secagg import client, server
-from fedgrove.privacy.secagg.keys import make_credentials
+from fedgrove.privacy.secagg.keys import advert_hash, make_credentials
 from fedgrove.privacy.secagg.server import Opening
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.privacy.secagg.store import SessionStore
@@ -132,16 +132,20 @@ def masked(clients: int, count: int, silent: int) -> tuple[Cost, Tensor]:
             for name in cost.names:
                 sent({}, asdict(adverts[name]))
             sealed = {}
+            hashes = {name: advert_hash(name, advert) for name, advert in adverts.items()}
             for name in cost.names:
                 shown = server.adverts_for(session, name, adverts)
-                sealed[name] = client.share(session, name, credentials[name], stores[name], shown)
+                sealed[name] = client.share(session, name, credentials[name], stores[name], shown, hashes)
                 sent({}, sealed[name])
+            for name in cost.names:
+                unreadable = client.receive(session, name, stores[name], server.sealed_shares_for(session, name, sealed))
+                sent({}, {"unreadable": unreadable})
         opening = Opening(session, adverts, sealed)
         for i, name in enumerate(cost.names[: clients - silent]):
             values = numbers_of(i, count)
             with cost.by("client"):
-                received = server.sealed_shares_for(session, name, sealed)
-                message = sent(client.mask(session, name, stores[name], received, {"change/x": values}), {})
+                hidden = client.mask(session, name, stores[name], session.neighbors(name), {"change/x": values}, "x")
+                message = sent(hidden, {})
             with cost.by("server"):
                 opening.add(name, wire.unpack(message)[0])
         with cost.by("client"):

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from fedgrove.privacy.secagg import client, server
-from fedgrove.privacy.secagg.keys import Advert, make_credentials
+from fedgrove.privacy.secagg.keys import Advert, advert_hash, make_credentials
 from fedgrove.privacy.secagg.server import Opening
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.privacy.secagg.store import SessionStore
 
-PHASES = ("keys", "shares", "masked", "check", "open")
+PHASES = ("keys", "shares", "received", "masked", "check", "open")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -29,16 +29,22 @@ class Federation:
         self.credentials = make_credentials(self.names, min_group=2)
         self.stores = {name: SessionStore(folder / name) for name in self.names}
         self.session = new_session(self.names)
+        self.sum_name = "the sum"
 
     def advertise(self, names: Sequence[str]) -> dict[str, Advert]:
         return {name: client.advertise(self.session, name, self.credentials[name], self.stores[name]) for name in names}
 
     def share(self, name: str, adverts: Mapping[str, Advert]) -> dict[str, str]:
         shown = server.adverts_for(self.session, name, adverts)
-        return client.share(self.session, name, self.credentials[name], self.stores[name], shown)
+        hashes = {peer: advert_hash(peer, advert) for peer, advert in adverts.items()}
+        return client.share(self.session, name, self.credentials[name], self.stores[name], shown, hashes)
 
-    def mask(self, name: str, sealed: Mapping[str, Mapping[str, str]], tensors: Tensors) -> dict[str, torch.Tensor]:
-        return client.mask(self.session, name, self.stores[name], server.sealed_shares_for(self.session, name, sealed), tensors)
+    def receive(self, name: str, sealed: Mapping[str, Mapping[str, str]]) -> list[str]:
+        return client.receive(self.session, name, self.stores[name], server.sealed_shares_for(self.session, name, sealed))
+
+    def mask(self, name: str, sharers: Sequence[str], tensors: Tensors) -> dict[str, torch.Tensor]:
+        peers = [peer for peer in self.session.neighbors(name) if peer in sharers]
+        return client.mask(self.session, name, self.stores[name], peers, tensors, self.sum_name)
 
     def confirm(self, name: str, survivors: list[str]) -> str:
         return client.confirm(self.session, name, self.credentials[name], self.stores[name], survivors)
@@ -63,21 +69,24 @@ class Federation:
 
         self.adverts = self.advertise(left("keys", self.names))
         self.sealed = {name: self.share(name, self.adverts) for name in left("shares", list(self.adverts))}
-        opening = Opening(self.session, self.adverts, self.sealed)
+        unreadable = {name: self.receive(name, self.sealed) for name in left("received", list(self.sealed))}
+        self.sharers = server.clients_with_shares(self.session, self.sealed, unreadable)
+        opening = Opening(self.session, self.adverts, self.sharers)
         self.masked = {}
-        for name in left("masked", list(self.sealed)):
-            self.masked[name] = self.mask(name, self.sealed, inputs[name])
+        for name in left("masked", self.sharers):
+            self.masked[name] = self.mask(name, self.sharers, inputs[name])
             opening.add(name, self.masked[name])
         self.signatures = {name: self.confirm(name, opening.survivors) for name in left("check", opening.survivors)}
         self.revealed = {
             name: self.reveal(name, server.signatures_for(self.session, name, self.signatures))
             for name in left("open", list(self.signatures))
         }
+        self.liars = opening.liars
         return opening.survivors, opening.open(self.revealed)
 
     def summed(self) -> Opening:
         """The masked sum of the newest run, before it was opened."""
-        opening = Opening(self.session, self.adverts, self.sealed)
+        opening = Opening(self.session, self.adverts, self.sharers)
         for name, tensors in self.masked.items():
             opening.add(name, tensors)
         return opening

@@ -115,7 +115,7 @@ def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:
 RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
 CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through)
 DENSE = Calibration(stage=2, samples=16, length=512, seed="0/2")
-BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm")
+BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm", max_weight_growth=8.0)
 NOISE = Noise(norms={"x": 1.0}, inputs=4, skips_first=False, clients=2, epsilon=4.0, delta=1e-6)
 SUM = SumInputs(
     stage=2, block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**40
@@ -277,7 +277,7 @@ def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:
     assert refusal(Allow(), terms(PRUNE, PRUNE, alone=True), changed(ALONE, prune__stage=1)) == ("terms", "stage")
     assert refusal(Allow(alone=False), terms(PRUNE, alone=True), ALONE) == ("refused", "allow.alone")
     recipe = changed(RECIPE, damping="each")
-    pooled = changed(BLOCK, aggregation="pooled", recipe=recipe, calibration__through="dense")
+    pooled = changed(BLOCK, aggregation="pooled", recipe=recipe, calibration__through="dense", max_weight_growth=None)
     assert refusal(Allow(), terms(SUMS, alone=True), changed(ALONE, prune=pooled)) is None
 
 

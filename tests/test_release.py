@@ -1,4 +1,4 @@
-"""A noisy response is made once and summed once; asked again, a client gives the same."""
+"""A noisy response is made once; asked again, a client gives the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.release import agree_on_survivors, release_once
+from fedgrove.privacy.release import release_once
 
 
 def test_a_noisy_answer_is_made_once_and_given_again(tmp_path: Path) -> None:
@@ -20,10 +20,6 @@ def test_a_noisy_answer_is_made_once_and_given_again(tmp_path: Path) -> None:
 
     first = release_once(tmp_path, "run/0/1", "ash", make)
     assert release_once(tmp_path, "run/0/1", "ash", make) == first == ({"x": torch.tensor([0])}, {"stage": 0})
-    agree_on_survivors(tmp_path, "run/0/1", "ash", ["ash", "birch", "cedar"])
-    agree_on_survivors(tmp_path, "run/0/1", "ash", ["ash", "birch", "cedar"])
-    with pytest.raises(FedgroveError, match="'ash': its noisy response is already in a sum of other clients"):
-        agree_on_survivors(tmp_path, "run/0/1", "ash", ["ash", "birch"])
     assert release_once(tmp_path, "run/0/2", "ash", make)[0]["x"] == 1
     with pytest.raises(FedgroveError, match="'ash': it has released this once"):
         release_once(tmp_path, "run/0/1", "ash", make)

@@ -66,7 +66,7 @@ TOKENS = 2 * LENGTH
 CALIBRATION = Calibration(stage=0, samples=2, length=LENGTH, seed="0/0")
 RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
 BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm")
-SESSION = Session(name="s", clients=("ash", "birch", "cedar"), degree=2, threshold=2, quorum=2)
+SESSION = Session(name="s", clients=("ash", "birch", "cedar"))
 TUNED: dict[str, Any] = {
     "stage": 0, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
 }  # fmt: skip
@@ -108,7 +108,8 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(
         secagg.Keys(stage=0, session=SESSION), secagg.Advert(mask_key=HEX, channel_key=HEX, commitment=HEX, signature=2 * HEX)
     ),
-    Exchange(secagg.Shares(stage=0, session=SESSION, adverts={}), secagg.Ciphertexts(sealed_shares={})),
+    Exchange(secagg.Shares(stage=0, session=SESSION, adverts={}, hashes={}), secagg.Ciphertexts(sealed_shares={})),
+    Exchange(secagg.Received(stage=0, session=SESSION, sealed_shares={}), secagg.Unreadable(unreadable=[])),
     Exchange(secagg.Check(stage=0, session=SESSION, survivors=["ash", "birch"]), secagg.Signed(signature=2 * HEX)),
     Exchange(secagg.Open(stage=0, session=SESSION, signatures={}), secagg.Revealed(shares={})),
     Exchange(ScoreGroups(stage=0, score="fisher", calibration=CALIBRATION, limit=2**40), scores.Tokens(tokens=TOKENS)),

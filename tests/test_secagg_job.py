@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.privacy.secagg.masking import as_rings
+from fedgrove.privacy.secagg.server import Opening
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds import wire
-from fedgrove.rounds.exchanges.secagg import Masking
+from fedgrove.rounds.exchanges.secagg import Ciphertexts, Masking, Shares
 from fedgrove.rounds.request import Reply, Response, Tensors
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
@@ -34,6 +38,7 @@ from secagg import uniform
 from small import LENGTH, Small, complaint
 from test_statistics import hashes, prune
 
+Resumed = Callable[..., RunFolder]
 OWNERS = ("ash", "birch", "cedar", "dogwood")
 
 
@@ -112,7 +117,15 @@ def test_votes_and_values_that_do_not_add_up_are_refused(
 
 
 @pytest.mark.parametrize(
-    "kind", ["rounds/secagg/keys", "rounds/secagg/shares", "prune/statistics", "rounds/secagg/check", "rounds/secagg/open"]
+    "kind",
+    [
+        "rounds/secagg/keys",
+        "rounds/secagg/shares",
+        "rounds/secagg/received",
+        "prune/statistics",
+        "rounds/secagg/check",
+        "rounds/secagg/open",
+    ],
 )
 def test_a_job_goes_on_when_a_client_drops_at_any_request(
     small: Small, texts: dict[str, list[str]], tmp_path: Path, kind: str
@@ -126,6 +139,91 @@ def test_a_job_goes_on_when_a_client_drops_at_any_request(
     rest = {name: text for name, text in texts.items() if not early or name != "cedar"}
     assert hashes(hidden) == hashes(prune(small, tmp_path / "rest", rest, pruner="wanda"))
     assert all(row[2] == sorted(rest) for row in hidden.values())
+
+
+def test_a_client_whose_shares_cannot_be_read_is_left_out_by_name(
+    small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithQuorum(Recorder):
+        seen = []  # noqa: RUF012
+
+    honest = Shares.respond
+
+    def respond(request: Shares, tensors: Any, client: LocalClient, device: str) -> Response:
+        response = honest(request, tensors, client, device)
+        assert isinstance(response.reply, Ciphertexts)
+        if client.name != "cedar":
+            return response
+        return Response(
+            {},
+            Ciphertexts(sealed_shares={peer: "00" * (len(text) // 2) for peer, text in response.reply.sealed_shares.items()}),
+        )
+
+    monkeypatch.setattr(Shares, "respond", respond)
+    secure: dict[str, Any] = {"privacy": {"secure_aggregation": True}, "pruner": "wanda"}
+    line = "client 'cedar': too few others could read its shares .3 of 4 clients are left, 4 needed: rounds.quorum."
+    with pytest.raises(FedgroveError, match=line):
+        prune(small, tmp_path / "all", texts, **secure)
+    hidden = prune(small, tmp_path / "rest", texts, WithQuorum, **secure)
+    rest = {name: text for name, text in texts.items() if name != "cedar"}
+    assert hashes(hidden) == hashes(prune(small, tmp_path / "plain", rest, pruner="wanda"))
+
+
+@pytest.fixture
+def interrupted(small: Small, texts: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resumed:
+    """A run whose server was killed after it had opened the first sum, which cedar had dropped out of."""
+    clients = []
+    for name, records in texts.items():
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(records))
+        clients.append({"name": name, "data": str(file), "samples": 1})
+    stage = {"stages__0__aggregation": "pooled", "stages__0__pruner": "wanda"}
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}, "rounds": {"quorum": 2}}
+    job = load(small.job("interrupted", clients=clients, evaluate={}, **stage, **secure))
+    honest = Opening.open
+
+    def killed(opening: Opening, revealed: Any) -> Any:
+        honest(opening, revealed)
+        raise RuntimeError("killed")
+
+    def resumed(silent: frozenset[tuple[str, str]] = frozenset(), without: str = "") -> RunFolder:
+        class Engine(Recorder):
+            seen = []  # noqa: RUF012
+
+        Engine.silent = silent
+        with closing(RunFolder(tmp_path / "run", job, resume=True)) as run:
+            local_clients = server.local_clients(job, server.open_model(job.model), run.path / "clients")
+            server.run_job(job, Engine([client for client in local_clients if client.name != without]), run)
+        return run
+
+    monkeypatch.setattr(Opening, "open", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        resumed(frozenset({("cedar", "prune/statistics")}))
+    monkeypatch.setattr(Opening, "open", honest)
+    return resumed
+
+
+def test_a_run_that_goes_on_opens_the_same_sum_of_the_same_clients(interrupted: Resumed) -> None:
+    run = interrupted()
+    tensors = json.loads((run.path / "pruning.json").read_text())["tensors"]
+    blocks = {row["block"]: row["clients"] for row in tensors}
+    assert blocks == {0: ["ash", "birch", "dogwood"], 1: list(OWNERS)}
+
+
+@pytest.mark.parametrize("how", [{"without": "birch"}, {"silent": frozenset({("birch", "prune/statistics")})}])
+def test_a_run_that_goes_on_without_a_client_of_the_sum_is_one_line(interrupted: Resumed, how: dict[str, Any]) -> None:
+    line = r"client 'birch': it was in the sum .* \(2 of 3 clients are there\); continue with --resume when it is back"
+    with pytest.raises(FedgroveError, match=line):
+        interrupted(**how)
+    interrupted()  # birch is back
+
+
+@pytest.mark.parametrize("forgets", ["prune/statistics", "rounds/secagg/keys"])
+def test_a_server_that_asks_again_without_a_client_learns_nothing(interrupted: Resumed, tmp_path: Path, forgets: str) -> None:
+    (tmp_path / "run" / "work" / "secure-sums.json").unlink()
+    line = r"client 'ash': its response is already in a sum of other clients \(ash, birch, dogwood\); continue with --resume"
+    with pytest.raises(FedgroveError, match=line):
+        interrupted(frozenset({("birch", forgets)}))
 
 
 def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp_path: Path) -> None:
@@ -158,8 +256,6 @@ def test_jobs_that_secure_aggregation_cannot_do_are_refused(small: Small, change
 @pytest.mark.parametrize(
     ("tensors", "reply"),
     [
-        ({}, Losses(shared=1.0, own=None)),
-        ({}, Trained(tokens=1)),
         ({"change/x": torch.zeros(2, dtype=torch.int32)}, Trained(tokens=1, loss=0.5)),
         ({"change/x": torch.zeros(2, dtype=torch.int32)}, Losses(shared=1.0, own=2.0)),
     ],
@@ -171,6 +267,10 @@ def test_a_server_that_asks_for_a_mask_where_there_is_nothing_to_mask_gets_nothi
     client = server.local_clients(job, server.open_model(job.model), tmp_path)[0]
     request = KeepWeights(stage=1, part=0)
     monkeypatch.setattr(KeepWeights, "respond", lambda *arguments: Response(tensors, reply))
-    masking = Masking(session=new_session([one.name for one in job.clients], 64), sealed_shares={})
-    with pytest.raises(FedgroveError, match="is not a sum, so secure aggregation does not hide it; refused"):
+    session = new_session([one.name for one in job.clients], 64, request.sum_digest({}))
+    masking = Masking(session=session, peers=[])
+    with pytest.raises(FedgroveError, match="are not summed, so no mask would protect them; refused"):
+        respond(request, {}, masking, client, "cpu")
+    monkeypatch.setattr(KeepWeights, "OWN_FIELDS", frozenset())
+    with pytest.raises(FedgroveError, match="says more than its masked sums; refused"):
         respond(request, {}, masking, client, "cpu")

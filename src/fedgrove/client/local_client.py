@@ -29,7 +29,8 @@ class LocalClient:
         prompt, answer: templates instead of ``text`` in stages that tune: only the answer is trained on.
         owners: in a simulation, instead of ``data``: the clients whose windows this client uses; see
             :mod:`fedgrove.centralized`.
-        ledger: where it records what it has released; default: ``folder``, which a site removes after the run.
+        ledger: where it records its noisy responses, and the clients of each secure sum; default: ``folder``, which a
+            site removes after the run.
     """
 
     name: str
@@ -47,7 +48,7 @@ class LocalClient:
 
     @property
     def records(self) -> Path:
-        """The folder in which the client records its noisy responses, and with whom they were summed."""
+        """The folder in which the client records its noisy responses."""
         return self.ledger or self.folder
 
     def error(self, what: str, remedy: str | None = None) -> FedgroveError:

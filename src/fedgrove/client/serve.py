@@ -54,6 +54,8 @@ def respond(
     """Responds to a request that :func:`read` returned; see :func:`serve`."""
     if client.credentials is not None and masking is None and not request.discloses() <= HARMLESS:
         raise client.error(f"it responds to '{request.KIND}' only under secure aggregation")
+    if masking is not None:
+        masking.check(client, request, tensors)
     release = request.release()
     with torch.no_grad():
         if release is None:
@@ -64,18 +66,14 @@ def respond(
             response = Response(packed[0], request.REPLY.model_validate(packed[1]))
     if masking is not None:
         _check_all_is_masked(request, response, client)
-        response = Response(masking.apply(client, response.tensors, release), response.reply)
+        response = Response(masking.apply(client, request.sum_name, response.tensors), response.reply)
     return pack(request, response)
 
 
 def _check_all_is_masked(request: Request, response: Response, client: LocalClient) -> None:
-    """Refuses a response under secure aggregation that says something beside its masked tensors.
-
-    A server may ask for a mask where there is nothing to mask: the JSON of a response travels as it is.
-    """
-    said = response.reply.model_dump(exclude_none=True).keys() - UNMASKED
-    if said or not response.tensors:
-        raise client.error(f"its response to '{request.KIND}' is not a sum, so secure aggregation does not hide it; refused")
+    """Refuses a response under secure aggregation whose JSON, which travels as it is, says something of the text."""
+    if response.reply.model_dump(exclude_none=True).keys() - UNMASKED:
+        raise client.error(f"its response to '{request.KIND}' says more than its masked sums; refused")
 
 
 def pack(request: Request, response: Response) -> bytes:

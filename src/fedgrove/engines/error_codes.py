@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from fedgrove.errors import FedgroveError
+from fedgrove.privacy.secagg.session import OtherSurvivors
 
 VERSION = importlib.metadata.version("fedgrove")
 MESSAGES = {
@@ -22,6 +23,8 @@ MESSAGES = {
     "models": "it has no model of that name ([models] in its site.toml)",
     "site-file": "its site.toml is not valid; `fedgrove federation doctor` there says why",
     "joined": "it has not agreed to this run; continue with --resume",
+    "survivors": "it is already in this sum with other clients; continue with --resume when they are back, "
+    "or run the job under another name",
     "data": "{name} in its handler; its text or settings are wrong, and its own log/site.log says why",
     "disk": "its disk is full; free some space there",
     "memory": "out of memory; raise limit in its site.toml, or lower samples or length",
@@ -65,6 +68,8 @@ def encode_exception(error: BaseException) -> str:
     name = type(error).__name__
     if isinstance(error, Refusal):
         return encode(error.code, name, error.word)
+    if isinstance(error, OtherSurvivors):
+        return encode("survivors", name)
     if isinstance(error, FedgroveError):
         return encode("data", name)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,8 +1,8 @@
-"""Noisy releases: each is made once and summed with one set of clients only; and the privacy guarantees in words.
+"""Noisy releases: each is made once; and the privacy guarantees in words.
 
 The accounting assumes that noise is drawn once per release. A client that draws noise again for the same release spends
-ε again, and the difference of two sums that differ in one client reveals that client with less noise than guaranteed.
-So each client records on its own disk what it has released, and with which clients it was summed.
+ε again. So each client records on its own disk what it has released. With which clients it was summed is recorded for
+every secure sum, noisy or not: see :class:`fedgrove.privacy.secagg.store.SessionStore`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def release_once(
         tensors, info = make()
         save_tensors(tensors, file, {"info": json.dumps(info)})
     if release not in releases:
-        _write(folder, {**releases, release: None})
+        write_atomically(folder / "released.json", json.dumps([*releases, release]), fsync=True)
     for older in folder.glob("released-*.safetensors"):
         if older != file:
             older.unlink()
@@ -59,34 +59,11 @@ def release_once(
         return {name: opened.get_tensor(name) for name in names}, json.loads(opened.metadata()["info"])
 
 
-def agree_on_survivors(folder: Path, release: str, client: str, survivors: list[str]) -> None:
-    """Records with which clients a release is summed; called before the client helps to open the sum.
-
-    Args:
-        folder, release, client: as for :func:`release_once`.
-        survivors: the names of the clients in the sum, sorted.
-
-    Raises:
-        FedgroveError: the release was summed with other clients before: the difference of the two sums would contain
-            less noise than guaranteed.
-    """
-    releases = _read(folder)
-    if (releases.get(release) or survivors) != survivors:
-        raise FedgroveError(
-            "its noisy response is already in a sum of other clients", "run the job under another name", client=client
-        )
-    _write(folder, {**releases, release: survivors})
-
-
-def _read(folder: Path) -> dict[str, list[str] | None]:
-    """By release, the survivors of its sum; None: no sum with this release was opened."""
+def _read(folder: Path) -> list[str]:
+    """The names of all releases that were made."""
     file = folder / "released.json"
-    releases: dict[str, list[str] | None] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    releases: list[str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     return releases
-
-
-def _write(folder: Path, releases: dict[str, list[str] | None]) -> None:
-    write_atomically(folder / "released.json", json.dumps(releases), fsync=True)
 
 
 def statistics_statement(epsilon: float, delta: float, length: int, adders: int) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
+from fedgrove.models.tensor_files import raw_bytes
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
 
@@ -72,6 +73,14 @@ class Response(NamedTuple):
 class Request(BaseModel):
     """One message to one client; see the top of this file. Fields are plain data; tensors are sent with it.
 
+    Class attributes:
+        KIND: the name on the wire.
+        DISCLOSES: what responses reveal about a client's text.
+        REPLY: the type of the JSON of responses.
+        OWN_FIELDS: None: responses are not summed, and so are never masked. Else the fields in which the requests to the
+            clients of one sum may differ, such as ``calibration.samples``; all others have to be the same.
+        SUM_FIELDS: the fields by which a sum is known in its run.
+
     Attributes:
         stage: index of the stage in the job, from 0; round: index of the round in the stage, from 0.
     """
@@ -81,6 +90,8 @@ class Request(BaseModel):
     KIND: ClassVar[str]
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()
     REPLY: ClassVar[type[Reply]] = Reply
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = None
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round")
 
     stage: Index
     round: Index = 0
@@ -133,6 +144,30 @@ class Request(BaseModel):
     def adders(self) -> int:
         """With how many clients a response must be summed at least, because they add its noise together; 1: no such need."""
         return 1
+
+    @property
+    def sum_name(self) -> str:
+        """The name of the sum that the response goes into, in its run."""
+        return "/".join([self.KIND, *(str(getattr(self, field)) for field in self.SUM_FIELDS)])
+
+    def common_tensors(self, tensors: Tensors) -> Tensors:
+        """The tensors sent with the request, in a form that is the same for all clients of one sum."""
+        return tensors
+
+    def sum_digest(self, tensors: Tensors) -> str:
+        """A hash of what all clients of one sum are asked alike: all fields but ``OWN_FIELDS``, and the tensors."""
+        fields = self.model_dump(mode="json")
+        for name in self.OWN_FIELDS or ():
+            *path, last = name.split(".")
+            inner = fields
+            for part in path:
+                inner = inner.get(part) or {}
+            inner.pop(last, None)
+        digest = hashlib.sha256(f"{self.KIND} {json.dumps(fields, sort_keys=True)}".encode())
+        for name, tensor in sorted(self.common_tensors(tensors).items()):
+            digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            digest.update(raw_bytes(tensor.detach().cpu()))
+        return digest.hexdigest()
 
     def beyond(self, config: StageConfig) -> str | None:
         """The first field that the stage of an agreed job does not allow; None: the request is within the job.

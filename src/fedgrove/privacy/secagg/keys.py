@@ -7,8 +7,9 @@ neither can be used for another purpose or session.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal
@@ -113,9 +114,23 @@ def advert_message(session: Session, client: str, advert: Advert) -> bytes:
     return b"fedgrove keys" + session.digest + json.dumps([client, keys], sort_keys=True).encode()
 
 
-def survivors_message(session: Session, survivors: list[str]) -> bytes:
-    """The message that a client signs in phase 4: the list of survivors, and the session."""
-    return b"fedgrove survivors" + session.digest + json.dumps(survivors).encode()
+def advert_hash(client: str, advert: Advert) -> str:
+    """SHA-256 of a client's name and advert, in hex."""
+    return hashlib.sha256(json.dumps([client, asdict(advert)], sort_keys=True).encode()).hexdigest()
+
+
+def adverts_digest(session: Session, hashes: Mapping[str, str]) -> bytes:
+    """The digest of a session and of all its adverts, 32 bytes: it differs each time a session is begun.
+
+    Args:
+        hashes: by client, :func:`advert_hash`, of all clients that sent keys.
+    """
+    return hashlib.sha256(session.digest + json.dumps(hashes, sort_keys=True).encode()).digest()
+
+
+def survivors_message(adverts_digest: bytes, survivors: list[str]) -> bytes:
+    """The message that a client signs in phase 5: the list of survivors, the session, and the keys of all its clients."""
+    return b"fedgrove survivors" + adverts_digest + json.dumps(survivors).encode()
 
 
 def session_key(seed: str, purpose: Literal["mask", "channel"], session: Session) -> X25519PrivateKey:
@@ -126,6 +141,15 @@ def session_key(seed: str, purpose: Literal["mask", "channel"], session: Session
 def public_hex(private: X25519PrivateKey) -> str:
     """The public key of a private key, in hex."""
     return private.public_key().public_bytes_raw().hex()
+
+
+def is_usable(public: str) -> bool:
+    """Whether X25519 accepts a public key, in hex; a point of small order would give no secret."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(public)))
+    except ValueError:
+        return False
+    return True
 
 
 def pair_mask_key(private: X25519PrivateKey, public: str, session: Session, client: str, peer: str) -> bytes:
@@ -152,37 +176,45 @@ def _derive(secret: bytes, purpose: str, session: Session) -> bytes:
     return HKDF(SHA256(), 32, session.digest, f"fedgrove/{purpose}".encode()).derive(secret)
 
 
-def seal(private: X25519PrivateKey, public: str, session: Session, sender: str, receiver: str, plain: bytes) -> str:
-    """Encrypts a message for the receiver, in hex; at most one message per direction in a session (the nonce is fixed).
+@dataclass(frozen=True)
+class Channel:
+    """The encrypted channel of one client in one session.
 
-    Args:
-        private: the sender's channel key.
-        public: the receiver's, in hex.
+    Attributes:
+        private: the client's channel key.
+        session: the session.
+        adverts_digest: of all keys of the session, see :func:`adverts_digest`.
+        client: the client's name.
     """
-    cipher = ChaCha20Poly1305(_agree(private, public, "channel", session, sender, receiver))
-    return cipher.encrypt(_nonce(sender, receiver), plain, _envelope(session, sender, receiver)).hex()
 
+    private: X25519PrivateKey
+    session: Session
+    adverts_digest: bytes
+    client: str
 
-def unseal(private: X25519PrivateKey, public: str, session: Session, sender: str, receiver: str, sealed: str) -> bytes:
-    """Decrypts what :func:`seal` made.
+    def seal(self, peer: str, public: str, plain: bytes) -> str:
+        """Encrypts a message for a peer, in hex; at most one for each peer in a session (the nonce is fixed).
 
-    Args:
-        private: the receiver's channel key.
-        public: the sender's, in hex.
+        Args:
+            public: the peer's channel key, in hex.
+        """
+        cipher = ChaCha20Poly1305(self._key(peer, public))
+        return cipher.encrypt(_nonce(self.client, peer), plain, self._envelope(self.client, peer)).hex()
 
-    Raises:
-        SecureError: it was not encrypted by the sender for this receiver in this session.
-    """
-    cipher = ChaCha20Poly1305(_agree(private, public, "channel", session, sender, receiver))
-    try:
-        return cipher.decrypt(_nonce(sender, receiver), bytes.fromhex(sealed), _envelope(session, sender, receiver))
-    except (InvalidTag, ValueError) as error:
-        raise SecureError(f"secure aggregation: the shares of client '{sender}' were changed in transit; refused") from error
+    def unseal(self, peer: str, public: str, sealed: str) -> bytes | None:
+        """Decrypts what the peer's :meth:`seal` made for this client; None: it was not made by it for this session."""
+        cipher = ChaCha20Poly1305(self._key(peer, public))
+        try:
+            return cipher.decrypt(_nonce(peer, self.client), bytes.fromhex(sealed), self._envelope(peer, self.client))
+        except (InvalidTag, ValueError):
+            return None
+
+    def _key(self, peer: str, public: str) -> bytes:
+        return _agree(self.private, public, "channel", self.session, self.client, peer)
+
+    def _envelope(self, sender: str, receiver: str) -> bytes:
+        return self.adverts_digest + json.dumps([sender, receiver]).encode()
 
 
 def _nonce(sender: str, receiver: str) -> bytes:
     return bytes(11) + bytes([sender < receiver])  # a key encrypts one message per direction, so one bit suffices
-
-
-def _envelope(session: Session, sender: str, receiver: str) -> bytes:
-    return session.digest + json.dumps([sender, receiver]).encode()

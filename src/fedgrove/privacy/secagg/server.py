@@ -5,7 +5,7 @@ Callers must check the form of the clients' messages (names, lengths of keys and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fedgrove.privacy.secagg import keys, masking
 from fedgrove.privacy.secagg.keys import Advert
 from fedgrove.privacy.secagg.session import SecureError, Session
-from fedgrove.privacy.secagg.sharing import Secret, recover
+from fedgrove.privacy.secagg.sharing import Secret, find_secret
 
 Revealed = Mapping[str, Mapping[str, Mapping[Secret, str]]]  # client -> owner of a secret -> which -> share in hex
 
@@ -32,8 +32,33 @@ def sealed_shares_for(session: Session, client: str, sealed_shares: Mapping[str,
     return {peer: sealed_shares[peer][client] for peer in session.neighbors(client) if client in sealed_shares.get(peer, {})}
 
 
+def clients_with_shares(
+    session: Session, sealed_shares: Mapping[str, Mapping[str, str]], unreadable: Mapping[str, Collection[str]]
+) -> list[str]:
+    """For phase 4: the clients whose secrets could be recovered, sorted; the others take no part.
+
+    Those whose shares fewer than ``threshold`` of the remaining clients could read are left out, one after the other.
+
+    Args:
+        sealed_shares: by sender, what :func:`fedgrove.privacy.secagg.client.share` returned.
+        unreadable: by receiver, what :func:`fedgrove.privacy.secagg.client.receive` returned.
+    """
+    remaining = set(unreadable)
+
+    def num_readers(client: str) -> int:
+        readers = remaining & set(session.neighbors(client)) & set(sealed_shares[client])
+        return 1 + sum(client not in unreadable[reader] for reader in readers)
+
+    while remaining:
+        fewest = min(sorted(remaining), key=num_readers)
+        if num_readers(fewest) >= session.threshold:
+            break
+        remaining.remove(fewest)
+    return sorted(remaining)
+
+
 def signatures_for(session: Session, client: str, signatures: Mapping[str, str]) -> dict[str, str]:
-    """For phase 5: the signatures of the client and its neighbors that have sent theirs."""
+    """For phase 6: the signatures of the client and its neighbors that have sent theirs."""
     return {holder: signatures[holder] for holder in session.holders(client) if holder in signatures}
 
 
@@ -43,12 +68,13 @@ class Opening:
     Memory: the size of one client's input, whatever the number of clients.
 
     Args:
-        session: the public parameters of the sum.
+        session: the public description of the sum.
         adverts: by client, the keys of the clients that sent some.
-        sharers: the clients that sent shares: their pairwise masks are in their neighbors' inputs.
+        sharers: the clients that were to mask an input: their pairwise masks are in their neighbors' inputs.
 
     Attributes:
         survivors: the clients whose inputs are in the sum, sorted.
+        liars: the clients that revealed wrong shares which had to be left out.
     """
 
     def __init__(self, session: Session, adverts: Mapping[str, Advert], sharers: Iterable[str]):
@@ -56,6 +82,7 @@ class Opening:
         self.adverts = adverts
         self.sharers = sorted(sharers)
         self.survivors: list[str] = []
+        self.liars: set[str] = set()
         self._sum: dict[str, Tensor] = {}
 
     def add(self, client: str, tensors: Mapping[str, Tensor]) -> None:
@@ -74,22 +101,17 @@ class Opening:
             revealed: by client, what :func:`fedgrove.privacy.secagg.client.reveal` returned.
 
         Raises:
-            SecureError: there are fewer shares than the threshold, or a recovered secret does not match its commitment
-                or key.
+            SecureError: there are fewer shares of a secret than the threshold, or fewer right ones.
         """
         rings = masking.as_rings(self._sum)
         for client in self.survivors:
             seed = self.secret(client, "self", revealed)
-            if keys.commitment(seed, self.session) != self.adverts[client].commitment:
-                raise SecureError(f"secure aggregation: the shares of client '{client}' do not fit together", "try again")
             masking.add_keystream(rings, keys.self_mask_key(seed, self.session), -1)
         for dropped in sorted(set(self.sharers) - set(self.survivors)):
             peers = [client for client in self.session.neighbors(dropped) if client in self.survivors]
             if not peers:
                 continue
             private = keys.session_key(self.secret(dropped, "mask", revealed), "mask", self.session)
-            if keys.public_hex(private) != self.adverts[dropped].mask_key:
-                raise SecureError(f"secure aggregation: the shares of client '{dropped}' do not fit together", "try again")
             for client in peers:
                 key = keys.pair_mask_key(private, self.adverts[client].mask_key, self.session, dropped, client)
                 masking.add_keystream(rings, key, -masking.pair_sign(client, dropped))
@@ -98,19 +120,36 @@ class Opening:
         return self._sum
 
     def secret(self, owner: str, which: Secret, revealed: Revealed) -> str:
-        """A client's secret in hex, recovered from the first ``threshold`` of its shares.
+        """A client's secret in hex, recovered from shares that fit its commitment or its key.
+
+        Wrong shares are left out where ``threshold`` right ones remain; their holders are added to ``liars``.
 
         Raises:
-            SecureError: fewer shares than the threshold.
+            SecureError: fewer shares than the threshold, or fewer right ones.
         """
-        shares: dict[int, str] = {}
-        for place, holder in enumerate(self.session.holders(owner)):
-            value = revealed.get(holder, {}).get(owner, {}).get(which)
-            if value is not None and len(shares) < self.session.threshold:
-                shares[place] = value
-        if len(shares) < self.session.threshold:
+        session, advert = self.session, self.adverts[owner]
+        holders = session.holders(owner)
+        given = {place: revealed.get(holder, {}).get(owner, {}).get(which) for place, holder in enumerate(holders)}
+        shares = {place: share for place, share in given.items() if share is not None}
+        if len(shares) < session.threshold:
             raise SecureError(
-                f"secure aggregation: {len(shares)} shares of client '{owner}', {self.session.threshold} needed: "
+                f"secure aggregation: {len(shares)} shares of client '{owner}', {session.threshold} needed: "
                 "too many clients dropped; nothing is opened"
             )
-        return recover(shares)
+
+        def fits(seed: str) -> bool:
+            if which == "self":
+                return keys.commitment(seed, session) == advert.commitment
+            return keys.public_hex(keys.session_key(seed, "mask", session)) == advert.mask_key
+
+        suspects = [place for place, holder in enumerate(holders) if holder in self.liars]
+        found = find_secret(shares, session.threshold, fits, suspects)
+        if found is None:
+            raise SecureError(
+                f"secure aggregation: the shares of client '{owner}' do not fit together: it, or too many of those who hold "
+                "them, sent wrong ones",
+                f"leave out '{owner}', or run again",
+            )
+        secret, wrong = found
+        self.liars |= {holders[place] for place in wrong}
+        return secret

@@ -1,4 +1,4 @@
-"""The public parameters of one secure sum: the clients, their neighbors, and how many must not drop out."""
+"""The public description of one secure sum: the clients, their neighbors, and how many must not drop out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from fedgrove.errors import FedgroveError
 
@@ -17,48 +18,99 @@ class SecureError(FedgroveError):
     """A client refuses a message, or a sum cannot be opened."""
 
 
-@dataclass(frozen=True)
-class Session:
-    """The public parameters of one sum. Every client signs them together with its keys.
+class OtherSurvivors(SecureError):
+    """A client's response to a request is already in a sum of other clients: the difference could reveal one of them."""
+
+
+class Parameters(NamedTuple):
+    """How many of a sum's clients share masks, and how many must not drop out.
 
     Attributes:
-        name: random, new for every sum.
-        clients: names of the clients that are asked to take part, sorted.
         degree: the number of neighbors of each client: even, or all other clients.
         threshold: how many of the ``degree`` + 1 shares of a secret recover it, and how many of a client and its
             neighbors must have signed the list of survivors before the client reveals shares.
         quorum: the smallest number of survivors with which the sum is opened.
-        bits: the size of the ring of int64 tensors, 8 to 64.
+    """
+
+    degree: int
+    threshold: int
+    quorum: int
+
+
+def parameters(clients: int) -> Parameters:
+    """The parameters of a sum; the server and every client compute them, so no message contains them.
+
+    With up to 49 clients, all are neighbors of each other, and two thirds of them (rounded up) have to survive. With
+    more clients, each has 8·⌈log₂ n⌉ neighbors; two thirds of all clients and about half of each neighborhood have to
+    survive. Neighborhoods are random, so some lose more than a third of their members when a third of all clients drops
+    out.
+
+    Args:
+        clients: how many are asked to take part.
 
     Raises:
-        SecureError: the parameters are inconsistent, or would not protect a client.
+        SecureError: fewer than two clients.
+    """
+    if clients < 2:
+        raise SecureError("secure aggregation: a sum of one client is not secret; there must be at least two")
+    quorum = min_survivors(clients)
+    degree = 8 * math.ceil(math.log2(clients))
+    if degree >= clients - 1:
+        return Parameters(clients - 1, quorum, quorum)
+    return Parameters(degree, degree // 2 + 2, quorum)
+
+
+def min_survivors(clients: int) -> int:
+    """The smallest number of survivors of ``clients`` in any opened sum: two thirds (rounded up), more than half."""
+    return max(clients - clients // 3, clients // 2 + 1)
+
+
+@dataclass(frozen=True)
+class Session:
+    """The public description of one sum. Every client signs it together with its keys.
+
+    Attributes:
+        name: random, new for every sum.
+        clients: names of the clients that are asked to take part, sorted. Their number determines ``degree``,
+            ``threshold`` and ``quorum``: see :class:`Parameters`.
+        bits: the size of the ring of int64 tensors, 8 to 64.
+        request: a hash of what all clients are asked alike, see :meth:`fedgrove.rounds.request.Request.sum_digest`. As
+            part of the session it is in every signature and in the derivation of every mask.
+
+    Raises:
+        SecureError: the clients are too few, not sorted or not distinct, or there is no such ring.
     """
 
     name: str
     clients: tuple[str, ...]
-    degree: int
-    threshold: int
-    quorum: int
     bits: int = 64
+    request: str = ""
 
     def __post_init__(self) -> None:
-        number = len(self.clients)
-        if not all(type(fact) is int for fact in (self.degree, self.threshold, self.quorum, self.bits)):
-            raise SecureError("secure aggregation: degree, threshold, quorum and bits of a session must be integers")
         if sorted(set(self.clients)) != list(self.clients):
             raise SecureError("secure aggregation: the clients are not sorted, or one is named twice")
-        if not 0 < self.degree < number or (self.degree % 2 and self.degree < number - 1):
-            raise SecureError(f"secure aggregation: {self.degree} neighbors are not possible among {number} clients")
-        if not self.degree + 1 < 2 * self.threshold <= 2 * (self.degree + 1):
-            raise SecureError("secure aggregation: the threshold must be more than half of the shares, and at most all of them")
-        if not number < 2 * self.quorum <= 2 * number:
-            raise SecureError("secure aggregation: the quorum must be more than half of the clients, and at most all of them")
-        if not 8 <= self.bits <= 64:
+        if type(self.bits) is not int or not 8 <= self.bits <= 64:
             raise SecureError("secure aggregation: a ring must have 8 to 64 bits")
+        parameters(len(self.clients))
+
+    @property
+    def degree(self) -> int:
+        """See :class:`Parameters`."""
+        return parameters(len(self.clients)).degree
+
+    @property
+    def threshold(self) -> int:
+        """See :class:`Parameters`."""
+        return parameters(len(self.clients)).threshold
+
+    @property
+    def quorum(self) -> int:
+        """See :class:`Parameters`."""
+        return parameters(len(self.clients)).quorum
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of all parameters, 32 bytes."""
+        """SHA-256 of all fields, 32 bytes."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
 
     def ring_bits(self, itemsize: int) -> int:
@@ -86,32 +138,15 @@ def _ring(session: Session) -> list[str]:
     return sorted(session.clients, key=lambda client: hashlib.sha256(f"{session.name}/{client}".encode()).digest())
 
 
-def new_session(clients: Iterable[str], bits: int = 64) -> Session:
-    """The parameters of the next sum, with a random name.
-
-    With up to 49 clients, all are neighbors of each other, and two thirds of them (rounded up) have to survive. With
-    more clients, each has 8·⌈log₂ n⌉ neighbors; two thirds of all clients and about half of each neighborhood have to
-    survive. Neighborhoods are random, so some lose more than a third of their members when a third of all clients drops
-    out.
+def new_session(clients: Iterable[str], bits: int = 64, request: str = "") -> Session:
+    """The next sum, with a random name.
 
     Args:
         clients: their names.
         bits: size of the ring of int64 tensors.
+        request: see :class:`Session`.
 
     Raises:
         SecureError: fewer than two clients.
     """
-    names = tuple(sorted(clients))
-    number = len(names)
-    if number < 2:
-        raise SecureError("secure aggregation: a sum of one client is not secret; there must be at least two")
-    quorum = min_survivors(number)
-    degree = 8 * math.ceil(math.log2(number))
-    if degree >= number - 1:
-        return Session(secrets.token_hex(16), names, number - 1, quorum, quorum, bits)
-    return Session(secrets.token_hex(16), names, degree, degree // 2 + 2, quorum, bits)
-
-
-def min_survivors(clients: int) -> int:
-    """The smallest number of survivors of ``clients`` in any opened sum: two thirds (rounded up), more than half."""
-    return max(clients - clients // 3, clients // 2 + 1)
+    return Session(secrets.token_hex(16), tuple(sorted(clients)), bits, request)

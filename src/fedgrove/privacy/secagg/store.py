@@ -11,8 +11,11 @@ from pathlib import Path
 
 from fedgrove.files import write_atomically
 from fedgrove.privacy.secagg.keys import Advert
-from fedgrove.privacy.secagg.session import SecureError, Session
+from fedgrove.privacy.secagg.session import OtherSurvivors, SecureError, Session
 from fedgrove.privacy.secagg.sharing import SECRET_BYTES, Secret
+
+ENDED = "records/ended.txt"  # the digests of the sessions that were begun and are over, one in a line
+SUMS = "records/sums.json"  # by name of the sum, the clients in it
 
 
 def _new_secret() -> str:
@@ -25,12 +28,14 @@ class SessionState:
 
     Attributes:
         mask_seed, self_seed, channel_seed: the client's secrets; the first two are shared among its neighbors.
-        adverts: the neighbors' keys, as first received.
+        adverts: the neighbors' keys that are valid, as first received.
+        adverts_digest: of the keys of all clients, in hex; empty before they are received.
         own_shares: the client's shares of its own secrets: {"mask": share, "self": share}.
         sealed_shares: by neighbor, the encrypted shares that this client sends to it.
         held_shares: by neighbor, the shares of the neighbor's secrets that this client holds, like ``own_shares``.
-        masked: whether this session has masked an input.
-        release: the name of that input, if it was a noisy release; see :mod:`fedgrove.privacy.release`.
+        received: by neighbor, the encrypted shares as first received; None: phase 3 has not begun.
+        peers: the neighbors with which the input shares a mask; None: no input was masked.
+        sum_name: the name of the sum of that input in its run.
         survivors: the list that this client signed.
     """
 
@@ -38,11 +43,13 @@ class SessionState:
     self_seed: str = field(default_factory=_new_secret)
     channel_seed: str = field(default_factory=_new_secret)
     adverts: dict[str, Advert] | None = None
+    adverts_digest: str = ""
     own_shares: dict[Secret, str] | None = None
     sealed_shares: dict[str, str] | None = None
     held_shares: dict[str, dict[Secret, str]] = field(default_factory=dict)
-    masked: bool = False
-    release: str | None = None
+    received: dict[str, str] | None = None
+    peers: list[str] | None = None
+    sum_name: str = ""
     survivors: list[str] | None = None
 
     @classmethod
@@ -61,12 +68,18 @@ class SessionState:
 class SessionStore:
     """Stores the state of a client's newest session only: without its state, an older one can no longer be unmasked.
 
+    It also records the sessions that are over, so that none is begun again with other secrets, and the clients in each
+    sum, so that no second sum differs from it in one of them. Before anything is sent, what it depends on is on the disk
+    and would survive a power failure.
+
     Args:
-        folder: on the client's own disk; created when needed.
+        folder: on the client's own disk; created when needed. It may be removed after the run.
+        records: the folder of what it records; default: in ``folder``. A site keeps it for all runs of a job.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, records: Path | None = None):
         self.folder = folder
+        self._ended_file, self._sums_file = (records or folder) / ENDED, (records or folder) / SUMS
 
     @contextlib.contextmanager
     def opened(self, session: Session, begin: bool = False) -> Iterator[SessionState]:
@@ -76,7 +89,8 @@ class SessionStore:
             begin: if the session is not the current one, start it with new secrets; this ends the current one.
 
         Raises:
-            SecureError: the session is not the one that was started last, and ``begin`` is false.
+            SecureError: the session is not the one that was started last, and ``begin`` is false; or it was begun before
+                and has ended.
         """
         path = self.folder / f"{session.digest.hex()}.json"
         before = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -84,6 +98,9 @@ class SessionStore:
             state = SessionState.of(before)
         elif begin:
             state = SessionState()
+            if session.digest.hex() in self._ended():
+                raise SecureError("secure aggregation: this client began this session before, and it is over; refused")
+            self._end([file.stem for file in sorted(self.folder.glob("*.json"))])
             for older in self.folder.glob("*.json*"):  # also partial files of a killed process, which contain secrets
                 older.unlink()
         else:
@@ -92,3 +109,34 @@ class SessionStore:
         if state.dumps() != before:
             # fsync: before a response is sent, its record must survive a power failure
             write_atomically(path, state.dumps(), mode=0o600, fsync=True)
+
+    def agree_on_survivors(self, sum_name: str, client: str, survivors: list[str]) -> None:
+        """Records with which clients this client's input is summed; called before it signs their list.
+
+        Args:
+            sum_name: the name of the sum in the run; also in a later session, and after the run was continued.
+            client: this client's name.
+            survivors: the names of the clients in the sum, sorted.
+
+        Raises:
+            OtherSurvivors: the sum was one of other clients before.
+        """
+        file = self._sums_file
+        sums: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = sums.setdefault(sum_name, survivors)
+        if known != survivors:
+            raise OtherSurvivors(
+                f"its response is already in a sum of other clients ({', '.join(known)})",
+                "continue with --resume when all of them are back, or run the job under another name",
+                client=client,
+            )
+        write_atomically(file, json.dumps(sums), mode=0o600, fsync=True)
+
+    def _end(self, digests: list[str]) -> None:
+        if digests:
+            text = "".join(f"{digest}\n" for digest in [*self._ended(), *digests])
+            write_atomically(self._ended_file, text, mode=0o600, fsync=True)
+
+    def _ended(self) -> list[str]:
+        file = self._ended_file
+        return file.read_text(encoding="utf-8").split() if file.is_file() else []

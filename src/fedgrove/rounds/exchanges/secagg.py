@@ -1,7 +1,8 @@
-"""The four phases around a sum under secure aggregation: keys, shares, survivors, opening. See :mod:`fedgrove.privacy.secagg`.
+"""The five phases around a sum under secure aggregation: keys, shares, receipt, survivors, opening.
 
-None of them discloses anything about a client's text. Between ``shares`` and ``check`` the request for the sum itself
-is sent, together with a :class:`Masking`, by which the client masks its response.
+See :mod:`fedgrove.privacy.secagg`. None of them discloses anything about a client's text. Between ``received`` and
+``check`` the request for the sum itself is sent, together with a :class:`Masking`, by which the client masks its
+response.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.privacy.release import agree_on_survivors
 from fedgrove.privacy.secagg import client as protocol
 from fedgrove.privacy.secagg import keys
 from fedgrove.privacy.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, Credentials
@@ -49,6 +49,12 @@ class Ciphertexts(Reply):
     sealed_shares: dict[str, SealedShares]
 
 
+class Unreadable(Reply):
+    """The neighbors whose shares this client could not decrypt."""
+
+    unreadable: list[str]
+
+
 class Signed(Reply):
     """A client's signature of the list of survivors: the clients whose responses are in the sum."""
 
@@ -62,17 +68,37 @@ class Revealed(Reply):
 
 
 class Masking(BaseModel):
-    """What a client needs to mask its response: the session, and the shares that its neighbors sent to it."""
+    """What a client needs to mask its response: the session, and the neighbors that mask theirs, too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     session: Session
-    sealed_shares: dict[str, SealedShares]
+    peers: list[str]
 
-    def apply(self, client: LocalClient, tensors: Mapping[str, Tensor], release: str | None) -> Tensors:
-        """The masked tensors of a response. Without the keys they cannot be told from random ones."""
+    def check(self, client: LocalClient, request: Request, tensors: Tensors) -> None:
+        """Checks before the work begins that the response will be summed with those of others to the same request.
+
+        Raises:
+            FedgroveError: responses to such a request are not summed, or the session is for another request.
+        """
+        if request.OWN_FIELDS is None:
+            raise client.error(f"responses to '{request.KIND}' are not summed, so no mask would protect them; refused")
+        if request.sum_digest(tensors) != self.session.request:
+            raise client.error(f"this '{request.KIND}' is not the request that the clients of this sum agreed on; refused")
+
+    def apply(self, client: LocalClient, sum_name: str, tensors: Mapping[str, Tensor]) -> Tensors:
+        """The masked tensors of a response. Without the keys they cannot be told from random ones.
+
+        Args:
+            sum_name: of the request, see :attr:`~fedgrove.rounds.request.Request.sum_name`.
+
+        Raises:
+            FedgroveError: there are none, or the protocol refuses it.
+        """
+        if not tensors:
+            raise client.error("its response has no tensors, so nothing of it would be summed; refused")
         _credentials_of(client)
-        return protocol.mask(self.session, client.name, _store_of(client), self.sealed_shares, tensors, release)
+        return protocol.mask(self.session, client.name, _store_of(client), self.peers, tensors, sum_name)
 
 
 class _Phase(Request):
@@ -99,14 +125,34 @@ class Shares(_Phase):
     REPLY: ClassVar[type[Reply]] = Ciphertexts
 
     adverts: dict[str, keys.Advert]
+    hashes: dict[str, Key]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        return Response({}, Ciphertexts(sealed_shares=protocol.share(*self._own(client), self.adverts)))
+        sealed_shares = protocol.share(*self._own(client), self.adverts, self.hashes)
+        return Response({}, Ciphertexts(sealed_shares=sealed_shares))
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Ciphertexts)
         if not reply.sealed_shares.keys() <= set(self.session.clients):
             raise WireError("it sends shares to clients that are not asked")
+
+
+class Received(_Phase):
+    """Decrypt the shares that your neighbors sent to you, and name the neighbors whose shares you cannot read."""
+
+    KIND: ClassVar[str] = "rounds/secagg/received"
+    REPLY: ClassVar[type[Reply]] = Unreadable
+
+    sealed_shares: dict[str, SealedShares]
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        session, name, _, store = self._own(client)
+        return Response({}, Unreadable(unreadable=protocol.receive(session, name, store, self.sealed_shares)))
+
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Unreadable)
+        if not set(reply.unreadable) <= self.sealed_shares.keys():
+            raise WireError("it names shares that it was not sent")
 
 
 class Check(_Phase):
@@ -118,13 +164,7 @@ class Check(_Phase):
     survivors: list[str]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        session, name, credentials, store = self._own(client)
-        signature = protocol.confirm(session, name, credentials, store, self.survivors)
-        with store.opened(session) as state:
-            release = state.release
-        if release is not None:
-            agree_on_survivors(client.records, release, name, self.survivors)
-        return Response({}, Signed(signature=signature))
+        return Response({}, Signed(signature=protocol.confirm(*self._own(client), self.survivors)))
 
 
 class Open(_Phase):
@@ -152,4 +192,4 @@ def _credentials_of(client: LocalClient) -> Credentials:
 
 
 def _store_of(client: LocalClient) -> SessionStore:
-    return SessionStore(client.folder / "secure")
+    return SessionStore(client.folder / "secure", client.ledger)

@@ -102,6 +102,17 @@ def check(tensors: Mapping[str, Tensor], weight: float) -> None:
             raise WireError(f"{name} is out of range")
 
 
+def check_floats(tensors: Mapping[str, Tensor]) -> None:
+    """Checks that floats are within the range of fixed-point numbers, so that a client can do no more by sending floats.
+
+    Raises:
+        WireError: a number is too large.
+    """
+    for name, tensor in tensors.items():
+        if (tensor.abs() > LARGEST).any():
+            raise WireError(f"{name} has numbers larger than {LARGEST}")
+
+
 def mean(total: Tensor, weight: Tensor | float) -> Tensor:
     """Σ weight·value / Σ weight in float64; 0 where Σ weight is 0.
 

@@ -93,6 +93,10 @@ class PruneBlock(Request):
     KIND: ClassVar[str] = "prune/block"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.MASKS, Disclosure.WEIGHTS})
     REPLY: ClassVar[type[Reply]] = Tokens
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
+        {"calibration.samples", "calibration.windows_per_run", "calibration.through", "recipe.sparsities", "recipe.blocks"}
+    )
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round", "block")
 
     block: int
     calibration: Calibration

@@ -34,6 +34,8 @@ class MeasureBlocks(Request):
 
     KIND: ClassVar[str] = "prune/outliers"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.OUTLIERS})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage",)
 
     allocation: str
     owl_m: float

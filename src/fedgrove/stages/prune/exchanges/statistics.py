@@ -83,6 +83,8 @@ class SumInputs(Request):
     KIND: ClassVar[str] = "prune/statistics"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS})
     REPLY: ClassVar[type[Reply]] = Tokens
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "block")
 
     block: int
     calibration: Calibration

@@ -44,6 +44,8 @@ class ScoreGroups(Request):
     KIND: ClassVar[str] = "structured/scores"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.SCORES})
     REPLY: ClassVar[type[Reply]] = Tokens
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage",)
 
     score: str
     calibration: Calibration

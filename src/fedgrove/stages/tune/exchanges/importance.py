@@ -45,6 +45,7 @@ class ScoreLinears(TuneRequest):
     KIND: ClassVar[str] = "tune/importance"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.IMPORTANCE})
     REPLY: ClassVar[type[Reply]] = Tokens
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "micro", "fixed.weight"})
 
     tokens: int
     steps: int

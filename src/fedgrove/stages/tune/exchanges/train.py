@@ -97,6 +97,9 @@ class Train(TuneRequest):
         {Disclosure.FACTORS, Disclosure.CHANGES, Disclosure.SCALES, Disclosure.LOSS}
     )
     REPLY: ClassVar[type[Reply]] = Trained
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
+        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "fixed.weight", "windows.noise"}
+    )
 
     parametrization: str
     trainer: str
@@ -129,6 +132,17 @@ class Train(TuneRequest):
 
     def release(self) -> str | None:
         return f"{self.stage}/{self.round}" if self.noisy else None
+
+    def common_tensors(self, tensors: Tensors) -> Tensors:
+        """For each part of a linear's change, what this client trains and the rest, side by side: ranks may differ."""
+        if not self.method.RANKED:
+            return tensors
+        joined: dict[str, list[Tensor]] = {}
+        for kind in (OWN, REST):
+            for name, tensor in sorted(tensors.items()):
+                if name.startswith(f"{kind}/"):
+                    joined.setdefault(name.removeprefix(f"{kind}/"), []).append(tensor)
+        return {name: torch.cat(parts, dim=1) for name, parts in joined.items()}
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
@@ -237,9 +251,7 @@ class Train(TuneRequest):
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.fixed is None:
-            too_large = [name for name, tensor in tensors.items() if (tensor.abs() > fixed_point.LARGEST).any()]
-            if too_large:
-                raise WireError(f"{too_large[0]} has numbers larger than {fixed_point.LARGEST:g}")
+            fixed_point.check_floats(tensors)
             return
         fixed_point.check(tensors, self.fixed.weight)
         for name, tensor in tensors.items():
