@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds.exchanges.secagg import Advert, Ciphertexts, Open, Revealed, Shares
 from fedgrove.rounds.wire import WireError
 from secagg import Federation, inputs_of, same, total, uniform
+from small import ROOT
 
 
 def test_what_the_server_sees_cannot_be_told_from_random(tmp_path: Path) -> None:
@@ -252,3 +254,14 @@ def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
     for one in (share, {}, {"other": share}, {"self": share, "mask": share}, {"self": share[2:]}):
         with pytest.raises(ValidationError):
             Revealed.model_validate({"shares": {**revealed, "c001": one}})
+
+
+def test_the_page_on_security_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_[a-z_]+)`", (ROOT / "docs" / "security.md").read_text(encoding="utf-8")))
+    defined = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)
+    }
+    assert len(named) > 20
+    assert named <= defined
