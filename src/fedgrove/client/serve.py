@@ -34,9 +34,12 @@ def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], M
     """Unpacks a message: the request, the tensors sent with it, and the masking of the response (None: no masking).
 
     Raises:
-        WireError: the message is damaged, or not a request of that kind.
+        WireError: the message is damaged, not a request of that kind, or a tensor holds NaN or infinity.
     """
     tensors, info = wire.unpack(message)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RequestError(f"{kind}: {name!a:.80} holds NaN or infinity", name)
     request = parse(kind, info.get("request"))
     masked = info.get("masking")
     try:

@@ -8,7 +8,8 @@ setting. A part that is as long as its content is uncompressed; a plane of zeros
 (CRC-32) detects damaged messages.
 
 Nothing in a received message is trusted before it is checked. Sizes follow from shapes and masks, and a Huffman code has at
-least one bit, so a message is refused before it can take more than 512 times its own length in memory.
+least one bit, so a message is refused before it can take more than 512 times its own length in memory. The JSON is read by
+:mod:`fedgrove.rounds.strict_json`: no NaN, no infinity, no number of absurd size, no key twice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import safetensors
 import torch
 from safetensors.numpy import load, save
 from torch import Tensor
+
+from fedgrove.rounds import strict_json
 
 Info = dict[str, Any]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -97,7 +100,7 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:
             raise ValueError("a part that is not bytes")
         if pieces.pop("checksum").tobytes() != _checksum(pieces).tobytes():
             raise ValueError("a wrong checksum")
-        header = json.loads(pieces.pop("header").tobytes())
+        header = strict_json.loads(pieces.pop("header").tobytes())
         info, rows = header["info"], header["tensors"]
         tensors: dict[str, Tensor] = {}
         for i, row in enumerate(rows):
