@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from pydantic import ValidationError
 
 from fedgrove.client import serve
+from fedgrove.client.hidden_states import Calibration
+from fedgrove.deploy.flare.installation import Declared
+from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load
+from fedgrove.job.tables import Job
+from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import strict_json, wire
-from fedgrove.rounds.request import RequestError
+from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
+from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
+from fedgrove.run import make_plans
+from fedgrove.stages.prune.calibration_pass import windows_at_once
+from fedgrove.stages.prune.exchanges.block import Recipe
+from small import LENGTH, Small
 
 
 def forge(info: str | bytes) -> bytes:
@@ -95,3 +111,207 @@ def test_a_request_whose_tensors_are_not_finite_is_refused_by_name(value: float,
     with pytest.raises(RequestError, match="start/v") as error:
         serve.read("tune/base", message)
     assert error.value.field == "start/v"
+
+
+# Fields
+
+
+def unbounded(schema: Any, definitions: dict[str, Any], path: str = "") -> list[str]:
+    """The places of a JSON schema where a number, a text or a list has no limit."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+    if "const" in schema or "enum" in schema:
+        return []
+    places = [
+        place
+        for key in ("anyOf", "oneOf", "allOf")
+        for one in schema.get(key, ())
+        for place in unbounded(one, definitions, path)
+    ]
+    kind = schema.get("type")
+    limits = {
+        "integer": ("maximum", "exclusiveMaximum"), "number": ("maximum", "exclusiveMaximum"),
+        "array": ("maxItems",), "object": ("maxProperties", "properties"), "string": ("maxLength", "pattern"),
+    }  # fmt: skip
+    if kind in limits and not schema.keys() & set(limits[kind]):
+        places.append(f"{path}: {kind}")
+    if kind in ("integer", "number") and not schema.keys() & {"minimum", "exclusiveMinimum"}:
+        places.append(f"{path}: {kind} without least value")
+    if kind == "string" and "pattern" in schema and re.search(r"[^}]\*|[^\]]\+", schema["pattern"]):
+        places.append(f"{path}: string of any length")
+    for name, one in schema.get("properties", {}).items():
+        places += unbounded(one, definitions, f"{path}.{name}")
+    below = [schema[key] for key in ("items", "additionalProperties", "propertyNames") if isinstance(schema.get(key), dict)]
+    for one in [*below, *schema.get("prefixItems", ()), *schema.get("patternProperties", {}).values()]:
+        places += unbounded(one, definitions, f"{path}[]")
+    return places
+
+
+MESSAGES = {
+    f"{one.KIND} {kind.__name__}": kind
+    for one in request_types()
+    for kind in (one, one.REPLY)
+    if not one.KIND.startswith("rounds/secagg/")  # compared with the session, which has rules of its own
+}
+METHODS = {  # checked against the names of files
+    f".terms.stages[].{key}"
+    for key in ("aggregation", "allocation", "parametrization", "planner", "pruner", "score", "trainer")
+}
+COMPARED = {".tokens: integer", ".tokens: integer without least value"}  # a reply's must be the number that was asked for
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_every_field_of_every_message_has_bounds(kind: str) -> None:
+    schema = MESSAGES[kind].model_json_schema()
+    without = set(unbounded(schema, schema.get("$defs", {}))) - COMPARED
+    assert not {place for place in without if place.removesuffix(": string") not in METHODS}
+
+
+HUGE: list[Any] = [0, -1, 2**50 + 1, 10**18, 10**400, 1e300, float("inf"), float("nan"), "x" * 10**6, None, [], {}]
+CAPABLE = {
+    "memory": 2**40, "speed": 1.0, "uplink": 10**6, "downlink": 10**7, "devices": 1, "bits": [16], "samples": 4, "sparsity": 0.5,
+}  # fmt: skip
+OPTIONAL = {"memory", "uplink", "downlink", "samples", "sparsity"}
+
+
+@pytest.mark.parametrize("lie", HUGE, ids=lambda lie: repr(lie)[:12])
+@pytest.mark.parametrize("field", CAPABLE)
+def test_a_capability_without_bounds_is_refused(field: str, lie: Any) -> None:
+    fine = (field in OPTIONAL and lie is None) or (field == "sparsity" and lie == 0) or (field == "bits" and lie == [])
+    if fine:
+        return
+    with pytest.raises(ValidationError):
+        Capabilities(**{**CAPABLE, field: lie})
+    if field in Declared.model_fields:
+        with pytest.raises(ValidationError):
+            Declared(**{"speed": 1.0, field: lie})
+
+
+@pytest.mark.parametrize("tokens", [{16: 0}, {16: 15}, {16: 2**50 + 1}, {17: 34}, {16: 32, 32: 32}, {}, {-1: 5}, {16: -32}])
+def test_tokens_that_no_text_has_are_refused(tokens: dict[int, int]) -> None:
+    request = DescribeYourself(calibrations=(), lengths=(16,))
+    with pytest.raises((ValidationError, WireError)):
+        request.check_reply(Capabilities(tokens=tokens))
+    request.check_reply(Capabilities(tokens={16: 32}))
+
+
+def test_samples_other_than_the_server_asked_for_are_refused() -> None:
+    request = DescribeYourself(calibrations=(Windows(samples=4, length=16, seed="0/0"),), lengths=())
+    request.check_reply(Capabilities(samples=4))
+    request.check_reply(Capabilities())
+    for samples in (1, 3, 5, 2**30):
+        with pytest.raises(WireError, match=f"it claims {samples} calibration windows, not 4"):
+            request.check_reply(Capabilities(samples=samples))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 97, 1024, 2**30 - 1, 2**30, 2**400])
+@pytest.mark.parametrize("length", [2, 16, 512, 4096])
+def test_the_number_of_windows_at_once_is_found_in_bounded_time(samples: int, length: int) -> None:
+    for dtype in (None, "bfloat16"):
+        together = windows_at_once(samples, length, dtype)
+        assert samples % together == 0
+        assert together == 1 or together * length <= 1024
+
+
+EXTREME = {
+    "memory": [1, 2**30, 2**50], "speed": [1e-6, 1.0, 1e6], "uplink": [None, 1, 2**50], "downlink": [None, 1, 2**50],
+    "devices": [1, 64], "bits": [(), (4,), (32, 16, 8, 4)], "sparsity": [None, 0.0, 0.999999],
+}  # fmt: skip
+STAGES: dict[str, dict[str, Any]] = {
+    "prune": {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH},
+    "sampled": {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH, "layers": {"sample": 0.5}},
+    "pooled": {"kind": "prune", "pruner": "wanda", "aggregation": "pooled", "sparsity": 0.5, "samples": 2, "length": LENGTH},
+    "structured": {"kind": "structured", "heads": 0.5, "samples": 2, "length": LENGTH},
+    "fedpipe": {"kind": "tune", "length": LENGTH, "ranks": [2, 4]},
+    "uniform": {"kind": "tune", "method": "lora", "length": LENGTH, "ranks": [2]},
+    "full": {"kind": "tune", "method": "full", "length": LENGTH},
+    "noise": {"kind": "tune", "method": "lora", "length": LENGTH, "ranks": [2], "epsilon": 8.0},
+}  # fmt: skip
+
+
+def capable(name: str) -> Iterator[Capabilities]:
+    """Every extreme value of every capability, alone and some together."""
+    usual = {"memory": 2**30, "bits": (32, 16, 8, 4)}
+    tokens = [{LENGTH: LENGTH}, {LENGTH: 2**50}] if name in ("noise", "fedpipe") else [{LENGTH: 1000 * LENGTH}]
+    for held in tokens:
+        for key, values in EXTREME.items():
+            for value in values:
+                yield Capabilities(**{**usual, "tokens": held, key: value})
+        for number in (0, -1):
+            yield Capabilities(**{"tokens": held, **{key: values[number] for key, values in EXTREME.items()}})
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_whatever_one_client_is_capable_of_the_others_plan(small: Small, name: str) -> None:
+    """The plan has the client, or leaves it out by name: no traceback, no infinite number."""
+    job = load(small.job(f"plan-{name}", stages=[STAGES[name]], evaluate={}, rounds={"quorum": 2}))
+    model = Checkpoint(small.model)
+    honest = {one: Capabilities(tokens={LENGTH: 100 * LENGTH}) for one in ("birch", "cedar")}
+    for liar in capable(name):
+        plans = make_plans(job, model, Answering(job, {**honest, "ash": liar}))
+        assert {"birch", "cedar"} <= set(plans[0].clients)
+        json.loads(plans[0].model_dump_json(), parse_constant=pytest.fail)
+        assert ("ash" in plans[0].clients) != ("ash" in plans[0].left_out)
+
+
+def test_without_a_quorum_such_a_client_ends_the_run_by_name(small: Small) -> None:
+    job = load(small.job("plan-all", stages=[STAGES["prune"]], evaluate={}))
+    everybody = {one: Capabilities(tokens={}) for one in ("birch", "cedar")} | {"ash": Capabilities(memory=1)}
+    with pytest.raises(FedgroveError, match=r"^client 'ash': one block needs .* \(clients\.memory\)"):
+        make_plans(job, Checkpoint(small.model), Answering(job, everybody))
+
+
+class Answering:
+    """A federation whose clients only report these capabilities."""
+
+    def __init__(self, job: Job, capabilities: dict[str, Capabilities]):
+        self.job, self._capabilities, self.said = job, capabilities, list[str]()
+        self.run = SimpleNamespace(phase=lambda phase: None, message=self.said.append)
+
+    def clients(self) -> list[str]:
+        return sorted(self._capabilities)
+
+    def collect(self, messages: Any) -> Iterator[Any]:
+        for client in messages:
+            yield client, {}, self._capabilities[client]
+
+
+def test_an_importance_or_noise_that_only_the_server_could_get_wrong_is_refused_at_the_client() -> None:
+    calibration = {"stage": 0, "samples": 4, "length": 16, "seed": "0/0"}
+    for change in (
+        {"compute_dtype": "float64"}, {"compute_dtype": "load"}, {"windows_per_run": 3}, {"windows_per_run": 0},
+        {"samples": 0}, {"samples": -4}, {"through": "../x"}, {"through": "server/../../x"}, {"seed": ""}, {"seed": "a\nb"},
+        {"seed": "x" * 10**6}, {"length": 1}, {"length": 2**60}, {"round": -1}, {"stage": True},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError):
+            Calibration(**{**calibration, **change})
+    recipe: dict[str, Any] = {"pruner": "wanda", "damping": "mean", "sparsities": (0.5, 0.5), "pattern": None, "blocks": (0, 1)}
+    for change in (
+        {"blocks": ()}, {"blocks": (2,)}, {"blocks": (-1,)}, {"sparsities": ()}, {"sparsities": (1.0, 0.5)},
+        {"sparsities": (float("nan"), 0.5)}, {"sparsities": (-0.1, 0.5)}, {"pattern": (0, 4)}, {"pattern": (4, 4)},
+        {"pattern": (-2, 4)}, {"pruner": "../wanda"}, {"pruner": "x" * 10**4}, {"damping": "none"},
+        {"sparsities": (0.5,) * 5000},
+    ):  # fmt: skip
+        with pytest.raises(ValidationError):
+            Recipe(**{**recipe, **change})
+    with pytest.raises(RequestError):
+        parse("prune/block", {"stage": 0, "block": 2, "calibration": calibration, "recipe": recipe, "aggregation": "fedspallm"})
+    for part in (-1, 4096, 10**30, "../../x", 0.5):
+        with pytest.raises(RequestError):
+            parse("tune/base", {"stage": 0, "part": part})
+
+
+@pytest.mark.parametrize("key", ["clients__0__memory", "clients__0__uplink"])
+@pytest.mark.parametrize("value", ["9" * 400, "1" + "0" * 30 + "GiB", 10**18, "2000000TiB"])
+def test_a_quantity_of_absurd_size_is_refused_by_its_key(small: Small, key: str, value: object) -> None:
+    with pytest.raises(FedgroveError, match=r"clients\.0\.(memory|uplink): "):
+        load(small.job("quantity", **{key: value}))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e300])
+@pytest.mark.parametrize(
+    "key", ["learning_rate", "alpha", "deadline", "upload_price", "proximal", "server_lr", "max_grad_norm"]
+)
+def test_a_number_of_a_job_that_is_not_finite_is_refused_by_its_key(small: Small, key: str, value: float) -> None:
+    with pytest.raises(FedgroveError, match=rf"stages\.0\.{key}: "):
+        load(small.job("infinite", stages=[{"kind": "tune", key: value}]))

@@ -11,8 +11,25 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from fedgrove import plugins
 from fedgrove.job.stage_config import STAGES, StageConfig, config_of
-from fedgrove.job.units import Bits, BitsPerSecond, Bytes, File, Files, Name, Sparsity, Table, Template
+from fedgrove.job.units import (
+    BitChoices,
+    BitsPerSecond,
+    Bytes,
+    Count,
+    Devices,
+    File,
+    Files,
+    Length,
+    Name,
+    Positive,
+    Samples,
+    Sparsity,
+    Speed,
+    Table,
+    Template,
+)
 
+MAX_CLIENTS, MAX_STAGES = 10_000, 64
 KINDS = tuple(plugins.names(STAGES, folders=True))
 if TYPE_CHECKING:
     AnyStage = StageConfig
@@ -71,12 +88,12 @@ class Client(Table):
     prompt: Template = None
     answer: Template = None
     memory: Bytes | None = None
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
+    speed: Speed | Literal["measure"] = 1.0
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
-    devices: Annotated[int, Field(ge=1, le=64)] = 1
-    samples: Annotated[int, Field(gt=0)] | None = None
+    bits: BitChoices = (32, 16, 8, 4)
+    devices: Devices = 1
+    samples: Samples | None = None
     sparsity: Sparsity | None = None
 
     _whole_pair = model_validator(mode="after")(whole_pair)
@@ -146,11 +163,11 @@ class Evaluate(Table):
     """
 
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
-    length: Annotated[int, Field(gt=1)] = 512
-    windows: Annotated[int, Field(ge=1)] | None = None
+    length: Length = 512
+    windows: Samples | None = None
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    records: Annotated[int, Field(ge=1)] | None = None
-    tokens: Annotated[int, Field(ge=1)] = 64
+    records: Samples | None = None
+    tokens: Count = 64
     alone: bool = False
     centralized: bool = False
     speed: bool = False
@@ -178,9 +195,9 @@ class Rounds(Table):
         retries: how often the request is sent again to a client that failed.
     """
 
-    quorum: Annotated[int, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    retries: Annotated[int, Field(ge=0)] = 0
+    quorum: Count | None = None
+    timeout: Positive | None = None
+    retries: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 class Privacy(Table):
@@ -192,7 +209,7 @@ class Privacy(Table):
     """
 
     secure_aggregation: bool = False
-    min_group: Annotated[int, Field(ge=2)] = 3
+    min_group: Annotated[int, Field(ge=2, le=2**20)] = 3
 
 
 class Job(Table):
@@ -210,10 +227,10 @@ class Job(Table):
     """
 
     name: Name
-    seed: int = 0
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 0
     model: Model
-    clients: Annotated[tuple[Client, ...], Field(min_length=1)]
-    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    clients: Annotated[tuple[Client, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1, max_length=MAX_STAGES)]
     evaluate: Evaluate = Evaluate()
     rounds: Rounds = Rounds()
     privacy: Privacy = Privacy()
@@ -270,7 +287,7 @@ class FederatedJob(Job):
             that want it.
     """
 
-    clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1)]
+    clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
     result: Literal["server", "sites"] = "server"
 
     @model_validator(mode="after")

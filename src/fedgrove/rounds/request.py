@@ -17,14 +17,15 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import Index
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
 
@@ -34,13 +35,12 @@ if TYPE_CHECKING:
     from fedgrove.models.blocks import Decoder
 
 __all__ = [
-    "CHANGE", "WEIGHT", "Disclosure", "Message", "Reply", "Request", "RequestError", "Response", "TensorSpecs", "Tensors",
-    "parse", "request_type", "request_types",
+    "CHANGE", "WEIGHT", "Disclosure", "Message", "Part", "Reply", "Request", "RequestError", "Response", "TensorSpecs",
+    "Tensors", "parse", "request_type", "request_types",
 ]  # fmt: skip
 
 Tensors = dict[str, Tensor]
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
-Index = Annotated[int, Field(ge=0, strict=True)]
 OTHER_ROOMS = {"rounds": "rounds.exchanges", "deploy": "deploy.flare.exchanges"}  # packages of no stage
 
 
@@ -56,10 +56,18 @@ class RequestError(WireError):
         self.field = field
 
 
-class Reply(BaseModel):
-    """The JSON of a response. Extra keys are refused, and so are numbers that are not finite."""
+class Part(BaseModel):
+    """Fields of a message. Unknown fields are refused, and so are numbers that are not finite.
+
+    A field that comes from the network has one of the bounded types of :mod:`fedgrove.job.units`: no number, text or list
+    without a limit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Reply(Part):
+    """The JSON of a response."""
 
 
 class Response(NamedTuple):
@@ -69,14 +77,12 @@ class Response(NamedTuple):
     reply: Reply
 
 
-class Request(BaseModel):
+class Request(Part):
     """One message to one client; see the top of this file. Fields are plain data; tensors are sent with it.
 
     Attributes:
         stage: index of the stage in the job, from 0; round: index of the round in the stage, from 0.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     KIND: ClassVar[str]
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import complaint
 from fedgrove.job.tables import KINDS, whole_pair
-from fedgrove.job.units import Bits, BitsPerSecond, Bytes, Files, Name, Table, Template
+from fedgrove.job.units import BitChoices, BitsPerSecond, Bytes, Files, Name, Speed, Table, Template
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -127,10 +127,10 @@ class SiteFile(Table):
     answer: Template = None
     memory: Bytes | None = None
     limit: Bytes | None = None
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
+    speed: Speed | Literal["measure"] = 1.0
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
+    bits: BitChoices = (32, 16, 8, 4)
     work: Folder = Path("work")
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None

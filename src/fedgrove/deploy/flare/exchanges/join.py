@@ -14,6 +14,7 @@ from fedgrove.deploy.flare.policy import Terms, refused_key
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
 from fedgrove.files import write_atomically
+from fedgrove.job.units import NonNegative
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
@@ -46,7 +47,7 @@ class JoinRun(SiteRequest):
     REPLY: ClassVar[type[Reply]] = Joined
 
     terms: Terms
-    clock: float
+    clock: NonNegative
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
         kit, settings, terms = site.kit, site.settings, self.terms

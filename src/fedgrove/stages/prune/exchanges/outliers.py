@@ -9,6 +9,7 @@ import torch
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.job.units import Fraction, Name, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
@@ -35,9 +36,9 @@ class MeasureBlocks(Request):
     KIND: ClassVar[str] = "prune/outliers"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.OUTLIERS})
 
-    allocation: str
-    owl_m: float
-    owl_lambda: float
+    allocation: Name
+    owl_m: Positive
+    owl_lambda: Fraction
     calibration: Calibration
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.units import MAX_BLOCKS, Index
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
 from fedgrove.stages.tune.client_model import base_folder
@@ -19,7 +22,7 @@ class KeepWeights(Request):
 
     KIND: ClassVar[str] = "tune/base"
 
-    part: int
+    part: Annotated[Index, Field(lt=MAX_BLOCKS)]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         save_tensors(tensors, base_folder(client, self.stage) / f"part-{self.part:05d}.safetensors")
