@@ -6,7 +6,8 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,14 +24,20 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint
+from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds import strict_json, wire
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
 from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
-from fedgrove.run import make_plans
+from fedgrove.run import local_clients, make_plans
+from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.block import Recipe
+from fedgrove.stages.tune.exchanges.train import Train, Training
+from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
+from fedgrove.stages.tune.trainers import dp_sgd, sgd
+from fedgrove.stages.tune.training import Budget, Settings, Work
 from small import LENGTH, Small
 
 
@@ -169,7 +176,8 @@ def test_every_field_of_every_message_has_bounds(kind: str) -> None:
 
 HUGE: list[Any] = [0, -1, 2**50 + 1, 10**18, 10**400, 1e300, float("inf"), float("nan"), "x" * 10**6, None, [], {}]
 CAPABLE = {
-    "memory": 2**40, "speed": 1.0, "uplink": 10**6, "downlink": 10**7, "devices": 1, "bits": [16], "samples": 4, "sparsity": 0.5,
+    "memory": 2**40, "speed": 1.0, "uplink": 10**6, "downlink": 10**7, "devices": 1, "bits": [16], "samples": 4,
+    "sparsity": 0.5,
 }  # fmt: skip
 OPTIONAL = {"memory", "uplink", "downlink", "samples", "sparsity"}
 
@@ -315,3 +323,99 @@ def test_a_quantity_of_absurd_size_is_refused_by_its_key(small: Small, key: str,
 def test_a_number_of_a_job_that_is_not_finite_is_refused_by_its_key(small: Small, key: str, value: float) -> None:
     with pytest.raises(FedgroveError, match=rf"stages\.0\.{key}: "):
         load(small.job("infinite", stages=[{"kind": "tune", key: value}]))
+
+
+# Differential privacy: whether a window is there must not show in an error
+
+
+ODD_WINDOWS = {
+    "infinite": torch.full((8, 5), float("inf")),
+    "one infinity": torch.zeros(8, 5).index_fill(0, torch.tensor([3]), float("-inf")),
+    "NaN": torch.full((8, 5), float("nan")),
+    "one NaN": torch.zeros(8, 5).masked_fill(torch.arange(40).view(8, 5) == 17, float("nan")),
+    "overflows when squared": torch.full((8, 5), 1e30),
+    "overflows in float64": torch.full((8, 5), 3e38),
+}
+
+
+@pytest.mark.parametrize("what", ODD_WINDOWS)
+def test_with_noise_a_window_that_is_not_finite_counts_as_zero(what: str) -> None:
+    def sums(*windows: torch.Tensor) -> Statistic:
+        statistic = Statistic("q", torch.ones(5), products=False, mechanism=GaussianMechanism(3.0, 0.0, adders=1, bits=BITS))
+        for window in windows:
+            statistic.add(window[None])
+        return statistic
+
+    usual = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    odd = sums(usual, ODD_WINDOWS[what], usual)
+    finite = bool(torch.isfinite(ODD_WINDOWS[what].square().sum()))
+    same = sums(usual, ODD_WINDOWS[what] if finite else torch.zeros(8, 5), usual)
+    assert torch.equal(odd.tensors()["change/q/squares"], same.tensors()["change/q/squares"])
+    assert odd.tokens == 24
+    with pytest.raises(FedgroveError, match="not finite or far larger"):
+        Statistic("q", torch.ones(5), products=False).add(ODD_WINDOWS[what][None])
+
+
+def test_with_noise_a_sum_that_reaches_its_limit_is_no_error() -> None:
+    mechanism = GaussianMechanism(3.0, 0.0, adders=1, bits=BITS)
+    statistic = Statistic("q", torch.ones(5), products=False, limit=10_000, mechanism=mechanism)
+    for _ in range(50):
+        statistic.add(torch.ones(1, 8, 5))
+    assert int(statistic.squares.max()) == 10_000
+
+
+def odd_loss(kind: str) -> Callable[..., torch.Tensor]:
+    real = sgd.loss_sum
+
+    def loss(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        value = real(model, ids, labels)
+        if kind == "gradient":  # the loss is finite, its gradient is not
+            return value + sum((0.0 * p).sum().sqrt() for p in model.parameters() if p.requires_grad)
+        return value * float(kind)
+
+    return loss
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "full"])
+@pytest.mark.parametrize("kind", ["inf", "nan", "gradient"])
+def test_with_noise_for_a_client_a_loss_that_is_not_finite_is_a_change_of_zeros(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, method: str
+) -> None:
+    job = load(small.job("odd-loss", stages=[{"kind": "tune", "length": LENGTH, "ranks": [2]}], evaluate={}))
+    ash = local_clients(job, Checkpoint(small.model), tmp_path)[0]
+    linear = "model.layers.0.self_attn.q_proj"
+    noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=0)  # the server adds the noise
+    common: dict[str, Any] = {
+        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0, "run": "r",
+        "parametrization": method, "trainer": "sgd", "shared_a": method == "lora", "ranks": {linear: 2},
+        "scales": {linear: 1.0}, "masked": (), "tokens": 1, "seen": 0, "dtype": "float32",
+        "training": Training(steps=2, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=1.0, proximal=0.0),
+    }  # fmt: skip
+    monkeypatch.setattr(sgd, "loss_sum", odd_loss(kind))
+
+    def answer(**changes: Any) -> dict[str, torch.Tensor]:
+        request = Train(**common, **changes)
+        return wire.unpack(serve.serve("tune/train", wire.pack({}, {"request": request.model_dump(mode="json")}), ash, "cpu"))[
+            0
+        ]
+
+    sent = answer(fixed=FixedPointChanges(weight=0.5, widest={linear: 2}, noise=noise))
+    assert sent
+    assert not any(tensor.any() for tensor in sent.values())
+    with pytest.raises(FedgroveError, match="not finite"):  # without noise it is an error
+        answer(fixed=FixedPointChanges(weight=0.5, widest={linear: 2}))
+
+
+@pytest.mark.parametrize("kind", ["inf", "nan", "gradient"])
+def test_with_noise_for_a_window_a_loss_that_is_not_finite_is_a_gradient_of_zeros(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(dp_sgd, "dp_sgd_keeps", lambda *facts: True)
+    monkeypatch.setattr(dp_sgd, "loss_sum", odd_loss(kind))
+    model = torch.nn.Linear(2, 2)
+    model.forward = lambda input_ids, use_cache: SimpleNamespace(logits=model.weight[input_ids])  # type: ignore[assignment]
+    before = [parameter.clone() for parameter in model.parameters()]
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    budget = Budget(epsilon=8.0, delta=1e-6, noise=0.0, rounds=1, clip=1.0)
+    dp_sgd.train(model, Work(ids, ids, 0, "s", budget=budget), Settings(2, 3, 1, 0.1, optimizer="sgd"))
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))

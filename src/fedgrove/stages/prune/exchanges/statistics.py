@@ -23,12 +23,12 @@ from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import Disclosure, Message, Part, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.prune.aggregation.pooled import BITS, LARGEST, Statistic, check_sums, expected, ring_bits
+from fedgrove.stages.prune.aggregation.pooled import BITS, LARGEST, MAX_NORM, Statistic, check_sums, expected, ring_bits
 from fedgrove.stages.prune.calibration_pass import shared_inputs
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.block import start_of
 
-Norm = Annotated[float, Field(gt=0, le=2.0**100)]  # of a window's sums of squares
+Norm = Annotated[float, Field(ge=0, le=MAX_NORM)]  # of a window's sums of squares
 SCALE = "scale/"  # tensors of a request: the factors by which an input's channels are multiplied before they are summed
 
 

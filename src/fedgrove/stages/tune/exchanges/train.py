@@ -169,8 +169,13 @@ class Train(TuneRequest):
             training.Budget(**self.windows.model_dump()) if self.windows else None,
         )
         try:
-            loss = trainer_of(self.trainer).train(model, work, training.Settings(**self.training.model_dump()))
-            trained = method.detach(model, list(self.ranks), starts)
+            try:
+                loss = trainer_of(self.trainer).train(model, work, training.Settings(**self.training.model_dump()))
+                trained = method.detach(model, list(self.ranks), starts)
+            except training.NotFinite:
+                if not self.noisy:
+                    raise
+                loss, trained = None, {}  # a change of zeros: an error would tell something of the text without noise
             if held_out:
                 total = {n: method.total(trained[n], begun) if n in trained else begun.rest for n, begun in starts.items()}
                 own_loss = mean_loss(model, held_out, self.training.micro)
