@@ -343,7 +343,6 @@ ODD_KINDS = [
 def test_a_kind_that_does_not_exist_is_refused_in_one_line(kind: str) -> None:
     with pytest.raises(WireError) as error:
         request_type(kind)
-    assert str(error.value).isascii()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 200
     with pytest.raises(WireError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -14,19 +15,28 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import tomli_w
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
 from fedgrove.client import serve
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.deploy.flare.coordinate import Recorder, open_job
+from fedgrove.deploy.flare.files import ServerFile
 from fedgrove.deploy.flare.installation import Declared
+from fedgrove.deploy.flare.site import respond, write_log
 from fedgrove.errors import FedgroveError
-from fedgrove.job.load import load
+from fedgrove.escape import MAX_WORD, printable
+from fedgrove.events import Message, Phase, from_json
+from fedgrove.job.load import load, load_federated
 from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.gaussian import GaussianMechanism
+from fedgrove.progress import Bar, Lines
 from fedgrove.rounds import strict_json, wire
 from fedgrove.rounds.capabilities import Capabilities
+from fedgrove.rounds.collect import _read
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
 from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
@@ -34,6 +44,7 @@ from fedgrove.run import local_clients, make_plans
 from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.block import Recipe
+from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.train import Train, Training
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.trainers import dp_sgd, sgd
@@ -419,3 +430,131 @@ def test_with_noise_for_a_window_a_loss_that_is_not_finite_is_a_gradient_of_zero
     budget = Budget(epsilon=8.0, delta=1e-6, noise=0.0, rounds=1, clip=1.0)
     dp_sgd.train(model, Work(ids, ids, 0, "s", budget=budget), Settings(2, 3, 1, 0.1, optimizer="sgd"))
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+
+
+# Text in logs and on terminals
+
+
+HOSTILE_TEXT = {
+    "clears the screen": "ash\x1b[2J\x1b[H",
+    "sets the title": "ash\x1b]0;all is well\x07",
+    "forges a line": "ash\n2026-01-01 00:00:00 the run has ended",
+    "returns": "error\rfine ",
+    "separates lines": "a\u2028b\u2029c\x85d\x0be\x0cf",
+    "backwards": "ash\u202egnitset",
+    "8-bit escape": "ash\x9b2J",
+    "null": "a\0b",
+    "delete": "ash\x7f\x7f\x7f",
+    "invisible": "a\u200bs\u200dh\ufeff",
+    "surrogate": "a\ud800b",
+    "private": "a\ue000b",
+    "language tags": "a\U000e0041b",
+}
+
+
+@pytest.fixture(params=HOSTILE_TEXT)
+def hostile(request: pytest.FixtureRequest) -> str:
+    return HOSTILE_TEXT[str(request.param)]
+
+
+def test_hostile_text_is_printable_and_one_line(hostile: str) -> None:
+    for text in (hostile, hostile * 1000):
+        safe = printable(text, MAX_WORD)
+        assert safe.isprintable()
+        assert len(safe) <= 10 * MAX_WORD
+        safe.encode()
+    assert printable("Füße 💧 \\x1b", MAX_WORD) == "Füße 💧 \\x1b"
+    assert len(printable("x" * 10**6, MAX_WORD)) == MAX_WORD
+
+
+def test_hostile_text_in_an_error_is_one_line(hostile: str) -> None:
+    for error in (FedgroveError(hostile), FedgroveError("x", hostile), FedgroveError("x", client=hostile)):
+        assert str(error).isprintable()
+
+
+def test_hostile_text_in_progress_is_one_line(hostile: str) -> None:
+    events = [Message(hostile), Phase(hostile, hostile, client=hostile, text=hostile), Phase("a", within=(hostile,))]
+    file = io.StringIO()
+    lines = Lines(file=file)
+    for event in events:
+        lines.on_event(event)
+        lines.tick()
+    written = file.getvalue().splitlines()
+    assert len(written) == len(events)
+    assert all(line.isprintable() for line in written)
+    shown = io.StringIO()
+    bar = Bar(Console(file=shown, force_terminal=False, width=2000))
+    for event in events:
+        bar.on_event(event)
+    bar._console.print(bar)
+    assert all(line.isprintable() for line in shown.getvalue().splitlines())
+
+
+def test_hostile_text_in_what_a_run_said_is_one_line(hostile: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.file = tmp_path / "said.txt"
+    recorder.message(hostile)
+    (line,) = recorder.file.read_text(encoding="utf-8").split("\n")[:-1]
+    assert line.isprintable()
+    assert from_json(recorder.events[0]) == Message(printable(hostile))
+
+
+def test_no_request_writes_a_line_of_a_sites_log(hostile: str, tmp_path: Path) -> None:
+    assert respond(tmp_path, hostile, "prune/block", b"")[0] is None
+    assert respond(tmp_path, "run", hostile * 100, b"")[0] is None
+    write_log(tmp_path, f"Traceback\n  File x\nValueError: {hostile}")
+    text = (tmp_path / "log" / "site.log").read_text(encoding="utf-8")
+    lines = text.split("\n")[:-1]
+    assert all(line.isprintable() for line in lines)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (Traceback|run )|    |\d.* [^ ]", line) for line in lines)
+    assert sum(not line.startswith("    ") for line in lines) == 5  # two requests with a trace each, and the trace
+    assert max(map(len, lines)) < 3000
+
+
+def test_a_reply_with_hostile_keys_is_refused_in_one_line(hostile: str) -> None:
+    if "\ud800" in hostile:
+        return  # no message: see above
+    for text in (hostile, hostile * 1000):
+        request = KeepWeights(stage=0, part=0)
+        response = wire.pack({}, {"request": request.digest, text: 1})
+        with pytest.raises(WireError) as error:
+            _read("ash", response, request, None, masked=False)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 1000
+        with pytest.raises(WireError) as error:
+            wire.check({text: torch.zeros(1)}, {})
+        assert str(error.value).isprintable()
+        with pytest.raises(WireError) as error:
+            parse("tune/base", {"stage": 0, "part": 0, text: 1})
+        assert str(error.value).isprintable()
+
+
+# Tasks of lm-evaluation-harness are code
+
+
+def submitted(small: Small, folder: Path, **evaluate: Any) -> Path:
+    folder.mkdir()
+    job = {"name": "first", "model": {"path": "m"}, "clients": [{"name": "ash"}], "stages": [STAGES["prune"]]}
+    (folder / "job.toml").write_text(tomli_w.dumps({**job, "evaluate": evaluate}))
+    (folder / "texts").mkdir()
+    (folder / "texts" / "evil.py").write_text("raise SystemExit\n")
+    return folder
+
+
+@pytest.mark.parametrize("place", [".", "/etc", "texts", "../texts", "/no/such/folder", "~", "evil.py", ""])
+def test_a_federated_job_with_a_folder_of_tasks_is_refused(small: Small, tmp_path: Path, place: str) -> None:
+    config = submitted(small, tmp_path / "config", tasks=["evil"], tasks_from=place)
+    settings = ServerFile(models={"m": small.model}, tasks=("evil",))
+    with pytest.raises(FedgroveError, match=r"evaluate\.tasks_from: a folder of tasks is code"):
+        open_job(tmp_path, config, settings)
+    with pytest.raises(FedgroveError, match=r"evaluate\.tasks_from: a folder of tasks is code"):
+        load_federated(config / "job.toml")
+
+
+def test_a_federated_job_names_only_tasks_that_the_server_lists(small: Small, tmp_path: Path) -> None:
+    config = submitted(small, tmp_path / "config", tasks=["arc_easy", "evil"])
+    for allowed, says in (((), "it allows none"), (("arc_easy",), "it allows arc_easy")):
+        with pytest.raises(FedgroveError, match=rf"evaluate\.tasks: the server does not allow .*{says}"):
+            open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=allowed))
+    job, _ = open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=("evil", "arc_easy")))
+    assert job.evaluate.tasks == ("arc_easy", "evil")

@@ -158,8 +158,10 @@ class Evaluate(Table):
             next to the federation. Simulation only, because it puts the clients' text in one place. It takes about as
             long as the run itself.
         speed: also measure tokens per second, memory and bytes of the model before and after, with plain transformers.
-        tasks: tasks of lm-evaluation-harness, by name, before and after.
-        tasks_from: a folder with YAML files of more tasks.
+        tasks: tasks of lm-evaluation-harness, by name, before and after. In a federation only those that the server's
+            server.toml allows.
+        tasks_from: a folder with YAML files of more tasks. Such a folder is code: its files can name Python functions, which
+            lm-evaluation-harness runs. Refused in a federation.
     """
 
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
@@ -289,6 +291,18 @@ class FederatedJob(Job):
 
     clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
     result: Literal["server", "sites"] = "server"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _brings_no_code(cls, value: Any) -> Any:
+        """Looks at the key before its path is looked up, so that nobody learns which paths the server has."""
+        evaluate = value.get("evaluate") if isinstance(value, dict) else None
+        if isinstance(evaluate, dict) and evaluate.get("tasks_from") is not None:
+            raise ValueError(
+                "evaluate.tasks_from: a folder of tasks is code, and nobody brings code to the server of a federation; leave "
+                "it out, and name tasks that the server allows (tasks in its server.toml)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _keeps_text_apart(self) -> FederatedJob:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fedgrove import heap
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.events import Requesting, Responded
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds import wire
@@ -153,7 +154,7 @@ def _read(client: str, response: bytes, request: Request, layout: Decoder | None
         reply = request.REPLY.model_validate(info)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise wire.WireError(f"its reply is not understood ({where:.80})") from error
+        raise wire.WireError(f"its reply is not understood ({printable(where, MAX_WORD)})") from error
     wire.check(tensors, request.expected(layout))
     request.check_reply(reply)
     if not masked:

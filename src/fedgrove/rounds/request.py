@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.job.units import Index
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
@@ -174,7 +175,7 @@ def request_type(kind: str) -> type[Request]:
     for one in types:
         if kind == one.KIND:
             return one
-    raise RequestError(f"there is no request {kind!a:.80}", "kind")
+    raise RequestError(f"there is no request '{printable(kind, MAX_WORD)}'", "kind")
 
 
 def request_types() -> list[type[Request]]:
@@ -195,12 +196,12 @@ def parse(kind: str, fields: object) -> Request:
         return request_type(kind).model_validate(fields)
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"]))
-        raise RequestError(f"{kind}: {field:.80}: {error.errors()[0]['msg']}", field) from error
+        raise RequestError(f"{kind}: {printable(field, MAX_WORD)}: {error.errors()[0]['msg']}", field) from error
 
 
 def _package(room: str) -> str:
     if room not in OTHER_ROOMS and room not in plugins.names("stages", folders=True):
-        raise FedgroveError(f"there are no exchanges of {room!a:.80}")
+        raise FedgroveError(f"there are no exchanges of '{printable(room, MAX_WORD)}'")
     return OTHER_ROOMS.get(room, f"stages.{room}.exchanges")
 
 

@@ -26,6 +26,7 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor
 
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.rounds import strict_json
 
 Info = dict[str, Any]
@@ -203,7 +204,7 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
         if name not in tensors:
             raise WireError(f"{name} is missing")
         if name not in expected:
-            raise WireError(f"{name!a:.80} was not requested")
+            raise WireError(f"'{printable(name, MAX_WORD)}' was not requested")
         shape, dtype = expected[name]
         tensor = tensors[name]
         if tensor.shape != shape:

@@ -16,6 +16,7 @@ import typer
 
 from fedgrove.deploy.flare import TEMPLATES
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.lazy import lazy
 
 if TYPE_CHECKING:
@@ -142,9 +143,9 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
         return
     for site in status["sites"]:
         heard = "not connected" if site["heard"] is None else f"last heard from {max(0, time.time() - site['heard']):.0f} s ago"
-        print(f"{site['name']:<20} {heard}{_abilities(site['capabilities'])}")
+        print(f"{site['name']:<20} {heard}{printable(_abilities(site['capabilities']))}")
     for run in status["runs"]:
-        print(f"{run['name']:<20} {run['status']}")
+        print(f"{printable(str(run['name']), MAX_WORD):<20} {printable(str(run['status']), MAX_WORD)}")
 
 
 def submit(
@@ -207,7 +208,7 @@ def remove(
         print(f"The server admits {site} again; start it there: fedgrove federation start")
         return
     print(f"The server no longer admits {site}. Remove it from federation.toml too, then run: fedgrove federation kits")
-    for run in stopped:
+    for run in (printable(name, MAX_WORD) for name in stopped):
         print(f"Stopped {run}; continue it without {site} if its quorum allows: fedgrove federation submit JOB.toml --resume")
 
 

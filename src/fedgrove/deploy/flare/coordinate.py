@@ -23,6 +23,7 @@ from fedgrove.deploy.flare.files import SERVER, ServerFile, model_folder, read
 from fedgrove.deploy.flare.policy import Terms
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import printable
 from fedgrove.events import Event, Listener, Phase
 from fedgrove.export import Texts, export
 from fedgrove.job.load import load_federated
@@ -60,7 +61,7 @@ class Recorder(Listener):
         self.events.append(events.to_json(event))
         if isinstance(event, events.Message) and self.file is not None:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(event.text + "\n")
+                file.write(printable(event.text) + "\n")
 
     def message(self, text: str) -> None:
         """Records a message of the server itself."""
@@ -109,8 +110,8 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJo
     """The submitted job with the server's copy of the model, and the model's name. No submitted path is opened.
 
     Raises:
-        FedgroveError: the job is not valid, a held-out text is a path at the server, or the server has no model of that
-            name.
+        FedgroveError: the job is not valid, a held-out text is a path at the server, the server has no model of that name,
+            or does not allow a task.
     """
     submitted, texts = config / HELD_OUT, kit / HELD_OUT
     if submitted.is_dir():
@@ -120,6 +121,12 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJo
     job = load_federated(config / JOB, texts=texts)
     if any(text.path.parent != texts.resolve() for text in job.evaluate.data):
         raise FedgroveError("evaluate.data: a held-out text travels with the job; a path at the server is not read")
+    for task in job.evaluate.tasks:
+        if task not in settings.tasks:
+            raise FedgroveError(
+                f"evaluate.tasks: the server does not allow {task!r}",
+                f"it allows {', '.join(settings.tasks) or 'none'}; whoever runs it can add to tasks in its server.toml",
+            )
     copy = job.model.model_copy(update={"path": str(model_folder(settings.models, job.model.path, kit))})
     return job.model_copy(update={"model": copy}), job.model.path
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import complaint
 from fedgrove.job.tables import KINDS, whole_pair
-from fedgrove.job.units import BitChoices, BitsPerSecond, Bytes, Files, Name, Speed, Table, Template
+from fedgrove.job.units import BitChoices, BitsPerSecond, Bytes, Files, Name, Positive, Speed, Table, Template
 
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -154,13 +154,15 @@ class ServerFile(Table):
         models: for each name that jobs use, the folder of the server's copy.
         device: where the server computes, such as "cuda:0".
         threads: number of threads for linear algebra; default: one per core.
+        tasks: the tasks of lm-evaluation-harness that jobs may name in ``evaluate.tasks``.
         grace: seconds in which a site must fetch a request; otherwise it is skipped until the next request.
     """
 
     models: Models
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
-    grace: Annotated[float, Field(gt=0)] = 60.0
+    tasks: tuple[str, ...] = ()
+    grace: Positive = 60.0
 
 
 File = TypeVar("File", bound=Table)

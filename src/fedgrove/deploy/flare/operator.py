@@ -21,7 +21,8 @@ from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
 from fedgrove.errors import FedgroveError
-from fedgrove.events import Listener, Message, Phase, from_json, printable
+from fedgrove.escape import printable
+from fedgrove.events import Listener, Message, Phase, from_json
 from fedgrove.files import write_atomically
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import FederatedJob
@@ -208,7 +209,7 @@ def watch(kit: Path, name: str, listener: Listener, *, planned: bool = False) ->
         state = json.loads((fetched / STATE).read_text(encoding="utf-8"))
         if number == 0 and (fetched / SAID).is_file():
             for line in (fetched / SAID).read_text(encoding="utf-8").splitlines():
-                listener.on_event(Message(printable(line)))
+                listener.on_event(Message(line))
     return None if state["state"] == "ended" else printable(str(state["line"]))
 
 

@@ -20,6 +20,7 @@ from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.engines.worker import Reply
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.rounds.request import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -52,7 +53,8 @@ def respond(kit: Path, run: str, kind: str, message: bytes) -> Reply:
         reply = None, error_codes.encode_exception(error)
         write_log(kit, traceback.format_exc())
     response, code = reply
-    write_log(kit, f"{run} {kind}: {len(message)} bytes in, {code if response is None else f'{len(response)} bytes out'}")
+    result = code if response is None else f"{len(response)} bytes out"
+    write_log(kit, f"{printable(run, MAX_WORD)} {printable(kind, MAX_WORD)}: {len(message)} bytes in, {result}")
     return reply
 
 
@@ -85,9 +87,13 @@ def _limit_memory(most: int | None) -> None:
 
 
 def write_log(kit: Path, text: str) -> None:
-    """Appends a line to the site's own log. Errors are ignored, so that a full disk does not lose a response."""
+    """Appends a line, or a trace, to the site's own log. Errors are ignored, so that a full disk does not lose a response.
+
+    Only the first line begins at the margin, with the time: no request can write a line that looks like the log's own.
+    """
+    lines = [printable(line) for line in text.rstrip().splitlines()]
     log = kit / "log" / "site.log"
     with suppress(OSError):
         log.parent.mkdir(exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} " + "\n    ".join(lines) + "\n")
