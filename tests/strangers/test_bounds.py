@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +24,16 @@ from rich.console import Console
 
 from fedgrove.client import serve
 from fedgrove.client.hidden_states import Calibration
-from fedgrove.deploy.flare.coordinate import Recorder, open_job
-from fedgrove.deploy.flare.files import ServerFile
-from fedgrove.deploy.flare.installation import Declared
-from fedgrove.deploy.flare.site import respond, write_log
+from fedgrove.deploy.flare import leftovers, node
+from fedgrove.deploy.flare.coordinate import Recorder, _offer, open_job
+from fedgrove.deploy.flare.doctor import private_folders
+from fedgrove.deploy.flare.exchanges.done import EndRun
+from fedgrove.deploy.flare.exchanges.result import DeliverResult
+from fedgrove.deploy.flare.files import ServerFile, SiteFile, read
+from fedgrove.deploy.flare.installation import Declared, Installation
+from fedgrove.deploy.flare.policy import Terms
+from fedgrove.deploy.flare.site import end_run, respond, write_log
+from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.escape import MAX_WORD, printable
 from fedgrove.events import Message, Phase, from_json
@@ -49,7 +57,7 @@ from fedgrove.stages.tune.exchanges.train import Train, Training
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.trainers import dp_sgd, sgd
 from fedgrove.stages.tune.training import Budget, Settings, Work
-from small import LENGTH, Small
+from small import LENGTH, Small, cli, complaint
 
 
 def forge(info: str | bytes) -> bytes:
@@ -537,7 +545,6 @@ def submitted(small: Small, folder: Path, **evaluate: Any) -> Path:
     job = {"name": "first", "model": {"path": "m"}, "clients": [{"name": "ash"}], "stages": [STAGES["prune"]]}
     (folder / "job.toml").write_text(tomli_w.dumps({**job, "evaluate": evaluate}))
     (folder / "texts").mkdir()
-    (folder / "texts" / "evil.py").write_text("raise SystemExit\n")
     return folder
 
 
@@ -558,3 +565,171 @@ def test_a_federated_job_names_only_tasks_that_the_server_lists(small: Small, tm
             open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=allowed))
     job, _ = open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=("evil", "arc_easy")))
     assert job.evaluate.tasks == ("arc_easy", "evil")
+
+
+# What stays on a site's disk
+
+
+HERE = {"windows-ab.safetensors", "states-cd/0001.safetensors", "base-1/part-00000.safetensors", "alone/block-0000.safetensors",
+        "secure/aa.json", "secure/bb.json.partial", "anything.else", "speed.tmp", "windows-x.safetensors.partial"}  # fmt: skip
+STAYS = {"agreed.json", "released.json", "released-ab.safetensors", "best-0/x.safetensors", "personal/stage-0/adapter.safetensors",
+         "speed.json"}  # fmt: skip
+
+
+def a_kit(folder: Path, small: Small, **settings: Any) -> Path:
+    for name in ("startup", "local", "secure"):
+        (folder / name).mkdir(parents=True)
+    (folder / "startup" / "fed_client.json").write_text("{}")
+    content = {"data": [str(small.texts["ash"])], "models": {"m": str(small.model)}, **settings}
+    (folder / "site.toml").write_text(tomli_w.dumps(content))
+    folder.chmod(0o700)
+    return folder
+
+
+def a_run(work: Path, name: str, days: float = 0.0) -> Path:
+    for file in (*HERE, *STAYS):
+        (work / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (work / name / file).write_text("x")
+    written = time.time() - days * 86400
+    for path in ((work / name), *(work / name).rglob("*")):
+        os.utime(path, (written, written))
+    return work / name
+
+
+def content(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_run_left_is_cleaned_but_for_what_a_site_must_remember(small: Small, tmp_path: Path, elsewhere: bool) -> None:
+    work = tmp_path / "scratch" if elsewhere else tmp_path / "kit" / "work"
+    kit = a_kit(tmp_path / "kit", small, **({"work": str(work)} if elsewhere else {}))
+    run, other = a_run(work, "first-ab"), a_run(work, "second-cd")
+    stranger = work / "not-a-run"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("x")
+    (run / "states-link").symlink_to(stranger)
+    end_run(kit, "first-ab")
+    assert content(run) == STAYS | {"secure/ended.txt"}
+    assert (run / "secure" / "ended.txt").read_text() == "aa\n"  # this session cannot be begun again with other secrets
+    assert not (run / "states-link").is_symlink()
+    assert content(other) == HERE | STAYS
+    assert cli("federation", "clean", kit)[0] == 0
+    assert content(other) == STAYS | {"secure/ended.txt"}
+    assert content(stranger) == {"thesis.txt"}
+    assert cli("federation", "clean", kit)[1] == ""
+
+
+@pytest.mark.parametrize("run", ["..", ".", "", "../other", "/", "first-ab/..", "no-such"])
+def test_the_end_of_a_run_touches_no_other_folder(small: Small, tmp_path: Path, run: str) -> None:
+    kit = a_kit(tmp_path / "kit", small)
+    mine = a_run(kit / "work", "first-ab")
+    other = a_run(tmp_path, "other")
+    end_run(kit, run)
+    assert content(mine) == content(other) == HERE | STAYS
+
+
+def test_a_start_cleans_runs_that_died_long_ago(small: Small, tmp_path: Path) -> None:
+    kit = a_kit(tmp_path / "kit", small, keep=3)
+    old, new = a_run(kit / "work", "old", days=3.5), a_run(kit / "work", "new", days=2.5)
+    assert leftovers.clean_old(kit, read(kit / "site.toml", SiteFile)) == [old]
+    assert content(old) == STAYS | {"secure/ended.txt"}
+    assert content(new) == HERE | STAYS
+
+
+def test_only_a_sites_kit_that_does_not_run_can_be_cleaned(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = a_kit(tmp_path / "kit", small)
+    monkeypatch.setattr(node, "running", lambda kit: object())
+    assert "it is running" in complaint("federation", "clean", kit)
+    (kit / "startup" / "fed_client.json").rename(kit / "startup" / "fed_server.json")
+    assert "only a site has working files" in complaint("federation", "clean", kit)
+
+
+def test_what_a_client_writes_can_be_read_by_its_owner_only(small: Small, tmp_path: Path) -> None:
+    job = load(small.job("modes", evaluate={}))
+    before = os.umask(0o022)
+    try:
+        clients = local_clients(job, Checkpoint(small.model), tmp_path / "clients")
+        request = DescribeYourself(calibrations=(Windows(samples=2, length=LENGTH, seed="0/0"),), lengths=(LENGTH,))
+        message = wire.pack({}, {"request": request.model_dump(mode="json")})
+        for client, response, error in LocalEngine(clients).request(request.KIND, {"ash": message}):
+            assert (client, error) == ("ash", None)
+            assert response
+        assert os.umask(0o022) == 0o022, "the process has its own umask again"
+        assert respond(a_kit(tmp_path / "kit", small), "run", "prune/block", b"")[0] is None
+    finally:
+        os.umask(before)
+    written = [*(tmp_path / "clients").rglob("*"), *(tmp_path / "kit" / "log").rglob("*")]
+    assert any(path.name.startswith("windows-") for path in written)
+    assert [path for path in written if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o701, 0o777])
+def test_doctor_sees_folders_that_others_can_read(tmp_path: Path, mode: int) -> None:
+    kit, work = tmp_path / "kit", tmp_path / "scratch"
+    for folder in (kit, work):
+        folder.mkdir(mode=0o700)
+    assert private_folders(kit, work).ok
+    assert private_folders(kit, None).ok
+    for folder, says in ((kit, f"chmod 700 {kit}"), (work, "give work a folder of its own")):
+        folder.chmod(mode)
+        check = private_folders(kit, work)
+        assert not check.ok
+        assert str(folder) in check.text
+        assert says in check.remedy
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "other", ["first-personal", "first.partial", "first.personal", "personal", "first_", "firs", "partial"]
+)
+def test_jobs_whose_names_are_alike_do_not_touch_each_others_files(small: Small, tmp_path: Path, other: str) -> None:
+    kit = a_kit(tmp_path / "kit", small, result=True)
+
+    def site(job: str) -> Installation:
+        site = Installation(kit, read(kit / "site.toml", SiteFile), f"{job}-ab")
+        terms = Terms(name=job, model="m", dtype="auto", digests={}, stages=(), secure=False, alone=False, clients=("ash",))
+        (site.folder / "personal").mkdir(parents=True)
+        (site.folder / "personal" / "adapter").write_text(job)
+        (site.folder / "agreed.json").write_text(terms.model_dump_json())
+        return site
+
+    def deliver(job: str, last: bool) -> None:
+        content = torch.frombuffer(bytearray(job.encode()), dtype=torch.uint8)
+        DeliverResult(file="model" if last else "config", last=last).respond_at({"bytes": content}, sites[job])
+
+    sites = {job: site(job) for job in ("first", other)}
+    for last in (False, True):  # both at once
+        for job in sites:
+            deliver(job, last)
+    for job in sites:
+        EndRun().respond_at({}, sites[job])
+    for job in sites:
+        assert {file.name: file.read_text() for file in (kit / "results" / job).iterdir()} == {"config": job, "model": job}
+        assert {file.name: file.read_text() for file in (kit / "personal" / job).iterdir()} == {"adapter": job}
+
+
+def test_a_held_out_text_replaces_no_other_jobs(small: Small, tmp_path: Path) -> None:
+    config = submitted(small, tmp_path / "config")
+    (config / "texts" / "0123456789abcdef.txt").write_text("another text")
+    with pytest.raises(FedgroveError, match=r"evaluate\.data: 0123456789abcdef\.txt is not named after its content"):
+        open_job(tmp_path, config, ServerFile(models={"m": small.model}))
+    assert not (tmp_path / "texts").exists()
+
+
+def test_an_operator_fetches_no_path_of_the_server(small: Small, tmp_path: Path) -> None:
+    config = submitted(small, tmp_path / "config")
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    job, _ = open_job(kit, config, ServerFile(models={"m": small.model}))
+    assert job.model.path == str(small.model)
+    assert job.model.name == "m"
+    run = kit / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "job.toml").write_text(job.dumps())
+    _offer(run, tmp_path / "out", {"state": "ended"}, config / "job.toml")
+    offered = (tmp_path / "out" / "job.toml").read_text()
+    assert offered == (config / "job.toml").read_text()
+    assert str(tmp_path) not in offered

@@ -16,7 +16,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
 from fedgrove.engines.worker import Reply, Worker, WorkerDied
 from fedgrove.errors import FedgroveError, first_line
-from fedgrove.files import TRACE
+from fedgrove.files import TRACE, private_files
 
 
 class LocalEngine:
@@ -99,6 +99,11 @@ def _receive(worker: Worker) -> Reply:
 
 def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
     """Responds to a request; an exception becomes one line, and the trace of an unexpected one a file."""
+    with private_files():
+        return _respond(kind, message, client, device)
+
+
+def _respond(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
     try:
         return serve(kind, message, client, device), None
     except FedgroveError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tomli_w
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from fedgrove import plugins
 from fedgrove.job.stage_config import STAGES, StageConfig, config_of
@@ -49,6 +49,18 @@ class Model(Table):
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    _name: str | None = PrivateAttr(default=None)
+
+    @property
+    def name(self) -> str:
+        """What a result says that it was made from: ``path``, or the name under which a server keeps its copy."""
+        return self._name or self.path
+
+    def at(self, folder: Path) -> Model:
+        """The same model, named by its path so far, and read from a folder."""
+        copy = self.model_copy(update={"path": str(folder)})
+        copy._name = self.path
+        return copy
 
 
 def whole_pair(part: Any) -> Any:

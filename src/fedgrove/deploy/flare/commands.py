@@ -212,6 +212,17 @@ def remove(
         print(f"Stopped {run}; continue it without {site} if its quorum allows: fedgrove federation submit JOB.toml --resume")
 
 
+def clean(kit: Kit = Path()) -> None:
+    """Removes token ids, hidden states, weights and secrets that runs left at a site. The site must be stopped.
+
+    It happens by itself when a run ends or the site is stopped, and at a start for runs that died long ago (keep in site.toml).
+
+    Example: fedgrove federation clean kits/sites/ash
+    """
+    for folder in node.clean(kit):
+        print(f"Cleaned {folder}")
+
+
 def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
     """Checks a kit: connection to the server, clock, certificate, data, template, model, disk, memory. Starts nothing.
 
@@ -223,7 +234,7 @@ def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
         raise typer.Exit(2)
 
 
-COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, doctor)
+COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, clean, doctor)
 
 
 def _asked(question: str, default: str | None = None) -> str:

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -38,7 +39,7 @@ from fedgrove.runfolder import RunFolder
 JOB, HELD_OUT, FACTS, STATE, SAID = "job.toml", "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
     "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
-    JOB, SAID, "adapter", "model",
+    SAID, "adapter", "model",
 )  # fmt: skip
 Connect = Callable[[list[str], str, float], Engine]  # clients, name of the working folder, seconds to fetch a request
 
@@ -102,7 +103,7 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
         raise
     finally:
         recorder.message(state.get("line", "the run has ended"))
-        _offer(folder, results / "run", state)
+        _offer(folder, results / "run", state, config / JOB)
     return state.get("line")
 
 
@@ -115,7 +116,9 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJo
     """
     submitted, texts = config / HELD_OUT, kit / HELD_OUT
     if submitted.is_dir():
-        for file in submitted.iterdir():  # to a fixed folder: --resume refuses a job whose paths differ
+        for file in sorted(submitted.iterdir()):  # to a fixed folder: --resume refuses a job whose paths differ
+            if not file.is_file() or file.name != text_name(file):  # else it could replace another job's
+                raise FedgroveError(f"evaluate.data: {file.name} is not named after its content", "submit the job again")
             texts.mkdir(exist_ok=True)
             shutil.copyfile(file, texts / file.name)
     job = load_federated(config / JOB, texts=texts)
@@ -127,7 +130,7 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> tuple[FederatedJo
                 f"evaluate.tasks: the server does not allow {task!r}",
                 f"it allows {', '.join(settings.tasks) or 'none'}; whoever runs it can add to tasks in its server.toml",
             )
-    copy = job.model.model_copy(update={"path": str(model_folder(settings.models, job.model.path, kit))})
+    copy = job.model.at(model_folder(settings.models, job.model.path, kit))
     return job.model_copy(update={"model": copy}), job.model.path
 
 
@@ -194,12 +197,21 @@ def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
     shutil.rmtree(run.path / "work", ignore_errors=True)
 
 
-def _offer(run: Path | None, out: Path, state: dict[str, str]) -> None:
-    """Hard-links the files that the operator may fetch into FLARE's folder of the job, which FLARE serves."""
+def text_name(file: Path) -> str:
+    """The name under which a held-out text travels with a job: a hash of its content."""
+    return f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}{file.suffix}"
+
+
+def _offer(run: Path | None, out: Path, state: dict[str, str], submitted: Path) -> None:
+    """Hard-links the files that the operator may fetch into FLARE's folder of the job, which FLARE serves.
+
+    The job is offered as it was submitted: the run folder's has paths of the server.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
     if run is None:
         return
+    shutil.copyfile(submitted, out / JOB)
     for name in [*FETCHED, *(file.name for file in run.glob("plan-*.json"))]:
         for file in [run / name] if (run / name).is_file() else sorted((run / name).rglob("*")):
             if file.is_file():

@@ -115,6 +115,7 @@ class SiteFile(Table):
         memory: bytes that the planner may use.
         limit: bytes that the working process may allocate; above that it gets an error, so the machine stays up.
         work: the folder for working files of a run, such as hidden states.
+        keep: days after which a start removes the working files of runs that died.
         device: where it computes, such as "cuda:0".
         threads: number of threads for linear algebra; default: one per core.
         result: keep the finished model here, in ``results/``.
@@ -132,6 +133,7 @@ class SiteFile(Table):
     downlink: BitsPerSecond | None = None
     bits: BitChoices = (32, 16, 8, 4)
     work: Folder = Path("work")
+    keep: Annotated[float, Field(ge=0, le=36500)] = 7
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     result: bool = False

@@ -58,6 +58,11 @@ class Installation:
         """The folder of finished models."""
         return self.kit / "results"
 
+    @property
+    def personal(self) -> Path:
+        """The folder of personal adapters, apart from ``results``: no job's name can be that of another's adapter."""
+        return self.kit / "personal"
+
     def declared(self) -> Declared:
         """The capabilities that the site declares."""
         return Declared.model_validate(self.settings.model_dump(mode="json", include=set(Declared.model_fields)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from fedgrove.deploy.flare import require_flare
-from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, SAID, STATE
+from fedgrove.deploy.flare.coordinate import HELD_OUT, JOB, SAID, STATE, text_name
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
@@ -158,10 +157,9 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
     tables["clients"] = [{"name": name} for name in names]
     for text in tables["evaluate"]["data"]:
         source = Path(text["path"])
-        content = source.read_bytes()
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}{source.suffix}"
+        name = text_name(source)
         (at_server / HELD_OUT).mkdir(exist_ok=True)
-        (at_server / HELD_OUT / name).write_bytes(content)
+        shutil.copyfile(source, at_server / HELD_OUT / name)
         text["path"] = name
     (at_server / JOB).write_text(tomli_w.dumps(tables), encoding="utf-8")
 

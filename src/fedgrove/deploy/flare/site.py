@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedgrove.client import serve
-from fedgrove.deploy.flare import policy
+from fedgrove.deploy.flare import leftovers, policy
 from fedgrove.deploy.flare.exchanges.join import agreed_terms
 from fedgrove.deploy.flare.files import SITE, SiteFile, read
 from fedgrove.deploy.flare.installation import Installation, SiteRequest
@@ -21,6 +21,7 @@ from fedgrove.engines.error_codes import Refusal
 from fedgrove.engines.worker import Reply
 from fedgrove.errors import FedgroveError
 from fedgrove.escape import MAX_WORD, printable
+from fedgrove.files import private_files
 from fedgrove.rounds.request import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,11 +48,12 @@ def respond(kit: Path, run: str, kind: str, message: bytes) -> Reply:
         (response, None) or (None, error code).
     """
     reply: Reply
-    try:
-        reply = _respond(kit, run, kind, message), None
-    except Exception as error:
-        reply = None, error_codes.encode_exception(error)
-        write_log(kit, traceback.format_exc())
+    with private_files():
+        try:
+            reply = _respond(kit, run, kind, message), None
+        except Exception as error:
+            reply = None, error_codes.encode_exception(error)
+            write_log(kit, traceback.format_exc())
     response, code = reply
     result = code if response is None else f"{len(response)} bytes out"
     write_log(kit, f"{printable(run, MAX_WORD)} {printable(kind, MAX_WORD)}: {len(message)} bytes in, {result}")
@@ -77,6 +79,17 @@ def _respond(kit: Path, run: str, kind: str, message: bytes) -> bytes:
     policy.check(settings.allow, terms, request)
     client = site.client(terms.model, terms.dtype, terms.secure)
     return serve.respond(request, tensors, masking, client, settings.device)
+
+
+def end_run(kit: Path, run: str) -> None:
+    """Removes what must not stay of a run that has ended in any way; after a success nothing is left already."""
+    try:
+        settings = read(kit / SITE, SiteFile)
+        folder = kit / settings.work / run
+        if _NAME.fullmatch(run) and folder in leftovers.run_folders(kit, settings):
+            leftovers.clean(folder)
+    except Exception:
+        write_log(kit, traceback.format_exc())
 
 
 @lru_cache(maxsize=1)

@@ -335,7 +335,7 @@ class Tuning:
                 parametrization=self.config.parametrization,
                 masked=self.masked,
                 micro=assignment.micro,
-                base=job.model.path,
+                base=job.model.name,
                 title=f"{job.name}: {client}'s own adapter",
             )
             messages[client] = Message(request, tensors)
@@ -365,5 +365,5 @@ class Tuning:
         job, out = self.federation.job, self.run.path / "adapter"
         totals = {name: state.total() for name, state in self.state.states.items()}
         title, pruned, changed = f"{job.name}: adapter", bool(self.masked), bool(self.model.changed())
-        written = self.method.write_adapter(out, self.decoder, totals, job.model.path, title, pruned, changed)
+        written = self.method.write_adapter(out, self.decoder, totals, job.model.name, title, pruned, changed)
         return out if written else None

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from fedgrove.deploy.flare.files import model_folder
 from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, torch_dtype
+from fedgrove.deploy.flare.leftovers import AGREED
 from fedgrove.deploy.flare.policy import Terms, refused_key
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
@@ -64,7 +65,7 @@ class JoinRun(SiteRequest):
         different = first_difference(terms.digests, digests(checkpoint, kit / settings.work / f"digests-{terms.model}.json"))
         if different is not None:
             raise Refusal("model", different)
-        write_atomically(site.folder / "agreed.json", terms.model_dump_json())
+        write_atomically(site.folder / AGREED, terms.model_dump_json())
         return Response({}, Joined(result=settings.result, capabilities=site.declared()))
 
 
@@ -75,6 +76,6 @@ def agreed_terms(site: Installation) -> Terms:
         Refusal: it has not agreed to this run.
     """
     try:
-        return Terms.model_validate_json((site.folder / "agreed.json").read_text(encoding="utf-8"))
+        return Terms.model_validate_json((site.folder / AGREED).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise Refusal("joined") from error
