@@ -103,9 +103,7 @@ def private_folders(kit: Path, work: Path | None) -> Check:
     """Whether the kit and the folder of working files can be read by their owner only; ``work`` None: there is none."""
     for folder in [kit, work]:
         if folder is not None and folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
-            remedy = (
-                f"chmod 700 {folder}" if folder == kit else f"chmod 700 {folder}, or give work a folder of its own in {SITE}"
-            )
+            remedy = f"chmod 700 {folder}" + ("" if folder == kit else f", or give work a folder of its own in {SITE}")
             return Check("private", False, f"{folder} can be read by others", remedy)
     return Check("private", True, "only their owner reads the kit and its working files")
 
