@@ -159,7 +159,9 @@ class Canned:
     def clients(self) -> list[str]:
         return ["ash"]
 
-    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
         for client, message in messages.items():
             self.received.append((kind, message))
             yield client, self.response, None

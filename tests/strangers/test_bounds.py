@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import tomli_w
 import torch
+from nvflare.apis.shareable import Shareable
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -33,6 +34,9 @@ from fedgrove.deploy.flare.files import ServerFile, SiteFile, read
 from fedgrove.deploy.flare.installation import Declared, Installation
 from fedgrove.deploy.flare.policy import Terms
 from fedgrove.deploy.flare.site import end_run, respond, write_log
+from fedgrove.engines import error_codes
+from fedgrove.engines.flare import BODY, NONCE, VERSION, bytes_of
+from fedgrove.engines.flare import _read as _read_flare
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.escape import MAX_WORD, printable
@@ -44,11 +48,13 @@ from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.progress import Bar, Lines
 from fedgrove.rounds import strict_json, wire
 from fedgrove.rounds.capabilities import Capabilities
-from fedgrove.rounds.collect import _read
+from fedgrove.rounds.collect import _read, collect
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
+from fedgrove.rounds.request import Message as RequestMessage
 from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
 from fedgrove.run import local_clients, make_plans
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.block import Recipe
@@ -733,3 +739,108 @@ def test_an_operator_fetches_no_path_of_the_server(small: Small, tmp_path: Path)
     offered = (tmp_path / "out" / "job.toml").read_text()
     assert offered == (config / "job.toml").read_text()
     assert str(tmp_path) not in offered
+
+
+# The size of a response
+
+
+SPECS = [
+    {}, {"a": ((), torch.float64)}, {"a": ((0,), torch.int8)},
+    {"change/q": ((64, 96), torch.bfloat16), "weight/q": ((64, 96), torch.bool)},
+    {f"change/{i}": ((3, 5), torch.float64) for i in range(300)}, {"x" * 300: ((1000,), torch.int64)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("specs", SPECS, ids=len)
+def test_no_valid_message_is_larger_than_its_bound(specs: dict[str, Any]) -> None:
+    expected = {name: (torch.Size(shape), dtype) for name, (shape, dtype) in specs.items()}
+    most = 0
+    for density in (0.0, 0.5, 1.0):
+        tensors = {}
+        for name, (shape, dtype) in expected.items():
+            noise = torch.randint(0, 256, (*shape, dtype.itemsize), generator=torch.Generator().manual_seed(len(name)))
+            values = noise.to(torch.uint8).view(dtype).reshape(shape) if dtype != torch.bool else torch.rand(shape) < density
+            tensors[name] = values if dtype == torch.bool else values * (torch.rand(shape) < density)
+        tensors |= {name: tensors[name] * tensors[name.replace("change", "weight")] for name in tensors if name == "change/q"}
+        most = max(most, len(wire.pack(tensors, {"request": "a" * 32})))
+    bound = wire.largest(expected)
+    assert most <= bound - strict_json.MAX_BYTES + 4096
+    assert bound <= 2 * most + 1024 * len(specs) + strict_json.MAX_BYTES
+
+
+class Flooding:
+    """An engine of three clients, of which ash sends that many bytes."""
+
+    def __init__(self, honest: bytes, size: int):
+        self.honest, self.size, self.largest = honest, size, 0
+
+    def clients(self) -> list[str]:
+        return ["ash", "birch", "cedar"]
+
+    def request(self, kind: str, messages: Any, timeout: float | None = None, largest: int | None = None) -> Iterator[Any]:
+        assert largest is not None
+        self.largest = largest
+        for client in messages:
+            _ = messages[client]
+            yield client, bytes(self.size) if client == "ash" else self.honest, None
+
+
+@pytest.mark.parametrize("more", [1, 2**20])
+def test_a_response_that_is_too_large_is_refused_before_it_is_stored(small: Small, tmp_path: Path, more: int) -> None:
+    request = KeepWeights(stage=0, part=0)
+    engine = Flooding(wire.pack({}, {"request": request.digest}), wire.largest({}) + more)
+    run = RunFolder(tmp_path / "run", load(small.job("flood", evaluate={}, rounds={"quorum": 2})))
+    said: list[str] = []
+    run.message = said.append  # type: ignore[method-assign]
+    answers = list(collect(engine, run, dict.fromkeys(engine.clients(), RequestMessage(request))))
+    run.close()
+    assert [answer.client for answer in answers] == ["birch", "cedar"]
+    assert said == [
+        f"ash: its response was refused: it has more than the {wire.largest({}):,} bytes that were expected at most"
+    ]
+    assert engine.largest == wire.largest({})
+    assert not (run.path / "work" / "inbox" / "ash").exists()
+
+
+def test_a_local_client_sends_no_more_than_is_expected(small: Small, tmp_path: Path) -> None:
+    job = load(small.job("local", evaluate={}))
+    clients = local_clients(job, Checkpoint(small.model), tmp_path)
+    request = DescribeYourself(calibrations=(), lengths=(LENGTH,))
+    message = {"ash": wire.pack({}, {"request": request.model_dump(mode="json")})}
+    ((_, response, _),) = LocalEngine(clients).request(request.KIND, message)
+    assert response is not None
+    ((_, fits, error),) = LocalEngine(clients).request(request.KIND, message, largest=len(response))
+    assert (fits, error) == (response, None)
+    ((_, none, error),) = LocalEngine(clients).request(request.KIND, message, largest=len(response) - 1)
+    assert none is None
+    assert error is not None
+    assert "bytes that were expected at most" in error
+
+
+@pytest.mark.parametrize("pieces", [[], [0], [10], [4, 6], [0, 0, 10], [11], [4, 7], [10**6] * 100])
+def test_a_message_of_flare_is_read_up_to_its_bound(pieces: list[int]) -> None:
+    read: list[int] = []
+
+    class Piece:
+        def __init__(self, size: int):
+            self.size = size
+
+        def materialize(self) -> torch.Tensor:
+            read.append(self.size)
+            return torch.zeros(self.size, dtype=torch.uint8)
+
+    body = [Piece(size) for size in pieces]
+    if sum(pieces) <= 10:
+        assert bytes_of(body, 10) == bytes(sum(pieces))
+        assert bytes_of(bytes(sum(pieces)), 10) == bytes(sum(pieces))
+    else:
+        with pytest.raises(OverflowError):
+            bytes_of(body, 10)
+        assert sum(read[:-1]) <= 10
+        with pytest.raises(OverflowError):
+            bytes_of(bytes(sum(pieces)), 10)
+    result = Shareable()
+    result.update({VERSION: error_codes.VERSION, NONCE: "n", BODY: bytes(11)})
+    assert _read_flare(result, "n", 10) == (
+        None, "its response was refused: it has more than the 10 bytes that were expected at most"
+    )  # fmt: skip

@@ -46,6 +46,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHANGE, WEIGHT = "change/", "weight/"  # tensors of a response: what is summed, and its weight
+PART_BYTES = 1024  # of a tensor's parts, at most nine, in the index of a safetensors file
 TRIAL = 1 << 16  # bytes of a part that are compressed first; if they do not shrink, the part is not compressed
 
 
@@ -213,6 +214,16 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
             raise WireError(f"{name} has dtype {_NAMES[tensor.dtype]}, not {_NAMES[dtype]}")
         if dtype.is_floating_point and not torch.isfinite(tensor).all():
             raise WireError(f"{name} holds NaN or infinity")
+
+
+def largest(expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> int:
+    """The bytes of the largest message of these tensors that can be valid.
+
+    No part of a message is longer than what it encodes, so this is the tensors' size, a mask for each, and a margin: a
+    few hundred bytes for every tensor (the names of its parts), and ``strict_json.MAX_BYTES`` for the header.
+    """
+    values = sum(shape.numel() * dtype.itemsize + shape.numel() // 8 for shape, dtype in expected.values())
+    return values + PART_BYTES * len(expected) + strict_json.MAX_BYTES
 
 
 def estimate(numel: int, sparsity: float, dtype: torch.dtype) -> int:
