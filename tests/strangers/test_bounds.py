@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +45,9 @@ from fedgrove.escape import MAX_WORD, printable
 from fedgrove.events import Message, Phase, from_json
 from fedgrove.job.load import load, load_federated
 from fedgrove.job.tables import Job
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.files import loads_as_it_is, small_contents
+from fedgrove.models.pretrained import ATTENTIONS, load_full_model, plain_folder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.progress import Bar, Lines
@@ -844,3 +849,67 @@ def test_a_message_of_flare_is_read_up_to_its_bound(pieces: list[int]) -> None:
     assert _read_flare(result, "n", 10) == (
         None, "its response was refused: it has more than the 10 bytes that were expected at most"
     )  # fmt: skip
+
+
+# What a model's folder names
+
+
+def a_model(small: Small, folder: Path, **config: Any) -> Path:
+    shutil.copytree(small.model, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("target", ["secret.json", "config.json", "license"])
+@pytest.mark.parametrize("name", ["notes.json", "LICENSE", "vocab.txt", "chat_template.jinja", "README.md"])
+def test_a_link_out_of_a_models_folder_is_refused_by_name(small: Small, tmp_path: Path, name: str, target: str) -> None:
+    folder = a_model(small, tmp_path / "model")
+    (tmp_path / target).write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / target)
+    with pytest.raises(FedgroveError, match=rf"{name} is a link to a file outside of the folder; copy the file there"):
+        small_contents(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("config.json")  # within the folder
+    assert small_contents(folder)[name]
+
+
+def test_links_of_the_hubs_cache_are_followed(small: Small, tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    snapshot = a_model(small, cache / "snapshots" / "0a1b")
+    (cache / "blobs").mkdir()
+    (snapshot / "tokenizer.json").rename(cache / "blobs" / "ff00")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/ff00")
+    assert small_contents(snapshot)["tokenizer.json"]
+    (snapshot / "notes.json").symlink_to(small.model / "config.json")
+    with pytest.raises(FedgroveError, match=r"notes\.json is a link"):
+        small_contents(snapshot)
+
+
+KERNELS = [
+    {"attn_implementation": "kernels-community/flash-attn"},
+    {"_attn_implementation": "kernels-community/flash-attn3:flash_attn_varlen_func"},
+    {"_attn_implementation_internal": "someone/evil@main"},
+    {"attn_implementation": {"": "someone/evil", "text_config": "someone/evil"}},
+    {"experts_implementation": "someone/evil"},
+    {"text_config": {"attn_implementation": "someone/evil", "auto_map": {"AutoModel": "evil.Model"}}},
+    {"attn_implementation": "paged|someone/evil"},
+]
+
+
+@pytest.mark.parametrize("config", KERNELS, ids=str)
+def test_no_kernel_that_config_json_names_is_loaded_or_passed_on(small: Small, tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = a_model(small, tmp_path / "model", **config)
+    assert b"someone/" not in small_contents(folder)["config.json"]
+    assert b"kernels-community" not in small_contents(folder)["config.json"]
+    assert not loads_as_it_is(folder)
+    with plain_folder(folder) as plain:
+        text = (plain / "config.json").read_text()
+    assert "someone/" not in text
+    assert "evil" not in text
+    if "text_config" not in config:
+        model = load_full_model(folder)
+        assert model.config._attn_implementation in ATTENTIONS
+        with suppress(FedgroveError):  # or it is refused in one line, which is as safe
+            assert Decoder(Checkpoint(folder)).model.config._attn_implementation in ATTENTIONS
