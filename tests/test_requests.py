@@ -297,8 +297,9 @@ def test_a_request_arrives_as_it_was_sent(small: Small, tmp_path: Path, exchange
     only = [{"name": "ash", "data": str(small.texts["ash"])}]
     run = RunFolder(tmp_path / "run", load(small.job("sent", clients=only, evaluate={}, rounds={"quorum": 1})))
     engine = Canned(b"")
+    messages = {"ash": Message(exchange.request, {"start/q": torch.ones(2)})}
     with pytest.raises(FedgroveError):
-        list(collect(engine, run, {"ash": Message(exchange.request, {"start/q": torch.ones(2)})}))
+        list(collect(engine, run, messages, layout=Decoder(Checkpoint(small.model))))
     run.close()
     ((kind, message),) = engine.received
     request, tensors, masking = read(kind, message)

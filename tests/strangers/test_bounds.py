@@ -28,7 +28,7 @@ from rich.console import Console
 from fedgrove.client import serve
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.deploy.flare import leftovers, node
-from fedgrove.deploy.flare.coordinate import Recorder, _offer, open_job
+from fedgrove.deploy.flare.coordinate import Recorder, _offer, open_job, text_name
 from fedgrove.deploy.flare.doctor import private_folders
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.result import DeliverResult
@@ -723,11 +723,16 @@ def test_jobs_whose_names_are_alike_do_not_touch_each_others_files(small: Small,
 
 
 def test_a_held_out_text_replaces_no_other_jobs(small: Small, tmp_path: Path) -> None:
-    config = submitted(small, tmp_path / "config")
+    config = submitted(small, tmp_path / "config", data=[{"name": "mine", "path": "0123456789abcdef.txt"}])
     (config / "texts" / "0123456789abcdef.txt").write_text("another text")
-    with pytest.raises(FedgroveError, match=r"evaluate\.data: 0123456789abcdef\.txt is not named after its content"):
+    (config / "texts" / "folder").mkdir()
+    with pytest.raises(FedgroveError, match=r"evaluate\.data\.0\.path: no such file"):
         open_job(tmp_path, config, ServerFile(models={"m": small.model}))
     assert not (tmp_path / "texts").exists()
+    good = text_name(config / "texts" / "0123456789abcdef.txt")
+    (config / "texts" / good).write_text("another text")
+    (config / "job.toml").write_text((config / "job.toml").read_text().replace("0123456789abcdef.txt", good))
+    assert open_job(tmp_path, config, ServerFile(models={"m": small.model}))[0].evaluate.data[0].path.name == good
 
 
 def test_an_operator_fetches_no_path_of_the_server(small: Small, tmp_path: Path) -> None:
