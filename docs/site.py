@@ -147,11 +147,11 @@ def spell(annotation: Any) -> str:
 
 
 def limits(metadata: Any) -> str:
-    """What a number must be: "> 0"."""
+    """What a number must be: "> 0"; without limits from a million on, which no job comes near."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     inner = [getattr(one, "metadata", [one]) for one in metadata]
     found = [f"{sign} {getattr(one, name):g}" for part in inner for one in part for name, sign in signs.items()
-             if getattr(one, name, None) is not None]  # fmt: skip
+             if getattr(one, name, None) is not None and abs(getattr(one, name)) < 10**6]  # fmt: skip
     return " " + ", ".join(found) if found else ""
 
 

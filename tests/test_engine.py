@@ -44,7 +44,9 @@ class Wrapped:
     def clients(self) -> list[str]:
         return self.engine.clients()
 
-    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Reply]:
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Reply]:
         yield from self.change(kind, list(self.engine.request(kind, messages, timeout)))
 
 

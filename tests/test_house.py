@@ -19,7 +19,7 @@ from small import LENGTH, ROOT, Small
 
 SOURCE = ROOT / "src" / "fedgrove"
 LEVELS = [  # rooms from the lowest to the highest: a module imports those of its own level and below
-    {"errors", "events", "files", "heap", "lazy", "machine", "options", "plugins", "quantities"},
+    {"errors", "escape", "events", "files", "heap", "lazy", "machine", "options", "plugins", "quantities"},
     {"data", "job", "models"},
     {"privacy"},
     {"progress", "runfolder"},

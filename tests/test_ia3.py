@@ -226,7 +226,9 @@ def test_what_travels_is_the_change_so_far_and_what_a_round_changed(
     travelled: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
     real = LocalEngine.request
 
-    def request(engine: LocalEngine, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+    def request(
+        engine: LocalEngine, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
         if kind != "tune/train":
             yield from real(engine, kind, messages, timeout)
             return

@@ -441,7 +441,7 @@ def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]) 
 
     class Tampered(LocalEngine):
         def request(
-            self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+            self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
         ) -> Iterator[tuple[str, bytes | None, str | None]]:
             self.rounds = getattr(self, "rounds", 0) + (kind == PruneBlock.KIND)
             for client, answer, error in super().request(kind, messages, timeout):

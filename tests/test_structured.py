@@ -313,7 +313,9 @@ class Meddling:
     def clients(self) -> list[str]:
         return self.engine.clients()
 
-    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
         for client, answer, error in self.engine.request(kind, messages, timeout):
             if kind != ScoreGroups.KIND or client != "birch" or answer is None:
                 yield client, answer, error

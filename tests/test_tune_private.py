@@ -46,7 +46,9 @@ class Recorder(LocalEngine):
 
     seen: list[tuple[str, str, bytes]]
 
-    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
         for client, answer, error in super().request(kind, messages, timeout):
             if answer is not None:
                 self.seen.append((client, kind, answer))

@@ -83,7 +83,9 @@ class Meddling:
     def clients(self) -> list[str]:
         return self.engine.clients()
 
-    def request(self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None) -> Iterator[Any]:
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
         for client, answer, error in self.engine.request(kind, messages, timeout):
             if kind != "tune/train" or self.client not in (client, "all") or answer is None:
                 yield client, answer, error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fedgrove.escape import printable
+
 
 class FedgroveError(Exception):
     """An error that the user can fix. Any other exception is a bug in fedgrove.
 
-    ``str()`` of it is one line: ``client 'NAME': WHAT; REMEDY``. The command line prints it on standard error and ends with
-    status 2.
+    ``str()`` of it is one line of printable characters: ``client 'NAME': WHAT; REMEDY``. The command line prints it on
+    standard error and ends with status 2.
 
     Attributes:
         what: what is wrong; names the key, file or option.
@@ -25,7 +27,7 @@ class FedgroveError(Exception):
         line = self.what if self.client is None else f"client '{self.client}': {self.what}"
         if self.remedy is not None:
             line += f"; {self.remedy}"
-        return " ".join(line.split())
+        return printable(" ".join(line.split()))
 
 
 def first_line(error: BaseException) -> str:

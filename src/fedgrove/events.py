@@ -18,13 +18,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
 
-MAX_TEXT = 2000  # characters of a string from a network; longer ones are truncated
+from fedgrove.escape import printable
+
 MAX_CLIENTS = 10_000  # in one event from a network
-
-
-def printable(text: str) -> str:
-    """One line of printable characters, so that text from a server cannot control an operator's terminal."""
-    return "".join(char if char.isprintable() else " " for char in text[:MAX_TEXT])
 
 
 # The constraints hold for what from_json reads; a constructor does not check them.
@@ -150,8 +146,7 @@ def to_json(event: Event) -> dict[str, Any]:
 def from_json(value: object) -> Event | None:
     """The event that :func:`to_json` wrote, received over a network.
 
-    Unknown fields are ignored; strings are truncated to ``MAX_TEXT`` characters, and control characters
-    become spaces.
+    Unknown fields are ignored; strings are made :func:`~fedgrove.escape.printable`.
 
     Returns:
         None if it is not a known event: its kind is unknown (the sender may have a newer fedgrove), or a field is

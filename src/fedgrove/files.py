@@ -16,6 +16,16 @@ from typing import Any
 TRACE = "error.log"  # a client's file with the trace of an error that is not the user's
 
 
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Files and folders that are made within can be read by their owner only: umask 077, for the whole process."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def write_atomically(path: Path, content: str | bytes, *, mode: int | None = None, fsync: bool = False) -> None:
     """Writes a file atomically; creates missing parent folders and replaces an existing file.
 

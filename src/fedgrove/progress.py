@@ -15,6 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fedgrove.escape import printable
 from fedgrove.events import Event, Listener, Message, Phase, Requested, Requesting, Responded
 
 MOST_NAMES = 4  # pending clients that are named; further ones are counted
@@ -65,7 +66,7 @@ class _Display(Listener):
                 case Phase():
                     self._on_phase(event)
                 case Message(text):
-                    self._on_message(text)
+                    self._on_message(printable(text))
                 case Requesting(clients):
                     self._num_requested, self._responded = len(clients), set()
                     self._waiting_since.clear()
@@ -153,7 +154,7 @@ class Lines(_Display):
             state = [self._waiting() or f"for {_duration(self._clock() - self._phase_start)}"]
             fraction = self._fraction()
             state += [f"{fraction:.0%}"] if fraction else []
-            self._write(f"{self._phase.message}: {', '.join(state + self._facts())}")
+            self._write(f"{printable(self._phase.message)}: {', '.join(state + self._facts())}")
 
     def _on_new_phase(self) -> None:
         self._pending = True
@@ -166,7 +167,7 @@ class Lines(_Display):
     def _show(self) -> None:
         if self._phase is not None:
             facts = self._facts()
-            self._write(self._phase.message + (f" ({', '.join(facts)})" if facts else ""))
+            self._write(printable(self._phase.message) + (f" ({', '.join(facts)})" if facts else ""))
         self._pending = False
 
     def _write(self, line: str) -> None:
@@ -204,7 +205,7 @@ class Bar(_Display):
             bar = ProgressBar(total=1.0, completed=fraction, width=24) if fraction is not None else Text("")
             percent = f"{fraction:3.0%}" if fraction is not None else _duration(self._clock() - self._phase_start)
             facts = Text(" ".join(self._facts()), style="dim")
-            grid.add_row(self._spinner, Text(self._phase.message), bar, Text(percent), facts)
+            grid.add_row(self._spinner, Text(printable(self._phase.message)), bar, Text(percent), facts)
             yield grid
             if self._waiting_since:
                 yield Text(f"  {self._waiting()}", style="dim")

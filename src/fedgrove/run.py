@@ -8,7 +8,7 @@ run folder, and what is already there is not done again: this is how a killed ru
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from fedgrove.centralized import centralized_client, centralized_job
 from fedgrove.client.local_client import LocalClient
 from fedgrove.engines.base import Engine
 from fedgrove.engines.local import LocalEngine
+from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.evaluate import evaluate, evaluate_alone, evaluate_directory, evaluate_speed
 from fedgrove.evaluation.samples import write_samples
 from fedgrove.events import Phase, Within
@@ -108,9 +109,38 @@ def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
 
 
 def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan]:
-    """Checks the model, requests the clients' capabilities, and plans every stage for the model's shapes at that stage."""
+    """Checks the model, requests the clients' capabilities, and plans every stage.
+
+    A client whose capabilities make a plan impossible is left out, as long as ``rounds.quorum`` clients remain.
+
+    Raises:
+        FedgroveError: a stage cannot be done like this; names the key or the client.
+    """
     notes_on_model = check_model(job, model)
     capabilities = ask_capabilities(job, federation)
+    needed = min(job.rounds.quorum or len(federation.clients()), len(federation.clients()))
+    left_out: dict[str, str] = {}
+    while True:
+        try:
+            plans = plan_stages(job, model, capabilities, notes_on_model)
+        except FedgroveError as error:
+            if error.client is None or error.client not in capabilities or len(capabilities) <= needed:
+                raise
+            federation.run.message(f"{error}: it is left out")
+            left_out[error.client] = str(error)
+            del capabilities[error.client]
+        else:
+            return [plan.model_copy(update={"left_out": {**plan.left_out, **left_out}}) for plan in plans]
+
+
+def plan_stages(
+    job: Job, model: Checkpoint, capabilities: Mapping[str, Capabilities], notes_on_model: tuple[str, ...]
+) -> list[Plan]:
+    """Plans every stage for the model's shapes at that stage.
+
+    Raises:
+        FedgroveError: a stage cannot be done like this; names the key or the client.
+    """
     plans: list[Plan] = []
     for index, config in enumerate(job.stages):
         plan = stage_of(config.kind).plan(index, config, Decoder(model), capabilities, job)

@@ -6,18 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data.sources import facts_of
+from fedgrove.job.units import ComputeDtype, Index, Length, Samples, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.tensor_files import write_safetensors
+from fedgrove.rounds.request import Part
 
 
-class Calibration(BaseModel):
+class Calibration(Part):
     """What hidden states depend on: the windows of text and the blocks that they pass through. It is the cache's key.
 
     Add no field that does not change hidden states: a different value would discard the cache for nothing.
@@ -29,20 +32,24 @@ class Calibration(BaseModel):
         through: which blocks the text passes through before the current one. "dense": those of the original model;
             ``server/NAME``: those that the server pruned in the run NAME; ``own/DIGEST``: those that this client pruned
             by the recipe with that digest; "gradients": hidden states that are replaced by their gradients.
-        windows_per_run: how many windows pass through a block, and are stored, as one tensor.
+        windows_per_run: how many windows pass through a block, and are stored, as one tensor; divides ``samples``.
         compute_dtype: the dtype that blocks compute in; None: the device's default.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: Index
+    round: Index = 0
+    samples: Samples
+    length: Length
+    seed: Word
+    through: Annotated[str, Field(pattern=r"^(dense|gradients|own/[0-9a-f]{16}|server/[A-Za-z0-9._-]{1,64})$")] = "dense"
+    windows_per_run: Samples = 1
+    compute_dtype: ComputeDtype | None = None
 
-    stage: int
-    round: int = 0
-    samples: int
-    length: int
-    seed: str
-    through: str = "dense"
-    windows_per_run: int = 1
-    compute_dtype: str | None = None
+    @model_validator(mode="after")
+    def _whole_runs(self) -> Self:
+        if self.samples % self.windows_per_run:
+            raise ValueError(f"windows_per_run: {self.windows_per_run} does not divide samples = {self.samples}")
+        return self
 
 
 class HiddenStates:

@@ -6,6 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.privacy.release import release_once
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
@@ -35,16 +36,19 @@ def read(kind: str, message: bytes) -> tuple[Request, dict[str, torch.Tensor], M
     """Unpacks a message: the request, the tensors sent with it, and the masking of the response (None: no masking).
 
     Raises:
-        WireError: the message is damaged, or not a request of that kind.
+        WireError: the message is damaged, not a request of that kind, or a tensor holds NaN or infinity.
     """
     tensors, info = wire.unpack(message)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RequestError(f"{kind}: {printable(name, MAX_WORD)} holds NaN or infinity", name)
     request = parse(kind, info.get("request"))
     masked = info.get("masking")
     try:
         masking = None if masked is None else Masking.model_validate(masked)
     except ValidationError as error:
         field = ".".join(map(str, ("masking", *error.errors()[0]["loc"])))
-        raise RequestError(f"{kind}: {field:.80}: {error.errors()[0]['msg']}", field) from error
+        raise RequestError(f"{kind}: {printable(field, MAX_WORD)}: {error.errors()[0]['msg']}", field) from error
     return request, tensors, masking
 
 

@@ -18,6 +18,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.data import windows as packed
 from fedgrove.data.sources import DEFAULT_TEMPLATE, facts_of
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import ComputeDtype
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
@@ -85,7 +86,7 @@ def checkpoint_of(client: LocalClient) -> Checkpoint:
     return _checkpoint(client.model, client.dtype)
 
 
-def decoder_of(client: LocalClient, device: str, compute_dtype: str | None = None) -> Decoder:
+def decoder_of(client: LocalClient, device: str, compute_dtype: ComputeDtype | None = None) -> Decoder:
     """The client's copy of the model, run block by block; the latest one stays in memory between requests."""
     return _decoder(client.model, client.dtype, device, compute_dtype)
 
@@ -101,5 +102,5 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 @lru_cache(maxsize=1)
-def _decoder(model: Path, dtype: torch.dtype | None, device: str, compute_dtype: str | None) -> Decoder:
+def _decoder(model: Path, dtype: torch.dtype | None, device: str, compute_dtype: ComputeDtype | None) -> Decoder:
     return Decoder(_checkpoint(model, dtype), device, getattr(torch, compute_dtype) if compute_dtype else None)

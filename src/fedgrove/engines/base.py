@@ -18,7 +18,7 @@ class Engine(Protocol):
         ...
 
     def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
         """Sends each client its message; yields (client, response, error) in any order, exactly once per client.
 
@@ -29,5 +29,12 @@ class Engine(Protocol):
             messages: for each client the bytes of :func:`fedgrove.rounds.wire.pack`. A message is packed when it is
                 looked up, so look up each one exactly once, when it is sent.
             timeout: seconds until a client that has not responded counts as failed; None: the engine's default.
+            largest: bytes of the largest response that can be valid. A larger one is an error, and an engine refuses it
+                as early as it can, see :func:`too_large`; None: no limit.
         """
         ...
+
+
+def too_large(largest: int) -> str:
+    """The error of a client whose response is larger than any valid one."""
+    return f"its response was refused: it has more than the {largest:,} bytes that were expected at most"

@@ -21,6 +21,7 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable
 
 from fedgrove.engines import error_codes
+from fedgrove.engines.base import too_large
 from fedgrove.engines.worker import Reply
 
 TASK = "fedgrove"
@@ -80,7 +81,7 @@ class FlareEngine:
         return sorted(self.names)
 
     def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
         """See :meth:`fedgrove.engines.base.Engine.request`."""
         wait = timeout or WAIT
@@ -109,7 +110,7 @@ class FlareEngine:
                 if client not in waiting or waiting[client].nonce != nonce:
                     continue
                 sent = waiting.pop(client)
-                response, error = _read(result, nonce)
+                response, error = _read(result, nonce, largest)
                 sent.task.data = result = None
                 yield client, response, error
                 del response
@@ -167,7 +168,7 @@ class FlareEngine:
         return late
 
 
-def _read(result: Any, nonce: str) -> Reply:
+def _read(result: Any, nonce: str, largest: int | None) -> Reply:
     """A response's bytes, or one line that says what is wrong. What a site sent is checked before it is used."""
     if result is None:
         return None, "FLARE ended the request before there was a response"
@@ -181,7 +182,9 @@ def _read(result: Any, nonce: str) -> Reply:
     if ERROR in result:
         return None, error_codes.message(result[ERROR])
     try:
-        return bytes_of(result.pop(BODY, None)), None
+        return bytes_of(result.pop(BODY, None), largest), None
+    except OverflowError:
+        return None, too_large(largest or 0)
     except Exception as error:  # malformed data, or a transfer that was interrupted
         return None, f"its response did not arrive completely ({type(error).__name__})"
 
@@ -194,13 +197,20 @@ def body_of(message: bytes) -> Any:
     return [whole[start : start + PIECE] for start in range(0, len(message), PIECE)]
 
 
-def bytes_of(body: Any) -> bytes:
+def bytes_of(body: Any, largest: int | None = None) -> bytes:
     """The inverse of :func:`body_of`.
+
+    Args:
+        largest: the most bytes that are taken; None: no limit.
 
     Raises:
         TypeError: ``body`` is neither bytes nor a list of such tensors.
+        OverflowError: it has more bytes; of a list no more pieces were read than fit.
     """
+    most = math.inf if largest is None else largest
     if isinstance(body, bytes):
+        if len(body) > most:
+            raise OverflowError
         return body
     if not isinstance(body, list):
         raise TypeError("not bytes")
@@ -209,5 +219,7 @@ def bytes_of(body: Any) -> bytes:
         tensor = piece.materialize() if hasattr(piece, "materialize") else piece  # FLARE keeps it on disk until here
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise TypeError("not bytes")
+        if len(message) + tensor.numel() > most:
+            raise OverflowError
         message += tensor.numpy().data
     return bytes(message)

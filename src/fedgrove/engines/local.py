@@ -14,9 +14,10 @@ import torch
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
+from fedgrove.engines.base import too_large
 from fedgrove.engines.worker import Reply, Worker, WorkerDied
 from fedgrove.errors import FedgroveError, first_line
-from fedgrove.files import TRACE
+from fedgrove.files import TRACE, private_files
 
 
 class LocalEngine:
@@ -48,12 +49,12 @@ class LocalEngine:
         return sorted(self._clients)
 
     def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
     ) -> Iterator[tuple[str, bytes | None, str | None]]:
         """See :meth:`fedgrove.engines.base.Engine.request`."""
         if not self._workers:
             for client in sorted(messages):
-                yield client, *_try(kind, messages[client], self._clients[client], self._devices[0])
+                yield client, *_try(kind, messages[client], self._clients[client], self._devices[0], largest)
             return
         ends = time.monotonic() + timeout if timeout is not None else None
         waiting = deque(sorted(messages))
@@ -64,7 +65,7 @@ class LocalEngine:
                     if waiting and worker not in [at_work for at_work, _ in busy.values()]:
                         client = waiting.popleft()
                         device = self._devices[i % len(self._devices)]
-                        worker.send(kind, messages[client], self._clients[client], device)
+                        worker.send(kind, messages[client], self._clients[client], device, largest)
                         busy[worker.pipe] = (worker, client)
                 left = None if ends is None else max(0.0, ends - time.monotonic())
                 ready = connection.wait(list(busy), left)
@@ -97,8 +98,16 @@ def _receive(worker: Worker) -> Reply:
         return None, f"its process died (status {death.status}); out of memory? Lower samples or length"
 
 
-def _try(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
+def _try(kind: str, message: bytes, client: LocalClient, device: str, largest: int | None = None) -> Reply:
     """Responds to a request; an exception becomes one line, and the trace of an unexpected one a file."""
+    with private_files():
+        response, error = _respond(kind, message, client, device)
+    if response is not None and largest is not None and len(response) > largest:
+        return None, too_large(largest)
+    return response, error
+
+
+def _respond(kind: str, message: bytes, client: LocalClient, device: str) -> Reply:
     try:
         return serve(kind, message, client, device), None
     except FedgroveError as error:

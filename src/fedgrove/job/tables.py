@@ -7,12 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tomli_w
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from fedgrove import plugins
 from fedgrove.job.stage_config import STAGES, StageConfig, config_of
-from fedgrove.job.units import Bits, BitsPerSecond, Bytes, File, Files, Name, Sparsity, Table, Template
+from fedgrove.job.units import (
+    BitChoices,
+    BitsPerSecond,
+    Bytes,
+    Count,
+    Devices,
+    File,
+    Files,
+    Length,
+    Name,
+    Positive,
+    Samples,
+    Sparsity,
+    Speed,
+    Table,
+    Template,
+)
 
+MAX_CLIENTS, MAX_STAGES = 10_000, 64
 KINDS = tuple(plugins.names(STAGES, folders=True))
 if TYPE_CHECKING:
     AnyStage = StageConfig
@@ -32,6 +49,18 @@ class Model(Table):
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    _name: str | None = PrivateAttr(default=None)
+
+    @property
+    def name(self) -> str:
+        """What a result says that it was made from: ``path``, or the name under which a server keeps its copy."""
+        return self._name or self.path
+
+    def at(self, folder: Path) -> Model:
+        """The same model, named by its path so far, and read from a folder."""
+        copy = self.model_copy(update={"path": str(folder)})
+        copy._name = self.path
+        return copy
 
 
 def whole_pair(part: Any) -> Any:
@@ -71,12 +100,12 @@ class Client(Table):
     prompt: Template = None
     answer: Template = None
     memory: Bytes | None = None
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
+    speed: Speed | Literal["measure"] = 1.0
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
-    devices: Annotated[int, Field(ge=1, le=64)] = 1
-    samples: Annotated[int, Field(gt=0)] | None = None
+    bits: BitChoices = (32, 16, 8, 4)
+    devices: Devices = 1
+    samples: Samples | None = None
     sparsity: Sparsity | None = None
 
     _whole_pair = model_validator(mode="after")(whole_pair)
@@ -141,16 +170,18 @@ class Evaluate(Table):
             next to the federation. Simulation only, because it puts the clients' text in one place. It takes about as
             long as the run itself.
         speed: also measure tokens per second, memory and bytes of the model before and after, with plain transformers.
-        tasks: tasks of lm-evaluation-harness, by name, before and after.
-        tasks_from: a folder with YAML files of more tasks.
+        tasks: tasks of lm-evaluation-harness, by name, before and after. In a federation only those that the server's
+            server.toml allows.
+        tasks_from: a folder with YAML files of more tasks. Such a folder is code: its files can name Python functions, which
+            lm-evaluation-harness runs. Refused in a federation.
     """
 
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
-    length: Annotated[int, Field(gt=1)] = 512
-    windows: Annotated[int, Field(ge=1)] | None = None
+    length: Length = 512
+    windows: Samples | None = None
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    records: Annotated[int, Field(ge=1)] | None = None
-    tokens: Annotated[int, Field(ge=1)] = 64
+    records: Samples | None = None
+    tokens: Count = 64
     alone: bool = False
     centralized: bool = False
     speed: bool = False
@@ -178,9 +209,9 @@ class Rounds(Table):
         retries: how often the request is sent again to a client that failed.
     """
 
-    quorum: Annotated[int, Field(ge=1)] | None = None
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    retries: Annotated[int, Field(ge=0)] = 0
+    quorum: Count | None = None
+    timeout: Positive | None = None
+    retries: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 class Privacy(Table):
@@ -192,7 +223,7 @@ class Privacy(Table):
     """
 
     secure_aggregation: bool = False
-    min_group: Annotated[int, Field(ge=2)] = 3
+    min_group: Annotated[int, Field(ge=2, le=2**20)] = 3
 
 
 class Job(Table):
@@ -210,10 +241,10 @@ class Job(Table):
     """
 
     name: Name
-    seed: int = 0
+    seed: Annotated[int, Field(gt=-(2**63), lt=2**63)] = 0
     model: Model
-    clients: Annotated[tuple[Client, ...], Field(min_length=1)]
-    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    clients: Annotated[tuple[Client, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1, max_length=MAX_STAGES)]
     evaluate: Evaluate = Evaluate()
     rounds: Rounds = Rounds()
     privacy: Privacy = Privacy()
@@ -270,8 +301,20 @@ class FederatedJob(Job):
             that want it.
     """
 
-    clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1)]
+    clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
     result: Literal["server", "sites"] = "server"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _brings_no_code(cls, value: Any) -> Any:
+        """Looks at the key before its path is looked up, so that nobody learns which paths the server has."""
+        evaluate = value.get("evaluate") if isinstance(value, dict) else None
+        if isinstance(evaluate, dict) and evaluate.get("tasks_from") is not None:
+            raise ValueError(
+                "evaluate.tasks_from: a folder of tasks is code, and nobody brings code to the server of a federation; leave "
+                "it out, and name tasks that the server allows (tasks in its server.toml)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _keeps_text_apart(self) -> FederatedJob:

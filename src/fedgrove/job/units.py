@@ -1,7 +1,11 @@
-"""The types of a job's keys: quantities such as "8GiB", files relative to the job file, names, methods."""
+"""The types of a job's keys and of the fields of messages: quantities such as "8GiB", files, names, methods, and bounds.
+
+A number or a name that another party sends has the same bounds as the key of a job that it comes from.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +16,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from fedgrove import plugins
 from fedgrove.data.template import template_fields
 
+MAX_BLOCKS = 4096  # of a model
+MOST = 2**50  # of anything that is counted: bytes, bits per second, tokens
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 class Table(BaseModel):
-    """A table of the job file: frozen; unknown keys are refused.
+    """A table of the job file: frozen; unknown keys are refused, and so are numbers that are not finite.
 
     ``SHORT_FORMS``: additional keys of a file, each of which sets several fields, and the packages whose methods they
     may name.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     SHORT_FORMS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
 
@@ -40,7 +46,8 @@ def quantity(unit: str, example: str) -> Any:
         match = re.fullmatch(rf"\s*([\d.]+)\s*([KMGT]i?)?(?:{unit})?\s*", value)
         if not match or match[1].count(".") > 1:
             raise ValueError(f"write a quantity such as {example}")
-        return round(float(match[1]) * _FACTORS[match[2] or ""])
+        number = float(match[1]) * _FACTORS[match[2] or ""]
+        return round(number) if math.isfinite(number) else MOST + 1
 
     return BeforeValidator(parse)
 
@@ -70,6 +77,12 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
 def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
@@ -80,14 +93,33 @@ def _template(value: str | None) -> str | None:
     return value
 
 
-Bytes = Annotated[int, Field(gt=0), quantity("B", '"8GiB"')]
-BitsPerSecond = Annotated[int, Field(gt=0), quantity("bit(?:/s)?", '"20Mbit"')]
+Natural = Annotated[int, Field(ge=1, le=MOST)]
+Bytes = Annotated[int, Field(gt=0, le=MOST), quantity("B", '"8GiB"')]
+BitsPerSecond = Annotated[int, Field(gt=0, le=MOST), quantity("bit(?:/s)?", '"20Mbit"')]
+Speed = Annotated[float, Field(ge=1e-6, le=1e6)]  # relative to other clients
+Devices = Annotated[int, Field(ge=1, le=64)]
+Samples = Annotated[int, Field(ge=1, le=2**30)]  # windows of a client
+Length = Annotated[int, Field(gt=1, le=2**20)]  # tokens of a window
+Count = Annotated[int, Field(ge=1, le=2**20)]  # rounds, steps, clients, batch sizes, ranks
+CountOrZero = Annotated[int, Field(ge=0, le=2**20)]
+Index = Annotated[int, Field(ge=0, le=2**20, strict=True)]  # of a stage, a round or a block, from 0
+Positive = Annotated[float, Field(gt=0, le=MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 File = Annotated[Path, AfterValidator(_existing)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Template = Annotated[str | None, AfterValidator(_template)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Bits = Literal[32, 16, 8, 4]
-Choices = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1), AfterValidator(_ascending)]
+BitChoices = Annotated[tuple[Bits, ...], Field(min_length=1, max_length=16)]
+Choices = Annotated[tuple[Count, ...], Field(min_length=1, max_length=64), AfterValidator(_ascending)]
+ComputeDtype = Literal["float32", "bfloat16"]
+Clip = Annotated[float, Field(gt=0, le=16)]
+HeldOut = Annotated[float, Field(ge=0, le=0.5)]
+Word = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]  # a seed, or a run's name
+Line = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Linear = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]  # a linear's name
+Linears = Annotated[tuple[Linear, ...], Field(max_length=2**18)]
 Epsilon = Annotated[float, Field(gt=0, le=50)]
 Delta = Annotated[float, Field(gt=0, lt=0.1)]

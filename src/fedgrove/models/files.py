@@ -22,6 +22,7 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 PACKED = "packed.json"  # what `export --to packed` writes
 _EXPLICIT = "transformers_weights"  # the key of config.json that names the weights
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _COPIED = (".json", ".jinja", ".model", ".txt", ".md", ".tiktoken", ".spm", ".vocab", ".bpe")
@@ -80,10 +81,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
 def loads_as_it_is(folder: Path) -> bool:
     """Whether transformers reads from a folder what :func:`weight_files` names, and nothing besides.
 
-    It needs an index with metadata for several files, and puts an adapter that lies in the folder on top of the model.
+    It needs an index with metadata for several files, puts an adapter that lies in the folder on top of the model, and
+    may run code that config.json names.
     """
     weight_files(folder)
-    index = read_json(folder / CONFIG).get(_EXPLICIT) or (WEIGHTS if (folder / WEIGHTS).is_file() else INDEX)
+    config = read_json(folder / CONFIG)
+    if without_code(config) != {key: value for key, value in config.items() if key != _EXPLICIT}:
+        return False
+    index = config.get(_EXPLICIT) or (WEIGHTS if (folder / WEIGHTS).is_file() else INDEX)
     if index.endswith(".index.json") and not ((folder / index).is_file() and "metadata" in read_json(folder / index)):
         return False
     return not (folder / _ADAPTER[0]).is_file()
@@ -106,10 +111,15 @@ def small_contents(folder: Path) -> dict[str, bytes]:
     """The files of a model that are neither weights nor index, by name: configuration, tokenizer, templates, texts.
 
     Configurations come without references to code.
+
+    Raises:
+        FedgroveError: a file is a link to a file outside of the folder.
     """
     contents = {}
     for file in sorted(folder.iterdir()):
         if file.is_file() and _is_copied(file.name):
+            if not _lies_in(folder, file):
+                raise FedgroveError(f"model: {file} is a link to a file outside of the folder", "copy the file there")
             contents[file.name] = file.read_bytes()
             if file.name in (CONFIG, "tokenizer_config.json"):
                 raw = read_json(file)
@@ -119,8 +129,16 @@ def small_contents(folder: Path) -> dict[str, bytes]:
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration (of a model or a tokenizer) without references to Python code or to other weight files."""
-    return {key: value for key, value in config.items() if key not in ("auto_map", "custom_pipelines", _EXPLICIT)}
+    """A configuration (of a model or a tokenizer) without references to code or to other weight files, at any depth.
+
+    The implementation of attention or of experts is left out, too: it may name a kernel of the hub, whose native code
+    transformers would download and run.
+    """
+    return {
+        key: without_code(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("auto_map", "custom_pipelines", _EXPLICIT) and not _IMPLEMENTATION.fullmatch(key)
+    }
 
 
 def find_model(path: str, revision: str | None = None) -> Path:
@@ -178,6 +196,13 @@ def _existing(folder: Path, names: list[str], index: str) -> dict[str, Path]:
     elif WEIGHTS in results:  # transformers would read this file only
         results = [f"model-{number:05d}-of-{len(names):05d}.safetensors" for number in range(1, len(names) + 1)]
     return {result: folder / name for result, name in zip(results, names, strict=True)}
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    """Whether a file, with links followed, lies in a model's folder, or in the hub's cache of the same model."""
+    place = folder.resolve()
+    places = [place] + ([place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [])
+    return any(file.resolve().is_relative_to(one) for one in places)
 
 
 def _is_copied(name: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import Count
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Width:
         heads: number of groups of heads (a key-value head with its query heads).
     """
 
-    channels: int
-    heads: int
+    channels: Count
+    heads: Count
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fedgrove.job.units import Bits
+from fedgrove.job.tables import MAX_STAGES
+from fedgrove.job.units import Bits, Devices, Length, Natural, Samples, Sparsity, Speed
 from fedgrove.rounds.request import Reply
 
 SPEED = 3e10  # float32 operations per second at speed 1.0: about what two cores of a server reach on small blocks
@@ -25,12 +26,12 @@ class Capabilities(Reply):
         samples, sparsity: the client's own values; None: those of the stage.
     """
 
-    memory: Annotated[int, Field(gt=0)] | None = None
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    uplink: Annotated[int, Field(gt=0)] | None = None
-    downlink: Annotated[int, Field(gt=0)] | None = None
-    bits: tuple[Bits, ...] = (32, 16, 8, 4)
-    devices: Annotated[int, Field(ge=1, le=64)] = 1
-    tokens: dict[int, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
-    samples: Annotated[int, Field(gt=0)] | None = None
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
+    memory: Natural | None = None
+    speed: Speed = 1.0
+    uplink: Natural | None = None
+    downlink: Natural | None = None
+    bits: Annotated[tuple[Bits, ...], Field(max_length=4)] = (32, 16, 8, 4)
+    devices: Devices = 1
+    tokens: Annotated[dict[Length, Natural], Field(max_length=MAX_STAGES)] = Field(default_factory=dict)
+    samples: Samples | None = None
+    sparsity: Sparsity | None = None

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from fedgrove import heap
-from fedgrove.engines.base import Engine
+from fedgrove.engines.base import Engine, too_large
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.events import Requesting, Responded
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds import wire
@@ -77,10 +78,13 @@ def collect(
             masking or {},
             lambda client, size: account(client, "down", size),
         )
-        for client, response, error in engine.request(first.KIND, outbox, rules.timeout):
+        bounds = {client: wire.largest(messages[client].request.expected(layout)) for client in clients}
+        for client, response, error in engine.request(first.KIND, outbox, rules.timeout, max(bounds.values())):
             if client not in turns or waiting.get(client) is not None:
                 continue  # late or repeated: the response is already there, or the client was left out
             heap.release_freed_memory()  # temporary memory of a client in this process
+            if response is not None and len(response) > bounds[client]:
+                response, error = None, too_large(bounds[client])
             if response is not None:
                 account(client, "up", len(response))
             else:
@@ -153,7 +157,7 @@ def _read(client: str, response: bytes, request: Request, layout: Decoder | None
         reply = request.REPLY.model_validate(info)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise wire.WireError(f"its reply is not understood ({where:.80})") from error
+        raise wire.WireError(f"its reply is not understood ({printable(where, MAX_WORD)})") from error
     wire.check(tensors, request.expected(layout))
     request.check_reply(reply)
     if not masked:

@@ -17,14 +17,16 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
+from fedgrove.job.units import Index
 from fedgrove.models.tensor_files import raw_bytes
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
@@ -35,13 +37,12 @@ if TYPE_CHECKING:
     from fedgrove.models.blocks import Decoder
 
 __all__ = [
-    "CHANGE", "WEIGHT", "Disclosure", "Message", "Reply", "Request", "RequestError", "Response", "TensorSpecs", "Tensors",
-    "parse", "request_type", "request_types",
+    "CHANGE", "WEIGHT", "Disclosure", "Message", "Part", "Reply", "Request", "RequestError", "Response", "TensorSpecs",
+    "Tensors", "parse", "request_type", "request_types",
 ]  # fmt: skip
 
 Tensors = dict[str, Tensor]
 TensorSpecs = dict[str, tuple[torch.Size, torch.dtype]]
-Index = Annotated[int, Field(ge=0, strict=True)]
 OTHER_ROOMS = {"rounds": "rounds.exchanges", "deploy": "deploy.flare.exchanges"}  # packages of no stage
 
 
@@ -57,10 +58,18 @@ class RequestError(WireError):
         self.field = field
 
 
-class Reply(BaseModel):
-    """The JSON of a response. Extra keys are refused, and so are numbers that are not finite."""
+class Part(BaseModel):
+    """Fields of a message. Unknown fields are refused, and so are numbers that are not finite.
+
+    A field that comes from the network has one of the bounded types of :mod:`fedgrove.job.units`: no number, text or list
+    without a limit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Reply(Part):
+    """The JSON of a response."""
 
 
 class Response(NamedTuple):
@@ -70,7 +79,7 @@ class Response(NamedTuple):
     reply: Reply
 
 
-class Request(BaseModel):
+class Request(Part):
     """One message to one client; see the top of this file. Fields are plain data; tensors are sent with it.
 
     Class attributes:
@@ -84,8 +93,6 @@ class Request(BaseModel):
     Attributes:
         stage: index of the stage in the job, from 0; round: index of the round in the stage, from 0.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     KIND: ClassVar[str]
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset()
@@ -207,7 +214,7 @@ def request_type(kind: str) -> type[Request]:
     for one in types:
         if kind == one.KIND:
             return one
-    raise RequestError(f"there is no request {kind!a:.80}", "kind")
+    raise RequestError(f"there is no request '{printable(kind, MAX_WORD)}'", "kind")
 
 
 def request_types() -> list[type[Request]]:
@@ -228,12 +235,12 @@ def parse(kind: str, fields: object) -> Request:
         return request_type(kind).model_validate(fields)
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"]))
-        raise RequestError(f"{kind}: {field:.80}: {error.errors()[0]['msg']}", field) from error
+        raise RequestError(f"{kind}: {printable(field, MAX_WORD)}: {error.errors()[0]['msg']}", field) from error
 
 
 def _package(room: str) -> str:
     if room not in OTHER_ROOMS and room not in plugins.names("stages", folders=True):
-        raise FedgroveError(f"there are no exchanges of {room!a:.80}")
+        raise FedgroveError(f"there are no exchanges of '{printable(room, MAX_WORD)}'")
     return OTHER_ROOMS.get(room, f"stages.{room}.exchanges")
 
 

@@ -8,7 +8,8 @@ setting. A part that is as long as its content is uncompressed; a plane of zeros
 (CRC-32) detects damaged messages.
 
 Nothing in a received message is trusted before it is checked. Sizes follow from shapes and masks, and a Huffman code has at
-least one bit, so a message is refused before it can take more than 512 times its own length in memory.
+least one bit, so a message is refused before it can take more than 512 times its own length in memory. The JSON is read by
+:mod:`fedgrove.rounds.strict_json`: no NaN, no infinity, no number of absurd size, no key twice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ import safetensors
 import torch
 from safetensors.numpy import load, save
 from torch import Tensor
+
+from fedgrove.escape import MAX_WORD, printable
+from fedgrove.rounds import strict_json
 
 Info = dict[str, Any]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -42,6 +46,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHANGE, WEIGHT = "change/", "weight/"  # tensors of a response: what is summed, and its weight
+PART_BYTES = 1024  # of a tensor's parts, at most nine, in the index of a safetensors file
 TRIAL = 1 << 16  # bytes of a part that are compressed first; if they do not shrink, the part is not compressed
 
 
@@ -97,7 +102,7 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:
             raise ValueError("a part that is not bytes")
         if pieces.pop("checksum").tobytes() != _checksum(pieces).tobytes():
             raise ValueError("a wrong checksum")
-        header = json.loads(pieces.pop("header").tobytes())
+        header = strict_json.loads(pieces.pop("header").tobytes())
         info, rows = header["info"], header["tensors"]
         tensors: dict[str, Tensor] = {}
         for i, row in enumerate(rows):
@@ -200,7 +205,7 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
         if name not in tensors:
             raise WireError(f"{name} is missing")
         if name not in expected:
-            raise WireError(f"{name!a:.80} was not requested")
+            raise WireError(f"'{printable(name, MAX_WORD)}' was not requested")
         shape, dtype = expected[name]
         tensor = tensors[name]
         if tensor.shape != shape:
@@ -209,6 +214,16 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.Size
             raise WireError(f"{name} has dtype {_NAMES[tensor.dtype]}, not {_NAMES[dtype]}")
         if dtype.is_floating_point and not torch.isfinite(tensor).all():
             raise WireError(f"{name} holds NaN or infinity")
+
+
+def largest(expected: Mapping[str, tuple[torch.Size, torch.dtype]]) -> int:
+    """The bytes of the largest message of these tensors that can be valid.
+
+    No part of a message is longer than what it encodes, so this is the tensors' size, a mask for each, and a margin: a
+    few hundred bytes for every tensor (the names of its parts), and ``strict_json.MAX_BYTES`` for the header.
+    """
+    values = sum(shape.numel() * dtype.itemsize + shape.numel() // 8 for shape, dtype in expected.values())
+    return values + PART_BYTES * len(expected) + strict_json.MAX_BYTES
 
 
 def estimate(numel: int, sparsity: float, dtype: torch.dtype) -> int:

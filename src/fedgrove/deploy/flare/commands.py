@@ -16,6 +16,7 @@ import typer
 
 from fedgrove.deploy.flare import TEMPLATES
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
 from fedgrove.lazy import lazy
 
 if TYPE_CHECKING:
@@ -146,9 +147,9 @@ def status(kit: OperatorKit = Path(), as_json: AsJson = False) -> None:
         return
     for site in status["sites"]:
         heard = "not connected" if site["heard"] is None else f"last heard from {max(0, time.time() - site['heard']):.0f} s ago"
-        print(f"{site['name']:<20} {heard}{_abilities(site['capabilities'])}")
+        print(f"{site['name']:<20} {heard}{printable(_abilities(site['capabilities']))}")
     for run in status["runs"]:
-        print(f"{run['name']:<20} {run['status']}")
+        print(f"{printable(str(run['name']), MAX_WORD):<20} {printable(str(run['status']), MAX_WORD)}")
 
 
 def submit(
@@ -211,8 +212,19 @@ def remove(
         print(f"The server admits {site} again; start it there: fedgrove federation start")
         return
     print(f"The server no longer admits {site}. Remove it from federation.toml too, then run: fedgrove federation kits")
-    for run in stopped:
+    for run in (printable(name, MAX_WORD) for name in stopped):
         print(f"Stopped {run}; continue it without {site} if its quorum allows: fedgrove federation submit JOB.toml --resume")
+
+
+def clean(kit: Kit = Path()) -> None:
+    """Removes token ids, hidden states, weights and secrets that runs left at a site. The site must be stopped.
+
+    It happens by itself when a run ends or the site is stopped, and at a start for runs that died long ago (keep in site.toml).
+
+    Example: fedgrove federation clean kits/sites/ash
+    """
+    for folder in node.clean(kit):
+        print(f"Cleaned {folder}")
 
 
 def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
@@ -226,7 +238,7 @@ def doctor(kit: Kit = Path(), as_json: AsJson = False) -> None:
         raise typer.Exit(2)
 
 
-COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, doctor)
+COMMANDS = (init, kits, start, status, submit, watch, fetch, stop, remove, clean, doctor)
 
 
 def _asked(question: str, default: str | None = None) -> str:

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
 from fedgrove.deploy.flare.files import JOB, SERVER, ServerFile, model_folder, read
 from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import printable
 from fedgrove.events import Event, Listener, Phase
 from fedgrove.export import Texts, export
 from fedgrove.job.load import load_federated
@@ -37,7 +39,7 @@ from fedgrove.runfolder import RunFolder
 HELD_OUT, FACTS, STATE, SAID = "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
     "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
-    JOB, SAID, "adapter", "model",
+    SAID, "adapter", "model",
 )  # fmt: skip
 _PATH = re.compile(r"(?<![\w.:/])/[^\s/:;,'\"()]+(?:/[^\s/:;,'\"()]+)*")  # an absolute path without spaces
 Connect = Callable[[list[str], str, float], Engine]  # clients, name of the working folder, seconds to fetch a request
@@ -65,7 +67,7 @@ class Recorder(Listener):
         self.events.append(events.to_json(event))
         if isinstance(event, events.Message) and self.file is not None:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(event.text + "\n")
+                file.write(printable(event.text) + "\n")
 
     def message(self, text: str) -> None:
         """Records a message of the server itself."""
@@ -117,7 +119,7 @@ def coordinate(kit: Path, config: Path, results: Path, resume: bool, connect: Co
     finally:
         recorder.message(state.get("line", "the run has ended"))
         state["messages"] = [event["text"] for event in recorder.events if event["event"] == "message"]
-        _offer(folder, results / "run", state)
+        _offer(folder, results / "run", state, config / JOB)
     return state.get("line")
 
 
@@ -133,18 +135,25 @@ def open_job(kit: Path, config: Path, settings: ServerFile) -> FederatedJob:
     """The submitted job with the server's copy of the model. No submitted path is opened.
 
     Raises:
-        FedgroveError: the job is not valid, a held-out text is a path at the server, or the server has no model of that
-            name.
+        FedgroveError: the job is not valid, a held-out text is a path at the server, the server has no model of that name,
+            or does not allow a task.
     """
     submitted, texts = config / HELD_OUT, kit / HELD_OUT
     if submitted.is_dir():
-        for file in submitted.iterdir():  # to a fixed folder: --resume refuses a job whose paths differ
-            texts.mkdir(exist_ok=True)
-            shutil.copyfile(file, texts / file.name)
+        for file in sorted(submitted.iterdir()):  # to a fixed folder: --resume refuses a job whose paths differ
+            if file.is_file() and file.name == text_name(file):  # another name could replace the text of another job
+                texts.mkdir(exist_ok=True)
+                shutil.copyfile(file, texts / file.name)
     job = load_federated(config / JOB, texts=texts)
     if any(text.path.parent != texts.resolve() for text in job.evaluate.data):
         raise FedgroveError("evaluate.data: a held-out text travels with the job; a path at the server is not read")
-    copy = job.model.model_copy(update={"path": str(model_folder(settings.models, job.model.path, kit))})
+    for task in job.evaluate.tasks:
+        if task not in settings.tasks:
+            raise FedgroveError(
+                f"evaluate.tasks: the server does not allow {task!r}",
+                f"it allows {', '.join(settings.tasks) or 'none'}; whoever runs it can add to tasks in its server.toml",
+            )
+    copy = job.model.at(model_folder(settings.models, job.model.path, kit))
     return job.model_copy(update={"model": copy})
 
 
@@ -196,12 +205,21 @@ def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
     shutil.rmtree(run.path / "work", ignore_errors=True)
 
 
-def _offer(run: Path | None, out: Path, state: dict[str, Any]) -> None:
-    """Hard-links the files that the operator may fetch into FLARE's folder of the job, which FLARE serves."""
+def text_name(file: Path) -> str:
+    """The name under which a held-out text travels with a job: a hash of its content."""
+    return f"{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}{file.suffix}"
+
+
+def _offer(run: Path | None, out: Path, state: dict[str, Any], submitted: Path) -> None:
+    """Hard-links the files that the operator may fetch into FLARE's folder of the job, which FLARE serves.
+
+    The job is offered as it was submitted: the run folder's has paths of the server.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
     if run is None:
         return
+    shutil.copyfile(submitted, out / JOB)
     for name in [*FETCHED, *(file.name for file in run.glob("plan-*.json"))]:
         for file in [run / name] if (run / name).is_file() else sorted((run / name).rglob("*")):
             if file.is_file():

@@ -21,6 +21,7 @@ from fedgrove.deploy.flare.installation import Installation, credentials
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, NEVER, name_of
 from fedgrove.deploy.flare.node import address, check_path, kind_of, running
 from fedgrove.errors import FedgroveError
+from fedgrove.files import private_files
 from fedgrove.machine import Check, check_machine
 
 APART = 300.0  # the largest accepted difference of two clocks in seconds; it includes the time of a message
@@ -40,6 +41,8 @@ def examine(kit: Path) -> list[Check]:
     checks.append(private_keys(kit))
     if connect and kind != "server":
         checks.append(accepted(kit, host, port))
+    if kind != "site":
+        checks.append(private_folders(kit, None))
     if kind != "operator":
         checks.append(hardened(kit, kind))
         checks.append(
@@ -106,6 +109,15 @@ def private_keys(kit: Path) -> Check:
         if stat.S_IMODE(file.stat().st_mode) & 0o077:
             return Check("keys", False, f"{file} can be read by others", f"chmod 600 {file}")
     return Check("keys", True, "readable by their owner only")
+
+
+def private_folders(kit: Path, work: Path | None) -> Check:
+    """Whether the kit and the folder of working files can be read by their owner only; ``work`` None: there is none."""
+    for folder in [kit, work]:
+        if folder is not None and folder.is_dir() and stat.S_IMODE(folder.stat().st_mode) & 0o077:
+            remedy = f"chmod 700 {folder}" + ("" if folder == kit else f", or give work a folder of its own in {SITE}")
+            return Check("private", False, f"{folder} can be read by others", remedy)
+    return Check("private", True, "only their owner reads the kit and its working files")
 
 
 def accepted(kit: Path, host: str, port: int) -> Check:
@@ -180,8 +192,9 @@ def _site(kit: Path) -> list[Check]:
             continue
         checks += doctor.site(Installation(kit, settings, run="", job=kit / JOB).client(name))
     work = kit / settings.work
-    with suppress(OSError):  # the next line says so
+    with private_files(), suppress(OSError):  # the next line says so
         work.mkdir(parents=True, exist_ok=True)
+    checks.append(private_folders(kit, work))
     if not os.access(work, os.W_OK):
         checks.append(Check("work", False, f"{work} cannot be written to", "make it writable for this user"))
     return [*checks, roster(kit)]

@@ -19,10 +19,12 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
 from fedgrove.deploy.flare.files import JOB
-from fedgrove.deploy.flare.site import respond, threads, write_log
+from fedgrove.deploy.flare.site import end_run, respond, threads, write_log
 from fedgrove.engines import error_codes
 from fedgrove.engines.flare import BODY, ERROR, KIND, NONCE, RUN, SECONDS, VERSION, body_of, bytes_of
 from fedgrove.engines.worker import Reply, Worker, WorkerDied
+
+LONGEST = 30 * 24 * 3600.0  # seconds that a request may take, whatever the server says
 
 
 class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
@@ -32,6 +34,7 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
         super().__init__()
         fobs.register(TensorDecomposer)
         self._worker: Worker | None = None
+        self._run: str | None = None  # the name of the run's working files
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Called by FLARE. Starts the working process early, so that it imports its libraries while FLARE connects."""
@@ -40,8 +43,11 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
                 self._worker = _start_worker(_kit_of(fl_ctx))
             except Exception:  # the first request tries again and reports the error
                 _log_exception(fl_ctx)
-        if event_type == EventType.END_RUN and self._worker is not None:
-            self._worker.stop()
+        if event_type == EventType.END_RUN:
+            if self._worker is not None:
+                self._worker.stop()
+            if self._run is not None:
+                end_run(_kit_of(fl_ctx), self._run)
 
     def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
         """Called by FLARE for every request.
@@ -70,8 +76,9 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
         if self._worker is None:
             self._worker = _start_worker(kit)
         message = bytes_of(data.pop(BODY))
-        ends = time.monotonic() + float(data[SECONDS])
-        self._worker.send(kit, str(data[RUN]), str(data[KIND]), message, _job_of(fl_ctx))
+        ends = time.monotonic() + min(max(0.0, float(data[SECONDS])), LONGEST)  # NaN counts as 0
+        self._run = str(data[RUN])
+        self._worker.send(kit, self._run, str(data[KIND]), message, _job_of(fl_ctx))
         del message
         while not self._worker.pipe.poll(0.05):
             if abort_signal.triggered or time.monotonic() > ends:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import complaint, read_toml
 from fedgrove.job.tables import KINDS, whole_pair
-from fedgrove.job.units import Bits, BitsPerSecond, Bytes, Files, Name, Table, Template
+from fedgrove.job.units import BitChoices, BitsPerSecond, Bytes, Files, Name, Positive, Speed, Table, Template
 
 
 def is_ipv6(host: str) -> bool:
@@ -144,6 +144,7 @@ class SiteFile(Table):
         memory: bytes that the planner may use.
         limit: bytes that the working process may allocate; above that it gets an error, so the machine stays up.
         work: the folder for working files of a run, such as hidden states.
+        keep: days after which a start removes the working files of runs that died.
         device: where it computes, such as "cuda:0".
         threads: number of threads for linear algebra; default: one per core.
         result: keep the finished model here, in ``results/``.
@@ -156,11 +157,12 @@ class SiteFile(Table):
     answer: Template = None
     memory: Bytes | None = None
     limit: Bytes | None = None
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["measure"] = 1.0
+    speed: Speed | Literal["measure"] = 1.0
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (32, 16, 8, 4)
+    bits: BitChoices = (32, 16, 8, 4)
     work: Folder = Path("work")
+    keep: Annotated[float, Field(ge=0, le=36500)] = 7
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     result: bool = False
@@ -183,13 +185,15 @@ class ServerFile(Table):
         models: for each name that jobs use, the folder of the server's copy.
         device: where the server computes, such as "cuda:0".
         threads: number of threads for linear algebra; default: one per core.
+        tasks: the tasks of lm-evaluation-harness that jobs may name in ``evaluate.tasks``.
         grace: seconds in which a site must fetch a request; otherwise it is skipped until the next request.
     """
 
     models: Models
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
-    grace: Annotated[float, Field(gt=0)] = 60.0
+    tasks: tuple[str, ...] = ()
+    grace: Positive = 60.0
 
 
 File = TypeVar("File", bound=Table)

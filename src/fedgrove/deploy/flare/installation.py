@@ -14,9 +14,9 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.deploy.flare.files import Allow, SiteFile, model_folder
 from fedgrove.deploy.flare.kits import KEY, ROSTER, SIGNATURE, TRUSTED, name_of
 from fedgrove.errors import FedgroveError
-from fedgrove.job.units import Bits
+from fedgrove.job.units import Bits, Index, Natural, Speed
 from fedgrove.privacy.secagg.keys import Credentials
-from fedgrove.rounds.request import Index, Reply, Request, Response, Tensors
+from fedgrove.rounds.request import Reply, Request, Response, Tensors
 
 
 class Declared(Reply):
@@ -27,11 +27,11 @@ class Declared(Reply):
             :class:`fedgrove.rounds.capabilities.Capabilities`.
     """
 
-    memory: Annotated[int, Field(gt=0)] | None = None
-    speed: Annotated[float, Field(gt=0)] | Literal["measure"] = 1.0
-    uplink: Annotated[int, Field(gt=0)] | None = None
-    downlink: Annotated[int, Field(gt=0)] | None = None
-    bits: tuple[Bits, ...] = (32, 16, 8, 4)
+    memory: Natural | None = None
+    speed: Speed | Literal["measure"] = 1.0
+    uplink: Natural | None = None
+    downlink: Natural | None = None
+    bits: Annotated[tuple[Bits, ...], Field(max_length=4)] = (32, 16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Installation:
     def results(self) -> Path:
         """The folder of finished models."""
         return self.kit / "results"
+
+    @property
+    def personal(self) -> Path:
+        """The folder of personal adapters, apart from ``results``: no job's name can be that of another's adapter."""
+        return self.kit / "personal"
 
     def declared(self) -> Declared:
         """The capabilities that the site declares."""

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from fedgrove.deploy.flare import require_flare
+from fedgrove.deploy.flare import leftovers, require_flare
 from fedgrove.deploy.flare.files import SERVER, SITE, ServerFile, SiteFile, read
 from fedgrove.deploy.flare.kits import keep_jobs_in, name_of
 from fedgrove.errors import FedgroveError
+from fedgrove.files import private_files
 
 PID = "process.pid"
 MODULES = "nvflare.private.fed.app"
@@ -77,9 +78,16 @@ def start(kit: Path, foreground: bool = False) -> int:
         raise FedgroveError(
             f"{kit}: an operator's kit has no process to start", f"`fedgrove federation submit JOB.toml --kit {kit}`"
         )
-    read(kit / (SERVER if kind == "server" else SITE), ServerFile if kind == "server" else SiteFile)
+    settings = read(kit / (SERVER if kind == "server" else SITE), ServerFile if kind == "server" else SiteFile)
     if running(kit) is not None:
         raise FedgroveError(f"{kit}: it is already running", f"`fedgrove federation stop {kit}` stops it")
+    if isinstance(settings, SiteFile):
+        leftovers.clean_old(kit, settings)
+    with private_files():  # the process inherits it
+        return _start(kit, kind, foreground)
+
+
+def _start(kit: Path, kind: str, foreground: bool) -> int:
     try:
         if kind == "server":
             keep_jobs_in(kit)
@@ -129,6 +137,24 @@ def stop(kit: Path) -> None:
         _quietly(one.kill)
     psutil.wait_procs(alive, timeout=5)
     (kit / PID).unlink(missing_ok=True)
+    if kind_of(kit) == "site":
+        clean(kit)
+
+
+def clean(kit: Path) -> list[Path]:
+    """Removes what must not stay of all runs of a site, see :mod:`fedgrove.deploy.flare.leftovers`.
+
+    Returns:
+        The folders of runs that had something left.
+
+    Raises:
+        FedgroveError: it is not a site's kit, its settings file is not valid, or it is running.
+    """
+    if kind_of(kit) != "site":
+        raise FedgroveError(f"{kit}: only a site has working files of runs", "name a site's kit")
+    if running(kit) is not None:
+        raise FedgroveError(f"{kit}: it is running", f"`fedgrove federation stop {kit}` stops it, and cleans as well")
+    return [folder for folder in leftovers.run_folders(kit, read(kit / SITE, SiteFile)) if leftovers.clean(folder)]
 
 
 def running(kit: Path) -> psutil.Process | None:

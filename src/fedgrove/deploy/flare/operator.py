@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,12 +15,13 @@ from typing import Any
 import tomli_w
 
 from fedgrove.deploy.flare import require_flare
-from fedgrove.deploy.flare.coordinate import HELD_OUT, STATE
+from fedgrove.deploy.flare.coordinate import HELD_OUT, STATE, text_name
 from fedgrove.deploy.flare.files import FEDERATION, JOB, Federation, read
 from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
 from fedgrove.deploy.flare.node import address, kind_of, reachable
 from fedgrove.errors import FedgroveError
-from fedgrove.events import Listener, Message, Phase, from_json, printable
+from fedgrove.escape import printable
+from fedgrove.events import Listener, Message, Phase, from_json
 from fedgrove.files import write_atomically
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import FederatedJob
@@ -157,10 +157,9 @@ def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:
     tables["clients"] = [{"name": name} for name in names]
     for text in tables["evaluate"]["data"]:
         source = Path(text["path"])
-        content = source.read_bytes()
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}{source.suffix}"
+        name = text_name(source)
         (at_server / HELD_OUT).mkdir(exist_ok=True)
-        (at_server / HELD_OUT / name).write_bytes(content)
+        shutil.copyfile(source, at_server / HELD_OUT / name)
         text["path"] = name
     for config in (at_server, at_site):  # a site reads the job itself: what the server says of it is not believed
         (config / JOB).write_text(tomli_w.dumps(tables), encoding="utf-8")

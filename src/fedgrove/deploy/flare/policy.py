@@ -12,23 +12,25 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.tables import KINDS, AnyStage, FederatedJob
+from fedgrove.job.tables import KINDS, MAX_CLIENTS, MAX_STAGES, AnyStage, FederatedJob
 from fedgrove.job.units import Name
 from fedgrove.privacy.secagg.session import min_survivors
-from fedgrove.rounds.request import Disclosure, Request
+from fedgrove.rounds.request import Disclosure, Part, Request
 from fedgrove.stages.base import calibration_seed
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-class Terms(BaseModel):
+
+class Terms(Part):
     """The parts of a job that a site has to agree to. The site reads them from the job that the operator signed.
 
     Attributes:
@@ -43,17 +45,15 @@ class Terms(BaseModel):
         clients: the clients that may take part.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: Name
     seed: int
     model: Name
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    digests: dict[str, str]
-    stages: tuple[AnyStage, ...]
+    digests: Annotated[dict[Name, Digest], Field(max_length=2**16)]
+    stages: Annotated[tuple[AnyStage, ...], Field(max_length=MAX_STAGES)]
     secure: bool
     alone: bool
-    clients: tuple[Name, ...]
+    clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)]
 
     @property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedgrove.client import serve
-from fedgrove.deploy.flare import ledger, policy
+from fedgrove.deploy.flare import ledger, leftovers, policy
 from fedgrove.deploy.flare.exchanges.join import agreed_terms
 from fedgrove.deploy.flare.files import SITE, SiteFile, read
 from fedgrove.deploy.flare.installation import Installation, SiteRequest
@@ -20,6 +20,8 @@ from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.engines.worker import Reply
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import MAX_WORD, printable
+from fedgrove.files import private_files
 from fedgrove.rounds.request import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,13 +49,15 @@ def respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> Reply:
         (response, None) or (None, error code).
     """
     reply: Reply
-    try:
-        reply = _respond(kit, run, kind, message, job), None
-    except Exception as error:
-        reply = None, error_codes.encode_exception(error)
-        write_log(kit, traceback.format_exc())
+    with private_files():
+        try:
+            reply = _respond(kit, run, kind, message, job), None
+        except Exception as error:
+            reply = None, error_codes.encode_exception(error)
+            write_log(kit, traceback.format_exc())
     response, code = reply
-    write_log(kit, f"{run} {kind}: {len(message)} bytes in, {code if response is None else f'{len(response)} bytes out'}")
+    result = code if response is None else f"{len(response)} bytes out"
+    write_log(kit, f"{printable(run, MAX_WORD)} {printable(kind, MAX_WORD)}: {len(message)} bytes in, {result}")
     return reply
 
 
@@ -79,6 +83,17 @@ def _respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> bytes
     return serve.respond(request, tensors, masking, client, settings.device)
 
 
+def end_run(kit: Path, run: str) -> None:
+    """Removes what must not stay of a run that has ended in any way; after a success nothing is left already."""
+    try:
+        settings = read(kit / SITE, SiteFile)
+        folder = kit / settings.work / run
+        if _NAME.fullmatch(run) and folder in leftovers.run_folders(kit, settings):
+            leftovers.clean(folder)
+    except Exception:
+        write_log(kit, traceback.format_exc())
+
+
 @lru_cache(maxsize=1)
 def _limit_memory(most: int | None) -> None:
     """Limits this process to that many bytes of memory: allocations beyond that fail. None: no limit."""
@@ -87,9 +102,13 @@ def _limit_memory(most: int | None) -> None:
 
 
 def write_log(kit: Path, text: str) -> None:
-    """Appends a line to the site's own log. Errors are ignored, so that a full disk does not lose a response."""
+    """Appends a line, or a trace, to the site's own log. Errors are ignored, so that a full disk does not lose a response.
+
+    Only the first line begins at the margin, with the time: no request can write a line that looks like the log's own.
+    """
+    lines = [printable(line) for line in text.rstrip().splitlines()]
     log = kit / "log" / "site.log"
     with suppress(OSError):
         log.parent.mkdir(exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} " + "\n    ".join(lines) + "\n")

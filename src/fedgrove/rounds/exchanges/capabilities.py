@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.speed import measured_speed
 from fedgrove.client.windows import calibration_windows, training_windows
+from fedgrove.job.tables import MAX_STAGES
+from fedgrove.job.units import Index, Length, Samples, Word
 from fedgrove.rounds.capabilities import Capabilities
-from fedgrove.rounds.request import Disclosure, Index, Reply, Request, Response, Tensors
+from fedgrove.rounds.request import Disclosure, Part, Reply, Request, Response, Tensors
+from fedgrove.rounds.wire import WireError
 
 
-class Windows(BaseModel):
+class Windows(Part):
     """Windows of text that a stage will calibrate on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    samples: int
-    length: int
-    seed: str
+    samples: Samples
+    length: Length
+    seed: Word
 
 
 class DescribeYourself(Request):
@@ -37,8 +38,8 @@ class DescribeYourself(Request):
     REPLY: ClassVar[type[Reply]] = Capabilities
 
     stage: Index = 0
-    calibrations: tuple[Windows, ...]
-    lengths: tuple[int, ...]
+    calibrations: Annotated[tuple[Windows, ...], Field(max_length=MAX_STAGES)]
+    lengths: Annotated[tuple[Length, ...], Field(max_length=MAX_STAGES)]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         for windows in self.calibrations:
@@ -50,3 +51,10 @@ class DescribeYourself(Request):
         if said.get("speed") == "measure":
             said["speed"] = measured_speed(client, device)
         return Response({}, Capabilities(**said))
+
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Capabilities)
+        if reply.tokens.keys() != set(self.lengths) or any(number < length for length, number in reply.tokens.items()):
+            raise WireError("its numbers of tokens are not those of windows of the lengths that were asked for")
+        if reply.samples is not None and any(windows.samples != reply.samples for windows in self.calibrations):
+            raise WireError(f"it claims {reply.samples} calibration windows, not {self.calibrations[0].samples}")

@@ -34,7 +34,8 @@ class _LastLinearReached(Exception):
 def windows_at_once(samples: int, length: int, compute: str | None = None) -> int:
     """The number of windows in one batch; it divides ``samples``, so that all batches have the same size."""
     tokens = 2 * TOKENS_AT_ONCE if compute == "bfloat16" else TOKENS_AT_ONCE  # the same number of bytes as in float32
-    return max(n for n in range(1, samples + 1) if samples % n == 0 and (n == 1 or n * length <= tokens))
+    most = max(1, min(samples, tokens // length))
+    return max(n for n in range(1, most + 1) if samples % n == 0)
 
 
 @contextmanager

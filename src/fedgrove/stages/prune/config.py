@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.units import Delta, Epsilon, Sparsity, Table, method_of
+from fedgrove.job.units import (
+    MOST,
+    ComputeDtype,
+    Count,
+    CountOrZero,
+    Delta,
+    Epsilon,
+    Length,
+    NonNegative,
+    Positive,
+    Samples,
+    Sparsity,
+    Table,
+    method_of,
+)
 from fedgrove.models.masks import Target
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
 from fedgrove.stages.prune.allocation import allocation_of
@@ -32,7 +46,7 @@ class LayerSampling(Table):
     """
 
     sample: Annotated[float, Field(gt=0, le=1)]
-    cover: Annotated[int, Field(ge=1)] = 2
+    cover: Count = 2
 
 
 class Config(StageConfig):
@@ -82,19 +96,19 @@ class Config(StageConfig):
     aggregation: Annotated[str, method_of("stages.prune.aggregation")] = "fedspallm"
     sparsity: Sparsity | None = None
     pattern: Annotated[str, Field(pattern=r"^\d{1,3}:\d{1,3}$")] | None = None
-    samples: Annotated[int, Field(gt=0)] = 16
-    length: Annotated[int, Field(gt=1)] = 512
+    samples: Samples = 16
+    length: Length = 512
     layers: Literal["all"] | LayerSampling = "all"
-    rounds: Annotated[int, Field(ge=1)] = 1
-    shrink: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    rounds: Count = 1
+    shrink: NonNegative = 0.0
     expand: bool = True
-    max_weight_growth: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    trim: Annotated[int, Field(ge=0)] = 0
+    max_weight_growth: Positive | None = None
+    trim: CountOrZero = 0
     allocation: Annotated[str, method_of("stages.prune.allocation")] = "even"
-    owl_m: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
+    owl_m: Annotated[float, Field(gt=1, le=MOST)] = 5.0
     owl_lambda: Annotated[float, Field(gt=0, lt=0.5)] = 0.08
     source: Literal["dense", "sequential"] | None = None
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    compute_dtype: ComputeDtype | None = None
     damping: Literal["mean", "each"] | None = None
     mixed: bool = False
     protect_first_block: bool = False

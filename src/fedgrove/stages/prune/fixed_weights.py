@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 
+from fedgrove.job.units import Count, Linear
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
+from fedgrove.rounds.request import Part
 
 VALUE_BITS = 48  # the width of the ring in which masked weights are summed
 GROWTH = 8  # a pruned weight may be at most this many times as large as the largest weight of its matrix before pruning
 
 
-class FixedWeights(BaseModel):
+class FixedWeights(Part):
     """Weights as fixed-point numbers, for a sum under secure aggregation.
 
     Attributes:
@@ -22,10 +25,8 @@ class FixedWeights(BaseModel):
         clients: the largest number of clients in a sum.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    units: dict[str, int]
-    clients: int
+    units: Annotated[dict[Linear, Annotated[int, Field(ge=-256, le=256)]], Field(max_length=2**16)]
+    clients: Count
 
     @property
     def limit(self) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.units import Sparsity, method_of
+from fedgrove.job.units import Length, Samples, Sparsity, method_of
 from fedgrove.stages.structured.scores import PACKAGE
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Config(StageConfig):
     channels: Sparsity = 0.25
     heads: Sparsity = 0.25
     score: Annotated[str, method_of(PACKAGE)] = "fisher"
-    samples: Annotated[int, Field(gt=0)] = 16
-    length: Annotated[int, Field(gt=1)] = 512
+    samples: Samples = 16
+    length: Length = 512
 
     @model_validator(mode="after")
     def _cuts_something(self) -> Self:

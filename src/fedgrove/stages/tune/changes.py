@@ -42,6 +42,8 @@ class Change(Protocol):
         ...
 
 
+FEW_ZEROS = 0.001  # a linear with a larger fraction of zeros counts as pruned, and its zeros stay
+
 C = TypeVar("C", bound=Change)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import training_windows
+from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width
@@ -27,12 +30,12 @@ class TuneRequest(Request):
         personal: the fraction of its windows that the client holds out.
     """
 
-    parts: int
+    parts: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
     width: Width | None
-    bits: int
-    length: int
-    seed: str
-    personal: float
+    bits: Bits
+    length: Length
+    seed: Word
+    personal: HeldOut
 
     def model_and_windows(self, client: LocalClient, device: str) -> tuple[Decoder, Tensor, Tensor]:
         """The model without adapters, and this client's windows: token ids and labels, (windows, length) each.

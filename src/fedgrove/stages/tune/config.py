@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from fedgrove import plugins
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.units import Bits, Choices, Delta, Epsilon, method_of
+from fedgrove.job.units import (
+    BitChoices,
+    Choices,
+    Clip,
+    Count,
+    CountOrZero,
+    Delta,
+    Epsilon,
+    HeldOut,
+    Length,
+    NonNegative,
+    Positive,
+    method_of,
+)
 from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Planner, planner_of
@@ -73,32 +86,32 @@ class Config(StageConfig):
     parametrization: Annotated[str, method_of("stages.tune.parametrizations")] = "lora"
     trainer: Annotated[str, method_of("stages.tune.trainers")] = "sgd"
     aggregation: Annotated[str, method_of("stages.tune.aggregation")] = "flexlora"
-    rounds: Annotated[int, Field(ge=1)] = 10
-    steps: Annotated[int, Field(ge=1)] = 16
-    length: Annotated[int, Field(gt=1)] = 512
+    rounds: Count = 10
+    steps: Count = 16
+    length: Length = 512
     batches: Choices = (1, 2, 4, 8, 16)
     ranks: Choices = (2, 4, 8, 16, 32)
-    bits: Annotated[tuple[Bits, ...], Field(min_length=1)] = (16, 8, 4)
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    bits: BitChoices = (16, 8, 4)
+    learning_rate: Positive = 1e-3
     lr_schedule: Literal["none", "linear"] = "none"
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    deadline: Annotated[float, Field(gt=0)] | None = None
-    upload_price: Annotated[float, Field(ge=0)] = 0.4
-    replan_every: Annotated[int, Field(ge=0)] = 0
-    importance_steps: Annotated[int, Field(ge=1)] = 4
-    proximal: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: NonNegative = 1.0
+    alpha: Positive | None = None
+    deadline: Positive | None = None
+    upload_price: NonNegative = 0.4
+    replan_every: CountOrZero = 0
+    importance_steps: Count = 4
+    proximal: NonNegative = 0.0
     partition: bool = True
     server_optimizer: Literal["average", "momentum", "adam"] = "average"
-    server_lr: Annotated[float, Field(gt=0)] | None = None
+    server_lr: Positive | None = None
     precision: Literal["float32", "bfloat16", "fixed"] = "bfloat16"
     epsilon: Epsilon | None = None
     delta: Delta = 1e-6
     dp_unit: Literal["client", "window"] = "window"
-    dp_clip: Annotated[float, Field(gt=0, le=16)] = 1.0
-    personal: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    eval_every: Annotated[int, Field(ge=0)] = 0
+    dp_clip: Clip = 1.0
+    personal: HeldOut = 0.0
+    eval_every: CountOrZero = 0
 
     @model_validator(mode="before")
     @classmethod

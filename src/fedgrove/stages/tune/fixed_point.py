@@ -14,15 +14,17 @@ fixed-point numbers and the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 
+from fedgrove.job.units import Clip, Count, CountOrZero, Delta, Epsilon, Linear
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
-from fedgrove.rounds.request import CHANGE, Tensors
+from fedgrove.rounds.request import CHANGE, Part, Tensors
 from fedgrove.rounds.wire import WireError
 
 BITS = 24  # after the binary point
@@ -31,7 +33,7 @@ CODE = FixedPoint(BITS, torch.int32, toward_zero=True)
 LOSS = "loss"
 
 
-class ClientNoise(BaseModel):
+class ClientNoise(Part):
     """Differential privacy of a whole client: its change is clipped, and the sum of a round gets noise.
 
     Attributes:
@@ -41,13 +43,11 @@ class ClientNoise(BaseModel):
         adders: the smallest number of clients in a secure sum, who share the noise; 0: the server adds it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epsilon: float
-    delta: float
-    clip: float
-    rounds: int
-    adders: int
+    epsilon: Epsilon
+    delta: Delta
+    clip: Clip
+    rounds: Count
+    adders: CountOrZero
 
     def mechanism(self, weight: float) -> GaussianMechanism:
         """The mechanism for both sides: the client clips and adds its share of the noise, or the server adds all of it.
@@ -59,7 +59,7 @@ class ClientNoise(BaseModel):
         return GaussianMechanism(self.clip, multiplier, self.adders, weight=weight, bits=BITS)
 
 
-class FixedPointChanges(BaseModel):
+class FixedPointChanges(Part):
     """The settings of a client that sends fixed-point numbers.
 
     Attributes:
@@ -68,10 +68,8 @@ class FixedPointChanges(BaseModel):
         noise: the noise that protects a client; None: no noise.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    weight: float
-    widest: dict[str, int]
+    weight: Annotated[float, Field(gt=0, le=1)]
+    widest: Annotated[dict[Linear, Count], Field(max_length=2**18)]
     noise: ClientNoise | None = None
 
 

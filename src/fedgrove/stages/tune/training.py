@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
+from fedgrove.errors import FedgroveError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Settings:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     max_grad_norm: float = 0.0
     proximal: float = 0.0
+
+
+class NotFinite(FedgroveError):
+    """The loss of a client's text is not finite."""
 
 
 GradientMasks = Sequence[tuple[nn.Parameter, Tensor]]  # parameters whose gradient is zero where the mask is False

@@ -23,7 +23,7 @@ from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.aggregation import Options, aggregation_of
-from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.changes import FEW_ZEROS, State
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
@@ -36,7 +36,6 @@ from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.state import TuningState
 
-FEW_ZEROS = 0.001  # a linear with a larger fraction of zeros counts as pruned, and its zeros stay
 HYSTERESIS = 1.05  # a new plan replaces the old one only if it is worth this factor more
 KEPT_SCORE = 0.5  # weight of the old importance in the new one
 
@@ -346,7 +345,7 @@ class Tuning:
                 parametrization=self.config.parametrization,
                 masked=self.masked,
                 micro=assignment.micro,
-                base=job.model.path,
+                base=job.model.name,
                 title=f"{job.name}: {client}'s own adapter",
             )
             messages[client] = Message(request, tensors)
@@ -376,5 +375,5 @@ class Tuning:
         job, out = self.federation.job, self.run.path / "adapter"
         totals = {name: state.total() for name, state in self.state.states.items()}
         title, pruned, changed = f"{job.name}: adapter", bool(self.masked), bool(self.model.changed())
-        written = self.method.write_adapter(out, self.decoder, totals, job.model.path, title, pruned, changed)
+        written = self.method.write_adapter(out, self.decoder, totals, job.model.name, title, pruned, changed)
         return out if written else None

@@ -11,7 +11,7 @@ from fedgrove.rounds.request import Reply, Response, Tensors
 
 
 class EndRun(SiteRequest):
-    """Delete the run's working files. A personal adapter, where one was made, moves to ``results/NAME-personal``."""
+    """Delete the run's working files. A personal adapter, where one was made, moves to ``personal/NAME``."""
 
     KIND: ClassVar[str] = "deploy/done"
 
@@ -19,9 +19,9 @@ class EndRun(SiteRequest):
         name = agreed_terms(site).name
         personal = site.folder / "personal"
         if personal.is_dir():
-            target = site.results / f"{name}-personal"
+            target = site.personal / name
             shutil.rmtree(target, ignore_errors=True)
-            site.results.mkdir(exist_ok=True)
+            site.personal.mkdir(exist_ok=True)
             personal.rename(target)
         shutil.rmtree(site.folder)
         return Response({}, Reply())

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fedgrove.deploy.flare import ledger
 from fedgrove.deploy.flare.files import model_folder
 from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, torch_dtype
-from fedgrove.deploy.flare.policy import Terms, refused_key, terms_of
+from fedgrove.deploy.flare.leftovers import AGREED
+from fedgrove.deploy.flare.policy import Digest, Terms, refused_key, terms_of
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
 from fedgrove.files import write_atomically
 from fedgrove.job.load import load_federated
+from fedgrove.job.units import Name, NonNegative
 from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 
-AGREED = "agreed.json"  # the terms that the site agreed to, in the folder of the run
 CLOCK = "log/clock.json"  # the server's time and this machine's, when the site was last asked to join
 
 
@@ -48,8 +49,8 @@ class JoinRun(SiteRequest):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.CAPABILITIES})
     REPLY: ClassVar[type[Reply]] = Joined
 
-    digests: dict[str, str]
-    clock: float
+    digests: Annotated[dict[Name, Digest], Field(max_length=2**16)]
+    clock: NonNegative
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
         kit, settings = site.kit, site.settings

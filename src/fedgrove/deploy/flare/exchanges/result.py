@@ -38,7 +38,7 @@ class DeliverResult(SiteRequest):
         content = tensors.get(CONTENT)
         if content is None or content.dtype != torch.uint8:
             raise Refusal("terms", CONTENT)
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial = folder.with_name(f".{folder.name}.partial")  # no job's name begins with a dot
         partial.mkdir(parents=True, exist_ok=True)
         (partial / self.file).write_bytes(content.numpy().tobytes())
         if self.last:

@@ -47,6 +47,7 @@ CODE = FixedPoint(BITS)
 MIN_CHANNEL = 2.0**-10  # times the typical size: smaller channels on random tokens are scaled as if they had this size
 STRIP = 512  # rows of the products that are computed at once
 LARGEST = 2**62  # the largest sum over all clients
+MAX_NORM = float(1 << (61 - BITS))  # a window's clipped squares and ``LARGEST`` together stay below 2^63
 HEADROOM = 14  # bits that secure aggregation leaves for channels that are larger on real text: by up to 128 times
 
 
@@ -59,7 +60,8 @@ class Statistic:
         scale: (in,) float32 powers of two by which x is multiplied.
         products: whether the pruner also needs Σ xᵢxⱼ.
         limit: the largest sum that may be sent.
-        mechanism: for differential privacy: clips each window's squares and adds this client's share of the noise.
+        mechanism: for differential privacy: clips each window's squares and adds this client's share of the noise. Its
+            clipping norm is at most ``MAX_NORM``, and there are no products and moments.
         moments: whether the pruner also needs Σ x and the variance within each window.
         tokens: number of tokens added.
         squares: Σ x², (in,) int64.
@@ -88,17 +90,22 @@ class Statistic:
     def add(self, x: Tensor) -> None:
         """Adds windows. Each is rounded separately, so the result does not depend on how windows are batched.
 
+        With noise a window that holds NaN or infinity counts as zero, and a sum stays at ``limit``.
+
         Args:
             x: (tokens, in) or (…, tokens, in).
 
         Raises:
-            FedgroveError: x holds NaN or infinity, or is so large that the sum would overflow.
+            FedgroveError: without noise: x holds NaN or infinity, or is so large that the sum would overflow.
         """
         for window in x[None] if x.dim() == 2 else x.flatten(0, -3):
             scaled = window.float() * self.scale
             squares = scaled.square().sum(0, dtype=torch.float64)
-            if self.mechanism is not None and torch.isfinite(squares).all():  # others are refused below, not clipped to 0
+            if self.mechanism is not None:  # nothing that depends on one window may be an error
                 squares = self.mechanism.clip(squares)
+                self.squares = (self.squares + _encoded(squares)).clamp(max=self.limit)
+                self.tokens += window.shape[0]
+                continue
             if not (squares < LARGEST >> BITS).all() or (self.squares > self.limit - _encoded(squares)).any():
                 raise FedgroveError(
                     f"the inputs of {self.name} are not finite or far larger than on random tokens",

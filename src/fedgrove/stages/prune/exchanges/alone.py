@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import checkpoint_of, decoder_of
+from fedgrove.job.units import Name, Samples
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
@@ -31,7 +33,7 @@ class EvaluateAlone(Request):
     KIND: ClassVar[str] = "prune/alone"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.WINDOW_LOSSES})
 
-    texts: dict[str, int]
+    texts: Annotated[dict[Name, Samples], Field(max_length=1000)]
     prune: PruneBlock
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedgrove import heap
@@ -16,13 +16,14 @@ from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import MAX_BLOCKS, Count, Index, Name, Positive, Sparsity
 from fedgrove.models.blocks import Call, Decoder, as_matrix
 from fedgrove.models.masks import Target
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Part, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.aggregation import ClientSolved, client_solved
@@ -34,7 +35,7 @@ from fedgrove.stages.prune.pruners import Damping
 START = "start/"  # tensors of a request: the weights that a round starts from, if they are not those of the client's own copy
 
 
-class Recipe(BaseModel):
+class Recipe(Part):
     """How a client prunes blocks. With the client's text it determines the pruned weights, and so the hidden states after them.
 
     Attributes:
@@ -43,13 +44,19 @@ class Recipe(BaseModel):
         blocks: all blocks that this client is assigned in this round.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    pruner: str
+    pruner: Name
     damping: Damping
-    sparsities: tuple[float, ...]
-    pattern: tuple[int, int] | None
-    blocks: tuple[int, ...]
+    sparsities: Annotated[tuple[Sparsity, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
+    pattern: tuple[Count, Count] | None
+    blocks: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.pattern is not None and not self.pattern[0] < self.pattern[1]:
+            raise ValueError("pattern: n of every m inputs are kept, so n < m")
+        if max(self.blocks) >= len(self.sparsities):
+            raise ValueError(f"blocks: there is no block {max(self.blocks)} of {len(self.sparsities)}")
+        return self
 
     def target(self, block: int) -> Target:
         """How sparse a block becomes."""
@@ -98,13 +105,19 @@ class PruneBlock(Request):
     )
     SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round", "block")
 
-    block: int
+    block: Index
     calibration: Calibration
     recipe: Recipe
-    aggregation: str
-    max_weight_growth: float | None = None
+    aggregation: Name
+    max_weight_growth: Positive | None = None
     keep: bool = False
     fixed_point: FixedWeights | None = None
+
+    @model_validator(mode="after")
+    def _has_block(self) -> Self:
+        if self.block >= len(self.recipe.sparsities):
+            raise ValueError(f"block: there is no block {self.block} of {len(self.recipe.sparsities)}")
+        return self
 
     @property
     def method(self) -> ClientSolved:
@@ -232,6 +245,8 @@ def prune_block(
     """
     calibration, recipe, index = request.calibration, request.recipe, request.block
     decoder = decoder_of(client, device, calibration.compute_dtype)
+    if len(recipe.sparsities) != len(decoder):
+        raise client.error(f"its model has {len(decoder)} blocks, but the request is for one of {len(recipe.sparsities)}")
     states = HiddenStates(client, calibration, decoder)
     at = states.latest(index)
     together = calibration.windows_per_run

@@ -9,6 +9,7 @@ import torch
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.job.units import Fraction, Name, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
@@ -37,9 +38,9 @@ class MeasureBlocks(Request):
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
     SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage",)
 
-    allocation: str
-    owl_m: float
-    owl_lambda: float
+    allocation: Name
+    owl_m: Positive
+    owl_lambda: Fraction
     calibration: Calibration
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:

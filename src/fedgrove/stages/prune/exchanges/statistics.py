@@ -11,26 +11,28 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.job.units import MAX_BLOCKS, Count, Delta, Epsilon, Index, Linear, Linears, Natural
 from fedgrove.models.blocks import Decoder
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.integers import IntegerSums
-from fedgrove.rounds.request import Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import Disclosure, Message, Part, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.prune.aggregation.pooled import BITS, LARGEST, Statistic, check_sums, expected, ring_bits
+from fedgrove.stages.prune.aggregation.pooled import BITS, LARGEST, MAX_NORM, Statistic, check_sums, expected, ring_bits
 from fedgrove.stages.prune.calibration_pass import count_inputs, shared_inputs
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.block import start_of
 
+Norm = Annotated[float, Field(ge=0, le=MAX_NORM)]  # of a window's sums of squares
 SCALE = "scale/"  # tensors of a request: the factors by which an input's channels are multiplied before they are summed
 
 
-class Noise(BaseModel):
+class Noise(Part):
     """The noise that gives differential privacy to one window of text; see :mod:`fedgrove.privacy.gaussian`.
 
     Attributes:
@@ -41,14 +43,12 @@ class Noise(BaseModel):
         epsilon, delta: the privacy budget of all the sums together.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    norms: dict[str, float]
-    inputs: Annotated[int, Field(ge=1)]
+    norms: Annotated[dict[Linear, Norm], Field(max_length=2**16)]
+    inputs: Count
     skips_first: bool
-    clients: Annotated[int, Field(ge=1)]
-    epsilon: float
-    delta: float
+    clients: Count
+    epsilon: Epsilon
+    delta: Delta
 
     def mechanism(self, name: str) -> GaussianMechanism:
         """Clips a window's Σ x² of one input and adds noise to its sum; the noise is set for all inputs together."""
@@ -86,13 +86,13 @@ class SumInputs(Request):
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
     SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "block")
 
-    block: int
+    block: Annotated[Index, Field(lt=MAX_BLOCKS)]
     calibration: Calibration
-    consumers: dict[str, str]
-    widths: dict[str, int]
-    products: tuple[str, ...]
+    consumers: Annotated[dict[Linear, Linear], Field(max_length=2**16)]
+    widths: Annotated[dict[Linear, Natural], Field(max_length=2**16)]
+    products: Linears
     moments: bool
-    limit: int
+    limit: Annotated[int, Field(ge=1, le=LARGEST)]
     noise: Noise | None = None
 
     def discloses(self) -> frozenset[Disclosure]:
@@ -109,6 +109,8 @@ class SumInputs(Request):
         if noise and (self.products or self.moments):
             raise client.error("noise protects only sums of squares, so it sends no products or moments with epsilon")
         decoder = decoder_of(client, device, calibration.compute_dtype)
+        if self.block >= len(decoder):
+            raise client.error(f"its model has {len(decoder)} blocks, but the request is for block {self.block}")
         if noise and noise.inputs < sum(count_inputs(decoder)[noise.skips_first :]):
             raise client.error("the noise is for fewer sums than the model has; refused")
         states = HiddenStates(client, calibration, decoder)

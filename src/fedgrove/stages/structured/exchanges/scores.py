@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import Name
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.width import family_of, width_of
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
@@ -47,9 +49,9 @@ class ScoreGroups(Request):
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"calibration.samples"})
     SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage",)
 
-    score: str
+    score: Name
     calibration: Calibration
-    limit: int
+    limit: Annotated[int, Field(ge=1, le=LARGEST)]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         score = score_of(self.score)

@@ -7,17 +7,20 @@ after an earlier stage, zeros stay zeros, and no weight matrix may grow beyond :
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
+from fedgrove.job.units import MAX_BLOCKS, Index
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import slices
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.rounds.request import Index, Reply, Request, Response, Tensors
+from fedgrove.rounds.request import Reply, Request, Response, Tensors
+from fedgrove.stages.tune.changes import FEW_ZEROS
 from fedgrove.stages.tune.client_model import base_folder
 
 GROWTH = 2.0  # the largest norm of a changed tensor, in units of the norm of the client's own
@@ -32,7 +35,7 @@ class KeepWeights(Request):
 
     KIND: ClassVar[str] = "tune/base"
 
-    part: Index
+    part: Annotated[Index, Field(lt=MAX_BLOCKS)]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder = decoder_of(client, device)
@@ -66,7 +69,8 @@ def check_change(decoder: Decoder, name: str, tensor: Tensor, client: LocalClien
         raise client.error(f"the server sent weights of another shape for {name}; refused")
     if not bool(torch.isfinite(new).all()) or float(new.norm()) > GROWTH * float(own.norm()):
         raise client.error(f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused")
-    if new.shape == own.shape and bool((new[own == 0] != 0).any()):
+    zeros = own == 0
+    if new.shape == own.shape and float(zeros.float().mean()) > FEW_ZEROS and bool((new[zeros] != 0).any()):
         raise client.error(f"the server sent weights for {name} where its own are zero; refused")
 
 

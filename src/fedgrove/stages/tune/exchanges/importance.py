@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.units import Count, Natural, NonNegative
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
@@ -47,10 +48,10 @@ class ScoreLinears(TuneRequest):
     REPLY: ClassVar[type[Reply]] = Tokens
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "micro", "fixed.weight"})
 
-    tokens: int
-    steps: int
-    micro: int
-    learning_rate: float
+    tokens: Natural
+    steps: Count
+    micro: Count
+    learning_rate: NonNegative
     fixed: FixedPointChanges | None = None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:

@@ -7,6 +7,7 @@ import shutil
 from typing import ClassVar
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.units import Count, Line, Linears, Name, NonNegative
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
@@ -20,8 +21,8 @@ from fedgrove.stages.tune.personal import best, hold_out, mean_loss
 class Losses(Reply):
     """Mean losses per token on the client's held-out windows; None if it has none, or no own change."""
 
-    shared: float | None
-    own: float | None
+    shared: NonNegative | None
+    own: NonNegative | None
 
 
 class ComparePersonal(TuneRequest):
@@ -41,11 +42,11 @@ class ComparePersonal(TuneRequest):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.HELD_OUT_LOSSES})
     REPLY: ClassVar[type[Reply]] = Losses
 
-    parametrization: str
-    masked: tuple[str, ...]
-    micro: int
-    base: str
-    title: str
+    parametrization: Name
+    masked: Linears
+    micro: Count
+    base: Line
+    title: Line
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = parametrization_of(self.parametrization)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedgrove.client.devices import other_devices
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import (
+    MOST,
+    Clip,
+    Count,
+    Delta,
+    Epsilon,
+    Linear,
+    Linears,
+    Name,
+    Natural,
+    NonNegative,
+    Positive,
+)
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, Disclosure, Message, Part, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point, training
 from fedgrove.stages.tune.aggregation import Aggregation
@@ -32,30 +45,26 @@ from fedgrove.stages.tune.trainers import trainer_of
 OWN, REST = "own", "rest"  # tensors of a request: the part that a client trains, and the rest
 
 
-class Training(BaseModel):
+class Training(Part):
     """How a client trains in a round; see :class:`fedgrove.stages.tune.training.Settings`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int
-    batch: int
-    micro: int
-    learning_rate: float
+    steps: Count
+    batch: Count
+    micro: Count
+    learning_rate: NonNegative
     optimizer: Literal["adamw", "sgd"]
-    max_grad_norm: float
-    proximal: float
+    max_grad_norm: NonNegative
+    proximal: NonNegative
 
 
-class WindowNoise(BaseModel):
+class WindowNoise(Part):
     """Differential privacy of a client's windows; see :class:`fedgrove.stages.tune.training.Budget`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epsilon: float
-    delta: float
-    noise: float
-    rounds: int
-    clip: float
+    epsilon: Epsilon
+    delta: Delta
+    noise: Positive
+    rounds: Count
+    clip: Clip
 
 
 class Trained(Reply):
@@ -67,7 +76,7 @@ class Trained(Reply):
     """
 
     tokens: int
-    loss: float | None = None
+    loss: NonNegative | None = None
 
 
 class Train(TuneRequest):
@@ -101,14 +110,14 @@ class Train(TuneRequest):
         {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "fixed.weight", "windows.noise"}
     )
 
-    parametrization: str
-    trainer: str
+    parametrization: Name
+    trainer: Name
     shared_a: bool
-    ranks: dict[str, int]
-    scales: dict[str, float]
-    masked: tuple[str, ...]
-    tokens: int
-    seen: int
+    ranks: Annotated[dict[Linear, Count], Field(max_length=2**18)]
+    scales: Annotated[dict[Linear, Positive], Field(max_length=2**18)]
+    masked: Linears
+    tokens: Natural
+    seen: Annotated[int, Field(ge=0, le=MOST)]
     dtype: Literal["float32", "bfloat16"]
     training: Training
     fixed: FixedPointChanges | None = None
@@ -174,8 +183,13 @@ class Train(TuneRequest):
             training.Budget(**self.windows.model_dump()) if self.windows else None,
         )
         try:
-            loss = trainer_of(self.trainer).train(model, work, training.Settings(**self.training.model_dump()))
-            trained = method.detach(model, list(self.ranks), starts)
+            try:
+                loss = trainer_of(self.trainer).train(model, work, training.Settings(**self.training.model_dump()))
+                trained = method.detach(model, list(self.ranks), starts)
+            except training.NotFinite:
+                if not self.noisy:
+                    raise
+                loss, trained = None, {}  # a change of zeros: an error would tell something of the text without noise
             if held_out:
                 total = {n: method.total(trained[n], begun) if n in trained else begun.rest for n, begun in starts.items()}
                 own_loss = mean_loss(model, held_out, self.training.micro)

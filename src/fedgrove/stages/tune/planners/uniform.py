@@ -43,5 +43,11 @@ def choose(config: Config, problem: Problem) -> Choice:
             }
             return Choice(configs, left_out)
     if able:
-        raise FedgroveError('planner "uniform": no value of bits fits all clients', "allow more values in bits")
+        most = max(candidates, key=lambda candidate: sum(fits(client, candidate) for client in able))
+        odd = next(client for client in able if not fits(client, most))
+        raise FedgroveError(
+            f'planner "uniform": no value of bits fits all clients, and {most.bits} bits do not fit this one',
+            "allow more values in bits",
+            client=odd,
+        )
     return Choice({}, left_out)

@@ -28,7 +28,8 @@ class Trainer(Protocol):
             The mean loss per token; None if it may not be disclosed.
 
         Raises:
-            FedgroveError: the loss is not finite, or the noise is too small for the budget.
+            NotFinite: the loss is not finite. A trainer with noise never raises it: whether a window is there must not show.
+            FedgroveError: the noise is too small for the budget.
         """
         ...
 

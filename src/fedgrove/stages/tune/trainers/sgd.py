@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
-from fedgrove.errors import FedgroveError
 from fedgrove.stages.tune.training import (
     GradientMasks,
+    NotFinite,
     Settings,
     Work,
     draw,
@@ -57,7 +57,7 @@ def train_on(
         The mean loss per token over all steps, each measured before its step; 0 if no token had a loss.
 
     Raises:
-        FedgroveError: the loss is not finite.
+        NotFinite: the loss is not finite.
     """
     parameters = trained_parameters(model)
     anchors = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
@@ -85,7 +85,7 @@ def train_on(
             for weight, mask in masks:
                 cast(Tensor, weight.grad).mul_(mask)
             if not math.isfinite(loss):
-                raise FedgroveError("its loss is not finite", "lower learning_rate, or check its data")
+                raise NotFinite("its loss is not finite", "lower learning_rate, or check its data")
             if settings.proximal:
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
