@@ -193,7 +193,7 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (moved(SUM, 1), "kind"),
         (changed(SUM, noise=NOISE), None),
         (changed(SUM, noise=changed(NOISE, clients=4)), "noise"),
-        (changed(SUM, noise=changed(NOISE, clients=10**30)), "noise"),
+        (changed(SUM, noise=changed(NOISE, clients=10**6)), "noise"),
         (changed(SUM, noise=changed(NOISE, skips_first=True)), "epsilon"),
         (SUM, "epsilon"),
         (changed(SUM, noise=changed(NOISE, epsilon=4.1)), "epsilon"),

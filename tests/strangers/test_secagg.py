@@ -382,9 +382,9 @@ UNSUMMED = [exchange.request for exchange in EXCHANGES if exchange.request.OWN_F
 OTHER = {  # of fields with a list of allowed values
     "adamw": "sgd", "mean": "each", "lora": "full", "full": "ia3", "ia3": "full", "float32": "bfloat16",
 }  # fmt: skip
-FIXED = FixedPointChanges(weight=0.5, widest={"x": 4}, noise=ClientNoise(epsilon=1.0, delta=0.1, clip=1.0, rounds=2, adders=2))
-NOISE = Noise(norms={"x": 1.0}, inputs=1, skips_first=False, clients=2, epsilon=1.0, delta=0.1)
-WINDOWS = WindowNoise(epsilon=1.0, delta=0.1, noise=1.0, rounds=1, clip=1.0)
+FIXED = FixedPointChanges(weight=0.5, widest={"x": 4}, noise=ClientNoise(epsilon=1.0, delta=0.05, clip=1.0, rounds=2, adders=2))
+NOISE = Noise(norms={"x": 1.0}, inputs=1, skips_first=False, clients=2, epsilon=1.0, delta=0.05)
+WINDOWS = WindowNoise(epsilon=1.0, delta=0.05, noise=1.0, rounds=1, clip=1.0)
 CODE = FixedWeights(units={"x": 1.0}, clients=3)
 for summed in list(SUMMED):
     for part in ({"fixed": FIXED}, {"noise": NOISE}, {"windows": WINDOWS}, {"fixed_point": CODE}):
