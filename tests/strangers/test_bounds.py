@@ -21,6 +21,7 @@ import pytest
 import safetensors.numpy
 import tomli_w
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.shareable import Shareable
 from pydantic import ValidationError
 from rich.console import Console
@@ -32,6 +33,7 @@ from fedgrove.deploy.flare.coordinate import Recorder, _offer, open_job, text_na
 from fedgrove.deploy.flare.doctor import private_folders
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.result import DeliverResult
+from fedgrove.deploy.flare.executor import FedgroveExecutor
 from fedgrove.deploy.flare.files import ServerFile, SiteFile, read
 from fedgrove.deploy.flare.installation import Declared, Installation
 from fedgrove.deploy.flare.policy import Terms
@@ -918,3 +920,17 @@ def test_no_kernel_that_config_json_names_is_loaded_or_passed_on(small: Small, t
         assert model.config._attn_implementation in ATTENTIONS
         with suppress(FedgroveError):  # or it is refused in one line, which is as safe
             assert Decoder(Checkpoint(folder)).model.config._attn_implementation in ATTENTIONS
+
+
+def test_a_sites_process_cleans_when_flare_ends_the_run(small: Small, tmp_path: Path) -> None:
+    """However it ends: FLARE sends this event after a success, a failure and a stop."""
+    kit = a_kit(tmp_path / "kit", small)
+    run = a_run(kit / "work", "first-ab")
+    workspace = SimpleNamespace(get_root_dir=lambda: str(kit))
+    context = SimpleNamespace(get_engine=lambda: SimpleNamespace(get_workspace=lambda: workspace))
+    executor = FedgroveExecutor()
+    executor.handle_event(EventType.END_RUN, context)  # of a run that this process got no request of
+    assert content(run) == HERE | STAYS
+    executor._run = "first-ab"
+    executor.handle_event(EventType.END_RUN, context)
+    assert content(run) == STAYS | {"secure/ended.txt"}
