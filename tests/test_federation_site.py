@@ -48,8 +48,9 @@ from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
+from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
+from fedgrove.stages.tune.train_settings import Training, WindowNoise
 from small import CLIENTS, Small, complaint, make_model
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "fedspallm", "sparsity": 0.5, "samples": 16, "length": 512}

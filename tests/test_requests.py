@@ -58,7 +58,8 @@ from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal, Losses
-from fedgrove.stages.tune.exchanges.train import Train, Trained, Training
+from fedgrove.stages.tune.exchanges.train import Train, Trained
+from fedgrove.stages.tune.train_settings import Training
 from small import LENGTH, Small
 
 Q = "self_attn.q_proj"

@@ -26,10 +26,11 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune.changes import Start
-from fedgrove.stages.tune.exchanges.train import Train, Training, WindowNoise
+from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.factors import Factors, initial_a
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.parametrizations import lora
+from fedgrove.stages.tune.train_settings import Training, WindowNoise
 from fedgrove.stages.tune.trainers import sgd
 from secagg import uniform
 from small import CLIENTS, Moment, Small, cli, complaint, killed, measurements

@@ -66,8 +66,9 @@ from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.block import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights
-from fedgrove.stages.tune.exchanges.train import Train, Training
+from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
+from fedgrove.stages.tune.train_settings import Training
 from fedgrove.stages.tune.trainers import dp_sgd, sgd
 from fedgrove.stages.tune.training import Budget, Settings, Work
 from small import LENGTH, Small, cli, complaint
@@ -521,8 +522,8 @@ def test_hostile_text_in_what_a_run_said_is_one_line(hostile: str, tmp_path: Pat
 
 
 def test_no_request_writes_a_line_of_a_sites_log(hostile: str, tmp_path: Path) -> None:
-    assert respond(tmp_path, hostile, "prune/block", b"")[0] is None
-    assert respond(tmp_path, "run", hostile * 100, b"")[0] is None
+    assert respond(tmp_path, hostile, "prune/block", b"", tmp_path / "job.toml")[0] is None
+    assert respond(tmp_path, "run", hostile * 100, b"", tmp_path / "job.toml")[0] is None
     write_log(tmp_path, f"Traceback\n  File x\nValueError: {hostile}")
     text = (tmp_path / "log" / "site.log").read_text(encoding="utf-8")
     lines = text.split("\n")[:-1]
@@ -576,7 +577,7 @@ def test_a_federated_job_names_only_tasks_that_the_server_lists(small: Small, tm
     for allowed, says in (((), "it allows none"), (("arc_easy",), "it allows arc_easy")):
         with pytest.raises(FedgroveError, match=rf"evaluate\.tasks: the server does not allow .*{says}"):
             open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=allowed))
-    job, _ = open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=("evil", "arc_easy")))
+    job = open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=("evil", "arc_easy")))
     assert job.evaluate.tasks == ("arc_easy", "evil")
 
 
@@ -671,7 +672,7 @@ def test_what_a_client_writes_can_be_read_by_its_owner_only(small: Small, tmp_pa
             assert (client, error) == ("ash", None)
             assert response
         assert os.umask(0o022) == 0o022, "the process has its own umask again"
-        assert respond(a_kit(tmp_path / "kit", small), "run", "prune/block", b"")[0] is None
+        assert respond(a_kit(tmp_path / "kit", small), "run", "prune/block", b"", tmp_path / "job.toml")[0] is None
     finally:
         os.umask(before)
     written = [*(tmp_path / "clients").rglob("*"), *(tmp_path / "kit" / "log").rglob("*")]
@@ -702,8 +703,10 @@ def test_jobs_whose_names_are_alike_do_not_touch_each_others_files(small: Small,
     kit = a_kit(tmp_path / "kit", small, result=True)
 
     def site(job: str) -> Installation:
-        site = Installation(kit, read(kit / "site.toml", SiteFile), f"{job}-ab")
-        terms = Terms(name=job, model="m", dtype="auto", digests={}, stages=(), secure=False, alone=False, clients=("ash",))
+        site = Installation(kit, read(kit / "site.toml", SiteFile), f"{job}-ab", kit / "job.toml")
+        terms = Terms(
+            name=job, seed=0, model="m", dtype="auto", digests={}, stages=(), secure=False, alone=False, clients=("ash",)
+        )
         (site.folder / "personal").mkdir(parents=True)
         (site.folder / "personal" / "adapter").write_text(job)
         (site.folder / "agreed.json").write_text(terms.model_dump_json())
@@ -734,14 +737,14 @@ def test_a_held_out_text_replaces_no_other_jobs(small: Small, tmp_path: Path) ->
     good = text_name(config / "texts" / "0123456789abcdef.txt")
     (config / "texts" / good).write_text("another text")
     (config / "job.toml").write_text((config / "job.toml").read_text().replace("0123456789abcdef.txt", good))
-    assert open_job(tmp_path, config, ServerFile(models={"m": small.model}))[0].evaluate.data[0].path.name == good
+    assert open_job(tmp_path, config, ServerFile(models={"m": small.model})).evaluate.data[0].path.name == good
 
 
 def test_an_operator_fetches_no_path_of_the_server(small: Small, tmp_path: Path) -> None:
     config = submitted(small, tmp_path / "config")
     kit = tmp_path / "kit"
     kit.mkdir()
-    job, _ = open_job(kit, config, ServerFile(models={"m": small.model}))
+    job = open_job(kit, config, ServerFile(models={"m": small.model}))
     assert job.model.path == str(small.model)
     assert job.model.name == "m"
     run = kit / "runs" / "first"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
@@ -26,9 +27,10 @@ from fedgrove.stages.prune.exchanges.statistics import Noise
 from fedgrove.stages.prune.fixed_weights import FixedWeights
 from fedgrove.stages.tune.aggregation import ffa_lora
 from fedgrove.stages.tune.changes import State
-from fedgrove.stages.tune.exchanges.train import Train, WindowNoise, start_tensors
+from fedgrove.stages.tune.exchanges.train import Train, start_tensors
 from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
+from fedgrove.stages.tune.train_settings import WindowNoise
 from secagg import Federation, inputs_of, same, total
 from test_requests import EXCHANGES
 
@@ -401,17 +403,18 @@ def leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
         yield path
 
 
-def changed(request: Request, path: tuple[str | int, ...]) -> Request:
-    """The same request with another value at a path."""
-    fields = request.model_dump(mode="json")
-    inner = fields
-    for key in path[:-1]:
-        inner = inner[key]
-    value = inner[path[-1]]
-    inner[path[-1]] = (
-        not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else OTHER.get(value, f"{value}x")
-    )
-    return type(request).model_validate(fields)
+def changed(value: Any, path: tuple[str | int, ...]) -> Any:
+    """The same value with another one at a path, whether or not its type allows it."""
+    if not path:
+        if isinstance(value, bool):
+            return not value
+        return value + 1 if isinstance(value, int | float) else OTHER.get(value, f"{value}x")
+    key, *rest = path
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={str(key): changed(getattr(value, str(key)), tuple(rest))})
+    if isinstance(value, dict):
+        return {**value, key: changed(value[key], tuple(rest))}
+    return tuple(changed(one, tuple(rest)) if number == key else one for number, one in enumerate(value))
 
 
 def is_own(request: Request, path: tuple[str | int, ...]) -> bool:

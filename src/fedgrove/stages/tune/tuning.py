@@ -29,12 +29,13 @@ from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
-from fedgrove.stages.tune.exchanges.train import FloatRound, Train, Training, WholeRound, WindowNoise, start_tensors
+from fedgrove.stages.tune.exchanges.train import FloatRound, Train, WholeRound, start_tensors
 from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.state import TuningState
+from fedgrove.stages.tune.train_settings import Training, WindowNoise
 
 HYSTERESIS = 1.05  # a new plan replaces the old one only if it is worth this factor more
 KEPT_SCORE = 0.5  # weight of the old importance in the new one

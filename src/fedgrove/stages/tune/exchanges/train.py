@@ -12,23 +12,11 @@ from torch import Tensor, nn
 from fedgrove.client.devices import other_devices
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
-from fedgrove.job.units import (
-    MOST,
-    Clip,
-    Count,
-    Delta,
-    Epsilon,
-    Linear,
-    Linears,
-    Name,
-    Natural,
-    NonNegative,
-    Positive,
-)
+from fedgrove.job.units import MOST, Count, Linear, Linears, Name, Natural, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.request import CHANGE, Disclosure, Message, Part, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point, training
 from fedgrove.stages.tune.aggregation import Aggregation
@@ -40,31 +28,10 @@ from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
+from fedgrove.stages.tune.train_settings import Training, WindowNoise
 from fedgrove.stages.tune.trainers import trainer_of
 
 OWN, REST = "own", "rest"  # tensors of a request: the part that a client trains, and the rest
-
-
-class Training(Part):
-    """How a client trains in a round; see :class:`fedgrove.stages.tune.training.Settings`."""
-
-    steps: Count
-    batch: Count
-    micro: Count
-    learning_rate: NonNegative
-    optimizer: Literal["adamw", "sgd"]
-    max_grad_norm: NonNegative
-    proximal: NonNegative
-
-
-class WindowNoise(Part):
-    """Differential privacy of a client's windows; see :class:`fedgrove.stages.tune.training.Budget`."""
-
-    epsilon: Epsilon
-    delta: Delta
-    noise: Positive
-    rounds: Count
-    clip: Clip
 
 
 class Trained(Reply):
