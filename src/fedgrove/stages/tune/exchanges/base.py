@@ -7,7 +7,7 @@ from typing import ClassVar
 from fedgrove.client.local_client import LocalClient
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
-from fedgrove.stages.tune.client_model import base_folder
+from fedgrove.stages.tune.client_model import DIGEST, base_folder
 
 
 class KeepWeights(Request):
@@ -22,5 +22,6 @@ class KeepWeights(Request):
     part: int
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        save_tensors(tensors, base_folder(client, self.stage) / f"part-{self.part:05d}.safetensors")
+        file = base_folder(client, self.stage) / f"part-{self.part:05d}.safetensors"
+        save_tensors(tensors, file, {DIGEST: self.sum_digest(tensors)})
         return Response({}, Reply())
