@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
 from fedgrove.errors import FedgroveError
+from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg import client, keys, masking
 from fedgrove.privacy.secagg.keys import make_credentials
 from fedgrove.privacy.secagg.masking import as_rings
@@ -27,11 +28,14 @@ from fedgrove.stages.prune.exchanges.statistics import Noise
 from fedgrove.stages.prune.fixed_weights import FixedWeights
 from fedgrove.stages.tune.aggregation import ffa_lora
 from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.client_model import TuneRequest, digest_of_base
+from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.train import Train, start_tensors
 from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.train_settings import WindowNoise
 from secagg import Federation, inputs_of, same, total
+from small import LENGTH, Small
 from test_requests import EXCHANGES
 
 Tensors = dict[str, torch.Tensor]
@@ -564,3 +568,34 @@ def test_the_name_of_a_sum_says_which_it_is_and_nothing_that_a_server_may_vary(r
     for path in leaves(request_.model_dump(mode="json")):
         other = changed(request_, path)
         assert (other.sum_name != request_.sum_name) is (path[0] in request_.SUM_FIELDS)
+
+
+@pytest.mark.parametrize("sent", ["other weights", "one part less", "parts in another order", "none"])
+def test_a_client_trains_only_the_model_that_all_were_sent(small: Small, tmp_path: Path, sent: str) -> None:
+    ash = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = Checkpoint(small.model).read(name)
+    model = [{name: weight}, {name.replace("layers.0", "layers.1"): weight * 0.5}]
+    requests = [KeepWeights(stage=1, part=part) for part in range(2)]
+    digest = digest_of_base([request.sum_digest(tensors) for request, tensors in zip(requests, model, strict=True)])
+    fields = {"stage": 1, "width": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0}
+    train = TuneRequest(parts=2, base_digest=digest, **fields)
+
+    def store(parts: Sequence[Tensors]) -> None:
+        for request, tensors in zip(requests, parts, strict=False):
+            serve(request.KIND, wire.pack(tensors, {"request": request.model_dump(mode="json")}), ash, "cpu")
+
+    store(
+        {
+            "other weights": [model[0], {key: value * 2 for key, value in model[1].items()}],
+            "one part less": model[:1],
+            "parts in another order": model[::-1],
+            "none": [],
+        }[sent]
+    )
+    with pytest.raises(FedgroveError, match=r"client 'ash': (the model that it was sent is not|its working files are gone)"):
+        train.model_and_windows(ash, "cpu")
+    store(model)
+    assert torch.equal(train.model_and_windows(ash, "cpu")[0].checkpoint.read(name), weight)
+    with pytest.raises(FedgroveError, match="the model that it was sent is not"):
+        train.model_copy(update={"base_digest": ""}).model_and_windows(ash, "cpu")

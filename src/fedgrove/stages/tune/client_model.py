@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
@@ -17,12 +19,15 @@ from fedgrove.models.width import Width
 from fedgrove.rounds.request import Request
 from fedgrove.stages.tune.config import Config
 
+DIGEST = "request"  # in a file's metadata: the hash of the request that brought it
+
 
 class TuneRequest(Request):
     """A request that needs the model of a tuning stage.
 
     Attributes:
         parts: how many files the client has stored for :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights`.
+        base_digest: :func:`digest_of_base` of these requests: whoever compares requests also compares models.
         width: of the blocks, if they are narrower than those of the client's own copy of the model; else None.
         bits: of each frozen weight.
         length: tokens of a window.
@@ -31,6 +36,7 @@ class TuneRequest(Request):
     """
 
     parts: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+    base_digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     width: Width | None
     bits: Bits
     length: Length
@@ -41,11 +47,15 @@ class TuneRequest(Request):
         """The model without adapters, and this client's windows: token ids and labels, (windows, length) each.
 
         Raises:
-            FedgroveError: the files of :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights` are missing.
+            FedgroveError: the files of :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights` are missing, or hold another
+                model.
         """
         folder = base_folder(client, self.stage)
-        if len(list(folder.glob("part-*.safetensors"))) < self.parts:
+        files = sorted(folder.glob("part-*.safetensors"))
+        if len(files) < self.parts:
             raise client.error("its working files are gone; continue the run with --resume")
+        if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
+            raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
         checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
         return Decoder(checkpoint, device), *training_windows(client, self.length)
 
@@ -54,6 +64,21 @@ class TuneRequest(Request):
         if self.length != config.length:
             return "length"
         return "personal" if self.personal != config.personal else None
+
+
+def digest_of_base(digests: list[str]) -> str:
+    """A hash of the requests by which a client was sent a stage's model; empty without any.
+
+    Args:
+        digests: :meth:`~fedgrove.rounds.request.Request.sum_digest` of each, in their order.
+    """
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
+
+
+def _digest_of(file: Path) -> str:
+    with safe_open(file, framework="pt") as opened:
+        metadata: dict[str, str] = opened.metadata() or {}
+        return metadata.get(DIGEST, "")
 
 
 def base_folder(client: LocalClient, stage: int) -> Path:

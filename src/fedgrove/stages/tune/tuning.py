@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.aggregation import Options, aggregation_of
 from fedgrove.stages.tune.changes import FEW_ZEROS, State
+from fedgrove.stages.tune.client_model import digest_of_base
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
@@ -63,7 +64,7 @@ class Tuning:
         model: the model before the stage.
         decoder: the same model, for shapes and weights.
         state: changes from round to round, and is saved.
-        parts: how many files of changed base weights every client has.
+        base: the hashes of the requests by which every client was sent the changed base weights.
     """
 
     model: Checkpoint
@@ -71,7 +72,7 @@ class Tuning:
     config: Config
     federation: Federation
     state: TuningState
-    parts: int = 0
+    base: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.run = self.federation.run
@@ -97,7 +98,7 @@ class Tuning:
     def send_base(self) -> None:
         """Sends every client the weights that earlier stages changed, block by block."""
         changed = self.model.changed()
-        self.parts = 0
+        self.base = []
         clock = self._clock({})
         for block in range(len(self.decoder)):
             weights = self.decoder.block_names(block).values()
@@ -107,12 +108,11 @@ class Tuning:
                 continue
             title, blocks = "sending the model", len(self.decoder)
             self.run.phase(Phase("send", title=title, stage=self.plan.stage, block=block, blocks=blocks))
-            message = Message(
-                KeepWeights(stage=self.plan.stage, part=self.parts), {name: self.model.read(name) for name in names}
-            )
+            request = KeepWeights(stage=self.plan.stage, part=len(self.base))
+            message = Message(request, {name: self.model.read(name) for name in names})
             for _ in self.federation.collect(dict.fromkeys(self.plan.clients, message), clock=clock):
                 pass
-            self.parts += 1
+            self.base.append(request.sum_digest(dict(message.tensors)))
         if not self.state.states:
             self.state.clock += clock.slowest(clock.spent)
 
@@ -235,7 +235,8 @@ class Tuning:
         return {
             "stage": self.plan.stage,
             "round": round_,
-            "parts": self.parts,
+            "parts": len(self.base),
+            "base_digest": digest_of_base(self.base),
             "width": self.decoder.checkpoint.width,
             "bits": self.plan.clients[client].bits,
             "length": self.config.length,

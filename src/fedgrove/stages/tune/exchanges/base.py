@@ -21,7 +21,7 @@ from fedgrove.models.experts import slices
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
 from fedgrove.stages.tune.changes import FEW_ZEROS
-from fedgrove.stages.tune.client_model import base_folder
+from fedgrove.stages.tune.client_model import DIGEST, base_folder
 
 GROWTH = 2.0  # the largest norm of a changed tensor, in units of the norm of the client's own
 
@@ -44,7 +44,8 @@ class KeepWeights(Request):
             if not _is_of_linear(name, tensor, linears) or name not in decoder.checkpoint:
                 raise client.error(f"the server sent other weights for {name}, which no stage changes; refused")
             check_change(decoder, name, tensor, client)
-        save_tensors(tensors, base_folder(client, self.stage) / f"part-{self.part:05d}.safetensors")
+        file = base_folder(client, self.stage) / f"part-{self.part:05d}.safetensors"
+        save_tensors(tensors, file, {DIGEST: self.sum_digest(tensors)})
         return Response({}, Reply())
 
     def beyond(self, config: object) -> str | None:
