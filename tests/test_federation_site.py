@@ -213,6 +213,7 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (ALONE, "evaluate.alone"),
         (TRAIN, None),
         (changed(TRAIN, training__steps=5), "steps"),
+        (changed(TRAIN, round=1000), "rounds"),
         (changed(TRAIN, parametrization="full"), "parametrization"),
         (changed(TRAIN, trainer="dp_sgd"), "trainer"),
         (changed(TRAIN, shared_a=True), "shared_a"),

@@ -68,7 +68,7 @@ def train_request(**changes: Any) -> Train:
     """What a client is asked to do in a round; it need not be what a job would ask."""
     asked: dict[str, Any] = {
         "stage": 0, "parts": 0, "width": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0,
-        "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 0,
+        "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 1,
         "seen": 0, "dtype": "float32",
         "training": Training(
             steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=0.0, proximal=0.0

@@ -252,6 +252,8 @@ class Train(TuneRequest):
             "shared_a": config.aggregation_method.SHARED_A, "fixed": config.precision == "fixed",
         }  # fmt: skip
         differs = next((key for key in asked if asked[key] != agreed[key]), None)
+        if self.round >= config.rounds:
+            return "rounds"
         if differs is None and config.epsilon is not None:
             noise = self.windows if config.trainer_method.PRIVATE else (self.fixed.noise if self.fixed else None)
             if (
