@@ -624,12 +624,13 @@ def test_what_a_run_left_is_cleaned_but_for_what_a_site_must_remember(small: Sma
     (stranger / "thesis.txt").write_text("x")
     (run / "states-link").symlink_to(stranger)
     end_run(kit, "first-ab")
-    assert content(run) == STAYS | {"secure/ended.txt"}
-    assert (run / "secure" / "ended.txt").read_text() == "aa\n"  # this session cannot be begun again with other secrets
+    assert content(run) == STAYS | {"secure/records/ended.txt"}
+    ended = run / "secure" / "records" / "ended.txt"
+    assert ended.read_text() == "aa\n", "this session cannot be begun again with other secrets"
     assert not (run / "states-link").is_symlink()
     assert content(other) == HERE | STAYS
     assert cli("federation", "clean", kit)[0] == 0
-    assert content(other) == STAYS | {"secure/ended.txt"}
+    assert content(other) == STAYS | {"secure/records/ended.txt"}
     assert content(stranger) == {"thesis.txt"}
     assert cli("federation", "clean", kit)[1] == ""
 
@@ -647,7 +648,7 @@ def test_a_start_cleans_runs_that_died_long_ago(small: Small, tmp_path: Path) ->
     kit = a_kit(tmp_path / "kit", small, keep=3)
     old, new = a_run(kit / "work", "old", days=3.5), a_run(kit / "work", "new", days=2.5)
     assert leftovers.clean_old(kit, read(kit / "site.toml", SiteFile)) == [old]
-    assert content(old) == STAYS | {"secure/ended.txt"}
+    assert content(old) == STAYS | {"secure/records/ended.txt"}
     assert content(new) == HERE | STAYS
 
 
@@ -936,4 +937,4 @@ def test_a_sites_process_cleans_when_flare_ends_the_run(small: Small, tmp_path: 
     assert content(run) == HERE | STAYS
     executor._run = "first-ab"
     executor.handle_event(EventType.END_RUN, context)
-    assert content(run) == STAYS | {"secure/ended.txt"}
+    assert content(run) == STAYS | {"secure/records/ended.txt"}

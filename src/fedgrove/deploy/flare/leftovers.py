@@ -14,10 +14,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from fedgrove.deploy.flare.files import SiteFile
+from fedgrove.privacy.secagg.store import SessionStore
 
 AGREED = "agreed.json"  # every folder of a run has it; others in ``work`` are not ours, and are left alone
 KEPT = (AGREED, "released.json", "released-*.safetensors", "best-*", "personal", "speed.json", "secure")
-ENDED = "ended.txt"  # in ``secure``: the digests of the sessions that are over, one in a line
 DAY = 24 * 3600.0
 
 
@@ -36,13 +36,13 @@ def clean(folder: Path) -> int:
     Symbolic links are removed, not followed.
     """
     removed = 0
-    for entry in [*_doomed(folder), *_sessions(folder / "secure")]:
+    for entry in _doomed(folder):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
         removed += 1
-    return removed
+    return removed + SessionStore(folder / "secure").end_all()
 
 
 def clean_old(kit: Path, settings: SiteFile) -> list[Path]:
@@ -55,16 +55,6 @@ def _doomed(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if not any(fnmatch(entry.name, pattern) for pattern in KEPT):
             yield entry
-
-
-def _sessions(secure: Path) -> list[Path]:
-    """The files with secrets of secure sums, after noting that these sums are over: none may be begun again."""
-    files = sorted(entry for entry in secure.glob("*") if entry.name != ENDED)
-    digests = [file.stem for file in files if file.suffix == ".json"]
-    if digests:
-        with (secure / ENDED).open("a", encoding="utf-8") as ended:
-            ended.write("".join(f"{digest}\n" for digest in digests))
-    return files
 
 
 def _last_written(folder: Path) -> float:

@@ -74,12 +74,13 @@ class SessionStore:
 
     Args:
         folder: on the client's own disk; created when needed. It may be removed after the run.
-        records: the folder of what it records; default: in ``folder``. A site keeps it for all runs of a job.
+        records: the folder in which it records the clients of each sum; default: in ``folder``. A site keeps it for all
+            runs of a job.
     """
 
     def __init__(self, folder: Path, records: Path | None = None):
         self.folder = folder
-        self._ended_file, self._sums_file = (records or folder) / ENDED, (records or folder) / SUMS
+        self._ended_file, self._sums_file = folder / ENDED, (records or folder) / SUMS
 
     @contextlib.contextmanager
     def opened(self, session: Session, begin: bool = False) -> Iterator[SessionState]:
@@ -100,9 +101,7 @@ class SessionStore:
             state = SessionState()
             if session.digest.hex() in self._ended():
                 raise SecureError("secure aggregation: this client began this session before, and it is over; refused")
-            self._end([file.stem for file in sorted(self.folder.glob("*.json"))])
-            for older in self.folder.glob("*.json*"):  # also partial files of a killed process, which contain secrets
-                older.unlink()
+            self.end_all()
         else:
             raise SecureError("secure aggregation: this client did not begin this session, or it is over; refused")
         yield state
@@ -132,10 +131,16 @@ class SessionStore:
             )
         write_atomically(file, json.dumps(sums), mode=0o600, fsync=True)
 
-    def _end(self, digests: list[str]) -> None:
+    def end_all(self) -> int:
+        """Ends the current session and removes its secrets; returns how many files were removed."""
+        digests = [file.stem for file in sorted(self.folder.glob("*.json"))]
         if digests:
             text = "".join(f"{digest}\n" for digest in [*self._ended(), *digests])
             write_atomically(self._ended_file, text, mode=0o600, fsync=True)
+        files = list(self.folder.glob("*.json*"))  # also partial files of a killed process, which contain secrets
+        for file in files:
+            file.unlink()
+        return len(files)
 
     def _ended(self) -> list[str]:
         file = self._ended_file
