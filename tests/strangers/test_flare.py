@@ -343,7 +343,7 @@ class Nobody(Engine):
     def clients(self) -> list[str]:
         return sorted(self.names)
 
-    def request(self, kind: str, messages: Any, timeout: float | None = None) -> Any:
+    def request(self, kind: str, messages: Any, timeout: float | None = None, largest: Any = None) -> Any:
         for client in sorted(messages):
             yield client, None, "it is asleep"
 
