@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fedgrove.stages.prune.pruners
@@ -52,6 +52,19 @@ def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     for name in TOKENIZER:
         (folder / name).write_bytes((DEMO / "grove-6m" / name).read_bytes())
     return folder
+
+
+def save_random(folder: Path, config: Any) -> None:
+    """Saves a random model of any architecture in float32, without a tokenizer."""
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, tensor in made.named_parameters():
+            if tensor.dim() == 1:  # norms and biases begin as ones and zeros, which would hide a mistake
+                tensor.add_(0.3 * torch.randn_like(tensor))
+            elif "embed" in name:
+                tensor.mul_(5)
+    made.save_pretrained(folder)
 
 
 def make_texts(folder: Path, clients: Sequence[str] = CLIENTS) -> dict[str, Path]:

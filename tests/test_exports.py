@@ -34,7 +34,7 @@ from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.prune.pruners import magnitude
-from small import CLIENTS, DEMO, TOKENIZER, Small, cli, complaint, make_model
+from small import CLIENTS, DEMO, TOKENIZER, Small, cli, complaint, make_model, save_random
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -51,15 +51,7 @@ YARN = {
 
 def model(folder: Path, config: Any) -> Path:
     """A random model in float32 with the shipped tokenizer."""
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, tensor in made.named_parameters():
-            if tensor.dim() == 1:  # norms and biases begin as ones and zeros, which would hide a mistake
-                tensor.add_(0.3 * torch.randn_like(tensor))
-            elif "embed" in name:
-                tensor.mul_(5)
-    made.save_pretrained(folder)
+    save_random(folder, config)
     for name in TOKENIZER:
         (folder / name).write_bytes((DEMO / "grove-6m" / name).read_bytes())
     return folder

@@ -42,7 +42,7 @@ from fedgrove.exports.llamacpp import positions
 from fedgrove.exports.llamacpp.positions import Positions
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from small import DEMO, TOKENIZER, complaint
+from small import DEMO, TOKENIZER, complaint, save_random
 
 gguf = pytest.importorskip("gguf")
 
@@ -92,15 +92,7 @@ def unchanged(tensors: dict[str, Any]) -> None:
 
 def model(folder: Path, config: PretrainedConfig, change: Callable[[dict[str, Any]], None] = unchanged) -> Path:
     """A random model in float32 with the shipped tokenizer; ``change`` may alter the tensors that are stored."""
-    torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, tensor in made.named_parameters():
-            if tensor.dim() == 1:  # norms and biases begin as ones and zeros, which would hide a mistake
-                tensor.add_(0.3 * torch.randn_like(tensor))
-            elif "embed" in name:
-                tensor.mul_(5)
-    made.save_pretrained(folder)
+    save_random(folder, config)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)

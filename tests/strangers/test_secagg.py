@@ -23,7 +23,7 @@ from fedgrove.privacy.secagg.session import OtherSurvivors, SecureError, Session
 from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
-from fedgrove.rounds.request import Request, RequestError, parse
+from fedgrove.rounds.request import Request, RequestError, Tensors, parse
 from fedgrove.stages.prune.exchanges.statistics import Noise
 from fedgrove.stages.prune.fixed_weights import FixedWeights
 from fedgrove.stages.tune.aggregation import ffa_lora
@@ -37,8 +37,6 @@ from fedgrove.stages.tune.train_settings import WindowNoise
 from secagg import Federation, inputs_of, same, total
 from small import LENGTH, Small
 from test_requests import EXCHANGES
-
-Tensors = dict[str, torch.Tensor]
 
 
 def opened_part(federation: Federation, group: Sequence[str], masked: Mapping[str, Tensors], revealed: Any) -> Tensors | None:
@@ -457,6 +455,13 @@ def client_with_credentials(folder: Path) -> LocalClient:
     return LocalClient("ash", folder, folder, None, (), None, {}, make_credentials(names)["ash"])
 
 
+def masked_message(request: Request, tensors: Tensors, digest: str) -> bytes:
+    """A request to mask the response in a session whose clients agreed on a request with this digest."""
+    session = new_session(["ash", "birch", "cedar"], request=digest)
+    masking = Masking(session=session, peers=["birch", "cedar"])
+    return wire.pack(tensors, {"request": request.model_dump(mode="json"), "masking": masking.model_dump(mode="json")})
+
+
 @pytest.mark.parametrize("request_", SUMMED, ids=lambda request: request.KIND)
 def test_a_client_computes_nothing_for_a_request_that_others_did_not_get(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Request
@@ -470,13 +475,9 @@ def test_a_client_computes_nothing_for_a_request_that_others_did_not_get(
         (request_, {"own/x/b": torch.zeros(3, 2)}),
         (request_, {}),
     ):
-        session = new_session(["ash", "birch", "cedar"], request=request_of_others.sum_digest(sent))
-        info = {
-            "request": request_.model_dump(mode="json"),
-            "masking": Masking(session=session, peers=["birch", "cedar"]).model_dump(mode="json"),
-        }
+        message = masked_message(request_, tensors, request_of_others.sum_digest(sent))
         with pytest.raises(FedgroveError, match=r"'ash': this '.*' is not the request that the clients of this sum agreed on"):
-            serve(request_.KIND, wire.pack(tensors, info), ash, "cpu")
+            serve(request_.KIND, message, ash, "cpu")
 
 
 @pytest.mark.parametrize("request_", UNSUMMED, ids=lambda request: request.KIND)
@@ -486,9 +487,7 @@ def test_what_is_not_summed_is_not_answered_as_if_it_were(
     """Losses in a reply would travel in the open beside tensors that are masked, or beside none."""
     ash = client_with_credentials(tmp_path)
     monkeypatch.setattr(type(request_), "respond", lambda *rest: pytest.fail("it computed a response"))
-    session = new_session(["ash", "birch", "cedar"], request=request_.sum_digest({}))
-    masking = Masking(session=session, peers=["birch", "cedar"]).model_dump(mode="json")
-    message = wire.pack({}, {"request": request_.model_dump(mode="json"), "masking": masking})
+    message = masked_message(request_, {}, request_.sum_digest({}))
     with pytest.raises(FedgroveError, match=r"'ash': responses to '.*' are not summed"):
         serve(request_.KIND, message, ash, "cpu")
 
