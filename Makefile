@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check federation-test federation-errors lint docs site clean
+.PHONY: demo test check gpu-test federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
@@ -22,6 +22,10 @@ check: lint
 # A server and three sites as processes on this machine; `make test` runs these tests too.
 federation-test: .venv/installed
 	$(BIN)/pytest tests/test_federation.py tests/test_federation_site.py
+
+# What a GPU computes, on a machine that has one.
+gpu-test: .venv/installed
+	FEDGROVE_TEST_GPU=1 $(BIN)/pytest tests/test_devices.py tests/test_kernels.py
 
 # Everything that can go wrong with them: the table in docs/federation.md. Several minutes.
 federation-errors: .venv/installed

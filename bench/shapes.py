@@ -14,14 +14,18 @@ from fedgrove.models.tensor_files import write_safetensors
 
 TOKENIZER = Path(__file__).parent.parent / "src" / "fedgrove" / "demo" / "grove-6m"
 SHAPES = {  # width, width of the feed-forward part, blocks, heads, heads of keys and values
+    "tiny": (128, 256, 2, 4, 2),
     "160m": (768, 3072, 12, 12, 12),
     "1.1b": (2048, 5632, 22, 32, 4),
     "7b": (4096, 11008, 32, 32, 32),
 }
 
 
-def make(out: Path, shape: str, tokenizer: Path, dtype: torch.dtype, blocks: int | None = None) -> Path:
-    """A Llama with a vocabulary of 32000 and another model's tokenizer; one tensor is in memory at a time."""
+def make(out: Path, shape: str, tokenizer: Path, dtype: torch.dtype, blocks: int | None = None, fast: bool = False) -> Path:
+    """A Llama with a vocabulary of 32000 and another model's tokenizer; one tensor is in memory at a time.
+
+    ``fast``: a GPU draws the numbers, which are then others.
+    """
     width, feed_forward, depth, heads, key_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=32000,
@@ -36,12 +40,13 @@ def make(out: Path, shape: str, tokenizer: Path, dtype: torch.dtype, blocks: int
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     specs = {name: (parameter.shape, dtype) for name, parameter in model.named_parameters()}
-    random = torch.Generator().manual_seed(0)
+    device = "cuda" if fast else "cpu"
+    random = torch.Generator(device).manual_seed(0)
 
     def tensor(name: str, size: torch.Size) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(size, dtype=dtype)
-        return (torch.randn(size, generator=random) * 0.02).to(dtype)
+        return (torch.randn(size, generator=random, device=device) * 0.02).to("cpu", dtype)
 
     out.mkdir(parents=True)
     for name, content in small_contents(tokenizer).items():

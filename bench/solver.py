@@ -1,10 +1,9 @@
 """SparseGPT's solver alone, compared with the published column loop: same weight, same Gram matrix, same threads.
 
     .venv/bin/python bench/solver.py --write
-    .venv/bin/python bench/solver.py --write --device cuda
 
-Times include the factorization. Runs alternate, so that a busy machine slows both; the table shows medians. On a GPU the first
-run of each is not counted, because it compiles. With ``--loop`` a GPU does without Triton's kernel.
+Times include the factorization. Runs alternate, so that a busy machine slows both; the table shows medians. On a GPU:
+``bench/gpu.sh``.
 """
 
 from __future__ import annotations
@@ -32,37 +31,28 @@ def main() -> None:
     arguments.add_argument("--shapes", nargs="+", default=SHAPES, help="out x in")
     arguments.add_argument("--runs", type=int, default=5)
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--loop", action="store_true", help="on a GPU: the torch loop, without the kernel")
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    on_gpu = given.device != "cpu"
-    if given.loop:
-        sparsegpt._solver = lambda weight: sparsegpt.columns
-    elif on_gpu and sparsegpt._solver(torch.empty(0, device=given.device)) is sparsegpt.columns:
-        raise SystemExit("Triton is not installed or does not work here; --loop measures without it")
-    digits, rest = (4, 1) if on_gpu else (2, 0)
     rows = ["| out × in | target | published loop, s | fedgrove, s | ratio | masks that differ |", "|---|---|---|---|---|---|"]
     for shape in given.shapes:
         num_out, num_in = map(int, shape.split("x"))
-        weight, inputs = made_up(num_out, num_in, given.device)
+        weight, inputs = made_up(num_out, num_in, "cpu")
         for target in (Target(0.5), Target.of(None, (2, 4))):
             theirs, ours = [], []
-            for _ in range(rest + given.runs):
-                seconds, expected = clock(lambda: published(weight, inputs.gram, target), given.device)  # noqa: B023
+            for _ in range(given.runs):
+                seconds, expected = clock(lambda: published(weight, inputs.gram, target), "cpu")  # noqa: B023
                 theirs.append(seconds)
                 anew = InputStatistics("gram", inputs.tokens, inputs.gram)  # a factor that was cached would not be timed
-                seconds, (_, mask) = clock(lambda: sparsegpt.prune(weight.clone(), anew, target), given.device)  # noqa: B023
+                seconds, (_, mask) = clock(lambda: sparsegpt.prune(weight.clone(), anew, target), "cpu")  # noqa: B023
                 ours.append(seconds)
             differ = float((mask != (expected != 0)).double().mean())
-            slow, fast = statistics.median(theirs[rest:]), statistics.median(ours[rest:])
-            times = f"{slow:.{digits}f} | {fast:.{digits}f} | {slow / fast:.1f}"
+            slow, fast = statistics.median(theirs), statistics.median(ours)
+            times = f"{slow:.2f} | {fast:.2f} | {slow / fast:.1f}"
             rows.append(f"| {num_out} × {num_in} | {target} | {times} | {differ:.1e} |")
             print(rows[-1], flush=True)
     if given.write:
-        about = [torch.cuda.get_device_name(given.device), ""] if on_gpu else []
-        page.write("solver-gpu" if on_gpu else "solver", "\n".join([*about, *rows]))
+        page.write("solver", "\n".join(rows))
 
 
 def made_up(num_out: int, num_in: int, device: str) -> tuple[Tensor, InputStatistics]:

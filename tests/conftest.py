@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; it must be said before torch loads
+if not os.environ.get("FEDGROVE_TEST_GPU"):  # the tests say what a CPU gives; those of a GPU are named in the Makefile
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -93,12 +94,7 @@ class HiddenStates:
         first = next(iterator)
         specs = {str(i): (first.shape, first.dtype) for i in range(number)}
 
-        def all_windows() -> Iterator[Tensor]:
-            yield first.cpu()
-            for window in iterator:
-                yield window.cpu()
-
-        write_safetensors(partial, specs, all_windows())
+        write_safetensors(partial, specs, itertools.chain([first], iterator))
         partial.replace(self._file(index))
         return index
 
@@ -108,9 +104,9 @@ class HiddenStates:
             number = len(list(file.keys()))
         for i in range(number):
             # Opened for each window, because its pages stay in memory while the file is open.
-            with safe_open(self._file(index), framework="pt", device=str(self.device)) as file:
+            with safe_open(self._file(index), framework="pt") as file:
                 window = file.get_tensor(str(i))
-            yield window
+            yield window.to(self.device)
 
     def forget(self, before: int) -> None:
         """Deletes the inputs of all blocks before block ``before``."""

@@ -46,6 +46,8 @@ class ModelCost:
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     """Counts a model's weights, and measures the activations that one of its blocks saves for a window's backward pass.
 
+    Measured in float32 on a CPU wherever the decoder computes, so that a plan does not depend on the server's device.
+
     Raises:
         FedgroveError: the model is a mixture of experts.
     """
@@ -56,6 +58,7 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
             "leave the stage tune out",
         )
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
+    decoder = Decoder(decoder.checkpoint, "cpu", torch.float32)
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
     saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory

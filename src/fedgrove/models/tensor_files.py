@@ -75,8 +75,8 @@ def write_safetensors(
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in memory, without a copy if it is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor on any device; those of the CPU's memory itself if it is contiguous and there."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def header(file: Path) -> dict[str, Any]:

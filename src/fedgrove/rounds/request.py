@@ -173,7 +173,7 @@ class Request(Part):
         digest = hashlib.sha256(f"{self.KIND} {json.dumps(fields, sort_keys=True)}".encode())
         for name, tensor in sorted(self.common_tensors(tensors).items()):
             digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            digest.update(raw_bytes(tensor.detach().cpu()))
+            digest.update(raw_bytes(tensor))
         return digest.hexdigest()
 
     def beyond(self, config: StageConfig) -> str | None:

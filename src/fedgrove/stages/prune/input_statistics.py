@@ -11,6 +11,7 @@ from torch import Tensor
 StatisticsKind = Literal["nothing", "squares", "gram", "moments"]
 STRIP = 256  # rows of a Gram matrix that are computed at once
 TOKENS_AT_ONCE = 512  # copied to float32 at once; larger copies would be allocated on new memory pages each time (see heap.py)
+ON_GPU = 8  # times as many of both: a GPU would wait for the next product to be launched
 
 
 class InputStatistics:
@@ -52,7 +53,7 @@ class InputStatistics:
         width = x.shape[1]
         if self.kind == "gram":
             self._to_strips(width, x.device)
-            parts = [part.float() for part in torch.split(x, TOKENS_AT_ONCE)]
+            parts = [part.float() for part in torch.split(x, at_once(TOKENS_AT_ONCE, x.device))]
             for start, strip in self.strips():
                 product = parts[0][:, start : start + len(strip)].T @ parts[0][:, start:]
                 for part in parts[1:]:
@@ -72,10 +73,11 @@ class InputStatistics:
         """Stores the Gram matrix as strips; zeros if there is none yet."""
         if self._strips:
             return
-        for start in range(0, width, STRIP):
-            shape = min(STRIP, width - start), width - start
+        rows = at_once(STRIP, device)
+        for start in range(0, width, rows):
+            shape = min(rows, width - start), width - start
             strip = torch.zeros(shape, dtype=torch.float64, device=device)
-            self._strips.append(strip if self._total is None else strip.copy_(self._total[start : start + STRIP, start:]))
+            self._strips.append(strip if self._total is None else strip.copy_(self._total[start : start + rows, start:]))
         self._total = None
 
     def strips(self) -> Iterator[tuple[int, Tensor]]:
@@ -166,6 +168,11 @@ class InputStatistics:
         assert self.kind == "moments", 'variances are not summed; the pruner\'s NEEDS must be "moments"'
         assert self._total is not None, "no window was added"
         return self._total[2] / self.tokens
+
+
+def at_once(number: int, device: torch.device) -> int:
+    """So many rows or tokens on a CPU, more on a GPU."""
+    return number if device.type == "cpu" else number * ON_GPU
 
 
 def moments(window: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,7 +139,11 @@ def pooled_squares(
     """
     inputs = {first: replace(one, products=False) for first, one in blocks[block].items()}
     sums = _collect(plan, config, federation, block, inputs, 0, {}, through="dense")
-    return {name: _statistics(config, first, one, sums) for first, one in inputs.items() for name in one.consumers}
+    return {
+        name: _statistics(config, first, one, sums, federation.device)
+        for first, one in inputs.items()
+        for name in one.consumers
+    }
 
 
 def prune_by_sums(
@@ -178,7 +182,7 @@ def prune_by_sums(
     sums = _collect(plan, config, federation, block, inputs, num_inputs, start, through=through)
     records = {}
     for first, one in inputs.items():
-        known = _statistics(config, first, one, sums)
+        known = _statistics(config, first, one, sums, decoder.device)
         pruner = config.pruner if known.kind != "squares" else "wanda"
         for name in one.consumers:
             before = decoder.read_linear(block, name)
@@ -188,13 +192,13 @@ def prune_by_sums(
     return {name: records[name] for name in decoder.block_names(block)}
 
 
-def _statistics(config: Config, first: str, shared: SharedInput, sums: InputSums) -> InputStatistics:
-    """The statistics of one input for a pruner, from the sums."""
-    squares, upper = sums.sums[f"{first}/squares"], sums.sums.get(f"{first}/products")
-    moments = None
-    if wants_moments(config):
-        moments = sums.sums[f"{first}/sums"], sums.sums[f"{first}/spreads"]
-    return statistics.finish(squares, upper, shared.scale, sums.tokens, moments)
+def _statistics(
+    config: Config, first: str, shared: SharedInput, sums: InputSums, device: torch.device | str
+) -> InputStatistics:
+    """The statistics of one input for a pruner, from the sums, on the device where it prunes."""
+    at = {name.removeprefix(f"{first}/"): total.to(device) for name, total in sums.sums.items() if name.startswith(f"{first}/")}
+    moments = (at["sums"], at["spreads"]) if wants_moments(config) else None
+    return statistics.finish(at["squares"], at.get("products"), shared.scale.to(device), sums.tokens, moments)
 
 
 def _collect(

@@ -238,7 +238,7 @@ def finish(
         return InputStatistics("moments", tokens, torch.stack(rows) * unit)
     if products is None:
         return InputStatistics("squares", tokens, squares.double() * unit * size.square())
-    gram = torch.zeros(len(scale), len(scale), dtype=torch.float64)
+    gram = torch.zeros(len(scale), len(scale), dtype=torch.float64, device=scale.device)
     gram[_upper_triangle(scale)] = products.double()
     gram += gram.T.clone()
     gram.diagonal().copy_(squares.double())

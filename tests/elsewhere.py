@@ -1,0 +1,91 @@
+"""A second device on any machine: its tensors lie in the CPU's memory, but meet those of the CPU as little as a GPU's do.
+
+torch calls the device ``lazy:0``; no build of torch computes on it by itself. What a GPU refuses is refused here too: an
+operation on tensors of both, ``numpy()``, an ``out=`` elsewhere. Numbers are the CPU's, so a job gives the same bits on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "lazy:0"
+COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::set_.source_Tensor")
+BY_INDEX = ("aten::index", "aten::_index_put", "aten::_unsafe_index")  # a GPU's tensor may be indexed by the CPU's
+
+
+class Elsewhere(Tensor):
+    """A tensor of the second device."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Elsewhere:
+        made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE,
+            requires_grad=inner.requires_grad,
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(function, args, kwargs or {})
+
+
+class _Machine(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(function, args, kwargs or {})
+
+
+class _Numbers(TorchFunctionMode):
+    """``torch.tensor`` makes its tensor where no mode of dispatch sees it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
+            return function(*args, **{**kwargs, "device": None}).to(kwargs["device"])
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def second_device() -> Iterator[str]:
+    """Gives the name of the device; it exists in this thread until the end of the block."""
+    with pytest.MonkeyPatch.context() as patch, _Numbers(), _Machine():
+        patch.setattr(torch, "lazy", SimpleNamespace(device_count=lambda: 1), raising=False)
+        patch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # some builds of torch know no autocast of this device
+        yield DEVICE
+
+
+def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    there = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
+    here = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim() and not tensor.is_meta]
+    name: str = function.name()
+    goes_there = bool(there)
+    if there and here and name not in COPIES and not name.startswith(BY_INDEX):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu in {name}")
+    if name == "aten::copy_":
+        goes_there = isinstance(args[0], Elsewhere)
+    if kwargs.get("device") is not None:
+        goes_there = torch.device(kwargs["device"]) == torch.device(DEVICE)
+        kwargs = {**kwargs, "device": torch.device("cpu")} if goes_there else kwargs
+
+    def unwrapped(value: Any) -> Any:
+        return value.inner if isinstance(value, Elsewhere) else value
+
+    def wrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not goes_there or value.is_meta:
+            return value
+        return there.get(id(value)) if id(value) in there else Elsewhere(value)
+
+    return pytree.tree_map(wrapped, function(*pytree.tree_map(unwrapped, args), **pytree.tree_map(unwrapped, kwargs)))
