@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+import typer.testing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -35,6 +37,8 @@ CLIENTS = ("ash", "birch", "cedar")
 LENGTH = 16
 SAMPLES = 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+# Its runner would make the command anew for every call, which takes longer than some of the calls.
+typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 
 def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
