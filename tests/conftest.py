@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; it m
 
 import torch
 
-from small import Small, faulty  # noqa: F401 (a fixture)
+from small import Small, faulty, forked_workers  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session", autouse=True)

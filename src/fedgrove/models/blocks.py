@@ -39,7 +39,7 @@ def _without_weights() -> Iterator[None]:
             if param is not None:  # transformers would draw random values, which takes most of the time, for nothing
                 cast(Any, module._parameters[name])._is_hf_initialized = True
 
-        nn.Module.register_parameter = register_filled  # type: ignore[method-assign]
+        nn.Module.register_parameter = cast(Any, register_filled)  # type: ignore[method-assign]
         try:
             yield
         finally:
