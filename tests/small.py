@@ -20,7 +20,7 @@ from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tomli_w
@@ -270,7 +270,7 @@ def _forked(call: Callable[[], None], kill_after: Callable[[], None] | None = No
             child.kill()
         child.join(300)
         assert child.exitcode is not None, "it hangs"
-        return child.exitcode, out.read_text(), err.read_text()
+        return child.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace")
 
 
 def _forks() -> Any:
@@ -320,6 +320,8 @@ def _child(call: Callable[[], None], out: Path, err: Path) -> None:
 
 def _command(args: list[str], moment: Moment | None, env: dict[str, str], peak: Path | None) -> None:
     os.environ.update(env)
+    for stream in (sys.stdout, sys.stderr):
+        cast(io.TextIOWrapper, stream).reconfigure(encoding=env.get("PYTHONIOENCODING"))
     fedgrove.stages.prune.pruners.__path__.extend(
         folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder
     )
