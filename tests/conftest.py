@@ -15,7 +15,7 @@ if not os.environ.get("FEDGROVE_TEST_GPU"):  # the tests say what a CPU gives; t
 
 import torch
 
-from small import Small, faulty  # noqa: F401 (a fixture)
+from small import Small, faulty, forked_workers  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tomli_w
 import torch
+import typer.testing
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -35,6 +38,8 @@ CLIENTS = ("ash", "birch", "cedar")
 LENGTH = 16
 SAMPLES = 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+# Its runner would make the command anew for every call, which takes longer than some of the calls.
+typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 
 def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -241,21 +246,59 @@ def process(
         kill_after: the process is killed when this returns.
         peak: a file for the most memory that the process ever held, in KiB.
     """
-    context = multiprocessing.get_context("forkserver")  # its children are real processes, and cost no import
-    context.set_forkserver_preload(["warm"])
-    with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the fork server looks for modules there alone
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
+    return _forked(partial(_command, [str(arg) for arg in args], moment, dict(env or {}), peak), kill_after)
+
+
+def python(code: str, *args: object, path: Path) -> tuple[int, str, str]:
+    """Runs code in a process of its own, with the package fedgrove of a folder: status, standard output, standard error.
+
+    Args:
+        code: what ``python -c`` would run.
+        args: of the code.
+        path: the folder that has the package.
+    """
+    return _forked(partial(_code, code, [str(arg) for arg in args], path))
+
+
+def _forked(call: Callable[[], None], kill_after: Callable[[], None] | None = None) -> tuple[int, str, str]:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        child = context.Process(target=_child, args=([str(arg) for arg in args], out, err, moment, dict(env or {}), peak))
+        child = _forks().Process(target=_child, args=(call, out, err))
         child.start()
         if kill_after:
             kill_after()
             child.kill()
         child.join(300)
         assert child.exitcode is not None, "it hangs"
-        return child.exitcode, out.read_text(), err.read_text()
+        return child.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace")
+
+
+def _forks() -> Any:
+    """The context of multiprocessing whose children are real processes, and cost no import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the fork server looks for modules there alone
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's worker processes cost no import either."""
+    context = _forks()
+
+    def start(target: Callable[..., None], args: tuple[Any, ...], **options: Any) -> Any:
+        path = list(fedgrove.stages.prune.pruners.__path__)
+        return context.Process(target=_work, args=(path, target, args), **options)
+
+    given = SimpleNamespace(Pipe=context.Pipe, Process=start)
+    monkeypatch.setattr("fedgrove.engines.worker.get_context", lambda _: given)
+
+
+def _work(path: list[str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    fedgrove.stages.prune.pruners.__path__[:] = path
+    target(*args)
 
 
 def killed(*args: object, moment: Moment) -> None:
@@ -264,15 +307,24 @@ def killed(*args: object, moment: Moment) -> None:
     assert status == -signal.SIGKILL, (status, err)
 
 
-def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: dict[str, str], peak: Path | None) -> None:
+def _child(call: Callable[[], None], out: Path, err: Path) -> None:
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
+    torch.set_num_threads(1)
+    try:
+        call()
+    finally:
+        sys.stdout.flush()
+
+
+def _command(args: list[str], moment: Moment | None, env: dict[str, str], peak: Path | None) -> None:
     os.environ.update(env)
+    for stream in (sys.stdout, sys.stderr):
+        cast(io.TextIOWrapper, stream).reconfigure(encoding=env.get("PYTHONIOENCODING"))
     fedgrove.stages.prune.pruners.__path__.extend(
         folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if "plugins" in folder
     )
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it starts in the background deaf to it
     if moment:
         sys.addaudithook(_Fate(moment))
@@ -282,9 +334,16 @@ def _child(args: list[str], out: Path, err: Path, moment: Moment | None, env: di
     try:
         main()
     finally:
-        sys.stdout.flush()
         if peak:
             peak.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+def _code(code: str, args: list[str], path: Path) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fedgrove"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(path))
+    sys.argv = ["-c", *args]
+    exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
 
 
 class _Fate:

@@ -70,6 +70,7 @@ def test_workers_give_the_same_bits(small: Small, tmp_path: Path) -> None:
     assert ledger[0] == ledger[1]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_killed_worker_is_an_answer_that_names_its_client(small: Small, tmp_path: Path, faulty: Callable[..., None]) -> None:
     out, job = tmp_path / "run", small.job(**ODD)
     faulty("kill", BIRCH)
@@ -89,6 +90,7 @@ def test_a_killed_worker_is_an_answer_that_names_its_client(small: Small, tmp_pa
     assert {tuple(record["clients"]) for record in records} == {("ash", "cedar")}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_client_that_hangs_is_out_of_time_and_can_be_asked_again(
     small: Small, tmp_path: Path, faulty: Callable[..., None]
 ) -> None:

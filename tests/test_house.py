@@ -7,15 +7,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedgrove.rounds.request import OTHER_ROOMS, request_types
-from small import LENGTH, ROOT, Small
+from small import LENGTH, ROOT, Small, python
 
 SOURCE = ROOT / "src" / "fedgrove"
 LEVELS = [  # rooms from the lowest to the highest: a module imports those of its own level and below
@@ -141,6 +139,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+MAIN = "from fedgrove.cli import main; main()"
 RUN = """
 import hashlib, json, sys
 from pathlib import Path
@@ -177,12 +176,9 @@ COPIES = {  # the new file, what it is a copy of, a stage that names it
 def run_in(package: Path, small: Small, jobs: dict[str, list[dict[str, object]]]) -> dict[str, str]:
     """Runs jobs of these stages with a package of its own; the hash of each model."""
     files = [small.job(name, stages=stages, evaluate={}) for name, stages in jobs.items()]
-    environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *map(str, files)], capture_output=True, text=True, env=environment, cwd=small.folder
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("hashes "))
+    status, out, err = python(RUN, *files, path=package)
+    assert status == 0, err[-2000:]
+    line = next(line for line in out.splitlines() if line.startswith("hashes "))
     hashes: dict[str, str] = json.loads(line.removeprefix("hashes "))
     return hashes
 
@@ -206,11 +202,9 @@ def test_a_form_of_export_under_another_name_is_one_new_file(package: Path, tmp_
     exports = package / "fedgrove" / "exports"
     shutil.copyfile(exports / "packed.py", exports / "parcel.py")
     outs = [tmp_path / name for name in ("packed", "parcel")]
-    code = "import sys; from fedgrove.cli import main; main()"
     for out in outs:
-        command = [sys.executable, "-c", code, "export", str(small.model), "--to", out.name, "--out", str(out), "--no-measure"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(package)})
-        assert done.returncode == 0, done.stderr
+        status, _, err = python(MAIN, "export", small.model, "--to", out.name, "--out", out, "--no-measure", path=package)
+        assert status == 0, err
     first, second = ({file.name: file.read_bytes() for file in out.glob("*.packed")} for out in outs)
     assert first == second
 
@@ -279,12 +273,9 @@ def test_a_method_that_lacks_something_is_refused_in_one_line(package: Path, tmp
     small = Small(tmp_path)
     (package / "fedgrove" / "stages" / "prune" / "pruners" / "hasty.py").write_text("NEEDS = 'nothing'\n")
     job = small.job("hasty", stages=[{**PRUNE, "pruner": "hasty"}], evaluate={})
-    command = [sys.executable, "-c", "from fedgrove.cli import main; main()", "plan", str(job)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(package)}, cwd=small.folder
-    )
-    assert done.returncode == 2, done.stderr
-    assert "hasty.py: it lacks the function prune" in done.stderr.splitlines()[-1]
+    status, _, err = python(MAIN, "plan", job, path=package)
+    assert status == 2, err
+    assert "hasty.py: it lacks the function prune" in err.splitlines()[-1]
 
 
 def test_the_example_of_the_page_on_extending_runs(package: Path, tmp_path: Path) -> None:

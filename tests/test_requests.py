@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +58,7 @@ from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal, Losses
 from fedgrove.stages.tune.exchanges.train import Train, Trained
 from fedgrove.stages.tune.train_settings import Training
-from small import LENGTH, Small
+from small import LENGTH, ROOT, Small, python
 
 Q = "self_attn.q_proj"
 TOKENS = 2 * LENGTH
@@ -354,7 +352,7 @@ from fedgrove.rounds.request import request_type, request_types
 from fedgrove.rounds.wire import WireError
 request_types()
 before = set(sys.modules)
-for kind in json.load(sys.stdin):
+for kind in json.loads(sys.argv[1]):
     try:
         request_type(kind)
     except WireError:
@@ -363,8 +361,8 @@ for kind in json.load(sys.stdin):
         print("found", kind)
 print(sorted(set(sys.modules) - before))
 """
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(ODD_KINDS), capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    status, out, err = python(code, json.dumps(ODD_KINDS), path=ROOT / "src")
+    assert (status, out) == (0, "[]\n"), err
 
 
 def test_every_kind_is_found_by_its_name() -> None:

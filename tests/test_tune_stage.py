@@ -332,6 +332,7 @@ def test_a_plan_stays_unless_another_is_worth_more(
     )
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_worker_processes_and_the_order_of_clients_change_no_bit(small: Small, tmp_path: Path) -> None:
     stages = tune(method="fedpipe", ranks=[2, 4])
     whole = small.undisturbed(stages=stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft  # noqa: F401
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,12 @@ def names(package: str, folders: bool = False) -> list[str]:
         folders: list the subpackages instead of the files.
     """
     path = importlib.import_module(f"fedgrove.{package}").__path__
+    return list(_names(tuple(path), tuple(Path(folder).stat().st_mtime_ns for folder in path), folders))
+
+
+@cache  # a method is looked up for every message and every matrix
+def _names(path: tuple[str, ...], changed: tuple[int, ...], folders: bool) -> list[str]:
+    """The names in these folders, which were changed at these times."""
     return sorted(module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders)
 
 
@@ -52,6 +60,7 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     return module
 
 
+@cache  # like the names
 def _lacking(module: ModuleType, protocol: Any) -> str | None:
     """The first attribute, function or parameters of a protocol that a file lacks; None: it has all of them."""
     bases = [base for base in reversed(protocol.__mro__) if base is not object]

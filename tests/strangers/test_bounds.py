@@ -37,7 +37,8 @@ from fedgrove.deploy.flare.executor import FedgroveExecutor
 from fedgrove.deploy.flare.files import ServerFile, SiteFile, read
 from fedgrove.deploy.flare.installation import Declared, Installation
 from fedgrove.deploy.flare.policy import Terms
-from fedgrove.deploy.flare.site import end_run, respond, write_log
+from fedgrove.deploy.flare.site import respond
+from fedgrove.deploy.flare.upkeep import end_run, write_log
 from fedgrove.engines import error_codes
 from fedgrove.engines.flare import BODY, NONCE, VERSION, bytes_of
 from fedgrove.engines.flare import _read as _read_flare

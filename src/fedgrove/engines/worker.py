@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import signal
 import threading
 from collections.abc import Callable
@@ -31,12 +32,13 @@ class Worker:
     """A process that executes one call at a time and is restarted if it dies.
 
     Args:
-        function: the function that it calls. It must be at the top level of a module, so that it can be pickled.
+        function: the function that it calls, at the top level of a module, so that it can be pickled; or its name,
+            MODULE:FUNCTION, so that this process does not import the module.
         threads: number of threads for linear algebra; some results depend on it.
         first_to_die: if memory runs out, the system kills this process before any other of this user (Linux only).
     """
 
-    def __init__(self, function: Callable[..., Reply], threads: int, *, first_to_die: bool = False):
+    def __init__(self, function: Callable[..., Reply] | str, threads: int, *, first_to_die: bool = False):
         self._arguments = (function, threads, first_to_die)
         self._start()
 
@@ -88,7 +90,7 @@ class Worker:
         self.pipe.close()
 
 
-def _work(pipe: Any, function: Callable[..., Reply], threads: int, first_to_die: bool) -> None:
+def _work(pipe: Any, function: Callable[..., Reply] | str, threads: int, first_to_die: bool) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # without a traceback: the parent reports the interrupt
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -96,12 +98,13 @@ def _work(pipe: Any, function: Callable[..., Reply], threads: int, first_to_die:
     if first_to_die and oom.is_file():
         oom.write_text("1000")
     torch.set_num_threads(threads)
+    call = pkgutil.resolve_name(function) if isinstance(function, str) else function
     while True:
         try:
             arguments = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(function(*arguments))
+        pipe.send(call(*arguments))
 
 
 def _end_with_parent() -> None:

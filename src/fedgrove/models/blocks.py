@@ -28,6 +28,24 @@ _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "cross_atten
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
 
 
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Models built here have parameters on the meta device. Their buffers are real: no checkpoint holds all of them."""
+    with init_empty_weights(include_buffers=False):
+        register = nn.Module.register_parameter
+
+        def register_filled(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            register(module, name, param)
+            if param is not None:  # transformers would draw random values, which takes most of the time, for nothing
+                cast(Any, module._parameters[name])._is_hf_initialized = True
+
+        nn.Module.register_parameter = cast(Any, register_filled)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 class _BlocksReached(Exception):
     """Not an error: ends a forward pass when all blocks have been called."""
 
@@ -51,7 +69,7 @@ class Decoder:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
         stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
-        with init_empty_weights(include_buffers=False):
+        with _without_weights():
             self.model: nn.Module = hollow_model(checkpoint.config, checkpoint.path, self.dtype or stored)
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)

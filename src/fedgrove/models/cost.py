@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.experts import expert_of
+
+if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
+    from fedgrove.models.blocks import Decoder
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     ):
         weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
         block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
-    in_linears = sum(cast(torch.Tensor, m.weight).numel() for m in linears(decoder.blocks[0]).values())
+    tuned = map(decoder.blocks[0].get_submodule, decoder.block_names(0))
+    in_linears = sum(cast(torch.Tensor, module.weight).numel() for module in tuned)
     total = sum(parameter.numel() for parameter in decoder.model.parameters())
     return ModelCost(
         linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -93,8 +94,12 @@ def _harmless(value: Any) -> Any:
 
 def render(template: str, **values: Any) -> str:
     """Fills one of the templates in this folder; values are escaped."""
+    return _environment().get_template(template).render(values)
+
+
+@cache  # an environment keeps its templates, and to compile one takes longer than to fill it
+def _environment() -> jinja2.Environment:
     loader = jinja2.FunctionLoader(lambda name: (files("fedgrove.report") / name).read_text(encoding="utf-8"))
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template(template).render(values)

@@ -19,11 +19,12 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
 from fedgrove.deploy.flare.files import JOB
-from fedgrove.deploy.flare.site import end_run, respond, threads, write_log
+from fedgrove.deploy.flare.upkeep import end_run, threads, write_log
 from fedgrove.engines import error_codes
 from fedgrove.engines.flare import BODY, ERROR, KIND, NONCE, RUN, SECONDS, VERSION, body_of, bytes_of
 from fedgrove.engines.worker import Reply, Worker, WorkerDied
 
+RESPOND = "fedgrove.deploy.flare.site:respond"  # by name: only the working process imports the libraries that it needs
 LONGEST = 30 * 24 * 3600.0  # seconds that a request may take, whatever the server says
 
 
@@ -91,7 +92,7 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
 
 
 def _start_worker(kit: Path) -> Worker:
-    return Worker(respond, threads(kit), first_to_die=True)
+    return Worker(RESPOND, threads(kit), first_to_die=True)
 
 
 def _kit_of(fl_ctx: Any) -> Path:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 import resource
-import time
 import traceback
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from fedgrove.client import serve
-from fedgrove.deploy.flare import ledger, leftovers, policy
+from fedgrove.deploy.flare import ledger, policy
 from fedgrove.deploy.flare.exchanges.join import agreed_terms
 from fedgrove.deploy.flare.files import SITE, SiteFile, read
 from fedgrove.deploy.flare.installation import Installation, SiteRequest
+from fedgrove.deploy.flare.upkeep import RUN_NAME, write_log
 from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.engines.worker import Reply
@@ -23,16 +20,6 @@ from fedgrove.errors import FedgroveError
 from fedgrove.escape import MAX_WORD, printable
 from fedgrove.files import private_files
 from fedgrove.rounds.request import RequestError
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def threads(kit: Path) -> int:
-    """The number of threads of the working process: ``threads`` in ``site.toml``, else one per core."""
-    try:
-        return read(kit / SITE, SiteFile).threads or os.cpu_count() or 1
-    except FedgroveError:
-        return 1  # respond() reports that the file is not valid
 
 
 def respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> Reply:
@@ -62,7 +49,7 @@ def respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> Reply:
 
 
 def _respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> bytes:
-    if not _NAME.fullmatch(run):
+    if not RUN_NAME.fullmatch(run):
         raise Refusal("terms", "run")
     try:
         settings = read(kit / SITE, SiteFile)
@@ -83,32 +70,8 @@ def _respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> bytes
     return serve.respond(request, tensors, masking, client, settings.device)
 
 
-def end_run(kit: Path, run: str) -> None:
-    """Removes what must not stay of a run that has ended in any way; after a success nothing is left already."""
-    try:
-        settings = read(kit / SITE, SiteFile)
-        folder = kit / settings.work / run
-        if _NAME.fullmatch(run) and folder in leftovers.run_folders(kit, settings):
-            leftovers.clean(folder)
-    except Exception:
-        write_log(kit, traceback.format_exc())
-
-
 @lru_cache(maxsize=1)
 def _limit_memory(most: int | None) -> None:
     """Limits this process to that many bytes of memory: allocations beyond that fail. None: no limit."""
     if most is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def write_log(kit: Path, text: str) -> None:
-    """Appends a line, or a trace, to the site's own log. Errors are ignored, so that a full disk does not lose a response.
-
-    Only the first line begins at the margin, with the time: no request can write a line that looks like the log's own.
-    """
-    lines = [printable(line) for line in text.rstrip().splitlines()]
-    log = kit / "log" / "site.log"
-    with suppress(OSError):
-        log.parent.mkdir(exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} " + "\n    ".join(lines) + "\n")

@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedgrove import plugins
-from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import ModelCost
 from fedgrove.rounds.request import Disclosure, TensorSpecs
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.training import GradientMasks
+
+if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
+    from fedgrove.models.blocks import Decoder
 
 PACKAGE = "stages.tune.parametrizations"
 
