@@ -60,7 +60,7 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
             "leave the stage tune out",
         )
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
-    decoder = Decoder(decoder.checkpoint, "cpu", torch.float32)
+    decoder = type(decoder)(decoder.checkpoint)  # on the CPU
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
     saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory
