@@ -18,7 +18,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.stages.prune.input_statistics import InputStatistics
-from fedgrove.stages.prune.pruners import dsnot, magnitude, sparsegpt, wanda
+from fedgrove.stages.prune.pruners import alps, dsnot, magnitude, sparsegpt, wanda
 
 PRUNERS = plugins.names("stages.prune.pruners")
 TARGETS = [Target(0.5), Target(0.7), Target.of(None, (2, 4)), Target.of(None, (4, 8))]
@@ -205,10 +205,25 @@ def test_with_damping_each_a_channel_of_another_size_changes_nothing_else() -> N
 def test_sparsegpt_repairs_what_magnitude_breaks(linears: list[Linear]) -> None:
     for name, weight, inputs in linears:
         losses = {}
-        for pruner in (sparsegpt, wanda, magnitude):
+        for pruner in (alps, sparsegpt, wanda, magnitude):
             change = pruner.prune(weight.clone(), inputs, Target(0.6))[0] - weight
             losses[pruner] = loss(change, inputs)
-        assert losses[sparsegpt] < losses[wanda] < losses[magnitude], name
+        assert losses[alps] < losses[sparsegpt] < losses[wanda] < losses[magnitude], name
+
+
+@pytest.mark.parametrize("target", [Target(0.6), Target.of(None, (2, 4))], ids=str)
+def test_alps_solves_for_the_weights_that_stay(target: Target) -> None:
+    """With more steps of conjugate gradients the weights on the mask are those that the normal equations of each row give."""
+    weight, inputs = made_up(5, 24, tokens=200, name="alps")
+    pruned, mask = alps.prune(weight.clone(), inputs, target)
+    gram, size = alps.levelled(inputs), alps._sizes(inputs).float()
+    goal = weight * size
+    solved = alps.resolve(pruned * size, goal @ gram, gram, mask, steps=60) / size
+    damped = gram.double() * size.double()[:, None] * size.double()
+    for row, stays in enumerate(mask):
+        expected = torch.linalg.solve(damped[stays][:, stays], (damped @ weight[row].double())[stays])
+        torch.testing.assert_close(solved[row][stays].double(), expected, rtol=1e-3, atol=1e-4)
+    assert loss(pruned - weight, inputs) < 1.2 * loss(solved - weight, inputs), "and the few steps of a run come close"
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -250,7 +265,7 @@ def test_ties_do_not_make_more_weights_go(name: str) -> None:
         assert is_plus_zero(pruned[~mask])
 
 
-@pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize("name", ["alps", "sparsegpt", "wanda"])
 @pytest.mark.parametrize("target", [Target(0.3), Target(0.7), Target.of(None, (2, 4))], ids=str)
 def test_dead_inputs_lose_their_weights_first_and_the_count_holds(name: str, target: Target) -> None:
     """The published SparseGPT prunes all weights of 100 dead inputs when asked for half: 78 % of the block."""

@@ -89,7 +89,7 @@ def hashes(tensors: dict) -> dict:  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("source", ["dense", "sequential"])
-@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "dsnot"])
+@pytest.mark.parametrize("pruner", ["wanda", "sparsegpt", "alps", "dsnot"])
 def test_four_unequal_owners_get_the_bits_of_the_pooled_data(
     small: Small, owners: dict[str, list[str]], tmp_path: Path, source: str, pruner: str
 ) -> None:

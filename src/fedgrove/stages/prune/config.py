@@ -128,7 +128,7 @@ class Config(StageConfig):
         if self.trim and self.layers != "all":
             raise ValueError('trim needs layers = "all", because trimming gives all clients the same weight')
         if self.damping is not None and self.solver.NEEDS != "gram":
-            raise ValueError(f'damping: pruner "{self.pruner}" uses no damping; leave it out, or use sparsegpt')
+            raise ValueError(f'damping: pruner "{self.pruner}" uses no damping; leave it out, or use sparsegpt or alps')
         if self.measures_blocks and self.pattern:
             raise ValueError(f'allocation: a pattern makes all blocks equally sparse; "{self.allocation}" needs sparsity')
         if self.measures_blocks and self.epsilon is not None:
@@ -144,9 +144,9 @@ class Config(StageConfig):
     def _check_statistics(self) -> None:
         needs, name = self.solver.NEEDS, f'aggregation "{self.aggregation}"'
         if needs == "nothing":
-            raise ValueError(f'{name}: pruner "{self.pruner}" needs no sums; use wanda, dsnot or sparsegpt')
+            raise ValueError(f'{name}: pruner "{self.pruner}" needs no sums; use wanda, dsnot, sparsegpt or alps')
         if self.mixed and needs != "gram":
-            raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt')
+            raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt or alps')
         if self.epsilon is not None and (needs != "squares" or self.calibration_source != "dense"):
             raise ValueError('epsilon: noise is possible only for pruner "wanda" with source "dense"')
         if self.rounds != 1:

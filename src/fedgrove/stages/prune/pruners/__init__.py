@@ -8,11 +8,12 @@ A pruner's file holds two names:
 ``weight`` is (out, in) float32 and may be overwritten; ``inputs`` is an
 :class:`~fedgrove.stages.prune.input_statistics.InputStatistics`; ``target`` is a :class:`~fedgrove.models.masks.Target`. The
 result is the pruned weight, zero where the mask is False, and the mask (True = kept), with exactly
-``target.num_pruned(weight.numel())`` entries False.
+``target.num_pruned(weight.numel())`` entries False. A third name, ``EFFORT``, is for plans: see :class:`Effort`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 from torch import Tensor
@@ -36,6 +37,28 @@ class Pruner(Protocol):
 
 
 METHOD = Pruner
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a pruner with a Gram matrix takes besides that matrix; for plans. The default is SparseGPT's.
+
+    Attributes:
+        squares: float32 matrices of (in, in) in memory.
+        matrices: float32 matrices of (out, in) in memory, the weight among them.
+        products: how often (out, in) is multiplied by (in, in).
+        factors: how often (in, in) is factored.
+    """
+
+    squares: float = 1
+    matrices: float = 6
+    products: float = 0.5
+    factors: float = 1
+
+
+def effort_of(name: str) -> Effort:
+    """What a pruner takes; SparseGPT's effort where its file says nothing."""
+    return cast(Effort, getattr(pruner_of(name), "EFFORT", Effort()))
 
 
 def pruner_of(name: str) -> Pruner:
