@@ -29,7 +29,7 @@ MESSAGES = {
     "disk": "its disk is full; free some space there",
     "memory": "out of memory; raise limit in its site.toml, or lower samples or length",
     "killed": "its working process was killed (status {word}); out of memory? Lower samples or length",
-    "late": "it did not finish in time (rounds.timeout)",
+    "late": "no response in {word} s (rounds.timeout)",  # the server's own words: its clock or the site's may be first
     "error": "{name} in its handler; the trace is in its own log/site.log",
 }
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
