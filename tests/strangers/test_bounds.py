@@ -57,6 +57,7 @@ from fedgrove.rounds import strict_json, wire
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.collect import _read, collect
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
+from fedgrove.rounds.exchanges.secagg import Masking
 from fedgrove.rounds.request import Message as RequestMessage
 from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
@@ -187,12 +188,7 @@ def unbounded(schema: Any, definitions: dict[str, Any], path: str = "") -> list[
     return places
 
 
-MESSAGES = {
-    f"{one.KIND} {kind.__name__}": kind
-    for one in request_types()
-    for kind in (one, one.REPLY)
-    if not one.KIND.startswith("rounds/secagg/")  # compared with the session, which has rules of its own
-}
+MESSAGES = {f"{one.KIND} {kind.__name__}": kind for one in request_types() for kind in (one, one.REPLY)} | {"masking": Masking}
 METHODS = {  # checked against the names of files
     f".terms.stages[].{key}"
     for key in ("aggregation", "allocation", "parametrization", "planner", "pruner", "score", "trainer")

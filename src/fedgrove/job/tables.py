@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from fedgrove import plugins
 from fedgrove.job.stage_config import STAGES, StageConfig, config_of
 from fedgrove.job.units import (
+    MAX_CLIENTS,
     BitChoices,
     BitsPerSecond,
     Bytes,
@@ -29,7 +30,7 @@ from fedgrove.job.units import (
     Template,
 )
 
-MAX_CLIENTS, MAX_STAGES = 10_000, 64
+MAX_STAGES = 64
 KINDS = tuple(plugins.names(STAGES, folders=True))
 if TYPE_CHECKING:
     AnyStage = StageConfig

@@ -21,8 +21,8 @@ from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.tables import KINDS, MAX_CLIENTS, MAX_STAGES, AnyStage, FederatedJob
-from fedgrove.job.units import Name
+from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage, FederatedJob
+from fedgrove.job.units import MAX_CLIENTS, Name
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Part, Request
 from fedgrove.stages.base import calibration_seed
