@@ -37,13 +37,15 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import Capabilities
-from fedgrove.rounds.exchanges.capabilities import DescribeYourself
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
 from fedgrove.rounds.exchanges.secagg import Keys
 from fedgrove.rounds.request import Request, Tensors, request_types
+from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs
+from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
@@ -114,27 +116,29 @@ def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:
 
 
 RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
-CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through)
+AT_ONCE = windows_at_once(16, 512)
+CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through, windows_per_run=AT_ONCE)
 DENSE = Calibration(stage=2, samples=16, length=512, seed="0/2")
 BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm", max_weight_growth=8.0)
 NOISE = Noise(norms={"x": 1.0}, inputs=4, skips_first=False, clients=2, epsilon=4.0, delta=1e-6)
 SUM = SumInputs(
-    stage=2, block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**40
+    stage=2, block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**60
 )
-SCORES = ScoreGroups(stage=0, score="fisher", limit=2**40, calibration=Calibration(stage=0, samples=16, length=512, seed="0/0"))
+GRADIENTS = Calibration(stage=0, samples=16, length=512, seed="0/0", through="gradients")
+SCORES = ScoreGroups(stage=0, score="fisher", limit=2**61, calibration=GRADIENTS)
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
-ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK)
-TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 32, "length": 512, "seed": "0/1", "personal": 0.0}
+ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK.model_copy(update={"block": 0, "keep": True}))
+TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 16, "length": 512, "seed": "0/1", "personal": 0.0}
 TRAINING = Training(steps=4, batch=1, micro=1, learning_rate=1e-3, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
 TRAIN = Train(
-    **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 1.0}, masked=(),
+    **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 8.0}, masked=(),
     tokens=9, seen=0, dtype="bfloat16", training=TRAINING,
 )  # fmt: skip
 IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 NUMBERS = FixedPointChanges(
-    weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
+    everything=27, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
 )
 
 
@@ -157,7 +161,7 @@ def by_recipe(recipe: Recipe) -> PruneBlock:
 
 
 def dp_sgd(request: Train, **changes: Any) -> Any:
-    return changed(request, stage=0, trainer="dp_sgd", **changes)
+    return changed(request, stage=0, seed="0/0", trainer="dp_sgd", **changes)
 
 
 def moved(request: Any, stage: int, **changes: Any) -> Any:
@@ -171,9 +175,11 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
     ("request_", "word"),
     [
         (BLOCK, None),
-        (changed(BLOCK, block=0, keep=True), None),
-        (changed(BLOCK, calibration__samples=15), "samples"),
-        (changed(BLOCK, calibration__samples=1), "samples"),
+        (changed(BLOCK, block=0), None),
+        (changed(BLOCK, keep=True), "keep"),
+        (by_recipe(changed(RECIPE, sparsities=(0.5, 0.9))), "sparsities"),
+        (changed(BLOCK, calibration__samples=15, calibration__windows_per_run=1), "samples"),
+        (changed(BLOCK, calibration__samples=1, calibration__windows_per_run=1), "samples"),
         (changed(BLOCK, calibration__seed="1/0"), "seed"),
         (changed(BLOCK, recipe__pruner="sparsegpt"), "pruner"),
         (changed(BLOCK, aggregation="fedavg"), "aggregation"),
@@ -183,9 +189,9 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (changed(BLOCK, calibration__through="dense"), "source"),
         (changed(BLOCK, calibration__compute_dtype="bfloat16"), "compute_dtype"),
         (changed(BLOCK, max_weight_growth=9.0), "max_weight_growth"),
-        (changed(BLOCK, round=1), "rounds"),
+        (changed(BLOCK, round=1, calibration__round=1), "rounds"),
         (changed(BLOCK, calibration__length=1024), "length"),
-        (changed(BLOCK, calibration__samples=17), "samples"),
+        (changed(BLOCK, calibration__samples=17, calibration__windows_per_run=1), "samples"),
         (changed(BLOCK, calibration__stage=1), "stage"),
         (moved(BLOCK, 1), "kind"),
         (moved(BLOCK, 2), "kind"),
@@ -224,8 +230,11 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (IMPORTANCE, None),
         (changed(IMPORTANCE, stage=0), "kind"),
         (changed(IMPORTANCE, length=1024), "length"),
-        (PERSONAL, None),
-        (changed(PERSONAL, personal=0.5), "personal"),
+        (PERSONAL, "rounds"),
+        (changed(PERSONAL, round=10), "personal"),
+        (changed(IMPORTANCE, round=1), "rounds"),
+        (changed(IMPORTANCE, round=1000), "rounds"),
+        (changed(IMPORTANCE, steps=5), "steps"),
         (KeepWeights(stage=1, part=0), None),
         (KeepWeights(stage=0, part=0), "kind"),
     ],
@@ -240,7 +249,8 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         ({**PRUNE, "pattern": "2:4", "sparsity": None}, BLOCK, "pattern"),
         ({**PRUNE, "pattern": "2:4", "sparsity": None}, by_recipe(changed(RECIPE, pattern=(2, 4))), None),
         ({**PRUNE, "source": "dense"}, changed(BLOCK, calibration__through="dense"), None),
-        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1), None),
+        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1, calibration__round=1), None),
+        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1), "round"),
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0), None),
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, owl_m=3.0), "owl_m"),
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, allocation="even"), "allocation"),
@@ -261,15 +271,27 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, rounds=1)), "epsilon"),
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
         (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=NUMBERS), None),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise__adders=4)), "noise"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise=None)), "epsilon"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True), "fixed"),
     ],
 )
 def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], request_: Request, word: str | None) -> None:
     table = {key: value for key, value in stage.items() if value is not None}
     assert refusal(Allow(), terms(table), request_) == (None if word is None else ("terms", word))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"fixed": NUMBERS}, None),
+        ({"fixed": changed(NUMBERS, noise__adders=4)}, "noise"),
+        ({"fixed": changed(NUMBERS, noise__adders=0)}, "noise"),
+        ({"fixed": changed(NUMBERS, noise=None)}, "epsilon"),
+        ({"fixed": NUMBERS, "windows": WINDOWS}, "epsilon"),
+        ({"fixed": None}, "fixed"),
+    ],
+)
+def test_noise_of_clients_under_secure_aggregation_is_that_of_the_job(changes: dict[str, Any], word: str | None) -> None:
+    request = changed(TRAIN, stage=0, seed="0/0", shared_a=True, dtype="float32", **changes)
+    assert refusal(Allow(), terms(WHOLE, secure=True), request, summed=3) == (None if word is None else ("terms", word))
 
 
 def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:
@@ -279,7 +301,7 @@ def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:
     assert refusal(Allow(), terms(PRUNE, PRUNE, alone=True), changed(ALONE, prune__stage=1)) == ("terms", "stage")
     assert refusal(Allow(alone=False), terms(PRUNE, alone=True), ALONE) == ("refused", "allow.alone")
     recipe = changed(RECIPE, damping="each")
-    pooled = changed(BLOCK, aggregation="pooled", recipe=recipe, calibration__through="dense", max_weight_growth=None)
+    pooled = changed(ALONE.prune, aggregation="pooled", recipe=recipe, calibration__through="dense", max_weight_growth=None)
     assert refusal(Allow(), terms(SUMS, alone=True), changed(ALONE, prune=pooled)) is None
 
 
@@ -290,9 +312,14 @@ def test_a_site_that_became_stricter_refuses_what_it_agreed_to() -> None:
 
 
 def test_what_holds_no_text_is_answered_in_every_job() -> None:
-    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) is None
+    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(512,))) is None
+    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) == ("terms", "lengths")
     session = new_session(["ash", "birch", "cedar"], 64)
-    assert refusal(Allow(), terms(TUNE), Keys(stage=9, session=session)) is None
+    assert refusal(Allow(), terms(TUNE, secure=True), Keys(stage=0, session=session)) is None
+    assert refusal(Allow(), terms(TUNE, secure=True), Keys(stage=9, session=session)) == ("terms", "stage")
+    assert refusal(Allow(), terms(TUNE), Keys(stage=0, session=session)) == ("terms", "session")
+    others = new_session(["ash", "birch", "zed"], 64)
+    assert refusal(Allow(), terms(TUNE, secure=True), Keys(stage=0, session=others)) == ("terms", "session")
 
 
 def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_path: Path) -> None:
@@ -303,9 +330,9 @@ def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_p
         changed(TRAIN, fixed=numbers).respond({}, client, "cpu")
 
 
-def refusal(allow: Allow, agreed: Terms, request: Request) -> tuple[str, str] | None:
+def refusal(allow: Allow, agreed: Terms, request: Request, summed: int | None = None) -> tuple[str, str] | None:
     try:
-        check(allow, agreed, request)
+        check(allow, agreed, request, summed)
     except Refusal as error:
         return error.code, error.word
     return None
@@ -447,13 +474,14 @@ def test_a_site_joins_answers_takes_the_result_and_clears_its_files(small: Small
     joined = Joined.model_validate(reply)
     assert (joined.result, joined.capabilities.speed) == (True, "measure")
 
-    response, error = send(site, DescribeYourself(calibrations=(), lengths=(16,)))
+    windows = Windows(samples=3, length=16, seed="0/0")
+    response, error = send(site, DescribeYourself(calibrations=(windows,), lengths=()))
     assert response, error
     reply = wire.unpack(response)[1]
     reply.pop("request")
-    assert Capabilities.model_validate(reply).tokens.keys() == {16}
+    assert Capabilities.model_validate(reply).tokens == {}
 
-    calibration = changed(CALIBRATION, samples=3, length=16)
+    calibration = changed(CALIBRATION, samples=3, length=16, windows_per_run=3)
     block = changed(BLOCK, block=0, calibration=calibration)
     response, error = send(site, block)
     assert response, error

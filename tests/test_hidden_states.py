@@ -18,8 +18,9 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.load import load
 from fedgrove.stages.prune import pruners
-from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.fixed_weights import FixedWeights
+from fedgrove.stages.prune.recipe import Recipe
 from small import CLIENTS, LENGTH, Small, cli, make_model
 
 BLOCKS = 4

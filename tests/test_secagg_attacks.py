@@ -261,6 +261,10 @@ def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
             Revealed.model_validate({"shares": {**revealed, "c001": one}})
 
 
+def _same(names: list[str]) -> dict[str, Any]:
+    return {name: dict(ADVERT) for name in names}
+
+
 KEY, LONG = "00" * 32, [f"c{i:05d}" for i in range(10_001)]
 CLIENTS = {"name": "s", "clients": ["ash", "birch", "cedar"], "bits": 64, "request": ""}
 ADVERT = {"mask_key": KEY, "channel_key": KEY, "commitment": KEY, "signature": 2 * KEY}
@@ -280,7 +284,7 @@ LIES: list[tuple[str, str, Any]] = [
     *[("shares", "adverts", {"birch": {**ADVERT, field: value}}) for field in ADVERT for value in ("0" * 10**6, "zz" * 32, 1)],
     ("shares", "adverts", {"birch": {**ADVERT, "more": ""}}),
     ("shares", "adverts", {"birch": {}}),
-    ("shares", "adverts", {name: ADVERT for name in LONG}),
+    ("shares", "adverts", _same(LONG)),
     *[("shares", "hashes", {"ash": value}) for value in (KEY[2:], KEY + "00", "Z" * 64, 1, None)],
     *[("shares", "hashes", {name: KEY}) for name in ("zed", "")],
     ("shares", "hashes", dict.fromkeys(LONG, KEY)),
@@ -327,7 +331,7 @@ def test_what_masks_a_response_has_bounds(peers: Any) -> None:
         (Ciphertexts, {"sealed_shares": {"../x": "00" * 50}}),
         (Unreadable, {"unreadable": LONG}),
         (Unreadable, {"unreadable": ["ash"] * 2}),
-        (Revealed, {"shares": dict.fromkeys(LONG, {"self": "00" * 17})}),
+        (Revealed, {"shares": {name: {"self": "00" * 17} for name in LONG}}),
         (Revealed, {"shares": {"x" * 65: {"self": "00" * 17}}}),
     ],
 )
@@ -341,7 +345,7 @@ def test_the_largest_session_is_handled_in_bounded_time(tmp_path: Path, phase: s
     """Ten thousand clients, of which a site knows none: whatever the server sends is refused within a second or two."""
     names = ["ash", *LONG[:9999]]
     more: dict[str, dict[str, Any]] = {
-        "shares": {"adverts": dict.fromkeys(names, ADVERT), "hashes": dict.fromkeys(names, KEY)},
+        "shares": {"adverts": _same(names), "hashes": dict.fromkeys(names, KEY)},
         "received": {"sealed_shares": dict.fromkeys(names, "00" * 50)},
         "check": {"survivors": names},
         "open": {"signatures": dict.fromkeys(names, 2 * KEY)},

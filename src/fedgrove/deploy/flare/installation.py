@@ -102,7 +102,8 @@ class Installation:
 class SiteRequest(Request):
     """A request to the site itself, before or after the stages: :meth:`respond_at` handles it, not a client."""
 
-    stage: Index = 0
+    stage: Annotated[Index, Field(le=0)] = 0
+    round: Annotated[Index, Field(le=0)] = 0
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
         """The site's half of the exchange.

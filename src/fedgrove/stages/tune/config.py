@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -190,6 +191,24 @@ class Config(StageConfig):
         return trainer_of(self.trainer)
 
     @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """The precisions that a client's weights can get: those of the job, or float32 where the weights are trained."""
+        return self.bits if parametrization_of(self.parametrization).FROZEN else (32,)
+
+    def scale(self, rank: int) -> float:
+        """The scale of an adapter: α/r; without α in the job, 2 at the largest rank and ∝ 1/√r below it.
+
+        With the latter, from rsLoRA (arXiv 2312.03732), an optimizer step changes the weight by about the same amount at
+        any rank, so that clients of low rank learn as fast.
+        """
+        return 2.0 * math.sqrt(self.ranks[-1] / rank) if self.alpha is None else self.alpha / rank
+
+    def learning_rate_in(self, round_: int) -> float:
+        """The learning rate of a round."""
+        falling = 1 - 0.9 * round_ / max(1, self.rounds - 1) if self.lr_schedule == "linear" else 1.0
+        return self.learning_rate * falling
+
+    @property
     def _fixed_keys(self) -> str:
         """The keys that make clients send fixed-point numbers."""
         if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
@@ -203,6 +222,9 @@ class Config(StageConfig):
 
     def training_length(self) -> int | None:
         return self.length
+
+    def number_of_rounds(self) -> int:
+        return self.rounds
 
     def privacy_budget(self) -> tuple[float, float] | None:
         return None if self.epsilon is None else (self.epsilon, self.delta)

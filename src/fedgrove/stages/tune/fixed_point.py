@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.job.units import Clip, Count, CountOrZero, Delta, Epsilon, Linear
+from fedgrove.job.units import Clip, Count, CountOrZero, Delta, Epsilon, Linear, Natural
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
@@ -60,17 +60,22 @@ class ClientNoise(Part):
 
 
 class FixedPointChanges(Part):
-    """The settings of a client that sends fixed-point numbers.
+    """The settings of clients that send fixed-point numbers: the same for all of a sum.
 
     Attributes:
-        weight: the client's weight in the sum; the weights of all clients add up to at most 1.
+        everything: the tokens of all clients; with noise, their number. A client's weight in the sum is its own tokens as
+            a part of it (with noise, one client), so the server cannot give one client more and the others less.
         widest: by linear, the largest rank of any client; with LoRA, how many columns to send.
         noise: the noise that protects a client; None: no noise.
     """
 
-    weight: Annotated[float, Field(gt=0, le=1)]
+    everything: Natural
     widest: Annotated[dict[Linear, Count], Field(max_length=2**18)]
     noise: ClientNoise | None = None
+
+    def weight(self, tokens: int) -> float:
+        """The weight of a client with so many tokens; the weights of all clients add up to at most 1."""
+        return (1 if self.noise is not None else tokens) / self.everything
 
 
 def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:

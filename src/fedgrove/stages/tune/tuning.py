@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,15 +44,6 @@ KEPT_SCORE = 0.5  # weight of the old importance in the new one
 def pruned_linears(decoder: Decoder) -> list[str]:
     """The linears whose zeros must stay zero: pruned by an earlier stage, or before the run."""
     return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
-
-
-def scale(config: Config, rank: int) -> float:
-    """The scale of an adapter: α/r; without α in the job, 2 at the largest rank and ∝ 1/√r below it.
-
-    With the latter, from rsLoRA (arXiv 2312.03732), an optimizer step changes the weight by about the same amount at
-    any rank, so that clients of low rank learn as fast.
-    """
-    return 2.0 * math.sqrt(config.ranks[-1] / rank) if config.alpha is None else config.alpha / rank
 
 
 @dataclass
@@ -130,7 +120,7 @@ class Tuning:
                 steps=config.importance_steps,
                 micro=assignment.micro,
                 learning_rate=config.learning_rate,
-                fixed=self._fixed(client),
+                fixed=self._fixed(),
             )
             messages[client] = Message(request)
         cost = self.cost()
@@ -247,14 +237,13 @@ class Tuning:
     def _request(self, client: str, round_: int) -> Train:
         """The request to one client in a round."""
         config, assignment = self.config, self.plan.clients[client]
-        falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
         return Train(
             **self._common(client, round_),
             parametrization=config.parametrization,
             trainer=config.trainer,
             shared_a=self.aggregation.SHARED_A,
             ranks=assignment.ranks,
-            scales={name: scale(config, rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
+            scales={name: config.scale(rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
             masked=self.masked,
             tokens=assignment.tokens,
             seen=self.state.seen.get(client, 0),
@@ -263,12 +252,12 @@ class Tuning:
                 steps=config.steps,
                 batch=assignment.batch,
                 micro=assignment.micro,
-                learning_rate=config.learning_rate * falling,
+                learning_rate=config.learning_rate_in(round_),
                 optimizer=config.optimizer,
                 max_grad_norm=config.max_grad_norm,
                 proximal=config.proximal,
             ),
-            fixed=self._fixed(client),
+            fixed=self._fixed(),
             windows=self._window_noise(client),
         )
 
@@ -278,13 +267,14 @@ class Tuning:
         starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
-    def _fixed(self, client: str) -> FixedPointChanges | None:
-        """A client's settings of fixed-point numbers; None if responses are floats."""
+    def _fixed(self) -> FixedPointChanges | None:
+        """The settings of fixed-point numbers; None if responses are floats."""
         if self.config.precision != "fixed":
             return None
         noise = self._client_noise()
-        weight = self.plan.weights(alike=noise is not None)[client]
-        return FixedPointChanges(weight=weight, widest=self.plan.widest(), noise=noise)
+        clients = self.plan.clients.values()
+        everything = len(clients) if noise is not None else sum(one.tokens for one in clients)
+        return FixedPointChanges(everything=everything, widest=self.plan.widest(), noise=noise)
 
     def _client_noise(self) -> ClientNoise | None:
         config = self.config

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import MAX_BLOCKS, Index
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import slices
@@ -48,7 +49,11 @@ class KeepWeights(Request):
         save_tensors(tensors, file, {DIGEST: self.sum_digest(tensors)})
         return Response({}, Reply())
 
-    def beyond(self, config: object) -> str | None:
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return range(1)
+
+    def beyond(self, job: Agreed) -> str | None:
         return "stage" if self.stage == 0 else None  # before the first stage no weight has changed
 
 

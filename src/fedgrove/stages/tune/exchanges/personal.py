@@ -7,12 +7,14 @@ import shutil
 from typing import ClassVar
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, Line, Linears, Name, NonNegative
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
+from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, parametrization_of
 from fedgrove.stages.tune.personal import best, hold_out, mean_loss
@@ -71,6 +73,20 @@ class ComparePersonal(TuneRequest):
         else:
             shutil.rmtree(out, ignore_errors=True)
         return Response({}, Losses(shared=shared, own=own))
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        """After the last round."""
+        return range(config.number_of_rounds(), config.number_of_rounds() + 1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if not config.personal:
+            return "personal"
+        if self.parametrization != config.parametrization:
+            return "parametrization"
+        return "micro" if self.micro > max(config.batches) else super().beyond(job)
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Losses)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedgrove.client.devices import other_devices
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
+from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MOST, Count, Linear, Linears, Name, Natural, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
@@ -20,6 +21,7 @@ from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point, training
 from fedgrove.stages.tune.aggregation import Aggregation
+from fedgrove.stages.tune.agreed import beyond
 from fedgrove.stages.tune.changes import Start, State
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
@@ -74,7 +76,7 @@ class Train(TuneRequest):
     )
     REPLY: ClassVar[type[Reply]] = Trained
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
-        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "fixed.weight", "windows.noise"}
+        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "windows.noise"}
     )
 
     parametrization: Name
@@ -89,6 +91,12 @@ class Train(TuneRequest):
     training: Training
     fixed: FixedPointChanges | None = None
     windows: WindowNoise | None = None
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> Self:
+        if self.fixed is not None and self.fixed.weight(self.tokens) > 1:
+            raise ValueError("fixed.everything: it is less than this client's part")
+        return self
 
     @property
     def noisy(self) -> bool:
@@ -126,11 +134,15 @@ class Train(TuneRequest):
             raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
         decoder, ids, labels = self.model_and_windows(client, device)
         tokens = ids.numel()
+        self.own_text(client, self.tokens, tokens)
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
         noise = self.windows or (self.fixed and self.fixed.noise)
         if noise and not self.round < noise.rounds:
             raise client.error(f"round {self.round + 1} of {noise.rounds}: its privacy budget is spent")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        named = {*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}
+        if not named <= shapes.keys():
+            raise client.error("the request names linears that its model does not have; refused")
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
         model = load(decoder, self.bits)
         starts = {
@@ -188,7 +200,7 @@ class Train(TuneRequest):
             for name, change in trained.items()
             for part, value in method.round_change(change, starts[name], self.shared_a).items()
         }
-        mechanism = self.fixed.noise.mechanism(self.fixed.weight) if self.fixed.noise else None
+        mechanism = self.fixed.noise.mechanism(self.fixed.weight(tokens)) if self.fixed.noise else None
         if mechanism:
             changes = mechanism.clip(changes)
         values: dict[str, Tensor] = {}
@@ -199,7 +211,7 @@ class Train(TuneRequest):
             )
         if loss is not None and not mechanism:
             values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
-        numbers = fixed_point.encode(values, self.fixed.weight)
+        numbers = fixed_point.encode(values, self.fixed.weight(tokens))
         return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=tokens)
 
     def _fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
@@ -234,37 +246,17 @@ class Train(TuneRequest):
         if self.fixed is None:
             fixed_point.check_floats(tensors)
             return
-        fixed_point.check(tensors, self.fixed.weight)
+        fixed_point.check(tensors, self.fixed.weight(self.tokens))
         for name, tensor in tensors.items():
             linear = name.removeprefix(CHANGE).rpartition("/")[0]
             rank = self.ranks.get(linear, 0) if self.method.RANKED else None
             if linear and rank is not None and tensor[:, rank:].any():
                 raise WireError(f"{name} has columns that this client does not train")
 
-    def beyond(self, config: object) -> str | None:
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
         assert isinstance(config, Config)
-        asked = {
-            "parametrization": self.parametrization, "trainer": self.trainer, "steps": self.training.steps,
-            "shared_a": self.shared_a, "fixed": self.fixed is not None,
-        }  # fmt: skip
-        agreed = {
-            "parametrization": config.parametrization, "trainer": config.trainer, "steps": config.steps,
-            "shared_a": config.aggregation_method.SHARED_A, "fixed": config.precision == "fixed",
-        }  # fmt: skip
-        differs = next((key for key in asked if asked[key] != agreed[key]), None)
-        if self.round >= config.rounds:
-            return "rounds"
-        if differs is None and config.epsilon is not None:
-            noise = self.windows if config.trainer_method.PRIVATE else (self.fixed.noise if self.fixed else None)
-            if (
-                noise is None
-                or noise.epsilon > config.epsilon
-                or noise.delta > config.delta
-                or noise.rounds < config.rounds
-                or noise.clip != config.dp_clip
-            ):
-                return "epsilon"
-        return differs or super().beyond(config)
+        return beyond(self, config, job.secure) or super().beyond(job)
 
 
 def _parts(tensors: Tensors, kind: str, name: str) -> Tensors:
@@ -377,6 +369,6 @@ class WholeRound(IntegerSums):
         return columns
 
     def _weight_of(self, client: str) -> float:
-        fixed = self._requests[client].fixed
-        assert fixed is not None
-        return fixed.weight
+        request = self._requests[client]
+        assert request.fixed is not None
+        return request.fixed.weight(request.tokens)
