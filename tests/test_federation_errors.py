@@ -366,7 +366,7 @@ def test_secure_aggregation_opens_the_same_model(federation: Running, grown: Sma
 
 def test_what_is_learnt_leaves_a_site_under_a_mask_with_noise_and_without_its_loss(federation: Running) -> None:
     """Differential privacy of a whole client: a site that asks for noise agrees to a job with it, and to no other."""
-    federation.describe("cedar", allow={"secure": True, "epsilon": 20.0})
+    federation.describe("cedar", allow={"secure": True, "epsilon": 20.0, "delta": 1e-3})
     stage = {
         "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "precision": "fixed", "rounds": 2, "steps": 1,
         "length": 16, "batches": [2], "ranks": [2], "bits": [32], "dp_unit": "client", "epsilon": 20.0, "delta": 1e-3,

@@ -44,7 +44,7 @@ from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
-from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs
+from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs, largest_per_client
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
@@ -122,10 +122,17 @@ DENSE = Calibration(stage=2, samples=16, length=512, seed="0/2")
 BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm", max_weight_growth=8.0)
 NOISE = Noise(norms={"x": 1.0}, inputs=4, skips_first=False, clients=2, epsilon=4.0, delta=1e-6)
 SUM = SumInputs(
-    stage=2, block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**60
+    stage=2,
+    block=0,
+    calibration=DENSE,
+    consumers={"x": "x"},
+    widths={"x": 8},
+    products=(),
+    moments=False,
+    limit=largest_per_client(3),
 )
 GRADIENTS = Calibration(stage=0, samples=16, length=512, seed="0/0", through="gradients")
-SCORES = ScoreGroups(stage=0, score="fisher", limit=2**61, calibration=GRADIENTS)
+SCORES = ScoreGroups(stage=0, score="fisher", limit=2**62 // 3, calibration=GRADIENTS)
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
 ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK.model_copy(update={"block": 0, "keep": True}))
 TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 16, "length": 512, "seed": "0/1", "personal": 0.0}
@@ -138,7 +145,7 @@ IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 NUMBERS = FixedPointChanges(
-    everything=27, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
+    everything=3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
 )
 
 
@@ -284,7 +291,8 @@ def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], re
         ({"fixed": NUMBERS}, None),
         ({"fixed": changed(NUMBERS, noise__adders=4)}, "noise"),
         ({"fixed": changed(NUMBERS, noise__adders=0)}, "noise"),
-        ({"fixed": changed(NUMBERS, noise=None)}, "epsilon"),
+        ({"fixed": changed(NUMBERS, noise=None, everything=27)}, "epsilon"),
+        ({"fixed": changed(NUMBERS, everything=4)}, "noise"),
         ({"fixed": NUMBERS, "windows": WINDOWS}, "epsilon"),
         ({"fixed": None}, "fixed"),
     ],

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from fedgrove.stages.tune.exchanges.train import Train
 
 
-def beyond(request: Train, config: Config, secure: bool) -> str | None:
+def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | None:
     """The first field that the stage does not allow.
 
     A plan gives each client its own batch, ranks and bits, among those of the job. All else is the same for all clients.
 
     Args:
         secure: whether sums are computed under secure aggregation.
+        clients: how many may take part.
     """
     training, fixed = request.training, request.fixed
     asked = {
@@ -33,10 +34,10 @@ def beyond(request: Train, config: Config, secure: bool) -> str | None:
         "max_grad_norm": config.max_grad_norm, "proximal": config.proximal, "scales": scales,
     }  # fmt: skip
     differs = next((key for key in asked if asked[key] != agreed[key]), None)
-    return differs or _noise_beyond(request, config, secure) or _assignment_beyond(request, config)
+    return differs or _noise_beyond(request, config, secure, clients) or _assignment_beyond(request, config)
 
 
-def _noise_beyond(request: Train, config: Config, secure: bool) -> str | None:
+def _noise_beyond(request: Train, config: Config, secure: bool, clients: int) -> str | None:
     """Whether the request leaves out or weakens the noise that the job promises."""
     windows, of_clients = request.windows, request.fixed.noise if request.fixed else None
     noise = windows if config.trainer_method.PRIVATE else of_clients
@@ -46,7 +47,9 @@ def _noise_beyond(request: Train, config: Config, secure: bool) -> str | None:
         return "epsilon"
     if (noise.epsilon, noise.delta, noise.rounds, noise.clip) != (config.epsilon, config.delta, config.rounds, config.dp_clip):
         return "epsilon"
-    return "noise" if of_clients is not None and (of_clients.adders > 0) != secure else None
+    if request.fixed is None or of_clients is None:
+        return None
+    return "noise" if (of_clients.adders > 0) != secure or request.fixed.everything > clients else None
 
 
 def _assignment_beyond(request: Train, config: Config) -> str | None:

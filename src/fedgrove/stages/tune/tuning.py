@@ -120,7 +120,7 @@ class Tuning:
                 steps=config.importance_steps,
                 micro=assignment.micro,
                 learning_rate=config.learning_rate,
-                fixed=self._fixed(),
+                fixed=self._fixed({}),
             )
             messages[client] = Message(request)
         cost = self.cost()
@@ -257,7 +257,7 @@ class Tuning:
                 max_grad_norm=config.max_grad_norm,
                 proximal=config.proximal,
             ),
-            fixed=self._fixed(),
+            fixed=self._fixed(self.plan.widest()),
             windows=self._window_noise(client),
         )
 
@@ -267,14 +267,14 @@ class Tuning:
         starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
-    def _fixed(self) -> FixedPointChanges | None:
+    def _fixed(self, widest: dict[str, int]) -> FixedPointChanges | None:
         """The settings of fixed-point numbers; None if responses are floats."""
         if self.config.precision != "fixed":
             return None
         noise = self._client_noise()
         clients = self.plan.clients.values()
         everything = len(clients) if noise is not None else sum(one.tokens for one in clients)
-        return FixedPointChanges(everything=everything, widest=self.plan.widest(), noise=noise)
+        return FixedPointChanges(everything=everything, widest=widest, noise=noise)
 
     def _client_noise(self) -> ClientNoise | None:
         config = self.config

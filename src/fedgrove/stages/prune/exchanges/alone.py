@@ -37,6 +37,8 @@ class EvaluateAlone(Request):
     prune: PruneBlock
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        if tensors.keys() != {f"{WINDOW}{name}/{i}" for name, number in self.texts.items() for i in range(number)}:
+            raise client.error("the windows that came are not those that the request names; refused")
         for block in range(len(decoder_of(client, device))):
             if not alone_file(client, block).is_file():
                 for _ in prune_block(self.prune.model_copy(update={"block": block, "keep": True}), {}, client, device, {}):

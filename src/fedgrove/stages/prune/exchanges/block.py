@@ -115,6 +115,8 @@ class PruneBlock(Request):
                     sent[CHANGE + name] = change
                 sent[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
                 del before, after, mask  # free these before the next iteration allocates its own
+            if self.fixed_point is not None and len(self.fixed_point.units) != sum(name.startswith(WEIGHT) for name in sent):
+                raise client.error("the request has units of linears that are not in the block; refused")
         except OutOfRange as error:
             raise client.error(
                 f"a pruned weight is more than {GROWTH} times the largest weight before pruning; raise samples"

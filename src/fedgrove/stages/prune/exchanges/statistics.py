@@ -196,7 +196,7 @@ class SumInputs(Request):
             return "products"
         if self.moments != (config.solver.NEEDS == "moments"):
             return "moments"
-        if self.limit < least_limit(calibration.samples * calibration.length, len(job.clients)):
+        if self.limit not in limits(calibration.samples * calibration.length, len(job.clients), job.secure):
             return "limit"
         if (config.epsilon is None) != (noise is None):
             return "epsilon"
@@ -206,8 +206,8 @@ class SumInputs(Request):
 
 
 @lru_cache(maxsize=64)
-def least_limit(tokens: int, clients: int) -> int:
-    """The smallest number to which a server that follows the job limits a client's sums.
+def limits(tokens: int, clients: int, secure: bool) -> frozenset[int]:
+    """The numbers to which a server that follows the job can limit a client's sums.
 
     A client that has more than it may send fails, and the server sees that. So a limit that the server chooses would be a
     question about the client's own sums, also under secure aggregation.
@@ -215,9 +215,11 @@ def least_limit(tokens: int, clients: int) -> int:
     Args:
         tokens: of each client.
         clients: how many may take part.
+        secure: whether sums are computed under secure aggregation.
     """
-    masked: int = min(2 ** (ring_bits(number * tokens) - 2) // number for number in range(1, clients + 1))
-    return min(masked, largest_per_client(clients))
+    if not secure:
+        return frozenset(largest_per_client(number) for number in range(1, clients + 1))
+    return frozenset(masked_limit(ring_bits(number * tokens), number) for number in range(1, clients + 1))
 
 
 def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:
@@ -248,9 +250,10 @@ class InputSums(IntegerSums):
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Lowers the clients' limits so that the sum fits in the ring."""
         self._largest = 2 ** (self._ring - 2)
+        limit = masked_limit(self._ring, len(messages))
         limited: dict[str, Message] = {}
         for client, message in messages.items():
-            request = self._requests[client].model_copy(update={"limit": self._largest // len(messages)})
+            request = self._requests[client].model_copy(update={"limit": limit})
             self._requests[client] = request
             limited[client] = Message(request, message.tensors)
         return limited
@@ -291,3 +294,8 @@ def _requests_of(messages: Mapping[str, Message]) -> dict[str, SumInputs]:
 def largest_per_client(clients: int) -> int:
     """The largest number that each of so many clients may send without secure aggregation."""
     return LARGEST // clients
+
+
+def masked_limit(bits: int, clients: int) -> int:
+    """The largest number that each of so many clients may send in a ring of so many bits."""
+    return int(2 ** (bits - 2)) // clients

@@ -99,8 +99,8 @@ class ScoreGroups(Request):
             return "score"
         if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("gradients", 1, None):
             return "source"
-        # a client that has more than it may send fails, and the server sees that: a lower limit would be a question
-        return "limit" if self.limit < LARGEST // len(job.clients) else None
+        # a client that has more than it may send fails, and the server sees that: a chosen limit would be a question
+        return None if self.limit in {LARGEST // number for number in range(1, len(job.clients) + 1)} else "limit"
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], signed: bool, limit: int) -> None:

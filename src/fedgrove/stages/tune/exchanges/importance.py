@@ -111,8 +111,8 @@ class ScoreLinears(TuneRequest):
             return "micro"
         if (self.fixed is not None) != (config.precision == "fixed"):
             return "fixed"
-        if self.fixed is not None and self.fixed.noise is not None:
-            return "epsilon"
+        if self.fixed is not None and (self.fixed.noise is not None or self.fixed.widest):
+            return "fixed"
         return super().beyond(job)
 
 

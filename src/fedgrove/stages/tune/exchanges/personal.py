@@ -58,6 +58,9 @@ class ComparePersonal(TuneRequest):
         if held_out is None or best_adapter is None:
             return Response({}, Losses(shared=None, own=None))
         own, changes = best_adapter
+        named = {*self.masked, *(name.split("/")[1] for name in tensors if name.count("/") == 2)}
+        if not named <= set(decoder.linear_names()):
+            raise client.error("the request names linears that its model does not have; refused")
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
         model = load(decoder, self.bits)
         starts = {}

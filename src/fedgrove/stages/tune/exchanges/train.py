@@ -256,7 +256,7 @@ class Train(TuneRequest):
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
-        return beyond(self, config, job.secure) or super().beyond(job)
+        return beyond(self, config, job.secure, len(job.clients)) or super().beyond(job)
 
 
 def _parts(tensors: Tensors, kind: str, name: str) -> Tensors:
