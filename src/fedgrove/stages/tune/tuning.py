@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedgrove.client.server_weights import FEW_ZEROS
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.events import Phase
@@ -22,7 +23,7 @@ from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.aggregation import Options, aggregation_of
-from fedgrove.stages.tune.changes import FEW_ZEROS, State
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.client_model import digest_of_base
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.base import KeepWeights

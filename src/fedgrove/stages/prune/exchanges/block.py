@@ -13,6 +13,7 @@ from torch import Tensor
 from fedgrove import heap
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
+from fedgrove.client.server_weights import check_change
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed
@@ -99,7 +100,10 @@ class PruneBlock(Request):
         return self.method.SENDS
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        method, start = self.method, start_of(tensors)
+        method = self.method
+        start = start_of(tensors, decoder_of(client, device, self.calibration.compute_dtype), self.block, client)
+        if start and self.stage == self.round == 0:
+            raise client.error("the server sent weights before any stage could have changed them; refused")
         sent: Tensors = {}
         own: Tensors = {}
         try:
@@ -209,9 +213,21 @@ class PruneBlock(Request):
         return differs or ("sparsities" if outside else None)
 
 
-def start_of(tensors: Tensors) -> Tensors:
-    """The weights that were sent with a request, by linear."""
-    return {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
+def start_of(tensors: Tensors, decoder: Decoder, block: int, client: LocalClient) -> Tensors:
+    """The weights of a block that were sent with a request, by linear.
+
+    Raises:
+        FedgroveError: they are not all linears of the block, or no stage makes such weights of the client's own.
+    """
+    start = {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
+    if start and (block < 0 or start.keys() != decoder.block_names(block).keys()):
+        raise client.error(f"the server sent other weights than those of block {block}; refused")
+    for name, weight in start.items():
+        own = decoder.read_linear(block, name)
+        if (weight.shape, weight.dtype) != (own.shape, own.dtype):
+            raise client.error(f"the server sent weights of another shape or dtype for {name}; refused")
+        check_change(name, own, weight, client)
+    return start
 
 
 def prune_block(

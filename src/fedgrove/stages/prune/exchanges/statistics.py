@@ -118,7 +118,7 @@ class SumInputs(Request):
         self._check_model(decoder, tensors, client)
         states = HiddenStates(client, calibration, decoder)
         calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
-        start = start_of(tensors)
+        start = start_of(tensors, decoder, self.block - 1, client)
         at = states.latest(self.block - 1 if start else self.block)
         if at is None and (self.block <= 1 or not start):
             windows = calibration_windows(client, calibration.samples, calibration.length, calibration.seed)

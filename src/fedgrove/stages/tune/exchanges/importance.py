@@ -62,6 +62,8 @@ class ScoreLinears(TuneRequest):
         tokens = ids.numel()
         self.own_text(client, self.tokens, tokens)
         (ids, labels), _ = hold_out(ids, labels, self.personal)
+        if tensors:
+            raise client.error("the server sent tensors with a request that has none; refused")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
         settings = Settings(steps=self.steps, batch=self.micro, micro=1, learning_rate=self.learning_rate)
         batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")

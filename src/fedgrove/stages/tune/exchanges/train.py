@@ -30,6 +30,7 @@ from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
+from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
 from fedgrove.stages.tune.train_settings import Training, WindowNoise
 from fedgrove.stages.tune.trainers import trainer_of
 
@@ -144,13 +145,15 @@ class Train(TuneRequest):
         if not named <= shapes.keys():
             raise client.error("the request names linears that its model does not have; refused")
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
-        model = load(decoder, self.bits)
+        check_parts(tensors, method, shapes, self._largest(shapes), [getattr(torch, self.dtype)], self.shared_a, client)
         starts = {
             name: method.start(
-                _parts(tensors, OWN, name), _parts(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
+                parts_of(tensors, OWN, name), parts_of(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
             )
             for name, shape in shapes.items()
         }
+        check_growth(method, {name: begun.own.plus(begun.rest) for name, begun in starts.items()}, decoder, client)
+        model = load(decoder, self.bits)
         gradient_masks = method.attach(model, starts, Attachment(self.scales, masks, self.shared_a))
         work = training.Work(
             ids,
@@ -176,6 +179,11 @@ class Train(TuneRequest):
             return Response(*self._packed(method, trained, starts, shapes, tokens, loss))
         except FedgroveError as error:
             raise client.error(str(error)) from error
+
+    def _largest(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+        """The largest rank of what is sent: of a client's own part its rank, of the rest what a matrix can have."""
+        full = {name: min(shape) + max(self.ranks.values(), default=0) for name, shape in shapes.items()}
+        return {OWN: {name: self.ranks.get(name, 0) for name in shapes}, REST: full}
 
     def _packed(
         self,
@@ -259,11 +267,6 @@ class Train(TuneRequest):
         return beyond(self, config, job.secure, len(job.clients)) or super().beyond(job)
 
 
-def _parts(tensors: Tensors, kind: str, name: str) -> Tensors:
-    start = f"{kind}/{name}/"
-    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-
-
 def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a: bool) -> Tensors:
     """The tensors of a :class:`Train` request."""
     return {
@@ -317,7 +320,7 @@ class FloatRound:
             self.losses[client] = reply.loss
         for name, rank in self._assigned[client].items():
             own = self._aggregation.begin(self._states[name], rank).own
-            change = self._method.received(_parts(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
+            change = self._method.received(parts_of(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
             self._aggregation.add(self.sums[name], change, float(reply.tokens))
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
