@@ -58,7 +58,10 @@ class TuneRequest(Request):
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
         checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
-        return Decoder(checkpoint, device), *training_windows(client, self.length)
+        decoder = Decoder(checkpoint, device)
+        if self.width is not None:
+            _check_width(decoder, client)
+        return decoder, *training_windows(client, self.length)
 
     def beyond(self, job: Agreed) -> str | None:
         config, before = job.stages[self.stage], job.stages[: self.stage]
@@ -87,6 +90,14 @@ class TuneRequest(Request):
         """
         if tokens != counted:
             raise client.error(f"the request is for {tokens} tokens, but its text has {counted}; refused")
+
+
+def _check_width(decoder: Decoder, client: LocalClient) -> None:
+    """Refuses a width that is not the one of the weights that the client was sent."""
+    for block in range(len(decoder)):
+        for name, stored in decoder.block_names(block).items():
+            if sorted(decoder.checkpoint.spec(stored)[0]) != sorted(decoder.blank_linear(block, name).shape):
+                raise client.error("the request is for a model of another width than the one that it was sent; refused")
 
 
 def digest_of_base(digests: list[str]) -> str:
