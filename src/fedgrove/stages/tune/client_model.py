@@ -59,7 +59,7 @@ class TuneRequest(Request):
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
         checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
         decoder = Decoder(checkpoint, device)
-        if self.width is not None:
+        if self.parts or self.width is not None:
             _check_width(decoder, client)
         return decoder, *training_windows(client, self.length)
 
@@ -96,7 +96,7 @@ def _check_width(decoder: Decoder, client: LocalClient) -> None:
     """Refuses a width that is not the one of the weights that the client was sent."""
     for block in range(len(decoder)):
         for name, stored in decoder.block_names(block).items():
-            if sorted(decoder.checkpoint.spec(stored)[0]) != sorted(decoder.blank_linear(block, name).shape):
+            if sorted(decoder.checkpoint.spec(stored)[0]) != sorted(decoder.read_shape(f"{decoder.prefix}.{block}.{name}")):
                 raise client.error("the request is for a model of another width than the one that it was sent; refused")
 
 
