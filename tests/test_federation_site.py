@@ -145,7 +145,10 @@ IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 NUMBERS = FixedPointChanges(
-    everything=3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
+    everything=3,
+    most=2 * 4 * 16 * 512,
+    widest={"x": 2},
+    noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2),
 )
 
 

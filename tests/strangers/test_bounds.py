@@ -430,11 +430,11 @@ def test_with_noise_for_a_client_a_loss_that_is_not_finite_is_a_change_of_zeros(
             0
         ]
 
-    sent = answer(fixed=FixedPointChanges(everything=2, widest={linear: 2}, noise=noise))
+    sent = answer(fixed=FixedPointChanges(everything=2, most=999, widest={linear: 2}, noise=noise))
     assert sent
     assert not any(tensor.any() for tensor in sent.values())
     with pytest.raises(FedgroveError, match="not finite"):  # without noise it is an error
-        answer(fixed=FixedPointChanges(everything=2 * tokens, widest={linear: 2}))
+        answer(fixed=FixedPointChanges(everything=2 * tokens, most=999, widest={linear: 2}))
 
 
 @pytest.mark.parametrize("kind", ["inf", "nan", "gradient"])

@@ -59,6 +59,8 @@ def _assignment_beyond(request: Train, config: Config) -> str | None:
         return "ranks"
     if request.fixed is not None:
         widest = request.fixed.widest
+        if request.fixed.most != config.most_tokens:
+            return "tokens"
         if not set(widest.values()) <= ranks or any(rank > widest.get(name, 0) for name, rank in request.ranks.items()):
             return "ranks"
     if training.batch not in config.batches or training.micro > training.batch:

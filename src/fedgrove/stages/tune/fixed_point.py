@@ -63,19 +63,21 @@ class FixedPointChanges(Part):
     """The settings of clients that send fixed-point numbers: the same for all of a sum.
 
     Attributes:
-        everything: the tokens of all clients; with noise, their number. A client's weight in the sum is its own tokens as
-            a part of it (with noise, one client), so the server cannot give one client more and the others less.
+        everything: the tokens of all clients, up to ``most`` of each; with noise, the number of clients. A client's weight
+            in the sum is its own part of it, so the server cannot give one client more and the others less.
+        most: the largest number of a client's tokens that counts.
         widest: by linear, the largest rank of any client; with LoRA, how many columns to send.
         noise: the noise that protects a client; None: no noise.
     """
 
     everything: Natural
+    most: Natural
     widest: Annotated[dict[Linear, Count], Field(max_length=2**18)]
     noise: ClientNoise | None = None
 
     def weight(self, tokens: int) -> float:
         """The weight of a client with so many tokens; the weights of all clients add up to at most 1."""
-        return (1 if self.noise is not None else tokens) / self.everything
+        return (1 if self.noise is not None else min(tokens, self.most)) / self.everything
 
 
 def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:

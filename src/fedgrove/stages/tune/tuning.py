@@ -30,8 +30,9 @@ from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
-from fedgrove.stages.tune.exchanges.train import FloatRound, Train, WholeRound, start_tensors
+from fedgrove.stages.tune.exchanges.train import Train, WholeRound, start_tensors
 from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, FixedPointChanges
+from fedgrove.stages.tune.float_round import Bounds, FloatRound
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
@@ -126,7 +127,8 @@ class Tuning:
             messages[client] = Message(request)
         cost = self.cost()
         clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
-        total = ImportanceSum(names, plan.weights(alike=self._client_noise() is not None))
+        weights = plan.weights(self._client_noise() is not None, config.most_tokens)
+        total = ImportanceSum(names, weights, config.most_tokens)
         self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
         importance = total.importance()
         if round_ > 0:
@@ -168,12 +170,16 @@ class Tuning:
         old = {name: state.state_of(name, shape) for name, shape in shapes.items()}
         ranks = {name: [one.ranks[name] for one in plan.clients.values() if name in one.ranks] for name in shapes}
         assigned = {client: one.ranks for client, one in plan.clients.items()}
-        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed)
+        bounds = Bounds(config.max_change, config.most_tokens)
+        folder = self.run.path / "work" / "changes"
+        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed, bounds, folder)
         heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
         for client in heard:
             if client in sums.losses:
                 state.metrics.append((client, "loss", sums.losses[client]))
             state.metrics.append((client, "seconds", clock.spent[client]))
+        for client in sums.finish():
+            self.run.message(f"{client}: its change is more than {config.max_change:g} times the median; it was scaled down")
         for name, shape in shapes.items():
             rank = max(ranks[name])
             if self.method.RANKED:
@@ -274,8 +280,8 @@ class Tuning:
             return None
         noise = self._client_noise()
         clients = self.plan.clients.values()
-        everything = len(clients) if noise is not None else sum(one.tokens for one in clients)
-        return FixedPointChanges(everything=everything, widest=widest, noise=noise)
+        everything = len(clients) if noise is not None else sum(min(one.tokens, self.config.most_tokens) for one in clients)
+        return FixedPointChanges(everything=everything, most=self.config.most_tokens, widest=widest, noise=noise)
 
     def _client_noise(self) -> ClientNoise | None:
         config = self.config

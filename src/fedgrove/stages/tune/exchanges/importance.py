@@ -113,7 +113,7 @@ class ScoreLinears(TuneRequest):
             return "micro"
         if (self.fixed is not None) != (config.precision == "fixed"):
             return "fixed"
-        if self.fixed is not None and (self.fixed.noise is not None or self.fixed.widest):
+        if self.fixed is not None and (self.fixed.noise or self.fixed.widest or self.fixed.most != config.most_tokens):
             return "fixed"
         return super().beyond(job)
 
@@ -134,10 +134,11 @@ class ImportanceSum:
     Args:
         names: of the linears, in the model's order.
         weights: by client, in a sum of fixed-point numbers.
+        most: the largest number of a client's tokens that counts.
     """
 
-    def __init__(self, names: list[str], weights: Mapping[str, float]):
-        self._names, self._weights = names, weights
+    def __init__(self, names: list[str], weights: Mapping[str, float], most: int):
+        self._names, self._weights, self._most = names, weights, most
         self._scores = WeightedSum()
         self._fixed: tuple[torch.Tensor, float] | None = None
 
@@ -154,7 +155,7 @@ class ImportanceSum:
         assert isinstance(reply, Tokens)
         scores = tensors[IMPORTANCE]
         if scores.is_floating_point():
-            self._scores.add(scores, float(reply.tokens))
+            self._scores.add(scores, float(min(reply.tokens, self._most)))
             return
         total, weight = self._fixed or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
         self._fixed = total + scores.long(), weight + self._weights[client]

@@ -16,13 +16,11 @@ from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MOST, Count, Linear, Linears, Name, Natural, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
-from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point, training
-from fedgrove.stages.tune.aggregation import Aggregation
 from fedgrove.stages.tune.agreed import beyond
-from fedgrove.stages.tune.changes import Start, State
+from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.importance import check_tokens
@@ -276,60 +274,6 @@ def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a
         for part, value in change.parts().items()
         if not (shared_a and part == "a")
     }
-
-
-class FloatRound:
-    """The server's half if clients send floats: clients are added one by one to the aggregation's sum of each linear.
-
-    Args:
-        states: by linear, for those that are tuned.
-        ranks: by linear, the ranks of this round's clients.
-        assigned: by client and linear, the rank.
-        seed: of the stage, from which a shared A is generated.
-    """
-
-    def __init__(
-        self,
-        method: Parametrization,
-        aggregation: Aggregation,
-        states: Mapping[str, State[Any]],
-        ranks: Mapping[str, list[int]],
-        assigned: Mapping[str, Mapping[str, int]],
-        seed: str,
-    ):
-        self._method, self._aggregation, self._states, self._assigned, self._seed = method, aggregation, states, assigned, seed
-        self.sums = {name: aggregation.sums(states[name], ranks[name]) for name in states}
-        self.losses: dict[str, float] = {}
-        self._loss = WeightedSum()
-
-    def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Always raises FedgroveError: floats cannot be summed securely. Such jobs are refused when they are loaded."""
-        raise FedgroveError(
-            "privacy.secure_aggregation: only fixed-point numbers can be summed securely", 'set precision = "fixed"'
-        )
-
-    def ring_bits(self) -> int:
-        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
-        return 64
-
-    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
-        """Adds a client's changes, weighted by its tokens."""
-        assert isinstance(reply, Trained)
-        if reply.loss is not None:
-            self._loss.add(torch.tensor(reply.loss, dtype=torch.float64), float(reply.tokens))
-            self.losses[client] = reply.loss
-        for name, rank in self._assigned[client].items():
-            own = self._aggregation.begin(self._states[name], rank).own
-            change = self._method.received(parts_of(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
-            self._aggregation.add(self.sums[name], change, float(reply.tokens))
-
-    def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Not possible: see :meth:`masked`."""
-        raise NotImplementedError
-
-    def loss(self) -> float | None:
-        """The weighted mean of the clients' losses; None if no client reported one."""
-        return float(self._loss.mean()) if self.losses else None
 
 
 class WholeRound(IntegerSums):
