@@ -62,7 +62,7 @@ def prune(weight, inputs, target):
             case "nap":
                 time.sleep(15)
             case "wait":
-                for _ in range(300):
+                for _ in range(500):  # at eight blocks longer than the 300 s that FLARE waits for a response that was lost
                     if Path("go-on.txt").is_file():
                         break
                     time.sleep(0.1)

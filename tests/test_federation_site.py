@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ValidationError
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare import files, ledger
-from fedgrove.deploy.flare.doctor import clock
+from fedgrove.deploy.flare.doctor import clock, made, roster
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
 from fedgrove.deploy.flare.files import Allow, Federation, SiteFile
 from fedgrove.deploy.flare.installation import SiteRequest
+from fedgrove.deploy.flare.kits import _sign_roster
 from fedgrove.deploy.flare.policy import Terms, check, refused_key
 from fedgrove.deploy.flare.site import respond
 from fedgrove.engines import error_codes
@@ -543,6 +545,73 @@ def test_a_site_counts_what_it_spends_over_all_runs(small: Small, tmp_path: Path
     assert joined("four", ADAPTERS, evaluate={"alone": False}, name="third") == "refused Refusal allow.budget"
     assert joined("five", PRUNE) == "refused Refusal allow.budget", "a job without noise has no end of epsilon"
     assert sum(ledger.spent(site).values()) == 8.0
+
+
+NAMES = ("ash", "birch", "cedar")
+
+
+def sign_roster(folder: Path, *names: str) -> dict[str, Any]:
+    """What the operator does when sites come and go; the roster as it is now."""
+    kits = {name: folder / name for name in (*names, "a@b.org")}
+    people = {"sites": [{"name": name} for name in names], "operators": [{"name": "a@b.org"}]}
+    for kit in (folder / "authority", *kits.values()):
+        kit.mkdir(parents=True, exist_ok=True)
+    _sign_roster(Federation.model_validate({"name": "wards", **people}), folder / "authority", kits)
+    texts = {kit / "roster.json" if "@" in name else kit / "secure" / "roster.json" for name, kit in kits.items()}
+    (text,) = {file.read_text() for file in texts}
+    roster: dict[str, Any] = json.loads(text)
+    return roster
+
+
+def test_rosters_have_numbers_and_dates(tmp_path: Path) -> None:
+    first = sign_roster(tmp_path, *NAMES, "dogwood")
+    assert (first["number"], first["date"]) == (1, f"{datetime.now(UTC):%Y-%m-%d}")
+    assert sign_roster(tmp_path, *NAMES, "dogwood") == first, "the same roster is not numbered anew"
+    second = sign_roster(tmp_path, *NAMES)
+    assert second["number"] == 2
+    assert set(second["clients"]) == set(NAMES)
+    assert sign_roster(tmp_path, *NAMES, "dogwood")["number"] == 3
+
+
+def test_the_roster_of_a_removed_site_is_refused(small: Small, tmp_path: Path) -> None:
+    """The job that the operator signed names the roster; a site takes part with that one only, and never goes back."""
+    site = make_site(tmp_path / "ash", small)
+    join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}, "evaluate": {"alone": False}}
+
+    def joined(run: str, roster: int) -> str | None:
+        return send(sign(site, PRUNE, roster=roster, **secure), join, run=run)[1]
+
+    sign_roster(tmp_path, *NAMES, "dogwood")
+    old = {name: (site / "secure" / name).read_bytes() for name in ("roster.json", "roster.sig")}
+    assert joined("one", 1) is None
+    assert joined("two", 0) == "roster Refusal 1", "the job names no roster"
+    sign_roster(tmp_path, *NAMES)
+    assert joined("three", 1) == "roster Refusal 2", "an older job, whose roster has the removed site"
+    assert joined("four", 2) is None
+    for name, content in old.items():
+        (site / "secure" / name).write_bytes(content)
+    assert joined("five", 2) == "roster Refusal 1", "this site was not given the newest roster"
+    assert joined("six", 1) == "roster Refusal 1", "nor does it go back, for an older job either"
+    assert "its roster is number 1, not the job's" in error_codes.message("roster Refusal 1")
+
+
+def test_doctor_names_a_kit_and_a_roster_of_an_earlier_version(small: Small, tmp_path: Path) -> None:
+    site = make_site(tmp_path / "ash", small)
+    assert "it was made by an earlier version" in made(site).text
+    (site / "kit.json").write_text('{"form": 1, "fedgrove": "0.0.9"}')
+    assert "made by fedgrove 0.0.9, whose kits are of another form" in made(site).text
+    (site / "kit.json").write_text('{"form": 2, "fedgrove": "0.1.0"}')
+    assert made(site).ok
+    sign_roster(tmp_path, *NAMES)
+    check = roster(site)
+    assert (check.ok, check.text.startswith("number 1 of 20")) == (True, True), check
+    signing = Ed25519PrivateKey.from_private_bytes(bytes.fromhex((tmp_path / "authority" / "operator.key").read_text()))
+    facts = json.loads((site / "secure" / "roster.json").read_text())
+    del facts["number"]
+    (site / "secure" / "roster.json").write_text(json.dumps(facts))
+    (site / "secure" / "roster.sig").write_text(signing.sign(json.dumps(facts).encode()).hex())
+    assert "it has no number" in roster(site).text
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,7 @@ def hostile_run(
     shown = {**spec, "name": name, "model": {"path": "m"}, "clients": clients, "evaluate": evaluate}
     if alone:
         shown["evaluate"] = {"data": ["held-0.txt"], "length": 32, "windows": 2, "alone": True}
+    shown["roster"] = int(secure)
     signed.write_text(tomli_w.dumps(shown), encoding="utf-8")
     engine = Hostile(kits, signed, known)
     join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())

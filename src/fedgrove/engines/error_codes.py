@@ -20,6 +20,7 @@ MESSAGES = {
     "refused": "it refuses what the job asks ({word} in its site.toml)",
     "terms": "it refuses a request that is not part of the job it agreed to ({word})",
     "model": "its model differs from the job's at {word}; copy the model there again",
+    "roster": "its roster is number {word}, not the job's; give every site the newest roster (secure/), and submit again",
     "models": "it has no model of that name ([models] in its site.toml)",
     "site-file": "its site.toml is not valid; `fedgrove federation doctor` there says why",
     "joined": "it has not agreed to this run; continue with --resume",

@@ -17,6 +17,7 @@ from fedgrove.job.units import (
     BitsPerSecond,
     Bytes,
     Count,
+    CountOrZero,
     Devices,
     File,
     Files,
@@ -300,10 +301,12 @@ class FederatedJob(Job):
     Attributes:
         result: "server": the model stays on the server, and operators fetch it; "sites": it is also sent to the sites
             that want it.
+        roster: the number of the roster of the sites' keys, for secure aggregation; `fedgrove federation submit` fills it in.
     """
 
     clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
     result: Literal["server", "sites"] = "server"
+    roster: CountOrZero = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -136,6 +136,15 @@ def credentials(kit: Path, allow: Allow) -> Credentials:
     return Credentials(key, roster, signature, operator, max(2, allow.group, min_group))
 
 
+def roster_number(kit: Path) -> tuple[int, str]:
+    """The number and the date of a kit's roster; 0 and "" if it has none, as in kits of earlier versions."""
+    try:
+        roster = json.loads((kit / "secure" / ROSTER).read_text(encoding="utf-8"))
+        return int(roster["number"]), str(roster["date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, ""
+
+
 def torch_dtype(name: str) -> torch.dtype | None:
     """The PyTorch dtype of that name; None for "auto"."""
     if name == "auto":

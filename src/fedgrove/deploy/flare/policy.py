@@ -22,7 +22,7 @@ from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage, FederatedJob
-from fedgrove.job.units import MAX_CLIENTS, Name
+from fedgrove.job.units import MAX_CLIENTS, CountOrZero, Name
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Part, Request
 
@@ -42,6 +42,7 @@ class Terms(Part):
         secure: whether sums are computed under secure aggregation.
         alone: whether clients report the losses of their own models (``evaluate.alone``).
         clients: the clients that may take part.
+        roster: the number of the roster of their keys; 0 without secure aggregation.
     """
 
     name: Name
@@ -53,6 +54,7 @@ class Terms(Part):
     secure: bool
     alone: bool
     clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)]
+    roster: CountOrZero = 0
 
     @property
     def agreed(self) -> Agreed:
@@ -89,6 +91,7 @@ def terms_of(job: FederatedJob, digests: Mapping[str, str]) -> Terms:
         secure=job.privacy.secure_aggregation,
         alone=job.evaluate.measures_alone,
         clients=tuple(client.name for client in job.clients),
+        roster=job.roster,
     )
 
 
