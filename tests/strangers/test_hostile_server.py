@@ -300,7 +300,13 @@ def _mask(honest: Any) -> Any:
 
 
 def hostile_run(
-    small: Small, folder: Path, name: str, allow: Mapping[str, Any], stages: list[dict[str, Any]], known: set[str]
+    small: Small,
+    folder: Path,
+    name: str,
+    allow: Mapping[str, Any],
+    stages: list[dict[str, Any]],
+    known: set[str],
+    engine_type: type[Hostile] = Hostile,
 ) -> Hostile:
     """Runs a job with real sites, which are attacked at every kind of request; not again where no stage matters."""
     secure = bool(allow.get("secure"))
@@ -318,7 +324,7 @@ def hostile_run(
         shown["evaluate"] = {"data": ["held-0.txt"], "length": 32, "windows": 2, "alone": True}
     shown["roster"] = int(secure)
     signed.write_text(tomli_w.dumps(shown), encoding="utf-8")
-    engine = Hostile(kits, signed, known)
+    engine = engine_type(kits, signed, known)
     join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())
     for _ in engine.request(join.KIND, dict.fromkeys(kits, packed(join))):
         pass
