@@ -369,3 +369,12 @@ def test_the_page_on_security_names_tests_that_exist() -> None:
     }
     assert len(named) > 20
     assert named <= defined
+
+
+def test_every_row_of_the_page_on_security_names_a_test_or_an_assumption() -> None:
+    rows = [line for line in (ROOT / "docs" / "security.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not re.match(r"\| `\w+/\w+", row)]  # the first table is made from the request types
+    heads = ("| request |", "| attack |", "| promise |", "| aggregation |", "| who |")
+    without = [row for row in promises if not row.startswith(heads) and not re.search(r"`test_|assumption|the same \|", row)]
+    assert len(promises) > 50
+    assert not without
