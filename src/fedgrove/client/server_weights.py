@@ -44,4 +44,5 @@ def check_growth(name: str, own: Tensor, new: Tensor, client: LocalClient) -> No
         FedgroveError: they are.
     """
     if not bool(torch.isfinite(new).all()) or float(new.norm()) > GROWTH * float(own.norm()):
-        raise client.error(f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused")
+        what = f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused"
+        raise client.error(f"{what} (if all are honest, lower learning_rate)")
