@@ -60,7 +60,7 @@ def prune(weight, inputs, target):
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "nap":
-                time.sleep(15)
+                time.sleep(10)  # a pass that starts again after a stop takes all that are left, within the timeout
             case "wait":
                 for _ in range(500):  # at eight blocks longer than the 300 s that FLARE waits for a response that was lost
                     if Path("go-on.txt").is_file():
