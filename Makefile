@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu-test federation-test federation-errors lint docs site clean
+.PHONY: demo test check gpu-test fuzz federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
@@ -18,6 +18,10 @@ UNIT := accounting errors events files gaussian job masks plan prune_aggregation
 	secagg_protocol tune_rules wire
 check: lint
 	$(BIN)/pytest -n 2 $(UNIT:%=tests/test_%.py)
+
+# Hostile messages, other ones every time, for many minutes; `make test` tries a few hundred of each kind.
+fuzz: .venv/installed
+	HYPOTHESIS=long $(BIN)/pytest tests/strangers/test_fuzz.py
 
 # A server and three sites as processes on this machine; `make test` runs these tests too.
 federation-test: .venv/installed

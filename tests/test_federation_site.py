@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ValidationError
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare import files, ledger
-from fedgrove.deploy.flare.doctor import clock
+from fedgrove.deploy.flare.doctor import clock, made, roster
 from fedgrove.deploy.flare.exchanges.done import EndRun
 from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import CONTENT, DeliverResult
 from fedgrove.deploy.flare.files import Allow, Federation, SiteFile
 from fedgrove.deploy.flare.installation import SiteRequest
+from fedgrove.deploy.flare.kits import _sign_roster
 from fedgrove.deploy.flare.policy import Terms, check, refused_key
 from fedgrove.deploy.flare.site import respond
 from fedgrove.engines import error_codes
@@ -37,13 +39,15 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.session import new_session
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import Capabilities
-from fedgrove.rounds.exchanges.capabilities import DescribeYourself
+from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
 from fedgrove.rounds.exchanges.secagg import Keys
 from fedgrove.rounds.request import Request, Tensors, request_types
+from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
-from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs
+from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs, largest_per_client
+from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
@@ -114,27 +118,39 @@ def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:
 
 
 RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
-CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through)
+AT_ONCE = windows_at_once(16, 512)
+CALIBRATION = Calibration(stage=0, samples=16, length=512, seed="0/0", through=RECIPE.through, windows_per_run=AT_ONCE)
 DENSE = Calibration(stage=2, samples=16, length=512, seed="0/2")
 BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm", max_weight_growth=8.0)
 NOISE = Noise(norms={"x": 1.0}, inputs=4, skips_first=False, clients=2, epsilon=4.0, delta=1e-6)
 SUM = SumInputs(
-    stage=2, block=0, calibration=DENSE, consumers={"x": "x"}, widths={"x": 8}, products=(), moments=False, limit=2**40
+    stage=2,
+    block=0,
+    calibration=DENSE,
+    consumers={"x": "x"},
+    widths={"x": 8},
+    products=(),
+    moments=False,
+    limit=largest_per_client(3),
 )
-SCORES = ScoreGroups(stage=0, score="fisher", limit=2**40, calibration=Calibration(stage=0, samples=16, length=512, seed="0/0"))
+GRADIENTS = Calibration(stage=0, samples=16, length=512, seed="0/0", through="gradients")
+SCORES = ScoreGroups(stage=0, score="fisher", limit=2**62 // 3, calibration=GRADIENTS)
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
-ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK)
-TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 32, "length": 512, "seed": "0/1", "personal": 0.0}
+ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK.model_copy(update={"block": 0, "keep": True}))
+TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 16, "length": 512, "seed": "0/1", "personal": 0.0}
 TRAINING = Training(steps=4, batch=1, micro=1, learning_rate=1e-3, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
 TRAIN = Train(
-    **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 1.0}, masked=(),
+    **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 8.0}, masked=(),
     tokens=9, seen=0, dtype="bfloat16", training=TRAINING,
 )  # fmt: skip
 IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 NUMBERS = FixedPointChanges(
-    weight=0.3, widest={"x": 2}, noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
+    everything=3,
+    most=2 * 4 * 16 * 512,
+    widest={"x": 2},
+    noise=ClientNoise(epsilon=4.0, delta=1e-6, clip=1.0, rounds=2, adders=2),
 )
 
 
@@ -157,7 +173,7 @@ def by_recipe(recipe: Recipe) -> PruneBlock:
 
 
 def dp_sgd(request: Train, **changes: Any) -> Any:
-    return changed(request, stage=0, trainer="dp_sgd", **changes)
+    return changed(request, stage=0, seed="0/0", trainer="dp_sgd", **changes)
 
 
 def moved(request: Any, stage: int, **changes: Any) -> Any:
@@ -171,9 +187,11 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
     ("request_", "word"),
     [
         (BLOCK, None),
-        (changed(BLOCK, block=0, keep=True), None),
-        (changed(BLOCK, calibration__samples=15), "samples"),
-        (changed(BLOCK, calibration__samples=1), "samples"),
+        (changed(BLOCK, block=0), None),
+        (changed(BLOCK, keep=True), "keep"),
+        (by_recipe(changed(RECIPE, sparsities=(0.5, 0.9))), "sparsities"),
+        (changed(BLOCK, calibration__samples=15, calibration__windows_per_run=1), "samples"),
+        (changed(BLOCK, calibration__samples=1, calibration__windows_per_run=1), "samples"),
         (changed(BLOCK, calibration__seed="1/0"), "seed"),
         (changed(BLOCK, recipe__pruner="sparsegpt"), "pruner"),
         (changed(BLOCK, aggregation="fedavg"), "aggregation"),
@@ -183,9 +201,9 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (changed(BLOCK, calibration__through="dense"), "source"),
         (changed(BLOCK, calibration__compute_dtype="bfloat16"), "compute_dtype"),
         (changed(BLOCK, max_weight_growth=9.0), "max_weight_growth"),
-        (changed(BLOCK, round=1), "rounds"),
+        (changed(BLOCK, round=1, calibration__round=1), "rounds"),
         (changed(BLOCK, calibration__length=1024), "length"),
-        (changed(BLOCK, calibration__samples=17), "samples"),
+        (changed(BLOCK, calibration__samples=17, calibration__windows_per_run=1), "samples"),
         (changed(BLOCK, calibration__stage=1), "stage"),
         (moved(BLOCK, 1), "kind"),
         (moved(BLOCK, 2), "kind"),
@@ -224,8 +242,11 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (IMPORTANCE, None),
         (changed(IMPORTANCE, stage=0), "kind"),
         (changed(IMPORTANCE, length=1024), "length"),
-        (PERSONAL, None),
-        (changed(PERSONAL, personal=0.5), "personal"),
+        (PERSONAL, "rounds"),
+        (changed(PERSONAL, round=10), "personal"),
+        (changed(IMPORTANCE, round=1), "rounds"),
+        (changed(IMPORTANCE, round=1000), "rounds"),
+        (changed(IMPORTANCE, steps=5), "steps"),
         (KeepWeights(stage=1, part=0), None),
         (KeepWeights(stage=0, part=0), "kind"),
     ],
@@ -240,7 +261,8 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         ({**PRUNE, "pattern": "2:4", "sparsity": None}, BLOCK, "pattern"),
         ({**PRUNE, "pattern": "2:4", "sparsity": None}, by_recipe(changed(RECIPE, pattern=(2, 4))), None),
         ({**PRUNE, "source": "dense"}, changed(BLOCK, calibration__through="dense"), None),
-        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1), None),
+        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1, calibration__round=1), None),
+        ({**PRUNE, "rounds": 2}, changed(BLOCK, round=1), "round"),
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0), None),
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, owl_m=3.0), "owl_m"),
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, allocation="even"), "allocation"),
@@ -261,15 +283,28 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, rounds=1)), "epsilon"),
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
         (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=NUMBERS), None),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise__adders=4)), "noise"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True, fixed=changed(NUMBERS, noise=None)), "epsilon"),
-        (WHOLE, changed(TRAIN, stage=0, shared_a=True), "fixed"),
     ],
 )
 def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], request_: Request, word: str | None) -> None:
     table = {key: value for key, value in stage.items() if value is not None}
     assert refusal(Allow(), terms(table), request_) == (None if word is None else ("terms", word))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"fixed": NUMBERS}, None),
+        ({"fixed": changed(NUMBERS, noise__adders=4)}, "noise"),
+        ({"fixed": changed(NUMBERS, noise__adders=0)}, "noise"),
+        ({"fixed": changed(NUMBERS, noise=None, everything=27)}, "epsilon"),
+        ({"fixed": changed(NUMBERS, everything=4)}, "noise"),
+        ({"fixed": NUMBERS, "windows": WINDOWS}, "epsilon"),
+        ({"fixed": None}, "fixed"),
+    ],
+)
+def test_noise_of_clients_under_secure_aggregation_is_that_of_the_job(changes: dict[str, Any], word: str | None) -> None:
+    request = changed(TRAIN, stage=0, seed="0/0", shared_a=True, dtype="float32", **changes)
+    assert refusal(Allow(), terms(WHOLE, secure=True), request, summed=3) == (None if word is None else ("terms", word))
 
 
 def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:
@@ -279,7 +314,7 @@ def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:
     assert refusal(Allow(), terms(PRUNE, PRUNE, alone=True), changed(ALONE, prune__stage=1)) == ("terms", "stage")
     assert refusal(Allow(alone=False), terms(PRUNE, alone=True), ALONE) == ("refused", "allow.alone")
     recipe = changed(RECIPE, damping="each")
-    pooled = changed(BLOCK, aggregation="pooled", recipe=recipe, calibration__through="dense", max_weight_growth=None)
+    pooled = changed(ALONE.prune, aggregation="pooled", recipe=recipe, calibration__through="dense", max_weight_growth=None)
     assert refusal(Allow(), terms(SUMS, alone=True), changed(ALONE, prune=pooled)) is None
 
 
@@ -290,9 +325,14 @@ def test_a_site_that_became_stricter_refuses_what_it_agreed_to() -> None:
 
 
 def test_what_holds_no_text_is_answered_in_every_job() -> None:
-    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) is None
+    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(512,))) is None
+    assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) == ("terms", "lengths")
     session = new_session(["ash", "birch", "cedar"], 64)
-    assert refusal(Allow(), terms(TUNE), Keys(stage=9, session=session)) is None
+    assert refusal(Allow(), terms(TUNE, secure=True), Keys(stage=0, session=session)) is None
+    assert refusal(Allow(), terms(TUNE, secure=True), Keys(stage=9, session=session)) == ("terms", "stage")
+    assert refusal(Allow(), terms(TUNE), Keys(stage=0, session=session)) == ("terms", "session")
+    others = new_session(["ash", "birch", "zed"], 64)
+    assert refusal(Allow(), terms(TUNE, secure=True), Keys(stage=0, session=others)) == ("terms", "session")
 
 
 def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_path: Path) -> None:
@@ -303,9 +343,9 @@ def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_p
         changed(TRAIN, fixed=numbers).respond({}, client, "cpu")
 
 
-def refusal(allow: Allow, agreed: Terms, request: Request) -> tuple[str, str] | None:
+def refusal(allow: Allow, agreed: Terms, request: Request, summed: int | None = None) -> tuple[str, str] | None:
     try:
-        check(allow, agreed, request)
+        check(allow, agreed, request, summed)
     except Refusal as error:
         return error.code, error.word
     return None
@@ -447,13 +487,14 @@ def test_a_site_joins_answers_takes_the_result_and_clears_its_files(small: Small
     joined = Joined.model_validate(reply)
     assert (joined.result, joined.capabilities.speed) == (True, "measure")
 
-    response, error = send(site, DescribeYourself(calibrations=(), lengths=(16,)))
+    windows = Windows(samples=3, length=16, seed="0/0")
+    response, error = send(site, DescribeYourself(calibrations=(windows,), lengths=()))
     assert response, error
     reply = wire.unpack(response)[1]
     reply.pop("request")
-    assert Capabilities.model_validate(reply).tokens.keys() == {16}
+    assert Capabilities.model_validate(reply).tokens == {}
 
-    calibration = changed(CALIBRATION, samples=3, length=16)
+    calibration = changed(CALIBRATION, samples=3, length=16, windows_per_run=3)
     block = changed(BLOCK, block=0, calibration=calibration)
     response, error = send(site, block)
     assert response, error
@@ -504,6 +545,73 @@ def test_a_site_counts_what_it_spends_over_all_runs(small: Small, tmp_path: Path
     assert joined("four", ADAPTERS, evaluate={"alone": False}, name="third") == "refused Refusal allow.budget"
     assert joined("five", PRUNE) == "refused Refusal allow.budget", "a job without noise has no end of epsilon"
     assert sum(ledger.spent(site).values()) == 8.0
+
+
+NAMES = ("ash", "birch", "cedar")
+
+
+def sign_roster(folder: Path, *names: str) -> dict[str, Any]:
+    """What the operator does when sites come and go; the roster as it is now."""
+    kits = {name: folder / name for name in (*names, "a@b.org")}
+    people = {"sites": [{"name": name} for name in names], "operators": [{"name": "a@b.org"}]}
+    for kit in (folder / "authority", *kits.values()):
+        kit.mkdir(parents=True, exist_ok=True)
+    _sign_roster(Federation.model_validate({"name": "wards", **people}), folder / "authority", kits)
+    texts = {kit / "roster.json" if "@" in name else kit / "secure" / "roster.json" for name, kit in kits.items()}
+    (text,) = {file.read_text() for file in texts}
+    roster: dict[str, Any] = json.loads(text)
+    return roster
+
+
+def test_rosters_have_numbers_and_dates(tmp_path: Path) -> None:
+    first = sign_roster(tmp_path, *NAMES, "dogwood")
+    assert (first["number"], first["date"]) == (1, f"{datetime.now(UTC):%Y-%m-%d}")
+    assert sign_roster(tmp_path, *NAMES, "dogwood") == first, "the same roster is not numbered anew"
+    second = sign_roster(tmp_path, *NAMES)
+    assert second["number"] == 2
+    assert set(second["clients"]) == set(NAMES)
+    assert sign_roster(tmp_path, *NAMES, "dogwood")["number"] == 3
+
+
+def test_the_roster_of_a_removed_site_is_refused(small: Small, tmp_path: Path) -> None:
+    """The job that the operator signed names the roster; a site takes part with that one only, and never goes back."""
+    site = make_site(tmp_path / "ash", small)
+    join = JoinRun(digests=digests(Checkpoint(small.model)), clock=time.time())
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}, "evaluate": {"alone": False}}
+
+    def joined(run: str, roster: int) -> str | None:
+        return send(sign(site, PRUNE, roster=roster, **secure), join, run=run)[1]
+
+    sign_roster(tmp_path, *NAMES, "dogwood")
+    old = {name: (site / "secure" / name).read_bytes() for name in ("roster.json", "roster.sig")}
+    assert joined("one", 1) is None
+    assert joined("two", 0) == "roster Refusal 1", "the job names no roster"
+    sign_roster(tmp_path, *NAMES)
+    assert joined("three", 1) == "roster Refusal 2", "an older job, whose roster has the removed site"
+    assert joined("four", 2) is None
+    for name, content in old.items():
+        (site / "secure" / name).write_bytes(content)
+    assert joined("five", 2) == "roster Refusal 1", "this site was not given the newest roster"
+    assert joined("six", 1) == "roster Refusal 1", "nor does it go back, for an older job either"
+    assert "its roster is number 1, not the job's" in error_codes.message("roster Refusal 1")
+
+
+def test_doctor_names_a_kit_and_a_roster_of_an_earlier_version(small: Small, tmp_path: Path) -> None:
+    site = make_site(tmp_path / "ash", small)
+    assert "it was made by an earlier version" in made(site).text
+    (site / "kit.json").write_text('{"form": 1, "fedgrove": "0.0.9"}')
+    assert "made by fedgrove 0.0.9, whose kits are of another form" in made(site).text
+    (site / "kit.json").write_text('{"form": 2, "fedgrove": "0.1.0"}')
+    assert made(site).ok
+    sign_roster(tmp_path, *NAMES)
+    check = roster(site)
+    assert (check.ok, check.text.startswith("number 1 of 20")) == (True, True), check
+    signing = Ed25519PrivateKey.from_private_bytes(bytes.fromhex((tmp_path / "authority" / "operator.key").read_text()))
+    facts = json.loads((site / "secure" / "roster.json").read_text())
+    del facts["number"]
+    (site / "secure" / "roster.json").write_text(json.dumps(facts))
+    (site / "secure" / "roster.sig").write_text(signing.sign(json.dumps(facts).encode()).hex())
+    assert "it has no number" in roster(site).text
 
 
 @pytest.mark.parametrize(

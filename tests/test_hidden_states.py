@@ -18,8 +18,9 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.load import load
 from fedgrove.stages.prune import pruners
-from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
-from fedgrove.stages.prune.fixed_weights import FixedWeights
+from fedgrove.stages.prune.exchanges.block import PruneBlock
+from fedgrove.stages.prune.fixed_weights import FixedWeights, unit_of
+from fedgrove.stages.prune.recipe import Recipe
 from small import CLIENTS, LENGTH, Small, cli, make_model
 
 BLOCKS = 4
@@ -197,12 +198,16 @@ def test_every_field_is_tried_here() -> None:
 def test_a_request_that_differs_elsewhere_goes_on_with_the_hidden_states(
     ash: LocalClient, pruned: list[str], begun: list[Path], field: str
 ) -> None:
+    value = OTHER_REQUESTS[field]
+    if field == "fixed_point":
+        decoder = decoder_of(ash, "cpu")
+        value = FixedWeights(units={name: unit_of(decoder.read_linear(1, name), 3) for name in LINEARS}, clients=3)
     with torch.no_grad():
         FIRST.respond({}, ash, "cpu")
         before = states(ash)
         assert [Path(file).name for file in sorted(before)] == ["0000.safetensors", "0001.safetensors"]
         assert len(pruned) == MATRICES
-        FIRST.model_copy(update={"block": 1, field: OTHER_REQUESTS[field]}).respond({}, ash, "cpu")
+        FIRST.model_copy(update={"block": 1, field: value}).respond({}, ash, "cpu")
     assert len(pruned) == 2 * MATRICES, "the first block was pruned again"
     assert len(begun) == 1
     after = states(ash)

@@ -164,6 +164,8 @@ def test_every_server_optimizer_tunes(small: Small, method: str, optimizer: str)
     stage = {**IA3, "method": method, "rounds": 3, "steps": 4, "server_optimizer": optimizer}
     if optimizer == "adam":
         stage["server_lr"] = 0.1 if method == "ia3" else 0.01
+    if method == "full":
+        stage["learning_rate"] = 1e-3  # a client refuses weights that grew to twice their norm
     run = small.undisturbed(stages=[stage], **small.one_word())
     assert mean_perplexity(run, 0) < 0.5 * mean_perplexity(run, None)
 

@@ -47,9 +47,10 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.exchanges import block as blocks
 from fedgrove.stages.prune.exchanges import statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
+from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges import scores
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import importance

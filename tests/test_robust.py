@@ -17,7 +17,14 @@ from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Response
 from fedgrove.stages.prune.aggregation import Options, fedprllm, fedspallm
 from fedgrove.stages.prune.exchanges.block import PruneBlock
-from fedgrove.stages.tune.exchanges.train import Train
+from fedgrove.stages.tune.aggregation import Options as TuneOptions
+from fedgrove.stages.tune.aggregation import aggregation_of
+from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.exchanges.train import Train, Trained
+from fedgrove.stages.tune.fixed_point import FixedPointChanges
+from fedgrove.stages.tune.float_round import Bounds, FloatRound
+from fedgrove.stages.tune.parametrizations import parametrization_of
 from small import Small, cli, complaint
 
 
@@ -155,3 +162,77 @@ def test_a_client_whose_trained_numbers_are_out_of_range_is_refused_by_name(
     assert "has numbers larger than 64" in err
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) and float(tensor.abs().max()) < 100 for tensor in weights.values())
+
+
+# One liar among the clients that tune
+
+OUT, IN, RANK = 24, 16, 3
+HONEST, TOKENS = 4, 1000
+AGGREGATIONS = [
+    ("lora", "flexlora"), ("lora", "fedit"), ("lora", "flora"), ("lora", "fedex_lora"), ("lora", "ffa_lora"),
+    ("full", "fedavg"), ("ia3", "fedavg"),
+]  # fmt: skip
+
+
+def one_round(folder: Path, method: str, aggregation: str, lie: float, tokens: int = TOKENS) -> tuple[Any, list[str]]:
+    """The total change of a linear after a round of honest clients and one whose numbers are that many times too large."""
+    what, how = parametrization_of(method), aggregation_of(aggregation)
+    generator = torch.Generator().manual_seed(1)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    state = State(what.none((OUT, IN)), what.none((OUT, IN)))
+    assigned = {f"c{number}": {"x": RANK if what.RANKED else 1} for number in range(HONEST + 1)}
+    ranks = {"x": [one["x"] for one in assigned.values()]}
+    sums = FloatRound(what, how, {"x": state}, ranks, assigned, "s", Bounds(4.0, 2 * TOKENS), folder)
+    shapes = {name: shape for name, (shape, _) in what.expected((OUT, IN), RANK, torch.float32, how.SHARED_A).items()}
+    for number, client in enumerate(assigned):
+        liar = number == HONEST
+        factor = lie if liar else 1.0
+        tensors = {f"change/x/{part}": factor * numbers(*shape) for part, shape in shapes.items()}
+        sums.add(client, tensors, Trained(tokens=tokens if liar else TOKENS, loss=1.0))
+    scaled = sums.finish()
+    new = how.finish(state, sums.sums["x"], TuneOptions(RANK))
+    return new.total(), scaled
+
+
+def difference(one: Any, other: Any) -> float:
+    return float(one.plus(other.scaled(-1.0)).norm())
+
+
+@pytest.mark.parametrize(("method", "aggregation"), AGGREGATIONS)
+@pytest.mark.parametrize("lie", [64.0, -64.0, 600.0, 1e30])
+def test_one_liar_moves_a_round_of_tuning_by_its_bound_at_most(
+    tmp_path: Path, method: str, aggregation: str, lie: float
+) -> None:
+    honest, scaled = one_round(tmp_path, method, aggregation, 1.0)
+    assert scaled == []
+    moved, scaled = one_round(tmp_path, method, aggregation, lie)
+    assert scaled == [f"c{HONEST}"]
+    assert not list(tmp_path.iterdir()), "nothing waits any more"
+    # each of five has a fifth of the weight: the liar's is at most four medians long, and an honest one's about one
+    largest = max(4 * honest.norm() * HONEST**0.5 * 2, 1e-9)
+    assert difference(moved, honest) <= largest
+    assert moved.norm() < 10 * honest.norm()
+
+
+@pytest.mark.parametrize(("method", "aggregation"), AGGREGATIONS)
+def test_claimed_tokens_count_no_more_than_the_job_can_train_on(tmp_path: Path, method: str, aggregation: str) -> None:
+    most, _ = one_round(tmp_path, method, aggregation, 1.0, tokens=2 * TOKENS)
+    claimed, _ = one_round(tmp_path, method, aggregation, 1.0, tokens=2**50)
+    assert difference(claimed, most) == pytest.approx(0, abs=1e-6)
+    config = Config(kind="tune", rounds=3, steps=5, batches=[2, 4], length=7)
+    assert config.most_tokens == 3 * 5 * 4 * 7
+    numbers = FixedPointChanges(everything=3 * TOKENS, most=TOKENS, widest={})
+    assert numbers.weight(2**50) == numbers.weight(TOKENS) == 1 / 3
+
+
+def test_two_clients_have_no_median_to_be_compared_with(tmp_path: Path) -> None:
+    what, how = parametrization_of("full"), aggregation_of("fedavg")
+    state = State(what.none((OUT, IN)), what.none((OUT, IN)))
+    assigned = {"a": {"x": 1}, "b": {"x": 1}}
+    sums = FloatRound(what, how, {"x": state}, {"x": [1, 1]}, assigned, "s", Bounds(4.0, TOKENS), tmp_path)
+    for client, size in (("a", 1.0), ("b", 9.0)):
+        sums.add(client, {"change/x/weight": torch.full((OUT, IN), size)}, Trained(tokens=9, loss=1.0))
+    assert sums.finish() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import shamirs
 import torch
 from pydantic import ValidationError
 
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import read, serve
 from fedgrove.privacy.secagg import client, keys, masking, sharing
 from fedgrove.privacy.secagg.keys import make_credentials
 from fedgrove.privacy.secagg.masking import as_rings
 from fedgrove.privacy.secagg.session import SecureError, Session, new_session
 from fedgrove.privacy.secagg.sharing import PRIME
 from fedgrove.privacy.secagg.store import SessionStore
-from fedgrove.rounds.exchanges.secagg import Advert, Ciphertexts, Open, Revealed, Shares
+from fedgrove.rounds import wire
+from fedgrove.rounds.exchanges.secagg import Advert, Ciphertexts, Open, Revealed, Shares, Unreadable
+from fedgrove.rounds.request import Part, Reply, RequestError, parse
 from fedgrove.rounds.wire import WireError
 from secagg import Federation, inputs_of, same, total, uniform
 from small import ROOT
@@ -256,6 +261,105 @@ def test_keys_and_shares_of_another_form_are_refused(tmp_path: Path) -> None:
             Revealed.model_validate({"shares": {**revealed, "c001": one}})
 
 
+def _same(names: list[str]) -> dict[str, Any]:
+    return {name: dict(ADVERT) for name in names}
+
+
+KEY, LONG = "00" * 32, [f"c{i:05d}" for i in range(10_001)]
+CLIENTS = {"name": "s", "clients": ["ash", "birch", "cedar"], "bits": 64, "request": ""}
+ADVERT = {"mask_key": KEY, "channel_key": KEY, "commitment": KEY, "signature": 2 * KEY}
+PHASES: dict[str, dict[str, Any]] = {
+    "keys": {},
+    "shares": {"adverts": {"birch": ADVERT}, "hashes": {"ash": KEY, "birch": KEY}},
+    "received": {"sealed_shares": {"birch": "00" * 50}},
+    "check": {"survivors": ["ash", "birch"]},
+    "open": {"signatures": {"ash": 2 * KEY}},
+}
+LIES: list[tuple[str, str, Any]] = [
+    *[("keys", "session.name", name) for name in ("", "a/b", "x" * 65, 1, "é")],
+    *[("keys", "session.clients", names) for names in (LONG, ["../x"], ["a b"], ["x" * 65], [1, 2], "ash", None, [["ash"]])],
+    *[("keys", "session.bits", bits) for bits in (7, 65, 64.5, True, "64", 2**63, None)],
+    *[("keys", "session.request", digest) for digest in ("0" * 63, "0" * 65, "g" * 64, None)],
+    *[("shares", "adverts", {name: ADVERT}) for name in ("zed", "", "../x", "x" * 10**6)],
+    *[("shares", "adverts", {"birch": {**ADVERT, field: value}}) for field in ADVERT for value in ("0" * 10**6, "zz" * 32, 1)],
+    ("shares", "adverts", {"birch": {**ADVERT, "more": ""}}),
+    ("shares", "adverts", {"birch": {}}),
+    ("shares", "adverts", _same(LONG)),
+    *[("shares", "hashes", {"ash": value}) for value in (KEY[2:], KEY + "00", "Z" * 64, 1, None)],
+    *[("shares", "hashes", {name: KEY}) for name in ("zed", "")],
+    ("shares", "hashes", dict.fromkeys(LONG, KEY)),
+    *[("received", "sealed_shares", {"birch": value}) for value in ("", "00" * 49, "00" * 51, "zz" * 50, 1)],
+    *[("received", "sealed_shares", {name: "00" * 50}) for name in ("zed", "x" * 10**6)],
+    *[("check", "survivors", names) for names in (LONG, ["zed"], ["ash", "ash"], [1], "ash", None, ["ash", ["birch"]])],
+    *[("open", "signatures", {"ash": value}) for value in ("00" * 63, "00" * 65, "zz" * 64, 1)],
+    ("open", "signatures", {"zed": 2 * KEY}),
+    ("open", "signatures", dict.fromkeys(LONG, 2 * KEY)),
+]
+
+
+@pytest.mark.parametrize(("phase", "field", "lie"), LIES, ids=lambda value: repr(value)[:20])
+def test_every_field_of_a_secure_sums_messages_has_bounds(phase: str, field: str, lie: Any) -> None:
+    fields: dict[str, Any] = {"stage": 0, "session": dict(CLIENTS), **PHASES[phase]}
+    assert parse(f"rounds/secagg/{phase}", fields).model_dump(mode="json") == {"round": 0, **fields}
+    *path, last = field.split(".")
+    (fields[path[0]] if path else fields)[last] = lie
+    since = time.monotonic()
+    with pytest.raises((RequestError, SecureError)) as error:
+        parse(f"rounds/secagg/{phase}", fields)
+    assert time.monotonic() - since < 1
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("peers", [LONG, ["zed"], ["birch", "birch"], [1], None, "birch"], ids=lambda peers: repr(peers)[:20])
+def test_what_masks_a_response_has_bounds(peers: Any) -> None:
+    request = {"stage": 0, "part": 0}
+
+    def message(masking: Any) -> bytes:
+        return wire.pack({}, {"request": request, "masking": masking})
+
+    masking = read("tune/base", message({"session": CLIENTS, "peers": ["birch"]}))[2]
+    assert isinstance(masking, Part)
+    with pytest.raises(RequestError, match="masking"):
+        read("tune/base", message({"session": CLIENTS, "peers": peers}))
+
+
+@pytest.mark.parametrize(
+    ("reply", "fields"),
+    [
+        (Ciphertexts, {"sealed_shares": dict.fromkeys(LONG, "00" * 50)}),
+        (Ciphertexts, {"sealed_shares": {"../x": "00" * 50}}),
+        (Unreadable, {"unreadable": LONG}),
+        (Unreadable, {"unreadable": ["ash"] * 2}),
+        (Revealed, {"shares": {name: {"self": "00" * 17} for name in LONG}}),
+        (Revealed, {"shares": {"x" * 65: {"self": "00" * 17}}}),
+    ],
+)
+def test_what_clients_send_of_a_secure_sum_has_bounds_at_the_server(reply: type[Reply], fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        reply.model_validate(fields)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_largest_session_is_handled_in_bounded_time(tmp_path: Path, phase: str) -> None:
+    """Ten thousand clients, of which a site knows none: whatever the server sends is refused within a second or two."""
+    names = ["ash", *LONG[:9999]]
+    more: dict[str, dict[str, Any]] = {
+        "shares": {"adverts": _same(names), "hashes": dict.fromkeys(names, KEY)},
+        "received": {"sealed_shares": dict.fromkeys(names, "00" * 50)},
+        "check": {"survivors": names},
+        "open": {"signatures": dict.fromkeys(names, 2 * KEY)},
+    }
+    request = {"stage": 0, "session": {**CLIENTS, "clients": names}, **more.get(phase, {})}
+    kind = f"rounds/secagg/{phase}"
+    client = LocalClient("ash", tmp_path, tmp_path, None, (), None, {}, keys.make_credentials(["ash", "birch"])["ash"])
+    message = wire.pack({}, {"request": request})
+    since = time.monotonic()
+    with pytest.raises(SecureError):
+        serve(kind, message, client, "cpu")
+    assert time.monotonic() - since < 5
+
+
 def test_the_page_on_security_names_tests_that_exist() -> None:
     named = set(re.findall(r"`(test_[a-z_]+)`", (ROOT / "docs" / "security.md").read_text(encoding="utf-8")))
     defined = {
@@ -265,3 +369,12 @@ def test_the_page_on_security_names_tests_that_exist() -> None:
     }
     assert len(named) > 20
     assert named <= defined
+
+
+def test_every_row_of_the_page_on_security_names_a_test_or_an_assumption() -> None:
+    rows = [line for line in (ROOT / "docs" / "security.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not re.match(r"\| `\w+/\w+", row)]  # the first table is made from the request types
+    heads = ("| request |", "| attack |", "| promise |", "| aggregation |", "| who |")
+    without = [row for row in promises if not row.startswith(heads) and not re.search(r"`test_|assumption|the same \|", row)]
+    assert len(promises) > 50
+    assert not without

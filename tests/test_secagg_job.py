@@ -29,8 +29,9 @@ from fedgrove.rounds.request import Reply, Response, Tensors
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
+from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.personal import Losses
 from fedgrove.stages.tune.exchanges.train import Trained

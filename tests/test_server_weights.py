@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.local_client import LocalClient
+from fedgrove.client.serve import serve
+from fedgrove.client.windows import training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
+from fedgrove.rounds import wire
+from fedgrove.rounds.request import Tensors
+from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prune.calibration_pass import count_inputs
+from fedgrove.stages.prune.exchanges.block import PruneBlock
+from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights
-from small import Small
+from fedgrove.stages.tune.exchanges.importance import ScoreLinears
+from fedgrove.stages.tune.exchanges.train import Train
+from fedgrove.stages.tune.train_settings import Training
+from small import LENGTH, Small
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -74,3 +86,122 @@ def test_zeros_of_a_pruned_copy_stay(small: Small, tmp_path: Path) -> None:
 
 def test_the_inputs_of_all_blocks_are_counted_without_weights(small: Small) -> None:
     assert count_inputs(Decoder(Checkpoint(small.model))) == [4, 4], "of q, k and v; of o; of gate and up; of down"
+
+
+# Changes that a later round of tuning starts from
+
+LINEAR = "model.layers.1.mlp.up_proj"
+TRAIN: dict[str, Any] = {
+    "stage": 0, "round": 1, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
+    "trainer": "sgd", "shared_a": False, "ranks": {LINEAR: 2}, "masked": (), "seen": 0, "dtype": "float32",
+    "training": Training(steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="sgd", max_grad_norm=1.0, proximal=0.0),
+}  # fmt: skip
+STARTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "lora": {"b": (96, 2), "a": (2, 64)},
+    "full": {"weight": (96, 64)},
+    "ia3": {"s": (96,)},
+}
+
+
+def start_of(method: str, scale: float = 0.01, kind: str = "own") -> Tensors:
+    """A start as the server sends it, of numbers of this size."""
+    torch.manual_seed(0)
+    return {f"{kind}/{LINEAR}/{part}": scale * torch.randn(shape) for part, shape in STARTS[method].items()}
+
+
+def train(small: Small, folder: Path, method: str, tensors: Tensors, **changes: Any) -> None:
+    client = LocalClient("ash", folder, small.model, None, (small.texts["ash"],), None)
+    tokens = training_windows(client, LENGTH)[0].numel()
+    scales = dict.fromkeys(TRAIN["ranks"], 1.0) if method == "lora" else {}
+    request = Train(**{**TRAIN, "parametrization": method, "scales": scales, "tokens": tokens, **changes})
+    serve(request.KIND, wire.pack(tensors, {"request": request.model_dump(mode="json")}), client, "cpu")
+
+
+@pytest.mark.parametrize("method", STARTS)
+def test_a_start_that_a_round_makes_is_trained_on(small: Small, tmp_path: Path, method: str) -> None:
+    train(small, tmp_path, method, start_of(method))
+    if method == "lora":
+        train(small, tmp_path, method, {**start_of(method), **start_of(method, kind="rest")})
+
+
+def first(method: str) -> str:
+    return next(iter(start_of(method)))
+
+
+@pytest.mark.parametrize("method", STARTS)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda start, name: {key: 1000 * value for key, value in start.items()}, "grew more than 2 times"),
+        (lambda start, name: {**start, name: start[name] * torch.inf}, "holds NaN or infinity"),
+        (lambda start, name: {**start, name: start[name].double()}, "another shape or dtype"),
+        (lambda start, name: {**start, name: start[name].bfloat16()}, "another shape or dtype"),
+        (lambda start, name: {**start, name: start[name][:-1].contiguous()}, "another shape or dtype"),
+        (lambda start, name: {**start, name: start[name][None]}, "another shape or dtype"),
+        (lambda start, name: {**start, f"{name}x": start[name]}, "another shape or dtype"),
+        (lambda start, name: {**start, name.replace("layers.1", "layers.7"): start[name]}, "no part of a change"),
+        (lambda start, name: {**start, name.replace("own/", "other/"): start[name]}, "no part of a change"),
+        (lambda start, name: {**start, "model.embed_tokens.weight": start[name]}, "no part of a change"),
+    ],
+    ids=["grown", "infinite", "double", "bfloat16", "cut", "deeper", "another part", "no linear", "no kind", "embedding"],
+)
+def test_a_start_that_no_round_makes_is_refused(
+    small: Small, tmp_path: Path, method: str, change: Callable[[Tensors, str], Tensors], says: str
+) -> None:
+    start = start_of(method)
+    with pytest.raises((FedgroveError, WireError), match=says):
+        train(small, tmp_path, method, change(start, first(method)))
+
+
+def test_a_start_of_a_higher_rank_than_the_client_trains_is_refused(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(FedgroveError, match="another shape or dtype"):
+        train(small, tmp_path, "lora", start_of("lora"), ranks={LINEAR: 1}, scales={LINEAR: 1.0})
+    wide = {f"rest/{LINEAR}/b": torch.zeros(96, 70), f"rest/{LINEAR}/a": torch.zeros(70, 64)}
+    with pytest.raises(FedgroveError, match="another shape or dtype"):
+        train(small, tmp_path, "lora", wide)
+
+
+def test_a_request_without_tensors_takes_none(small: Small, tmp_path: Path) -> None:
+    client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
+    tokens = training_windows(client, LENGTH)[0].numel()
+    common = {key: TRAIN[key] for key in ("stage", "parts", "width", "bits", "length", "seed", "personal")}
+    request = ScoreLinears(**common, tokens=tokens, steps=1, micro=1, learning_rate=0.1)
+    with pytest.raises(FedgroveError, match="sent tensors with a request that has none"):
+        serve(request.KIND, wire.pack(start_of("lora"), {"request": request.model_dump(mode="json")}), client, "cpu")
+
+
+# Weights that a later round of pruning starts from
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda start: start, None),
+        (lambda start: {name: weight * 3 for name, weight in start.items()}, "grew more than 2 times"),
+        (lambda start: {name: weight.float() for name, weight in start.items()}, "another shape or dtype"),
+        (lambda start: {name: weight[:-1].contiguous() for name, weight in start.items()}, "another shape or dtype"),
+        (lambda start: dict(list(start.items())[1:]), "other weights than those of block 0"),
+        (lambda start: {**start, "start/x": next(iter(start.values()))}, "other weights than those of block 0"),
+    ],
+    ids=["as they are", "grown", "float32", "cut", "one less", "one more"],
+)
+def test_weights_that_a_later_round_of_pruning_starts_from_are_bounded(
+    small: Small, tmp_path: Path, change: Callable[[Tensors], Tensors], says: str | None
+) -> None:
+    client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
+    recipe = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
+    calibration = Calibration(stage=0, round=1, samples=2, length=LENGTH, seed="0/0", through=recipe.through)
+    decoder = Decoder(Checkpoint(small.model))
+    start = {f"start/{name}": decoder.read_linear(0, name).contiguous() for name in decoder.block_names(0)}
+    request = PruneBlock(stage=0, round=1, block=0, calibration=calibration, recipe=recipe, aggregation="fedspallm")
+
+    def ask(request: PruneBlock) -> None:
+        serve(request.KIND, wire.pack(change(start), {"request": request.model_dump(mode="json")}), client, "cpu")
+
+    if says is None:
+        ask(request)
+        with pytest.raises(FedgroveError, match="before any stage could have changed them"):
+            ask(request.model_copy(update={"round": 0}))
+        return
+    with pytest.raises(FedgroveError, match=says):
+        ask(request)

@@ -68,7 +68,7 @@ def train_request(**changes: Any) -> Train:
     """What a client is asked to do in a round; it need not be what a job would ask."""
     asked: dict[str, Any] = {
         "stage": 0, "parts": 0, "width": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0,
-        "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 1,
+        "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 352,
         "seen": 0, "dtype": "float32",
         "training": Training(
             steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=0.0, proximal=0.0
@@ -195,7 +195,7 @@ def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, mo
     job = load(small.job("past", stages=[{**WHOLE, "epsilon": 8.0, "dp_unit": "client"}], evaluate={}))
     ash = client_of(job, tmp_path, "ash")
     noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
-    request = train_request(round=2, fixed=FixedPointChanges(weight=1 / 3, widest={}, noise=noise))
+    request = train_request(round=2, fixed=FixedPointChanges(everything=3, most=999, widest={}, noise=noise))
     monkeypatch.setattr(sgd, "train", lambda *rest: 1.0)
     with pytest.raises(FedgroveError, match="'ash': round 3 of 2: its privacy budget is spent"):
         serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), ash, "cpu")
@@ -203,14 +203,14 @@ def test_a_client_asked_past_its_rounds_refuses(small: Small, tmp_path: Path, mo
 
 def test_a_noisy_response_is_named_by_its_round_so_that_it_is_made_once() -> None:
     noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=2)
-    fixed = FixedPointChanges(weight=1 / 3, widest={}, noise=noise)
+    fixed = FixedPointChanges(everything=3, most=999, widest={}, noise=noise)
     windows = WindowNoise(epsilon=8.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
     for protected in ({"fixed": fixed}, {"windows": windows, "trainer": "dp_sgd"}):
         names = {train_request(stage=stage, round=round_, **protected).release() for stage in (0, 1) for round_ in (0, 1)}
         assert names == {"0/0", "0/1", "1/0", "1/1"}
         other = train_request(seen=5, seed="t", ranks={"x": 2}, tokens=3, **protected)
         assert other.release() == "0/0", "asked otherwise for the same round, it gives the same response"
-    assert train_request(fixed=FixedPointChanges(weight=1 / 3, widest={})).release() is None
+    assert train_request(fixed=FixedPointChanges(everything=999, most=999, widest={})).release() is None
 
 
 def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(small: Small, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from fedgrove.client import serve
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.windows import training_windows
 from fedgrove.deploy.flare import leftovers, node
 from fedgrove.deploy.flare.coordinate import Recorder, _offer, open_job, text_name
 from fedgrove.deploy.flare.doctor import private_folders
@@ -58,6 +59,7 @@ from fedgrove.rounds import strict_json, wire
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.collect import _read, collect
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
+from fedgrove.rounds.exchanges.secagg import Masking
 from fedgrove.rounds.request import Message as RequestMessage
 from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
@@ -65,7 +67,7 @@ from fedgrove.run import local_clients, make_plans
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.prune.calibration_pass import windows_at_once
-from fedgrove.stages.prune.exchanges.block import Recipe
+from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
@@ -188,12 +190,7 @@ def unbounded(schema: Any, definitions: dict[str, Any], path: str = "") -> list[
     return places
 
 
-MESSAGES = {
-    f"{one.KIND} {kind.__name__}": kind
-    for one in request_types()
-    for kind in (one, one.REPLY)
-    if not one.KIND.startswith("rounds/secagg/")  # compared with the session, which has rules of its own
-}
+MESSAGES = {f"{one.KIND} {kind.__name__}": kind for one in request_types() for kind in (one, one.REPLY)} | {"masking": Masking}
 METHODS = {  # checked against the names of files
     f".terms.stages[].{key}"
     for key in ("aggregation", "allocation", "parametrization", "planner", "pruner", "score", "trainer")
@@ -419,10 +416,11 @@ def test_with_noise_for_a_client_a_loss_that_is_not_finite_is_a_change_of_zeros(
     ash = local_clients(job, Checkpoint(small.model), tmp_path)[0]
     linear = "model.layers.0.self_attn.q_proj"
     noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=0)  # the server adds the noise
+    tokens = training_windows(ash, LENGTH)[0].numel()
     common: dict[str, Any] = {
         "stage": 0, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0,
         "parametrization": method, "trainer": "sgd", "shared_a": method == "lora", "ranks": {linear: 2},
-        "scales": {linear: 1.0}, "masked": (), "tokens": 1, "seen": 0, "dtype": "float32",
+        "scales": {linear: 1.0}, "masked": (), "tokens": tokens, "seen": 0, "dtype": "float32",
         "training": Training(steps=2, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=1.0, proximal=0.0),
     }  # fmt: skip
     monkeypatch.setattr(sgd, "loss_sum", odd_loss(kind))
@@ -433,11 +431,11 @@ def test_with_noise_for_a_client_a_loss_that_is_not_finite_is_a_change_of_zeros(
             0
         ]
 
-    sent = answer(fixed=FixedPointChanges(weight=0.5, widest={linear: 2}, noise=noise))
+    sent = answer(fixed=FixedPointChanges(everything=2, most=999, widest={linear: 2}, noise=noise))
     assert sent
     assert not any(tensor.any() for tensor in sent.values())
     with pytest.raises(FedgroveError, match="not finite"):  # without noise it is an error
-        answer(fixed=FixedPointChanges(weight=0.5, widest={linear: 2}))
+        answer(fixed=FixedPointChanges(everything=2 * tokens, most=999, widest={linear: 2}))
 
 
 @pytest.mark.parametrize("kind", ["inf", "nan", "gradient"])

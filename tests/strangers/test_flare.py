@@ -33,11 +33,13 @@ from nvflare.private.fed.server.fed_server import FederatedServer
 from nvflare.utils.job_launcher_utils import get_client_job_args, get_server_job_args
 
 from fedgrove.deploy.flare import coordinate, doctor, kits, node, operator
+from fedgrove.deploy.flare.controller import FedgroveController
 from fedgrove.deploy.flare.files import FEDERATION, SERVER, SITE, Federation, ServerFile, SiteFile, read
 from fedgrove.deploy.flare.launcher import command
 from fedgrove.deploy.flare.outcomes import STARTED, SiteOutcomes, ended_sites
 from fedgrove.engines.base import Engine
-from fedgrove.engines.flare import ABSENT, ENDED, FlareEngine
+from fedgrove.engines.error_codes import MESSAGES
+from fedgrove.engines.flare import ABSENT, ENDED, NONCE, FlareEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener
 from fedgrove.job.load import load, load_federated, read_toml
@@ -241,6 +243,25 @@ def test_a_client_whose_process_ended_fails_at_once_by_name() -> None:
     replies = list(engine.request("kind", dict.fromkeys(CLIENTS, b"")))
     assert replies == [("ash", None, ENDED), ("cedar", None, ABSENT), ("birch", None, ENDED)]
     assert len(controller.cancelled) == 1
+
+
+def test_a_response_that_comes_after_its_time_is_reported_once_as_late_and_not_again_as_dropped() -> None:
+    """Whether FLARE at the site still sends it depends on a few milliseconds; what the run says does not."""
+    connected = [SimpleNamespace(name="ash")]
+    context = SimpleNamespace(get_engine=lambda: SimpleNamespace(get_clients=lambda: connected))
+    sender = Controller()
+    engine = FlareEngine(sender, context, ["ash"], "run", 60.0, lambda: False, set)
+    late = MESSAGES["late"].format(word="0.2")
+    assert list(engine.request("kind", {"ash": b""}, timeout=0.2)) == [("ash", None, late)]
+    (nonce,) = (nonce for _, nonce in engine.given_up)
+
+    heard: list[str] = []
+    controller = FedgroveController()
+    controller._engine, controller._recorder = engine, SimpleNamespace(message=heard.append)
+    for client, result in (("birch", {NONCE: nonce}), ("ash", {NONCE: nonce}), ("ash", {NONCE: nonce}), ("ash", {NONCE: []})):
+        controller.process_result_of_unknown_task(SimpleNamespace(name=client), "fedgrove", "id", result, None)
+    dropped = "a late or repeated response was dropped"
+    assert heard == [f"birch: {dropped}", f"ash: {dropped}", f"ash: {dropped}"], "only the first of its own is expected"
 
 
 BOM = b"\xef\xbb\xbf"

@@ -386,7 +386,8 @@ UNSUMMED = [exchange.request for exchange in EXCHANGES if exchange.request.OWN_F
 OTHER = {  # of fields with a list of allowed values
     "adamw": "sgd", "mean": "each", "lora": "full", "full": "ia3", "ia3": "full", "float32": "bfloat16",
 }  # fmt: skip
-FIXED = FixedPointChanges(weight=0.5, widest={"x": 4}, noise=ClientNoise(epsilon=1.0, delta=0.05, clip=1.0, rounds=2, adders=2))
+OF_CLIENTS = ClientNoise(epsilon=1.0, delta=0.05, clip=1.0, rounds=2, adders=2)
+FIXED = FixedPointChanges(everything=198, most=999, widest={"x": 4}, noise=OF_CLIENTS)
 NOISE = Noise(norms={"x": 1.0}, inputs=1, skips_first=False, clients=2, epsilon=1.0, delta=0.05)
 WINDOWS = WindowNoise(epsilon=1.0, delta=0.05, noise=1.0, rounds=1, clip=1.0)
 CODE = FixedWeights(units={"x": 1.0}, clients=3)

@@ -20,6 +20,7 @@ MESSAGES = {
     "refused": "it refuses what the job asks ({word} in its site.toml)",
     "terms": "it refuses a request that is not part of the job it agreed to ({word})",
     "model": "its model differs from the job's at {word}; copy the model there again",
+    "roster": "its roster is number {word}, not the job's; give every site the newest roster (secure/), and submit again",
     "models": "it has no model of that name ([models] in its site.toml)",
     "site-file": "its site.toml is not valid; `fedgrove federation doctor` there says why",
     "joined": "it has not agreed to this run; continue with --resume",
@@ -29,7 +30,7 @@ MESSAGES = {
     "disk": "its disk is full; free some space there",
     "memory": "out of memory; raise limit in its site.toml, or lower samples or length",
     "killed": "its working process was killed (status {word}); out of memory? Lower samples or length",
-    "late": "it did not finish in time (rounds.timeout)",
+    "late": "no response in {word} s (rounds.timeout)",  # the server's own words: its clock or the site's may be first
     "error": "{name} in its handler; the trace is in its own log/site.log",
 }
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,64}")

@@ -65,6 +65,7 @@ class FlareEngine:
         aborted: returns whether the job was stopped.
         ended: returns the clients whose process of this run has ended.
         missing: clients that did not fetch the last request.
+        given_up: client and nonce of every request that no longer waits for a response, and that the run has reported.
     """
 
     controller: Any
@@ -75,6 +76,7 @@ class FlareEngine:
     aborted: Callable[[], bool]
     ended: Callable[[], Collection[str]]
     missing: set[str] = field(default_factory=set)
+    given_up: set[tuple[str, str]] = field(default_factory=set)
 
     def clients(self) -> list[str]:
         """The run's clients, sorted by name."""
@@ -104,7 +106,7 @@ class FlareEngine:
                     if self.aborted():
                         raise error_codes.Stopped("the run was stopped; continue it with --resume") from None
                     for client, why in self._overdue(waiting, wait):
-                        self.controller.cancel_task(waiting.pop(client).task)
+                        self._give_up(client, waiting.pop(client))
                         yield client, None, why
                     continue
                 if client not in waiting or waiting[client].nonce != nonce:
@@ -115,8 +117,24 @@ class FlareEngine:
                 yield client, response, error
                 del response
         finally:
-            for sent in waiting.values():  # the caller has stopped iterating
-                self.controller.cancel_task(sent.task)
+            for client, sent in waiting.items():  # the caller has stopped iterating
+                self._give_up(client, sent)
+
+    def is_reported(self, client: str, result: Any) -> bool:
+        """Whether a response without a request is one that came too late, of which the run has said so already.
+
+        A site and FLARE learn at their own pace that a request is over, so such a response may come or not. It is known
+        by its number, once: a second one is a repeated response.
+        """
+        nonce = result.get(NONCE)
+        if not isinstance(nonce, str) or (client, nonce) not in self.given_up:
+            return False
+        self.given_up.discard((client, nonce))
+        return True
+
+    def _give_up(self, client: str, sent: _Sent) -> None:
+        self.given_up.add((client, sent.nonce))  # before FLARE forgets the task: a response may come at any moment
+        self.controller.cancel_task(sent.task)
 
     def _send(self, kind: str, client: str, messages: Mapping[str, bytes], wait: float, replies: Any) -> _Sent:
         nonce = secrets.token_hex(16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from fedgrove import plugins
@@ -29,6 +31,10 @@ class StageConfig(Table):
     def training_length(self) -> int | None:
         """Tokens of the windows that clients train on; None: the stage does not train."""
         return None
+
+    def number_of_rounds(self) -> int:
+        """How many rounds the stage has."""
+        return 1
 
     def reads_text(self) -> bool:
         """Whether clients compute anything from their text."""
@@ -82,6 +88,29 @@ class StageConfig(Table):
     def centralized(self, job: Job) -> Self:
         """The same stage for one client with everybody's text: no resource limits, no privacy, no communication."""
         return self
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The job that a site agreed to, as far as what it may be asked depends on it.
+
+    Attributes:
+        stages: the tables of the job's stages.
+        seed: the job's.
+        clients: the names of the clients that may take part.
+        secure: whether sums are computed under secure aggregation.
+        alone: whether clients measure their own models (``evaluate.alone``).
+    """
+
+    stages: Sequence[StageConfig]
+    seed: int
+    clients: Sequence[str]
+    secure: bool
+    alone: bool
+
+    def seed_of(self, stage: int) -> str:
+        """The seed of a stage."""
+        return f"{self.seed}/{stage}"
 
 
 def config_of(kind: str) -> type[StageConfig]:

@@ -12,10 +12,12 @@ from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model
 from fedgrove import plugins
 from fedgrove.job.stage_config import STAGES, StageConfig, config_of
 from fedgrove.job.units import (
+    MAX_CLIENTS,
     BitChoices,
     BitsPerSecond,
     Bytes,
     Count,
+    CountOrZero,
     Devices,
     File,
     Files,
@@ -29,7 +31,7 @@ from fedgrove.job.units import (
     Template,
 )
 
-MAX_CLIENTS, MAX_STAGES = 10_000, 64
+MAX_STAGES = 64
 KINDS = tuple(plugins.names(STAGES, folders=True))
 if TYPE_CHECKING:
     AnyStage = StageConfig
@@ -299,10 +301,12 @@ class FederatedJob(Job):
     Attributes:
         result: "server": the model stays on the server, and operators fetch it; "sites": it is also sent to the sites
             that want it.
+        roster: the number of the roster of the sites' keys, for secure aggregation; `fedgrove federation submit` fills it in.
     """
 
     clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
     result: Literal["server", "sites"] = "server"
+    roster: CountOrZero = 0
 
     @model_validator(mode="before")
     @classmethod

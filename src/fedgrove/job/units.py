@@ -17,6 +17,7 @@ from fedgrove import plugins
 from fedgrove.data.template import template_fields
 
 MAX_BLOCKS = 4096  # of a model
+MAX_CLIENTS = 10_000  # of a job
 MOST = 2**50  # of anything that is counted: bytes, bits per second, tokens
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 

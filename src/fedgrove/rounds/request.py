@@ -33,7 +33,7 @@ from fedgrove.rounds.wire import CHANGE, WEIGHT, WireError
 
 if TYPE_CHECKING:
     from fedgrove.client.local_client import LocalClient
-    from fedgrove.job.stage_config import StageConfig
+    from fedgrove.job.stage_config import Agreed, StageConfig
     from fedgrove.models.blocks import Decoder
 
 __all__ = [
@@ -176,13 +176,20 @@ class Request(Part):
             digest.update(raw_bytes(tensor))
         return digest.hexdigest()
 
-    def beyond(self, config: StageConfig) -> str | None:
-        """The first field that the stage of an agreed job does not allow; None: the request is within the job.
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        """The rounds of a stage in which such a request may come."""
+        return range(config.number_of_rounds())
 
-        Windows of text need not be compared: a site does that for every :class:`~fedgrove.client.hidden_states.Calibration`.
+    def beyond(self, job: Agreed) -> str | None:
+        """The first field that an agreed job does not allow; None: the request is within the job.
+
+        Not to be compared: the stage and the round (see :meth:`rounds_in`), and windows of text, which a site compares in
+        every :class:`~fedgrove.client.hidden_states.Calibration`. What only the model decides is compared in
+        :meth:`respond`.
 
         Args:
-            config: the stage of the job that a site agreed to.
+            job: the job that a site agreed to.
         """
         return None
 

@@ -26,6 +26,7 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
         super().__init__(task_check_period=0.05)
         self._resume = resume
         self._recorder: Recorder | None = None
+        self._engine: FlareEngine | None = None
 
     def start_controller(self, fl_ctx: Any) -> None:
         """Called by FLARE before the run."""
@@ -49,7 +50,8 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
             def aborted() -> bool:
                 return bool(abort_signal.triggered)
 
-            return FlareEngine(self, fl_ctx, clients, run, grace, aborted, lambda: ended_sites(results))
+            self._engine = FlareEngine(self, fl_ctx, clients, run, grace, aborted, lambda: ended_sites(results))
+            return self._engine
 
         try:
             error = coordinate(kit, config, results, self._resume, connect, recorder)
@@ -62,6 +64,8 @@ class FedgroveController(Controller):  # type: ignore[misc]  # nvflare has no ty
         self, client: Any, task_name: str, client_task_id: str, result: Any, fl_ctx: Any
     ) -> None:
         """Called by FLARE: drops a response that is late or repeated."""
+        if self._engine is not None and self._engine.is_reported(client.name, result):
+            return
         if self._recorder is not None:
             self._recorder.message(f"{client.name}: a late or repeated response was dropped")
 

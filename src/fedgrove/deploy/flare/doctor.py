@@ -17,10 +17,11 @@ from fedgrove import doctor
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.exchanges.join import CLOCK
 from fedgrove.deploy.flare.files import JOB, SERVER, SITE, Allow, ServerFile, SiteFile, model_folder, read
-from fedgrove.deploy.flare.installation import Installation, credentials
-from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, NEVER, name_of
+from fedgrove.deploy.flare.installation import Installation, credentials, roster_number
+from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, FORM, MADE, NEVER, name_of
 from fedgrove.deploy.flare.node import address, check_path, kind_of, running
 from fedgrove.errors import FedgroveError
+from fedgrove.escape import printable
 from fedgrove.files import private_files
 from fedgrove.machine import Check, check_machine
 
@@ -36,7 +37,7 @@ def examine(kit: Path) -> list[Check]:
     alive = running(kit) is not None
     listen = [port] if kind == "server" and not alive else []
     connect = [f"{host}:{port}"] if kind != "server" or alive else []
-    checks = [folder(kit), *check_machine(kit, listen, connect)]
+    checks = [folder(kit), made(kit), *check_machine(kit, listen, connect)]
     checks.append(certificate(kit, kind, datetime.now(UTC)))
     checks.append(private_keys(kit))
     if connect and kind != "server":
@@ -66,6 +67,19 @@ def folder(kit: Path) -> Check:
     if not os.access(kit, os.W_OK):
         return Check("folder", False, f"{kit} cannot be written to", "make it writable for this user")
     return Check("folder", True, "it can be written to")
+
+
+def made(kit: Path) -> Check:
+    """Whether the kit was made by a version of fedgrove whose kits this one can use."""
+    remedy = "have it made anew: fedgrove federation kits, after moving this folder away"
+    try:
+        said = json.loads((kit / MADE).read_text(encoding="utf-8"))
+        form, version = int(said["form"]), printable(str(said["fedgrove"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Check("kit", False, "it was made by an earlier version of fedgrove", remedy)
+    if form != FORM:
+        return Check("kit", False, f"it was made by fedgrove {version}, whose kits are of another form", remedy)
+    return Check("kit", True, f"made by fedgrove {version}")
 
 
 def certificate(kit: Path, kind: str, now: datetime) -> Check:
@@ -207,7 +221,15 @@ def roster(kit: Path) -> Check:
         credentials(kit, Allow()).public_key(name)
     except FedgroveError as error:
         return Check("roster", False, error.what, "get secure/ again from the operator")
+    number, date = roster_number(kit)
+    if not number:
+        return Check(
+            "roster", False, "it has no number: it was made by an earlier version", "get secure/ again from the operator"
+        )
     trusted = (kit / "secure" / "operator.pub").read_text(encoding="utf-8")
     return Check(
-        "roster", True, f"signed by the operator whose key is {trusted[:16]}…; compare the key with the operator by telephone"
+        "roster",
+        True,
+        f"number {number} of {date}, signed by the operator whose key is {trusted[:16]}…; compare the key with the operator "
+        "by telephone",
     )

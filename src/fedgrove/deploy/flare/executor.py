@@ -77,14 +77,15 @@ class FedgroveExecutor(Executor):  # type: ignore[misc]  # nvflare has no types
         if self._worker is None:
             self._worker = _start_worker(kit)
         message = bytes_of(data.pop(BODY))
-        ends = time.monotonic() + min(max(0.0, float(data[SECONDS])), LONGEST)  # NaN counts as 0
+        seconds = min(max(0.0, float(data[SECONDS])), LONGEST)  # NaN counts as 0
+        ends = time.monotonic() + seconds
         self._run = str(data[RUN])
         self._worker.send(kit, self._run, str(data[KIND]), message, _job_of(fl_ctx))
         del message
         while not self._worker.pipe.poll(0.05):
             if abort_signal.triggered or time.monotonic() > ends:
                 self._worker.restart()
-                return None, error_codes.encode("late", "TimeoutError")
+                return None, error_codes.encode("late", "TimeoutError", f"{seconds:g}")
         try:
             return self._worker.receive()
         except WorkerDied as death:

@@ -102,7 +102,8 @@ class Installation:
 class SiteRequest(Request):
     """A request to the site itself, before or after the stages: :meth:`respond_at` handles it, not a client."""
 
-    stage: Index = 0
+    stage: Annotated[Index, Field(le=0)] = 0
+    round: Annotated[Index, Field(le=0)] = 0
 
     def respond_at(self, tensors: Tensors, site: Installation) -> Response:
         """The site's half of the exchange.
@@ -133,6 +134,15 @@ def credentials(kit: Path, allow: Allow) -> Credentials:
             f"{folder}: a key, the roster or its signature is missing or damaged", "ask the operator"
         ) from error
     return Credentials(key, roster, signature, operator, max(2, allow.group, min_group))
+
+
+def roster_number(kit: Path) -> tuple[int, str]:
+    """The number and the date of a kit's roster; 0 and "" if it has none, as in kits of earlier versions."""
+    try:
+        roster = json.loads((kit / "secure" / ROSTER).read_text(encoding="utf-8"))
+        return int(roster["number"]), str(roster["date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, ""
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

@@ -39,6 +39,7 @@ LAUNCHERS = {
 PATIENCE = 7200  # seconds after which the server drops a silent site; until then a run keeps sending it requests
 LIFETIME = timedelta(days=360)  # how long a renewed certificate is valid: as long as FLARE's own
 AUTHORITY = "authority"
+MADE, FORM = "kit.json", 2  # what a kit says of itself; a kit of another form must be made anew
 ROSTER, SIGNATURE, KEY, TRUSTED = "roster.json", "roster.sig", "site.key", "operator.pub"
 # The rights of an operator's certificate: no custom code and no shell commands for anybody.
 NEVER = {"byoc": "none", "shell_commands": "none", "clone_job": "none", "server-predeployed-flwr": "none"}
@@ -84,6 +85,7 @@ def make_kits(federation: Federation, out: Path, renew: tuple[str, ...] = ()) ->
         with atomic_folder(kit) as partial:
             shutil.copytree(source, partial, dirs_exist_ok=True)
             partial.chmod(0o700)
+            (partial / MADE).write_text(json.dumps({"form": FORM, "fedgrove": VERSION}), encoding="utf-8")
             if kit.parent.name == "operators":
                 _harden_operator(partial)
             elif name == "server":
@@ -288,12 +290,24 @@ def _sign_roster(federation: Federation, authority: Path, kits: dict[str, Path])
             public_key.parent.mkdir(exist_ok=True)
             public_key.write_text(key.public_key().public_bytes_raw().hex(), encoding="utf-8")
         public[site.name] = public_key.read_text(encoding="utf-8").strip()
-    roster = json.dumps({"clients": public, "min_group": federation.min_group}, sort_keys=True)
+    roster = _numbered({"clients": public, "min_group": federation.min_group}, authority / ROSTER)
+    for person in federation.operators:
+        if person.name in kits:  # jobs name the number of the roster
+            (kits[person.name] / ROSTER).write_text(roster, encoding="utf-8")
     for folder in [authority, *(kits[site.name] / "secure" for site in federation.sites)]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ROSTER).write_text(roster, encoding="utf-8")
         (folder / SIGNATURE).write_text(operator.sign(roster.encode()).hex(), encoding="utf-8")
         (folder / TRUSTED).write_text(operator.public_key().public_bytes_raw().hex(), encoding="utf-8")
+
+
+def _numbered(content: dict[str, Any], last: Path) -> str:
+    """A roster with a number and a date: those of the last one if it says the same, else the next number and today."""
+    before: dict[str, Any] = json.loads(last.read_text(encoding="utf-8")) if last.is_file() else {}
+    number, date = before.pop("number", 0), before.pop("date", "")
+    if before != content or not number:
+        number, date = number + 1, f"{datetime.now(UTC):%Y-%m-%d}"
+    return json.dumps({**content, "number": number, "date": date}, sort_keys=True)
 
 
 def _write_secret(file: Path, text: str) -> None:

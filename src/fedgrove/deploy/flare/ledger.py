@@ -16,6 +16,7 @@ from fedgrove.files import write_atomically
 
 FOLDER = "ledger"
 SPENT = f"{FOLDER}/spent.json"
+ROSTER = f"{FOLDER}/roster.json"
 
 
 def releases(kit: Path, terms: Terms) -> Path:
@@ -30,6 +31,20 @@ def spent(kit: Path) -> dict[str, float]:
         return {}
     budgets: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return budgets
+
+
+def accept_roster(kit: Path, number: int) -> None:
+    """Records the number of the roster that a site uses: it never goes back to an earlier one, which may list a removed site.
+
+    Raises:
+        Refusal: the site has used a later one.
+    """
+    file = kit / ROSTER
+    latest: int = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else 0
+    if number < latest:
+        raise Refusal("roster", str(number))
+    if number > latest:
+        write_atomically(file, json.dumps(number), fsync=True)
 
 
 def spend(kit: Path, terms: Terms, budget: float | None) -> None:

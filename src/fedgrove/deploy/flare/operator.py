@@ -17,7 +17,7 @@ import tomli_w
 from fedgrove.deploy.flare import require_flare
 from fedgrove.deploy.flare.coordinate import HELD_OUT, STATE, text_name
 from fedgrove.deploy.flare.files import FEDERATION, JOB, Federation, read
-from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR
+from fedgrove.deploy.flare.kits import CONTROLLER, EXECUTOR, ROSTER
 from fedgrove.deploy.flare.node import address, kind_of, reachable
 from fedgrove.errors import FedgroveError
 from fedgrove.escape import printable
@@ -101,6 +101,8 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
     check_kit(kit)
     federation = read(kit / FEDERATION, Federation)
     job = load_federated(file, changes, [site.name for site in federation.sites])
+    if job.privacy.secure_aggregation:
+        job = job.model_copy(update={"roster": _roster_number(kit)})
     with session(kit) as flare:
         connected = {client.name for client in flare.get_system_info().client_info}
         wanted = [client.name for client in job.clients]
@@ -119,6 +121,21 @@ def submit(kit: Path, file: Path, changes: Sequence[str] = (), resume: bool = Fa
             write_flare_job(Path(folder) / job.name, job, resume)
             _remember(kit, job.name, flare.submit_job(str(Path(folder) / job.name)))
     return job.name
+
+
+def _roster_number(kit: Path) -> int:
+    """The number of the newest roster that this operator's kit has.
+
+    Raises:
+        FedgroveError: it has none.
+    """
+    try:
+        return int(json.loads((kit / ROSTER).read_text(encoding="utf-8"))["number"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FedgroveError(
+            f"{kit / ROSTER}: the roster is missing or of an earlier version",
+            "run fedgrove federation kits again, and copy the new roster to all kits",
+        ) from error
 
 
 def write_flare_job(folder: Path, job: FederatedJob, resume: bool) -> None:

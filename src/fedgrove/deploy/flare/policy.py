@@ -20,12 +20,11 @@ from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
-from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.tables import KINDS, MAX_CLIENTS, MAX_STAGES, AnyStage, FederatedJob
-from fedgrove.job.units import Name
+from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage, FederatedJob
+from fedgrove.job.units import MAX_CLIENTS, CountOrZero, Name
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Part, Request
-from fedgrove.stages.base import calibration_seed
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -43,6 +42,7 @@ class Terms(Part):
         secure: whether sums are computed under secure aggregation.
         alone: whether clients report the losses of their own models (``evaluate.alone``).
         clients: the clients that may take part.
+        roster: the number of the roster of their keys; 0 without secure aggregation.
     """
 
     name: Name
@@ -54,6 +54,12 @@ class Terms(Part):
     secure: bool
     alone: bool
     clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)]
+    roster: CountOrZero = 0
+
+    @property
+    def agreed(self) -> Agreed:
+        """What requests are compared with."""
+        return Agreed(self.stages, self.seed, self.clients, self.secure, self.alone)
 
     @property
     def digest(self) -> str:
@@ -85,6 +91,7 @@ def terms_of(job: FederatedJob, digests: Mapping[str, str]) -> Terms:
         secure=job.privacy.secure_aggregation,
         alone=job.evaluate.measures_alone,
         clients=tuple(client.name for client in job.clients),
+        roster=job.roster,
     )
 
 
@@ -128,24 +135,24 @@ def check(allow: Allow, terms: Terms, request: Request, summed: int | None = Non
     if key is not None:
         raise Refusal("refused", key)
     room = request.KIND.partition("/")[0]
-    if room not in KINDS:
-        if not request.DISCLOSES <= HARMLESS:
-            raise Refusal("terms", "kind")
-        return
     if Disclosure.WINDOW_LOSSES in request.DISCLOSES and not terms.alone:
         raise Refusal("terms", "evaluate.alone")
     if not 0 <= request.stage < len(terms.stages):
         raise Refusal("terms", "stage")
     stage: StageConfig = terms.stages[request.stage]
-    if room != stage.kind:
+    if room not in KINDS and not request.DISCLOSES <= HARMLESS:
         raise Refusal("terms", "kind")
+    if room in KINDS and room != stage.kind:
+        raise Refusal("terms", "kind")
+    if request.round not in request.rounds_in(stage):
+        raise Refusal("terms", "rounds")
     for calibration in _calibrations(request):
         if allow.samples is not None and calibration.samples > allow.samples:
             raise Refusal("refused", "allow.samples")
-        field = _calibration_beyond(calibration, request, stage, calibration_seed(terms.seed, request.stage))
+        field = _calibration_beyond(calibration, request, stage, terms.agreed.seed_of(request.stage))
         if field is not None:
             raise Refusal("terms", field)
-    field = request.beyond(stage)
+    field = request.beyond(terms.agreed)
     if field is not None:
         raise Refusal("terms", field)
     if summed is None:
@@ -163,6 +170,8 @@ def _calibration_beyond(calibration: Calibration, request: Request, stage: Stage
     samples, length = stage.calibration_windows() or (0, 0)
     if calibration.stage != request.stage:
         return "stage"
+    if calibration.round != request.round:
+        return "round"
     if calibration.length != length:
         return "length"
     if calibration.samples != samples:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,10 +20,20 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pydantic import Field
 
 from fedgrove.privacy.secagg.session import SecureError, Session
 
 KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES = 32, 64, 16
+
+
+def hex_of(size: int) -> Any:
+    """The bounds of so many bytes in hexadecimal, in a message."""
+    return Field(pattern=rf"^[0-9a-f]{{{2 * size}}}$")
+
+
+Key = Annotated[str, hex_of(KEY_BYTES)]
+Signature = Annotated[str, hex_of(SIGNATURE_BYTES)]
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,10 @@ class Advert:
         signature: the client's signature of these three and of the session.
     """
 
-    mask_key: str
-    channel_key: str
-    commitment: str
-    signature: str
+    mask_key: Key
+    channel_key: Key
+    commitment: Key
+    signature: Signature
 
 
 def sign(key: bytes, message: bytes) -> str:

@@ -9,9 +9,12 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job.units import MAX_CLIENTS, Name
 
 
 class SecureError(FedgroveError):
@@ -69,6 +72,8 @@ def min_survivors(clients: int) -> int:
 class Session:
     """The public description of one sum. Every client signs it together with its keys.
 
+    The bounds of the fields hold for a session that comes from the network; no other one can exceed them.
+
     Attributes:
         name: random, new for every sum.
         clients: names of the clients that are asked to take part, sorted. Their number determines ``degree``,
@@ -81,10 +86,10 @@ class Session:
         SecureError: the clients are too few, not sorted or not distinct, or there is no such ring.
     """
 
-    name: str
-    clients: tuple[str, ...]
-    bits: int = 64
-    request: str = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")]
+    clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)]
+    bits: Annotated[int, Field(ge=8, le=64, strict=True)] = 64
+    request: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
     def __post_init__(self) -> None:
         if sorted(set(self.clients)) != list(self.clients):

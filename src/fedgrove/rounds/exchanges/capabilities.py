@@ -10,6 +10,7 @@ from pydantic import Field
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.speed import measured_speed
 from fedgrove.client.windows import calibration_windows, training_windows
+from fedgrove.job.stage_config import Agreed
 from fedgrove.job.tables import MAX_STAGES
 from fedgrove.job.units import Index, Length, Samples, Word
 from fedgrove.rounds.capabilities import Capabilities
@@ -37,7 +38,8 @@ class DescribeYourself(Request):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.CAPABILITIES})
     REPLY: ClassVar[type[Reply]] = Capabilities
 
-    stage: Index = 0
+    stage: Annotated[Index, Field(le=0)] = 0
+    round: Annotated[Index, Field(le=0)] = 0
     calibrations: Annotated[tuple[Windows, ...], Field(max_length=MAX_STAGES)]
     lengths: Annotated[tuple[Length, ...], Field(max_length=MAX_STAGES)]
 
@@ -58,3 +60,11 @@ class DescribeYourself(Request):
             raise WireError("its numbers of tokens are not those of windows of the lengths that were asked for")
         if reply.samples is not None and any(windows.samples != reply.samples for windows in self.calibrations):
             raise WireError(f"it claims {reply.samples} calibration windows, not {self.calibrations[0].samples}")
+
+    def beyond(self, job: Agreed) -> str | None:
+        windows = [(index, stage.calibration_windows()) for index, stage in enumerate(job.stages)]
+        agreed = tuple(Windows(samples=one[0], length=one[1], seed=job.seed_of(index)) for index, one in windows if one)
+        if self.calibrations != agreed:
+            return "calibrations"
+        lengths = tuple(length for length in (stage.training_length() for stage in job.stages) if length is not None)
+        return "lengths" if self.lengths != lengths else None

@@ -7,31 +7,35 @@ response.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.stage_config import Agreed
+from fedgrove.job.units import MAX_CLIENTS, Name
 from fedgrove.privacy.secagg import client as protocol
 from fedgrove.privacy.secagg import keys
-from fedgrove.privacy.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES, Credentials
+from fedgrove.privacy.secagg.keys import TAG_BYTES, Credentials, Key, Signature, hex_of
 from fedgrove.privacy.secagg.session import Session
 from fedgrove.privacy.secagg.sharing import SHARE_BYTES, Secret
 from fedgrove.privacy.secagg.store import SessionStore
-from fedgrove.rounds.request import Reply, Request, Response, Tensors
+from fedgrove.rounds.request import Part, Reply, Request, Response, Tensors
 from fedgrove.rounds.wire import WireError
 
 
-def _hex(size: int) -> Any:
-    return Field(pattern=rf"^[0-9a-f]{{{2 * size}}}$")
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("a client is named twice")
+    return names
 
 
-Key = Annotated[str, _hex(KEY_BYTES)]
-Signature = Annotated[str, _hex(SIGNATURE_BYTES)]
-Share = Annotated[str, _hex(SHARE_BYTES)]
-SealedShares = Annotated[str, _hex(2 * SHARE_BYTES + TAG_BYTES)]
+Share = Annotated[str, hex_of(SHARE_BYTES)]
+SealedShares = Annotated[str, hex_of(2 * SHARE_BYTES + TAG_BYTES)]
+ByClient = Field(max_length=MAX_CLIENTS)
+Clients = Annotated[list[Name], Field(max_length=MAX_CLIENTS), AfterValidator(_distinct)]
 
 
 class Advert(Reply):
@@ -46,13 +50,13 @@ class Advert(Reply):
 class Ciphertexts(Reply):
     """For each neighbor the shares of this client's secrets, encrypted so that only the neighbor can read them."""
 
-    sealed_shares: dict[str, SealedShares]
+    sealed_shares: Annotated[dict[Name, SealedShares], ByClient]
 
 
 class Unreadable(Reply):
     """The neighbors whose shares this client could not decrypt."""
 
-    unreadable: list[str]
+    unreadable: Clients
 
 
 class Signed(Reply):
@@ -64,16 +68,19 @@ class Signed(Reply):
 class Revealed(Reply):
     """One share for each owner: of the self-mask of a survivor, or of the mask key of a client that dropped."""
 
-    shares: dict[str, Annotated[dict[Secret, Share], Field(min_length=1, max_length=1)]]
+    shares: Annotated[dict[Name, Annotated[dict[Secret, Share], Field(min_length=1, max_length=1)]], ByClient]
 
 
-class Masking(BaseModel):
+class Masking(Part):
     """What a client needs to mask its response: the session, and the neighbors that mask theirs, too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     session: Session
-    peers: list[str]
+    peers: Clients
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        _check_known(self.session, self.peers)
+        return self
 
     def check(self, client: LocalClient, request: Request, tensors: Tensors) -> None:
         """Checks before the work begins that the response will be summed with those of others to the same request.
@@ -104,6 +111,18 @@ class Masking(BaseModel):
 class _Phase(Request):
     session: Session
 
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        _check_known(self.session, self._named())
+        return self
+
+    def beyond(self, job: Agreed) -> str | None:
+        return "session" if not job.secure or not set(self.session.clients) <= set(job.clients) else None
+
+    def _named(self) -> Collection[str]:
+        """All clients that the fields of this phase name."""
+        return ()
+
     def _own(self, client: LocalClient) -> tuple[Session, str, Credentials, SessionStore]:
         return self.session, client.name, _credentials_of(client), _store_of(client)
 
@@ -124,8 +143,11 @@ class Shares(_Phase):
     KIND: ClassVar[str] = "rounds/secagg/shares"
     REPLY: ClassVar[type[Reply]] = Ciphertexts
 
-    adverts: dict[str, keys.Advert]
-    hashes: dict[str, Key]
+    adverts: Annotated[dict[Name, keys.Advert], ByClient]
+    hashes: Annotated[dict[Name, Key], ByClient]
+
+    def _named(self) -> Collection[str]:
+        return self.adverts.keys() | self.hashes.keys()
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         sealed_shares = protocol.share(*self._own(client), self.adverts, self.hashes)
@@ -143,7 +165,10 @@ class Received(_Phase):
     KIND: ClassVar[str] = "rounds/secagg/received"
     REPLY: ClassVar[type[Reply]] = Unreadable
 
-    sealed_shares: dict[str, SealedShares]
+    sealed_shares: Annotated[dict[Name, SealedShares], ByClient]
+
+    def _named(self) -> Collection[str]:
+        return self.sealed_shares.keys()
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         session, name, _, store = self._own(client)
@@ -161,7 +186,10 @@ class Check(_Phase):
     KIND: ClassVar[str] = "rounds/secagg/check"
     REPLY: ClassVar[type[Reply]] = Signed
 
-    survivors: list[str]
+    survivors: Clients
+
+    def _named(self) -> Collection[str]:
+        return self.survivors
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         return Response({}, Signed(signature=protocol.confirm(*self._own(client), self.survivors)))
@@ -174,7 +202,10 @@ class Open(_Phase):
     KIND: ClassVar[str] = "rounds/secagg/open"
     REPLY: ClassVar[type[Reply]] = Revealed
 
-    signatures: dict[str, Signature]
+    signatures: Annotated[dict[Name, Signature], ByClient]
+
+    def _named(self) -> Collection[str]:
+        return self.signatures.keys()
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         return Response({}, Revealed.model_validate({"shares": protocol.reveal(*self._own(client), self.signatures)}))
@@ -183,6 +214,12 @@ class Open(_Phase):
         assert isinstance(reply, Revealed)
         if not reply.shares.keys() <= set(self.session.clients):
             raise WireError("it reveals shares of clients that were not asked")
+
+
+def _check_known(session: Session, named: Collection[str]) -> None:
+    others = set(named) - set(session.clients)
+    if others:
+        raise ValueError(f"'{min(others)}' is no client of this session")
 
 
 def _credentials_of(client: LocalClient) -> Credentials:

@@ -187,6 +187,14 @@ class Config(StageConfig):
         return self.max_weight_growth or MAX_WEIGHT_GROWTH
 
     @property
+    def sparsity_range(self) -> tuple[float, float]:
+        """The least and the largest sparsity that a block can get: an allocation may move 2λ from one to another."""
+        sparsity = self.target.sparsity
+        if not self.measures_blocks:
+            return sparsity, sparsity
+        return max(0.0, sparsity - 2 * self.owl_lambda), min(max(0.99, sparsity), sparsity + 2 * self.owl_lambda)
+
+    @property
     def kept_of(self) -> tuple[int, int]:
         """(n, m) of the pattern."""
         assert self.pattern
@@ -204,6 +212,9 @@ class Config(StageConfig):
 
     def calibration_windows(self) -> tuple[int, int] | None:
         return self.samples, self.length
+
+    def number_of_rounds(self) -> int:
+        return self.rounds
 
     def reads_text(self) -> bool:
         return self.solver.NEEDS != "nothing" or self.measures_blocks

@@ -29,9 +29,10 @@ from fedgrove.stages.prune.allocate import block_sparsities, read_sparsities
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.alone import WINDOW, EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import START, BlockSums, PruneBlock, Recipe
+from fedgrove.stages.prune.exchanges.block import START, BlockSums, PruneBlock
 from fedgrove.stages.prune.plan import Plan, make_plan
 from fedgrove.stages.prune.pooled import Pruned, SharedInput, probe, prune_by_sums, prune_without_data
+from fedgrove.stages.prune.recipe import Recipe
 
 Record = dict[str, Any]
 

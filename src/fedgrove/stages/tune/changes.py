@@ -42,8 +42,6 @@ class Change(Protocol):
         ...
 
 
-FEW_ZEROS = 0.001  # a linear with a larger fraction of zeros counts as pruned, and its zeros stay
-
 C = TypeVar("C", bound=Change)
 
 

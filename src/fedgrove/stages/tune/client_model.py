@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import training_windows
+from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
@@ -52,18 +53,51 @@ class TuneRequest(Request):
         """
         folder = base_folder(client, self.stage)
         files = sorted(folder.glob("part-*.safetensors"))
-        if len(files) < self.parts:
+        if len(files) != self.parts and (self.parts or files):
             raise client.error("its working files are gone; continue the run with --resume")
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
         checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
-        return Decoder(checkpoint, device), *training_windows(client, self.length)
+        decoder = Decoder(checkpoint, device)
+        if self.parts or self.width is not None:
+            _check_width(decoder, client)
+        return decoder, *training_windows(client, self.length)
 
-    def beyond(self, config: object) -> str | None:
+    def beyond(self, job: Agreed) -> str | None:
+        config, before = job.stages[self.stage], job.stages[: self.stage]
         assert isinstance(config, Config)
         if self.length != config.length:
             return "length"
+        if self.seed != job.seed_of(self.stage):
+            return "seed"
+        if self.parts and not before:
+            return "parts"
+        if self.width is not None and not any(stage.changes_structure() for stage in before):
+            return "width"
+        if self.bits not in config.weight_bits:
+            return "bits"
         return "personal" if self.personal != config.personal else None
+
+    def own_text(self, client: LocalClient, tokens: int, counted: int) -> None:
+        """Refuses a request that gives the client another number of tokens, its weight, than its text has.
+
+        Args:
+            tokens: as the request says.
+            counted: in the client's windows.
+
+        Raises:
+            FedgroveError: the numbers differ.
+        """
+        if tokens != counted:
+            raise client.error(f"the request is for {tokens} tokens, but its text has {counted}; refused")
+
+
+def _check_width(decoder: Decoder, client: LocalClient) -> None:
+    """Refuses a width that is not the one of the weights that the client was sent."""
+    for block in range(len(decoder)):
+        for name, stored in decoder.block_names(block).items():
+            if sorted(decoder.checkpoint.spec(stored)[0]) != sorted(decoder.read_shape(f"{decoder.prefix}.{block}.{name}")):
+                raise client.error("the request is for a model of another width than the one that it was sent; refused")
 
 
 def digest_of_base(digests: list[str]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from fedgrove import plugins
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import (
+    MOST,
     BitChoices,
     Choices,
     Clip,
@@ -74,6 +76,8 @@ class Config(StageConfig):
         epsilon, delta: differential privacy of what tuning learns; see :mod:`fedgrove.privacy.release`.
         dp_unit: what differential privacy protects: a whole "client", or one "window" of its text.
         dp_clip: clips the change of a client, or the gradient of a window, to this norm.
+        max_change: scale a client's change of a round down to this multiple of the round's median, if three clients or more
+            send floats; fixed-point numbers have a fixed bound instead (see :mod:`fedgrove.stages.tune.fixed_point`).
         personal: the fraction of its windows that each client holds out, to choose which adapter it keeps for itself: the
             shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none.
         eval_every: measure the held-out perplexity after every so many rounds; 0: only after the last.
@@ -110,6 +114,7 @@ class Config(StageConfig):
     delta: Delta = 1e-6
     dp_unit: Literal["client", "window"] = "window"
     dp_clip: Clip = 1.0
+    max_change: Annotated[float, Field(ge=1, le=MOST)] = 4.0
     personal: HeldOut = 0.0
     eval_every: CountOrZero = 0
 
@@ -190,6 +195,29 @@ class Config(StageConfig):
         return trainer_of(self.trainer)
 
     @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """The precisions that a client's weights can get: those of the job, or float32 where the weights are trained."""
+        return self.bits if parametrization_of(self.parametrization).FROZEN else (32,)
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens that a client can train on in the whole stage at the largest batch: its weight counts no more."""
+        return min(MOST, self.rounds * self.steps * self.batches[-1] * self.length)
+
+    def scale(self, rank: int) -> float:
+        """The scale of an adapter: α/r; without α in the job, 2 at the largest rank and ∝ 1/√r below it.
+
+        With the latter, from rsLoRA (arXiv 2312.03732), an optimizer step changes the weight by about the same amount at
+        any rank, so that clients of low rank learn as fast.
+        """
+        return 2.0 * math.sqrt(self.ranks[-1] / rank) if self.alpha is None else self.alpha / rank
+
+    def learning_rate_in(self, round_: int) -> float:
+        """The learning rate of a round."""
+        falling = 1 - 0.9 * round_ / max(1, self.rounds - 1) if self.lr_schedule == "linear" else 1.0
+        return self.learning_rate * falling
+
+    @property
     def _fixed_keys(self) -> str:
         """The keys that make clients send fixed-point numbers."""
         if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
@@ -203,6 +231,9 @@ class Config(StageConfig):
 
     def training_length(self) -> int | None:
         return self.length
+
+    def number_of_rounds(self) -> int:
+        return self.rounds
 
     def privacy_budget(self) -> tuple[float, float] | None:
         return None if self.epsilon is None else (self.epsilon, self.delta)

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.job.units import Clip, Count, CountOrZero, Delta, Epsilon, Linear
+from fedgrove.job.units import Clip, Count, CountOrZero, Delta, Epsilon, Linear, Natural
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
@@ -60,17 +60,24 @@ class ClientNoise(Part):
 
 
 class FixedPointChanges(Part):
-    """The settings of a client that sends fixed-point numbers.
+    """The settings of clients that send fixed-point numbers: the same for all of a sum.
 
     Attributes:
-        weight: the client's weight in the sum; the weights of all clients add up to at most 1.
+        everything: the tokens of all clients, up to ``most`` of each; with noise, the number of clients. A client's weight
+            in the sum is its own part of it, so the server cannot give one client more and the others less.
+        most: the largest number of a client's tokens that counts.
         widest: by linear, the largest rank of any client; with LoRA, how many columns to send.
         noise: the noise that protects a client; None: no noise.
     """
 
-    weight: Annotated[float, Field(gt=0, le=1)]
+    everything: Natural
+    most: Natural
     widest: Annotated[dict[Linear, Count], Field(max_length=2**18)]
     noise: ClientNoise | None = None
+
+    def weight(self, tokens: int) -> float:
+        """The weight of a client with so many tokens; the weights of all clients add up to at most 1."""
+        return (1 if self.noise is not None else min(tokens, self.most)) / self.everything
 
 
 def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:

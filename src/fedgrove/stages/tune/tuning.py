@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedgrove.client.server_weights import FEW_ZEROS
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.events import Phase
@@ -23,15 +23,16 @@ from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.aggregation import Options, aggregation_of
-from fedgrove.stages.tune.changes import FEW_ZEROS, State
+from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.client_model import digest_of_base
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
-from fedgrove.stages.tune.exchanges.train import FloatRound, Train, WholeRound, start_tensors
+from fedgrove.stages.tune.exchanges.train import Train, WholeRound, start_tensors
 from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, FixedPointChanges
+from fedgrove.stages.tune.float_round import Bounds, FloatRound
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
@@ -45,15 +46,6 @@ KEPT_SCORE = 0.5  # weight of the old importance in the new one
 def pruned_linears(decoder: Decoder) -> list[str]:
     """The linears whose zeros must stay zero: pruned by an earlier stage, or before the run."""
     return [name for name in decoder.linear_names() if float((decoder.read_matrix(name) == 0).double().mean()) > FEW_ZEROS]
-
-
-def scale(config: Config, rank: int) -> float:
-    """The scale of an adapter: α/r; without α in the job, 2 at the largest rank and ∝ 1/√r below it.
-
-    With the latter, from rsLoRA (arXiv 2312.03732), an optimizer step changes the weight by about the same amount at
-    any rank, so that clients of low rank learn as fast.
-    """
-    return 2.0 * math.sqrt(config.ranks[-1] / rank) if config.alpha is None else config.alpha / rank
 
 
 @dataclass
@@ -130,12 +122,13 @@ class Tuning:
                 steps=config.importance_steps,
                 micro=assignment.micro,
                 learning_rate=config.learning_rate,
-                fixed=self._fixed(client),
+                fixed=self._fixed({}),
             )
             messages[client] = Message(request)
         cost = self.cost()
         clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
-        total = ImportanceSum(names, plan.weights(alike=self._client_noise() is not None))
+        weights = plan.weights(self._client_noise() is not None, config.most_tokens)
+        total = ImportanceSum(names, weights, config.most_tokens)
         self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
         importance = total.importance()
         if round_ > 0:
@@ -177,12 +170,16 @@ class Tuning:
         old = {name: state.state_of(name, shape) for name, shape in shapes.items()}
         ranks = {name: [one.ranks[name] for one in plan.clients.values() if name in one.ranks] for name in shapes}
         assigned = {client: one.ranks for client, one in plan.clients.items()}
-        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed)
+        bounds = Bounds(config.max_change, config.most_tokens)
+        folder = self.run.path / "work" / "changes"
+        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed, bounds, folder)
         heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
         for client in heard:
             if client in sums.losses:
                 state.metrics.append((client, "loss", sums.losses[client]))
             state.metrics.append((client, "seconds", clock.spent[client]))
+        for client in sums.finish():
+            self.run.message(f"{client}: its change is more than {config.max_change:g} times the median; it was scaled down")
         for name, shape in shapes.items():
             rank = max(ranks[name])
             if self.method.RANKED:
@@ -247,14 +244,13 @@ class Tuning:
     def _request(self, client: str, round_: int) -> Train:
         """The request to one client in a round."""
         config, assignment = self.config, self.plan.clients[client]
-        falling = 1 - 0.9 * round_ / max(1, config.rounds - 1) if config.lr_schedule == "linear" else 1.0
         return Train(
             **self._common(client, round_),
             parametrization=config.parametrization,
             trainer=config.trainer,
             shared_a=self.aggregation.SHARED_A,
             ranks=assignment.ranks,
-            scales={name: scale(config, rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
+            scales={name: config.scale(rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
             masked=self.masked,
             tokens=assignment.tokens,
             seen=self.state.seen.get(client, 0),
@@ -263,12 +259,12 @@ class Tuning:
                 steps=config.steps,
                 batch=assignment.batch,
                 micro=assignment.micro,
-                learning_rate=config.learning_rate * falling,
+                learning_rate=config.learning_rate_in(round_),
                 optimizer=config.optimizer,
                 max_grad_norm=config.max_grad_norm,
                 proximal=config.proximal,
             ),
-            fixed=self._fixed(client),
+            fixed=self._fixed(self.plan.widest()),
             windows=self._window_noise(client),
         )
 
@@ -278,13 +274,14 @@ class Tuning:
         starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
-    def _fixed(self, client: str) -> FixedPointChanges | None:
-        """A client's settings of fixed-point numbers; None if responses are floats."""
+    def _fixed(self, widest: dict[str, int]) -> FixedPointChanges | None:
+        """The settings of fixed-point numbers; None if responses are floats."""
         if self.config.precision != "fixed":
             return None
         noise = self._client_noise()
-        weight = self.plan.weights(alike=noise is not None)[client]
-        return FixedPointChanges(weight=weight, widest=self.plan.widest(), noise=noise)
+        clients = self.plan.clients.values()
+        everything = len(clients) if noise is not None else sum(min(one.tokens, self.config.most_tokens) for one in clients)
+        return FixedPointChanges(everything=everything, most=self.config.most_tokens, widest=widest, noise=noise)
 
     def _client_noise(self) -> ClientNoise | None:
         config = self.config

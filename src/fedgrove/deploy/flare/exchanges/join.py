@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from fedgrove.deploy.flare import ledger
 from fedgrove.deploy.flare.files import model_folder
-from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, torch_dtype
+from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, roster_number, torch_dtype
 from fedgrove.deploy.flare.leftovers import AGREED
 from fedgrove.deploy.flare.policy import Digest, Terms, refused_key, terms_of
 from fedgrove.engines.error_codes import Refusal
@@ -60,6 +60,11 @@ class JoinRun(SiteRequest):
         key = refused_key(settings.allow, terms)
         if key is not None:
             raise Refusal("refused", key)
+        if terms.secure:
+            number, _ = roster_number(kit)
+            if number != terms.roster:
+                raise Refusal("roster", str(number))
+            ledger.accept_roster(kit, number)
         try:
             path = model_folder(settings.models, terms.model, kit)
         except FedgroveError as error:

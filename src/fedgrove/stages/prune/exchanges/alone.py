@@ -9,11 +9,11 @@ from pydantic import Field
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import checkpoint_of, decoder_of
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Name, Samples
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
-from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.block import PruneBlock, alone_file, prune_block
 
 WINDOW = "window/"  # tensors of a request: token ids to evaluate on
@@ -37,6 +37,8 @@ class EvaluateAlone(Request):
     prune: PruneBlock
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        if tensors.keys() != {f"{WINDOW}{name}/{i}" for name, number in self.texts.items() for i in range(number)}:
+            raise client.error("the windows that came are not those that the request names; refused")
         for block in range(len(decoder_of(client, device))):
             if not alone_file(client, block).is_file():
                 for _ in prune_block(self.prune.model_copy(update={"block": block, "keep": True}), {}, client, device, {}):
@@ -56,6 +58,13 @@ class EvaluateAlone(Request):
             for part in (CHANGE, WEIGHT)
         }
 
-    def beyond(self, config: object) -> str | None:
-        assert isinstance(config, Config)
-        return "stage" if self.prune.stage != self.stage else self.prune.pass_beyond(config)
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return range(1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        if self.prune.stage != self.stage:
+            return "stage"
+        if self.prune.round != 0 or self.prune.block != 0 or self.prune.fixed_point is not None:
+            return "prune"
+        return self.prune.pass_beyond(job)

@@ -2,70 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from fedgrove import heap
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
+from fedgrove.client.server_weights import check_change
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
-from fedgrove.job.units import MAX_BLOCKS, Count, Index, Name, Positive, Sparsity
+from fedgrove.job.stage_config import Agreed
+from fedgrove.job.units import Index, Name, Positive
 from fedgrove.models.blocks import Call, Decoder, as_matrix
-from fedgrove.models.masks import Target
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Part, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Message, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.aggregation import ClientSolved, client_solved
-from fedgrove.stages.prune.calibration_pass import gather
+from fedgrove.stages.prune.calibration_pass import gather, windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import GROWTH, VALUE_BITS, FixedWeights, unit_of
-from fedgrove.stages.prune.pruners import Damping
+from fedgrove.stages.prune.recipe import Recipe
 
 START = "start/"  # tensors of a request: the weights that a round starts from, if they are not those of the client's own copy
-
-
-class Recipe(Part):
-    """How a client prunes blocks. With the client's text it determines the pruned weights, and so the hidden states after them.
-
-    Attributes:
-        pruner, damping: see :mod:`fedgrove.stages.prune.pruners`.
-        sparsities: of each block of the model; pattern: (n, m), where n of every m inputs are kept.
-        blocks: all blocks that this client is assigned in this round.
-    """
-
-    pruner: Name
-    damping: Damping
-    sparsities: Annotated[tuple[Sparsity, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
-    pattern: tuple[Count, Count] | None
-    blocks: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.pattern is not None and not self.pattern[0] < self.pattern[1]:
-            raise ValueError("pattern: n of every m inputs are kept, so n < m")
-        if max(self.blocks) >= len(self.sparsities):
-            raise ValueError(f"blocks: there is no block {max(self.blocks)} of {len(self.sparsities)}")
-        return self
-
-    def target(self, block: int) -> Target:
-        """How sparse a block becomes."""
-        return Target(self.sparsities[block], self.pattern)
-
-    @property
-    def through(self) -> str:
-        """``through`` of :class:`~fedgrove.client.hidden_states.Calibration` if text passes through blocks pruned this way."""
-        return f"own/{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]}"
 
 
 class Tokens(Reply):
@@ -133,7 +100,10 @@ class PruneBlock(Request):
         return self.method.SENDS
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        method, start = self.method, start_of(tensors)
+        method = self.method
+        start = start_of(tensors, decoder_of(client, device, self.calibration.compute_dtype), self.block, client)
+        if start and self.stage == self.round == 0:
+            raise client.error("the server sent weights before any stage could have changed them; refused")
         sent: Tensors = {}
         own: Tensors = {}
         try:
@@ -141,12 +111,16 @@ class PruneBlock(Request):
                 change, weight = method.weigh(before, after, mask, self.tokens)
                 if self.fixed_point is not None:
                     assert isinstance(weight, Tensor)
+                    if self.fixed_point.units.get(name) != unit_of(before, self.fixed_point.clients):
+                        raise client.error(f"the unit of the numbers of {name} does not follow from its weights; refused")
                     change = None if change is None else self.fixed_point.encode(name, change)
                     weight = weight.to(torch.uint8)
                 if change is not None:
                     sent[CHANGE + name] = change
                 sent[WEIGHT + name] = weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
                 del before, after, mask  # free these before the next iteration allocates its own
+            if self.fixed_point is not None and len(self.fixed_point.units) != sum(name.startswith(WEIGHT) for name in sent):
+                raise client.error("the request has units of linears that are not in the block; refused")
         except OutOfRange as error:
             raise client.error(
                 f"a pruned weight is more than {GROWTH} times the largest weight before pruning; raise samples"
@@ -193,39 +167,67 @@ class PruneBlock(Request):
             elif float(weight) != self.tokens:
                 raise WireError(f"{WEIGHT}{name} claims {float(weight):g} tokens")
 
-    def beyond(self, config: object) -> str | None:
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
         assert isinstance(config, Config)
         if config.method.SOLVED_AT != "client":
             return "kind"
-        return "aggregation" if self.aggregation != config.aggregation else self.pass_beyond(config)
+        if (self.fixed_point is not None) != job.secure:
+            return "fixed_point"
+        if self.fixed_point is not None and self.fixed_point.clients > len(job.clients):
+            return "fixed_point"
+        return "blocks" if self.block not in self.recipe.blocks else self.pass_beyond(job)
 
-    def pass_beyond(self, config: Config) -> str | None:
-        """Like :meth:`beyond`, but regardless of the aggregation: only the client's pass and its pruning are compared."""
-        calibration, recipe = self.calibration, self.recipe
+    def pass_beyond(self, job: Agreed) -> str | None:
+        """Like :meth:`beyond`, but also where no client sends blocks: only the client's pass and its pruning are compared."""
+        config, calibration, recipe = job.stages[self.stage], self.calibration, self.recipe
+        assert isinstance(config, Config)
+        everything = tuple(range(1 if config.protect_first_block else 0, len(recipe.sparsities)))
         asked = {
             "pruner": recipe.pruner,
             "damping": recipe.damping,
             "pattern": recipe.pattern,
+            "blocks": recipe.blocks if config.layers == "all" else None,
             "source": calibration.through,
             "compute_dtype": calibration.compute_dtype,
+            "windows_per_run": calibration.windows_per_run,
+            "aggregation": self.aggregation,
             "max_weight_growth": self.max_weight_growth,
+            "keep": self.keep,
         }
         agreed = {
             "pruner": config.pruner,
             "damping": config.damping_mode,
             "pattern": config.kept_of if config.pattern else None,
+            "blocks": everything if config.layers == "all" else None,
             "source": "dense" if config.calibration_source == "dense" else recipe.through,
             "compute_dtype": config.compute_dtype,
+            "windows_per_run": windows_at_once(calibration.samples, calibration.length, config.compute_dtype),
+            "aggregation": config.aggregation,
             "max_weight_growth": config.growth_limit,
+            "keep": job.alone and self.stage == 0 and self.round == 0,
         }
-        if not 0 <= self.round < config.rounds:
-            return "rounds"
-        return next((key for key in asked if asked[key] != agreed[key]), None)
+        differs = next((key for key in asked if asked[key] != agreed[key]), None)
+        least, most = config.sparsity_range
+        outside = any(not least <= sparsity <= most for sparsity in recipe.sparsities)
+        return differs or ("sparsities" if outside else None)
 
 
-def start_of(tensors: Tensors) -> Tensors:
-    """The weights that were sent with a request, by linear."""
-    return {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
+def start_of(tensors: Tensors, decoder: Decoder, block: int, client: LocalClient) -> Tensors:
+    """The weights of a block that were sent with a request, by linear.
+
+    Raises:
+        FedgroveError: they are not all linears of the block, or no stage makes such weights of the client's own.
+    """
+    start = {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
+    if start and (block < 0 or start.keys() != decoder.block_names(block).keys()):
+        raise client.error(f"the server sent other weights than those of block {block}; refused")
+    for name, weight in start.items():
+        own = decoder.read_linear(block, name)
+        if (weight.shape, weight.dtype) != (own.shape, own.dtype):
+            raise client.error(f"the server sent weights of another shape or dtype for {name}; refused")
+        check_change(name, own, weight, client)
+    return start
 
 
 def prune_block(

@@ -9,6 +9,7 @@ import torch
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Fraction, Name, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
@@ -70,15 +71,22 @@ class MeasureBlocks(Request):
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         check_range(tensors[MEASURED], self.calibration.samples)
 
-    def beyond(self, config: object) -> str | None:
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return range(1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config, calibration = job.stages[self.stage], self.calibration
         assert isinstance(config, Config)
         if config.method.SOLVED_AT != "client":
             return "kind"
         if not config.measures_blocks:
             return "allocation"
-        asked = (self.allocation, self.owl_m, self.owl_lambda, self.calibration.compute_dtype)
-        agreed = (config.allocation, config.owl_m, config.owl_lambda, config.compute_dtype)
-        names = ("allocation", "owl_m", "owl_lambda", "compute_dtype")
+        asked = (self.allocation, self.owl_m, self.owl_lambda, calibration.compute_dtype, calibration.through)
+        agreed = (config.allocation, config.owl_m, config.owl_lambda, config.compute_dtype, "dense")
+        if calibration.windows_per_run != 1:
+            return "windows_per_run"
+        names = ("allocation", "owl_m", "owl_lambda", "compute_dtype", "source")
         return next((name for name, one, other in zip(names, asked, agreed, strict=True) if one != other), None)
 
 

@@ -8,6 +8,7 @@ Each request carries only the previous block, so a client whose cache is gone ca
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from pydantic import Field
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MAX_BLOCKS, Count, Delta, Epsilon, Index, Linear, Linears, Natural
 from fedgrove.models.blocks import Decoder
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
@@ -111,11 +113,12 @@ class SumInputs(Request):
         decoder = decoder_of(client, device, calibration.compute_dtype)
         if self.block >= len(decoder):
             raise client.error(f"its model has {len(decoder)} blocks, but the request is for block {self.block}")
-        if noise and noise.inputs < sum(count_inputs(decoder)[noise.skips_first :]):
-            raise client.error("the noise is for fewer sums than the model has; refused")
+        if noise and noise.inputs != sum(count_inputs(decoder)[noise.skips_first :]):
+            raise client.error("the noise is for another number of sums than the model has; refused")
+        self._check_model(decoder, tensors, client)
         states = HiddenStates(client, calibration, decoder)
         calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
-        start = start_of(tensors)
+        start = start_of(tensors, decoder, self.block - 1, client)
         at = states.latest(self.block - 1 if start else self.block)
         if at is None and (self.block <= 1 or not start):
             windows = calibration_windows(client, calibration.samples, calibration.length, calibration.seed)
@@ -147,6 +150,20 @@ class SumInputs(Request):
             sums |= inputs[first].tensors()
         return Response(sums, Tokens(tokens=calibration.samples * calibration.length))
 
+    def _check_model(self, decoder: Decoder, tensors: Tensors, client: LocalClient) -> None:
+        """Refuses names and widths that are not those of the client's own model."""
+        linears = {name: decoder.blank_linear(self.block, name).shape[1] for name in decoder.block_names(self.block)}
+        firsts = set(self.consumers.values())
+        if self.consumers.keys() != linears.keys() or not firsts <= linears.keys():
+            raise client.error("the request names other linears than its model has; refused")
+        norms = self.noise.norms.keys() if self.noise else firsts
+        if self.widths != {name: linears[name] for name in firsts} or norms != firsts or not set(self.products) <= firsts:
+            raise client.error("the request names other inputs than its model has; refused")
+        for name in firsts:
+            scale = tensors.get(SCALE + name)
+            if scale is None or scale.shape != (linears[name],) or scale.dtype != torch.float32 or bool((scale <= 0).any()):
+                raise client.error(f"the factors of the input of {name} are missing, or no positive numbers; refused")
+
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         return expected(self.widths, self.products, self.moments)
 
@@ -160,26 +177,49 @@ class SumInputs(Request):
         moments = self.calibration.length if self.moments else 0
         check_sums(tensors, self.widths, self.products, self.calibration.samples, self.limit, moments=moments)
 
-    def beyond(self, config: object) -> str | None:
+    def beyond(self, job: Agreed) -> str | None:
+        config, calibration, noise = job.stages[self.stage], self.calibration, self.noise
         assert isinstance(config, Config)
         if config.method.SOLVED_AT != "server":
             return "kind"
         if self.block == 0 and config.protect_first_block:
             return "protect_first_block"
-        if self.calibration.through != "dense" and config.calibration_source == "dense":
+        if calibration.through != "dense" and (
+            config.calibration_source == "dense" or not calibration.through.startswith("server/")
+        ):
             return "source"
-        if self.calibration.compute_dtype != config.compute_dtype:
+        if calibration.compute_dtype != config.compute_dtype:
             return "compute_dtype"
+        if calibration.windows_per_run != 1:
+            return "windows_per_run"
         if self.products and config.solver.NEEDS != "gram":
             return "products"
-        if self.moments and config.solver.NEEDS != "moments":
+        if self.moments != (config.solver.NEEDS == "moments"):
             return "moments"
-        if (config.epsilon is None) != (self.noise is None):
+        if self.limit not in limits(calibration.samples * calibration.length, len(job.clients), job.secure):
+            return "limit"
+        if (config.epsilon is None) != (noise is None):
             return "epsilon"
-        noise = self.noise
-        if noise and (noise.epsilon > (config.epsilon or 0) or noise.skips_first != config.protect_first_block):
+        if noise and (noise.epsilon != config.epsilon or noise.skips_first != config.protect_first_block):
             return "epsilon"
-        return "delta" if self.noise and self.noise.delta > config.delta else None
+        return "delta" if noise and noise.delta != config.delta else None
+
+
+@lru_cache(maxsize=64)
+def limits(tokens: int, clients: int, secure: bool) -> frozenset[int]:
+    """The numbers to which a server that follows the job can limit a client's sums.
+
+    A client that has more than it may send fails, and the server sees that. So a limit that the server chooses would be a
+    question about the client's own sums, also under secure aggregation.
+
+    Args:
+        tokens: of each client.
+        clients: how many may take part.
+        secure: whether sums are computed under secure aggregation.
+    """
+    if not secure:
+        return frozenset(largest_per_client(number) for number in range(1, clients + 1))
+    return frozenset(masked_limit(ring_bits(number * tokens), number) for number in range(1, clients + 1))
 
 
 def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:
@@ -210,9 +250,10 @@ class InputSums(IntegerSums):
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
         """Lowers the clients' limits so that the sum fits in the ring."""
         self._largest = 2 ** (self._ring - 2)
+        limit = masked_limit(self._ring, len(messages))
         limited: dict[str, Message] = {}
         for client, message in messages.items():
-            request = self._requests[client].model_copy(update={"limit": self._largest // len(messages)})
+            request = self._requests[client].model_copy(update={"limit": limit})
             self._requests[client] = request
             limited[client] = Message(request, message.tensors)
         return limited
@@ -253,3 +294,8 @@ def _requests_of(messages: Mapping[str, Message]) -> dict[str, SumInputs]:
 def largest_per_client(clients: int) -> int:
     """The largest number that each of so many clients may send without secure aggregation."""
     return LARGEST // clients
+
+
+def masked_limit(bits: int, clients: int) -> int:
+    """The largest number that each of so many clients may send in a ring of so many bits."""
+    return int(2 ** (bits - 2)) // clients

@@ -12,6 +12,7 @@ from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
+from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Name
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.width import family_of, width_of
@@ -91,9 +92,15 @@ class ScoreGroups(Request):
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         check_values(tensors, score_of(self.score).SIGNED, self.limit)
 
-    def beyond(self, config: object) -> str | None:
+    def beyond(self, job: Agreed) -> str | None:
+        config, calibration = job.stages[self.stage], self.calibration
         assert isinstance(config, Config)
-        return "score" if self.score != config.score else None
+        if self.score != config.score:
+            return "score"
+        if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("gradients", 1, None):
+            return "source"
+        # a client that has more than it may send fails, and the server sees that: a chosen limit would be a question
+        return None if self.limit in {LARGEST // number for number in range(1, len(job.clients) + 1)} else "limit"
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], signed: bool, limit: int) -> None:

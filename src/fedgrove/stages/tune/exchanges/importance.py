@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
+from pydantic import model_validator
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, Natural, NonNegative
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
@@ -20,6 +22,7 @@ from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.fixed_point import FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.personal import hold_out
+from fedgrove.stages.tune.planners import planner_of
 from fedgrove.stages.tune.training import Settings, draw
 
 IMPORTANCE = f"{CHANGE}importance"
@@ -46,7 +49,7 @@ class ScoreLinears(TuneRequest):
     KIND: ClassVar[str] = "tune/importance"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.IMPORTANCE})
     REPLY: ClassVar[type[Reply]] = Tokens
-    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "micro", "fixed.weight"})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "micro"})
 
     tokens: Natural
     steps: Count
@@ -57,7 +60,10 @@ class ScoreLinears(TuneRequest):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder, ids, labels = self.model_and_windows(client, device)
         tokens = ids.numel()
+        self.own_text(client, self.tokens, tokens)
         (ids, labels), _ = hold_out(ids, labels, self.personal)
+        if tensors:
+            raise client.error("the server sent tensors with a request that has none; refused")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
         settings = Settings(steps=self.steps, batch=self.micro, micro=1, learning_rate=self.learning_rate)
         batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")
@@ -65,7 +71,7 @@ class ScoreLinears(TuneRequest):
         if self.fixed is None:
             return Response({IMPORTANCE: scores}, Tokens(tokens=tokens))
         parts = torch.tensor(list(scoring.normalized(scores, list(shapes)).values()), dtype=torch.float64)
-        return Response(fixed_point.encode({"importance": parts}, self.fixed.weight), Tokens(tokens=tokens))
+        return Response(fixed_point.encode({"importance": parts}, self.fixed.weight(tokens)), Tokens(tokens=tokens))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
@@ -78,11 +84,38 @@ class ScoreLinears(TuneRequest):
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.fixed is not None:
-            fixed_point.check(tensors, self.fixed.weight)
+            fixed_point.check(tensors, self.fixed.weight(self.tokens))
 
-    def beyond(self, config: object) -> str | None:
+    @model_validator(mode="after")
+    def _has_weight(self) -> Self:
+        if self.fixed is not None and self.fixed.weight(self.tokens) > 1:
+            raise ValueError("fixed.everything: it is less than this client's part")
+        return self
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        """Before the first round, and wherever the clients' ranks are planned again."""
         assert isinstance(config, Config)
-        return "epsilon" if config.epsilon is not None else super().beyond(config)
+        return range(0, config.rounds, config.replan_every or config.rounds)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.epsilon is not None:
+            return "epsilon"
+        if not planner_of(config.planner).NEEDS_IMPORTANCE:
+            return "planner"
+        if self.steps != config.importance_steps:
+            return "steps"
+        if self.learning_rate != config.learning_rate:
+            return "learning_rate"
+        if self.micro > max(config.batches):
+            return "micro"
+        if (self.fixed is not None) != (config.precision == "fixed"):
+            return "fixed"
+        if self.fixed is not None and (self.fixed.noise or self.fixed.widest or self.fixed.most != config.most_tokens):
+            return "fixed"
+        return super().beyond(job)
 
 
 def check_tokens(claimed: int, said: int) -> None:
@@ -101,10 +134,11 @@ class ImportanceSum:
     Args:
         names: of the linears, in the model's order.
         weights: by client, in a sum of fixed-point numbers.
+        most: the largest number of a client's tokens that counts.
     """
 
-    def __init__(self, names: list[str], weights: Mapping[str, float]):
-        self._names, self._weights = names, weights
+    def __init__(self, names: list[str], weights: Mapping[str, float], most: int):
+        self._names, self._weights, self._most = names, weights, most
         self._scores = WeightedSum()
         self._fixed: tuple[torch.Tensor, float] | None = None
 
@@ -121,7 +155,7 @@ class ImportanceSum:
         assert isinstance(reply, Tokens)
         scores = tensors[IMPORTANCE]
         if scores.is_floating_point():
-            self._scores.add(scores, float(reply.tokens))
+            self._scores.add(scores, float(min(reply.tokens, self._most)))
             return
         total, weight = self._fixed or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
         self._fixed = total + scores.long(), weight + self._weights[client]

@@ -6,16 +6,23 @@ import math
 import shutil
 from typing import ClassVar
 
+import torch
+
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, Line, Linears, Name, NonNegative
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
+from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, parametrization_of
 from fedgrove.stages.tune.personal import best, hold_out, mean_loss
+from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
+
+REST = "rest"  # tensors of a request: the shared change
 
 
 class Losses(Reply):
@@ -56,12 +63,16 @@ class ComparePersonal(TuneRequest):
         if held_out is None or best_adapter is None:
             return Response({}, Losses(shared=None, own=None))
         own, changes = best_adapter
+        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        if not set(self.masked) <= shapes.keys():
+            raise client.error("the request names linears that its model does not have; refused")
+        largest = {REST: {name: 2 * min(shape) for name, shape in shapes.items()}}
+        check_parts(tensors, method, shapes, largest, [torch.float32, torch.bfloat16], False, client)
+        named = sorted({key.split("/")[1] for key in tensors})
+        starts = {name: method.start({}, parts_of(tensors, REST, name), shapes[name], 0, name, self.seed) for name in named}
+        check_growth(method, {name: begun.rest for name, begun in starts.items()}, decoder, client)
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
         model = load(decoder, self.bits)
-        starts = {}
-        for name in sorted({key.split("/")[1] for key in tensors}):
-            parts = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.startswith(f"rest/{name}/")}
-            starts[name] = method.start({}, parts, decoder.read_shape(name), 0, name, self.seed)
         method.attach(model, starts, Attachment({}, masks))
         shared = mean_loss(model, held_out, self.micro)
         out = client.folder / "personal" / f"stage-{self.stage}"
@@ -71,6 +82,20 @@ class ComparePersonal(TuneRequest):
         else:
             shutil.rmtree(out, ignore_errors=True)
         return Response({}, Losses(shared=shared, own=own))
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        """After the last round."""
+        return range(config.number_of_rounds(), config.number_of_rounds() + 1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if not config.personal:
+            return "personal"
+        if self.parametrization != config.parametrization:
+            return "parametrization"
+        return "micro" if self.micro > max(config.batches) else super().beyond(job)
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Losses)

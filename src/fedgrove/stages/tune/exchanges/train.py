@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedgrove.client.devices import other_devices
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
+from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MOST, Count, Linear, Linears, Name, Natural, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
-from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
-from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point, training
-from fedgrove.stages.tune.aggregation import Aggregation
-from fedgrove.stages.tune.changes import Start, State
+from fedgrove.stages.tune.agreed import beyond
+from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.importance import check_tokens
@@ -28,6 +28,7 @@ from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
+from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
 from fedgrove.stages.tune.train_settings import Training, WindowNoise
 from fedgrove.stages.tune.trainers import trainer_of
 
@@ -74,7 +75,7 @@ class Train(TuneRequest):
     )
     REPLY: ClassVar[type[Reply]] = Trained
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
-        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "fixed.weight", "windows.noise"}
+        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "windows.noise"}
     )
 
     parametrization: Name
@@ -89,6 +90,12 @@ class Train(TuneRequest):
     training: Training
     fixed: FixedPointChanges | None = None
     windows: WindowNoise | None = None
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> Self:
+        if self.fixed is not None and self.fixed.weight(self.tokens) > 1:
+            raise ValueError("fixed.everything: it is less than this client's part")
+        return self
 
     @property
     def noisy(self) -> bool:
@@ -126,19 +133,26 @@ class Train(TuneRequest):
             raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
         decoder, ids, labels = self.model_and_windows(client, device)
         tokens = ids.numel()
+        self.own_text(client, self.tokens, tokens)
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
         noise = self.windows or (self.fixed and self.fixed.noise)
         if noise and not self.round < noise.rounds:
             raise client.error(f"round {self.round + 1} of {noise.rounds}: its privacy budget is spent")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        named = {*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}
+        if not named <= shapes.keys():
+            raise client.error("the request names linears that its model does not have; refused")
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
-        model = load(decoder, self.bits)
+        check_parts(tensors, method, shapes, self._largest(shapes), [getattr(torch, self.dtype)], self.shared_a, client)
         starts = {
             name: method.start(
-                _parts(tensors, OWN, name), _parts(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
+                parts_of(tensors, OWN, name), parts_of(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
             )
             for name, shape in shapes.items()
         }
+        if not self.noisy:  # noise protects the text whatever the weights are, and makes them grow
+            check_growth(method, {name: begun.own.plus(begun.rest) for name, begun in starts.items()}, decoder, client)
+        model = load(decoder, self.bits)
         gradient_masks = method.attach(model, starts, Attachment(self.scales, masks, self.shared_a))
         work = training.Work(
             ids,
@@ -165,6 +179,11 @@ class Train(TuneRequest):
         except FedgroveError as error:
             raise client.error(str(error)) from error
 
+    def _largest(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+        """The largest rank of what is sent: of a client's own part its rank, of the rest what a matrix can have."""
+        full = {name: min(shape) + max(self.ranks.values(), default=0) for name, shape in shapes.items()}
+        return {OWN: {name: self.ranks.get(name, 0) for name in shapes}, REST: full}
+
     def _packed(
         self,
         method: Parametrization,
@@ -188,7 +207,7 @@ class Train(TuneRequest):
             for name, change in trained.items()
             for part, value in method.round_change(change, starts[name], self.shared_a).items()
         }
-        mechanism = self.fixed.noise.mechanism(self.fixed.weight) if self.fixed.noise else None
+        mechanism = self.fixed.noise.mechanism(self.fixed.weight(tokens)) if self.fixed.noise else None
         if mechanism:
             changes = mechanism.clip(changes)
         values: dict[str, Tensor] = {}
@@ -199,7 +218,7 @@ class Train(TuneRequest):
             )
         if loss is not None and not mechanism:
             values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
-        numbers = fixed_point.encode(values, self.fixed.weight)
+        numbers = fixed_point.encode(values, self.fixed.weight(tokens))
         return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=tokens)
 
     def _fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
@@ -234,42 +253,17 @@ class Train(TuneRequest):
         if self.fixed is None:
             fixed_point.check_floats(tensors)
             return
-        fixed_point.check(tensors, self.fixed.weight)
+        fixed_point.check(tensors, self.fixed.weight(self.tokens))
         for name, tensor in tensors.items():
             linear = name.removeprefix(CHANGE).rpartition("/")[0]
             rank = self.ranks.get(linear, 0) if self.method.RANKED else None
             if linear and rank is not None and tensor[:, rank:].any():
                 raise WireError(f"{name} has columns that this client does not train")
 
-    def beyond(self, config: object) -> str | None:
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
         assert isinstance(config, Config)
-        asked = {
-            "parametrization": self.parametrization, "trainer": self.trainer, "steps": self.training.steps,
-            "shared_a": self.shared_a, "fixed": self.fixed is not None,
-        }  # fmt: skip
-        agreed = {
-            "parametrization": config.parametrization, "trainer": config.trainer, "steps": config.steps,
-            "shared_a": config.aggregation_method.SHARED_A, "fixed": config.precision == "fixed",
-        }  # fmt: skip
-        differs = next((key for key in asked if asked[key] != agreed[key]), None)
-        if self.round >= config.rounds:
-            return "rounds"
-        if differs is None and config.epsilon is not None:
-            noise = self.windows if config.trainer_method.PRIVATE else (self.fixed.noise if self.fixed else None)
-            if (
-                noise is None
-                or noise.epsilon > config.epsilon
-                or noise.delta > config.delta
-                or noise.rounds < config.rounds
-                or noise.clip != config.dp_clip
-            ):
-                return "epsilon"
-        return differs or super().beyond(config)
-
-
-def _parts(tensors: Tensors, kind: str, name: str) -> Tensors:
-    start = f"{kind}/{name}/"
-    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+        return beyond(self, config, job.secure, len(job.clients)) or super().beyond(job)
 
 
 def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a: bool) -> Tensors:
@@ -281,60 +275,6 @@ def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a
         for part, value in change.parts().items()
         if not (shared_a and part == "a")
     }
-
-
-class FloatRound:
-    """The server's half if clients send floats: clients are added one by one to the aggregation's sum of each linear.
-
-    Args:
-        states: by linear, for those that are tuned.
-        ranks: by linear, the ranks of this round's clients.
-        assigned: by client and linear, the rank.
-        seed: of the stage, from which a shared A is generated.
-    """
-
-    def __init__(
-        self,
-        method: Parametrization,
-        aggregation: Aggregation,
-        states: Mapping[str, State[Any]],
-        ranks: Mapping[str, list[int]],
-        assigned: Mapping[str, Mapping[str, int]],
-        seed: str,
-    ):
-        self._method, self._aggregation, self._states, self._assigned, self._seed = method, aggregation, states, assigned, seed
-        self.sums = {name: aggregation.sums(states[name], ranks[name]) for name in states}
-        self.losses: dict[str, float] = {}
-        self._loss = WeightedSum()
-
-    def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:
-        """Always raises FedgroveError: floats cannot be summed securely. Such jobs are refused when they are loaded."""
-        raise FedgroveError(
-            "privacy.secure_aggregation: only fixed-point numbers can be summed securely", 'set precision = "fixed"'
-        )
-
-    def ring_bits(self) -> int:
-        """See :meth:`fedgrove.rounds.aggregator.base.Accumulator.ring_bits`."""
-        return 64
-
-    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
-        """Adds a client's changes, weighted by its tokens."""
-        assert isinstance(reply, Trained)
-        if reply.loss is not None:
-            self._loss.add(torch.tensor(reply.loss, dtype=torch.float64), float(reply.tokens))
-            self.losses[client] = reply.loss
-        for name, rank in self._assigned[client].items():
-            own = self._aggregation.begin(self._states[name], rank).own
-            change = self._method.received(_parts(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
-            self._aggregation.add(self.sums[name], change, float(reply.tokens))
-
-    def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        """Not possible: see :meth:`masked`."""
-        raise NotImplementedError
-
-    def loss(self) -> float | None:
-        """The weighted mean of the clients' losses; None if no client reported one."""
-        return float(self._loss.mean()) if self.losses else None
 
 
 class WholeRound(IntegerSums):
@@ -377,6 +317,6 @@ class WholeRound(IntegerSums):
         return columns
 
     def _weight_of(self, client: str) -> float:
-        fixed = self._requests[client].fixed
-        assert fixed is not None
-        return fixed.weight
+        request = self._requests[client]
+        assert request.fixed is not None
+        return request.fixed.weight(request.tokens)

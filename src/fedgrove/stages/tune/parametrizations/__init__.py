@@ -54,6 +54,7 @@ class Parametrization(Protocol):
         RELATIVE: True: clients send the difference that a round made; False: the values at the end of the round.
         PRIVATE: whether it can be trained with differential privacy.
         PERSONAL: whether clients can keep a personal change.
+        FROZEN: whether the weights themselves stay as they are, so that they can be held in fewer bits; if not, in 32.
     """
 
     FORM: Form
@@ -63,6 +64,7 @@ class Parametrization(Protocol):
     RELATIVE: bool
     PRIVATE: bool
     PERSONAL: bool
+    FROZEN: bool
 
     def none(self, shape: tuple[int, int]) -> Any:
         """The zero change of a weight (out, in)."""

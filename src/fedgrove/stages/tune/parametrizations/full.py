@@ -29,6 +29,7 @@ RANKED = False
 RELATIVE = True
 PRIVATE = False
 PERSONAL = False
+FROZEN = False
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ RANKED = False
 RELATIVE = True
 PRIVATE = True
 PERSONAL = False
+FROZEN = True
 
 
 @dataclass(frozen=True)

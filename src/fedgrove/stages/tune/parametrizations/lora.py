@@ -37,6 +37,7 @@ RANKED = True
 RELATIVE = False
 PRIVATE = True
 PERSONAL = True
+FROZEN = True
 
 OWN, REST = "own", "rest"  # the adapter that is trained, and the frozen one that is only added
 

@@ -1,0 +1,48 @@
+"""Bounds of the weights that a server sends, before a client's text passes through them.
+
+A model of the server's own choice could make what a client then sends reveal its text (Fowl et al., ICLR 2023). So a client
+takes only what a stage could have made of its own weights: finite, no larger, zeros stay zeros, and no weight matrix may grow
+beyond :data:`GROWTH` times its norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedgrove.client.local_client import LocalClient
+
+GROWTH = 2.0  # the largest norm of a changed tensor, in units of the norm of the client's own
+FEW_ZEROS = 0.001  # a linear with a larger fraction of zeros counts as pruned, and its zeros stay
+
+
+def check_change(name: str, own: Tensor, new: Tensor, client: LocalClient) -> None:
+    """Refuses a tensor that no stage makes of the client's own one.
+
+    Args:
+        name: of the tensor.
+        own: the client's own.
+        new: from the server; smaller than the client's own after structured pruning.
+
+    Raises:
+        FedgroveError: the tensor is not finite, larger than the client's own, has grown, or has weights where the
+            client's own has zeros.
+    """
+    own, new = own.float(), new.float()
+    if new.dim() != own.dim() or any(size > own_size for size, own_size in zip(new.shape, own.shape, strict=True)):
+        raise client.error(f"the server sent weights of another shape for {name}; refused")
+    check_growth(name, own, new, client)
+    zeros = own == 0
+    if new.shape == own.shape and float(zeros.float().mean()) > FEW_ZEROS and bool((new[zeros] != 0).any()):
+        raise client.error(f"the server sent weights for {name} where its own are zero; refused")
+
+
+def check_growth(name: str, own: Tensor, new: Tensor, client: LocalClient) -> None:
+    """Refuses weights that are not finite, or whose norm grew too much.
+
+    Raises:
+        FedgroveError: they are.
+    """
+    if not bool(torch.isfinite(new).all()) or float(new.norm()) > GROWTH * float(own.norm()):
+        what = f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused"
+        raise client.error(f"{what} (if all are honest, lower learning_rate)")
