@@ -45,6 +45,11 @@ class ModelCost:
         return sum(rows * columns for rows, columns in self.linears.values())
 
 
+def count_parameters(decoder: Decoder) -> int:
+    """How many numbers a model has; tied weights count once, whether they are loaded or not."""
+    return sum(parameter.numel() for name, parameter in decoder.model.named_parameters() if name not in decoder.ties)
+
+
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     """Counts a model's weights, and measures the activations that one of its blocks saves for a window's backward pass.
 
@@ -80,7 +85,7 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
         block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
     tuned = map(decoder.blocks[0].get_submodule, decoder.block_names(0))
     in_linears = sum(cast(torch.Tensor, module.weight).numel() for module in tuned)
-    total = sum(parameter.numel() for parameter in decoder.model.parameters())
+    total = count_parameters(decoder)
     return ModelCost(
         linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
         others=total - len(decoder) * in_linears,

@@ -270,14 +270,13 @@ def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: Stat
     shapes, inputs = list(block.shapes.values()), block.inputs
     parameters = sum(rows * columns for rows, columns in shapes)
     distinct = list(inputs.values())
-    widest = max(distinct)
+    effort, widest = effort_of(config.pruner), max(distinct)
     samples = capabilities.samples or config.samples
     tokens = samples * config.length
 
     sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
     statistics = sum(sums.values())
-    effort = effort_of(config.pruner)
-    workspace = int(effort.squares * widest**2 / 2) if needs == "gram" else 0  # in float32
+    workspace = effort.squares * widest**2 // 2 if needs == "gram" else 0  # in float32
     largest = max(rows * columns for rows, columns in shapes)
     together = windows_at_once(samples, config.length, config.compute_dtype) if config.method.SOLVED_AT == "client" else 1
     window = together * config.length * (6 * block.width + 4 * widest)
@@ -285,8 +284,7 @@ def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: Stat
     multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
     forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
     gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
-    factors, products = sum(4 * w**3 / 3 for w in distinct), sum(2 * rows * w * w for rows, w in shapes)
-    solve = effort.factors * factors + effort.products * products if needs == "gram" else 0
+    solve = effort.operations(shapes, distinct) if needs == "gram" else 0
     sparsity = _target_of(config, capabilities).sparsity
     upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
     if {Disclosure.MASKS} == config.method.SENDS:
@@ -303,7 +301,7 @@ def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: Stat
     width = 2 if config.compute_dtype == "bfloat16" else 4
     gathering = 8 * statistics + width * (block.numel + window)
     solving = (
-        8 * (statistics + workspace) + int(4 * effort.matrices) * largest + parameters * (block.dtype.itemsize + 1)
+        8 * (statistics + workspace) + 4 * effort.matrices * largest + parameters * (block.dtype.itemsize + 1)
     )  # weights and mask
     if config.method.SOLVED_AT == "server":
         gathering, solving = gathering + width * block.ends, 0

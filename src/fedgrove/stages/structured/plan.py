@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder, linears
-from fedgrove.models.cost import measure_cost
+from fedgrove.models.cost import count_parameters, measure_cost
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
@@ -83,7 +83,7 @@ def make_plan(
     block, narrow_block = (
         sum(parameter.numel() for parameter in model.blocks[0].parameters()) for model in (decoder, narrower)
     )
-    parameters = sum(parameter.numel() for parameter in decoder.model.parameters())
+    parameters = count_parameters(decoder)
     in_linears = sum(weight.numel() for module in linears(decoder.blocks[0]).values() for weight in module.parameters())
     logits = config.length * cost.vocabulary
     memory = 4 * (cost.others + max(block + 3 * cost.saved, 5 * logits)) + 2**24

@@ -13,6 +13,7 @@ result is the pruned weight, zero where the mask is False, and the mask (True = 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
@@ -50,10 +51,15 @@ class Effort:
         factors: how often (in, in) is factored.
     """
 
-    squares: float = 1
-    matrices: float = 6
+    squares: int = 1
+    matrices: int = 6
     products: float = 0.5
-    factors: float = 1
+    factors: float = 1.0
+
+    def operations(self, shapes: Iterable[tuple[int, int]], inputs: Iterable[int]) -> float:
+        """Floating-point operations for linears of these shapes, (out, in), whose different inputs have these widths."""
+        factors, products = sum(4 * width**3 / 3 for width in inputs), sum(2 * rows * width**2 for rows, width in shapes)
+        return self.factors * factors + self.products * products
 
 
 def effort_of(name: str) -> Effort:
