@@ -9,9 +9,9 @@ demo: .venv/installed
 	rm -rf fedgrove-demo
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
-# Three workers on two cores: the tests of federations and of time limits mostly wait.
+# Four workers on two cores: the tests of federations and of time limits mostly wait.
 test: lint site
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not federation"
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not federation"
 
 # Before every commit, in under a minute: lint, types, and the tests of formulas and formats, which start no process.
 UNIT := accounting errors events files gaussian job masks plan prune_aggregation pruners release secagg_attacks \

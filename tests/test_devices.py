@@ -25,12 +25,13 @@ from small import LENGTH, Small
 PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH, "compute_dtype": "float32"}
 SUMS = {**PRUNE, "aggregation": "pooled"}
 CUT = {"kind": "structured", "heads": 0.0, "samples": 2, "length": LENGTH}
-TUNE = {"kind": "tune", "planner": "uniform", "rounds": 2, "steps": 1, "length": LENGTH, "batches": [2], "bits": [32]}
+TUNE = {"kind": "tune", "planner": "uniform", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "bits": [32]}
 LORA = {**TUNE, "parametrization": "lora"}
 SECURE = {"secure_aggregation": True}
 JOBS: dict[str, dict[str, Any]] = {
     "votes": {"stages": [PRUNE]},
     "votes of sparsegpt, two rounds": {"stages": [{**PRUNE, "pruner": "sparsegpt", "rounds": 2}]},
+    "votes of alps": {"stages": [{**PRUNE, "pruner": "alps"}]},
     "votes, masked": {"stages": [PRUNE], "privacy": SECURE},
     "plain average": {"stages": [{**PRUNE, "aggregation": "fedavg", "pruner": "magnitude"}]},
     "fedprllm, owl": {"stages": [{**PRUNE, "aggregation": "fedprllm", "allocation": "owl"}]},
@@ -43,7 +44,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "sums, owl": {"stages": [{**SUMS, "allocation": "owl"}]},
     "structured": {"stages": [CUT]},
     "fedpipe": {"stages": [{**TUNE, "planner": "fedpipe"}]},
-    "lora": {"stages": [LORA]},
+    "lora": {"stages": [{**LORA, "rounds": 2}]},
     "lora, masked": {"stages": [{**LORA, "precision": "fixed", "aggregation": "ffa_lora"}], "privacy": SECURE},
     "full": {"stages": [{**TUNE, "parametrization": "full"}]},
     "ia3": {"stages": [{**TUNE, "parametrization": "ia3"}]},
