@@ -3,14 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu-test fuzz federation-test federation-errors lint docs site clean
+.PHONY: demo test pytest check gpu-test fuzz federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
-# Four workers on two cores: the tests of federations and of time limits mostly wait.
-test: lint site
+# Lint and the site beside the tests. Four workers on two cores: the tests of federations and of time limits mostly wait.
+test: .venv/installed
+	$(MAKE) --jobs 3 lint site pytest
+
+pytest: .venv/installed
 	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not federation"
 
 # Before every commit, in under a minute: lint, types, and the tests of formulas and formats, which start no process.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -348,22 +350,36 @@ def test_a_graph_of_masks_that_the_server_chooses_opens_no_part(tmp_path: Path, 
         assert opened_part(federation, half, masked, revealed) is None
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Federation, list[str]]]:
+    """A sum of so many clients up to the shares that they reveal, and its survivors; made once."""
+
+    @cache
+    def run(number: int) -> tuple[Federation, list[str]]:
+        federation = Federation(tmp_path_factory.mktemp(f"honest-{number}"), number)
+        gone = federation.names[-1:] if number > 6 else []
+        survivors, _ = federation.run(inputs_of(federation.names), {"masked": gone})
+        return federation, survivors
+
+    return run
+
+
 @pytest.mark.parametrize("number", [3, 4, 6, 9, 12, 16, 60])
 @pytest.mark.parametrize("value", ["random", "zero", "largest", "another's"])
-def test_wrong_shares_are_left_out_and_their_holders_named(tmp_path: Path, number: int, value: str) -> None:
-    federation = Federation(tmp_path, number)
-    inputs = inputs_of(federation.names)
-    gone = federation.names[-1:] if number > 6 else []
-    survivors, _ = federation.run(inputs, {"masked": gone})
+def test_wrong_shares_are_left_out_and_their_holders_named(
+    honest: Callable[[int], tuple[Federation, list[str]]], number: int, value: str
+) -> None:
+    federation, survivors = honest(number)
+    revealed = copy.deepcopy(federation.revealed)
     liars = survivors[:1] if number < 9 else survivors[:2]
     for liar in liars:
-        for owner, shares in federation.revealed[liar].items():
+        for owner, shares in revealed[liar].items():
             for which in shares:
-                other = federation.revealed[survivors[-1]].get(owner, {}).get(which, "0")
+                other = revealed[survivors[-1]].get(owner, {}).get(which, "0")
                 lie = {"random": f"{12345 + len(owner):034x}", "zero": "0" * 34, "largest": "f" * 34, "another's": other}
                 shares[which] = lie[value]
     opening = federation.summed()
-    assert same(opening.open(federation.revealed), total(inputs, survivors))
+    assert same(opening.open(revealed), total(inputs_of(federation.names), survivors))
     assert opening.liars == set(liars)
 
 
