@@ -185,7 +185,7 @@ def one_round(folder: Path, method: str, aggregation: str, lie: float, tokens: i
     state = State(what.none((OUT, IN)), what.none((OUT, IN)))
     assigned = {f"c{number}": {"x": RANK if what.RANKED else 1} for number in range(HONEST + 1)}
     ranks = {"x": [one["x"] for one in assigned.values()]}
-    sums = FloatRound(what, how, {"x": state}, ranks, assigned, "s", Bounds(4.0, 2 * TOKENS), folder)
+    sums = FloatRound(what, how, {"x": state}, {"x": (OUT, IN)}, ranks, assigned, "s", Bounds(4.0, 2 * TOKENS), folder)
     shapes = {name: shape for name, (shape, _) in what.expected((OUT, IN), RANK, torch.float32, how.SHARED_A).items()}
     for number, client in enumerate(assigned):
         liar = number == HONEST
@@ -232,7 +232,7 @@ def test_two_clients_have_no_median_to_be_compared_with(tmp_path: Path) -> None:
     what, how = parametrization_of("full"), aggregation_of("fedavg")
     state = State(what.none((OUT, IN)), what.none((OUT, IN)))
     assigned = {"a": {"x": 1}, "b": {"x": 1}}
-    sums = FloatRound(what, how, {"x": state}, {"x": [1, 1]}, assigned, "s", Bounds(4.0, TOKENS), tmp_path)
+    sums = FloatRound(what, how, {"x": state}, {"x": (OUT, IN)}, {"x": [1, 1]}, assigned, "s", Bounds(4.0, TOKENS), tmp_path)
     for client, size in (("a", 1.0), ("b", 9.0)):
         sums.add(client, {"change/x/weight": torch.full((OUT, IN), size)}, Trained(tokens=9, loss=1.0))
     assert sums.finish() == []

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import training_windows
 from fedgrove.job.stage_config import Agreed
-from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Word
+from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Natural, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width
 from fedgrove.rounds.request import Request
+from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.fixed_point import FixedPointChanges
 
 DIGEST = "request"  # in a file's metadata: the hash of the request that brought it
 
@@ -78,18 +80,45 @@ class TuneRequest(Request):
             return "bits"
         return "personal" if self.personal != config.personal else None
 
-    def own_text(self, client: LocalClient, tokens: int, counted: int) -> None:
-        """Refuses a request that gives the client another number of tokens, its weight, than its text has.
 
-        Args:
-            tokens: as the request says.
-            counted: in the client's windows.
+class TrainingRequest(TuneRequest):
+    """A request whose response is weighted by the number of tokens of the client's text.
+
+    Attributes:
+        tokens: of the client's text, as the client reported it.
+        fixed: the settings of fixed-point numbers; None: floats.
+    """
+
+    tokens: Natural
+    fixed: FixedPointChanges | None = None
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> Self:
+        if self.fixed is not None and self.weight > 1:
+            raise ValueError("fixed.everything: it is less than this client's part")
+        return self
+
+    @property
+    def weight(self) -> float:
+        """The client's weight in a sum of fixed-point numbers."""
+        assert self.fixed is not None
+        return self.fixed.weight(self.tokens)
+
+    def model_and_windows(self, client: LocalClient, device: str) -> tuple[Decoder, Tensor, Tensor]:
+        """As :meth:`TuneRequest.model_and_windows`; also refuses another number of tokens than the windows have."""
+        decoder, ids, labels = super().model_and_windows(client, device)
+        if self.tokens != ids.numel():
+            raise client.error(f"the request is for {self.tokens} tokens, but its text has {ids.numel()}; refused")
+        return decoder, ids, labels
+
+    def check_tokens(self, claimed: int) -> None:
+        """Checks that a client claims the number of tokens that it reported before.
 
         Raises:
-            FedgroveError: the numbers differ.
+            WireError: the numbers differ.
         """
-        if tokens != counted:
-            raise client.error(f"the request is for {tokens} tokens, but its text has {counted}; refused")
+        if claimed != self.tokens:
+            raise WireError(f"it claims {claimed} tokens, but it reported {self.tokens} before")
 
 
 def _check_width(decoder: Decoder, client: LocalClient) -> None:

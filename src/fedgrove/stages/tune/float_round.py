@@ -45,6 +45,7 @@ class FloatRound:
 
     Args:
         states: by linear, for those that are tuned.
+        shapes: by linear, (out, in).
         ranks: by linear, the ranks of this round's clients.
         assigned: by client and linear, the rank.
         seed: of the stage, from which a shared A is generated.
@@ -56,6 +57,7 @@ class FloatRound:
         method: Parametrization,
         aggregation: Aggregation,
         states: Mapping[str, State[Any]],
+        shapes: Mapping[str, tuple[int, int]],
         ranks: Mapping[str, list[int]],
         assigned: Mapping[str, Mapping[str, int]],
         seed: str,
@@ -63,7 +65,7 @@ class FloatRound:
         folder: Path,
     ):
         self._method, self._aggregation, self._states, self._assigned, self._seed = method, aggregation, states, assigned, seed
-        self._bounds, self._folder = bounds, folder
+        self._shapes, self._bounds, self._folder = shapes, bounds, folder
         self.sums = {name: aggregation.sums(states[name], ranks[name]) for name in states}
         self.losses: dict[str, float] = {}
         self._loss = WeightedSum()
@@ -160,5 +162,4 @@ class FloatRound:
     def _own(self, name: str, rank: int) -> Any:
         """The factors that a client of this rank started from."""
         own = self._aggregation.begin(self._states[name], rank).own
-        live = self._states[name].live
-        return self._method.start(own.parts(), {}, (live.b.shape[0], live.a.shape[1]), rank, name, self._seed).own
+        return self._method.start(own.parts(), {}, self._shapes[name], rank, name, self._seed).own

@@ -85,17 +85,6 @@ class Plan(base.Plan):
         """By linear, the largest rank of any client; only linears that are tuned."""
         return {name: max(s.ranks.get(name, 0) for s in self.clients.values()) for name in self.tuned()}
 
-    def weights(self, alike: bool, most: int) -> dict[str, float]:
-        """The clients' public weights, which add up to 1: proportional to reported tokens, or equal if ``alike``.
-
-        Args:
-            most: the largest number of tokens that counts.
-        """
-        if alike:
-            return dict.fromkeys(self.clients, 1 / len(self.clients))
-        everything = sum(min(assignment.tokens, most) for assignment in self.clients.values())
-        return {name: min(assignment.tokens, most) / everything for name, assignment in self.clients.items()}
-
     def tuned(self) -> list[str]:
         """The linears that at least one client tunes, in the model's order."""
         return [name for name in self.importance if any(name in s.ranks for s in self.clients.values())]

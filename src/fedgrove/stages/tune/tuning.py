@@ -114,9 +114,8 @@ class Tuning:
         what = "measuring which weights are worth tuning"
         self.run.phase(Phase("tune", what, stage=plan.stage, round=round_, rounds=config.rounds))
         names = list(self.decoder.linear_names())
-        messages = {}
-        for client, assignment in plan.clients.items():
-            request = ScoreLinears(
+        requests = {
+            client: ScoreLinears(
                 **self._common(client, round_),
                 tokens=assignment.tokens,
                 steps=config.importance_steps,
@@ -124,11 +123,12 @@ class Tuning:
                 learning_rate=config.learning_rate,
                 fixed=self._fixed({}),
             )
-            messages[client] = Message(request)
+            for client, assignment in plan.clients.items()
+        }
+        messages = {client: Message(request) for client, request in requests.items()}
         cost = self.cost()
         clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
-        weights = plan.weights(self._client_noise() is not None, config.most_tokens)
-        total = ImportanceSum(names, weights, config.most_tokens)
+        total = ImportanceSum(names, requests, config.most_tokens)
         self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
         importance = total.importance()
         if round_ > 0:
@@ -172,7 +172,7 @@ class Tuning:
         assigned = {client: one.ranks for client, one in plan.clients.items()}
         bounds = Bounds(config.max_change, config.most_tokens)
         folder = self.run.path / "work" / "changes"
-        sums = FloatRound(self.method, self.aggregation, old, ranks, assigned, self.seed, bounds, folder)
+        sums = FloatRound(self.method, self.aggregation, old, shapes, ranks, assigned, self.seed, bounds, folder)
         heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
         for client in heard:
             if client in sums.losses:

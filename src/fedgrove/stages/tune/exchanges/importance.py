@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
-from pydantic import model_validator
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.units import Count, Natural, NonNegative
+from fedgrove.job.units import Count, NonNegative
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
-from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point
 from fedgrove.stages.tune import importance as scoring
-from fedgrove.stages.tune.client_model import TuneRequest
+from fedgrove.stages.tune.client_model import TrainingRequest
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.fixed_point import FixedPointChanges
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.personal import hold_out
 from fedgrove.stages.tune.planners import planner_of
@@ -34,16 +31,14 @@ class Tokens(Reply):
     tokens: int
 
 
-class ScoreLinears(TuneRequest):
+class ScoreLinears(TrainingRequest):
     """Score every linear on your text, in a few training steps whose result is discarded.
 
     The response contains ``change/importance``: (linears,) in the model's order, float64. With ``fixed``, it is int32:
     the client's normalized scores as fixed-point numbers.
 
     Attributes:
-        tokens: of the client's text, as the client reported it.
         steps, micro, learning_rate: of the training; batches have ``micro`` windows.
-        fixed: the settings of fixed-point numbers; None: floats.
     """
 
     KIND: ClassVar[str] = "tune/importance"
@@ -51,16 +46,12 @@ class ScoreLinears(TuneRequest):
     REPLY: ClassVar[type[Reply]] = Tokens
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "micro"})
 
-    tokens: Natural
     steps: Count
     micro: Count
     learning_rate: NonNegative
-    fixed: FixedPointChanges | None = None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder, ids, labels = self.model_and_windows(client, device)
-        tokens = ids.numel()
-        self.own_text(client, self.tokens, tokens)
         (ids, labels), _ = hold_out(ids, labels, self.personal)
         if tensors:
             raise client.error("the server sent tensors with a request that has none; refused")
@@ -69,9 +60,9 @@ class ScoreLinears(TuneRequest):
         batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")
         scores = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)
         if self.fixed is None:
-            return Response({IMPORTANCE: scores}, Tokens(tokens=tokens))
+            return Response({IMPORTANCE: scores}, Tokens(tokens=self.tokens))
         parts = torch.tensor(list(scoring.normalized(scores, list(shapes)).values()), dtype=torch.float64)
-        return Response(fixed_point.encode({"importance": parts}, self.fixed.weight(tokens)), Tokens(tokens=tokens))
+        return Response(fixed_point.encode({"importance": parts}, self.weight), Tokens(tokens=self.tokens))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
@@ -80,17 +71,11 @@ class ScoreLinears(TuneRequest):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
-        check_tokens(reply.tokens, self.tokens)
+        self.check_tokens(reply.tokens)
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if self.fixed is not None:
-            fixed_point.check(tensors, self.fixed.weight(self.tokens))
-
-    @model_validator(mode="after")
-    def _has_weight(self) -> Self:
-        if self.fixed is not None and self.fixed.weight(self.tokens) > 1:
-            raise ValueError("fixed.everything: it is less than this client's part")
-        return self
+            fixed_point.check(tensors, self.weight)
 
     @classmethod
     def rounds_in(cls, config: StageConfig) -> range:
@@ -118,27 +103,17 @@ class ScoreLinears(TuneRequest):
         return super().beyond(job)
 
 
-def check_tokens(claimed: int, said: int) -> None:
-    """Checks that a client claims the number of tokens, its weight, that it reported before.
-
-    Raises:
-        WireError: the numbers differ.
-    """
-    if claimed != said:
-        raise WireError(f"it claims {claimed} tokens, but it reported {said} before")
-
-
 class ImportanceSum:
     """The server's half: the importance of each linear, from the sum of the clients' scores.
 
     Args:
         names: of the linears, in the model's order.
-        weights: by client, in a sum of fixed-point numbers.
+        requests: by client.
         most: the largest number of a client's tokens that counts.
     """
 
-    def __init__(self, names: list[str], weights: Mapping[str, float], most: int):
-        self._names, self._weights, self._most = names, weights, most
+    def __init__(self, names: list[str], requests: Mapping[str, ScoreLinears], most: int):
+        self._names, self._requests, self._most = names, requests, most
         self._scores = WeightedSum()
         self._fixed: tuple[torch.Tensor, float] | None = None
 
@@ -158,12 +133,12 @@ class ImportanceSum:
             self._scores.add(scores, float(min(reply.tokens, self._most)))
             return
         total, weight = self._fixed or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
-        self._fixed = total + scores.long(), weight + self._weights[client]
+        self._fixed = total + scores.long(), weight + self._requests[client].weight
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
         """Takes the sum that secure aggregation opened."""
         fixed_point.check(total, 1.0)
-        self._fixed = total[IMPORTANCE].long(), sum(self._weights[client] for client in sorted(replies))
+        self._fixed = total[IMPORTANCE].long(), sum(self._requests[client].weight for client in sorted(replies))
 
     def importance(self) -> dict[str, float]:
         """The importance by linear; adds up to 1."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedgrove.client.devices import other_devices
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed
-from fedgrove.job.units import MOST, Count, Linear, Linears, Name, Natural, NonNegative, Positive
+from fedgrove.job.units import MOST, Count, Linear, Linears, Name, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
@@ -21,10 +21,9 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point, training
 from fedgrove.stages.tune.agreed import beyond
 from fedgrove.stages.tune.changes import Start
-from fedgrove.stages.tune.client_model import TuneRequest, best_folder
+from fedgrove.stages.tune.client_model import TrainingRequest, best_folder
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.exchanges.importance import check_tokens
-from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
+from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
@@ -47,7 +46,7 @@ class Trained(Reply):
     loss: NonNegative | None = None
 
 
-class Train(TuneRequest):
+class Train(TrainingRequest):
     """Train on your text for one round.
 
     Tensors of the request: ``own/<linear>/<part>`` and ``rest/<linear>/<part>``, the client's start; missing parts are
@@ -61,11 +60,9 @@ class Train(TuneRequest):
         ranks: by linear, for those that this client trains.
         scales: by linear, LoRA's α/r.
         masked: the linears whose zeros stay zero.
-        tokens: of the client's text, as the client reported it.
         seen: how many windows this client trained on in earlier rounds.
         dtype: of the response.
         training: the settings.
-        fixed: the settings of fixed-point numbers; None: floats.
         windows: the privacy budget, for trainers that add noise.
     """
 
@@ -84,18 +81,10 @@ class Train(TuneRequest):
     ranks: Annotated[dict[Linear, Count], Field(max_length=2**18)]
     scales: Annotated[dict[Linear, Positive], Field(max_length=2**18)]
     masked: Linears
-    tokens: Natural
     seen: Annotated[int, Field(ge=0, le=MOST)]
     dtype: Literal["float32", "bfloat16"]
     training: Training
-    fixed: FixedPointChanges | None = None
     windows: WindowNoise | None = None
-
-    @model_validator(mode="after")
-    def _has_weight(self) -> Self:
-        if self.fixed is not None and self.fixed.weight(self.tokens) > 1:
-            raise ValueError("fixed.everything: it is less than this client's part")
-        return self
 
     @property
     def noisy(self) -> bool:
@@ -132,8 +121,6 @@ class Train(TuneRequest):
         if client.credentials is not None and self.fixed and self.fixed.noise and not self.fixed.noise.adders:
             raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
         decoder, ids, labels = self.model_and_windows(client, device)
-        tokens = ids.numel()
-        self.own_text(client, self.tokens, tokens)
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
         noise = self.windows or (self.fixed and self.fixed.noise)
         if noise and not self.round < noise.rounds:
@@ -175,7 +162,7 @@ class Train(TuneRequest):
                 total = {n: method.total(trained[n], begun) if n in trained else begun.rest for n, begun in starts.items()}
                 own_loss = mean_loss(model, held_out, self.training.micro)
                 keep_best(best_folder(client, self.stage), method, own_loss, total, begin=self.round == 0)
-            return Response(*self._packed(method, trained, starts, shapes, tokens, loss))
+            return Response(*self._packed(method, trained, starts, shapes, loss))
         except FedgroveError as error:
             raise client.error(str(error)) from error
 
@@ -190,7 +177,6 @@ class Train(TuneRequest):
         trained: Mapping[str, Any],
         starts: Mapping[str, Start[Any]],
         shapes: Mapping[str, tuple[int, int]],
-        tokens: int,
         loss: float | None,
     ) -> tuple[Tensors, Trained]:
         if self.fixed is None:
@@ -201,13 +187,13 @@ class Train(TuneRequest):
                 for part, value in change.parts().items()
                 if not (self.shared_a and part == "a")
             }
-            return sent, Trained(tokens=tokens, loss=None if self.noisy else loss)
+            return sent, Trained(tokens=self.tokens, loss=None if self.noisy else loss)
         changes = {
             f"{name}/{part}": value
             for name, change in trained.items()
             for part, value in method.round_change(change, starts[name], self.shared_a).items()
         }
-        mechanism = self.fixed.noise.mechanism(self.fixed.weight(tokens)) if self.fixed.noise else None
+        mechanism = self.fixed.noise.mechanism(self.weight) if self.fixed.noise else None
         if mechanism:
             changes = mechanism.clip(changes)
         values: dict[str, Tensor] = {}
@@ -218,8 +204,8 @@ class Train(TuneRequest):
             )
         if loss is not None and not mechanism:
             values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
-        numbers = fixed_point.encode(values, self.fixed.weight(tokens))
-        return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=tokens)
+        numbers = fixed_point.encode(values, self.weight)
+        return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=self.tokens)
 
     def _fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
         assert self.fixed is not None
@@ -244,7 +230,7 @@ class Train(TuneRequest):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
-        check_tokens(reply.tokens, self.tokens)
+        self.check_tokens(reply.tokens)
         reports_loss = self.fixed is None and not self.noisy  # else it is part of the sum, or may not be disclosed
         if (reply.loss is not None) != reports_loss:
             raise WireError("its loss is not a finite number" if reports_loss else "it reports a loss that was not requested")
@@ -253,7 +239,7 @@ class Train(TuneRequest):
         if self.fixed is None:
             fixed_point.check_floats(tensors)
             return
-        fixed_point.check(tensors, self.fixed.weight(self.tokens))
+        fixed_point.check(tensors, self.weight)
         for name, tensor in tensors.items():
             linear = name.removeprefix(CHANGE).rpartition("/")[0]
             rank = self.ranks.get(linear, 0) if self.method.RANKED else None
@@ -308,15 +294,10 @@ class WholeRound(IntegerSums):
         return means
 
     def _weight(self, linear: str, total: Tensor, clients: list[str]) -> Tensor | float:
-        weights = {client: self._weight_of(client) for client in clients}
+        weights = {client: self._requests[client].weight for client in clients}
         if not linear or not next(iter(self._requests.values())).method.RANKED:
             return sum(weights.values())
         columns = torch.zeros(total.shape[1], dtype=torch.float64)
         for client, weight in weights.items():
             columns[: self._requests[client].ranks.get(linear, 0)] += weight
         return columns
-
-    def _weight_of(self, client: str) -> float:
-        request = self._requests[client]
-        assert request.fixed is not None
-        return request.fixed.weight(request.tokens)
