@@ -14,15 +14,15 @@ from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKi
 from fedgrove.stages.prune.pruners import Effort
 
 NEEDS: StatisticsKind = "gram"
-EFFORT = Effort(squares=2, matrices=8, products=19, factors=6)
-
 DAMPING = 0.01  # times the mean of the Gram matrix's diagonal, as in SparseGPT
 PENALTY = 0.3  # ADMM's first ρ; ours, with the growth below: half of the iterations that the paper's schedule takes
 GROWTH = ((0.1, 1.7), (0.005, 1.5), (0.0, 1.25))  # more than this fraction of the kept weights moved: ρ grows by so much
-EVERY = 5  # iterations with one ρ (the paper has 3); each ρ costs an inverse
-ITERATIONS = 15
+PENALTIES = 3  # how many ρ there are; each costs an inverse
+EVERY = 5  # iterations with one ρ; the paper has 3
 STEPS = 2  # of conjugate gradients on the final mask
 NEAR = 0.1  # the threshold of the next iteration is sought within this fraction of the last one
+
+EFFORT = Effort(squares=3, matrices=8, products=PENALTIES * EVERY + STEPS + 2, factors=PENALTIES)
 
 
 def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
@@ -62,20 +62,19 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
     wanted = goal @ gram
     mask, threshold = _select(goal, target, None)
     kept = goal.mul_(mask)  # so that V is zero at first
-    before, penalty, last = mask, PENALTY, PENALTY
-    for iteration in range(ITERATIONS):
-        if iteration % EVERY == 0:
-            inverse = _inverse(gram, penalty)
-        pull = torch.where(mask, penalty, -last).mul_(kept).add_(wanted)  # ρ D − V + Ŵ Ĥ
-        kept = (pull @ inverse).add_(torch.where(mask, 0.0, kept), alpha=last / penalty)  # X + V/ρ
-        mask, threshold = _select(kept, target, threshold)
-        last = penalty
-        if iteration % EVERY == EVERY - 1:
-            moved = int((mask & ~before).count_nonzero())
-            if not moved:
-                break
-            before = mask
-            penalty *= next(growth for least, growth in GROWTH if moved > least * int(mask.count_nonzero()))
+    penalty = last = PENALTY
+    for _ in range(PENALTIES):
+        before, inverse = mask, _inverse(gram, penalty)
+        for _ in range(EVERY):
+            pull = torch.where(mask, penalty, -last).mul_(kept).add_(wanted)  # ρ D − V + Ŵ Ĥ
+            kept = (pull @ inverse).add_(torch.where(mask, 0.0, kept), alpha=last / penalty)  # X + V/ρ
+            mask, threshold = _select(kept, target, threshold)
+            last = penalty
+        del inverse  # before there is another: for wide inputs it is most of the memory
+        moved = int((mask & ~before).count_nonzero())
+        if not moved:
+            break
+        penalty *= next(growth for least, growth in GROWTH if moved > least * int(mask.count_nonzero()))
     solved = resolve(kept.mul_(mask), wanted, gram, mask).div_(size)
     return weight.copy_(torch.where(silent, weight, solved)).masked_fill_(~mask, 0.0), mask
 
