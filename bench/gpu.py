@@ -29,6 +29,7 @@ from typing import Any
 
 import page
 import shapes
+import solver
 import torch
 from torch import Tensor, nn
 
@@ -108,22 +109,10 @@ def say(given: argparse.Namespace, **row: Any) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
 def seconds(work: Callable[[], Any], runs: int = 5, warm: int = 1) -> float:
     """The median of some runs, after those that do not count."""
-    times = []
-    for number in range(warm + runs):
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        if number >= warm:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times = [solver.clock(work, DEVICE)[0] for _ in range(warm + runs)]
+    return statistics.median(times[warm:])
 
 
 def peaks() -> dict[str, float]:
@@ -165,8 +154,6 @@ def _one_block(
 
 def solve(given: argparse.Namespace) -> None:
     """SparseGPT of one matrix beside the published loop, factorization included."""
-    import solver
-
     from fedgrove.stages.prune.input_statistics import InputStatistics
     from fedgrove.stages.prune.pruners import sparsegpt
 

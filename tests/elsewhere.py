@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "lazy:0"
-COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::set_.source_Tensor")
+COPIES = ("aten::copy_", "aten::_to_copy")
 BY_INDEX = ("aten::index", "aten::_index_put", "aten::_unsafe_index")  # a GPU's tensor may be indexed by the CPU's
 
 
