@@ -154,7 +154,10 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     wanted = [{"method": method, "seed": seed} for seed, method in itertools.product(args.seeds, args.methods)]
-    text = table(results.collect(args.results, wanted, functools.partial(run_method, args.data)))
+    kept = results.Kept(args.results, tune.MODEL)
+    text = table([
+        {**settings, **kept(functools.partial(run_method, args.data, **settings), **settings)} for settings in wanted
+    ])  # fmt: skip
     print(text)
     if args.write:
         page.write("labels", text)

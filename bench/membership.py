@@ -2,7 +2,8 @@
 
     .venv/bin/python bench/membership.py --data ../shared/data --write
 
-Every result is kept in bench/membership.json and not measured again; delete the file to measure everything again.
+Every result is kept in bench/membership.jsonl and not measured again; delete a line to
+measure it again.
 
 Two owners of newsgroup posts tune the shipped model, each on 64 windows of 32 tokens, for so many steps that it memorizes them
 if nothing prevents it. As many windows of other posts are held out. The attack is a threshold on a window's loss; a stronger
@@ -36,7 +37,7 @@ from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.membership import advantage, bound
 
-RESULTS = Path(__file__).with_suffix(".json")
+RESULTS = Path(__file__).with_suffix(".jsonl")
 MODEL = Path(api.__file__).parent / "demo" / "grove-6m"
 CLIENTS, WINDOWS, LENGTH, DELTA = 2, 64, 32, 1e-3
 TUNE = {
@@ -50,19 +51,21 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--epsilons", type=float, nargs="*", default=[0.5, 2.0, 8.0])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/membership.json holds")
+    arguments.add_argument(
+        "--kept", action="store_true", help="measure nothing: the table of what bench/membership.jsonl holds"
+    )
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    kept = Kept(RESULTS, only=given.kept)
+    kept = Kept(RESULTS, MODEL, only=given.kept)
     rows = [
         "| | runs | perplexity, learnt | perplexity, others | advantage by loss | by loss against before | at most, by ε |",
         "|---|---|---|---|---|---|---|",
     ]
     for epsilon in (None, *given.epsilons):
         label = "no privacy" if epsilon is None else f"ε = {epsilon:g}, δ = {DELTA:g}, a window"
-        results = [kept(f"{label}, seed {seed}", partial(measure, given.data, epsilon, seed)) for seed in given.seeds]
+        results = [kept(partial(measure, given.data, epsilon, seed), row=label, seed=seed) for seed in given.seeds]
         if found := [result for result in results if result]:
             rows.append(row(label, found, epsilon))
             print(rows[-1], flush=True)

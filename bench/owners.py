@@ -1,9 +1,11 @@
-"""Eight owners of very different text prune one model: every aggregation compared with stand-alone and centralized pruning.
+"""Eight owners of very different text prune one model: every aggregation beside stand-alone and centralized pruning.
 
-    .venv/bin/python bench/owners.py --data ../shared/data --write
-    .venv/bin/python bench/owners.py --data ../shared/data --table allocations --sparsities 0.7 --write
+    .venv/bin/python bench/owners.py --data ../shared/data --model smollm2 --page owners --write
+    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.5 0.7 --table damping --page owners-grove --write
+    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.7 --table allocations --page allocations --write
 
-Every result is kept in bench/owners.json and not measured again; delete the file to measure everything again.
+Every result is kept in bench/owners.jsonl by the model's fingerprint and its settings, and not measured again; delete a line to
+measure it again.
 
 Owners: medical questions, research abstracts, newsgroup posts, a programming book, plays, restaurant descriptions, an
 encyclopaedia, novels. Each calibrates on its own training text and all are measured on held-out text of every owner.
@@ -15,7 +17,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from transformers.utils import logging
 from fedgrove import api
 from fedgrove.data.sources import read_texts
 from fedgrove.job.tables import Job
+from fedgrove.report.paired import Examples, ratio_interval
+from fedgrove.report.summary import Summary
 
 QUESTION = "{question}\n{answer}"
 ABSTRACT = "{question}\n{context}\n{answer}"
@@ -45,17 +49,31 @@ OWNERS = {
         None,
     ),
 }
-RESULTS = Path(__file__).with_suffix(".json")
-AGGREGATIONS: dict[str, dict[str, Any]] = {
-    "FedSpaLLM (fedspallm)": {},
-    "FedSpaLLM, each channel damped by its own size (fedspallm, damping each)": {"damping": "each"},
-    "FedSpaLLM, γ = ½ (fedspallm, shrink 0.5)": {"shrink": 0.5},
-    "FedSpaLLM on the dense model's inputs (fedspallm, source dense)": {"source": "dense"},
-    "ℓ0-mean, no expansion (fedspallm, expand false)": {"expand": False},
+RESULTS = Path(__file__).with_suffix(".jsonl")
+GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
+LENGTH = 512  # tokens of a window, to calibrate and to measure
+
+Result = dict[str, Any]
+Row = dict[str, Any]  # keys of the stage
+FEDSPALLM = "FedSpaLLM (fedspallm)"
+ALONE = "stand-alone, mean of the eight models"
+CENTRALIZED = "centralized (one client has all the text)"
+AGGREGATIONS: dict[str, Row] = {
+    ALONE: {},
     "plain averaging (fedavg)": {"aggregation": "fedavg"},
     "FedPrLLM (fedprllm)": {"aggregation": "fedprllm"},
+    FEDSPALLM: {},
+    "FedSpaLLM, γ = ½ (fedspallm, shrink 0.5)": {"shrink": 0.5},
     "pooled statistics of the dense model, one pass (pooled)": {"aggregation": "pooled"},
     "pooled statistics, block by block (pooled, source sequential)": {"aggregation": "pooled", "source": "sequential"},
+    CENTRALIZED: {},
+    "pooled statistics of the dense model, ALPS (pooled, pruner alps)": {"aggregation": "pooled", "pruner": "alps"},
+}
+DAMPING: dict[str, Row] = {
+    FEDSPALLM: {},
+    "FedSpaLLM, each channel damped by its own size (fedspallm, damping each)": {"damping": "each"},
+    "FedSpaLLM on the dense model's inputs (fedspallm, source dense)": {"source": "dense"},
+    "ℓ0-mean, no expansion (fedspallm, expand false)": {"expand": False},
     "the dense model's, damped as published (pooled, damping mean)": {"aggregation": "pooled", "damping": "mean"},
     "block by block, damped as published (pooled, source sequential, damping mean)": {
         "aggregation": "pooled",
@@ -63,99 +81,137 @@ AGGREGATIONS: dict[str, dict[str, Any]] = {
         "damping": "mean",
     },
 }
-
-ALLOCATIONS: dict[str, dict[str, Any]] = {
+ALLOCATIONS: dict[str, Row] = {
     "Wanda, pooled": {"pruner": "wanda", "aggregation": "pooled"},
     "Wanda, pooled, OWL": {"pruner": "wanda", "aggregation": "pooled", "allocation": "owl"},
     "SparseGPT, fedspallm": {},
     "SparseGPT, fedspallm, OWL": {"allocation": "owl"},
 }
-TABLES: dict[str, dict[str, dict[str, Any]]] = {
-    "aggregations": {
-        **AGGREGATIONS,
-        "stand-alone, mean of the eight models": {},
-        "centralized (one client has all the text)": {},
-    },
-    "allocations": ALLOCATIONS,
-}
+TABLES = {"aggregations": AGGREGATIONS, "damping": AGGREGATIONS | DAMPING, "allocations": ALLOCATIONS}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
-    arguments.add_argument("--model", default=str(Path(api.__file__).parent / "demo" / "grove-6m"))
-    arguments.add_argument(
-        "--table", choices=TABLES, default="aggregations", help="the aggregations, or even and uneven sparsity"
-    )
-    arguments.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
+    arguments.add_argument("--model", default=str(GROVE), help="a folder; the shipped model if left out")
+    arguments.add_argument("--table", choices=TABLES, default="aggregations")
+    arguments.add_argument("--rows", nargs="+", help="only the rows that contain one of these words")
+    arguments.add_argument("--targets", nargs="+", default=["0.5", "0.6", "2:4"], help="sparsities, or patterns such as 2:4")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/owners.json holds")
+    arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/owners.jsonl holds")
+    arguments.add_argument("--page", help="the name of the place in docs/benchmarks.md", default="owners")
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
-
+    rows = {
+        name: row for name, row in TABLES[given.table].items() if not given.rows or any(word in name for word in given.rows)
+    }
     with tempfile.TemporaryDirectory() as folder:
         files = dict(plain_files(given.data, Path(folder)))
-        kept = Kept(RESULTS, only=given.kept)
-        table = []
-        for name, changes in TABLES[given.table].items():
-            cells = []
-            for sparsity in given.sparsities:
-                found = []
-                for seed in given.seeds:
-                    key = f"{name}, {sparsity:.0%}, seed {seed}, {given.samples} samples, {given.windows} windows"
-                    again = partial(measure, name, changes, sparsity, seed, files, given, Path(folder))
-                    if result := kept(key, again):
-                        found.append(result)
-                if not found:
-                    cells.append("not run")
-                    continue
-                values = [value for value, _ in found]
-                achieved = statistics.mean(reached for _, reached in found)
-                cell = f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
-                cells.append(cell if abs(achieved - sparsity) < 1e-3 else f"{cell} at {achieved:.0%}")
-            table.append(f"| {name} | {' | '.join(cells)} |")
-    head = " | ".join(f"{sparsity:.0%}" for sparsity in given.sparsities)
-    text = "\n".join([f"| | {head} |", f"|---|{'---|' * len(given.sparsities)}", *table])
+        kept = Kept(RESULTS, given.model, only=given.kept)
+        found: dict[tuple[str, str], list[Result]] = {}
+        for target in given.targets:
+            for seed in given.seeds:
+                for name, row in rows.items():
+                    same = FEDSPALLM if name == ALONE else name  # one run gives both
+                    measured = kept(
+                        partial(measure, same, row, target, seed, files, given, Path(folder)),
+                        row=same, target=target, seed=seed, samples=given.samples, windows=given.windows,
+                    )  # fmt: skip
+                    if measured:
+                        found.setdefault((name, target), []).append(measured)
+    text = table(list(rows), given.targets, found)
     print(text)
     if given.write:
-        page.write("owners" if given.table == "aggregations" else given.table, text)
+        page.write(given.page, text)
 
 
-def measure(
-    name: str, changes: dict[str, Any], sparsity: float, seed: int, files: dict[str, Path], given: Any, folder: Path
-) -> tuple[float, float]:
-    """Perplexity (geometric mean over the owners' held-out texts) and the sparsity that was reached."""
-    alone = name.startswith("stand-alone")
+def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str, str], list[Result]]) -> str:
+    """Markdown: perplexity, mean over seeds (each seed), and below it what it is of FedSpaLLM's with its 95 % interval."""
+    lines = [f"| | {' | '.join(map(as_percent, targets))} |", f"|---|{'---|' * len(targets)}"]
+    for name in rows:
+        cells = []
+        for target in targets:
+            results = found.get((name, target), [])
+            base = found.get((FEDSPALLM, target), [])
+            cells.append(cell(name, results, base, target) if results else "not run")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(name: str, results: list[Result], base: list[Result], target: str) -> str:
+    values = [result["alone"] if name == ALONE else result["perplexity"] for result in results]
+    text = f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
+    reached = statistics.mean(result["sparsity"] for result in results)
+    if ":" not in target and name != ALONE and abs(reached - float(target)) > 1e-3:
+        text += f" at {reached:.0%}"
+    if name == FEDSPALLM or not base:
+        return text
+    ratio = statistics.mean(values) / statistics.mean(result["perplexity"] for result in base)
+    between = ratio_interval(
+        [model for result in results for model in models(result, alone=name == ALONE)],
+        [model for result in base for model in models(result)],
+        list(OWNERS),
+    )
+    return f"{text}<br>{ratio:.3f}" + (f" [{between[0]:.3f}, {between[1]:.3f}]" if between else "")
+
+
+def models(result: Result, alone: bool = False) -> list[Examples]:
+    """(loss, tokens) of each held-out window, by owner: of the federated model, or of every owner's own."""
+    if "losses" not in result:
+        return [{}]  # measured before losses were kept
+    chosen = result["losses_alone"].values() if alone else [result["losses"]]
+    return [{text: [(loss, LENGTH - 1) for loss in losses] for text, losses in model.items()} for model in chosen]
+
+
+def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Path], given: Any, folder: Path) -> Result:
+    """Perplexity (geometric mean over the held-out texts), the sparsity that was reached, and the loss of each window."""
+    alone = name == FEDSPALLM
     clients: list[dict[str, Any]] = [{"name": owner, "data": str(files[owner])} for owner in OWNERS]
     samples = given.samples
-    if name.startswith("centralized"):
+    if name == CENTRALIZED:
         clients = [{"name": "all", "data": [str(files[owner]) for owner in OWNERS]}]
         samples *= len(OWNERS)
+    wanted = {"pattern": target} if ":" in target else {"sparsity": float(target)}
     job = Job.model_validate(
         {
             "name": "owners",
             "seed": seed,
             "model": {"path": given.model},
             "clients": clients,
-            "stages": [{"kind": "prune", "sparsity": sparsity, "samples": samples, **changes}],
+            "stages": [{"kind": "prune", **wanted, "samples": samples, **changes}],
             "evaluate": {
                 "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in OWNERS],
                 "windows": given.windows,
+                "length": LENGTH,
                 "alone": alone,
             },
         }
     )
     with tempfile.TemporaryDirectory(dir=folder) as out:
         summary = api.run(job, Path(out) / "run", quiet=True).summary
+    result = {
+        "perplexity": summary.mean(summary.federated),
+        "sparsity": summary.sparsity,
+        "losses": losses(summary, summary.last, None),
+    }
     if alone:
-        assert summary.alone_mean is not None
-        return summary.alone_mean, summary.sparsity
-    return summary.mean(summary.federated), summary.sparsity
+        result["alone"] = summary.alone_mean
+        result["losses_alone"] = {owner: losses(summary, summary.alone_stage, owner) for owner in OWNERS}
+    return result
+
+
+def losses(summary: Summary, stage: int | None, client: str | None) -> dict[str, list[float]]:
+    """Negative log-likelihood of each held-out window, by owner of the text."""
+    return {text: [round(loss, 2) for loss, _ in parts] for text, parts in summary.windows(stage, client).items()}
+
+
+def as_percent(target: str) -> str:
+    return target if ":" in target else f"{float(target):.0%}"
 
 
 def plain_files(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:

@@ -5,8 +5,7 @@
 
 ``speed`` cuts a Llama of random weights, large enough that blocks and not embeddings matter, in a job of two clients, and times
 both models in plain transformers on the CPU, in turn. ``quality`` cuts and tunes the shipped model with the eight owners of
-bench/owners.py. Its results are kept in bench/structured.json and not measured again; delete the file to measure everything
-again.
+bench/owners.py. Its results are kept in bench/structured.jsonl and not measured again; delete a line to measure it again.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from fedgrove.job.tables import Job
 from fedgrove.report.summary import Summary
 
 GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
-RESULTS = Path(__file__).with_suffix(".json")
+RESULTS = Path(__file__).with_suffix(".jsonl")
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
     "num_key_value_heads": 8, "vocab_size": 16000, "max_position_embeddings": 1024, "tie_word_embeddings": True,
@@ -62,7 +61,9 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--windows", type=int, default=2, help="held-out windows of 512 tokens of each owner")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/structured.json holds")
+    arguments.add_argument(
+        "--kept", action="store_true", help="measure nothing: the table of what bench/structured.jsonl holds"
+    )
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -128,7 +129,7 @@ def make_models(dense: Path, share: float, folder: Path) -> None:
 def quality(given: Any, folder: Path) -> str:
     """The table of perplexities."""
     files = dict(owners.plain_files(given.data, folder))
-    kept = Kept(RESULTS, only=given.kept)
+    kept = Kept(RESULTS, GROVE, only=given.kept)
     clients = [{"name": owner, "data": str(files[owner])} for owner in owners.OWNERS]
     evaluate = {
         "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in owners.OWNERS],
@@ -153,7 +154,7 @@ def quality(given: Any, folder: Path) -> str:
     lines = ["| | before tuning | tuned |", "|---|---|---|"]
     rows: dict[str, Callable[[], list[float]]] = {name: partial(tuned, changes) for name, changes in ROWS.items()}
     for name, measure in {**rows, ALONE: alone}.items():
-        if found := kept(f"{name}, {given.share:.0%}, {given.windows} windows", measure):
+        if found := kept(measure, row=name, share=given.share, windows=given.windows):
             lines.append(f"| {name} | {found[0]:.1f} | {f'{found[1]:.1f}' if len(found) > 1 else '–'} |")
     return "\n".join(lines)
 

@@ -231,9 +231,9 @@ def main() -> None:
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
         for rate in args.rates or [RATES[method]]
     ]  # fmt: skip
-    run = functools.partial(run_method, args.data)
-    found = read_lines(args.results) if args.kept else results.collect(args.results, wanted, run)
-    text = table(found)
+    kept = results.Kept(args.results, MODEL, only=args.kept)
+    measured = [(settings, kept(functools.partial(run_method, args.data, **settings), **settings)) for settings in wanted]
+    text = table([{**settings, **result} for settings, result in measured if result])
     print(text)
     if args.write:
         page.write("tune", text)

@@ -192,7 +192,7 @@ def _verdict(runs: Mapping[str, Summary], texts: Sequence[str]) -> str:
     if means[best] == means[worst]:
         return f"All have the same perplexity over {over}: {means[best]:.1f}."
     says = f"Over {over}, {best} has the lowest perplexity, {means[best]:.1f}; {worst} the highest, {means[worst]:.1f}"
-    interval = ratio_interval(runs[worst].windows(runs[worst].last), [runs[best].windows(runs[best].last)], texts)
+    interval = ratio_interval([runs[worst].windows(runs[worst].last)], [runs[best].windows(runs[best].last)], texts)
     sure = f", 95 %: {change(interval[0])} to {change(interval[1])}" if interval else ""
     says += f" ({change(means[worst] / means[best])}{sure})"
     says += ": no clear difference." if unclear(interval) else "."

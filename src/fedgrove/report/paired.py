@@ -12,22 +12,22 @@ Interval = tuple[float, float]
 Examples = Mapping[str, Parts]  # of one model, by text
 
 
-def ratio_interval(over: Examples, under: Sequence[Examples], texts: Sequence[str]) -> Interval | None:
-    """The 95 % interval of one model's perplexity divided by the mean of others', each a geometric mean over texts.
+def ratio_interval(over: Sequence[Examples], under: Sequence[Examples], texts: Sequence[str]) -> Interval | None:
+    """The 95 % interval of the mean perplexity of models divided by that of others, each a geometric mean over texts.
 
     Args:
-        over: (loss, tokens) of each window of the one model, by text.
-        under: likewise of the other models.
+        over: of each of the models, (loss, tokens) of each window, by text.
+        under: likewise of the models to divide by.
         texts: the texts to use.
 
     Returns:
         None if it cannot be computed: the run is of an older fedgrove, or a text has only one window.
     """
-    drawn = _drawn([over, *under], texts)
+    drawn = _drawn([*over, *under], texts)
     if not drawn or not under:
         return None
-    first, *others = (np.exp(values) for values in drawn)
-    return interval(first / np.mean(others, axis=0))
+    perplexities = np.exp(drawn)
+    return interval(perplexities[: len(over)].mean(axis=0) / perplexities[len(over) :].mean(axis=0))
 
 
 def difference_interval(after: Examples, before: Examples, name: str) -> Interval | None:

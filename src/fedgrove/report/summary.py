@@ -186,16 +186,16 @@ class Summary:
 
     def against_dense(self, texts: Sequence[str]) -> Interval | None:
         """95 % interval of the result's perplexity divided by the dense model's; see :mod:`fedgrove.report.paired`."""
-        return ratio_interval(self.windows(self.last), [self.windows(None)], texts)
+        return ratio_interval([self.windows(self.last)], [self.windows(None)], texts)
 
     def against_alone(self, clients: Sequence[str], texts: Sequence[str]) -> Interval | None:
         """95 % interval of ``together`` divided by the mean of these clients' perplexities alone."""
         alone = [self.windows(self.alone_stage, client) for client in clients]
-        return ratio_interval(self.windows(self.last if self.alone_stage is None else self.alone_stage), alone, texts)
+        return ratio_interval([self.windows(self.last if self.alone_stage is None else self.alone_stage)], alone, texts)
 
     def against_centralized(self, texts: Sequence[str]) -> Interval | None:
         """95 % interval of the result's perplexity divided by the centralized model's."""
-        return ratio_interval(self.windows(self.last), [_of_texts(self.centralized_examples)], texts)
+        return ratio_interval([self.windows(self.last)], [_of_texts(self.centralized_examples)], texts)
 
     def windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
         """By text, (loss, tokens) of each window, of the model after a stage or of a client's model alone."""
