@@ -140,7 +140,8 @@ def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str,
             base = found.get((FEDSPALLM, target), [])
             cells.append(cell(name, results, base, target) if results else "not run")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    dense = {result["dense"] for results in found.values() for result in results if "dense" in result}
+    return "\n".join(lines) + "".join(f"\n\nThe dense model: {value:.1f}." for value in sorted(dense))
 
 
 def cell(name: str, results: list[Result], base: list[Result], target: str) -> str:
@@ -195,6 +196,7 @@ def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Pa
     with tempfile.TemporaryDirectory(dir=folder) as out:
         summary = api.run(job, Path(out) / "run", quiet=True).summary
     result = {
+        "dense": summary.mean(summary.dense),
         "perplexity": summary.mean(summary.federated),
         "sparsity": summary.sparsity,
         "losses": losses(summary, summary.last, None),
