@@ -53,7 +53,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 NOISY: dict[str, dict[str, Any]] = {  # no two runs are alike
     "sums": {"stages": [{**SUMS, "epsilon": 9.0}], "privacy": SECURE},
-    "dp_sgd": {"stages": [{**LORA, "epsilon": 9.0, "dp_unit": "window"}]},
+    "dp_sgd": {"stages": [{**LORA, "epsilon": 1.0, "dp_unit": "window"}]},
 }
 DEVICES = ["emulated", *(["cuda:0"] if os.environ.get("FEDGROVE_TEST_GPU") else [])]
 
