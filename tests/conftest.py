@@ -45,9 +45,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 
 
 # The longest first: pytest-xdist hands out files in this order, and whoever gets a long one last keeps the others waiting.
-LONGEST = tuple(
-    f"test_{name}.py"
-    for name in "federation tune_stage devices secagg mistakes hidden_states ia3 cli resume tune_budget engine structured".split()
+LONGEST = (
+    "test_federation.py",
+    "test_tune_stage.py",
+    "test_devices.py",
+    "test_secagg.py",
+    "test_mistakes.py",
+    "test_hidden_states.py",
+    "test_ia3.py",
+    "test_cli.py",
+    "test_resume.py",
+    "test_tune_budget.py",
+    "test_engine.py",
+    "test_structured.py",
 )
 
 
