@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,29 @@ def checkpoint_of(client: LocalClient) -> Checkpoint:
 
 
 def decoder_of(client: LocalClient, device: str, compute_dtype: ComputeDtype | None = None) -> Decoder:
-    """The client's copy of the model, run block by block; the latest one stays in memory between requests."""
-    return _decoder(client.model, client.dtype, device, compute_dtype)
+    """The client's copy of the model, run block by block; see :func:`latest_decoder`."""
+    dtype = getattr(torch, compute_dtype) if compute_dtype else None
+    return latest_decoder(checkpoint_of(client), device, dtype)
+
+
+def latest_decoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None = None, same: Hashable = None) -> Decoder:
+    """A decoder that stays in memory between requests, until one of another model, device or dtype is needed.
+
+    So a process holds one decoder, together with what was loaded for it.
+
+    Args:
+        checkpoint: the model.
+        device, dtype: as for :class:`~fedgrove.models.blocks.Decoder`.
+        same: identifies what the overlays hold; None: the folders in which they are.
+    """
+    key = (checkpoint.facts(), checkpoint.overlays if same is None else same, device, dtype)
+    if key not in _latest:
+        _latest.clear()  # before another one takes memory
+        _latest[key] = Decoder(checkpoint, device, dtype)
+    return _latest[key]
+
+
+_latest: dict[Hashable, Decoder] = {}
 
 
 @lru_cache(maxsize=1)
@@ -99,8 +120,3 @@ def _checkpoint(model: Path, dtype: torch.dtype | None) -> Checkpoint:
 @lru_cache(maxsize=1)
 def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
     return Checkpoint(model).tokenizer()
-
-
-@lru_cache(maxsize=1)
-def _decoder(model: Path, dtype: torch.dtype | None, device: str, compute_dtype: ComputeDtype | None) -> Decoder:
-    return Decoder(_checkpoint(model, dtype), device, getattr(torch, compute_dtype) if compute_dtype else None)

@@ -175,6 +175,12 @@ class Checkpoint:
             digest.update(json.dumps([name, file.stat().st_size, header(file)]).encode())
         return digest.hexdigest()
 
+    def facts(self) -> tuple[object, ...]:
+        """What changes if files of the model change, without its overlays: sizes and times; the dtype and the width too."""
+        files = [self.path / CONFIG, *self._files.values()]
+        times = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        return self.path, self.dtype, repr(self.width), times
+
     def write(self, out: Path, texts: Mapping[str, str] | None = None) -> None:
         """Writes one plain model directory atomically: the same shards and order of tensors, configuration, tokenizer.
 

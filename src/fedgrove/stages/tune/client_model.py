@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.windows import training_windows
+from fedgrove.client.windows import latest_decoder, training_windows
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Natural, Word
 from fedgrove.models.blocks import Decoder
@@ -60,7 +60,7 @@ class TuneRequest(Request):
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
         checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
-        decoder = Decoder(checkpoint, device)
+        decoder = latest_decoder(checkpoint, device, same=self.base_digest)
         if self.parts or self.width is not None:
             _check_width(decoder, client)
         return decoder, *training_windows(client, self.length)

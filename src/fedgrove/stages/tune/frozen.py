@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Hashable
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,27 @@ from torch import Tensor, nn
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder, as_matrix, linears
 
+_kept: WeakKeyDictionary[Decoder, tuple[Hashable, nn.Module]] = WeakKeyDictionary()
+
+
+def load_again(decoder: Decoder, bits: int, attached: Hashable) -> nn.Module:
+    """As :func:`load`, but the same model for the same arguments, as long as the decoder exists.
+
+    Reading a model and attaching adapters takes as long as some training steps, in every round.
+
+    Args:
+        attached: what will be attached. The model comes back with that, whose values are to be replaced; the weights
+            themselves must not be changed.
+    """
+    key = (bits, attached)
+    if decoder not in _kept or _kept[decoder][0] != key:
+        _kept.pop(decoder, None)  # before another one takes memory
+        _kept[decoder] = key, load(decoder, bits)
+    return _kept[decoder][1]
+
 
 def load(decoder: Decoder, bits: int) -> nn.Module:
-    """Loads a decoder's full model, frozen, with weights of ``bits`` bits.
+    """Loads a decoder's full model, frozen, with weights of ``bits`` bits; the decoder itself stays without weights.
 
     32 and 16 mean float32 and bfloat16 for all weights. 8 (LLM.int8) and 4 (NF4) are bitsandbytes' formats for the
     linears of the blocks; all other weights are bfloat16. Both formats represent zero exactly, so pruned weights stay
@@ -26,6 +46,7 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
     Raises:
         FedgroveError: 8 or 4 bits, but bitsandbytes is not installed.
     """
+    decoder = Decoder(decoder.checkpoint, decoder.device, decoder.dtype)
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
         raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or remove it from bits")

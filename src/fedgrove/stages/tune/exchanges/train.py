@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -24,7 +24,7 @@ from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TrainingRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.fixed_point import LOSS
-from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
 from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
@@ -139,7 +139,7 @@ class Train(TrainingRequest):
         }
         if not self.noisy:  # noise protects the text whatever the weights are, and makes them grow
             check_growth(method, {name: begun.own.plus(begun.rest) for name, begun in starts.items()}, decoder, client)
-        model = load(decoder, self.bits)
+        model = load_again(decoder, self.bits, self._attached(starts)) if method.FROZEN else load(decoder, self.bits)
         gradient_masks = method.attach(model, starts, Attachment(self.scales, masks, self.shared_a))
         work = training.Work(
             ids,
@@ -165,6 +165,12 @@ class Train(TrainingRequest):
             return Response(*self._packed(method, trained, starts, shapes, loss))
         except FedgroveError as error:
             raise client.error(str(error)) from error
+
+    def _attached(self, starts: Mapping[str, Start[Any]]) -> Hashable:
+        """What a parametrization attaches to the model, apart from its values."""
+        rest = [name for name, begun in starts.items() if any(part.numel() for part in begun.rest.parts().values())]
+        trained = [name for name, rank in self.ranks.items() if rank]
+        return self.parametrization, tuple(sorted(trained)), tuple(sorted(rest)), tuple(sorted(self.masked))
 
     def _largest(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
         """The largest rank of what is sent: of a client's own part its rank, of the rest what a matrix can have."""

@@ -91,6 +91,8 @@ class Parametrization(Protocol):
     def attach(self, model: nn.Module, starts: Mapping[str, Start[Any]], how: Attachment) -> GradientMasks:
         """Attaches the changes to a frozen model and sets ``requires_grad`` on what is trained.
 
+        If ``FROZEN``, changes of the same linears may be attached already; their values are replaced.
+
         Returns:
             Parameters whose gradient must be masked, with their masks.
         """

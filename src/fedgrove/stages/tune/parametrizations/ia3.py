@@ -98,8 +98,9 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Scales]], how: Attachmen
     for name, begun in starts.items():
         module = model.get_submodule(name)
         device = next(module.parameters()).device
-        module.register_parameter("ia3_s", nn.Parameter(cast(Tensor, begun.own.s).clone().to(device)))
-        module.register_forward_hook(_scale)
+        if not hasattr(module, "ia3_s"):
+            module.register_forward_hook(_scale)
+        module.ia3_s = nn.Parameter(cast(Tensor, begun.own.s).clone().to(device))
     return ()
 
 

@@ -77,7 +77,6 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachme
     """
     scales, masks = how.scales, how.masks
     hush()
-    from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     for adapter in (OWN, REST):
@@ -85,19 +84,8 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachme
         factors = {name: pair for name, pair in factors.items() if pair.rank}
         if not factors:
             continue
-        config = LoraConfig(
-            r=1,
-            target_modules=list(factors),
-            rank_pattern={re.escape(name): pair.rank for name, pair in factors.items()},
-            init_lora_weights=False,
-            fan_in_fan_out=not isinstance(_base_layer(model.get_submodule(next(iter(factors)))), nn.Linear),
-        )
-        if masks:
-            kinds = {type(_base_layer(model.get_submodule(name))) for name in factors}
-            config._register_custom_module(dict.fromkeys(kinds, _masked_layer()))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
-            inject_adapter_in_model(config, model, adapter)
+        if any(adapter not in getattr(model.get_submodule(name), "lora_A", ()) for name in factors):
+            _inject(model, adapter, {name: pair.rank for name, pair in factors.items()}, masked=bool(masks))
         for name, pair in factors.items():
             layer = cast(Any, model.get_submodule(name))
             scale = scales[name] if adapter == OWN else 1.0
@@ -117,6 +105,26 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachme
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
     return ()
+
+
+def _inject(model: nn.Module, adapter: str, ranks: Mapping[str, int], masked: bool) -> None:
+    """Adds peft's adapters to linears, with values yet to be set."""
+    hush()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=1,
+        target_modules=list(ranks),
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        init_lora_weights=False,
+        fan_in_fan_out=not isinstance(_base_layer(model.get_submodule(next(iter(ranks)))), nn.Linear),
+    )
+    if masked:
+        kinds = {type(_base_layer(model.get_submodule(name))) for name in ranks}
+        config._register_custom_module(dict.fromkeys(kinds, _masked_layer()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
+        inject_adapter_in_model(config, model, adapter)
 
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Factors]]) -> dict[str, Factors]:
