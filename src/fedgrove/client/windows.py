@@ -103,10 +103,11 @@ def latest_decoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype | Non
         same: identifies what the overlays hold; None: the folders in which they are.
     """
     key = (checkpoint.facts(), checkpoint.overlays if same is None else same, device, dtype)
-    if key not in _latest:
+    latest = _latest.get(key)
+    if latest is None or not all(overlay.is_dir() for overlay in latest.checkpoint.overlays):  # of a client that is gone
         _latest.clear()  # before another one takes memory
-        _latest[key] = Decoder(checkpoint, device, dtype)
-    return _latest[key]
+        latest = _latest[key] = Decoder(checkpoint, device, dtype)
+    return latest
 
 
 _latest: dict[Hashable, Decoder] = {}
