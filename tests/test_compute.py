@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from fedgrove.client.devices import dtype_of
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from small import Moment, Small, complaint, killed, process, result
@@ -63,6 +64,24 @@ def test_what_blocks_compute_in_moves_near_ties_and_nothing_else(fine: Small, wa
 def test_it_is_float32_where_a_job_says_nothing(fine: Small) -> None:
     said, unsaid = (fine.undisturbed(**compute) / "model" / "model.safetensors" for compute in (FLOAT32, {}))
     assert said.read_bytes() == unsaid.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, None), ({}, None)],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(
+    capabilities: dict[str, bool], expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert dtype_of("auto", "cpu") == expected
+    assert dtype_of("auto", "cuda:0") is None, "there the decoder takes the dtype of the checkpoint"
+
+
+def test_a_job_with_auto_is_that_of_the_dtype(fine: Small) -> None:
+    chosen = FLOAT32 if dtype_of("auto", "cpu") is None else BFLOAT16
+    auto, plain = (fine.undisturbed(**compute) for compute in ({"stages__0__compute_dtype": "auto"}, chosen))
+    assert result(auto)["model/model.safetensors"] == result(plain)["model/model.safetensors"]
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(fine: Small, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedgrove.client.devices import dtype_of
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data import windows as packed
 from fedgrove.data.sources import DEFAULT_TEMPLATE, facts_of
@@ -88,8 +89,7 @@ def checkpoint_of(client: LocalClient) -> Checkpoint:
 
 def decoder_of(client: LocalClient, device: str, compute_dtype: ComputeDtype | None = None) -> Decoder:
     """The client's copy of the model, run block by block; see :func:`latest_decoder`."""
-    dtype = getattr(torch, compute_dtype) if compute_dtype else None
-    return latest_decoder(checkpoint_of(client), device, dtype)
+    return latest_decoder(checkpoint_of(client), device, dtype_of(compute_dtype, device))
 
 
 def latest_decoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None = None, same: Hashable = None) -> Decoder:

@@ -115,7 +115,7 @@ Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Bits = Literal[32, 16, 8, 4]
 BitChoices = Annotated[tuple[Bits, ...], Field(min_length=1, max_length=16)]
 Choices = Annotated[tuple[Count, ...], Field(min_length=1, max_length=64), AfterValidator(_ascending)]
-ComputeDtype = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Clip = Annotated[float, Field(gt=0, le=16)]
 HeldOut = Annotated[float, Field(ge=0, le=0.5)]
 Word = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]  # a seed, or a run's name

@@ -73,8 +73,9 @@ class Config(StageConfig):
         source: what the calibration text passes through before it reaches a block: "sequential", the pruned blocks before it,
             or "dense", the unpruned model, which takes half the time. Default: "dense" with aggregation "pooled", else
             "sequential".
-        compute_dtype: the dtype of the calibration pass: "float32", or "bfloat16", twice as fast on CPUs with instructions for
-            it. The weights that are pruned are not rounded. Default: "float32" on a CPU, the model's own dtype on a GPU.
+        compute_dtype: the dtype of the calibration pass: "float32"; "bfloat16", up to twice as fast on CPUs with instructions
+            for it; or "auto", which is "bfloat16" on such a CPU (clients may then differ). The weights that are pruned are not
+            rounded. Default: "float32" on a CPU, the model's own dtype on a GPU.
         damping: what SparseGPT adds to each input channel's sum of squares to keep the equations solvable: "mean", 1 % of the
             mean over all channels (the paper), or "each", about 1 % of the channel's own sum. Default: "each" with aggregation
             "pooled", else "mean".
