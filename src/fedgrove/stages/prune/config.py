@@ -77,8 +77,8 @@ class Config(StageConfig):
             for it; or "auto", which is "bfloat16" on such a CPU (clients may then differ). The weights that are pruned are not
             rounded. Default: "float32" on a CPU, the model's own dtype on a GPU.
         damping: what SparseGPT adds to each input channel's sum of squares to keep the equations solvable: "mean", 1 % of the
-            mean over all channels (the paper), or "each", about 1 % of the channel's own sum. Default: "each" with aggregation
-            "pooled", else "mean".
+            mean over all channels (the paper), or "each", about 3 % of the channel's own sum and 1 % of the median channel's.
+            Default: "each" with aggregation "pooled", else "mean".
         mixed: use wanda for linears whose input is wider than the hidden states, so that clients upload a fraction of the
             bytes. Only aggregation "pooled" with a pruner that needs products.
         protect_first_block: prune block 0 by magnitude, so that no client sends sums of its inputs, which reveal much about the

@@ -11,6 +11,7 @@ from torch import Tensor
 StatisticsKind = Literal["nothing", "squares", "gram", "moments"]
 STRIP = 256  # rows of a Gram matrix that are computed at once
 TOKENS_AT_ONCE = 512  # copied to float32 at once; larger copies would be allocated on new memory pages each time (see heap.py)
+OWN, FLOOR = 0.02, 0.01  # what equilibration adds to Σ x² of a channel: of its own, and of the median channel's
 ON_GPU = 8  # times as many of both: a GPU would wait for the next product to be launched
 
 
@@ -121,13 +122,22 @@ class InputStatistics:
     def equilibrate(self) -> Tensor:
         """Scales the channels of a Gram matrix to about the same size by dividing by powers of two; in place, only once.
 
+        Before, every channel's Σ x² grows by :data:`OWN` times itself and :data:`FLOOR` times the median of all. The second
+        matters for channels that are nearly silent in the calibration text, and need not be in other text: without it, weights
+        of such channels can become a hundred times as large as any other, because that costs nothing. Channels that are silent
+        stay so.
+
         Returns:
             (in,) float64: the powers, from 2⁻³⁰ to 1; multiplying and dividing a weight by them is exact.
         """
         if self._powers is None:
+            squares = self.squares
+            self._to_strips(len(squares), squares.device)
+            more = torch.where(squares > 0, OWN * squares + FLOOR * squares.median(), 0.0)
+            for start, strip in self.strips():
+                strip.diagonal().add_(more[start : start + len(strip)])
             exponents = torch.log2(self.squares.sqrt()).round()
             self._powers = torch.exp2((exponents - exponents.max()).nan_to_num(nan=0.0).clamp(min=-30.0))
-            self._to_strips(len(self._powers), self._powers.device)
             for start, strip in self.strips():
                 strip /= self._powers[start : start + len(strip), None]
                 strip /= self._powers[start:]

@@ -85,8 +85,9 @@ def prune(name: str, weight: Tensor, inputs: InputStatistics, target: Target, da
 
     SparseGPT damps each channel's Σ x² by 1 % of the mean over all channels. In language models a few channels are many times
     larger than the rest, so this damping exceeds most channels' Σ x², and hardly any pruning error in them is compensated.
-    With "each" (ours) channels are first equilibrated: scaled to about the same size by powers of two, which is exact. The
-    problem stays the same, but every channel is damped by about 1 % of its own Σ x². The result of pruners that only compare
+    With "each" (ours) channels are first equilibrated: scaled to about the same size by powers of two, which is exact, so that
+    every channel is damped by about 3 % of its own Σ x², and a nearly silent one by a part of the median
+    (:meth:`~fedgrove.stages.prune.input_statistics.InputStatistics.equilibrate`). The result of pruners that only compare
     scores, such as Wanda, is the same bit for bit either way.
 
     Args:
