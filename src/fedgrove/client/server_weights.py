@@ -44,4 +44,4 @@ def check_growth(name: str, own: Tensor, new: Tensor, client: LocalClient) -> No
     """
     if not float(new.norm()) <= GROWTH * float(own.norm()):  # which NaN is not
         what = f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused"
-        raise client.error(f"{what} (if all are honest, lower learning_rate)")
+        raise client.error(f"{what} (if all are honest, lower learning_rate, or raise samples where weights are pruned)")
