@@ -1,4 +1,4 @@
-"""The plan of structured pruning: how wide the blocks become, and what scoring channels and heads costs each client."""
+"""The plan of structured pruning: how many blocks are left and how wide they are, and what it costs each client."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Literal
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.cost import count_parameters, measure_cost
+from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 
 
@@ -30,9 +32,11 @@ class Assignment(base.Assignment):
 
 
 class Plan(base.Plan):
-    """The plan of a stage that cuts channels and heads.
+    """The plan of a stage that cuts channels, heads and blocks.
 
     Attributes:
+        num_blocks: number of blocks before the stage.
+        blocks_left: number of blocks after it.
         before, after: the widths of every block.
         queries: query heads in a group.
         parameters: number of parameters of the model, before and after.
@@ -42,14 +46,15 @@ class Plan(base.Plan):
     kind: Literal["structured"] = "structured"
     clients: dict[str, Assignment]
     num_blocks: int
+    blocks_left: int
     before: Width
     after: Width
     queries: int
     parameters: tuple[int, int]
     types: tuple[str, str]
 
-    def width_after(self) -> Width:
-        return self.after
+    def reshaped(self, model: Checkpoint) -> Checkpoint:
+        return _reshaped(model, self.num_blocks, self.blocks_left, self.after)
 
 
 def make_plan(
@@ -64,8 +69,8 @@ def make_plan(
         secure: whether responses are masked under secure aggregation; masked responses do not compress.
 
     Raises:
-        FedgroveError: no configuration of this architecture can express the result, a fraction amounts to less than one group,
-            or a client has too little memory; names the key or the client.
+        FedgroveError: no configuration of this architecture can express the result, a fraction amounts to less than one group
+            or block or leaves too few blocks, or a client has too little memory; names the key or the client.
     """
     before = width_of(decoder.checkpoint.config)
     gone = {"channels": math.floor(config.channels * before.channels), "heads": math.floor(config.heads * before.heads)}
@@ -73,49 +78,82 @@ def make_plan(
         if share and not gone[key]:
             groups = getattr(before, key)
             what = "channels" if key == "channels" else "groups of heads"
-            raise FedgroveError(
-                f"stages.{index}.{key}: {share:g} of {groups} {what} is less than one", f"give {1 / groups:.2g} or more, or 0"
-            )
+            raise _less_than_one(index, key, share, groups, what)
     after = Width(before.channels - gone["channels"], before.heads - gone["heads"])
-    narrower = Decoder(decoder.checkpoint.over(width=after))
+    left = _blocks_left(index, config, len(decoder))
+    smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
     cost = measure_cost(decoder, config.length, masked=False)
-    block, narrow_block = (
-        sum(parameter.numel() for parameter in model.blocks[0].parameters()) for model in (decoder, narrower)
-    )
-    parameters = count_parameters(decoder)
+    block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
     in_linears = sum(weight.numel() for module in linears(decoder.blocks[0]).values() for weight in module.parameters())
-    logits = config.length * cost.vocabulary
-    memory = 4 * (cost.others + max(block + 3 * cost.saved, 5 * logits)) + 2**24
-    num_groups = len(decoder) * (before.channels + before.heads)
-    upload = (8 if secure else 4) * num_groups + 1300 * len(decoder)  # per number (measured on the shipped model), and names
+    memory = 4 * (cost.others + block + cost.saved) + 2**24
+    forward = len(decoder) * in_linears  # multiplications for a token
+    upload = work = 0
+    if config.depth:
+        upload += 8 * len(decoder) + 1300
+        work += 2 * forward
+    if config.narrows:
+        memory = max(memory, 4 * (cost.others + max(block + 3 * cost.saved, 5 * config.length * cost.vocabulary)) + 2**24)
+        num_groups = len(decoder) * (before.channels + before.heads)
+        upload += (8 if secure else 4) * num_groups + 1300 * len(
+            decoder
+        )  # per number (measured on the shipped model), and names
+        work += 2 * 3 * (forward + cost.vocabulary * cost.width)  # forward, forward again, backward
     assignments = {}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
             raise FedgroveError(
-                f"the forward and backward pass of a block need {mebibytes(memory)} of memory, but the client has "
-                f"{mebibytes(client.memory)} (clients.memory)",
+                f"the forward{' and backward' if config.narrows else ''} pass of a block need{'' if config.narrows else 's'} "
+                f"{mebibytes(memory)} of memory, but the client has {mebibytes(client.memory)} (clients.memory)",
                 "lower length, or leave the client out",
                 client=name,
             )
         tokens = (client.samples or config.samples) * config.length
-        work = 2 * 3 * tokens * (len(decoder) * in_linears + cost.vocabulary * cost.width)  # forward, forward again, backward
-        seconds = work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
+        seconds = tokens * work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
         assignments[name] = Assignment(
             samples=client.samples or config.samples,
             memory=memory,
-            disk=4 * (len(decoder) + 2) * tokens * cost.width,
+            disk=4 * config.hidden_states_kept(len(decoder)) * tokens * cost.width,
             upload=upload,
             seconds=round(seconds, 1),
         )
+    discloses = (ScoreBlocks.DISCLOSES if config.depth else frozenset()) | (
+        ScoreGroups.DISCLOSES if config.narrows else frozenset()
+    )
     return Plan(
         stage=index,
         num_blocks=len(decoder),
+        blocks_left=left,
         before=before,
         after=after,
         queries=decoder.checkpoint.config.num_attention_heads // before.heads,
-        parameters=(parameters, parameters - len(decoder) * (block - narrow_block)),
+        parameters=(count_parameters(decoder), count_parameters(smaller)),
         clients=assignments,
-        discloses=base.names_of(ScoreGroups.DISCLOSES),
-        types=(decoder.checkpoint.config.model_type, narrower.checkpoint.config.model_type),
+        discloses=base.names_of(discloses),
+        types=(decoder.checkpoint.config.model_type, smaller.checkpoint.config.model_type),
     )
+
+
+def _less_than_one(index: int, key: str, share: float, number: int, what: str) -> FedgroveError:
+    return FedgroveError(
+        f"stages.{index}.{key}: {share:g} of {number} {what} is less than one", f"give {1 / number:.2g} or more, or 0"
+    )
+
+
+def _blocks_left(index: int, config: Config, number: int) -> int:
+    """The number of blocks that stay."""
+    gone = math.floor(config.depth * number)
+    if config.depth and not gone:
+        raise _less_than_one(index, "depth", config.depth, number, "blocks")
+    most = number - 2 if config.protect_ends else number - 1
+    if gone > most:
+        stay = "the first and the last block stay (protect_ends)" if config.protect_ends else "one block has to stay"
+        remedy = f"give {most / number:.2g} or less" if most > 0 else "set it to 0"
+        raise FedgroveError(f"stages.{index}.depth: {config.depth:g} of {number} blocks are {gone}, but {stay}", remedy)
+    return number - gone
+
+
+def _reshaped(model: Checkpoint, number: int, left: int, width: Width) -> Checkpoint:
+    """The model in its new shapes. Which blocks stay is not known yet, and they are all of the same shape."""
+    kept = None if left == number else (*range(left - 1), number - 1)
+    return model.over(width=width, kept_blocks=kept)

@@ -1,9 +1,10 @@
-"""The stage ``structured``: clients score channels and heads, and the server cuts the same number out of every block."""
+"""The stage ``structured``: clients score channels, heads and blocks; the server cuts the same number of channels and heads
+out of every block, and whole blocks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,10 @@ from fedgrove.client.hidden_states import Calibration
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
-from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.masks import lowest
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.models.width import cut_columns, cut_rows, family_of, width_of
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
@@ -29,11 +28,13 @@ from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result, calibration_seed
 from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.cut import Kept, cut_block, kept_blocks, kept_groups
+from fedgrove.stages.structured.exchanges.blocks import INFLUENCE, ScoreBlocks, check_influence
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, Tokens, check_values
 from fedgrove.stages.structured.plan import Plan, make_plan
 from fedgrove.stages.structured.scores import score_of
 
-Kept = dict[str, Tensor]  # "channels" and "heads": ascending indices of the groups that stay
+BLOCKS, GROUPS = "blocks", "groups"  # what is scored; also the names of the files of the sums
 
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
@@ -42,39 +43,38 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
-    """Cuts every block of a model to the plan's widths, so that one plain config.json describes the model.
+    """Cuts a model down to the plan's number of blocks and their widths, so that one plain config.json describes it.
 
-    Each client gets one request, for all blocks. The sum of the responses is a file in the run folder, and so is each block
-    that was cut, so an interrupted stage continues from these files.
+    Each client gets one request for the scores of all blocks, and one for those of all channels and heads. Both are measured on
+    the model at the start of the stage. The sums of the responses are files in the run folder, and so is each block that was
+    cut, so an interrupted stage continues from these files.
 
     Returns:
-        The model with the narrower blocks as an overlay. ``RUN/structured.json`` records what was cut.
+        The smaller model, its narrower blocks as an overlay. ``RUN/structured.json`` records what was cut.
     """
     run = federation.run
-    file = _sums_file(run, plan)
-    if not file.is_file():
-        run.phase(Phase("structured", "measuring how much each channel and head matters", stage=plan.stage))
-        clients, tokens, sums = _collect(model, plan, config, federation)
-        save_tensors(sums, file, {"clients": json.dumps(clients), "tokens": str(tokens)})
-    overlay = run.overlay(plan.stage, 0)
-    blocks = _cut(model, plan, config, _read_sums(file), overlay, run)
-    with safe_open(file, framework="pt") as opened:
-        said = opened.metadata()
-    result = model.over(overlay, width=plan.after)
+    if config.depth:
+        _collect(BLOCKS, model, plan, config, federation)
+    if config.narrows:
+        _collect(GROUPS, model, plan, config, federation)
+    result, kept, records = _cut(model, plan, config, run, run.overlay(plan.stage, 0))
+    files = {what: _sums_file(run, plan, what) for what in (BLOCKS, GROUPS)}
     run.write_json(
         "structured.json",
         {
             "stage": plan.stage,
             **config.model_dump(mode="json"),
-            "clients": json.loads(said["clients"]),
-            "tokens": int(said["tokens"]),
+            "sums": {what: _metadata(file) for what, file in files.items() if file.is_file()},
+            "num_blocks": [plan.num_blocks, plan.blocks_left],
+            "kept_blocks": list(kept),
+            "influence": _influence(run, plan) if config.depth else None,
             "before": asdict(plan.before),
             "after": asdict(plan.after),
             "queries": plan.queries,
             "parameters": list(plan.parameters),
             "bytes": [model.num_bytes(), result.num_bytes()],
             "types": list(plan.types),
-            "blocks": blocks,
+            "blocks": records,
         },
     )
     return Result(result)
@@ -106,12 +106,8 @@ def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run:
     Raises:
         FedgroveError: the client sent no sums.
     """
-    sums = _read_sums(_sums_file(run, plan), f"{client}/")
-    if not sums:
-        raise FedgroveError("it sent no sums, so its model alone cannot be measured (evaluate.alone)", client=client)
     overlay = run.path / "work" / f"stage-{plan.stage}" / "alone" / client
-    _cut(model, plan, config, sums, overlay)
-    return model.over(overlay, width=plan.after)
+    return _cut(model, plan, config, run, overlay, client)[0]
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
@@ -126,8 +122,8 @@ def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
 class _Scores(IntegerSums):
     """The sums over all clients and, for ``evaluate.alone``, the sums of each client."""
 
-    def __init__(self, signed: bool, keep_parts: bool):
-        super().__init__(lambda sums, replies: check_values(sums, signed, LARGEST))
+    def __init__(self, check_total: Callable[[Tensors, Mapping[str, Reply]], None], keep_parts: bool):
+        super().__init__(check_total)
         self.parts: Tensors = {}
         self._keep_parts = keep_parts
 
@@ -137,88 +133,119 @@ class _Scores(IntegerSums):
         super().add(client, tensors, reply)
 
 
-def _collect(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> tuple[list[str], int, Tensors]:
-    """The clients in the sums, their number of tokens, and the sums; for ``evaluate.alone`` also those of each client."""
-    messages = {client: Message(score_request(plan, config, client, federation.job)) for client in plan.clients}
-    scores = _Scores(score_of(config.score).SIGNED, federation.job.evaluate.alone)
+def _collect(what: str, model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> None:
+    """Requests the scores of blocks or of groups, and writes their sums to the run folder unless they are there already."""
+    run, file = federation.run, _sums_file(federation.run, plan, what)
+    if file.is_file():
+        return
+    titles = {
+        BLOCKS: "measuring how much each block changes the hidden states",
+        GROUPS: "measuring how much each channel and head matters",
+    }
+    run.phase(Phase("structured", titles[what], stage=plan.stage))
+    request = block_request if what == BLOCKS else score_request
+    messages = {client: Message(request(plan, config, client, federation.job)) for client in plan.clients}
+
+    def check_total(sums: Tensors, replies: Mapping[str, Reply]) -> None:
+        if what == BLOCKS:
+            windows = sum(plan.clients[client].samples for client in replies)
+            check_influence(sums, windows * config.length, windows)
+        else:
+            check_values(sums, score_of(config.score).SIGNED, LARGEST)
+
+    scores = _Scores(check_total, federation.job.evaluate.alone)
     replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model, federation.device))
     tokens = sum(reply.tokens for reply in replies.values() if isinstance(reply, Tokens))
-    return sorted(replies), tokens, {CHANGE + name: value for name, value in scores.sums.items()} | scores.parts
+    sums = {CHANGE + name: value for name, value in scores.sums.items()} | scores.parts
+    save_tensors(sums, file, {"clients": json.dumps(sorted(replies)), "tokens": str(tokens)})
+
+
+def block_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreBlocks:
+    """The request to one client for the influence of every block, or of every run of blocks."""
+    span = plan.num_blocks - plan.blocks_left if config.contiguous else 1
+    return ScoreBlocks(stage=plan.stage, span=span, calibration=_calibration(plan, config, client, job, "dense"))
 
 
 def score_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreGroups:
-    """The request to one client."""
-    calibration = Calibration(
+    """The request to one client for the scores of all channels and heads."""
+    calibration = _calibration(plan, config, client, job, "gradients")
+    return ScoreGroups(stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients))
+
+
+def _calibration(plan: Plan, config: Config, client: str, job: Job, through: str) -> Calibration:
+    return Calibration(
         stage=plan.stage,
         samples=plan.clients[client].samples,
         length=config.length,
         seed=calibration_seed(job.seed, plan.stage),
-        through="gradients",
+        through=through,
     )
-    return ScoreGroups(stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients))
 
 
 def _cut(
-    model: Checkpoint,
-    plan: Plan,
-    config: Config,
-    sums: Mapping[str, Tensor],
-    overlay: Path,
-    run: RunFolder | None = None,
-) -> list[dict[str, Any]]:
-    """Cuts every block that is not cut yet; returns for each block the indices of the groups that are cut."""
-    decoder = Decoder(model)
-    score = score_of(config.score)
-    records: list[dict[str, Any]] = []
-    for block in range(plan.num_blocks):
-        kept: Kept = {}
-        record: dict[str, Any] = {"block": block}
+    model: Checkpoint, plan: Plan, config: Config, run: RunFolder, overlay: Path, client: str | None = None
+) -> tuple[Checkpoint, tuple[int, ...], list[dict[str, Any]]]:
+    """Cuts everything that is not cut yet.
+
+    Args:
+        model: the model at the start of the stage.
+        overlay: the folder of the blocks that were cut.
+        client: cut by the sums of this client alone; None: by those of all clients.
+
+    Returns:
+        The smaller model, the blocks that stay, and for each of these the indices of the groups that were cut.
+    """
+    kept: tuple[int, ...] = tuple(range(plan.num_blocks))
+    if config.depth:
+        influence = _read_sums(run, plan, BLOCKS, client)[CHANGE + INFLUENCE]
+        kept = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends)
+    shorter = model.over(kept_blocks=kept if config.depth else None)
+    records: list[dict[str, Any]] = [{"block": block} for block in kept]
+    if not config.narrows:
+        return shorter, kept, records
+    decoder, score = Decoder(shorter), score_of(config.score)
+    sums = _read_sums(run, plan, GROUPS, client)
+    for index, record in enumerate(records):
+        groups: Kept = {}
         for kind in ("channels", "heads"):
             before, after = getattr(plan.before, kind), getattr(plan.after, kind)
-            kept[kind] = torch.arange(before)
+            groups[kind] = torch.arange(before)
             if after < before:
-                gone = lowest([score.finish(CODE.decode(sums[f"{CHANGE}{block}/{kind}"]))], before - after)
-                kept[kind] = (~gone).nonzero().squeeze(1)
-                record[kind] = gone.nonzero().squeeze(1).tolist()
-        records.append(record)
-        file = overlay / f"block-{block:04d}.safetensors"
+                groups[kind] = kept_groups(score.finish(CODE.decode(sums[f"{CHANGE}{record['block']}/{kind}"])), after)
+                record[kind] = sorted(set(range(before)) - set(groups[kind].tolist()))
+        file = overlay / f"block-{index:04d}.safetensors"
         if not file.is_file():
-            if run:
-                run.phase(Phase("structured", stage=plan.stage, block=block, blocks=plan.num_blocks))
-            save_tensors(cut_block(decoder, block, kept), file)
-    return records
+            if client is None:
+                run.phase(Phase("structured", stage=plan.stage, block=index, blocks=plan.blocks_left))
+            save_tensors(cut_block(decoder, index, groups), file)
+    return shorter.over(overlay, width=plan.after), kept, records
 
 
-def cut_block(decoder: Decoder, block: int, kept: Kept) -> dict[str, Tensor]:
-    """The tensors of a block that change, with only the groups ``kept``; names and layout are those of the checkpoint."""
-    config = decoder.checkpoint.config
-    family, width, names = family_of(config), width_of(config), decoder.block_names(block)
-    cut: dict[str, Tensor] = {}
-    for kind, part in (("channels", family.channels), ("heads", family.heads)):
-        number = getattr(width, kind)
-        if part is None or len(kept[kind]) == number:
-            continue
-        for name in part.producers:
-            module = decoder.blocks[block].get_submodule(name)
-            weight = cut_rows(decoder.read_linear(block, name), number, kept[kind])
-            cut[names[name]] = as_matrix(module, weight).contiguous()
-            if getattr(module, "bias", None) is not None:
-                bias = names[name].removesuffix("weight") + "bias"
-                cut[bias] = cut_rows(decoder.checkpoint.read(bias), number, kept[kind])
-        module = decoder.blocks[block].get_submodule(part.consumer)
-        weight = cut_columns(decoder.read_linear(block, part.consumer), number, kept[kind])
-        cut[names[part.consumer]] = as_matrix(module, weight).contiguous()
-    return cut
+def _influence(run: RunFolder, plan: Plan) -> list[float]:
+    """The mean influence over all clients' tokens of each block, or of each run of blocks."""
+    sums = _read_sums(run, plan, BLOCKS)[CHANGE + INFLUENCE]
+    return [round(float(value), 6) for value in CODE.decode(sums) / _metadata(_sums_file(run, plan, BLOCKS))["tokens"]]
 
 
-def _sums_file(run: RunFolder, plan: Plan) -> Path:
-    return run.path / "work" / f"stage-{plan.stage}" / "sums.safetensors"
+def _sums_file(run: RunFolder, plan: Plan, what: str) -> Path:
+    return run.path / "work" / f"stage-{plan.stage}" / f"{what}.safetensors"
 
 
-def _read_sums(file: Path, prefix: str = "") -> dict[str, Tensor]:
+def _metadata(file: Path) -> dict[str, Any]:
+    """The clients in the sums of a file, and their number of tokens."""
     with safe_open(file, framework="pt") as opened:
-        return {
-            name.removeprefix(prefix): opened.get_tensor(name)
-            for name in opened.keys()  # noqa: SIM118
-            if name.startswith(prefix + CHANGE)
-        }
+        return {name: json.loads(opened.metadata()[name]) for name in ("clients", "tokens")}
+
+
+def _read_sums(run: RunFolder, plan: Plan, what: str, client: str | None = None) -> dict[str, Tensor]:
+    """The sums of all clients, or of one.
+
+    Raises:
+        FedgroveError: the client sent no sums.
+    """
+    prefix = "" if client is None else f"{client}/"
+    with safe_open(_sums_file(run, plan, what), framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(prefix + CHANGE)]  # noqa: SIM118
+        if not names:
+            raise FedgroveError("it sent no sums, so its model alone cannot be measured (evaluate.alone)", client=client)
+        return {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
