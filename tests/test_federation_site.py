@@ -31,6 +31,7 @@ from fedgrove.deploy.flare.site import respond
 from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import Noise, largest_per_client
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import KINDS
 from fedgrove.job.units import Table
@@ -46,7 +47,7 @@ from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
-from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs, largest_per_client
+from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups

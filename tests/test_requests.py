@@ -20,6 +20,7 @@ from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import DeliverResult
 from fedgrove.deploy.flare.installation import Declared
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import Tokens as InputTokens
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import keep
@@ -45,7 +46,6 @@ from fedgrove.rounds.request import (
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.exchanges import block as blocks
-from fedgrove.stages.prune.exchanges import statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
@@ -100,7 +100,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
             stage=0, block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
             limit=2**40,
         ),
-        statistics.Tokens(tokens=TOKENS),
+        InputTokens(tokens=TOKENS),
     ),
     Exchange(
         DescribeYourself(calibrations=(Windows(samples=1, length=LENGTH, seed="s"),), lengths=(LENGTH,)),
