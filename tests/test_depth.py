@@ -25,7 +25,7 @@ from fedgrove.models.tensor_files import save_tensors
 from fedgrove.models.width import FAMILIES
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.run import local_clients, open_model
-from fedgrove.stages.structured.cut import kept_blocks
+from fedgrove.stages.structured.choice import kept_blocks
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks, influence
 from fedgrove.stages.structured.exchanges.scores import CODE
 from small import (
@@ -46,7 +46,7 @@ from small import (
 from test_architectures import LLAMA, plain, save, some_ids
 from test_structured import config_of, told_by, weights
 
-DEEP = {"kind": "structured", "depth": 0.4, "samples": 3, "length": LENGTH}
+DEEP = {"kind": "structured", "depth": 0.4, "samples": 3, "length": LENGTH, "repair": False}
 BOTH = {**DEEP, "channels": 0.25, "heads": 0.5}
 STAGES = [DEEP]
 

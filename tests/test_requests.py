@@ -53,6 +53,7 @@ from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges import scores
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
+from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
@@ -114,6 +115,13 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(secagg.Check(stage=0, session=SESSION, survivors=["ash", "birch"]), secagg.Signed(signature=2 * HEX)),
     Exchange(secagg.Open(stage=0, session=SESSION, signatures={}), secagg.Revealed(shares={})),
     Exchange(ScoreGroups(stage=0, score="fisher", calibration=CALIBRATION, limit=2**40), scores.Tokens(tokens=TOKENS)),
+    Exchange(
+        RepairInputs(
+            stage=0, block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
+            limit=2**40,
+        ),
+        InputTokens(tokens=TOKENS),
+    ),
     Exchange(ScoreBlocks(stage=0, span=1, calibration=CALIBRATION), scores.Tokens(tokens=TOKENS)),
     Exchange(KeepWeights(stage=0, part=0, kept_blocks=(1,)), Reply()),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
@@ -273,7 +281,16 @@ def test_tensors_of_other_names_shapes_and_dtypes_are_refused(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("claimed", [0, 1, -1, TOKENS + 1, 2**63])
 @pytest.mark.parametrize(
-    "kind", ["prune/block", "prune/statistics", "structured/blocks", "structured/scores", "tune/importance", "tune/train"]
+    "kind",
+    [
+        "prune/block",
+        "prune/statistics",
+        "structured/blocks",
+        "structured/inputs",
+        "structured/scores",
+        "tune/importance",
+        "tune/train",
+    ],
 )
 def test_a_client_that_claims_other_tokens_is_refused(
     small: Small, ask: Callable[..., list[Any]], kind: str, claimed: int, masked: bool

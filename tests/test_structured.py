@@ -36,7 +36,7 @@ from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed,
 from test_architectures import ARCHITECTURES, plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
 
-CUT = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH}
+CUT = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH, "repair": False}
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 3, "length": LENGTH, "batches": [4], "ranks": [4], "bits": [32],
     "learning_rate": 0.01,
@@ -103,7 +103,7 @@ def test_the_narrow_model_computes_what_the_model_computes_without_its_groups(na
             kind: torch.randperm(getattr(before, kind), generator=generator)[: getattr(after, kind)].sort().values
             for kind in ("channels", "heads")
         }
-        save_tensors(cut_block(decoder, block, kept), overlay / f"block-{block}.safetensors")
+        save_tensors(cut_block(decoder, block, kept)[0], overlay / f"block-{block}.safetensors")
         for kind, part in (("channels", family.channels), ("heads", family.heads)):
             if part is None:
                 continue

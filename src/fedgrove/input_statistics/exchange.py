@@ -236,7 +236,7 @@ def limits(tokens: int, clients: int, secure: bool) -> frozenset[int]:
 def disclosed_by(products: bool, moments: bool) -> frozenset[Disclosure]:
     """What a client's sums reveal about its text."""
     if products:
-        return frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS})
+        return frozenset({Disclosure.SQUARES, Disclosure.PRODUCTS} | ({Disclosure.MOMENTS} if moments else set()))
     return frozenset({Disclosure.MOMENTS if moments else Disclosure.SQUARES})
 
 

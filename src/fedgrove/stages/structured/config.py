@@ -27,6 +27,8 @@ class Config(StageConfig):
             clients' text least (ShortGPT's block influence).
         contiguous: cut blocks that follow each other, instead of the single blocks of least influence.
         protect_ends: never cut the first and the last block.
+        repair: solve anew for the linears that read channels and heads of which some were cut, by sums of products of their
+            inputs.
         score: how the importance of a channel or group of heads is measured: "fisher" (squared changes of the loss) or "taylor"
             (LLM-Pruner's score).
         samples: windows of text that each client calibrates on.
@@ -39,6 +41,7 @@ class Config(StageConfig):
     depth: Sparsity = 0.0
     contiguous: bool = False
     protect_ends: bool = True
+    repair: bool = True
     score: Annotated[str, method_of(PACKAGE)] = "fisher"
     samples: Samples = 16
     length: Length = 512
@@ -58,6 +61,11 @@ class Config(StageConfig):
     def narrows(self) -> bool:
         """Whether blocks become narrower."""
         return bool(self.channels or self.heads)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether linears are repaired."""
+        return self.repair and self.narrows
 
     def calibration_windows(self) -> tuple[int, int] | None:
         return self.samples, self.length

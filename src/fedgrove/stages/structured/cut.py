@@ -1,56 +1,92 @@
-"""What is cut: the choice of groups and blocks by their scores, and the tensors of a block without its groups."""
+"""The tensors of a block without the groups that were cut, its consumers repaired if sums of their inputs are known."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.masks import lowest
-from fedgrove.models.width import cut_columns, cut_rows, family_of, width_of
+from fedgrove.models.width import CoupledLinears, Width, cut_columns, cut_rows, family_of, width_of
+from fedgrove.stages.structured.repair import repair, shifted_bias
 
-Kept = dict[str, Tensor]  # "channels" and "heads": ascending indices of the groups that stay
-
-
-def kept_groups(scores: Tensor, number: int) -> Tensor:
-    """The indices of the groups that stay, ascending: all but the ``len(scores) − number`` of the lowest score."""
-    gone = lowest([scores], len(scores) - number)
-    return (~gone).nonzero().squeeze(1)
+KINDS = ("channels", "heads")  # of groups
+Kept = dict[str, Tensor]  # by kind, the ascending indices of the groups that stay
 
 
-def kept_blocks(influence: Tensor, num_blocks: int, number: int, protect_ends: bool) -> tuple[int, ...]:
-    """The indices of the blocks that stay, ascending.
+@dataclass(frozen=True)
+class ConsumerInputs:
+    """Sums over the inputs of a linear that reads groups, in the dense model.
+
+    Attributes:
+        halves: Σ x xᵀ of either half of the windows, (in, in) float64 each.
+        means: E[x], (in,) float64; None if the linear has no bias.
+    """
+
+    halves: tuple[Tensor, Tensor]
+    means: Tensor | None
+
+
+def cut_parts(config: PretrainedConfig, after: Width) -> dict[str, CoupledLinears]:
+    """The linears of the groups of which some go, by kind.
 
     Args:
-        influence: of each block, (num_blocks,), or of each run of ``num_blocks − number`` blocks, by its first block.
-        num_blocks: the number of blocks.
-        number: how many of them stay.
-        protect_ends: whether the first and the last block stay.
+        config: of the model before the cut.
+        after: the widths of its blocks after it.
     """
-    span = num_blocks - len(influence) + 1
-    ends = 1 if protect_ends else 0
-    inner = influence[ends : len(influence) - ends]
-    cut = lowest([inner], (num_blocks - number) // span).nonzero().squeeze(1) + ends
-    gone = {block for first in cut.tolist() for block in range(first, first + span)}
-    return tuple(block for block in range(num_blocks) if block not in gone)
+    family, before = family_of(config), width_of(config)
+    parts = {"channels": family.channels, "heads": family.heads}
+    return {kind: part for kind, part in parts.items() if part is not None and getattr(after, kind) < getattr(before, kind)}
 
 
-def cut_block(decoder: Decoder, block: int, kept: Kept) -> dict[str, Tensor]:
-    """The tensors of a block that change, with only the groups ``kept``; names and layout are those of the checkpoint."""
-    config = decoder.checkpoint.config
-    family, width, names = family_of(config), width_of(config), decoder.block_names(block)
+def cut_block(
+    decoder: Decoder, block: int, kept: Kept, inputs: Mapping[str, ConsumerInputs] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a block that change, with only the groups ``kept``; names and layout are those of the checkpoint.
+
+    Args:
+        inputs: by kind of group, the sums with which the consumer is repaired; None: it is only cut.
+
+    Returns:
+        The tensors, and by kind of group how the repair went.
+    """
+    config, names = decoder.checkpoint.config, decoder.block_names(block)
+    width, after = width_of(config), Width(*(len(kept[kind]) for kind in KINDS))
     cut: dict[str, Tensor] = {}
-    for kind, part in (("channels", family.channels), ("heads", family.heads)):
+    repairs: dict[str, Any] = {}
+    for kind, part in cut_parts(config, after).items():
         number = getattr(width, kind)
-        if part is None or len(kept[kind]) == number:
-            continue
         for name in part.producers:
             module = decoder.blocks[block].get_submodule(name)
             weight = cut_rows(decoder.read_linear(block, name), number, kept[kind])
             cut[names[name]] = as_matrix(module, weight).contiguous()
             if getattr(module, "bias", None) is not None:
-                bias = names[name].removesuffix("weight") + "bias"
+                bias = _bias(names[name])
                 cut[bias] = cut_rows(decoder.checkpoint.read(bias), number, kept[kind])
         module = decoder.blocks[block].get_submodule(part.consumer)
-        weight = cut_columns(decoder.read_linear(block, part.consumer), number, kept[kind])
+        before = decoder.read_linear(block, part.consumer)
+        if inputs is None:
+            weight = cut_columns(before, number, kept[kind])
+        else:
+            sums = inputs[kind]
+            columns = torch.arange(before.shape[1]).view(number, -1)[kept[kind]].flatten().to(sums.halves[0].device)
+            dense = before.to(columns.device)
+            repaired = repair(dense, sums.halves, columns)
+            weight = repaired.weight.to(before.dtype)
+            repairs[kind] = {"ridge": repaired.ridge, "error": repaired.error}
+            if sums.means is not None:
+                bias = _bias(names[part.consumer])
+                old = decoder.checkpoint.read(bias)
+                cut[bias] = shifted_bias(old.to(columns.device), dense, weight, sums.means, columns).to(old.dtype).cpu()
+            weight = weight.cpu()
         cut[names[part.consumer]] = as_matrix(module, weight).contiguous()
-    return cut
+    return cut, repairs
+
+
+def _bias(weight: str) -> str:
+    """The name of the bias beside a weight."""
+    return weight.removesuffix("weight") + "bias"

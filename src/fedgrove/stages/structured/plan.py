@@ -7,16 +7,22 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import disclosed_by
+from fedgrove.input_statistics.fixed_point import ring_bits
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.cost import count_parameters, measure_cost
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.cut import cut_parts
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+
+BYTES = 4.0  # that an int64 of a sum compresses to (measured on the shipped model)
 
 
 class Assignment(base.Assignment):
@@ -83,6 +89,9 @@ def make_plan(
     left = _blocks_left(index, config, len(decoder))
     smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
+    read = _inputs_read(decoder, after) if config.repairs else []
+    number_of_tokens = {name: (client.samples or config.samples) * config.length for name, client in capabilities.items()}
+    _check_tokens(index, config, read, sum(number_of_tokens.values()), len(capabilities))
     cost = measure_cost(decoder, config.length, masked=False)
     block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
     in_linears = sum(weight.numel() for module in linears(decoder.blocks[0]).values() for weight in module.parameters())
@@ -99,6 +108,16 @@ def make_plan(
             decoder
         )  # per number (measured on the shipped model), and names
         work += 2 * 3 * (forward + cost.vocabulary * cost.width)  # forward, forward again, backward
+    if read:
+        numbers = sum(width * (width + 1) // 2 for width in read)
+        of_block = math.ceil(2 * numbers * (ring_bits(sum(number_of_tokens.values())) / 8 if secure else BYTES)) + 1000 * len(
+            read
+        )
+        upload += left * of_block
+        work += 2 * forward + 2 * len(decoder) * numbers
+        memory = max(
+            memory, 4 * (cost.others + block + cost.saved) + 2 * 12 * sum(width**2 for width in read) + of_block + 2**24
+        )
     assignments = {}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
@@ -108,7 +127,7 @@ def make_plan(
                 "lower length, or leave the client out",
                 client=name,
             )
-        tokens = (client.samples or config.samples) * config.length
+        tokens = number_of_tokens[name]
         seconds = tokens * work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
         assignments[name] = Assignment(
             samples=client.samples or config.samples,
@@ -117,9 +136,11 @@ def make_plan(
             upload=upload,
             seconds=round(seconds, 1),
         )
-    discloses = (ScoreBlocks.DISCLOSES if config.depth else frozenset()) | (
-        ScoreGroups.DISCLOSES if config.narrows else frozenset()
-    )
+    discloses: frozenset[Disclosure] = ScoreBlocks.DISCLOSES if config.depth else frozenset()
+    if config.narrows:
+        discloses |= ScoreGroups.DISCLOSES
+    if read:
+        discloses |= disclosed_by(products=True, moments=_have_bias(decoder, after))
     return Plan(
         stage=index,
         num_blocks=len(decoder),
@@ -130,7 +151,47 @@ def make_plan(
         parameters=(count_parameters(decoder), count_parameters(smaller)),
         clients=assignments,
         discloses=base.names_of(discloses),
+        notes=_notes(read, number_of_tokens, secure),
         types=(decoder.checkpoint.config.model_type, smaller.checkpoint.config.model_type),
+    )
+
+
+def _inputs_read(decoder: Decoder, after: Width) -> list[int]:
+    """The numbers of inputs of the linears that read what is cut."""
+    parts = cut_parts(decoder.checkpoint.config, after).values()
+    return [decoder.read_shape(f"{decoder.prefix}.0.{part.consumer}")[1] for part in parts]
+
+
+def _have_bias(decoder: Decoder, after: Width) -> bool:
+    """Whether a linear that reads what is cut has a bias."""
+    consumers = [
+        decoder.blocks[0].get_submodule(part.consumer) for part in cut_parts(decoder.checkpoint.config, after).values()
+    ]
+    return any(getattr(consumer, "bias", None) is not None for consumer in consumers)
+
+
+def _check_tokens(index: int, config: Config, read: list[int], tokens: int, clients: int) -> None:
+    """Refuses a repair by fewer tokens than a linear has inputs: any number of weights would then fit the sums."""
+    widest = max(read, default=0)
+    if tokens < widest:
+        windows, needed = tokens // config.length, math.ceil(widest / config.length)
+        raise FedgroveError(
+            f"stages.{index}.repair: all clients together have {windows} windows of {config.length} tokens, but to repair a "
+            f"linear of {widest} inputs takes {needed} or more",
+            f"set samples to {math.ceil(needed / clients)} or more, or repair = false",
+        )
+
+
+def _notes(read: list[int], tokens: Mapping[str, int], secure: bool) -> tuple[str, ...]:
+    """What a user should know of the clients' sums of products, of which each is over about half of a client's tokens."""
+    widest = max(read, default=0)
+    few = sum(number < 2 * widest for number in tokens.values())
+    if secure or not few:
+        return ()
+    return (
+        f"{few} of {len(tokens)} clients send products of inputs with {widest} channels, summed over fewer tokens than "
+        "channels in each half of their windows. Such products reveal the subspace that the inputs span. Raise samples, set "
+        "repair = false, or use secure aggregation.",
     )
 
 

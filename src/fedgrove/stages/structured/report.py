@@ -27,7 +27,7 @@ def describe(config: Mapping[str, Any]) -> str:
     shares = [f"{config[key]:.0%} of the {key}" for key in ("channels", "heads")] if _narrows(config) else []
     if config["depth"]:
         shares.append(f"{config['depth']:.0%} of the blocks")
-    return f"structured pruning of {joined(shares)}{_score(config)}"
+    return f"structured pruning of {joined(shares)}{_score(config)}{_repaired(config)}"
 
 
 def recipe(config: Mapping[str, Any]) -> str:
@@ -42,7 +42,7 @@ def limits(config: Mapping[str, Any]) -> str:
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
     """What is cut, and what the stage costs each client."""
     before, after = plan["parameters"]
-    title = f"stage {plan['stage']}: structured pruning{_score(config)}: {removed(plan)}"
+    title = f"stage {plan['stage']}: structured pruning{_score(config)}{_repaired(config)}: {removed(plan)}"
     table = client_table(title, "client", "windows", "memory", "disk", "upload", "time")
     for client, assignment in plan["clients"].items():
         fill(
@@ -93,6 +93,14 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         gone = [str(block + 1) for block in range(result["num_blocks"][0]) if block not in result["kept_blocks"]]
         these = f"Block {gone[0]} was" if len(gone) == 1 else f"Blocks {joined(gone)} were"
         parts.append(Paragraph(f"{these} removed: the hidden states of the clients’ text change least there."))
+    errors = [how["error"] for block in result["blocks"] for how in block.get("repair", {}).values()]
+    if errors:
+        says = (
+            "The matrices that read what was removed were solved for anew, by sums over the clients’ text, to make up for it. "
+            f"On text that a solution had not seen, {1 - sum(errors) / len(errors):.0%} of the squared error in their outputs "
+            f"was undone, from {1 - max(errors):.0%} to {1 - min(errors):.0%} in a matrix."
+        )
+        parts.append(Paragraph(says))
     says = "Any program that loads the model stores fewer weights and computes with fewer. " + other_type(result["types"])
     parts.append(Paragraph(says.strip()))
     return [Section("width", "Fewer or narrower blocks", [*parts, Sheet(_sizes(result))])]
@@ -138,6 +146,10 @@ def other_type(types: Sequence[str]) -> str:
         f"It is written as type {after}, because a configuration of type {before} cannot express this number of heads; the "
         "tensors and the computation are the same."
     )
+
+
+def _repaired(config: Mapping[str, Any]) -> str:
+    return ", repaired" if config.get("repair") and _narrows(config) else ""
 
 
 def _sizes(result: Mapping[str, Any]) -> Table:
