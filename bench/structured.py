@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ import fedgrove.stages.structured.scores
 from fedgrove import api
 from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint
+from fedgrove.models.width import width_of
 from fedgrove.report.summary import Summary
 
 GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
@@ -54,11 +56,11 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "cut together, taylor (LLM-Pruner, vector-wise)": {"score": "taylor", "repair": False},
     "cut together, fisher, repaired": {"score": "fisher"},
 }
-CUTS: dict[str, Callable[[float], dict[str, Any]]] = {
-    "cut": lambda share: {"channels": share, "heads": share, "repair": False},
-    "repaired": lambda share: {"channels": share, "heads": share},
-    "fewer blocks": lambda share: {"depth": share},
-    "fewer blocks, contiguous": lambda share: {"depth": share, "contiguous": True},
+CUTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the keys that get the fraction, and others
+    "cut": (("channels", "heads"), {"repair": False}),
+    "repaired": (("channels", "heads"), {}),
+    "fewer blocks": (("depth",), {}),
+    "fewer blocks, contiguous": (("depth",), {"contiguous": True}),
 }
 ALONE = "cut alone, fisher, mean of the eight models"
 
@@ -186,20 +188,28 @@ def cuts(given: Any, folder: Path) -> str:
     data = [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in names]
     evaluate = {"data": data, "windows": given.windows, "length": given.length}
 
+    config = Checkpoint(given.model).config
+    numbers = {**asdict(width_of(config)), "depth": config.num_hidden_layers}
+
+    def cut_of(row: str, share: float) -> dict[str, Any]:
+        """The keys of the stage; empty if the fraction is less than one of everything."""
+        keys, others = CUTS[row]
+        found = {key: share for key in keys if share * numbers[key] >= 1}
+        return {**dict.fromkeys(keys, 0.0), **found, **others} if found else {}
+
     def losses(share: float, seed: int, row: str) -> list[float]:
         """The mean loss before and after the cut."""
-        stage = {"kind": "structured", "samples": given.samples, "length": given.length, **CUTS[row](share)}
+        stage = {"kind": "structured", "samples": given.samples, "length": given.length, **cut_of(row, share)}
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
         summary = carry_out(str(given.model), clients, [stage], evaluate, out, seed)
         return [math.log(summary.mean(summary.dense)), math.log(summary.mean(summary.federated))]
 
     lines = ["| fraction | row | loss before | after, by seed | mean | undone, by seed |", "|---|---|---|---|---|---|"]
-    num_blocks = Checkpoint(given.model).config.num_hidden_layers
     settings = {key: getattr(given, key) for key in ("owners", "samples", "length", "windows")}
     for share in given.shares:
         found: dict[str, list[list[float]]] = {}
         for row in given.rows:
-            if "depth" in CUTS[row](share) and share * num_blocks < 1:
+            if not cut_of(row, share):
                 continue
             every = [
                 kept(partial(losses, share, seed, row), row=row, share=share, seed=seed, **settings) for seed in given.seeds

@@ -119,7 +119,7 @@ def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run:
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
     """For a quarter of the channels and heads; empty for architectures that cannot be cut."""
-    config = Config(kind="structured", length=length)
+    config = Config(kind="structured", length=length, samples=2**10)  # enough for a repair; memory does not depend on it
     try:
         return {"cut channels and heads": float(make_plan(0, config, decoder, {"one": Capabilities()}).clients["one"].memory)}
     except FedgroveError:
