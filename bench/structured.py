@@ -220,7 +220,10 @@ def cuts(given: Any, folder: Path) -> str:
             undone = "–"
             if row == "repaired" and "cut" in found:
                 pairs = zip(found["cut"], every, strict=True)
-                undone = ", ".join(f"{(cut - repaired) / (cut - dense):.0%}" for (dense, cut), (_, repaired) in pairs)
+                undone = ", ".join(
+                    f"{(cut - repaired) / (cut - dense):.0%}" if cut > dense else "no loss"
+                    for (dense, cut), (_, repaired) in pairs
+                )
             after = [loss for _, loss in every]
             by_seed = ", ".join(f"{loss:.3f}" for loss in after)
             lines.append(f"| {share:g} | {row} | {every[0][0]:.3f} | {by_seed} | {statistics.mean(after):.3f} | {undone} |")
