@@ -87,7 +87,7 @@ def prune(name: str, weight: Tensor, inputs: InputStatistics, target: Target, da
     larger than the rest, so this damping exceeds most channels' Σ x², and hardly any pruning error in them is compensated.
     With "each" (ours) channels are first equilibrated: scaled to about the same size by powers of two, which is exact, so that
     every channel is damped by about 3 % of its own Σ x², and a nearly silent one by a part of the median
-    (:meth:`~fedgrove.stages.prune.input_statistics.InputStatistics.equilibrate`). The result of pruners that only compare
+    (:meth:`~fedgrove.input_statistics.statistics.InputStatistics.equilibrate`). The result of pruners that only compare
     scores, such as Wanda, is the same bit for bit either way.
 
     Args:
