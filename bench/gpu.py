@@ -154,7 +154,7 @@ def _one_block(
 
 def solve(given: argparse.Namespace) -> None:
     """SparseGPT of one matrix beside the published loop, factorization included."""
-    from fedgrove.stages.prune.input_statistics import InputStatistics
+    from fedgrove.input_statistics.statistics import InputStatistics
     from fedgrove.stages.prune.pruners import sparsegpt
 
     for num_out, num_in in ((64, 256),) if given.cpu_check else ((4096, 4096), (4096, 11008)):

@@ -18,8 +18,8 @@ import page
 import torch
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.masks import Target
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import sparsegpt
 
 T = TypeVar("T")

@@ -2,10 +2,13 @@
 
     .venv/bin/python bench/structured.py speed --write
     .venv/bin/python bench/structured.py quality --data ../shared/data --write
+    .venv/bin/python bench/structured.py cuts --data ../shared/data --shares 0.15 0.25 0.4 --seeds 0 1 2
 
 ``speed`` cuts a Llama of random weights, large enough that blocks and not embeddings matter, in a job of two clients, and times
 both models in plain transformers on the CPU, in turn. ``quality`` cuts and tunes the shipped model with the eight owners of
-bench/owners.py. Its results are kept in bench/structured.jsonl and not measured again; delete a line to measure it again.
+bench/owners.py. ``cuts`` compares, for any model (``--model``) and untuned, channels and heads cut, the same repaired, and the
+same fraction of the blocks. The results of both are kept in bench/structured.jsonl and not measured again; delete a line to
+measure it again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ from transformers.utils import logging
 import fedgrove.stages.structured.scores
 from fedgrove import api
 from fedgrove.job.tables import Job
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.width import width_of
 from fedgrove.report.summary import Summary
 
 GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
@@ -45,21 +51,35 @@ TUNE = {
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any] | None] = {
     "as it came": None,
-    "cut together, fisher": {"score": "fisher"},
-    "cut at random": {"score": "chance"},
-    "cut together, taylor (LLM-Pruner, vector-wise)": {"score": "taylor"},
+    "cut together, fisher": {"score": "fisher", "repair": False},
+    "cut at random": {"score": "chance", "repair": False},
+    "cut together, taylor (LLM-Pruner, vector-wise)": {"score": "taylor", "repair": False},
+    "cut together, fisher, repaired": {"score": "fisher"},
+}
+CUTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the keys that get the fraction, and others
+    "cut": (("channels", "heads"), {"repair": False}),
+    "repaired": (("channels", "heads"), {}),
+    "fewer blocks": (("depth",), {}),
+    "fewer blocks, contiguous": (("depth",), {"contiguous": True}),
 }
 ALONE = "cut alone, fisher, mean of the eight models"
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("part", choices=["speed", "quality"])
-    arguments.add_argument("--data", type=Path, help="the folder with the owners' texts, for quality")
+    arguments.add_argument("part", choices=["speed", "quality", "cuts"])
+    arguments.add_argument("--data", type=Path, help="the folder with the owners' texts, for quality and cuts")
     arguments.add_argument("--share", type=float, default=0.25, help="of channels and of heads that goes")
     arguments.add_argument("--models", type=Path, help="a folder for speed's two models, which are made if they are not there")
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--windows", type=int, default=2, help="held-out windows of 512 tokens of each owner")
+    arguments.add_argument("--model", type=Path, default=GROVE, help="for cuts")
+    arguments.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.25, 0.4], help="for cuts")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for cuts")
+    arguments.add_argument("--owners", type=int, default=len(owners.OWNERS), help="how many of them, for cuts")
+    arguments.add_argument("--samples", type=int, default=8, help="windows that each owner calibrates on, for cuts")
+    arguments.add_argument("--length", type=int, default=512, help="tokens of these windows and of held-out ones, for cuts")
+    arguments.add_argument("--rows", nargs="+", choices=CUTS, default=list(CUTS), help="for cuts")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument(
         "--kept", action="store_true", help="measure nothing: the table of what bench/structured.jsonl holds"
@@ -71,7 +91,7 @@ def main() -> None:
     logging.disable_progress_bar()
     fedgrove.stages.structured.scores.__path__.append(str(Path(__file__).parent / "controls"))
     with tempfile.TemporaryDirectory() as folder:
-        text = speed(given, Path(folder)) if given.part == "speed" else quality(given, Path(folder))
+        text = {"speed": speed, "quality": quality, "cuts": cuts}[given.part](given, Path(folder))
     print(text)
     if given.write:
         page.write(f"structured-{given.part}", text)
@@ -145,7 +165,7 @@ def quality(given: Any, folder: Path) -> str:
 
     def alone() -> list[float]:
         """The mean of the models that the owners cut each alone; they are not tuned."""
-        return [run([{**structured, "score": "fisher"}], {**evaluate, "alone": True}).alone_mean or math.nan]
+        return [run([{**structured, **ROWS["cut together, fisher"]}], {**evaluate, "alone": True}).alone_mean or math.nan]
 
     def run(stages: list[dict[str, Any]], evaluate: dict[str, Any]) -> Summary:
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
@@ -159,13 +179,63 @@ def quality(given: Any, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def cuts(given: Any, folder: Path) -> str:
+    """The table of losses of cut models, and of how much of what a cut costs its repair undoes."""
+    files = dict(owners.plain_files(given.data, folder))
+    kept = Kept(RESULTS, given.model, only=given.kept)
+    names = list(owners.OWNERS)[: given.owners]
+    clients = [{"name": owner, "data": str(files[owner])} for owner in names]
+    data = [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in names]
+    evaluate = {"data": data, "windows": given.windows, "length": given.length}
+
+    config = Checkpoint(given.model).config
+    numbers = {**asdict(width_of(config)), "depth": config.num_hidden_layers}
+
+    def cut_of(row: str, share: float) -> dict[str, Any]:
+        """The keys of the stage; empty if the fraction is less than one of everything."""
+        keys, others = CUTS[row]
+        found = {key: share for key in keys if share * numbers[key] >= 1}
+        return {**dict.fromkeys(keys, 0.0), **found, **others} if found else {}
+
+    def losses(share: float, seed: int, row: str) -> list[float]:
+        """The mean loss before and after the cut."""
+        stage = {"kind": "structured", "samples": given.samples, "length": given.length, **cut_of(row, share)}
+        out = Path(tempfile.mkdtemp(dir=folder)) / "run"
+        summary = carry_out(str(given.model), clients, [stage], evaluate, out, seed)
+        return [math.log(summary.mean(summary.dense)), math.log(summary.mean(summary.federated))]
+
+    lines = ["| fraction | row | loss before | after, by seed | mean | undone, by seed |", "|---|---|---|---|---|---|"]
+    settings = {key: getattr(given, key) for key in ("owners", "samples", "length", "windows")}
+    for share in given.shares:
+        found: dict[str, list[list[float]]] = {}
+        for row in given.rows:
+            if not cut_of(row, share):
+                continue
+            every = [
+                kept(partial(losses, share, seed, row), row=row, share=share, seed=seed, **settings) for seed in given.seeds
+            ]
+            if None in every:
+                continue
+            found[row] = every
+            undone = "–"
+            if row == "repaired" and "cut" in found:
+                pairs = zip(found["cut"], every, strict=True)
+                undone = ", ".join(
+                    f"{(cut - repaired) / (cut - dense):.0%}" if cut > dense else "no loss"
+                    for (dense, cut), (_, repaired) in pairs
+                )
+            after = [loss for _, loss in every]
+            by_seed = ", ".join(f"{loss:.3f}" for loss in after)
+            lines.append(f"| {share:g} | {row} | {every[0][0]:.3f} | {by_seed} | {statistics.mean(after):.3f} | {undone} |")
+    return "\n".join(lines)
+
+
 def carry_out(
-    model: str, clients: list[dict[str, Any]], stages: list[dict[str, Any]], evaluate: dict[str, Any], out: Path
+    model: str, clients: list[dict[str, Any]], stages: list[dict[str, Any]], evaluate: dict[str, Any], out: Path, seed: int = 0
 ) -> Summary:
     """Runs a job into a run folder, and says what came of it."""
-    job = Job.model_validate(
-        {"name": "structured", "model": {"path": model}, "clients": clients, "stages": stages, "evaluate": evaluate}
-    )
+    stages_and_text = {"clients": clients, "stages": stages, "evaluate": evaluate}
+    job = Job.model_validate({"name": "structured", "seed": seed, "model": {"path": model}, **stages_and_text})
     return api.run(job, out, quiet=True).summary
 
 

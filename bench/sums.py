@@ -23,13 +23,14 @@ from torch import Tensor
 
 from fedgrove.data.sources import DEFAULT_TEMPLATE
 from fedgrove.data.windows import calibration_windows, evaluation_windows
+from fedgrove.input_statistics import statistics as input_statistics
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.masks import Target
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
-from fedgrove.stages.prune import input_statistics, pruners
+from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.calibration_pass import gather
-from fedgrove.stages.prune.input_statistics import InputStatistics
 
 OWNERS = ("medquad", "pubmedqa", "rust", "shakespeare")
 LENGTH = 512

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fedgrove.data.windows import calibration_windows
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.job.load import load
 from fedgrove.stages.prune.allocation import Options, even, owl
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import CLIENTS, LENGTH, SAMPLES, Moment, Small, cli, complaint, killed
 from test_architectures import plain
 from test_statistics import owners  # noqa: F401 (a fixture)

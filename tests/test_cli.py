@@ -20,13 +20,13 @@ import fedgrove.client.serve
 import fedgrove.rounds.collect
 from fedgrove import plugins
 from fedgrove.data.windows import calibration_windows
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.masks import Target
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import CLIENTS, LENGTH, SAMPLES, Small, cli, lines, make_model, make_texts, measurements, process, result
 
 # The run folder

@@ -17,6 +17,7 @@ from fedgrove.cli import app
 from fedgrove.data.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import Experts
 from fedgrove.models.masks import Target
@@ -24,7 +25,6 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.prune.config import Config as PruneStage
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.plan import make_plan
 from fedgrove.stages.prune.pruners import magnitude, pruner_for, sparsegpt
 from test_architectures import EXPERTS, LENGTH, LLAMA, run_job, same_bits, save, some_ids, tensors_of, two

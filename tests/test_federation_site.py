@@ -31,6 +31,7 @@ from fedgrove.deploy.flare.site import respond
 from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import Noise, largest_per_client
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import KINDS
 from fedgrove.job.units import Table
@@ -46,8 +47,10 @@ from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
-from fedgrove.stages.prune.exchanges.statistics import Noise, SumInputs, largest_per_client
+from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
+from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
+from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
@@ -135,6 +138,11 @@ SUM = SumInputs(
 )
 GRADIENTS = Calibration(stage=0, samples=16, length=512, seed="0/0", through="gradients")
 SCORES = ScoreGroups(stage=0, score="fisher", limit=2**62 // 3, calibration=GRADIENTS)
+INFLUENCE = ScoreBlocks(stage=0, span=1, calibration=GRADIENTS.model_copy(update={"through": "dense"}))
+REPAIR = RepairInputs(
+    stage=0, block=0, calibration=INFLUENCE.calibration, consumers={"x": "x"}, widths={"x": 8}, products=("x",), moments=False,
+    limit=largest_per_client(3),
+)  # fmt: skip
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
 ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK.model_copy(update={"block": 0, "keep": True}))
 TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 16, "length": 512, "seed": "0/1", "personal": 0.0}
@@ -276,6 +284,19 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (STRUCTURED, changed(SCORES, score="taylor"), "score"),
         (STRUCTURED, changed(SCORES, calibration__samples=17), "samples"),
         (STRUCTURED, moved(OUTLIERS, 0), "kind"),
+        (STRUCTURED, REPAIR, None),
+        ({**STRUCTURED, "repair": False}, REPAIR, "repair"),
+        ({**STRUCTURED, "depth": 0.5}, REPAIR, "repair"),
+        (STRUCTURED, changed(REPAIR, products=()), "products"),
+        (STRUCTURED, changed(REPAIR, limit=7), "limit"),
+        (STRUCTURED, changed(REPAIR, noise=NOISE), "epsilon"),
+        (STRUCTURED, changed(REPAIR, calibration__through="server/r"), "source"),
+        (STRUCTURED, INFLUENCE, "depth"),
+        ({**STRUCTURED, "depth": 0.5}, INFLUENCE, None),
+        ({**STRUCTURED, "depth": 0.5}, SCORES, "score"),
+        ({**STRUCTURED, "depth": 0.5}, changed(INFLUENCE, span=2), "span"),
+        ({**STRUCTURED, "depth": 0.5, "contiguous": True}, changed(INFLUENCE, span=2), None),
+        ({**STRUCTURED, "depth": 0.5}, changed(INFLUENCE, calibration__through="gradients"), "source"),
         (ADAPTERS, dp_sgd(TRAIN, windows=WINDOWS), None),
         (ADAPTERS, dp_sgd(TRAIN), "epsilon"),
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, epsilon=4.1)), "epsilon"),

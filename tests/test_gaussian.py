@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import Noise
+from fedgrove.input_statistics.fixed_point import BITS, Statistic
 from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism, clip, gaussian_noise, poisson_sample
-from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
-from fedgrove.stages.prune.exchanges.statistics import Noise
 from fedgrove.stages.tune import fixed_point as whole
 
 

@@ -21,7 +21,7 @@ LEVELS = [  # rooms from the lowest to the highest: a module imports those of it
     {"data", "job", "models"},
     {"privacy"},
     {"progress", "runfolder"},
-    {"client", "engines.base", "rounds"},
+    {"client", "engines.base", "input_statistics", "rounds"},
     {"engines", "evaluation", "report", "stages"},
     {"centralized", "exports"},
     {"export", "run", "split", "tracking"},

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.masks import Target
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import sparsegpt
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

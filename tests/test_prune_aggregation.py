@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fedgrove import plugins
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.masks import Target
 from fedgrove.rounds.aggregator import weighted_sum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.stages.prune.aggregation import Options
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import magnitude
 
 AGGREGATIONS = ["fedspallm", "fedavg", "fedprllm"]

@@ -12,12 +12,12 @@ from torch import Tensor
 import reference
 from fedgrove import plugins
 from fedgrove.data.windows import calibration_windows
+from fedgrove.input_statistics.statistics import FLOOR, OWN, InputStatistics
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.calibration_pass import gather
-from fedgrove.stages.prune.input_statistics import FLOOR, OWN, InputStatistics
 from fedgrove.stages.prune.pruners import alps, dsnot, magnitude, sparsegpt, wanda
 
 PRUNERS = plugins.names("stages.prune.pruners")

@@ -20,6 +20,7 @@ from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import DeliverResult
 from fedgrove.deploy.flare.installation import Declared
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import Tokens as InputTokens
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import keep
@@ -45,13 +46,14 @@ from fedgrove.rounds.request import (
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.exchanges import block as blocks
-from fedgrove.stages.prune.exchanges import statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges import scores
+from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
+from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
@@ -99,7 +101,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
             stage=0, block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
             limit=2**40,
         ),
-        statistics.Tokens(tokens=TOKENS),
+        InputTokens(tokens=TOKENS),
     ),
     Exchange(
         DescribeYourself(calibrations=(Windows(samples=1, length=LENGTH, seed="s"),), lengths=(LENGTH,)),
@@ -113,7 +115,15 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(secagg.Check(stage=0, session=SESSION, survivors=["ash", "birch"]), secagg.Signed(signature=2 * HEX)),
     Exchange(secagg.Open(stage=0, session=SESSION, signatures={}), secagg.Revealed(shares={})),
     Exchange(ScoreGroups(stage=0, score="fisher", calibration=CALIBRATION, limit=2**40), scores.Tokens(tokens=TOKENS)),
-    Exchange(KeepWeights(stage=0, part=0), Reply()),
+    Exchange(
+        RepairInputs(
+            stage=0, block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
+            limit=2**40,
+        ),
+        InputTokens(tokens=TOKENS),
+    ),
+    Exchange(ScoreBlocks(stage=0, span=1, calibration=CALIBRATION), scores.Tokens(tokens=TOKENS)),
+    Exchange(KeepWeights(stage=0, part=0, kept_blocks=(1,)), Reply()),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
     Exchange(
         ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"), Losses(shared=1.0, own=2.0)
@@ -270,7 +280,18 @@ def test_tensors_of_other_names_shapes_and_dtypes_are_refused(
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("claimed", [0, 1, -1, TOKENS + 1, 2**63])
-@pytest.mark.parametrize("kind", ["prune/block", "prune/statistics", "structured/scores", "tune/importance", "tune/train"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "prune/block",
+        "prune/statistics",
+        "structured/blocks",
+        "structured/inputs",
+        "structured/scores",
+        "tune/importance",
+        "tune/train",
+    ],
+)
 def test_a_client_that_claims_other_tokens_is_refused(
     small: Small, ask: Callable[..., list[Any]], kind: str, claimed: int, masked: bool
 ) -> None:

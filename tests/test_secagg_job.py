@@ -18,6 +18,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import respond, serve
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics import fixed_point as statistics
 from fedgrove.job.load import load
 from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.privacy.secagg.masking import as_rings
@@ -27,7 +28,6 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Ciphertexts, Masking, Shares
 from fedgrove.rounds.request import Reply, Response, Tensors
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.prune.aggregation import pooled as statistics
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.statistics import SumInputs

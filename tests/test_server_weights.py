@@ -16,12 +16,12 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
 from fedgrove.client.windows import training_windows
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.shared_inputs import count_inputs
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.request import Tensors
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.prune.calibration_pass import count_inputs
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights

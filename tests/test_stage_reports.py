@@ -186,7 +186,7 @@ def test_what_stages_tell_needs_no_torch(tmp_path: Path) -> None:
 
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "aggregation": "pooled", "sparsity": 0.5}
-STRUCTURED = {"kind": "structured", "channels": 0.25, "heads": 0.5, "score": "taylor"}
+STRUCTURED = {"kind": "structured", "channels": 0.25, "heads": 0.5, "depth": 0.2, "score": "taylor", "repair": True}
 CAPABLE = {"memory": 2**23, "speed": 2.0, "uplink": 3_000_000}
 COSTS = {"memory": 2**22, "upload": 2_500_000, "seconds": 12.4}
 LORA = {
@@ -212,10 +212,11 @@ LORA = {
         ),
         (
             {"kind": "structured", "before": {"channels": 96, "heads": 2}, "after": {"channels": 72, "heads": 1}, "queries": 2,
-             "parameters": [1000, 800], "types": ["llama", "mistral"],
+             "num_blocks": 6, "blocks_left": 5, "parameters": [1000, 800], "types": ["llama", "mistral"],
              "clients": {"ward": {**COSTS, "samples": 8, "disk": 2**21}}},
             STRUCTURED,
-            ["structured pruning, score taylor: 24 of 96 channels and 2 of 4 heads out of every block", "2 MiB",
+            ["structured pruning, score taylor, repaired: 24 of 96 channels and 2 of 4 heads out of every block",
+             "and 1 of 6 blocks", "2 MiB",
              "1,000 to 800 weights (0.80)", "written as type mistral"],
         ),
         (

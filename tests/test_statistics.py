@@ -14,17 +14,17 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedgrove import run as server
 from fedgrove.engines.local import LocalEngine
+from fedgrove.input_statistics import fixed_point as statistics
+from fedgrove.input_statistics.fixed_point import Statistic
+from fedgrove.input_statistics.shared_inputs import shared_inputs
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.job.load import load
 from fedgrove.models.blocks import find_blocks
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WireError
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.prune.aggregation import pooled as statistics
-from fedgrove.stages.prune.aggregation.pooled import Statistic
-from fedgrove.stages.prune.calibration_pass import shared_inputs
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from small import LENGTH, Moment, Small, cli, complaint, killed, lines
 
 SHARES = {"ash": 5, "birch": 1, "cedar": 3, "dogwood": 2}  # windows of each owner

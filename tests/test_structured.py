@@ -28,15 +28,15 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE
 from fedgrove.runfolder import RunFolder
+from fedgrove.stages.structured.cut import cut_block
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups
 from fedgrove.stages.structured.gradients import group_products
 from fedgrove.stages.structured.scores import fisher, taylor
-from fedgrove.stages.structured.stage import cut_block
 from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
 
-CUT = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH}
+CUT = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 3, "length": LENGTH, "repair": False}
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 3, "length": LENGTH, "batches": [4], "ranks": [4], "bits": [32],
     "learning_rate": 0.01,
@@ -103,7 +103,7 @@ def test_the_narrow_model_computes_what_the_model_computes_without_its_groups(na
             kind: torch.randperm(getattr(before, kind), generator=generator)[: getattr(after, kind)].sort().values
             for kind in ("channels", "heads")
         }
-        save_tensors(cut_block(decoder, block, kept), overlay / f"block-{block}.safetensors")
+        save_tensors(cut_block(decoder, block, kept)[0], overlay / f"block-{block}.safetensors")
         for kind, part in (("channels", family.channels), ("heads", family.heads)):
             if part is None:
                 continue
@@ -224,8 +224,7 @@ def test_every_block_loses_the_same_and_a_plain_configuration_says_so(small: Sma
     assert config["head_dim"] == 16
     told = told_by(run)
     assert [(len(row["channels"]), len(row["heads"])) for row in told["blocks"]] == [(24, 1), (24, 1)]
-    assert told["clients"] == list(CLIENTS)
-    assert told["tokens"] == 3 * 3 * LENGTH
+    assert told["sums"] == {"groups": {"clients": list(CLIENTS), "tokens": 3 * 3 * LENGTH}}
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert sum(p.numel() for p in model.parameters()) == told["parameters"][1] < told["parameters"][0]
     assert told["bytes"][1] == 2 * told["parameters"][1]
@@ -275,7 +274,7 @@ def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
         job = small.job(name, clients=clients, stages=STAGES, evaluate={})
         assert cli("run", job, "--out", folder / "run")[0] == 0
         runs.append(folder / "run")
-    assert told_by(runs[0])["tokens"] == told_by(runs[1])["tokens"]
+    assert told_by(runs[0])["sums"]["groups"]["tokens"] == told_by(runs[1])["sums"]["groups"]["tokens"]
     assert same(*runs)
 
 
@@ -288,7 +287,7 @@ def test_secure_aggregation_changes_no_bit_and_shows_no_client(small: Small, tmp
 @pytest.mark.parametrize(
     "moment",
     [
-        Moment("os.rename", "*/stage-0/sums.safetensors", "cut"),
+        Moment("os.rename", "*/stage-0/groups.safetensors", "cut"),
         Moment("os.rename", "*/round-0/block-0001.safetensors", "cut"),
         Moment("os.rename", "*/alone/birch/block-0001.safetensors", "cut"),
     ],
@@ -368,7 +367,7 @@ def test_without_a_client_the_model_is_that_of_the_others(small: Small, tmp_path
     others = [{"name": name, "data": str(small.texts[name])} for name in CLIENTS if name != "birch"]
     assert cli("run", small.job("others", stages=STAGES, clients=others), "--out", tmp_path / "others")[0] == 0
     assert same(tmp_path / "run", tmp_path / "others")
-    assert told_by(tmp_path / "run")["clients"] == ["ash", "cedar"]
+    assert told_by(tmp_path / "run")["sums"]["groups"]["clients"] == ["ash", "cedar"]
 
 
 def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path: Path) -> None:
@@ -405,7 +404,7 @@ def test_clients_tune_the_narrow_model_with_its_biases(small: Small, tmp_path: P
 def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
     run = small.undisturbed(stages=STAGES)
     page = (run / "report.html").read_text()
-    assert "Narrower blocks" in page
+    assert "Fewer or narrower blocks" in page
     assert "24 of 96 channels and 2 of 4 heads out of every block" in page
     assert "zeros take as much space" not in page
     assert "structurally pruned on its own text only" in page

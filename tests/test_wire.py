@@ -16,11 +16,11 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.wire import DTYPES, WireError, check, estimate, pack, unpack
-from fedgrove.stages.prune.input_statistics import InputStatistics
 from fedgrove.stages.prune.pruners import magnitude
 
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (16, 33), (2, 3, 4, 5)]

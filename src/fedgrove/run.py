@@ -146,9 +146,7 @@ def plan_stages(
         plan = stage_of(config.kind).plan(index, config, Decoder(model), capabilities, job)
         notes = (*plan.notes, *notes_on_other_stages(job, index), *(notes_on_model if index == 0 else ()))
         plans.append(plan.model_copy(update={"notes": notes}))
-        width = plan.width_after()
-        if width is not None:
-            model = model.over(width=width)  # only the shapes are right: the stage has not run yet
+        model = plan.reshaped(model)
     return plans
 
 

@@ -47,6 +47,7 @@ from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.escape import MAX_WORD, printable
 from fedgrove.events import Message, Phase, from_json
+from fedgrove.input_statistics.fixed_point import BITS, Statistic
 from fedgrove.job.load import load, load_federated
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
@@ -65,7 +66,6 @@ from fedgrove.rounds.request import RequestError, parse, request_types
 from fedgrove.rounds.wire import WireError
 from fedgrove.run import local_clients, make_plans
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.prune.aggregation.pooled import BITS, Statistic
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights

@@ -18,11 +18,11 @@ from fedgrove.client import serve
 from fedgrove.client.windows import training_windows
 from fedgrove.deploy.flare.files import SITE, SiteFile, read
 from fedgrove.deploy.flare.installation import Installation
+from fedgrove.input_statistics.fixed_point import BITS
 from fedgrove.privacy import gaussian
 from fedgrove.privacy.accounting import dp_sgd_noise_multiplier, gaussian_noise_multiplier
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Request, Tensors
-from fedgrove.stages.prune.aggregation.pooled import BITS
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.tune import fixed_point
 from small import CLIENTS, LENGTH, Small

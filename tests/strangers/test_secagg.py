@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import Noise
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg import client, keys, masking
 from fedgrove.privacy.secagg.keys import make_credentials
@@ -27,7 +28,6 @@ from fedgrove.privacy.secagg.store import SessionStore
 from fedgrove.rounds import wire
 from fedgrove.rounds.exchanges.secagg import Masking
 from fedgrove.rounds.request import Request, RequestError, Tensors, parse
-from fedgrove.stages.prune.exchanges.statistics import Noise
 from fedgrove.stages.prune.fixed_weights import FixedWeights
 from fedgrove.stages.tune.aggregation import ffa_lora
 from fedgrove.stages.tune.changes import State

@@ -10,7 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.request import Tensors
 
+START = "start/"  # tensors of a request: the weights that a round starts from, if they are not those of the client's own copy
 GROWTH = 2.0  # the largest norm of a changed tensor, in units of the norm of the client's own
 FEW_ZEROS = 0.001  # a linear with a larger fraction of zeros counts as pruned, and its zeros stay
 
@@ -45,3 +48,20 @@ def check_growth(name: str, own: Tensor, new: Tensor, client: LocalClient) -> No
     if not float(new.norm()) <= GROWTH * float(own.norm()):  # which NaN is not
         what = f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused"
         raise client.error(f"{what} (if all are honest, lower learning_rate, or raise samples where weights are pruned)")
+
+
+def start_of(tensors: Tensors, decoder: Decoder, block: int, client: LocalClient) -> Tensors:
+    """The weights of a block that were sent with a request, by linear.
+
+    Raises:
+        FedgroveError: they are not all linears of the block, or no stage makes such weights of the client's own.
+    """
+    start = {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
+    if start and (block < 0 or start.keys() != decoder.block_names(block).keys()):
+        raise client.error(f"the server sent other weights than those of block {block}; refused")
+    for name, weight in start.items():
+        own = decoder.read_linear(block, name)
+        if (weight.shape, weight.dtype) != (own.shape, own.dtype):
+            raise client.error(f"the server sent weights of another shape or dtype for {name}; refused")
+        check_change(name, own, weight, client)
+    return start

@@ -87,9 +87,22 @@ def checkpoint_of(client: LocalClient) -> Checkpoint:
     return _checkpoint(client.model, client.dtype)
 
 
-def decoder_of(client: LocalClient, device: str, compute_dtype: ComputeDtype | None = None) -> Decoder:
-    """The client's copy of the model, run block by block; see :func:`latest_decoder`."""
-    return latest_decoder(checkpoint_of(client), device, dtype_of(compute_dtype, device))
+def decoder_of(
+    client: LocalClient,
+    device: str,
+    compute_dtype: ComputeDtype | None = None,
+    kept_blocks: tuple[int, ...] | None = None,
+) -> Decoder:
+    """The client's copy of the model, run block by block; see :func:`latest_decoder`.
+
+    Args:
+        compute_dtype: see :class:`~fedgrove.models.blocks.Decoder`.
+        kept_blocks: see :class:`~fedgrove.models.stream.Checkpoint`.
+    """
+    checkpoint = checkpoint_of(client)
+    if kept_blocks is not None:
+        checkpoint = checkpoint.over(kept_blocks=kept_blocks)
+    return latest_decoder(checkpoint, device, dtype_of(compute_dtype, device))
 
 
 def latest_decoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None = None, same: Hashable = None) -> Decoder:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
+from fedgrove.models.depth import num_blocks, renumbered, shorter_config
 from fedgrove.models.experts import slices
 from fedgrove.models.files import CONFIG, INDEX, index_of, read_json, small_contents, weight_files, without_code
 from fedgrove.models.pretrained import read_config, read_tokenizer
@@ -45,27 +46,44 @@ class Checkpoint:
         dtype: read floating-point tensors in this dtype; None: as on disk.
         overlays: folders of safetensors files that replace tensors of the same name, oldest first.
         width: of the blocks, if the overlays made them narrower than in config.json; None: as in config.json.
+        kept_blocks: the indexes of the directory's blocks that the model has; None: all. They are numbered anew, and the
+            overlays use the new numbers.
 
     Raises:
-        FedgroveError: the directory is no model, has no safetensors files, is quantised, or a file is damaged.
+        FedgroveError: the directory is no model, has no safetensors files, is quantised, or a file is damaged; or it lacks a
+            block that is kept.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None, overlays: Iterable[Path] = (), width: Width | None = None):
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype | None = None,
+        overlays: Iterable[Path] = (),
+        width: Width | None = None,
+        kept_blocks: Sequence[int] | None = None,
+    ):
         self.path = Path(path)
         self.dtype = dtype
         self.width = width
+        self.kept_blocks = None if kept_blocks is None else tuple(kept_blocks)
         self.overlays = tuple(Path(overlay) for overlay in overlays)
         self._file_of: dict[str, Path] = {}
         self._slices: dict[str, tuple[str, int, slice]] = {}  # of fused experts: tensor, expert, rows
+        self._renumbered: dict[Path, dict[str, str]] = {}  # of the directory's files: names of tensors -> their names there
         self._files = weight_files(self.path)
         headers = {name: header(file) for name, file in self._files.items()}
         dtypes = ((name, entry["dtype"]) for tensors in headers.values() for name, entry in tensors.items())
         refuse_quantized(self.path, self._raw_config(), dtypes)
+        if self.kept_blocks is not None:
+            number = num_blocks(read_config(self.path))
+            if max(self.kept_blocks) >= number:
+                raise FedgroveError(f"model: it has {number} blocks, so none of index {max(self.kept_blocks)} can stay")
+            self._renumbered = {file: renumbered(header(file), self.kept_blocks) for file in self._files.values()}
         for file in self._files.values():
             self._register(file)
         # file name -> its tensors, in file order; of a tensor that is in several files the last counts
         self.shards = {
-            shard: [name for name in headers[shard] if self._file_of[name] == file] for shard, file in self._files.items()
+            shard: [name for name in self._names_in(file) if self._file_of[name] == file] for shard, file in self._files.items()
         }
         for overlay in self.overlays:
             for file in sorted(overlay.glob("*.safetensors")):
@@ -73,7 +91,8 @@ class Checkpoint:
 
     def _register(self, file: Path) -> None:
         """Lets the tensors of a file replace those of earlier files."""
-        for name, entry in header(file).items():
+        for name, stored in self._names_in(file).items():
+            entry = header(file)[stored]
             if entry["dtype"] not in TORCH_DTYPES:
                 raise FedgroveError(
                     f"model: {file}: {name} has dtype {entry['dtype']}, which fedgrove does not read",
@@ -84,22 +103,39 @@ class Checkpoint:
                 self._slices[part] = (name, *location)
                 self._file_of[part] = file
 
-    def over(self, *overlays: Path, width: Width | None = None) -> Checkpoint:
+    def _names_in(self, file: Path) -> dict[str, str]:
+        """The model's tensors in a file: their names -> their names in the file."""
+        return self._renumbered[file] if file in self._renumbered else {name: name for name in header(file)}
+
+    def _stored(self, name: str) -> str:
+        """The name of a tensor in its file."""
+        return self._renumbered.get(self._file_of[name], {}).get(name, name)
+
+    def over(self, *overlays: Path, width: Width | None = None, kept_blocks: Sequence[int] | None = None) -> Checkpoint:
         """The same checkpoint with more overlays on top; overlays that it already has keep their position.
 
         Args:
             width: of the blocks, if these overlays change it.
+            kept_blocks: the indexes of the blocks that stay; only for a checkpoint of all blocks and without overlays.
         """
+        assert kept_blocks is None or not (self.overlays or self.kept_blocks), "the overlays have the old numbers of blocks"
         new = [overlay for overlay in overlays if overlay not in self.overlays]
-        return Checkpoint(self.path, self.dtype, (*self.overlays, *new), width or self.width)
+        return Checkpoint(self.path, self.dtype, (*self.overlays, *new), width or self.width, kept_blocks or self.kept_blocks)
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
+        smaller = self._smaller_config(self._raw_config())
+        return read_config(self.path) if smaller is None else AutoConfig.for_model(**smaller)
+
+    def _smaller_config(self, raw: dict[str, Any]) -> dict[str, Any] | None:
+        """The config.json of the model if it has fewer or narrower blocks than ``raw``; else None."""
+        if self.kept_blocks is None and self.width is None:
+            return None
         config = read_config(self.path)
-        if self.width is not None:
-            config = AutoConfig.for_model(**narrower_config(self._raw_config(), config, self.width))
-        return config
+        if self.kept_blocks is not None:
+            raw = shorter_config(raw, config, self.kept_blocks)
+        return raw if self.width is None else narrower_config(raw, config, self.width)
 
     def _raw_config(self) -> dict[str, Any]:
         return read_json(self.path / CONFIG)
@@ -118,6 +154,10 @@ class Checkpoint:
         replaced |= {self._slices[name][0] for name in replaced if name in self._slices}
         return [name for name in self.names() if name in replaced]
 
+    def is_changed(self) -> bool:
+        """Whether the model is another one than that of the directory."""
+        return self.kept_blocks is not None or bool(self.changed())
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
@@ -126,9 +166,9 @@ class Checkpoint:
         with safe_open(self._file_of[name], framework="pt") as file:
             if self._is_slice(name):
                 fused, expert, rows = self._slices[name]
-                tensor: Tensor = file.get_slice(fused)[expert, rows]
+                tensor: Tensor = file.get_slice(self._stored(fused))[expert, rows]
             else:
-                tensor = file.get_tensor(name)
+                tensor = file.get_tensor(self._stored(name))
         for part, (expert, rows) in slices(name, tensor.shape).items():
             if self._file_of[part] != self._file_of[name]:
                 tensor[expert, rows] = self.read(part)
@@ -139,9 +179,10 @@ class Checkpoint:
         entries = header(self._file_of[name])
         if self._is_slice(name):
             fused, _, rows = self._slices[name]
-            entry = entries[fused] | {"shape": [rows.stop - rows.start, entries[fused]["shape"][2]]}
+            entry = entries[self._stored(fused)]
+            entry = entry | {"shape": [rows.stop - rows.start, entry["shape"][2]]}
         else:
-            entry = entries[name]
+            entry = entries[self._stored(name)]
         return torch.Size(entry["shape"]), self._dtype_of(TORCH_DTYPES[entry["dtype"]])
 
     def file_of(self, name: str) -> Path:
@@ -154,11 +195,13 @@ class Checkpoint:
         if shape != self.spec(other)[0] or not shape:
             return False
         files = self._file_of[one], self._file_of[other]
-        return _same(*files, one, other, self.dtype, tuple(file.stat().st_mtime_ns for file in files))
+        return _same(
+            *files, self._stored(one), self._stored(other), self.dtype, tuple(file.stat().st_mtime_ns for file in files)
+        )
 
     def _is_slice(self, name: str) -> bool:
         """Whether a tensor is a slice of another tensor of its file."""
-        return name in self._slices and name not in header(self._file_of[name])
+        return name in self._slices and self._stored(name) not in header(self._file_of[name])
 
     def num_bytes(self) -> int:
         """Bytes of all tensors as :meth:`write` would write them."""
@@ -176,10 +219,10 @@ class Checkpoint:
         return digest.hexdigest()
 
     def facts(self) -> tuple[object, ...]:
-        """What changes if files of the model change, without its overlays: sizes and times; the dtype and the width too."""
+        """What changes if files of the model change, without its overlays: sizes and times; its dtype and shapes too."""
         files = [self.path / CONFIG, *self._files.values()]
         times = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return self.path, self.dtype, repr(self.width), times
+        return self.path, self.dtype, repr(self.width), self.kept_blocks, times
 
     def write(self, out: Path, texts: Mapping[str, str] | None = None) -> None:
         """Writes one plain model directory atomically: the same shards and order of tensors, configuration, tokenizer.
@@ -205,18 +248,21 @@ class Checkpoint:
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         for shard, names in self.shards.items():
+            if not names:  # all blocks in it are gone
+                continue
             specs = {name: self.spec(name) for name in names}
             write_safetensors(folder / shard, specs, (self.read(name) for name in names))
         index = index_of(self.shards, self.num_bytes())
         if index is not None:
             (folder / INDEX).write_text(index, encoding="utf-8")
         config = without_code(self._raw_config())
-        if self.width is not None:
-            config = narrower_config(config, read_config(self.path), self.width)
+        smaller = self._smaller_config(config)
+        if smaller is not None:
+            config = smaller
         if self.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self.dtype).removeprefix("torch.")
-        if self.width is not None or self.dtype is not None:
+        if smaller is not None or self.dtype is not None:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def _dtype_of(self, dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ class Disclosure(Enum):
     MOMENTS = "for each block the sums and variances, over its text, of the inputs of each matrix"
     OUTLIERS = "one number for each block, its share of outliers"
     SCORES = "one number for each channel and head of every block, how much the loss on its text would change without it"
+    INFLUENCE = "one number for each block, how much it changes the hidden states of its text"
     IMPORTANCE = "a score for each matrix, how much tuning it would help"
     FACTORS = "the factors of low-rank changes that it trained on its text"
     CHANGES = "the changes of whole matrices that it trained on its text"

@@ -25,7 +25,6 @@ from fedgrove.job.stage_config import STAGES
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.models.width import Width
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Disclosure
@@ -70,9 +69,9 @@ class Plan(BaseModel):
     discloses: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def width_after(self) -> Width | None:
-        """The width of the model's blocks after the stage; None if the stage does not change it."""
-        return None
+    def reshaped(self, model: Checkpoint) -> Checkpoint:
+        """The model with the shapes that it has after the stage. Its weights may not exist yet, and are not to be read."""
+        return model
 
     def uploads(self) -> int:
         """Bytes that all clients send in the whole stage."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.events import Phase
 from fedgrove.files import write_atomically
+from fedgrove.input_statistics.probe import SharedInput
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.federation import Federation
@@ -22,7 +23,7 @@ from fedgrove.stages.prune.allocation import Options, allocation_of
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.outliers import CODE, MeasureBlocks, check_range
 from fedgrove.stages.prune.plan import Plan
-from fedgrove.stages.prune.pooled import SharedInput, pooled_squares
+from fedgrove.stages.prune.pooled import pooled_squares
 
 
 def block_sparsities(
@@ -35,7 +36,7 @@ def block_sparsities(
 
     Args:
         decoder: the model at the start of the stage.
-        inputs: the inputs of each block (see :func:`fedgrove.stages.prune.pooled.probe`) if the server prunes, else empty.
+        inputs: the inputs of each block (see :func:`fedgrove.input_statistics.probe.probe`) if the server prunes, else empty.
     """
     run = federation.run
     file = _file(run, plan)

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import disclosed_by
+from fedgrove.input_statistics.fixed_point import ring_bits
+from fedgrove.input_statistics.statistics import StatisticsKind
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.experts import expert_of
 from fedgrove.models.masks import Target
@@ -22,14 +25,11 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
-from fedgrove.stages.prune.aggregation.pooled import ring_bits
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config, LayerSampling
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
-from fedgrove.stages.prune.exchanges.statistics import disclosed_by
 from fedgrove.stages.prune.fixed_weights import VALUE_BITS
-from fedgrove.stages.prune.input_statistics import StatisticsKind
 from fedgrove.stages.prune.pruners import effort_of
 
 

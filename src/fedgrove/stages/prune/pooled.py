@@ -4,7 +4,7 @@ in one place."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,25 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.server_weights import START
+from fedgrove.input_statistics import fixed_point
+from fedgrove.input_statistics.exchange import SCALE, InputSums, Noise, largest_per_client
+from fedgrove.input_statistics.probe import SharedInput
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.experts import expert_of
 from fedgrove.models.masks import Target
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.prune import pruners
-from fedgrove.stages.prune.aggregation import pooled as statistics
-from fedgrove.stages.prune.calibration_pass import shared_inputs
 from fedgrove.stages.prune.config import Config
-from fedgrove.stages.prune.exchanges.block import START
-from fedgrove.stages.prune.exchanges.statistics import SCALE, InputSums, Noise, SumInputs, largest_per_client
-from fedgrove.stages.prune.input_statistics import InputStatistics
+from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pruners import magnitude
-
-PROBE = 512  # the largest number of random tokens on which the size of the model's inputs is measured
-CLIP_FACTOR = 1.5  # with noise, a window's Σ x² is clipped at this many times the norm that random tokens have
 
 
 @dataclass(frozen=True)
@@ -50,68 +47,12 @@ class Pruned:
     agreement: float | None = None
 
 
-@dataclass(frozen=True)
-class SharedInput:
-    """An input that one or several linears of a block read.
-
-    Attributes:
-        consumers: the linears that read it; the input is named after the first.
-        scale: (in,) powers of two by which clients multiply, see :func:`fedgrove.stages.prune.aggregation.pooled.scale_of`.
-        products: whether clients sum Σ xᵢxⱼ, besides Σ x².
-        norm: for differential privacy, the L2 norm to which a window's scaled Σ x² is clipped.
-    """
-
-    consumers: list[str]
-    scale: Tensor
-    products: bool
-    norm: float
-
-
-def probe(decoder: Decoder, stage: Config, seed: int) -> list[dict[str, SharedInput]]:
-    """Finds the inputs of every block and measures how large they are, in one pass over random tokens; no text is used.
-
-    Args:
-        decoder: the model at the start of the stage.
-        stage: the stage's table.
-        seed: draws the random tokens.
-
-    Returns:
-        For each block, its inputs by name.
-    """
-    vocabulary = decoder.checkpoint.config.get_text_config().vocab_size
-    length = min(stage.length, PROBE)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (1, length), generator=generator)
-    hidden, calls = decoder.embed(ids)
-    width = hidden.shape[-1]
-    blocks = []
-    for index in range(len(decoder)):
-        with decoder.loaded(index) as block, shared_inputs(block, lambda name: InputStatistics("squares")) as inputs:
-            hidden = decoder.run(block, hidden, calls[index])
-        consumers: dict[int, list[str]] = {}
-        for name, shared in inputs.items():
-            consumers.setdefault(id(shared), []).append(name)
-        inputs_of_block = {}
-        for names in consumers.values():
-            seen = _seen(names[0], inputs)
-            scale = statistics.scale_of(seen).cpu()
-            norm = CLIP_FACTOR * stage.length / length * float((seen.squares.cpu() * scale.square()).norm())
-            inputs_of_block[names[0]] = SharedInput(names, scale, _wants_products(stage, len(scale), width), norm)
-        blocks.append(inputs_of_block)
-    return blocks
-
-
-def _seen(first: str, inputs: Mapping[str, InputStatistics]) -> InputStatistics:
-    """An input's statistics on random tokens; if none reached this expert, those of the same linear in another expert."""
-    if inputs[first].silent and expert_of(first):
-        leaf = first.rpartition(".")[2]
-        alike = (sums for name, sums in inputs.items() if expert_of(name) and name.rpartition(".")[2] == leaf)
-        return next((sums for sums in alike if not sums.silent), inputs[first])
-    return inputs[first]
-
-
-def _wants_products(stage: Config, num_in: int, width: int) -> bool:
-    return stage.solver.NEEDS == "gram" and not (stage.mixed and num_in > width)
+def _with_products(decoder: Decoder, config: Config, inputs: Mapping[str, SharedInput]) -> tuple[str, ...]:
+    """The inputs whose products the pruner needs, besides their squares."""
+    if config.solver.NEEDS != "gram":
+        return ()
+    width = decoder.checkpoint.config.get_text_config().hidden_size
+    return tuple(first for first, one in inputs.items() if not (config.mixed and one.scale.numel() > width))
 
 
 def wants_moments(stage: Config) -> bool:
@@ -135,10 +76,10 @@ def pooled_squares(
     """The sums of squares of a block's inputs over all clients' text, in the model at the start of the stage, by linear.
 
     Args:
-        blocks: the inputs of every block, from :func:`probe`.
+        blocks: the inputs of every block, from :func:`~fedgrove.input_statistics.probe.probe`.
     """
-    inputs = {first: replace(one, products=False) for first, one in blocks[block].items()}
-    sums = _collect(plan, config, federation, block, inputs, 0, {}, through="dense")
+    inputs = blocks[block]
+    sums = _collect(plan, config, federation, block, inputs, (), 0, {}, through="dense")
     return {
         name: _statistics(config, first, one, sums, federation.device)
         for first, one in inputs.items()
@@ -160,7 +101,7 @@ def prune_by_sums(
 
     Args:
         decoder: the model at the start of the stage.
-        blocks: the inputs of every block, from :func:`probe`.
+        blocks: the inputs of every block, from :func:`~fedgrove.input_statistics.probe.probe`.
         target: the target of this block.
         previous: the file of the pruned previous block; with source "sequential" its weights are sent to the clients.
 
@@ -179,7 +120,8 @@ def prune_by_sums(
         for name, key in decoder.block_names(block - 1).items():
             start[START + name] = as_matrix(decoder.blocks[block - 1].get_submodule(name), stored[key]).contiguous()
     through = f"server/{federation.run.name}" if sequential else "dense"
-    sums = _collect(plan, config, federation, block, inputs, num_inputs, start, through=through)
+    products = _with_products(decoder, config, inputs)
+    sums = _collect(plan, config, federation, block, inputs, products, num_inputs, start, through=through)
     records = {}
     for first, one in inputs.items():
         known = _statistics(config, first, one, sums, decoder.device)
@@ -198,7 +140,7 @@ def _statistics(
     """The statistics of one input for a pruner, from the sums, on the device where it prunes."""
     at = {name.removeprefix(f"{first}/"): total.to(device) for name, total in sums.sums.items() if name.startswith(f"{first}/")}
     moments = (at["sums"], at["spreads"]) if wants_moments(config) else None
-    return statistics.finish(at["squares"], at.get("products"), shared.scale.to(device), sums.tokens, moments)
+    return fixed_point.finish(at["squares"], at.get("products"), shared.scale.to(device), sums.tokens, moments)
 
 
 def _collect(
@@ -207,6 +149,7 @@ def _collect(
     federation: Federation,
     block: int,
     inputs: Mapping[str, SharedInput],
+    products: tuple[str, ...],
     num_inputs: int,
     start: Mapping[str, Tensor],
     through: str,
@@ -214,7 +157,7 @@ def _collect(
     """Requests the sums of a block's inputs from the clients, and adds them up."""
     tensors = {**{SCALE + name: one.scale for name, one in inputs.items()}, **start}
     messages = {
-        client: Message(sum_request(plan, config, federation, client, block, inputs, num_inputs, through), tensors)
+        client: Message(sum_request(plan, config, federation, client, block, inputs, products, num_inputs, through), tensors)
         for client in plan.contributors(0, block)
     }
     sums = InputSums(messages)
@@ -229,12 +172,14 @@ def sum_request(
     client: str,
     block: int,
     inputs: Mapping[str, SharedInput],
+    products: tuple[str, ...],
     num_inputs: int,
     through: str,
 ) -> SumInputs:
     """The request to one client for the sums of a block's inputs.
 
     Args:
+        products: the inputs whose products are summed too.
         num_inputs: the number of inputs, in all blocks, whose sums are released; used only with ``epsilon``.
         through: see :class:`~fedgrove.client.hidden_states.Calibration`.
     """
@@ -262,7 +207,7 @@ def sum_request(
         calibration=calibration,
         consumers={name: first for first, one in inputs.items() for name in one.consumers},
         widths={first: one.scale.numel() for first, one in inputs.items()},
-        products=tuple(first for first, one in inputs.items() if one.products),
+        products=products,
         moments=wants_moments(config),
         limit=largest_per_client(len(plan.contributors(0, block))),
         noise=private,

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.server_weights import START
 from fedgrove.events import Phase
+from fedgrove.input_statistics.probe import SharedInput, probe
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.stream import Checkpoint
@@ -29,9 +31,9 @@ from fedgrove.stages.prune.allocate import block_sparsities, read_sparsities
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.alone import WINDOW, EvaluateAlone
-from fedgrove.stages.prune.exchanges.block import START, BlockSums, PruneBlock
+from fedgrove.stages.prune.exchanges.block import BlockSums, PruneBlock
 from fedgrove.stages.prune.plan import Plan, make_plan
-from fedgrove.stages.prune.pooled import Pruned, SharedInput, probe, prune_by_sums, prune_without_data
+from fedgrove.stages.prune.pooled import Pruned, prune_by_sums, prune_without_data
 from fedgrove.stages.prune.recipe import Recipe
 
 Record = dict[str, Any]
@@ -61,7 +63,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     for round_ in range(config.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model, federation.device)
-        inputs = probe(decoder, config, run.job.seed) if plan.sums else []
+        inputs = probe(decoder, config.length, run.job.seed) if plan.sums else []
         if round_ == 0:
             sparsities = block_sparsities(decoder, inputs, plan, config, federation)
         for block in range(plan.num_blocks):

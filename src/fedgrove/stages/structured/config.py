@@ -1,8 +1,9 @@
-"""``[[stages]]`` of ``kind = "structured"``: the keys of a stage that cuts channels and heads."""
+"""``[[stages]]`` of ``kind = "structured"``: the keys of a stage that cuts channels, heads and blocks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -15,13 +16,19 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """``[[stages]]`` of ``kind = "structured"``: whole channels and attention heads are cut.
+    """``[[stages]]`` of ``kind = "structured"``: whole channels, attention heads and blocks are cut.
 
     Attributes:
         kind: what the stage does.
-        channels: the fraction of every block's MLP channels to cut, rounded down to whole ones.
+        channels: the fraction of every block's MLP channels to cut, rounded down to whole ones; 0 by default beside ``depth``.
         heads: the fraction of every block's groups of heads to cut, rounded down to whole ones; a group is a key-value head
-            with the query heads that share it.
+            with the query heads that share it; 0 by default beside ``depth``.
+        depth: the fraction of the blocks to cut, rounded down to whole ones: those that change the hidden states of the
+            clients' text least (ShortGPT's block influence).
+        contiguous: cut blocks that follow each other, instead of the single blocks of least influence.
+        protect_ends: never cut the first and the last block.
+        repair: solve anew for the linears that read channels and heads of which some were cut, by sums of products of their
+            inputs.
         score: how the importance of a channel or group of heads is measured: "fisher" (squared changes of the loss) or "taylor"
             (LLM-Pruner's score).
         samples: windows of text that each client calibrates on.
@@ -31,15 +38,34 @@ class Config(StageConfig):
     kind: Literal["structured"]
     channels: Sparsity = 0.25
     heads: Sparsity = 0.25
+    depth: Sparsity = 0.0
+    contiguous: bool = False
+    protect_ends: bool = True
+    repair: bool = True
     score: Annotated[str, method_of(PACKAGE)] = "fisher"
     samples: Samples = 16
     length: Length = 512
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_depth(cls, keys: Any) -> Any:
+        return {"channels": 0.0, "heads": 0.0, **keys} if isinstance(keys, dict) and keys.get("depth") else keys
+
     @model_validator(mode="after")
     def _cuts_something(self) -> Self:
-        if self.channels == self.heads == 0:
-            raise ValueError("channels and heads are both 0, so nothing is cut; raise one")
+        if self.channels == self.heads == self.depth == 0:
+            raise ValueError("channels, heads and depth are all 0, so nothing is cut; raise one")
         return self
+
+    @property
+    def narrows(self) -> bool:
+        """Whether blocks become narrower."""
+        return bool(self.channels or self.heads)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether linears are repaired."""
+        return self.repair and self.narrows
 
     def calibration_windows(self) -> tuple[int, int] | None:
         return self.samples, self.length
@@ -51,7 +77,7 @@ class Config(StageConfig):
         return True
 
     def hidden_states_kept(self, num_blocks: int) -> int:
-        return num_blocks + 2
+        return num_blocks + 2 if self.narrows else math.floor(self.depth * num_blocks) + 2
 
     def check(self, job: Job, index: int) -> None:
         if index > 0:

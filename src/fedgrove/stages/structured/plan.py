@@ -1,4 +1,4 @@
-"""The plan of structured pruning: how wide the blocks become, and what scoring channels and heads costs each client."""
+"""The plan of structured pruning: how many blocks are left and how wide they are, and what it costs each client."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from collections.abc import Mapping
 from typing import Literal
 
 from fedgrove.errors import FedgroveError
+from fedgrove.input_statistics.exchange import disclosed_by
+from fedgrove.input_statistics.fixed_point import ring_bits
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.cost import count_parameters, measure_cost
+from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.cut import cut_parts
+from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+
+BYTES = 4.0  # that an int64 of a sum compresses to (measured on the shipped model)
 
 
 class Assignment(base.Assignment):
@@ -30,9 +38,11 @@ class Assignment(base.Assignment):
 
 
 class Plan(base.Plan):
-    """The plan of a stage that cuts channels and heads.
+    """The plan of a stage that cuts channels, heads and blocks.
 
     Attributes:
+        num_blocks: number of blocks before the stage.
+        blocks_left: number of blocks after it.
         before, after: the widths of every block.
         queries: query heads in a group.
         parameters: number of parameters of the model, before and after.
@@ -42,14 +52,15 @@ class Plan(base.Plan):
     kind: Literal["structured"] = "structured"
     clients: dict[str, Assignment]
     num_blocks: int
+    blocks_left: int
     before: Width
     after: Width
     queries: int
     parameters: tuple[int, int]
     types: tuple[str, str]
 
-    def width_after(self) -> Width:
-        return self.after
+    def reshaped(self, model: Checkpoint) -> Checkpoint:
+        return _reshaped(model, self.num_blocks, self.blocks_left, self.after)
 
 
 def make_plan(
@@ -64,8 +75,8 @@ def make_plan(
         secure: whether responses are masked under secure aggregation; masked responses do not compress.
 
     Raises:
-        FedgroveError: no configuration of this architecture can express the result, a fraction amounts to less than one group,
-            or a client has too little memory; names the key or the client.
+        FedgroveError: no configuration of this architecture can express the result, a fraction amounts to less than one group
+            or block or leaves too few blocks, or a client has too little memory; names the key or the client.
     """
     before = width_of(decoder.checkpoint.config)
     gone = {"channels": math.floor(config.channels * before.channels), "heads": math.floor(config.heads * before.heads)}
@@ -73,49 +84,137 @@ def make_plan(
         if share and not gone[key]:
             groups = getattr(before, key)
             what = "channels" if key == "channels" else "groups of heads"
-            raise FedgroveError(
-                f"stages.{index}.{key}: {share:g} of {groups} {what} is less than one", f"give {1 / groups:.2g} or more, or 0"
-            )
+            raise _less_than_one(index, key, share, groups, what)
     after = Width(before.channels - gone["channels"], before.heads - gone["heads"])
-    narrower = Decoder(decoder.checkpoint.over(width=after))
+    left = _blocks_left(index, config, len(decoder))
+    smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
+    read = _inputs_read(decoder, after) if config.repairs else []
+    number_of_tokens = {name: (client.samples or config.samples) * config.length for name, client in capabilities.items()}
+    _check_tokens(index, config, read, sum(number_of_tokens.values()), len(capabilities))
     cost = measure_cost(decoder, config.length, masked=False)
-    block, narrow_block = (
-        sum(parameter.numel() for parameter in model.blocks[0].parameters()) for model in (decoder, narrower)
-    )
-    parameters = count_parameters(decoder)
+    block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
     in_linears = sum(weight.numel() for module in linears(decoder.blocks[0]).values() for weight in module.parameters())
-    logits = config.length * cost.vocabulary
-    memory = 4 * (cost.others + max(block + 3 * cost.saved, 5 * logits)) + 2**24
-    num_groups = len(decoder) * (before.channels + before.heads)
-    upload = (8 if secure else 4) * num_groups + 1300 * len(decoder)  # per number (measured on the shipped model), and names
+    memory = 4 * (cost.others + block + cost.saved) + 2**24
+    forward = len(decoder) * in_linears  # multiplications for a token
+    upload = work = 0
+    if config.depth:
+        upload += 8 * len(decoder) + 1300
+        work += 2 * forward
+    if config.narrows:
+        memory = max(memory, 4 * (cost.others + max(block + 3 * cost.saved, 5 * config.length * cost.vocabulary)) + 2**24)
+        num_groups = len(decoder) * (before.channels + before.heads)
+        upload += (8 if secure else 4) * num_groups + 1300 * len(
+            decoder
+        )  # per number (measured on the shipped model), and names
+        work += 2 * 3 * (forward + cost.vocabulary * cost.width)  # forward, forward again, backward
+    if read:
+        numbers = sum(width * (width + 1) // 2 for width in read)
+        of_block = math.ceil(2 * numbers * (ring_bits(sum(number_of_tokens.values())) / 8 if secure else BYTES)) + 1000 * len(
+            read
+        )
+        upload += left * of_block
+        work += 2 * forward + 2 * len(decoder) * numbers
+        memory = max(
+            memory, 4 * (cost.others + block + cost.saved) + 2 * 12 * sum(width**2 for width in read) + of_block + 2**24
+        )
     assignments = {}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
             raise FedgroveError(
-                f"the forward and backward pass of a block need {mebibytes(memory)} of memory, but the client has "
-                f"{mebibytes(client.memory)} (clients.memory)",
+                f"the forward{' and backward' if config.narrows else ''} pass of a block need{'' if config.narrows else 's'} "
+                f"{mebibytes(memory)} of memory, but the client has {mebibytes(client.memory)} (clients.memory)",
                 "lower length, or leave the client out",
                 client=name,
             )
-        tokens = (client.samples or config.samples) * config.length
-        work = 2 * 3 * tokens * (len(decoder) * in_linears + cost.vocabulary * cost.width)  # forward, forward again, backward
-        seconds = work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
+        tokens = number_of_tokens[name]
+        seconds = tokens * work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
         assignments[name] = Assignment(
             samples=client.samples or config.samples,
             memory=memory,
-            disk=4 * (len(decoder) + 2) * tokens * cost.width,
+            disk=4 * config.hidden_states_kept(len(decoder)) * tokens * cost.width,
             upload=upload,
             seconds=round(seconds, 1),
         )
+    discloses: frozenset[Disclosure] = ScoreBlocks.DISCLOSES if config.depth else frozenset()
+    if config.narrows:
+        discloses |= ScoreGroups.DISCLOSES
+    if read:
+        discloses |= disclosed_by(products=True, moments=_have_bias(decoder, after))
     return Plan(
         stage=index,
         num_blocks=len(decoder),
+        blocks_left=left,
         before=before,
         after=after,
         queries=decoder.checkpoint.config.num_attention_heads // before.heads,
-        parameters=(parameters, parameters - len(decoder) * (block - narrow_block)),
+        parameters=(count_parameters(decoder), count_parameters(smaller)),
         clients=assignments,
-        discloses=base.names_of(ScoreGroups.DISCLOSES),
-        types=(decoder.checkpoint.config.model_type, narrower.checkpoint.config.model_type),
+        discloses=base.names_of(discloses),
+        notes=_notes(read, number_of_tokens, secure),
+        types=(decoder.checkpoint.config.model_type, smaller.checkpoint.config.model_type),
     )
+
+
+def _inputs_read(decoder: Decoder, after: Width) -> list[int]:
+    """The numbers of inputs of the linears that read what is cut."""
+    parts = cut_parts(decoder.checkpoint.config, after).values()
+    return [decoder.read_shape(f"{decoder.prefix}.0.{part.consumer}")[1] for part in parts]
+
+
+def _have_bias(decoder: Decoder, after: Width) -> bool:
+    """Whether a linear that reads what is cut has a bias."""
+    consumers = [
+        decoder.blocks[0].get_submodule(part.consumer) for part in cut_parts(decoder.checkpoint.config, after).values()
+    ]
+    return any(getattr(consumer, "bias", None) is not None for consumer in consumers)
+
+
+def _check_tokens(index: int, config: Config, read: list[int], tokens: int, clients: int) -> None:
+    """Refuses a repair by fewer tokens than a linear has inputs: any number of weights would then fit the sums."""
+    widest = max(read, default=0)
+    if tokens < widest:
+        windows, needed = tokens // config.length, math.ceil(widest / config.length)
+        raise FedgroveError(
+            f"stages.{index}.repair: all clients together have {windows} windows of {config.length} tokens, but to repair a "
+            f"linear of {widest} inputs takes {needed} or more",
+            f"set samples to {math.ceil(needed / clients)} or more, or repair = false",
+        )
+
+
+def _notes(read: list[int], tokens: Mapping[str, int], secure: bool) -> tuple[str, ...]:
+    """What a user should know of the clients' sums of products, of which each is over about half of a client's tokens."""
+    widest = max(read, default=0)
+    few = sum(number < 2 * widest for number in tokens.values())
+    if secure or not few:
+        return ()
+    return (
+        f"{few} of {len(tokens)} clients send products of inputs with {widest} channels, summed over fewer tokens than "
+        "channels in each half of their windows. Such products reveal the subspace that the inputs span. Raise samples, set "
+        "repair = false, or use secure aggregation.",
+    )
+
+
+def _less_than_one(index: int, key: str, share: float, number: int, what: str) -> FedgroveError:
+    return FedgroveError(
+        f"stages.{index}.{key}: {share:g} of {number} {what} is less than one", f"give {1 / number:.2g} or more, or 0"
+    )
+
+
+def _blocks_left(index: int, config: Config, number: int) -> int:
+    """The number of blocks that stay."""
+    gone = math.floor(config.depth * number)
+    if config.depth and not gone:
+        raise _less_than_one(index, "depth", config.depth, number, "blocks")
+    most = number - 2 if config.protect_ends else number - 1
+    if gone > most:
+        stay = "the first and the last block stay (protect_ends)" if config.protect_ends else "one block has to stay"
+        remedy = f"give {most / number:.2g} or less" if most > 0 else "set it to 0"
+        raise FedgroveError(f"stages.{index}.depth: {config.depth:g} of {number} blocks are {gone}, but {stay}", remedy)
+    return number - gone
+
+
+def _reshaped(model: Checkpoint, number: int, left: int, width: Width) -> Checkpoint:
+    """The model in its new shapes. Which blocks stay is not known yet, and they are all of the same shape."""
+    kept = None if left == number else (*range(left - 1), number - 1)
+    return model.over(width=width, kept_blocks=kept)

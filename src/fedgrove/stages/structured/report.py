@@ -19,13 +19,15 @@ DID = "structurally pruned"
 DOING = "structured pruning"
 FILES = ("structured.json",)
 TAGS: tuple[str, ...] = ()
-CARD = "All blocks are narrower than those of the base model, by the same amount; `config.json` has their widths."
+CARD = "It has fewer blocks than the base model, or narrower ones; `config.json` has their number and their widths."
 
 
 def describe(config: Mapping[str, Any]) -> str:
     """Such as "structured pruning of 25% of the channels and 50% of the heads, score fisher"."""
-    shares = f"{config['channels']:.0%} of the channels and {config['heads']:.0%} of the heads"
-    return f"structured pruning of {shares}, score {config['score']}"
+    shares = [f"{config[key]:.0%} of the {key}" for key in ("channels", "heads")] if _narrows(config) else []
+    if config["depth"]:
+        shares.append(f"{config['depth']:.0%} of the blocks")
+    return f"structured pruning of {joined(shares)}{_score(config)}{_repaired(config)}"
 
 
 def recipe(config: Mapping[str, Any]) -> str:
@@ -40,7 +42,7 @@ def limits(config: Mapping[str, Any]) -> str:
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
     """What is cut, and what the stage costs each client."""
     before, after = plan["parameters"]
-    title = f"stage {plan['stage']}: structured pruning, score {config['score']}: {removed(plan)}"
+    title = f"stage {plan['stage']}: structured pruning{_score(config)}{_repaired(config)}: {removed(plan)}"
     table = client_table(title, "client", "windows", "memory", "disk", "upload", "time")
     for client, assignment in plan["clients"].items():
         fill(
@@ -62,7 +64,8 @@ def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
         return Outcome()
     before, after = result["parameters"]
     left = f"which leaves {after / before:.1%} of the weights to store and to compute with"
-    return Outcome(f"{removed(result)} were removed, {left}")
+    is_one = not _narrows(result) and len(result["kept_blocks"]) == result["num_blocks"][0] - 1
+    return Outcome(f"{removed(result)} {'was' if is_one else 'were'} removed, {left}")
 
 
 def figures(summary: Summary, stage: Stage) -> list[Figure]:
@@ -79,22 +82,59 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
     result = summary.files.get("structured.json")
     if not result:
         return []
-    says = (
-        "Whole channels of the MLPs and heads of the attention were removed: those that matter least to the loss on the "
-        "clients’ text, the same number from every block, so that a plain config.json describes the model. Any program that "
-        f"loads the model stores fewer weights and computes with fewer. {other_type(result['types'])}"
-    )
-    return [Section("width", "Narrower blocks", [Paragraph(says.strip()), Sheet(_widths(result))])]
+    parts: list[Paragraph | Sheet] = []
+    if _narrows(result):
+        says = (
+            "Whole channels of the MLPs and heads of the attention were removed: those that matter least to the loss on the "
+            "clients’ text, the same number from every block, so that a plain config.json describes the model."
+        )
+        parts.append(Paragraph(says))
+    if result["depth"]:
+        gone = [str(block + 1) for block in range(result["num_blocks"][0]) if block not in result["kept_blocks"]]
+        these = f"Block {gone[0]} was" if len(gone) == 1 else f"Blocks {joined(gone)} were"
+        parts.append(Paragraph(f"{these} removed: the hidden states of the clients’ text change least there."))
+    errors = [how["error"] for block in result["blocks"] for how in block.get("repair", {}).values()]
+    if errors:
+        says = (
+            "The matrices that read what was removed were solved for anew, by sums over the clients’ text, to make up for it. "
+            f"On text that a solution had not seen, {1 - sum(errors) / len(errors):.0%} of the squared error in their outputs "
+            f"was undone, from {1 - max(errors):.0%} to {1 - min(errors):.0%} in a matrix."
+        )
+        parts.append(Paragraph(says))
+    says = "Any program that loads the model stores fewer weights and computes with fewer. " + other_type(result["types"])
+    parts.append(Paragraph(says.strip()))
+    return [Section("width", "Fewer or narrower blocks", [*parts, Sheet(_sizes(result))])]
 
 
 def removed(plan: Mapping[str, Any]) -> str:
-    """What every block of a model loses: "176 of 704 channels and 2 of 8 heads out of every block"."""
+    """What a model loses: "176 of 704 channels and 2 of 8 heads out of every block, and 1 of 6 blocks"."""
     before, after = plan["before"], plan["after"]
     parts = []
     for what, each in (("channels", 1), ("heads", plan["queries"])):
         if before[what] > after[what]:
             parts.append(f"{each * (before[what] - after[what]):,} of {each * before[what]:,} {what}")
-    return f"{' and '.join(parts)} out of every block"
+    narrower = f"{joined(parts)} out of every block" if parts else ""
+    return ", and ".join(part for part in (narrower, _blocks(plan)) if part)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """A list in words: "a, b and c"."""
+    return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
+
+
+def _blocks(plan: Mapping[str, Any]) -> str:
+    """Such as "1 of 6 blocks"; empty if all stay. Of a plan, or of the result."""
+    number, left = plan["num_blocks"] if "kept_blocks" in plan else (plan["num_blocks"], plan["blocks_left"])
+    return f"{number - left} of {number} blocks" if left < number else ""
+
+
+def _narrows(config: Mapping[str, Any]) -> bool:
+    return bool(config["channels"] or config["heads"])
+
+
+def _score(config: Mapping[str, Any]) -> str:
+    """Only channels and heads have a score that can be chosen."""
+    return f", score {config['score']}" if _narrows(config) else ""
 
 
 def other_type(types: Sequence[str]) -> str:
@@ -108,9 +148,14 @@ def other_type(types: Sequence[str]) -> str:
     )
 
 
-def _widths(result: Mapping[str, Any]) -> Table:
+def _repaired(config: Mapping[str, Any]) -> str:
+    return ", repaired" if config.get("repair") and _narrows(config) else ""
+
+
+def _sizes(result: Mapping[str, Any]) -> Table:
     before, after, queries, whole = result["before"], result["after"], result["queries"], "{:,}".format
     rows = [
+        ["blocks", *result["num_blocks"]],
         ["MLP channels of a block", before["channels"], after["channels"]],
         ["heads of a block", queries * before["heads"], queries * after["heads"]],
         ["key-value heads of a block", before["heads"], after["heads"]],
@@ -118,4 +163,4 @@ def _widths(result: Mapping[str, Any]) -> Table:
         ["bytes of the model", *result["bytes"]],
     ]
     columns = [Column(""), Column("before", whole), Column("after", whole), Column("left", "{:.3f}".format)]
-    return Table("width", "Every block is cut by the same amount", columns, [[*row, ratio(row[2], row[1])] for row in rows])
+    return Table("width", "All blocks have the same widths", columns, [[*row, ratio(row[2], row[1])] for row in rows])

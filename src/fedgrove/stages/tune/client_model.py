@@ -15,6 +15,7 @@ from fedgrove.client.windows import latest_decoder, training_windows
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Natural, Word
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.depth import KeptBlocks
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width
 from fedgrove.rounds.request import Request
@@ -32,6 +33,7 @@ class TuneRequest(Request):
         parts: how many files the client has stored for :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights`.
         base_digest: :func:`digest_of_base` of these requests: whoever compares requests also compares models.
         width: of the blocks, if they are narrower than those of the client's own copy of the model; else None.
+        kept_blocks: the indexes of the blocks of its own copy that the model has; None: all.
         bits: of each frozen weight.
         length: tokens of a window.
         seed: of the stage.
@@ -41,6 +43,7 @@ class TuneRequest(Request):
     parts: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
     base_digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     width: Width | None
+    kept_blocks: KeptBlocks | None = None
     bits: Bits
     length: Length
     seed: Word
@@ -59,7 +62,7 @@ class TuneRequest(Request):
             raise client.error("its working files are gone; continue the run with --resume")
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
-        checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width)
+        checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width, self.kept_blocks)
         decoder = latest_decoder(checkpoint, device, same=self.base_digest)
         if self.parts or self.width is not None:
             _check_width(decoder, client)
@@ -74,8 +77,11 @@ class TuneRequest(Request):
             return "seed"
         if self.parts and not before:
             return "parts"
-        if self.width is not None and not any(stage.changes_structure() for stage in before):
-            return "width"
+        if not any(stage.changes_structure() for stage in before):
+            if self.width is not None:
+                return "width"
+            if self.kept_blocks is not None:
+                return "kept_blocks"
         if self.bits not in config.weight_bits:
             return "bits"
         return "personal" if self.personal != config.personal else None

@@ -100,7 +100,7 @@ class Tuning:
                 continue
             title, blocks = "sending the model", len(self.decoder)
             self.run.phase(Phase("send", title=title, stage=self.plan.stage, block=block, blocks=blocks))
-            request = KeepWeights(stage=self.plan.stage, part=len(self.base))
+            request = KeepWeights(stage=self.plan.stage, part=len(self.base), kept_blocks=self.model.kept_blocks)
             message = Message(request, {name: self.model.read(name) for name in names})
             for _ in self.federation.collect(dict.fromkeys(self.plan.clients, message), clock=clock):
                 pass
@@ -235,6 +235,7 @@ class Tuning:
             "parts": len(self.base),
             "base_digest": digest_of_base(self.base),
             "width": self.decoder.checkpoint.width,
+            "kept_blocks": self.decoder.checkpoint.kept_blocks,
             "bits": self.plan.clients[client].bits,
             "length": self.config.length,
             "seed": self.seed,
@@ -373,6 +374,6 @@ class Tuning:
         """Writes the changes as an adapter, besides the merged model; None if there is none to write."""
         job, out = self.federation.job, self.run.path / "adapter"
         totals = {name: state.total() for name, state in self.state.states.items()}
-        title, pruned, changed = f"{job.name}: adapter", bool(self.masked), bool(self.model.changed())
+        title, pruned, changed = f"{job.name}: adapter", bool(self.masked), self.model.is_changed()
         written = self.method.write_adapter(out, self.decoder, totals, job.model.name, title, pruned, changed)
         return out if written else None

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 
 PACKAGE = "stages.prune.allocation"
 

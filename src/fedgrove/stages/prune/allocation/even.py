@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 from fedgrove.stages.prune.allocation import Options
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 NEEDS: StatisticsKind = "nothing"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedgrove import heap
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.server_weights import check_change
+from fedgrove.client.server_weights import start_of
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed
@@ -31,8 +31,6 @@ from fedgrove.stages.prune.calibration_pass import gather, windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import GROWTH, VALUE_BITS, FixedWeights, unit_of
 from fedgrove.stages.prune.recipe import Recipe
-
-START = "start/"  # tensors of a request: the weights that a round starts from, if they are not those of the client's own copy
 
 
 class Tokens(Reply):
@@ -211,23 +209,6 @@ class PruneBlock(Request):
         least, most = config.sparsity_range
         outside = any(not least <= sparsity <= most for sparsity in recipe.sparsities)
         return differs or ("sparsities" if outside else None)
-
-
-def start_of(tensors: Tensors, decoder: Decoder, block: int, client: LocalClient) -> Tensors:
-    """The weights of a block that were sent with a request, by linear.
-
-    Raises:
-        FedgroveError: they are not all linears of the block, or no stage makes such weights of the client's own.
-    """
-    start = {name.removeprefix(START): weight for name, weight in tensors.items() if name.startswith(START)}
-    if start and (block < 0 or start.keys() != decoder.block_names(block).keys()):
-        raise client.error(f"the server sent other weights than those of block {block}; refused")
-    for name, weight in start.items():
-        own = decoder.read_linear(block, name)
-        if (weight.shape, weight.dtype) != (own.shape, own.dtype):
-            raise client.error(f"the server sent weights of another shape or dtype for {name}; refused")
-        check_change(name, own, weight, client)
-    return start
 
 
 def prune_block(

@@ -9,6 +9,8 @@ import torch
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
+from fedgrove.input_statistics.shared_inputs import shared_inputs
+from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Fraction, Name, Positive
 from fedgrove.models.blocks import Decoder
@@ -16,9 +18,7 @@ from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prune.allocation import Options, allocation_of
-from fedgrove.stages.prune.calibration_pass import shared_inputs
 from fedgrove.stages.prune.config import Config
-from fedgrove.stages.prune.input_statistics import InputStatistics
 
 CODE = FixedPoint(fraction_bits=32)
 MEASURED = f"{CHANGE}measured"

@@ -6,7 +6,7 @@ A pruner's file holds two names:
     prune(weight, inputs, target) -> (weight, mask)
 
 ``weight`` is (out, in) float32 and may be overwritten; ``inputs`` is an
-:class:`~fedgrove.stages.prune.input_statistics.InputStatistics`; ``target`` is a :class:`~fedgrove.models.masks.Target`. The
+:class:`~fedgrove.input_statistics.statistics.InputStatistics`; ``target`` is a :class:`~fedgrove.models.masks.Target`. The
 result is the pruned weight, zero where the mask is False, and the mask (True = kept), with exactly
 ``target.num_pruned(weight.numel())`` entries False. A third name, ``EFFORT``, is for plans: see :class:`Effort`.
 """
@@ -20,8 +20,8 @@ from typing import Literal, Protocol, cast
 from torch import Tensor
 
 from fedgrove import plugins
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 from fedgrove.models.masks import Target
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 Damping = Literal["mean", "each"]
 PACKAGE = "stages.prune.pruners"
@@ -87,7 +87,7 @@ def prune(name: str, weight: Tensor, inputs: InputStatistics, target: Target, da
     larger than the rest, so this damping exceeds most channels' Σ x², and hardly any pruning error in them is compensated.
     With "each" (ours) channels are first equilibrated: scaled to about the same size by powers of two, which is exact, so that
     every channel is damped by about 3 % of its own Σ x², and a nearly silent one by a part of the median
-    (:meth:`~fedgrove.stages.prune.input_statistics.InputStatistics.equilibrate`). The result of pruners that only compare
+    (:meth:`~fedgrove.input_statistics.statistics.InputStatistics.equilibrate`). The result of pruners that only compare
     scores, such as Wanda, is the same bit for bit either way.
 
     Args:

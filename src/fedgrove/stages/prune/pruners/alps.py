@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 from fedgrove.models.masks import Target, keep, lowest
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 from fedgrove.stages.prune.pruners import Effort
 
 NEEDS: StatisticsKind = "gram"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 from fedgrove.models.masks import Target, keep_highest
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 NEEDS: StatisticsKind = "moments"
 

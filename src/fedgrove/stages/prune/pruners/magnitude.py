@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 from fedgrove.models.masks import Target, keep
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 NEEDS: StatisticsKind = "nothing"
 

@@ -10,8 +10,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
 from fedgrove.models.masks import Target, lowest, lowest_of_few
-from fedgrove.stages.prune.input_statistics import InputStatistics, StatisticsKind
 
 NEEDS: StatisticsKind = "gram"
 

@@ -95,7 +95,7 @@ class ScoreGroups(Request):
     def beyond(self, job: Agreed) -> str | None:
         config, calibration = job.stages[self.stage], self.calibration
         assert isinstance(config, Config)
-        if self.score != config.score:
+        if not config.narrows or self.score != config.score:
             return "score"
         if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("gradients", 1, None):
             return "source"

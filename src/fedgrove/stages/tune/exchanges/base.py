@@ -16,6 +16,7 @@ from fedgrove.client.server_weights import check_change
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import MAX_BLOCKS, Index
+from fedgrove.models.depth import KeptBlocks
 from fedgrove.models.experts import slices
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
@@ -27,14 +28,16 @@ class KeepWeights(Request):
 
     Attributes:
         part: index of the file in which the client stores them.
+        kept_blocks: the indexes of the blocks of its own copy that the model has, by whose order names are numbered; None: all.
     """
 
     KIND: ClassVar[str] = "tune/base"
 
     part: Annotated[Index, Field(lt=MAX_BLOCKS)]
+    kept_blocks: KeptBlocks | None = None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        decoder = decoder_of(client, device)
+        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks)
         linears = set(decoder.linear_names().values())
         for name, tensor in tensors.items():
             if not _is_of_linear(name, tensor, linears) or name not in decoder.checkpoint:
@@ -49,7 +52,10 @@ class KeepWeights(Request):
         return range(1)
 
     def beyond(self, job: Agreed) -> str | None:
-        return "stage" if self.stage == 0 else None  # before the first stage no weight has changed
+        before = job.stages[: self.stage]
+        if self.kept_blocks is not None and not any(stage.changes_structure() for stage in before):
+            return "kept_blocks"
+        return None if before else "stage"  # before the first stage no weight has changed
 
 
 def _is_of_linear(name: str, tensor: Tensor, linears: set[str]) -> bool:

@@ -77,8 +77,9 @@ class ComparePersonal(TuneRequest):
         shared = mean_loss(model, held_out, self.micro)
         out = client.folder / "personal" / f"stage-{self.stage}"
         if own < shared:
-            plain = Decoder(Checkpoint(client.model, client.dtype))
-            method.write_adapter(out, plain, changes, self.base, self.title, pruned=bool(masks), changed=self.parts > 0)
+            plain = Decoder(Checkpoint(client.model, client.dtype, kept_blocks=self.kept_blocks))
+            is_changed = self.parts > 0 or self.kept_blocks is not None
+            method.write_adapter(out, plain, changes, self.base, self.title, pruned=bool(masks), changed=is_changed)
         else:
             shutil.rmtree(out, ignore_errors=True)
         return Response({}, Losses(shared=shared, own=own))

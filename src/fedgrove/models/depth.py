@@ -1,0 +1,80 @@
+"""A model without some of its blocks: the names of its tensors, and its config.json.
+
+Blocks that stay are numbered anew, so any program that loads the architecture loads the result.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from transformers import PretrainedConfig
+
+from fedgrove.errors import FedgroveError
+from fedgrove.job.units import MAX_BLOCKS, Index
+
+_NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
+_NUMBER = "num_hidden_layers"
+_NOT_OF_BLOCKS = re.compile(r"architectures|.*_token_ids?")  # lists of config.json that only by chance have an entry per block
+
+
+def _ascending(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    if any(one >= other for one, other in pairwise(blocks)):
+        raise ValueError("the indexes must ascend")
+    return blocks
+
+
+KeptBlocks = Annotated[
+    tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(_ascending)
+]  # the indexes of the blocks that stay
+
+
+def num_blocks(config: PretrainedConfig) -> int:
+    """The number of blocks of a model."""
+    return int(config.num_hidden_layers)
+
+
+def renumbered(names: Iterable[str], kept: Sequence[int]) -> dict[str, str]:
+    """The tensors of a model without some blocks: their new names -> their names in the full model, in the same order."""
+    place = {block: str(index) for index, block in enumerate(kept)}
+    new = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            new[name] = name
+        elif int(match[2]) in place:
+            new[match[1] + place[int(match[2])] + match[3]] = name
+    return new
+
+
+def shorter_config(raw: Mapping[str, Any], config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The config.json of a model without some blocks.
+
+    A list with an entry for each block, such as ``layer_types``, loses the entries of the blocks that go. It is also written if
+    config.json lacks it and the architecture fills it in by a pattern, because the pattern would give the kept blocks other
+    entries.
+
+    Args:
+        raw: the current config.json.
+        config: the same as parsed by transformers, with defaults filled in.
+        kept: the indexes of the blocks that stay, ascending.
+
+    Raises:
+        FedgroveError: a block computes something else at another place, which no configuration of this architecture undoes.
+    """
+    number = num_blocks(config)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise FedgroveError(
+            f"depth: a configuration of type {config.model_type} with scale_attn_by_inverse_layer_idx scales the attention "
+            "of a block by its place, so no block may go",
+            "set it to 0",
+        )
+    lists = {
+        key: [value[block] for block in kept]
+        for key, value in config.to_dict().items()
+        if isinstance(value, list | tuple) and len(value) == number and not _NOT_OF_BLOCKS.fullmatch(key)
+    }
+    return {**raw, **lists, config.attribute_map.get(_NUMBER, _NUMBER): len(kept)}

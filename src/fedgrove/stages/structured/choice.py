@@ -1,0 +1,190 @@
+"""Which blocks and groups go: the clients' scores of them, and the choice by the sums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedgrove.client.hidden_states import Calibration
+from fedgrove.errors import FedgroveError
+from fedgrove.events import Phase
+from fedgrove.job.tables import Job
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.masks import lowest
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
+from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
+from fedgrove.runfolder import RunFolder
+from fedgrove.stages.base import calibration_seed
+from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.cut import KINDS, Kept
+from fedgrove.stages.structured.exchanges.blocks import INFLUENCE, ScoreBlocks, check_influence
+from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, Tokens, check_values
+from fedgrove.stages.structured.plan import Plan
+from fedgrove.stages.structured.scores import score_of
+
+BLOCKS, GROUPS = "blocks", "groups"  # what is scored; also the names of the files of the sums
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What stays of a model.
+
+    Attributes:
+        blocks: the indices of its blocks, ascending.
+        groups: for each of these blocks, the groups of each kind; None: all.
+    """
+
+    blocks: tuple[int, ...]
+    groups: Mapping[int, Kept] | None
+
+
+def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None) -> Choice:
+    """What stays by the sums of all clients, or of one client alone.
+
+    Raises:
+        FedgroveError: the client sent no sums.
+    """
+    blocks: tuple[int, ...] = tuple(range(plan.num_blocks))
+    if config.depth:
+        influence = _read_sums(run, plan, BLOCKS, client)[CHANGE + INFLUENCE]
+        blocks = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends)
+    if not config.narrows:
+        return Choice(blocks, None)
+    score, sums = score_of(config.score), _read_sums(run, plan, GROUPS, client)
+    groups: dict[int, Kept] = {}
+    for block in blocks:
+        groups[block] = {}
+        for kind in KINDS:
+            before, after = getattr(plan.before, kind), getattr(plan.after, kind)
+            groups[block][kind] = torch.arange(before)
+            if after < before:
+                groups[block][kind] = kept_groups(score.finish(CODE.decode(sums[f"{CHANGE}{block}/{kind}"])), after)
+    return Choice(blocks, groups)
+
+
+def kept_groups(scores: Tensor, number: int) -> Tensor:
+    """The indices of the groups that stay, ascending: all but the ``len(scores) − number`` of the lowest score."""
+    gone = lowest([scores], len(scores) - number)
+    return (~gone).nonzero().squeeze(1)
+
+
+def kept_blocks(influence: Tensor, num_blocks: int, number: int, protect_ends: bool) -> tuple[int, ...]:
+    """The indices of the blocks that stay, ascending.
+
+    Args:
+        influence: of each block, (num_blocks,), or of each run of ``num_blocks − number`` blocks, by its first block.
+        num_blocks: the number of blocks.
+        number: how many of them stay.
+        protect_ends: whether the first and the last block stay.
+    """
+    span = num_blocks - len(influence) + 1
+    ends = 1 if protect_ends else 0
+    inner = influence[ends : len(influence) - ends]
+    cut = lowest([inner], (num_blocks - number) // span).nonzero().squeeze(1) + ends
+    gone = {block for first in cut.tolist() for block in range(first, first + span)}
+    return tuple(block for block in range(num_blocks) if block not in gone)
+
+
+class _Scores(IntegerSums):
+    """The sums over all clients and, for ``evaluate.alone``, the sums of each client."""
+
+    def __init__(self, check_total: Callable[[Tensors, Mapping[str, Reply]], None], keep_parts: bool):
+        super().__init__(check_total)
+        self.parts: Tensors = {}
+        self._keep_parts = keep_parts
+
+    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
+        if self._keep_parts:
+            self.parts |= {f"{client}/{name}": tensor for name, tensor in tensors.items()}
+        super().add(client, tensors, reply)
+
+
+def collect_scores(what: str, model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> None:
+    """Requests the scores of blocks or of groups, and writes their sums to the run folder unless they are there already."""
+    run, file = federation.run, sums_file(federation.run, plan, what)
+    if file.is_file():
+        return
+    titles = {
+        BLOCKS: "measuring how much each block changes the hidden states",
+        GROUPS: "measuring how much each channel and head matters",
+    }
+    run.phase(Phase("structured", titles[what], stage=plan.stage))
+    request = block_request if what == BLOCKS else score_request
+    messages = {client: Message(request(plan, config, client, federation.job)) for client in plan.clients}
+
+    def check_total(sums: Tensors, replies: Mapping[str, Reply]) -> None:
+        if what == BLOCKS:
+            windows = sum(plan.clients[client].samples for client in replies)
+            check_influence(sums, windows * config.length, windows)
+        else:
+            check_values(sums, score_of(config.score).SIGNED, LARGEST)
+
+    scores = _Scores(check_total, federation.job.evaluate.alone)
+    replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model, federation.device))
+    tokens = sum(reply.tokens for reply in replies.values() if isinstance(reply, Tokens))
+    sums = {CHANGE + name: value for name, value in scores.sums.items()} | scores.parts
+    save_tensors(sums, file, {"clients": json.dumps(sorted(replies)), "tokens": str(tokens)})
+
+
+def block_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreBlocks:
+    """The request to one client for the influence of every block, or of every run of blocks."""
+    span = plan.num_blocks - plan.blocks_left if config.contiguous else 1
+    return ScoreBlocks(stage=plan.stage, span=span, calibration=calibration_of(plan, config, client, job, "dense"))
+
+
+def score_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreGroups:
+    """The request to one client for the scores of all channels and heads."""
+    calibration = calibration_of(plan, config, client, job, "gradients")
+    return ScoreGroups(stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients))
+
+
+def calibration_of(plan: Plan, config: Config, client: str, job: Job, through: str) -> Calibration:
+    """The windows of one client; ``through``: see :class:`~fedgrove.client.hidden_states.Calibration`."""
+    return Calibration(
+        stage=plan.stage,
+        samples=plan.clients[client].samples,
+        length=config.length,
+        seed=calibration_seed(job.seed, plan.stage),
+        through=through,
+    )
+
+
+def mean_influence(run: RunFolder, plan: Plan) -> list[float]:
+    """The mean influence over all clients' tokens of each block, or of each run of blocks."""
+    sums = _read_sums(run, plan, BLOCKS)[CHANGE + INFLUENCE]
+    return [round(float(value), 6) for value in CODE.decode(sums) / metadata(sums_file(run, plan, BLOCKS))["tokens"]]
+
+
+def sums_file(run: RunFolder, plan: Plan, what: str) -> Path:
+    """Where the sums of the scores of blocks or of groups are stored, and with ``evaluate.alone`` those of each client."""
+    return run.path / "work" / f"stage-{plan.stage}" / f"{what}.safetensors"
+
+
+def metadata(file: Path) -> dict[str, Any]:
+    """The clients in the sums of a file, and their number of tokens."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: json.loads(opened.metadata()[name]) for name in ("clients", "tokens")}
+
+
+def _read_sums(run: RunFolder, plan: Plan, what: str, client: str | None = None) -> dict[str, Tensor]:
+    """The sums of all clients, or of one.
+
+    Raises:
+        FedgroveError: the client sent no sums.
+    """
+    prefix = "" if client is None else f"{client}/"
+    with safe_open(sums_file(run, plan, what), framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(prefix + CHANGE)]  # noqa: SIM118
+        if not names:
+            raise FedgroveError("it sent no sums, so its model alone cannot be measured (evaluate.alone)", client=client)
+        return {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
