@@ -55,6 +55,7 @@ from fedgrove.stages.structured.exchanges import scores
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+from fedgrove.stages.tune.exchanges import alone as tune_alone
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
@@ -126,7 +127,18 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(KeepWeights(stage=0, part=0, kept_blocks=(1,)), Reply()),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
     Exchange(
-        ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"), Losses(shared=1.0, own=2.0)
+        ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"),
+        Losses(shared=1.0, own=2.0, error=0.1, keeps_own=False),
+    ),
+    Exchange(
+        tune_alone.EvaluateAlone(
+            stage=0, texts={"held-0": 2}, learning_rates=(0.1, 0.1),
+            train=Train(
+                **TUNED, parametrization="lora", trainer="sgd", shared_a=False, masked=(), tokens=99, seen=0,
+                ranks={f"model.layers.0.{Q}": 4}, scales={f"model.layers.0.{Q}": 1.0}, dtype="float32", training=TRAINING,
+            ),
+        ),
+        tune_alone.OwnLoss(own=1.0),
     ),
     *(
         Exchange(

@@ -62,6 +62,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "noisy clients": ({**SECURE, **NOISY}, [{**FIXED, **NOISE, "dp_unit": "client"}]),
     "noisy windows": ({**OPEN, **NOISY, "alone": False}, [{**TUNE, **NOISE, "method": "lora", "batches": [64]}]),
     "full": (OPEN, [PRUNE, {**TUNE, "method": "full"}]),
+    "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
 }
 del JOBS["secure adapters"][1][0]["method"]
 
@@ -76,6 +77,7 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("prune/statistics", "products"): ("fewer products than the pruner needs tell less", ["x"]),
     ("prune/statistics", "noise.clients"): ("fewer clients that share the noise add more", 3),
     ("prune/statistics", "noise.norms[]"): ("windows are clipped to it, and the noise follows from it", -1.0),
+    ("tune/alone", "train.training.micro"): ("at most the batch", 3),
     ("tune/base", "part"): ("the weights that earlier stages changed come in parts", 4096),
     ("tune/importance", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
     ("tune/importance", "micro"): ("up to the job's largest batch", 3),

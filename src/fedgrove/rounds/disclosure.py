@@ -28,7 +28,7 @@ class Disclosure(Enum):
     CHANGES = "the changes of whole matrices that it trained on its text"
     SCALES = "the changes of per-channel scales that it trained on its text"
     LOSS = "its mean training loss of each round"
-    HELD_OUT_LOSSES = "two losses on text that it held out for itself"
+    HELD_OUT_LOSSES = "losses on text that it held out for itself, and which adapter it keeps"
     WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
 
     @property
