@@ -543,6 +543,15 @@ def test_an_own_adapter_is_pulled_towards_the_shared_one(small: Small) -> None:
     assert plan["clients"]["ash"]["compute"] == pytest.approx(2 * plain["clients"]["ash"]["compute"], rel=0.01)
 
 
+def test_an_own_adapter_that_nothing_pulls_is_trained_as_the_one_that_is_sent(small: Small) -> None:
+    """In the first round both have the same start and the same windows: training one must not move the other's start."""
+    own = []
+    for strength in (0.0, 1e-30):
+        run = small.undisturbed(stages=[{**PERSONAL, "rounds": 1, "precision": "float32", "personal_pull": strength}])
+        own.append([measurements(run)[0, None, client, "personal/own"] for client in CLIENTS])
+    assert own[0] == pytest.approx(own[1], rel=1e-6)
+
+
 ALONE = {"rounds": 2, "aggregation": "fedit", "precision": "float32", "personal": 0.3}
 
 

@@ -87,7 +87,7 @@ class ComparePersonal(TuneRequest):
 
         def measure(of: Mapping[str, Start[Any]], *windows: Windows) -> list[Parts]:
             """The losses of the model with these changes, loaded anew: there is memory for one model."""
-            model = load(Decoder(decoder.checkpoint, device), self.bits)
+            model = load(decoder, self.bits)
             method.attach(model, of, Attachment({}, masks))
             return [losses(model, one) for one in windows]
 
