@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from elsewhere import second_device
 from fedgrove import plugins
 from fedgrove import run as server
 from fedgrove.client.local_client import LocalClient
@@ -343,6 +344,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, files: Mapping[str,
     for name in ("head/head.safetensors", "head.json", "clients/cedar/personal/stage-0/head.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
     assert measurements(tmp_path / "run") == measurements(whole)
+
+
+def test_a_head_is_made_on_any_device(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
+    wanted = load(small.job("head-there", **job(files, personal=0.25, layers=[1, -1]), model__dtype="float32"))
+    found = []
+    with second_device() as device:
+        for name in ("cpu", device):
+            run = RunFolder(tmp_path / str(len(found)), wanted)
+            server.run_job(wanted, server.local_engine(wanted, run.path / "clients", devices=[name]), run, name)
+            run.close()
+            found.append(sums_of(run.path)["weight"])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
 
 
 # Mistakes
