@@ -50,6 +50,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "ia3": {"stages": [{**TUNE, "parametrization": "ia3"}]},
     "pruned and tuned": {"stages": [PRUNE, LORA], "evaluate": {"data": ["held-0.txt"], "length": 32, "windows": 2}},
     "adapters of one's own": {"stages": [{**LORA, "personal": 0.25}]},
+    "pulled, and alone": {
+        "stages": [{**LORA, "personal": 0.25, "personal_pull": 0.1}],
+        "evaluate": {"data": ["held-0.txt"], "length": 32, "windows": 2, "alone": True},
+    },
 }
 NOISY: dict[str, dict[str, Any]] = {  # no two runs are alike
     "sums": {"stages": [{**SUMS, "epsilon": 9.0}], "privacy": SECURE},

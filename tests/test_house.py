@@ -110,7 +110,13 @@ def test_every_request_is_named_after_its_file_and_says_what_it_discloses() -> N
 
 def test_nobody_asks_which_kind_a_stage_is_or_what_a_method_is_called() -> None:
     """Kinds and methods say what they can do; a name is compared in its own file at most."""
-    folders = ["stages/prune/pruners", "stages/prune/aggregation", "stages/prune/allocation", "stages/structured/scores"]
+    folders = [
+        "stages/prune/pruners",
+        "stages/prune/aggregation",
+        "stages/prune/allocation",
+        "stages/structured/scores",
+        "stages/head/heads",
+    ]
     folders += [f"stages/tune/{name}" for name in ("aggregation", "parametrizations", "planners", "trainers")]
     methods = {file.stem for folder in folders for file in (SOURCE / folder).glob("*.py")} - {"__init__"}
     kinds = {file.parent.name for file in (SOURCE / "stages").glob("*/config.py")}

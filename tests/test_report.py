@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from fedgrove.errors import FedgroveError
 from fedgrove.report import charts
 from fedgrove.report.model_card import card
+from fedgrove.report.owners import over_owners, own_line, own_perplexities
 from fedgrove.report.page import write_report
 from fedgrove.report.reader import read
 from fedgrove.report.summary import geometric_mean
@@ -275,7 +276,7 @@ def test_every_table_is_also_a_download_with_the_same_rows(run: Path) -> None:
     page = _page(run)
     downloads = [
         page.csv(name)
-        for name in ("perplexity", "differences", "blocks", "matrices", "stage-0-clients", "bytes-by-client", "size")
+        for name in ("perplexity", "differences", "owners", "blocks", "matrices", "stage-0-clients", "bytes-by-client", "size")
     ]
     assert [[row[0] for row in table] for table in page.tables] == [[row[0] for row in rows] for rows in downloads]
     plain = [[title for title in rows[0] if not title.endswith((": low", ": high"))] for rows in downloads]
@@ -673,6 +674,26 @@ def test_what_one_owner_would_have_stands_beside_it(tmp_path: Path) -> None:
 def test_nothing_is_said_of_owners_without_held_out_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", ["ward", "law", "press"], ["law", "press"])
     assert "each of the 2 owners whose kind of text was held out" in (own_texts(read(run)) or "")
+
+
+def test_both_averages_over_owners_and_the_worst_owner_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["ward", "law"], ["ward", "law", "press"])
+    summary = read(run)
+    found = own_perplexities(summary)
+    tokens = {text: sum(count for _, count in summary.windows(summary.last)[text]) for text in ("ward", "law")}
+    for name, of in (("before", summary.dense), ("federated", summary.federated)):
+        values = {text: of[text] for text in ("ward", "law")}  # no client has the name of the third text
+        mean = sum(tokens[text] * math.log(values[text]) for text in values) / sum(tokens.values())
+        assert found[name].weighted == pytest.approx(math.exp(mean))
+        assert found[name].plain == pytest.approx(geometric_mean(list(values.values())))
+        assert found[name].worst == (max(values, key=lambda text: values[text]), pytest.approx(max(values.values())))
+    rows = {row[0]: row[1:] for row in _page(run).csv("owners")[1:]}
+    assert rows["federated"][3] == found["federated"].worst[0]
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(result_table(summary))
+    assert (own_line(summary) or "?") in " ".join(console.export_text().split())
+    best = over_owners({"a": 0.2, "b": 0.9}, {"a": 3, "b": 1}, higher_is_better=True)
+    assert (best.weighted, best.plain, best.worst) == (pytest.approx(0.375), pytest.approx(0.55), ("a", 0.2))
 
 
 def test_the_verdict_does_not_call_a_missed_target_exact(run: Path) -> None:

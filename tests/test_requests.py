@@ -45,6 +45,8 @@ from fedgrove.rounds.request import (
 )
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
+from fedgrove.stages.head.exchanges.moments import SumMoments
+from fedgrove.stages.head.exchanges.personal import Compared, CompareHeads
 from fedgrove.stages.prune.exchanges import block as blocks
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
@@ -55,6 +57,7 @@ from fedgrove.stages.structured.exchanges import scores
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+from fedgrove.stages.tune.exchanges import alone as tune_alone
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
@@ -83,6 +86,11 @@ class Exchange:
     request: Request
     reply: Reply
 
+
+HEAD: dict[str, Any] = {
+    "stage": 0, "head": "ridge", "labels": ("bird", "fish"), "layers": (-1,), "pool": "mean", "length": LENGTH, "size": 8,
+    "seed": "0/0", "personal": 0.2, "limit": 2**20,
+}  # fmt: skip
 
 EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(
@@ -124,9 +132,26 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     ),
     Exchange(ScoreBlocks(stage=0, span=1, calibration=CALIBRATION), scores.Tokens(tokens=TOKENS)),
     Exchange(KeepWeights(stage=0, part=0, kept_blocks=(1,)), Reply()),
+    Exchange(SumMoments(**HEAD), Reply()),
+    Exchange(SumMoments(**{**HEAD, "head": "prototypes"}), Reply()),
+    Exchange(
+        CompareHeads(**HEAD, classes=("bird", "fish"), ridge=0.1, base="b", title="t"),
+        Compared(records=5, shared=3, personal=4, own=5),
+    ),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
     Exchange(
-        ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"), Losses(shared=1.0, own=2.0)
+        ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"),
+        Losses(shared=1.0, own=2.0, error=0.1, keeps_own=False),
+    ),
+    Exchange(
+        tune_alone.EvaluateAlone(
+            stage=0, texts={"held-0": 2}, learning_rates=(0.1, 0.1),
+            train=Train(
+                **TUNED, parametrization="lora", trainer="sgd", shared_a=False, masked=(), tokens=99, seen=0,
+                ranks={f"model.layers.0.{Q}": 4}, scales={f"model.layers.0.{Q}": 1.0}, dtype="float32", training=TRAINING,
+            ),
+        ),
+        tune_alone.OwnLoss(own=1.0),
     ),
     *(
         Exchange(
@@ -142,7 +167,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
 
 
 def name_of(exchange: Exchange) -> str:
-    fields = (getattr(exchange.request, field, None) for field in ("aggregation", "parametrization"))
+    fields = (getattr(exchange.request, field, None) for field in ("aggregation", "parametrization", "head"))
     return " ".join(filter(None, (exchange.request.KIND, *fields)))
 
 

@@ -7,10 +7,12 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fedgrove.report.split import holdings_page
-from fedgrove.split import Split, split
+from fedgrove.split import Split, _by_dirichlet, _hold_out, split
 from small import Small, cli, complaint, lines
 
 LABELS = ("ash", "birch", "cedar", "elm", "fir")
@@ -39,6 +41,62 @@ def test_every_record_goes_to_one_client_or_is_held_out(posts: Path, tmp_path: P
     for holding in made.holdings:
         assert sum(holding.labels.values()) == holding.records
         assert holding.characters > 30 * holding.records
+
+
+@pytest.mark.parametrize("by", ["iid", "dirichlet", "field", "size"])
+def test_of_every_client_its_own_records_are_held_out_and_none_twice(posts: Path, tmp_path: Path, by: str) -> None:
+    def deal(name: str) -> Split:
+        return split(posts, tmp_path / name, by=by, clients=3, field="label", alpha=2.0, held_out_each=0.2)  # type: ignore[arg-type]
+
+    made = deal("out")
+    got = dealt(made)
+    own = {file.stem: [row["text"] for row in lines(file)] for file in (made.folder / "heldout").iterdir()}
+    every = [text for texts in (*got.values(), *own.values()) for text in texts]
+    assert sorted(every) == sorted(row["text"] for row in lines(posts)), "no record in two files, and none lost"
+    assert made.held_out_each == {name: len(texts) for name, texts in own.items()}
+    for holding in made.holdings:
+        number = len(own[holding.name])
+        assert number == round(0.2 * (holding.records + number))
+    data = tomllib.loads((made.folder / "job.toml").read_text())["evaluate"]["data"]
+    assert {one["name"]: one["path"] for one in data} == {
+        "heldout": "heldout.jsonl", **{holding.name: f"heldout/{holding.name}.jsonl" for holding in made.holdings}
+    }  # fmt: skip
+    again = deal("again")
+    assert all((again.folder / name).read_bytes() == (made.folder / name).read_bytes()
+               for one in made.holdings for name in (f"{one.name}.jsonl", f"heldout/{one.name}.jsonl"))  # fmt: skip
+    plain = split(posts, tmp_path / "plain", by=by, clients=3, field="label", alpha=2.0)  # type: ignore[arg-type]
+    whole = {name: {*texts, *own.get(name, [])} for name, texts in got.items()}
+    assert whole == {name: set(texts) for name, texts in dealt(plain).items()}, "who gets what does not change"
+
+
+def test_what_a_client_holds_out_is_of_the_same_kinds_as_what_it_keeps() -> None:
+    """χ² of label shares: p below 0.01 for at most 1 in 20 owners, over 20 seeds; a draw that ignores order passes, too."""
+    labels = [LABELS[i * i % 5] + "abc"[i % 3] for i in range(600)]
+    values = sorted(set(labels))
+    ok = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        for part in _by_dirichlet(range(600), labels, 8, 0.3, rng):
+            held = set(_hold_out(part, labels, 0.2, rng))
+            table = np.array([[sum(labels[i] == v for i in part if (i in held) == is_held) for v in values]
+                              for is_held in (True, False)])  # fmt: skip
+            table = table[:, table.sum(0) > 0]
+            if not held or table.shape[1] < 2:
+                continue
+            expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
+            statistic = float(((table - expected) ** 2 / expected).sum())
+            degrees = table.shape[1] - 1
+            ok.append(float(torch.special.gammaincc(torch.tensor(degrees / 2), torch.tensor(statistic / 2))) > 0.01)
+            rare = np.abs(table[0] - 0.2 * table.sum(0))
+            assert rare.max() < 1.5, "each label gives its share, up to one record"
+    assert len(ok) > 100
+    assert sum(ok) >= 0.95 * len(ok)
+
+
+def test_a_client_with_one_record_keeps_it() -> None:
+    rng = np.random.default_rng(0)
+    assert _hold_out([7], [], 0.9, rng) == []
+    assert len(_hold_out([7, 8], [], 0.9, rng)) == 1
 
 
 def test_the_seed_decides(posts: Path, tmp_path: Path) -> None:
@@ -127,6 +185,7 @@ def test_the_picture_says_every_number_and_asks_no_network(posts: Path, tmp_path
         (("--clients", 3, "--text", "{body}"), "no field 'body'"),
         (("--clients", 3, "--text", "body"), "--text: it names no field"),
         (("--clients", 3, "--heldout", 1.0), "--heldout"),
+        (("--clients", 3, "--heldout-each", -0.1), "--heldout-each"),
         (("--clients", 3, "--alpha", 0), "--alpha"),
         (("--clients", 0), "--clients: must be at least 1"),
     ],

@@ -58,6 +58,7 @@ def test_a_short_form_stands_for_four_choices(given: dict[str, Any], expected: t
     ({"trainer": "adam"}, "trainer: choose one of dp_sgd, sgd"),
     ({"aggregation": "mean"}, "aggregation: choose one of fedavg, fedex_lora"),
     ({"method": "ia3", "personal": 0.2}, 'parametrization "ia3" has no adapters: leave personal out'),
+    ({"method": "lora", "personal_pull": 0.1}, "personal_pull: no client keeps an adapter of its own; set personal"),
     ({"method": "full", "personal": 0.2}, 'parametrization "full" has no adapters: leave personal out'),
     ({"method": "lora", "aggregation": "fedit", "server_optimizer": "adam"}, 'server_optimizer "adam" needs aggregation ='),
     ({"method": "lora", "aggregation": "ffa_lora", "server_lr": 0.5}, "server_lr needs aggregation ="),

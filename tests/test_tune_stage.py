@@ -40,7 +40,7 @@ from fedgrove.stages.tune.exchanges.importance import ImportanceSum
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.factors import Factors, fill
 from fedgrove.stages.tune.parametrizations import Attachment, full, lora
-from fedgrove.stages.tune.personal import best, hold_out, keep_best, mean_loss
+from fedgrove.stages.tune.personal import best, error_of_difference, hold_out, keep_best, mean_loss, mean_of, pull
 from fedgrove.stages.tune.trainers import sgd
 from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
 from test_report import Page
@@ -437,8 +437,8 @@ def test_a_client_keeps_its_own_adapter_where_that_is_better_on_its_own_text(sma
         windows = training_windows(client_of(load(run / "job.toml"), small.folder / "again", client), 16)
         (ids, _), held = hold_out(*windows, 0.3)
         assert held is not None
-        assert len(ids) + len(held[0]) == len(windows[0])
-        assert mean_loss(model, held, 4) == pytest.approx(own, abs=1e-3), "the kept adapter is the one that was measured"
+        assert len(ids) + len(held.choose[0]) + len(held.report[0]) == len(windows[0])
+        assert mean_loss(model, held.report, 4) == pytest.approx(own, abs=1e-3), "the kept adapter is the one that was measured"
     sent = [line for line in lines(run / "ledger.jsonl") if (line["kind"], line["direction"]) == ("tune/personal", "up")]
     assert max(line["bytes"] for line in sent) < 1000, "two losses"
     assert {path.name for path in (run / "clients").glob("*/*")} == {"personal"}, "working files are let go"
@@ -460,8 +460,9 @@ def test_a_client_keeps_no_adapter_of_its_own_where_the_shared_one_is_better(sma
     for loss, stays in ((0.0, True), (1e9, False)):
         keep_best(best_folder(ash, 0), lora, loss, {name: own}, begin=True)
         told = wire.unpack(serve(request.KIND, message, ash, "cpu"))[1]
-        assert told["own"] == loss
-        assert 0 < told["shared"] < 1e9
+        assert told["keeps_own"] == stays, "it is chosen by the stored loss"
+        assert told["own"] not in (loss, told["shared"]), "what is reported is measured anew, on other windows"
+        assert told["error"] > 0
         assert kept.is_dir() == stays
 
 
@@ -483,13 +484,118 @@ def test_what_a_client_keeps_is_the_best_of_its_own_changes(tmp_path: Path) -> N
         assert torch.equal(found[1]["x"].b, torch.full((2, 1), best_value))
 
 
+def test_the_error_of_a_difference_is_that_of_its_windows() -> None:
+    """Against many draws: the mean difference of 20 windows with these numbers of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 30, (20,), generator=generator).tolist()
+    other = [(0.0, count) for count in counts]
+
+    def draw() -> list[tuple[float, int]]:
+        return [(count * 0.3 + count**0.5 * float(torch.randn((), generator=generator)), count) for count in counts]
+
+    drawn = [draw() for _ in range(400)]
+    spread = float(torch.tensor([mean_of(one) for one in drawn]).std())
+    said = sum(error_of_difference(one, other) or 0.0 for one in drawn) / len(drawn)
+    assert said == pytest.approx(spread, rel=0.1)
+    assert error_of_difference(other[:1], other[:1]) is None
+
+
+def test_the_pull_is_that_of_the_weights_however_they_are_factored(small: Small) -> None:
+    """Value and gradient against the dense difference; equal products of other factors are not pulled."""
+    decoder = Decoder(Checkpoint(small.model))
+    names = list(decoder.linear_names())[:3]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(rank: int, shape: tuple[int, int]) -> Factors:
+        return Factors(*(torch.randn(size, generator=generator) for size in ((shape[0], rank), (rank, shape[1]))))
+
+    shapes = {name: decoder.read_shape(name) for name in names}
+    starts = {name: Start(draw(2, shape), draw(1, shape)) for name, shape in shapes.items()}
+    shared = {name: draw(3, shape) for name, shape in shapes.items()}
+    model = frozen.load(decoder, 32)
+    lora.attach(model, starts, Attachment(dict.fromkeys(names, 2.0), {}))
+    penalty = pull(model, lora, starts, names, shared, 0.5)
+    dense = {name: (starts[name].own.plus(starts[name].rest).product() - shared[name].product()).double() for name in names}
+    value = penalty()
+    assert float(value.detach()) == pytest.approx(0.25 * sum(float(one.square().sum()) for one in dense.values()), rel=1e-5)
+    value.backward()
+    for name in names:
+        layer = model.get_submodule(name)
+        expected = 0.5 * dense[name] @ starts[name].own.a.double().T * 2.0  # the scale α/r is 2
+        torch.testing.assert_close(layer.lora_B["own"].weight.grad.double(), expected, rtol=1e-4, atol=1e-4)
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=generator))[0]
+    same = {n: Factors(s.own.b @ turn, turn.T @ s.own.a).plus(s.rest) for n, s in starts.items()}
+    assert float(pull(model, lora, starts, names, same, 1.0)().detach()) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_an_own_adapter_is_pulled_towards_the_shared_one(small: Small) -> None:
+    """A pull of nearly nothing leaves each client its own text; one beyond measure leaves the shared adapter."""
+    losses = {}
+    for strength in (1e-9, 1e6):
+        run = small.undisturbed(stages=[{**PERSONAL, "personal_pull": strength}], **small.one_word("tree", "house", "river"))
+        found = measurements(run)
+        own, shared = ([found[0, None, client, f"personal/{name}"] for client in CLIENTS] for name in ("own", "shared"))
+        losses[strength] = sum(own) / sum(shared)
+        plan = json.loads((run / "plan-0-tune.json").read_text())
+    assert losses[1e-9] < 0.5
+    assert 0.8 < losses[1e6] < 1.25
+    plain = json.loads((small.undisturbed(stages=[PERSONAL], **small.one_word()) / "plan-0-tune.json").read_text())
+    assert plan["clients"]["ash"]["compute"] == pytest.approx(2 * plain["clients"]["ash"]["compute"], rel=0.01)
+
+
+def test_an_own_adapter_that_nothing_pulls_is_trained_as_the_one_that_is_sent(small: Small) -> None:
+    """In the first round both have the same start and the same windows: training one must not move the other's start."""
+    own = []
+    for strength in (0.0, 1e-30):
+        run = small.undisturbed(stages=[{**PERSONAL, "rounds": 1, "precision": "float32", "personal_pull": strength}])
+        own.append([measurements(run)[0, None, client, "personal/own"] for client in CLIENTS])
+    assert own[0] == pytest.approx(own[1], rel=1e-6)
+
+
+ALONE = {"rounds": 2, "aggregation": "fedit", "precision": "float32", "personal": 0.3}
+
+
+def test_alone_means_the_same_steps_without_the_others(small: Small, tmp_path: Path) -> None:
+    """What each client would have alone is what a run with this client only gives: FedIT's mean of one is that one."""
+    run = small.undisturbed(stages=tune(**ALONE))
+    only = small.spec()["clients"][1:2]
+    assert cli("run", small.job("only", stages=tune(**ALONE), clients=only), "--out", tmp_path / "run")[0] == 0
+    alone, by_itself = measurements(run), measurements(tmp_path / "run")
+    texts = [name for stage, _, client, name in alone if (stage, client) == (0, "birch") and name.startswith("perplexity/")]
+    assert len(texts) == 2
+    for name in texts:
+        assert alone[0, None, "birch", name] == pytest.approx(by_itself[0, None, None, name], rel=1e-4)
+        assert alone[0, None, "birch", name] != pytest.approx(alone[0, None, None, name], rel=1e-4)
+    assert alone[0, None, "birch", "personal/alone"] == pytest.approx(by_itself[0, None, "birch", "personal/shared"], rel=1e-4)
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert "After the same steps alone:" in page.text
+    assert Disclosure.WINDOW_LOSSES.sentence in page.text
+
+
+@pytest.mark.parametrize("moment", [
+    Moment("os.rename", "*/own-0001.safetensors", "cut"),
+    Moment("os.rename", "*/birch/alone-0/block-0001.safetensors", "cut"),
+])  # fmt: skip
+def test_personal_adapters_of_a_killed_run_are_the_same(small: Small, tmp_path: Path, moment: Moment) -> None:
+    stages = tune(**ALONE, personal_pull=0.1)
+    job = small.job("killed-own", stages=stages)
+    killed("run", job, "--out", tmp_path / "run", "--quiet", moment=moment)
+    assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
+    whole = small.undisturbed(stages=stages)
+    assert measurements(tmp_path / "run") == measurements(whole)
+    kept = [file.relative_to(whole) for file in sorted(whole.glob("clients/*/personal/*/*.safetensors"))]
+    assert [(tmp_path / "run" / file).read_bytes() for file in kept] == [(whole / file).read_bytes() for file in kept]
+
+
 def test_text_held_out_for_oneself_is_not_trained_on() -> None:
     ids = torch.arange(40).view(10, 4)
     (train, _), held = hold_out(ids, ids, 0.3)
     assert held is not None
-    assert len(held[0]) == 3
-    assert not set(train.flatten().tolist()) & set(held[0].flatten().tolist())
+    assert [len(half[0]) for half in (held.choose, held.report)] == [2, 1]
+    parts = [set(part.flatten().tolist()) for part in (train, held.choose[0], held.report[0])]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == ids.numel(), "no window is in two parts"
     assert hold_out(ids[:1], ids[:1], 0.3)[1] is None, "a single window is trained on"
+    assert hold_out(ids, ids, 0.1)[1] is None, "one window cannot both choose and report"
     assert hold_out(ids, torch.full_like(ids, IGNORED), 0.3)[1] is None, "nothing in it could be measured"
 
 
@@ -639,8 +745,8 @@ def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small, tmp_
     run = small.undisturbed(stages=[PERSONAL], **small.one_word())
     rows = lines(run / "metrics.jsonl")
     for row in rows:
-        if (row["client"], row["name"]) == ("cedar", "personal/shared"):
-            row["value"] = 0.0  # as if the shared adapter were the best there can be for this client
+        if (row["client"], row["name"]) == ("cedar", "personal/keeps"):
+            row["value"] = 0.0  # as if it had chosen the shared adapter
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -648,12 +754,19 @@ def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small, tmp_
     page = Page((copy / "report.html").read_text(encoding="utf-8"))
     metrics = measurements(copy)
     table = page.csv("stage-0-personal")[1:]
-    assert {client: keeps for client, _, _, keeps in table} == {
-        "ash": "its own", "birch": "its own", "cedar": "the shared one"
-    }  # fmt: skip
-    for client, shared, own, keeps in table:
+    assert {row[0]: row[4] for row in table} == {"ash": "its own", "birch": "its own", "cedar": "the shared one"}
+    for client, shared, own, _, keeps, gain, around in table:
         assert [float(shared), float(own)] == [metrics[0, None, client, f"personal/{which}"] for which in ("shared", "own")]
-        assert (client in page.text.partition("on their held-out text:")[2].partition(".")[0]) == (keeps == "its own")
+        keeps_own = keeps == "its own"
+        assert float(gain) == (float(shared) - float(own) if keeps_own else 0.0)
+        assert float(around) == (1.96 * metrics[0, None, client, "personal/error"] if keeps_own else 0.0)
+    assert "2 of 3 owners keep adapters of their own: ash and birch." in page.text
+    kept = {row[0]: float(row[2 if row[4] == "its own" else 1]) for row in table}
+    tokens = {client: one["tokens"] for client, one in json.loads((copy / "plan-0-tune.json").read_text())["clients"].items()}
+    weighted = sum(kept[client] * tokens[client] for client in CLIENTS) / sum(tokens.values())
+    worst = max(kept, key=lambda client: kept[client])
+    says = f"keeps: {weighted:.3f} weighted by tokens, {sum(kept.values()) / 3:.3f} as the plain mean of 3 owners"
+    assert f"{says}, {kept[worst]:.3f} for the worst ({worst})" in page.text
 
 
 def test_a_measured_speed_is_kept_so_that_a_plan_stays(small: Small, tmp_path: Path) -> None:

@@ -137,6 +137,9 @@ def split(
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet distribution; smaller: clients differ more.")] = 0.3,
     text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
     held_out: Annotated[float, typer.Option("--heldout", help="The fraction of records held out for evaluation.")] = 0.1,
+    held_out_each: Annotated[
+        float, typer.Option("--heldout-each", help="The fraction held out of each client's own records.")
+    ] = 0.0,
     seed: int = 0,
     model: Annotated[str, typer.Option(help="For the job file: a model directory or a hub id.")] = "path/to/model",
     quiet: Quiet = False,
@@ -158,6 +161,7 @@ def split(
             alpha=alpha,
             text=text,
             held_out=held_out,
+            held_out_each=held_out_each,
             seed=seed,
             model=model,
         )
@@ -167,7 +171,8 @@ def split(
     Console().print(split_report.holdings_table(split.holdings))
     for name in split.empty:
         print(f"{name} got no record and is left out; raise --alpha, or lower --clients")
-    kept = f"{split.held_out:,} records are held out; " if split.held_out else ""
+    own = f" and {sum(split.held_out_each.values()):,} of the clients' own" if split.held_out_each else ""
+    kept = f"{split.held_out:,} records{own} are held out; " if split.held_out or own else ""
     print(f"{kept}the job is {out / 'job.toml'}, the page is {out / 'split.html'}")
 
 

@@ -5,6 +5,7 @@ The distributions are those of the literature on heterogeneous clients; the name
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ Way = Literal["iid", "dirichlet", "field", "size"]
 HELD_OUT = "heldout"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Holding:
     """One client's part of the records.
 
@@ -46,14 +46,15 @@ class Holding:
     labels: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Split:
     """The result of :func:`split`.
 
     Attributes:
         folder: contains the clients' files, and ``job.toml``, a job of these clients.
         holdings: of the clients, in order.
-        held_out: number of records held out for evaluation.
+        held_out: number of records held out for evaluation, of all clients' kinds of text.
+        held_out_each: number of records held out of each client's own part, by name; empty unless requested.
         empty: names of clients that were left out because they would have got no records.
     """
 
@@ -61,6 +62,7 @@ class Split:
     holdings: tuple[Holding, ...]
     held_out: int
     empty: tuple[str, ...]
+    held_out_each: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def split(
@@ -73,6 +75,7 @@ def split(
     alpha: float = 0.3,
     text: str | None = None,
     held_out: float = 0.1,
+    held_out_each: float = 0.0,
     seed: int = 0,
     model: str = "path/to/model",
 ) -> Split:
@@ -90,6 +93,9 @@ def split(
         alpha: the parameter of the Dirichlet distribution, above 0; smaller: the clients differ more.
         text: the template that turns a record into text, for the job file.
         held_out: the fraction of the records to hold out, drawn at random before the records are distributed.
+        held_out_each: the fraction of each client's own records to hold out, to measure what a client gets on its own kind of
+            text. They have the same shares of the values of ``field`` as the rest, as far as whole records allow; a client
+            with one record keeps it.
         seed: of the random distribution.
         model: the model directory or hub id for the job file.
 
@@ -106,6 +112,8 @@ def split(
         raise FedgroveError("--clients: must be at least 1")
     if not 0 <= held_out < 1:
         raise FedgroveError("--heldout: must be a fraction of the records, such as 0.1")
+    if not 0 <= held_out_each < 1:
+        raise FedgroveError("--heldout-each: must be a fraction of each client's records, such as 0.2")
     if not (math.isfinite(alpha) and alpha > 0):
         raise FedgroveError("--alpha: must be a number above 0; small numbers make the clients differ more")
     records, labels = _read(source, field, text)
@@ -124,9 +132,12 @@ def split(
         case "field":
             parts, names = _by_field(rest, labels, clients, field or "")
     empty = tuple(name for name, part in zip(names, parts, strict=True) if not part)
-    indices = {name: sorted(part) for name, part in zip(names, parts, strict=True) if part}
-    if not indices:
+    dealt = {name: part for name, part in zip(names, parts, strict=True) if part}
+    if not dealt:
         raise FedgroveError(f"{source}: {len(records)} records are too few", "lower --clients or --heldout")
+    own = {name: _hold_out(part, labels, held_out_each, rng) for name, part in dealt.items()}
+    indices = {name: sorted(set(part) - set(own[name])) for name, part in dealt.items()}
+    own = {name: part for name, part in own.items() if part}
 
     title = _plain(out.name) or "split"
     options = {
@@ -135,13 +146,19 @@ def split(
         "field": field,
         "alpha": alpha if by in ("dirichlet", "size") else None,
         "seed": seed,
+        "heldout-each": held_out_each or None,
     }
     with atomic_folder(out) as partial:
         for name, part in indices.items():
             _write(partial / f"{name}.jsonl", (records[i] for i in part))
         if num_held_out:
             _write(partial / f"{HELD_OUT}.jsonl", (records[i] for i in sorted(order[:num_held_out])))
-        job = _job(title, list(indices), text, bool(num_held_out), options, model)
+        for name, part in own.items():
+            (partial / HELD_OUT).mkdir(exist_ok=True)
+            _write(partial / HELD_OUT / f"{name}.jsonl", (records[i] for i in part))
+        tests = {HELD_OUT: f"{HELD_OUT}.jsonl"} if num_held_out else {}
+        tests |= {name: f"{HELD_OUT}/{name}.jsonl" for name in own}
+        job = _job(title, list(indices), text, tests, options, model)
         (partial / "job.toml").write_text(job, encoding="utf-8")
         if out.is_dir():
             out.rmdir()  # checked to be empty above
@@ -149,7 +166,7 @@ def split(
         Holding(name, len(part), sum(_characters(records[i]) for i in part), dict(Counter(labels[i] for i in part if labels)))
         for name, part in indices.items()
     )
-    return Split(out, holdings, num_held_out, empty)
+    return Split(out, holdings, num_held_out, empty, {name: len(part) for name, part in own.items()})
 
 
 def _read(source: Path, field: str | None, text: str | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -215,6 +232,21 @@ def _by_field(
     return [[i for i in order if labels[i] in group] for group in assigned], names
 
 
+def _hold_out(part: Sequence[int], labels: Sequence[str], fraction: float, rng: np.random.Generator) -> list[int]:
+    """Records of one client's part, evenly spread over its labels and drawn at random within each; never all of them.
+
+    Of records in random order, sorted by label, every so manieth is taken: each label gives its share, rounded up or down.
+    """
+    number = min(round(fraction * len(part)), len(part) - 1)
+    if not number:
+        return []
+    order = [part[i] for i in rng.permutation(len(part))]
+    if labels:
+        order.sort(key=lambda i: labels[i])  # stable: the order within a label stays random
+    first = rng.random()  # without it a label's share would always be rounded the same way
+    return sorted(order[math.floor((first + i) * len(part) / number)] for i in range(number))
+
+
 def _plain(value: str) -> str:
     """The value reduced to the characters allowed in a name; may become empty."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:64]
@@ -230,8 +262,8 @@ def _characters(record: dict[str, Any]) -> int:
     return sum(len(value) for value in record.values() if isinstance(value, str))
 
 
-def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, options: dict[str, Any], model: str) -> str:
-    """The text of a job file with the clients, for the user to edit."""
+def _job(title: str, names: Sequence[str], text: str | None, tests: dict[str, str], options: dict[str, Any], model: str) -> str:
+    """The text of a job file with the clients, for the user to edit; ``tests``: the held-out files by name."""
     summary = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
     template = f"text = {json.dumps(text, ensure_ascii=False)}\n" if text else ""
     path = json.dumps(model, ensure_ascii=False)
@@ -247,7 +279,9 @@ def _job(title: str, names: Sequence[str], text: str | None, held_out: bool, opt
         "sparsity = 0.5\nsamples  = 16                      # calibration windows of each client\n",
         "length   = 128                     # tokens of each: clients with little text need short ones\n",
     ]
-    if held_out:
+    if tests:
         text_key = f", text = {json.dumps(text, ensure_ascii=False)}" if text else ""
-        lines.append(f'\n[evaluate]\ndata   = [{{ name = "{HELD_OUT}", path = "{HELD_OUT}.jsonl"{text_key} }}]\nlength = 128\n')
+        rows = [f'{{ name = "{name}", path = "{path}"{text_key} }}' for name, path in tests.items()]
+        data = f"[{rows[0]}]" if len(rows) == 1 else "".join(["[\n", *(f"  {row},\n" for row in rows), "]"])
+        lines.append(f"\n[evaluate]\ndata   = {data}\nlength = 128\n")
     return "".join(lines)

@@ -45,9 +45,10 @@ PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": SAMPLES
 POOLED = {**PRUNE, "aggregation": "pooled"}
 STRUCTURED = {"kind": "structured", "samples": SAMPLES, "length": LENGTH, "channels": 0.5, "heads": 0.5}
 TUNE = {"kind": "tune", "length": LENGTH, "ranks": [2, 4], "batches": [1, 2], "bits": [32], "steps": 2, "rounds": 2}
+HEAD = {"kind": "head", "labels": ["bird", "fish"], "length": LENGTH, "size": 16, "personal": 0.3}
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
 NOISE = {"epsilon": 8.0, "delta": 1e-3}
-OPEN = {"stages": ["prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
+OPEN = {"stages": ["head", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
 SECURE = {**OPEN, "secure": True, "alone": False}
 NOISY = {"epsilon": 8.0, "delta": 1e-3, "budget": 100.0}
 
@@ -62,6 +63,8 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "noisy clients": ({**SECURE, **NOISY}, [{**FIXED, **NOISE, "dp_unit": "client"}]),
     "noisy windows": ({**OPEN, **NOISY, "alone": False}, [{**TUNE, **NOISE, "method": "lora", "batches": [64]}]),
     "full": (OPEN, [PRUNE, {**TUNE, "method": "full"}]),
+    "head": (OPEN, [HEAD]),
+    "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
 }
 del JOBS["secure adapters"][1][0]["method"]
 
@@ -70,12 +73,16 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("deploy/join", "clock"): ("its clock, which the site compares with its own", -1.0),
     ("deploy/result", "file"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "last"): ("whether the result is complete", None),
+    ("head/personal", "base"): ("text of the card of the site's own head", "line\nline"),
+    ("head/personal", "classes"): ("the labels that have records", ["x"]),
+    ("head/personal", "title"): ("text of the card of the site's own head", "line\nline"),
     ("prune/block", "block"): ("every block of the model is asked for", 2),
     ("prune/statistics", "block"): ("every block of the model is asked for", 2),
     ("prune/statistics", "calibration.through"): ("the name of the run", "own/0123456789abcdef"),
     ("prune/statistics", "products"): ("fewer products than the pruner needs tell less", ["x"]),
     ("prune/statistics", "noise.clients"): ("fewer clients that share the noise add more", 3),
     ("prune/statistics", "noise.norms[]"): ("windows are clipped to it, and the noise follows from it", -1.0),
+    ("tune/alone", "train.training.micro"): ("at most the batch", 3),
     ("tune/base", "part"): ("the weights that earlier stages changed come in parts", 4096),
     ("tune/importance", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
     ("tune/importance", "micro"): ("up to the job's largest batch", 3),
@@ -102,7 +109,7 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
 OTHER = {  # of fields with a list of allowed values
     "adamw": "sgd", "mean": "each", "each": "mean", "lora": "ia3", "full": "ia3", "sgd": "dp_sgd", "dp_sgd": "sgd",
     "float32": "bfloat16", "bfloat16": "float32", "wanda": "magnitude", "sparsegpt": "wanda", "fedspallm": "fedprllm",
-    "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
+    "ridge": "prototypes", "last": "mean", "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "width": {"channels": 40, "heads": 1},
@@ -182,7 +189,7 @@ def listed(kind: str, name: str) -> tuple[str, str]:
     return ANY if kind.startswith("rounds/secagg/") else kind, name
 
 
-def make_kits(small: Small, folder: Path, allow: Mapping[str, Any]) -> dict[str, Path]:
+def make_kits(small: Small, folder: Path, allow: Mapping[str, Any], labeled: bool = False) -> dict[str, Path]:
     """Sites with everything that ``fedgrove federation kits`` puts there and the owner writes, but certificates."""
     kits = {}
     for name in CLIENTS:
@@ -190,6 +197,10 @@ def make_kits(small: Small, folder: Path, allow: Mapping[str, Any]) -> dict[str,
         (kit / "startup").mkdir(parents=True)
         (kit / "startup" / "fed_client.json").write_text(json.dumps({"client": {"fqsn": name}}))
         settings = {"data": str(small.texts[name]), "threads": 1, "result": True, "models": {"m": str(small.model)}}
+        if labeled:
+            rows = [{"text": f"{word} {i} of {name}", "label": word} for i in range(6) for word in HEAD["labels"]]
+            (kit / "labeled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            settings |= {"data": str(kit / "labeled.jsonl"), "prompt": "{text}", "answer": "{label}"}
         settings["allow"] = dict(allow)
         (kit / "site.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     people = {"sites": [{"name": name} for name in CLIENTS], "operators": [{"name": "a@b.org"}]}
@@ -310,11 +321,13 @@ def hostile_run(
 ) -> Hostile:
     """Runs a job with real sites, which are attacked at every kind of request; not again where no stage matters."""
     secure = bool(allow.get("secure"))
-    kits = make_kits(small, folder, allow)
+    kits = make_kits(small, folder, allow, labeled="labels" in stages[0])
     privacy = {"secure_aggregation": secure, "min_group": 3}
     alone = bool(allow["alone"]) and len(stages) == 1
     evaluate = {"data": [str(small.texts["held-0"])], "length": 32, "windows": 2, "alone": alone} if alone else {"alone": False}
     spec = small.spec(stages=stages, privacy=privacy, evaluate=evaluate)
+    if "labels" in stages[0]:
+        spec["clients"] = [{**client, "prompt": "{text}", "answer": "{label}"} for client in spec["clients"]]
     local = folder / "local.toml"
     local.write_text(tomli_w.dumps({**spec, "name": name}), encoding="utf-8")
     signed = folder / "job.toml"

@@ -56,6 +56,10 @@ class StageConfig(Table):
         """The names of methods that a site may allow or forbid."""
         return set()
 
+    def measures(self) -> frozenset[str]:
+        """What the stage itself measures on held-out texts: values of ``measure`` of ``[[evaluate.data]]``."""
+        return frozenset()
+
     def changes_structure(self) -> bool:
         """Whether the stage changes the shapes of tensors, so that later stages differ from the clients' copies."""
         return False

@@ -121,7 +121,8 @@ class Text(Table):
         path: its source: a file, a folder or a data set, as for a client.
         text: how a record becomes text.
         measure: "perplexity" of the text; "accuracy": how often the most likely label is the answer to the prompt;
-            "generation": ROUGE and BLEU of what the model generates after the prompt, with the answer as reference.
+            "generation": ROUGE and BLEU of what the model generates after the prompt, with the answer as reference; "head": how
+            often the head of a stage "head" finds the answer.
         prompt: how a record becomes a prompt, for accuracy and generation.
         answer: how a record becomes the correct answer.
         labels: all possible answers, written exactly as the answers; default: all answers that occur.
@@ -130,7 +131,7 @@ class Text(Table):
     name: Name
     path: File
     text: Template = None
-    measure: Literal["perplexity", "accuracy", "generation"] = "perplexity"
+    measure: Literal["perplexity", "accuracy", "generation", "head"] = "perplexity"
     prompt: Template = None
     answer: Template = None
     labels: tuple[str, ...] = ()
@@ -263,6 +264,12 @@ class Job(Table):
             if stage.privacy_budget() is not None and self.evaluate.alone:
                 raise ValueError(f"evaluate.alone: the clients' own models have no noise (stages.{i}.epsilon); set it to false")
             stage.check(self, i)
+        made = {"perplexity", "accuracy", "generation"}.union(*(stage.measures() for stage in self.stages))
+        for number, text in enumerate(self.evaluate.data):
+            if text.measure not in made:
+                raise ValueError(
+                    f'evaluate.data.{number}.measure: no stage makes a "{text.measure}"; add one, or measure another'
+                )
         if self.privacy.secure_aggregation:
             self._check_secure()
         if self.rounds.quorum is not None and self.rounds.quorum > len(self.clients):

@@ -84,6 +84,12 @@ def _printable(text: str) -> str:
     return text
 
 
+def _stripped(text: str) -> str:
+    if text != text.strip():
+        raise ValueError("it begins or ends with a space; remove it")
+    return text
+
+
 def _ascending(values: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(values)))
 
@@ -120,6 +126,7 @@ Clip = Annotated[float, Field(gt=0, le=16)]
 HeldOut = Annotated[float, Field(ge=0, le=0.5)]
 Word = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]  # a seed, or a run's name
 Line = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable), AfterValidator(_stripped)]
 Linear = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]  # a linear's name
 Linears = Annotated[tuple[Linear, ...], Field(max_length=2**18)]
 Epsilon = Annotated[float, Field(gt=0, le=50)]

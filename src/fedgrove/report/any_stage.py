@@ -50,7 +50,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     return table
 
 
-def result_tables(stage: Stage) -> list[RenderableType]:
+def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
     return []
 
 

@@ -12,6 +12,7 @@ import tomli_w
 from fedgrove.files import write_atomically
 from fedgrove.report import measurements, quality, traffic
 from fedgrove.report.disclosures import what_left
+from fedgrove.report.owners import own_table
 from fedgrove.report.reader import read
 from fedgrove.report.sections import Figure, Section
 from fedgrove.report.sheet import render
@@ -51,6 +52,7 @@ def page(summary: Summary) -> str:
         perplexity_chart=quality.perplexity_chart(summary),
         perplexities=quality.perplexities(summary),
         differences=quality.differences(summary),
+        owners=own_table(summary),
         alone=quality.alone(summary),
         measures=measurements.measures(summary),
         samples=summary.samples,

@@ -133,8 +133,8 @@ class StageReport(Protocol):
         """The plan for a terminal: each client's work, and the capabilities on which it depends."""
         ...
 
-    def result_tables(self, stage: Stage) -> list[RenderableType]:
-        """Tables of the stage that a terminal shows above the results when a run has ended."""
+    def result_tables(self, summary: Summary, stage: Stage) -> list[RenderableType]:
+        """Tables and sentences of the stage that a terminal shows above the results when a run has ended."""
         ...
 
     def outcome(self, stage: Stage, files: Mapping[str, Any]) -> Outcome:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedgrove.report.owners import own_line
 from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import Summary
 from fedgrove.report.verdict import one_owner, own_texts, verdict
@@ -19,7 +20,9 @@ MOST_COLUMNS = 5  # more clients than this share one column, the mean
 
 def result_table(summary: Summary) -> Group:
     """The stages' tables, the table of perplexities, and sentences about quality and bytes."""
-    parts: list[RenderableType] = [table for stage in summary.stages for table in report_of(stage.kind).result_tables(stage)]
+    parts: list[RenderableType] = [
+        table for stage in summary.stages for table in report_of(stage.kind).result_tables(summary, stage)
+    ]
     parts += [_perplexities(summary)] if summary.texts else []
     return Group(*parts, Text("\n".join(_lines(summary))))
 
@@ -56,7 +59,7 @@ def _perplexities(summary: Summary) -> Table:
 
 def _lines(summary: Summary) -> list[str]:
     lines = [*verdict(summary)]
-    lines += filter(None, (own_texts(summary), one_owner(summary)))
+    lines += filter(None, (own_texts(summary), own_line(summary), one_owner(summary)))
     sent = max(summary.uplink.values(), default=0)
     if summary.dense_bytes:
         lines.append(f"Each client sent at most {size(sent)}, {sent / summary.dense_bytes:.2f} of what plain averaging sends.")

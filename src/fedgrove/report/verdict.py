@@ -75,6 +75,8 @@ def _done(summary: Summary) -> str:
 
 
 def _paid(summary: Summary) -> str:
+    if not summary.texts and summary.job.get("evaluate", {}).get("data"):
+        return "Its perplexity was not measured."
     if not summary.texts:
         return "Its quality was not measured: the job names no held-out text ([evaluate] data)."
     dense, federated = summary.mean(summary.dense), summary.mean(summary.federated)

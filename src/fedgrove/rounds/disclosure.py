@@ -28,7 +28,10 @@ class Disclosure(Enum):
     CHANGES = "the changes of whole matrices that it trained on its text"
     SCALES = "the changes of per-channel scales that it trained on its text"
     LOSS = "its mean training loss of each round"
-    HELD_OUT_LOSSES = "two losses on text that it held out for itself"
+    HELD_OUT_LOSSES = "losses on text that it held out for itself, and which adapter it keeps"
+    LABEL_SUMS = "for each label the number of its records and the sums of their features, and the sums of squared features"
+    FEATURE_PRODUCTS = "the sums, over its records, of the products of each pair of features"
+    HELD_OUT_ACCURACIES = "how often three heads find the label of records that it held out for itself"
     WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
 
     @property

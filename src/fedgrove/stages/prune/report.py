@@ -67,7 +67,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     return Group(table, Text(f"Upload of a client, by pruner: {sizes}."))
 
 
-def result_tables(stage: Stage) -> list[RenderableType]:
+def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
     return []
 
 

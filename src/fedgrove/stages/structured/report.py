@@ -53,7 +53,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     return Group(table, Text(says.strip()))
 
 
-def result_tables(stage: Stage) -> list[RenderableType]:
+def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
     return []
 
 

@@ -25,6 +25,7 @@ def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | 
         "shared_a": request.shared_a, "fixed": fixed is not None, "precision": request.dtype,
         "learning_rate": training.learning_rate, "optimizer": training.optimizer,
         "max_grad_norm": training.max_grad_norm, "proximal": training.proximal, "scales": request.scales,
+        "personal_pull": request.pull,
     }  # fmt: skip
     scales = {name: config.scale(rank) for name, rank in request.ranks.items()} if request.method.RANKED else {}
     agreed = {
@@ -32,6 +33,7 @@ def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | 
         "shared_a": config.aggregation_method.SHARED_A, "fixed": config.precision == "fixed", "precision": config.dtype,
         "learning_rate": config.learning_rate_in(request.round), "optimizer": config.optimizer,
         "max_grad_norm": config.max_grad_norm, "proximal": config.proximal, "scales": scales,
+        "personal_pull": config.personal_pull,
     }  # fmt: skip
     differs = next((key for key in asked if asked[key] != agreed[key]), None)
     return differs or _noise_beyond(request, config, secure, clients) or _assignment_beyond(request, config)

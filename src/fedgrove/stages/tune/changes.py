@@ -37,6 +37,10 @@ class Change(Protocol):
         """The Frobenius norm of the change."""
         ...
 
+    def squared_norm(self) -> Tensor:
+        """The square of :meth:`norm`, a float64 scalar; differentiable."""
+        ...
+
     def numel(self) -> int:
         """The number of entries of the change, for its mean square; 1 for no change."""
         ...

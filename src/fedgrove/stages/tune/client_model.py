@@ -155,6 +155,11 @@ def base_folder(client: LocalClient, stage: int) -> Path:
     return client.folder / f"base-{stage}"
 
 
+def alone_folder(client: LocalClient, stage: int) -> Path:
+    """Where a client stores the model that it would have alone, while it is measured."""
+    return client.folder / f"alone-{stage}"
+
+
 def best_folder(client: LocalClient, stage: int) -> Path:
     """Where a client stores its own best change."""
     return client.folder / f"best-{stage}"

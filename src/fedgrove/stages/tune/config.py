@@ -79,7 +79,10 @@ class Config(StageConfig):
         max_change: scale a client's change of a round down to this multiple of the round's median, if three clients or more
             send floats; fixed-point numbers have a fixed bound instead (see :mod:`fedgrove.stages.tune.fixed_point`).
         personal: the fraction of its windows that each client holds out, to choose which adapter it keeps for itself: the
-            shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none.
+            shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none. It chooses
+            by half of them, and reports losses on the other half.
+        personal_pull: Ditto's λ: each client also trains an adapter of its own, for as many steps again, which is pulled
+            towards the shared one. 0: its own adapter is the one that it sends, before the server combines them.
         eval_every: measure the held-out perplexity after every so many rounds; 0: only after the last.
     """
 
@@ -116,6 +119,7 @@ class Config(StageConfig):
     dp_clip: Clip = 1.0
     max_change: Annotated[float, Field(ge=1, le=MOST)] = 4.0
     personal: HeldOut = 0.0
+    personal_pull: NonNegative = 0.0
     eval_every: CountOrZero = 0
 
     @model_validator(mode="before")
@@ -161,6 +165,8 @@ class Config(StageConfig):
             )
         if self.personal and not what.PERSONAL:
             raise ValueError(f'parametrization "{self.parametrization}" has no adapters: leave personal out')
+        if self.personal_pull and not self.personal:
+            raise ValueError("personal_pull: no client keeps an adapter of its own; set personal as well, such as 0.2")
         if not takes.SERVER_OPTIMIZERS and (self.server_optimizer != "average" or self.server_lr is not None):
             key = "server_lr" if self.server_optimizer == "average" else f'server_optimizer "{self.server_optimizer}"'
             raise ValueError(f'{key} needs aggregation = "flexlora" or "fedavg"')
@@ -259,6 +265,6 @@ class Config(StageConfig):
         changes = {
             "planner": "uniform", "trainer": "sgd", "aggregation": parametrization_of(self.parametrization).AGGREGATION,
             "steps": self.steps * len(job.clients), "server_optimizer": "average", "server_lr": None, "precision": "float32",
-            "epsilon": None, "personal": 0.0, "proximal": 0.0, "eval_every": 0,
+            "epsilon": None, "personal": 0.0, "personal_pull": 0.0, "proximal": 0.0, "eval_every": 0,
         }  # fmt: skip
         return self.model_copy(update=changes)

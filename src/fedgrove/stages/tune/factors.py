@@ -71,8 +71,12 @@ class Factors:
 
     def norm(self) -> float:
         """‖B·A‖_F, from the (rank, rank) Gram matrices."""
+        return math.sqrt(max(0.0, float(self.squared_norm())))
+
+    def squared_norm(self) -> Tensor:
+        """‖B·A‖²_F, float64 and differentiable; rounding can make it slightly negative."""
         b, a = self.b.double(), self.a.double()
-        return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+        return ((b.T @ b) * (a @ a.T)).sum()
 
     def compress(self, rank: int | None = None) -> Factors:
         """The same product, or its best approximation of at most ``rank``; terms in descending order, √S in both factors.

@@ -1,9 +1,16 @@
-"""Personal adapters: a client keeps the adapter with the lowest loss on its held-out text. Only two losses are sent."""
+"""Personal adapters: a client keeps the adapter that is better on its held-out text. Only a few numbers are sent.
+
+A client holds out windows and divides them into two halves. On the first half it chooses: in every round whether its own
+adapter is better than its best one so far, and at the end whether that one is better than the shared one. On the second
+half, which no choice has seen, it measures what it reports: the lowest of several losses is lower than the loss that
+the adapter has on new text.
+"""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +20,60 @@ from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.changes import Change
+from fedgrove.stages.tune.changes import Change, Start
 from fedgrove.stages.tune.parametrizations import Parametrization
 from fedgrove.stages.tune.training import loss_sum, pieces
 
-MOST = 32  # windows held out, at most: measuring their loss in every round must not cost more than training
+MOST = 64  # windows held out, at most: measuring the loss of half of them in every round must not cost more than training
 Windows = tuple[Tensor, Tensor]
+Parts = list[tuple[float, int]]  # for each window: −Σ log p in nats, number of predicted tokens
 
 
-def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, Windows | None]:
-    """Splits a client's windows into those to train on and those to choose an adapter by, spread evenly over its text.
+@dataclass(frozen=True)
+class HeldOut:
+    """The windows that a client does not train on, as (ids, labels).
+
+    Attributes:
+        choose: by which an adapter is chosen.
+        report: by which the chosen adapter is measured.
+    """
+
+    choose: Windows
+    report: Windows
+
+
+def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, HeldOut | None]:
+    """Splits a client's windows into those to train on and those held out, spread evenly over its text.
 
     Args:
         ids, labels: (windows, length).
         share: the fraction of the windows to hold out, at most ``MOST`` windows; 0: none.
 
     Returns:
-        Both sets, as (ids, labels). The second is None, and the first is all windows, if either set would be empty or
-        the held-out labels are all ``IGNORED``.
+        The windows to train on, and those held out: every other one is to choose by, the rest is to report. The second is
+        None, and the first is all windows, if there are none to train on, or a half has no label that is not ``IGNORED``.
     """
     number = min(MOST, round(share * len(ids)))
     if not 0 < number < len(ids):
         return (ids, labels), None
-    held_out = torch.zeros(len(ids), dtype=torch.bool)
-    held_out[torch.arange(number) * len(ids) // number] = True
-    if not (labels[held_out][:, 1:] != IGNORED).any():
+    at = torch.arange(number) * len(ids) // number
+    halves = [(ids[half], labels[half]) for half in (at[::2], at[1::2])]
+    if not all((of[:, 1:] != IGNORED).any() for _, of in halves):
         return (ids, labels), None
-    return (ids[~held_out], labels[~held_out]), (ids[held_out], labels[held_out])
+    rest = torch.ones(len(ids), dtype=torch.bool).index_fill(0, at, False)
+    return (ids[rest], labels[rest]), HeldOut(*halves)
+
+
+def losses(model: nn.Module, windows: Windows) -> Parts:
+    """The loss of each window that has a label that is not ``IGNORED``."""
+    model.eval()
+    parts: Parts = []
+    with torch.no_grad():
+        for ids, labels in pieces(*windows, 1):
+            count = int((labels[:, 1:] != IGNORED).sum())
+            if count:
+                parts.append((float(loss_sum(model, ids, labels)), count))
+    return parts
 
 
 def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
@@ -51,36 +85,120 @@ def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
     return total / int((labels[:, 1:] != IGNORED).sum())
 
 
+def mean_of(parts: Parts) -> float:
+    """Σ loss / Σ tokens."""
+    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+
+
+def error_of_difference(one: Parts, other: Parts) -> float | None:
+    """The standard error of the difference of two models' :func:`mean_of` on the same windows; None for a single window.
+
+    Of a ratio of sums over independent windows; consecutive windows are not quite independent, so it is rather too small.
+    """
+    tokens, number = sum(count for _, count in one), len(one)
+    if number < 2:
+        return None
+    mean = mean_of(one) - mean_of(other)
+    spread = sum((a - b - mean * count) ** 2 for (a, count), (b, _) in zip(one, other, strict=True))
+    return math.sqrt(spread * number / (number - 1)) / tokens
+
+
+def pull(
+    model: nn.Module,
+    method: Parametrization,
+    starts: Mapping[str, Start[Any]],
+    names: Sequence[str],
+    shared: Mapping[str, Any],
+    strength: float,
+) -> Callable[[], Tensor]:
+    """Ditto's penalty (Li et al., ICML 2021, its objective h): strength/2 · ‖own − shared‖², over all trained linears.
+
+    From the paper: the term, and that it pulls towards the shared model as it is at the start of the round. Ours: the
+    norm is that of the changes of the weights. That of LoRA's factors would depend on how a product is factored.
+
+    Args:
+        starts: with which the client's own change was attached to the model.
+        names: the linears that are trained.
+        shared: the shared change of each linear.
+    """
+    device = next(model.parameters()).device
+    fixed = {name: starts[name].rest.plus(shared[name].scaled(-1.0)).parts() for name in names}
+    apart = {
+        name: [method.change_of({part: value.to(device) for part, value in parts.items()})] if parts else []
+        for name, parts in fixed.items()
+    }
+
+    def penalty() -> Tensor:
+        differences = [method.live(model, name, starts[name]).plus(*apart[name]) for name in names]
+        return torch.stack([difference.squared_norm() for difference in differences]).sum() * (strength / 2)
+
+    return penalty
+
+
 def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mapping[str, Change], begin: bool) -> None:
     """Stores a trained change if its loss is lower than that of the stored one.
 
     Args:
         folder: on the client's own disk.
         method: the parametrization of the changes.
-        loss: on the client's held-out windows.
+        loss: on the windows to choose by.
         changes: by linear, the complete change that the client's model had; stored as float32.
         begin: True in the first round: files of an earlier run are deleted.
     """
     if begin:
-        shutil.rmtree(folder, ignore_errors=True)
+        _file(folder).unlink(missing_ok=True)
     best_adapter = best(folder, method)
     if best_adapter is not None and best_adapter[0] <= loss:
         return
-    tensors = {f"{part}/{name}": value for name, change in changes.items() for part, value in change.parts().items()}
-    save_tensors({name: value.float().contiguous() for name, value in tensors.items()}, _file(folder), {"loss": repr(loss)})
+    _save(_file(folder), {name: change.parts() for name, change in changes.items()}, {"loss": repr(loss)})
 
 
 def best(folder: Path, method: Parametrization) -> tuple[float, dict[str, Any]] | None:
     """The loss of the stored change, and the change of each linear; None if nothing is stored."""
     if not _file(folder).is_file():
         return None
+    parts, metadata = _load(_file(folder))
+    return float(metadata["loss"]), {name: method.change_of(tensors) for name, tensors in parts.items()}
+
+
+def keep_own(folder: Path, round_: int, trained: Mapping[str, Change], starts: Mapping[str, Start[Any]]) -> None:
+    """Stores the own change after a round, for the next one (``personal_pull``).
+
+    Args:
+        folder: on the client's own disk. What an earlier round left there stays until the next one begins, because a round
+            may be repeated after a failure.
+        trained: by linear, the trained part; starts: all linears, with the part that is not trained.
+    """
+    parts = {f"own/{name}": change.parts() for name, change in trained.items()}
+    parts |= {f"rest/{name}": start.rest.parts() for name, start in starts.items()}
+    _save(folder / f"own-{round_:04d}.safetensors", parts, {})
+
+
+def own_before(folder: Path, round_: int) -> dict[str, dict[str, Tensor]] | None:
+    """The own change after the latest round before ``round_``: by ``own/<linear>`` and ``rest/<linear>``, its parts.
+
+    None: there is none, as in the first round. Files of other rounds are deleted.
+    """
+    files = {int(file.stem.removeprefix("own-")): file for file in folder.glob("own-*.safetensors")}
+    latest = max((number for number in files if number < round_), default=None)
+    for number, file in files.items():
+        if number != latest:
+            file.unlink()
+    return None if latest is None else _load(files[latest])[0]
+
+
+def _save(file: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: dict[str, str]) -> None:
+    tensors = {f"{part}/{name}": value for name, of in parts.items() for part, value in of.items()}
+    save_tensors({name: value.float().contiguous() for name, value in tensors.items()}, file, metadata)
+
+
+def _load(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     parts: dict[str, dict[str, Tensor]] = {}
-    with safe_open(_file(folder), framework="pt") as opened:
+    with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118
             part, _, name = key.partition("/")
             parts.setdefault(name, {})[part] = opened.get_tensor(key)
-        loss = float(opened.metadata()["loss"])
-    return loss, {name: method.change_of(tensors) for name, tensors in parts.items()}
+        return parts, opened.metadata() or {}
 
 
 def _file(folder: Path) -> Path:

@@ -108,6 +108,7 @@ def make_plan(
     since: int = 0,
     together: Callable[[int], int] = lambda clients: 1,
     secure: bool = False,
+    alone: bool = False,
 ) -> Plan:
     """Makes the plan of a stage: the stage's planner chooses each client's configuration.
 
@@ -120,6 +121,7 @@ def make_plan(
         together: given the number of clients, how many of them must train each column of an adapter, so that no sum
             reveals a single client, even if some drop out; only used if ``secure``.
         secure: sums are taken under secure aggregation.
+        alone: whether the model that each client would have without the others is measured too.
 
     Raises:
         FedgroveError: no client can take part (names one client and what it lacks), a rank is larger than a linear
@@ -133,7 +135,8 @@ def make_plan(
                 f"give {min(min(shape) for shape in cost.linears.values())} at most",
             )
     number = wire.estimate(1000, 0.0, getattr(torch, config.dtype)) / 1000
-    budgets = {name: _budget(client) for name, client in sorted(capabilities.items())}
+    passes = 2 if config.personal_pull else 1  # a client that also trains a change of its own has half the speed
+    budgets = {name: _budget(client, passes) for name, client in sorted(capabilities.items())}
     bits = {name: client.bits for name, client in capabilities.items()}
     choice = planner.choose(config, Problem(cost, budgets, bits, importance, number))
     configs = choice.configs
@@ -166,7 +169,7 @@ def make_plan(
         importance=dict(importance),
         capabilities=dict(sorted(capabilities.items())),
         noise=_noise(config, assignments),
-        discloses=base.names_of(_discloses(config, method)),
+        discloses=base.names_of(_discloses(config, method, alone)),
         notes=tuple(_notes(config, len(assignments), secure)),
     )
 
@@ -211,13 +214,15 @@ def _assignments(
     return assignments
 
 
-def _discloses(config: Config, method: Parametrization) -> frozenset[Disclosure]:
+def _discloses(config: Config, method: Parametrization, alone: bool) -> frozenset[Disclosure]:
     """What a client's responses reveal about its text in the whole stage."""
     disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None:
         disclosed |= {Disclosure.LOSS}
     if planner_of(config.planner).NEEDS_IMPORTANCE:
         disclosed |= ScoreLinears.DISCLOSES
+    if alone:
+        disclosed |= {Disclosure.WINDOW_LOSSES}
     return disclosed | ComparePersonal.DISCLOSES if config.personal else disclosed
 
 
@@ -290,10 +295,10 @@ def importance_seconds(
     }
 
 
-def _budget(client: Capabilities) -> Budget:
+def _budget(client: Capabilities, passes: int) -> Budget:
     return Budget(
         memory=client.memory or math.inf,
-        speed=SPEED * client.speed,
+        speed=SPEED * client.speed / passes,
         uplink=client.uplink / 8 if client.uplink else math.inf,
         devices=client.devices,
     )

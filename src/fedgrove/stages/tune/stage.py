@@ -15,10 +15,12 @@ from fedgrove.models.cost import measure_cost
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import CHANGE, Message
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
+from fedgrove.stages.tune.exchanges.alone import WINDOW, OwnLoss
 from fedgrove.stages.tune.plan import Plan, even, make_plan
 from fedgrove.stages.tune.planners import planner_of
 from fedgrove.stages.tune.state import TuningState
@@ -32,7 +34,8 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
     zeros = any(stage.makes_zeros() for stage in job.stages[:index]) or bool(pruned_linears(decoder))
     cost = measure_cost(decoder, config.length, zeros)
     secure = job.privacy.secure_aggregation
-    return make_plan(index, config, cost, capabilities, even(cost), together=job.together, secure=secure)
+    alone = job.evaluate.measures_alone and index == 0
+    return make_plan(index, config, cost, capabilities, even(cost), together=job.together, secure=secure, alone=alone)
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
@@ -84,8 +87,29 @@ def alone(
     windows: Mapping[str, list[Tensor]],
     federation: Federation,
 ) -> Iterator[tuple[str, Losses]]:
-    """Measures nothing: the stage does not compute what a client would have tuned without the others."""
-    return iter(())
+    """Lets each client train alone for as many steps, by the plan of the last round, and measure what it gets.
+
+    With ``personal``, the loss on the client's own held-out windows is logged as ``personal/alone``.
+    """
+    run = federation.run
+    run.phase(Phase("evaluate", "what each client would have had alone", stage=plan.stage))
+    state = TuningState.read(_file(run, plan.stage, config.rounds - 1))
+    stage = Tuning(model, Decoder(model, federation.device), config, federation, state)
+    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
+    numbers = {name: len(texts) for name, texts in windows.items()}
+    messages = {client: Message(stage.alone_request(client, numbers), tensors) for client in clients}
+    done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (plan.stage, "personal/alone")}
+    for client, answer, reply in federation.collect(messages):
+        assert isinstance(reply, OwnLoss)
+        if reply.own is not None and client not in done:
+            run.log(plan.stage, None, client, "personal/alone", reply.own)
+        yield (
+            client,
+            {
+                name: list(zip(answer[CHANGE + name].tolist(), (ids.numel() - 1 for ids in texts), strict=True))
+                for name, texts in windows.items()
+            },
+        )
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:

@@ -73,6 +73,7 @@ class Work:
         masks: parameters whose gradient is masked, so that the zeros of a pruned model stay.
         devices: further devices, besides the one that has the model.
         budget: for trainers that add noise; else None.
+        penalty: is added to the loss of every step, a function of what is trained; trainers with noise have none.
     """
 
     ids: Tensor
@@ -82,6 +83,7 @@ class Work:
     masks: GradientMasks = ()
     devices: Sequence[torch.device] = ()
     budget: Budget | None = None
+    penalty: Callable[[], Tensor] | None = None
 
 
 def pieces(ids: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

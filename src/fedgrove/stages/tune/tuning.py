@@ -14,10 +14,9 @@ from fedgrove.client.server_weights import FEW_ZEROS
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.events import Phase
-from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import ModelCost, measure_cost
 from fedgrove.models.stream import Checkpoint
-from fedgrove.models.tensor_files import save_tensors
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.clock import Clock, Pace
 from fedgrove.rounds.federation import Federation
@@ -26,6 +25,7 @@ from fedgrove.stages.tune.aggregation import Options, aggregation_of
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.client_model import digest_of_base
 from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
@@ -33,6 +33,7 @@ from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
 from fedgrove.stages.tune.exchanges.train import Train, WholeRound, start_tensors
 from fedgrove.stages.tune.fixed_point import LOSS, ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.float_round import Bounds, FloatRound
+from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
@@ -138,7 +139,7 @@ class Tuning:
             plan.stage, config, cost, plan.capabilities, importance, round_, job.together, job.privacy.secure_aggregation
         )
         if round_ == 0 or worth(new, config, importance) > HYSTERESIS * worth(plan, config, importance):
-            self.state.plan = new.model_copy(update={"notes": plan.notes})
+            self.state.plan = new.model_copy(update={"notes": plan.notes, "discloses": plan.discloses})
         else:
             self.state.plan = plan.model_copy(update={"importance": importance})
         self.state.clock += clock.slowest(clock.spent)
@@ -242,6 +243,13 @@ class Tuning:
             "personal": self.config.personal,
         }
 
+    def alone_request(self, client: str, texts: Mapping[str, int]) -> EvaluateAlone:
+        """The request to one client to train without the others, by the plan in force; all that it sends are losses."""
+        config, first = self.config, self._request(client, 0)
+        train = first.model_copy(update={"seen": 0})
+        rates = tuple(config.learning_rate_in(round_) for round_ in range(config.rounds))
+        return EvaluateAlone(stage=self.plan.stage, texts=dict(texts), train=train, learning_rates=rates)
+
     def _request(self, client: str, round_: int) -> Train:
         """The request to one client in a round."""
         config, assignment = self.config, self.plan.clients[client]
@@ -256,6 +264,7 @@ class Tuning:
             tokens=assignment.tokens,
             seen=self.state.seen.get(client, 0),
             dtype=config.dtype,
+            pull=config.personal_pull,
             training=Training(
                 steps=config.steps,
                 batch=assignment.batch,
@@ -355,20 +364,15 @@ class Tuning:
                 run.message(f"tune: client '{client}' holds out no text or took part in no round: no personal adapter")
                 continue
             run.log(stage, None, client, "personal/own", reply.own)
-            run.log(stage, None, client, "personal/shared", reply.shared)
+            run.log(stage, None, client, "personal/keeps", float(reply.keeps_own))
+            if reply.error is not None:
+                run.log(stage, None, client, "personal/error", reply.error)
+            run.log(stage, None, client, "personal/shared", reply.shared)  # last: it marks the client as done
 
     def merge(self, folder: Path) -> None:
         """Writes the weights with their changes merged, one file per block, in the checkpoint's dtype."""
-        for block in range(len(self.decoder)):
-            merged = {}
-            for linear, stored in self.decoder.block_names(block).items():
-                name = f"{self.decoder.prefix}.{block}.{linear}"
-                if name in self.state.states:
-                    total = self.state.states[name].total()
-                    weight = self.method.merge(self.decoder.read_matrix(name), total, name in self.masked)
-                    merged[stored] = as_matrix(self.decoder.model.get_submodule(name), weight).contiguous()
-            if merged:
-                save_tensors(merged, folder / f"block-{block:04d}.safetensors")
+        totals = {name: state.total() for name, state in self.state.states.items()}
+        write_merged(self.decoder, self.method, totals, self.masked, folder)
 
     def write_adapter(self) -> Path | None:
         """Writes the changes as an adapter, besides the merged model; None if there is none to write."""

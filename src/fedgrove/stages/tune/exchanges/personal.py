@@ -1,10 +1,13 @@
-"""After the last round every client compares the shared change with its own best one, and keeps the better one."""
+"""After the last round every client compares the shared change with its own best one, and keeps the better one.
+
+It chooses by one half of its held-out windows and reports losses on the other half.
+"""
 
 from __future__ import annotations
 
-import math
 import shutil
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,21 +18,30 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
+from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, parametrization_of
-from fedgrove.stages.tune.personal import best, hold_out, mean_loss
+from fedgrove.stages.tune.personal import Parts, Windows, best, error_of_difference, hold_out, losses, mean_of
 from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
 
 REST = "rest"  # tensors of a request: the shared change
 
 
 class Losses(Reply):
-    """Mean losses per token on the client's held-out windows; None if it has none, or no own change."""
+    """Mean losses per token on the half of the client's held-out windows that it does not choose by.
+
+    Attributes:
+        shared, own: of the shared change and of the client's own best; None if it holds out no text, or has no own change.
+        error: the standard error of own − shared; None for a single window.
+        keeps_own: whether its own change was the better one on the other half.
+    """
 
     shared: NonNegative | None
     own: NonNegative | None
+    error: NonNegative | None = None
+    keeps_own: bool = False
 
 
 class ComparePersonal(TuneRequest):
@@ -62,7 +74,7 @@ class ComparePersonal(TuneRequest):
         best_adapter = best(best_folder(client, self.stage), method)
         if held_out is None or best_adapter is None:
             return Response({}, Losses(shared=None, own=None))
-        own, changes = best_adapter
+        chosen_by, changes = best_adapter
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
         if not set(self.masked) <= shapes.keys():
             raise client.error("the request names linears that its model does not have; refused")
@@ -72,17 +84,27 @@ class ComparePersonal(TuneRequest):
         starts = {name: method.start({}, parts_of(tensors, REST, name), shapes[name], 0, name, self.seed) for name in named}
         check_growth(method, {name: begun.rest for name, begun in starts.items()}, decoder, client)
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
-        model = load(decoder, self.bits)
-        method.attach(model, starts, Attachment({}, masks))
-        shared = mean_loss(model, held_out, self.micro)
+
+        def measure(of: Mapping[str, Start[Any]], *windows: Windows) -> list[Parts]:
+            """The losses of the model with these changes, loaded anew: there is memory for one model."""
+            model = load(decoder, self.bits)
+            method.attach(model, of, Attachment({}, masks))
+            return [losses(model, one) for one in windows]
+
+        to_choose, shared = measure(starts, held_out.choose, held_out.report)
+        parts = {name: change.parts() for name, change in changes.items()}
+        own_starts = {name: method.start({}, of, shapes[name], 0, name, self.seed) for name, of in parts.items()}
+        (own,) = measure(own_starts, held_out.report)
+        keeps_own = chosen_by < mean_of(to_choose)
         out = client.folder / "personal" / f"stage-{self.stage}"
-        if own < shared:
+        if keeps_own:
             plain = Decoder(Checkpoint(client.model, client.dtype, kept_blocks=self.kept_blocks))
             is_changed = self.parts > 0 or self.kept_blocks is not None
             method.write_adapter(out, plain, changes, self.base, self.title, pruned=bool(masks), changed=is_changed)
         else:
             shutil.rmtree(out, ignore_errors=True)
-        return Response({}, Losses(shared=shared, own=own))
+        error = error_of_difference(own, shared)
+        return Response({}, Losses(shared=mean_of(shared), own=mean_of(own), error=error, keeps_own=keeps_own))
 
     @classmethod
     def rounds_in(cls, config: StageConfig) -> range:
@@ -100,6 +122,5 @@ class ComparePersonal(TuneRequest):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Losses)
-        losses = [reply.shared, reply.own]
-        if losses != [None, None] and not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
-            raise WireError("its losses are not finite numbers")
+        if (reply.shared is None) != (reply.own is None) or (reply.own is None and (reply.error or reply.keeps_own)):
+            raise WireError("its losses are of one adapter only")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -18,7 +21,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.tune import fixed_point, training
+from fedgrove.stages.tune import fixed_point
 from fedgrove.stages.tune.agreed import beyond
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TrainingRequest, best_folder
@@ -26,10 +29,11 @@ from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
-from fedgrove.stages.tune.personal import hold_out, keep_best, mean_loss
+from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
 from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
 from fedgrove.stages.tune.train_settings import Training, WindowNoise
 from fedgrove.stages.tune.trainers import trainer_of
+from fedgrove.stages.tune.training import Budget, GradientMasks, NotFinite, Settings, Work
 
 OWN, REST = "own", "rest"  # tensors of a request: the part that a client trains, and the rest
 
@@ -63,6 +67,8 @@ class Train(TrainingRequest):
         seen: how many windows this client trained on in earlier rounds.
         dtype: of the response.
         training: the settings.
+        pull: how strongly the client's own change, which it trains besides, is pulled towards the shared one; 0: it trains
+            none, and its own change is the one that it sends.
         windows: the privacy budget, for trainers that add noise.
     """
 
@@ -84,6 +90,7 @@ class Train(TrainingRequest):
     seen: Annotated[int, Field(ge=0, le=MOST)]
     dtype: Literal["float32", "bfloat16"]
     training: Training
+    pull: NonNegative = 0.0
     windows: WindowNoise | None = None
 
     @property
@@ -139,38 +146,77 @@ class Train(TrainingRequest):
         }
         if not self.noisy:  # noise protects the text whatever the weights are, and makes them grow
             check_growth(method, {name: begun.own.plus(begun.rest) for name, begun in starts.items()}, decoder, client)
-        model = load_again(decoder, self.bits, self._attached(starts)) if method.FROZEN else load(decoder, self.bits)
-        gradient_masks = method.attach(model, starts, Attachment(self.scales, masks, self.shared_a))
-        work = training.Work(
-            ids,
-            labels,
-            self.seen,
-            f"{self.seed}/{client.name}",
-            gradient_masks,
-            other_devices(client, next(model.parameters()).device),
-            training.Budget(**self.windows.model_dump()) if self.windows else None,
-        )
+        how = Attachment(self.scales, masks, self.shared_a)
+        settings = Settings(**self.training.model_dump())
+        folder = best_folder(client, self.stage)
+        own_starts = self._own_starts(folder, starts, shapes) if self.pull else starts  # before training, which changes it
+        shared = {name: begun.own.plus(begun.rest) for name, begun in starts.items()} if self.pull else {}
         try:
+            model = self._loaded(decoder, starts)
+            work = self.work((ids, labels), method.attach(model, starts, how), model, client)
             try:
-                loss = trainer_of(self.trainer).train(model, work, training.Settings(**self.training.model_dump()))
+                loss = trainer_of(self.trainer).train(model, work, settings)
                 trained = method.detach(model, list(self.ranks), starts)
-            except training.NotFinite:
+            except NotFinite:
                 if not self.noisy:
                     raise
                 loss, trained = None, {}  # a change of zeros: an error would tell something of the text without noise
             if held_out:
-                total = {n: method.total(trained[n], begun) if n in trained else begun.rest for n, begun in starts.items()}
-                own_loss = mean_loss(model, held_out, self.training.micro)
-                keep_best(best_folder(client, self.stage), method, own_loss, total, begin=self.round == 0)
+                own = trained
+                if self.pull:
+                    del model, work  # there is memory for one model
+                    model = self._loaded(decoder, own_starts)
+                    work = self.work((ids, labels), method.attach(model, own_starts, how), model, client)
+                    penalty = pull(model, method, own_starts, list(self.ranks), shared, self.pull)
+                    trainer_of(self.trainer).train(model, replace(work, penalty=penalty), replace(settings, proximal=0.0))
+                    own = method.detach(model, list(self.ranks), own_starts)
+                    keep_own(folder, self.round, own, own_starts)
+                total = {n: method.total(own[n], begun) if n in own else begun.rest for n, begun in own_starts.items()}
+                own_loss = mean_loss(model, held_out.choose, self.training.micro)
+                keep_best(folder, method, own_loss, total, begin=self.round == 0)
             return Response(*self._packed(method, trained, starts, shapes, loss))
         except FedgroveError as error:
             raise client.error(str(error)) from error
+
+    def _loaded(self, decoder: Decoder, starts: Mapping[str, Start[Any]]) -> nn.Module:
+        """The model; if its weights are frozen, the one of the round before, with the same attached."""
+        return load_again(decoder, self.bits, self._attached(starts)) if self.method.FROZEN else load(decoder, self.bits)
 
     def _attached(self, starts: Mapping[str, Start[Any]]) -> Hashable:
         """What a parametrization attaches to the model, apart from its values."""
         rest = [name for name, begun in starts.items() if any(part.numel() for part in begun.rest.parts().values())]
         trained = [name for name, rank in self.ranks.items() if rank]
         return self.parametrization, tuple(sorted(trained)), tuple(sorted(rest)), tuple(sorted(self.masked))
+
+    def work(self, windows: tuple[Tensor, Tensor], masks: GradientMasks, model: nn.Module, client: LocalClient) -> Work:
+        """What a trainer gets besides the model and the settings."""
+        return Work(
+            *windows,
+            self.seen,
+            f"{self.seed}/{client.name}",
+            masks,
+            other_devices(client, next(model.parameters()).device),
+            Budget(**self.windows.model_dump()) if self.windows else None,
+        )
+
+    def _own_starts(
+        self, folder: Path, starts: dict[str, Start[Any]], shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Start[Any]]:
+        """Where the client's own change was after the round before; in its first round, where the shared one is."""
+        stored = own_before(folder, self.round)
+        if stored is None:
+            return copy.deepcopy(starts)  # the other's values change in training
+        return {
+            name: self.method.start(
+                stored.get(f"{OWN}/{name}", {}),
+                stored.get(f"{REST}/{name}", {}),
+                shape,
+                self.ranks.get(name, 0),
+                name,
+                self.seed,
+            )
+            for name, shape in shapes.items()
+        }
 
     def _largest(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
         """The largest rank of what is sent: of a client's own part its rank, of the rest what a matrix can have."""

@@ -102,6 +102,10 @@ class Parametrization(Protocol):
         """The trained change of each of these linears, on the CPU; see ``RELATIVE``."""
         ...
 
+    def live(self, model: nn.Module, name: str, start: Start[Any]) -> Any:
+        """The change of a linear in training, as :meth:`detach` would give it: on the model's device, differentiable."""
+        ...
+
     def received(self, parts: Mapping[str, Tensor], own: Any, rank: int, name: str, seed: str) -> Any:
         """A change from the parts that a client sent.
 

@@ -65,6 +65,9 @@ class Dense:
     def norm(self) -> float:
         return 0.0 if self.value is None else float(self.value.double().norm())
 
+    def squared_norm(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64) if self.value is None else self.value.double().square().sum()
+
     def numel(self) -> int:
         return 1 if self.value is None else self.value.numel()
 
@@ -103,11 +106,14 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Dense]], how: Attachment
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Dense]]) -> dict[str, Dense]:
     """The difference that this round made to each weight, (out, in) float32."""
-    changes = {}
-    for name in names:
-        module = cast(Any, model.get_submodule(name))
-        changes[name] = Dense(as_matrix(module, module.weight.detach() - module.begun).cpu().contiguous())
-    return changes
+    with torch.no_grad():
+        return {name: Dense(cast(Tensor, live(model, name, starts[name]).value).cpu().contiguous()) for name in names}
+
+
+def live(model: nn.Module, name: str, start: Start[Dense]) -> Dense:
+    """The weight as it is now, minus what it was."""
+    module = cast(Any, model.get_submodule(name))
+    return Dense(as_matrix(module, module.weight - module.begun))
 
 
 def received(parts: Mapping[str, Tensor], own: Dense, rank: int, name: str, seed: str) -> Dense:

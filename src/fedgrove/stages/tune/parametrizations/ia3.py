@@ -72,6 +72,9 @@ class Scales:
     def norm(self) -> float:
         return 0.0 if self.s is None else float(self.s.double().norm())
 
+    def squared_norm(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64) if self.s is None else self.s.double().square().sum()
+
     def numel(self) -> int:
         return 1 if self.s is None else self.s.numel()
 
@@ -112,11 +115,14 @@ def _scale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Scales]]) -> dict[str, Scales]:
     """The difference that this round made to each scale, (out,) float32."""
-    changes = {}
-    for name in names:
-        now, begun = cast(Tensor, model.get_submodule(name).ia3_s), cast(Tensor, starts[name].own.s)
-        changes[name] = Scales(now.detach().cpu() - begun)
-    return changes
+    with torch.no_grad():
+        return {name: Scales(cast(Tensor, live(model, name, starts[name]).s).cpu()) for name in names}
+
+
+def live(model: nn.Module, name: str, start: Start[Scales]) -> Scales:
+    """The scales as they are now, minus what they were."""
+    now = cast(Tensor, model.get_submodule(name).ia3_s)
+    return Scales(now - cast(Tensor, start.own.s).to(now.device))
 
 
 def received(parts: Mapping[str, Tensor], own: Scales, rank: int, name: str, seed: str) -> Scales:

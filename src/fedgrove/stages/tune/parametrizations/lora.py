@@ -129,12 +129,18 @@ def _inject(model: nn.Module, adapter: str, ranks: Mapping[str, int], masked: bo
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Factors]]) -> dict[str, Factors]:
     """The trained adapters, on the CPU, with the scale α/r multiplied into B."""
-    result = {}
-    for name in names:
-        layer = cast(Any, model.get_submodule(name))
-        b, a = layer.lora_B[OWN].weight, layer.lora_A[OWN].weight
-        result[name] = Factors((b.detach() * layer.scaling[OWN]).cpu(), a.detach().cpu())
-    return result
+    pairs = {name: _pair(model, name) for name in names}
+    return {name: Factors(pair.b.detach().cpu(), pair.a.detach().cpu()) for name, pair in pairs.items()}
+
+
+def live(model: nn.Module, name: str, start: Start[Factors]) -> Factors:
+    """The adapter as it is now, with the scale α/r multiplied into B."""
+    return _pair(model, name)
+
+
+def _pair(model: nn.Module, name: str) -> Factors:
+    layer = cast(Any, model.get_submodule(name))
+    return Factors(layer.lora_B[OWN].weight * layer.scaling[OWN], layer.lora_A[OWN].weight)
 
 
 def received(parts: Mapping[str, Tensor], own: Factors, rank: int, name: str, seed: str) -> Factors:

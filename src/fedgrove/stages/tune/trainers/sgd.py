@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -30,7 +30,7 @@ PRIVATE = False
 def train(model: nn.Module, work: Work, settings: Settings) -> float:
     """See :class:`fedgrove.stages.tune.trainers.Trainer`; batches are drawn by :func:`fedgrove.stages.tune.training.draw`."""
     batches = draw(work.ids, work.labels, settings.batch, work.seen, work.seed)
-    return train_on(model, batches, settings, work.masks, work.devices)
+    return train_on(model, batches, settings, work.masks, work.devices, work.penalty)
 
 
 def train_on(
@@ -39,6 +39,7 @@ def train_on(
     settings: Settings,
     masks: GradientMasks = (),
     others: Sequence[torch.device] = (),
+    penalty: Callable[[], Tensor] | None = None,
 ) -> float:
     """Trains the parameters that require a gradient.
 
@@ -52,6 +53,7 @@ def train_on(
         batches: (ids, labels) of each step, (batch, length) each; tokens with label ``IGNORED`` have no loss.
         masks: gradients are set to 0 where the mask is False, so that zeros stay zero.
         others: further devices, besides the one that has the model.
+        penalty: see :class:`~fedgrove.stages.tune.training.Work`; it is not part of the loss that is returned.
 
     Returns:
         The mean loss per token over all steps, each measured before its step; 0 if no token had a loss.
@@ -82,6 +84,8 @@ def train_on(
                     if copied.grad is not None:  # None if the step had fewer micro-batches than devices
                         cast(Tensor, parameter.grad).add_(copied.grad.to(parameter.device))
                         copied.grad = None
+            if penalty is not None:
+                penalty().backward()  # type: ignore[no-untyped-call]
             for weight, mask in masks:
                 cast(Tensor, weight.grad).mul_(mask)
             if not math.isfinite(loss):

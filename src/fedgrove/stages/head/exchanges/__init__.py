@@ -1,0 +1,1 @@
+"""The requests to clients in a stage that makes a classification head."""

@@ -1,0 +1,47 @@
+"""Every client sums moments of its labeled records; the server adds the sums up and solves the head."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
+from fedgrove.stages.head.features import width
+from fedgrove.stages.head.moments import Moments, check, specs
+from fedgrove.stages.head.requests import HeadRequest
+
+
+class SumMoments(HeadRequest):
+    """Sum, over your labeled records, the features and their squares and products.
+
+    The response holds int64: ``change/counts`` (labels,), ``change/sums`` (labels, features), ``change/squares`` (features,)
+    and, if the head needs them, ``change/products``; see :class:`~fedgrove.stages.head.moments.Moments`.
+    """
+
+    KIND: ClassVar[str] = "head/moments"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.LABEL_SUMS, Disclosure.FEATURE_PRODUCTS})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset()
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage",)
+
+    def discloses(self) -> frozenset[Disclosure]:
+        return self.DISCLOSES if self.method.PRODUCTS else self.DISCLOSES - {Disclosure.FEATURE_PRODUCTS}
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        records = self.records(tensors, client, device)
+        kept = ~records.held_out
+        if int(kept.sum()) > self.limit:
+            raise client.error(f"it has {int(kept.sum())} records, but at most {self.limit} can be summed")
+        features = records.features.of(records.states[kept])
+        moments = Moments.over(features, records.classes[kept], len(self.labels), self.method.PRODUCTS)
+        return Response({CHANGE + name: tensor for name, tensor in moments.tensors().items()}, Reply())
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        number = width(layout, self.layers)
+        number = number if self.size is None else min(number, self.size)
+        of = specs(len(self.labels), number, self.method.PRODUCTS)
+        return {CHANGE + name: spec for name, spec in of.items()}
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        check(Moments.of({name.removeprefix(CHANGE): tensor for name, tensor in tensors.items()}), self.limit)

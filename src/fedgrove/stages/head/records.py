@@ -1,0 +1,106 @@
+"""Labeled records: the beginning of each record's text as token ids, and the index of its label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import checkpoint_of, decoder_of
+from fedgrove.data.chat import as_text
+from fedgrove.data.sources import facts_of, read_fields
+from fedgrove.data.tokens import encode_prompt
+from fedgrove.errors import FedgroveError
+from fedgrove.models.tensor_files import save_tensors
+from fedgrove.stages.head.features import pooled_states
+
+
+def read_labeled(
+    paths: Iterable[Path],
+    prompt: str,
+    answer: str,
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    most: int | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """All records of some sources.
+
+    Args:
+        prompt, answer: the templates of a record's text and label; the label is taken without the spaces around it.
+        labels: all labels.
+        length: tokens of a record, from its beginning.
+        most: read only so many records of each source.
+
+    Returns:
+        (tokens,) token ids of each record, at least one token; (records,) the index of each label.
+
+    Raises:
+        FedgroveError: a source cannot be read or holds no record, or a label is none of ``labels``; names both.
+    """
+    index = {label: number for number, label in enumerate(labels)}
+    windows, classes = [], []
+    for path in paths:
+        for text, label in islice(read_fields(path, {"prompt": prompt, "answer": answer}), most):
+            said = as_text(label, tokenizer).strip()
+            if said not in index:
+                known = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
+                raise FedgroveError(f"{path}: the label {said!r} is none of {known}", "add it to labels, or fix the key answer")
+            ids = encode_prompt(as_text(text, tokenizer), tokenizer)[:length] or [tokenizer.eos_token_id or 0]
+            windows.append(torch.tensor(ids, dtype=torch.int64))
+            classes.append(index[said])
+    if not windows:
+        raise FedgroveError(f"{', '.join(str(path) for path in paths)}: no records")
+    return windows, torch.tensor(classes, dtype=torch.int64)
+
+
+def states_of(
+    client: LocalClient, labels: Sequence[str], layers: Sequence[int], pool: str, length: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """The pooled hidden states of a client's records, computed once and stored on its disk, and their labels.
+
+    Returns:
+        (records, hidden states) float32, (records,) int64.
+
+    Raises:
+        FedgroveError: its records have no labels, or cannot be read; names the client.
+    """
+    if client.owners:
+        owned = [states_of(owner, labels, layers, pool, length, device) for owner in client.owners]
+        return torch.cat([states for states, _ in owned]), torch.cat([classes for _, classes in owned])
+    if client.prompt is None or client.answer is None:
+        raise client.error("its records have no labels", "give prompt and answer in its part of the job, or in site.toml")
+    try:
+        settings = [client.prompt, client.answer, labels, layers, pool, length, device]
+        facts = [[facts_of(path) for path in client.data], settings, checkpoint_of(client).fingerprint()]
+        file = client.folder / f"pooled-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.safetensors"
+        if not file.is_file():
+            decoder = decoder_of(client, device)
+            tokenizer = decoder.checkpoint.tokenizer()
+            windows, classes = read_labeled(client.data, client.prompt, client.answer, labels, tokenizer, length)
+            save_tensors({"states": pooled_states(decoder, windows, layers, pool), "classes": classes}, file)
+    except FedgroveError as error:
+        raise client.error(error.what, error.remedy) from error
+    stored: dict[str, Tensor] = load_file(file)
+    return stored["states"], stored["classes"]
+
+
+def hold_out(classes: Tensor, share: float) -> Tensor:
+    """Which of a client's records it holds out: (records,) bool, with the same shares of labels as the rest.
+
+    Every so manieth of the records sorted by label; records of one label stay in the order of the file.
+    """
+    number = round(share * len(classes))
+    held_out = torch.zeros(len(classes), dtype=torch.bool)
+    if 0 < number < len(classes):
+        order = classes.argsort(stable=True)
+        held_out[order[(2 * torch.arange(number) + 1) * len(classes) // (2 * number)]] = True
+    return held_out

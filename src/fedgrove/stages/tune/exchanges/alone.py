@@ -1,0 +1,114 @@
+"""Every client trains on its own text for as many steps as with the others, but alone, and measures the model that it gets.
+
+It measures on held-out text that the server sends, as after pruning, and on the windows that it held out for itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.units import Name, NonNegative, Samples
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.perplexity import negative_log_likelihoods
+from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.stages.tune.client_model import alone_folder
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.exchanges.train import Train
+from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.merging import write_merged
+from fedgrove.stages.tune.parametrizations import Attachment
+from fedgrove.stages.tune.personal import hold_out, losses, mean_of
+from fedgrove.stages.tune.trainers import trainer_of
+from fedgrove.stages.tune.training import Settings
+
+WINDOW = "window/"  # tensors of a request: token ids to evaluate on
+
+
+class OwnLoss(Reply):
+    """The mean loss per token on the half of its held-out windows that a client reports on; None if it holds out none."""
+
+    own: NonNegative | None = None
+
+
+class EvaluateAlone(Request):
+    """Train alone for as many steps as with the others, and measure that model on text that the server sends.
+
+    Tensors sent with the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds for each text two float64
+    tensors (windows,): ``change/<text>``, negative log-likelihoods in nats, and ``weight/<text>``, numbers of predicted tokens.
+
+    Attributes:
+        texts: number of windows of each held-out text.
+        train: the request of the first round; it brings no tensors.
+        learning_rates: of each round. The optimizer's state is reset in every round, as in training with the others.
+    """
+
+    KIND: ClassVar[str] = "tune/alone"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.WINDOW_LOSSES, Disclosure.HELD_OUT_LOSSES})
+    REPLY: ClassVar[type[Reply]] = OwnLoss
+
+    texts: Annotated[dict[Name, Samples], Field(max_length=1000)]
+    train: Train
+    learning_rates: Annotated[tuple[NonNegative, ...], Field(min_length=1, max_length=2**20)]
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        if tensors.keys() != {f"{WINDOW}{name}/{i}" for name, number in self.texts.items() for i in range(number)}:
+            raise client.error("the windows that came are not those that the request names; refused")
+        train, method = self.train, self.train.method
+        decoder, ids, labels = train.model_and_windows(client, device)
+        windows, held_out = hold_out(ids, labels, train.personal)
+        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        if not {*train.ranks, *train.masked} <= shapes.keys():
+            raise client.error("the request names linears that its model does not have; refused")
+        masks = {name: decoder.read_matrix(name) != 0 for name in train.masked}
+        starts = {
+            name: method.start({}, {}, shape, train.ranks.get(name, 0), name, train.seed) for name, shape in shapes.items()
+        }
+        model = load(decoder, train.bits)
+        work = train.work(windows, method.attach(model, starts, Attachment(train.scales, masks, train.shared_a)), model, client)
+        for round_, rate in enumerate(self.learning_rates):
+            seen = round_ * train.training.steps * train.training.batch
+            settings = Settings(**{**train.training.model_dump(), "learning_rate": rate})
+            trainer_of(train.trainer).train(model, replace(work, seen=seen), settings)
+        own = mean_of(losses(model, held_out.report)) if held_out else None
+        trained = method.detach(model, list(train.ranks), starts)
+        totals = {name: method.total(trained[name], starts[name]) for name in trained}
+        plain = Decoder(decoder.checkpoint, device)
+        del model, decoder, work  # there is memory for one model
+        folder = alone_folder(client, self.stage)
+        write_merged(plain, method, totals, masks.keys(), folder)
+        merged = Decoder(plain.checkpoint.over(folder), device)
+        measured: Tensors = {}
+        for name, number in self.texts.items():
+            texts = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
+            each = torch.tensor(negative_log_likelihoods(merged, texts), dtype=torch.float64)
+            measured[CHANGE + name], measured[WEIGHT + name] = each[:, 0].contiguous(), each[:, 1].contiguous()
+        shutil.rmtree(folder)
+        return Response(measured, OwnLoss(own=own))
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        return {
+            f"{part}{name}": (torch.Size([number]), torch.float64)
+            for name, number in self.texts.items()
+            for part in (CHANGE, WEIGHT)
+        }
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return range(1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        train = self.train
+        if (train.stage, train.round, train.seen, train.parts) != (self.stage, 0, 0, 0):
+            return "train"
+        if list(self.learning_rates) != [config.learning_rate_in(round_) for round_ in range(config.rounds)]:
+            return "learning_rate"
+        return train.beyond(job)
