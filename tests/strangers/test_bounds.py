@@ -260,7 +260,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "prune": {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH},
     "sampled": {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH, "layers": {"sample": 0.5}},
     "pooled": {"kind": "prune", "pruner": "wanda", "aggregation": "pooled", "sparsity": 0.5, "samples": 2, "length": LENGTH},
-    "structured": {"kind": "structured", "heads": 0.5, "samples": 2, "length": LENGTH},
+    "structured": {"kind": "structured", "heads": 0.5, "repair": False, "samples": 2, "length": LENGTH},
     "fedpipe": {"kind": "tune", "length": LENGTH, "ranks": [2, 4]},
     "uniform": {"kind": "tune", "method": "lora", "length": LENGTH, "ranks": [2]},
     "full": {"kind": "tune", "method": "full", "length": LENGTH},

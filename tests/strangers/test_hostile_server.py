@@ -43,7 +43,15 @@ from small import CLIENTS, LENGTH, SAMPLES, Small
 RUN, VICTIM = "run", "ash"
 PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": SAMPLES, "length": LENGTH}
 POOLED = {**PRUNE, "aggregation": "pooled"}
-STRUCTURED = {"kind": "structured", "samples": SAMPLES, "length": LENGTH, "channels": 0.5, "heads": 0.5}
+STRUCTURED = {
+    "kind": "structured",
+    "samples": SAMPLES,
+    "length": LENGTH,
+    "channels": 0.5,
+    "heads": 0.5,
+    "depth": 0.5,
+    "protect_ends": False,
+}
 TUNE = {"kind": "tune", "length": LENGTH, "ranks": [2, 4], "batches": [1, 2], "bits": [32], "steps": 2, "rounds": 2}
 HEAD = {"kind": "head", "labels": ["bird", "fish"], "length": LENGTH, "size": 16, "personal": 0.3}
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
@@ -82,13 +90,20 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("prune/statistics", "products"): ("fewer products than the pruner needs tell less", ["x"]),
     ("prune/statistics", "noise.clients"): ("fewer clients that share the noise add more", 3),
     ("prune/statistics", "noise.norms[]"): ("windows are clipped to it, and the noise follows from it", -1.0),
+    ("structured/inputs", "block"): ("every block that stays is asked for", 2),
     ("tune/alone", "train.training.micro"): ("at most the batch", 3),
+    ("tune/base", "kept_blocks"): ("which blocks stay follows from the sums of all clients", [4096]),
+    ("tune/base", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
     ("tune/base", "part"): ("the weights that earlier stages changed come in parts", 4096),
     ("tune/importance", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
     ("tune/importance", "micro"): ("up to the job's largest batch", 3),
+    ("tune/importance", "kept_blocks"): ("which blocks stay follows from the sums of all clients", [4096]),
+    ("tune/importance", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
+    ("tune/personal", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
     ("tune/personal", "base"): ("text of the card of the site's own adapter", "line\nline"),
     ("tune/personal", "micro"): ("up to the job's largest batch", 3),
     ("tune/personal", "title"): ("text of the card of the site's own adapter", "line\nline"),
+    ("tune/train", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
     ("tune/train", "round"): ("every round of the stage is asked for", 2),
     ("tune/train", "ranks"): ("a plan may leave linears out", {"x": 2}),
     ("tune/train", "masked"): ("which zeros stay", ["x"]),
@@ -113,6 +128,7 @@ OTHER = {  # of fields with a list of allowed values
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "width": {"channels": 40, "heads": 1},
+    "kept_blocks": [0],
     "pattern": [2, 4],
     "compute_dtype": "bfloat16",
     "max_weight_growth": 2.0,
@@ -389,6 +405,6 @@ def test_a_new_field_is_moved_wherever_it_is() -> None:
     request = request.model_copy(update={"odd": 1.0})
     plain = request.model_dump(mode="json")
     found = {name: (path, value) for name, path, value in moves(request, plain, "tune/base") if value is not None}
-    assert found.keys() == {"stage", "round", "part", "deep", "deep[]", "deep[][].old", "deep[][].new", "odd"}
+    assert found.keys() == {"stage", "round", "part", "deep", "deep[]", "deep[][].old", "deep[][].new", "odd", "kept_blocks"}
     path, value = found["deep[][].new"]
     assert put(plain, path, value)["deep"] == {"a": [{"old": "x", "new": value}]}

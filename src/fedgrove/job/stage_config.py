@@ -64,6 +64,10 @@ class StageConfig(Table):
         """Whether the stage changes the shapes of tensors, so that later stages differ from the clients' copies."""
         return False
 
+    def cuts_blocks(self) -> bool:
+        """Whether the model has fewer blocks after the stage."""
+        return False
+
     def makes_zeros(self) -> bool:
         """Whether the stage makes zeros that later stages have to keep."""
         return False

@@ -76,6 +76,9 @@ class Config(StageConfig):
     def changes_structure(self) -> bool:
         return True
 
+    def cuts_blocks(self) -> bool:
+        return self.depth > 0
+
     def hidden_states_kept(self, num_blocks: int) -> int:
         return num_blocks + 2 if self.narrows else math.floor(self.depth * num_blocks) + 2
 

@@ -184,7 +184,7 @@ def input_message(
         calibration=calibration_of(plan, config, client, federation.job, "dense"),
         consumers={name: first for first, one in inputs.items() for name in one.consumers},
         widths={first: inputs[first].scale.numel() for first in summed},
-        products=tuple(summed),
+        products=tuple(sorted(summed)),
         moments=any(_has_bias(decoder, block, consumer) for consumer in consumers),
         limit=largest_per_client(len(plan.clients)),
     )

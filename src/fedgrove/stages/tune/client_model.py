@@ -77,11 +77,10 @@ class TuneRequest(Request):
             return "seed"
         if self.parts and not before:
             return "parts"
-        if not any(stage.changes_structure() for stage in before):
-            if self.width is not None:
-                return "width"
-            if self.kept_blocks is not None:
-                return "kept_blocks"
+        if self.width is not None and not any(stage.changes_structure() for stage in before):
+            return "width"
+        if self.kept_blocks is not None and not any(stage.cuts_blocks() for stage in before):
+            return "kept_blocks"
         if self.bits not in config.weight_bits:
             return "bits"
         return "personal" if self.personal != config.personal else None

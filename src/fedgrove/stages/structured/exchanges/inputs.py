@@ -10,13 +10,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.windows import calibration_windows, checkpoint_of
+from fedgrove.client.windows import calibration_windows, checkpoint_of, decoder_of
 from fedgrove.input_statistics import exchange
 from fedgrove.input_statistics.exchange import limits
 from fedgrove.input_statistics.fixed_point import Statistic
 from fedgrove.job.stage_config import Agreed
 from fedgrove.models.width import family_of
-from fedgrove.rounds.request import Tensors
+from fedgrove.rounds.request import Response, Tensors
 from fedgrove.stages.structured.config import Config
 
 HALVES = ("first", "second")
@@ -30,6 +30,16 @@ class SumInputs(exchange.SumInputs):
     """
 
     KIND: ClassVar[str] = "structured/inputs"
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        decoder = decoder_of(client, device)
+        if self.block < len(decoder) and self.moments != any(
+            getattr(decoder.blocks[self.block].get_submodule(part.consumer), "bias", None) is not None
+            for part in (family_of(decoder.checkpoint.config).channels, family_of(decoder.checkpoint.config).heads)
+            if part is not None and self.consumers.get(part.consumer) in self.widths
+        ):
+            raise client.error("the request is for means of inputs, which only linears with a bias need; refused")
+        return super().respond(tensors, client, device)
 
     def begin(self, name: str, scale: Tensor, client: LocalClient) -> exchange.InputSum:
         calibration, family = self.calibration, family_of(checkpoint_of(client).config)
@@ -49,7 +59,7 @@ class SumInputs(exchange.SumInputs):
             return "repair"
         if self.noise is not None:
             return "epsilon"
-        if set(self.products) != self.widths.keys():
+        if self.products != tuple(sorted(self.widths)):
             return "products"
         if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("dense", 1, None):
             return "source"

@@ -53,7 +53,7 @@ class KeepWeights(Request):
 
     def beyond(self, job: Agreed) -> str | None:
         before = job.stages[: self.stage]
-        if self.kept_blocks is not None and not any(stage.changes_structure() for stage in before):
+        if self.kept_blocks is not None and not any(stage.cuts_blocks() for stage in before):
             return "kept_blocks"
         return None if before else "stage"  # before the first stage no weight has changed
 
