@@ -110,6 +110,6 @@ def client_statement(
         f"({epsilon:g}, {delta:g})-differential privacy of one whole client (the same run with its {clipped} of every round, "
         f"or with zeros in their place), towards {towards}, for this stage of this run: {rounds} rounds with all clients, each "
         f"client's {clipped} clipped to a norm of {clip_norm:g}, equal weights. It assumes {rests}, and Gaussian samples in "
-        "double precision. It does not cover who takes part, the number of tokens of a client (each client reports it), other stages "
-        "or other runs."
+        "double precision. It does not cover who takes part, the number of tokens of a client (each client reports it), other "
+        "stages or other runs."
     )

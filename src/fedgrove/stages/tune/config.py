@@ -253,6 +253,13 @@ class Config(StageConfig):
         return trainer_of(self.trainer)
 
     @property
+    def measures(self) -> bool:
+        """Whether clients measure a key that is "auto"."""
+        return {"perturbation"} <= parametrization_of(self.parametrization).KEYS and AUTO in (
+            self.learning_rate, self.perturbation
+        )  # fmt: skip
+
+    @property
     def weight_bits(self) -> tuple[int, ...]:
         """The precisions that a client's weights can get: those of the job, or float32 where the weights are trained."""
         return self.bits if parametrization_of(self.parametrization).FROZEN else (32,)

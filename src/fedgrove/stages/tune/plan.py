@@ -20,7 +20,7 @@ from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.tune import cost as costs
 from fedgrove.stages.tune import fixed_point
-from fedgrove.stages.tune.config import AUTO, Config
+from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
@@ -239,7 +239,7 @@ def _discloses(config: Config, method: Parametrization, secure: bool, alone: boo
     disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None and (method.SUMS_LOSS or not secure):
         disclosed |= {Disclosure.LOSS}
-    if AUTO in (config.learning_rate, config.perturbation):
+    if config.measures:
         disclosed |= {Disclosure.CURVATURE}
     if planner_of(config.planner).NEEDS_IMPORTANCE:
         disclosed |= ScoreLinears.DISCLOSES

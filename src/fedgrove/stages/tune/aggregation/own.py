@@ -45,7 +45,7 @@ def summed(drawing: Drawing) -> list[int]:
 def chances(coefficients: Tensor, draws: Tensor, sampling: str) -> Tensor | None:
     """None for "even"; else softmax of the mean |step| of each candidate, in [0, 1]: e times as likely at most."""
     seen = draws > 0
-    if sampling == "even" or not seen.any():
+    if sampling != "pro" or not seen.any():
         return None
     size = coefficients.double().abs() / draws.clamp(min=1)
     size = torch.where(seen, size, size[seen].mean())

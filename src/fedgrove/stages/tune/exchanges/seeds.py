@@ -328,6 +328,6 @@ class Measure(AlongDirections):
         assert isinstance(config, Config)
         if config.epsilon is not None:
             return "epsilon"
-        if AUTO not in (config.learning_rate, config.perturbation):
+        if not config.measures:
             return "learning_rate"
         return super().beyond(job)

@@ -38,7 +38,7 @@ class Loop(Tuning):
     def prepare(self, round_: int, again: bool) -> None:
         """Measures what the job calls "auto"."""
         config = self.config
-        if not again or AUTO not in (config.learning_rate, config.perturbation):
+        if not again or not config.measures:
             return
         what = "measuring the curvature"
         self.run.phase(Phase("tune", what, stage=self.plan.stage, round=round_, rounds=config.rounds))
