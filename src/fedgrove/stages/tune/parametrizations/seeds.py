@@ -96,14 +96,14 @@ def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[Clie
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     """Bytes of the weights in memory, and of one window at the peak: a block's weights on one side, its activations, logits.
 
-    A linear being made takes its offset and two float64 copies besides.
+    A linear being made takes its offset besides.
     """
     sizes = [rows * columns for rows, columns in cost.linears.values()]
     block = cost.parameters / cost.num_blocks
     kept = PER_WEIGHT * cost.parameters if in_memory(cost.parameters) else 4 * block
     states = 4 * 2 * config.batch * 2 * cost.length * cost.width
     window = 4 * cost.saved + cost.length * cost.vocabulary * 12
-    return kept + 9 * block + 24 * max(sizes) + 4 * cost.others + states + window
+    return kept + 9 * block + 12 * max(sizes) + 4 * cost.others + states + window
 
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.seeds.noise import add_directions, key_of
+from fedgrove.stages.tune.seeds.noise import add_directions, chunks, key_of
 
 UNIT = 2.0**-40  # of a coefficient, in units of weight
 MOST_DIRECTIONS = 2**16  # with coefficients up to LARGEST no sum leaves int64
@@ -84,17 +84,23 @@ class Offsets:
         return torch.zeros(shape, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
 
 
-def moved(weight: Tensor, offset: Tensor) -> Tensor:
-    """weight + S·2⁻⁴⁰, in float64.
+def moved(weight: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight + S·2⁻⁴⁰, computed in float64 and rounded once, in pieces: a whole matrix in float64 would be in memory twice.
 
     Args:
         weight: any float dtype and device.
         offset: of its shape, int64.
+        dtype: of the result.
     """
-    return weight.double().add_(offset.to(weight.device).double(), alpha=UNIT)
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    flat, before, by = result.view(-1), weight.reshape(-1), offset.reshape(-1)
+    for start, count in chunks(weight.numel()):
+        part = slice(start, start + count)
+        flat[part] = before[part].double().add_(by[part].to(weight.device).double(), alpha=UNIT)
+    return result
 
 
 def merged(weight: Tensor, offset: Tensor, masked: bool) -> Tensor:
     """The weight with all steps, rounded once to its dtype; if ``masked``, zeros stay, and no other weight becomes zero."""
-    result = moved(weight, offset).to(weight.dtype)
+    result = moved(weight, offset, weight.dtype)
     return torch.where((weight == 0) | (result == 0), weight, result) if masked else result

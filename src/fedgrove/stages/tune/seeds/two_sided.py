@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fedgrove import heap
 from fedgrove.data.windows import IGNORED
 from fedgrove.models.blocks import Call, Decoder
 from fedgrove.stages.tune.seeds.noise import direction_like, key_of
@@ -95,12 +96,9 @@ class TwoSided:
         hidden = [list(embedded) for _ in sides]
         for index in range(len(self._decoder)):
             with self._block(index) as block:
-                weights = self._weights(index, block, direction)
-                for side, states in zip(sides, hidden, strict=True):
-                    for module, weight, signs in weights:
-                        module.weight.data = torch.add(weight, signs, alpha=side)
-                    for i, state in enumerate(states):
-                        states[i] = self._decoder.run(block, state, calls[index])
+                self._pass(index, block, direction, list(zip(sides, hidden, strict=True)), calls)
+        if not self._stored:
+            heap.release_freed_memory()  # of the blocks, before the logits take theirs
         self._check = None
         for side, states in enumerate(hidden):
             for i, state in enumerate(states):
@@ -119,21 +117,34 @@ class TwoSided:
             with self._decoder.loaded(index) as block:
                 yield block
 
+    def _pass(
+        self, index: int, block: nn.Module, direction: int, sides: list[tuple[float, list[Tensor]]], calls: list[Call]
+    ) -> None:
+        """Replaces the hidden states of every side by those after a block."""
+        weights = self._weights(index, block, direction)
+        for side, states in sides:
+            for module, weight, signs in weights:
+                module.weight.data = torch.add(weight, signs, alpha=side)
+            for i, state in enumerate(states):
+                states[i] = self._decoder.run(block, state, calls[index])
+
     def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[nn.Linear, Tensor, Tensor]]:
-        """For every linear of a block: its module, its weight with all steps, float32, and z, int8."""
+        """For every linear of a block: its module, its weight with all steps, float32, and z."""
         weights = []
         for name, stored in self._decoder.block_names(index).items():
             linear = f"{self._decoder.prefix}.{index}.{name}"
             module = cast(nn.Linear, block.get_submodule(name))
             before = self._stored.get(stored, module.weight.data)
-            offset = self._offsets.at(stored, before.shape, self.coefficients)
-            weight = moved(before, offset).float()
+            weight = moved(before, self._offsets.at(stored, before.shape, self.coefficients), torch.float32)
             signs = direction_like(key_of(self._seed, stored), direction, before).to(before.device)
+            if self._stored:
+                signs = signs.float()  # adds faster than int8, but takes four times the memory
             if linear in self._masked:
-                weight.masked_fill_(before == 0, 0.0)
+                weight.masked_fill_(before == 0, 0)
                 signs.masked_fill_(before == 0, 0)
             if self._check is not None:
                 self._check(linear, before, weight)
+            module.weight.data = weight  # frees the stored weight, unless the full model is in memory
             weights.append((module, weight, signs))
         return weights
 
