@@ -9,8 +9,8 @@ Bytes are those of the ledger, in both directions, of all clients together. One 
 
     .venv/bin/python bench/seeds.py --model FOLDER --memory --data ../shared/data
 
-``--memory`` measures another model instead: the peak memory of a round of "seeds" and of measuring perplexity, each in a process
-of its own, in one dtype and on windows of the same length, and seconds a step.
+``--memory`` measures another model instead: the peak memory of a round of "seeds" and of measuring perplexity, each in its own
+process, in one dtype and on equal windows, and seconds a step.
 """
 
 from __future__ import annotations

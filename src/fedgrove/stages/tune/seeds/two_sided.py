@@ -65,7 +65,7 @@ class TwoSided:
             decoder.load_all()
             for index in range(len(decoder)):
                 for name, stored in decoder.block_names(index).items():
-                    self._stored[stored] = cast(Tensor, decoder.blocks[index].get_submodule(name).weight).data
+                    self._stored[stored] = cast(Tensor, decoder.blocks[index].get_submodule(name).weight).detach()
 
     def move(self, direction: int, coefficient: int) -> None:
         """Adds to the coefficient of a direction; the weights follow when they are next used."""
@@ -124,7 +124,7 @@ class TwoSided:
         weights = self._weights(index, block, direction)
         for side, states in sides:
             for module, weight, signs in weights:
-                module.weight.data = torch.add(weight, signs, alpha=side)
+                _put(module, torch.add(weight, signs, alpha=side))
             for i, state in enumerate(states):
                 states[i] = self._decoder.run(block, state, calls[index])
 
@@ -134,7 +134,7 @@ class TwoSided:
         for name, stored in self._decoder.block_names(index).items():
             linear = f"{self._decoder.prefix}.{index}.{name}"
             module = cast(nn.Linear, block.get_submodule(name))
-            before = self._stored.get(stored, module.weight.data)
+            before = self._stored.get(stored, module.weight.detach())
             weight = moved(before, self._offsets.at(stored, before.shape, self.coefficients), torch.float32)
             signs = direction_like(key_of(self._seed, stored), direction, before).to(before.device)
             if self._stored:
@@ -144,7 +144,7 @@ class TwoSided:
                 signs.masked_fill_(before == 0, 0)
             if self._check is not None:
                 self._check(linear, before, weight)
-            module.weight.data = weight  # frees the stored weight, unless the full model is in memory
+            _put(module, weight)  # frees the stored weight, unless the full model is in memory
             weights.append((module, weight, signs))
         return weights
 
@@ -156,3 +156,7 @@ class TwoSided:
         logits = self._decoder.logits(ids, hidden)[0, :-1].float()
         total = nn.functional.cross_entropy(logits, wanted.to(logits.device), ignore_index=IGNORED, reduction="sum")
         return float(total) / learnt
+
+
+def _put(module: nn.Linear, weight: Tensor) -> None:
+    module.weight = nn.Parameter(weight, requires_grad=False)
