@@ -71,8 +71,7 @@ class AlongDirections(TrainingRequest):
             FedgroveError: the server sent coefficients that are none, or that make a weight grow too much.
         """
         decoder, ids, labels = self.model_and_windows(client, device)
-        if decoder.dtype != torch.float32:
-            decoder = Decoder(decoder.checkpoint, device, torch.float32)
+        decoder = Decoder(decoder.checkpoint, device, torch.float32)  # whose weights move; others share the one that is kept
         coefficients = tensors[COEFFICIENTS]
         if coefficients.dim() != 1 or coefficients.dtype != torch.int64 or len(coefficients) > MOST_DIRECTIONS:
             raise client.error("the server sent coefficients of another shape or dtype; refused")
