@@ -55,7 +55,7 @@ from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.seeds import Measure, Step
+from fedgrove.stages.tune.exchanges.seeds import PERTURBATIONS, Measure, Step
 from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.train_settings import Training, WindowNoise
@@ -168,7 +168,7 @@ STEP = Step(
     perturbation=1e-3,
     says_loss=True,
 )
-MEASURE = Measure(**ALONG, perturbations=(1e-3,), directions=8)
+MEASURE = Measure(**ALONG, perturbations=PERTURBATIONS, directions=8)
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 NUMBERS = FixedPointChanges(
     everything=3,
@@ -332,6 +332,8 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (SEEDS, changed(STEP, fixed=NUMBERS), "fixed"),
         (SEEDS, MEASURE, None),
         (SEEDS, changed(MEASURE, round=1), "rounds"),
+        (SEEDS, changed(MEASURE, directions=64), "directions"),
+        (SEEDS, changed(MEASURE, perturbations=(0.5,)), "perturbations"),
         (BY_HAND, STEP, None),
         (BY_HAND, changed(STEP, learning_rate=2e-3), "learning_rate"),
         (BY_HAND, changed(STEP, perturbation=2e-3), "perturbation"),

@@ -32,6 +32,8 @@ from fedgrove.stages.tune.trainers import trainer_of
 
 COEFFICIENTS, CHANCES = "coefficients", "chances"  # tensors of a request
 DIFFERENCES, CURVES = f"{CHANGE}differences", f"{CHANGE}curves"  # tensors of a response
+MEASURED = 8  # directions along which the curvature is measured: its standard error is about a tenth
+PERTURBATIONS = tuple(2.0**-k for k in range(6, 13))  # that "auto" chooses from
 PROBES = 2**40  # the first direction that is measured along: no step goes along it
 
 
@@ -152,9 +154,10 @@ class Step(AlongDirections):
         """From what a client's directions are drawn."""
         return Drawing(self.seeds, self.steps, self.round, f"{self.seed}/{client}", chances)
 
-    def weight_of(self, slope: float = 1.0) -> float:
-        """What a client of a mean slope sends, in nats."""
-        return slope * 2 * self.perturbation * self.batch
+    @property
+    def slope_weight(self) -> float:
+        """The loss difference, in nats, that a client with a mean slope of 1 sends for a step."""
+        return 2 * self.perturbation * self.batch
 
     def discloses(self) -> frozenset[Disclosure]:
         return self.DISCLOSES if self.says_loss else frozenset({Disclosure.LOSS_DIFFERENCES})
@@ -218,7 +221,7 @@ class Step(AlongDirections):
         """With the noise that protects a client: its slopes are clipped as one vector, and it adds its part of the noise."""
         if self.noise is None:
             return total
-        mechanism, unit = self.noise.mechanism(self.weight_of()), self.weight_of() * 2.0**LOSS_BITS
+        mechanism, unit = self.noise.mechanism(self.slope_weight), self.slope_weight * 2.0**LOSS_BITS
         clipped = (mechanism.clip(total.double() / unit) * unit).trunc().long()
         return mechanism.add_share(clipped)
 
@@ -329,4 +332,11 @@ class Measure(AlongDirections):
             return "epsilon"
         if not config.measures:
             return "learning_rate"
-        return super().beyond(job)
+        if self.perturbations != perturbations_of(config):
+            return "perturbations"
+        return "directions" if self.directions != MEASURED else super().beyond(job)
+
+
+def perturbations_of(config: Config) -> tuple[float, ...]:
+    """The distances that :class:`Measure` asks for."""
+    return PERTURBATIONS if isinstance(config.perturbation, str) else (config.perturbation,)

@@ -17,15 +17,23 @@ from fedgrove.rounds.request import CHANGE, Message
 from fedgrove.stages.tune.aggregation import seed_aggregation_of
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.config import AUTO
-from fedgrove.stages.tune.exchanges.seeds import CHANCES, COEFFICIENTS, CURVES, DIFFERENCES, Measure, Step, Took
+from fedgrove.stages.tune.exchanges.seeds import (
+    CHANCES,
+    COEFFICIENTS,
+    CURVES,
+    DIFFERENCES,
+    MEASURED,
+    Measure,
+    Step,
+    Took,
+    perturbations_of,
+)
 from fedgrove.stages.tune.parametrizations.seeds import Coefficients, none
 from fedgrove.stages.tune.seeds.offsets import LARGEST, Offsets, merged
 from fedgrove.stages.tune.seeds.steps import choose_perturbation, coefficient, curvature
 from fedgrove.stages.tune.tuning import Tuning
 
 NAME = "all"  # of the one state that all linears share
-PROBES = 8  # directions along which the curvature is measured: its standard error is about a tenth
-PERTURBATIONS = tuple(2.0**-k for k in range(6, 13))  # that "auto" chooses from
 
 
 class Loop(Tuning):
@@ -42,13 +50,13 @@ class Loop(Tuning):
             return
         what = "measuring the curvature"
         self.run.phase(Phase("tune", what, stage=self.plan.stage, round=round_, rounds=config.rounds))
-        perturbations = PERTURBATIONS if isinstance(config.perturbation, str) else (config.perturbation,)
+        perturbations = perturbations_of(config)
         requests = {
-            client: Measure(**self._along(client, round_), perturbations=perturbations, directions=PROBES)
+            client: Measure(**self._along(client, round_), perturbations=perturbations, directions=MEASURED)
             for client in sorted(self.plan.clients)
         }
         tensors = {COEFFICIENTS: self._coefficients(round_).c}
-        sides = (1 + 2 * len(perturbations)) * PROBES
+        sides = (1 + 2 * len(perturbations)) * MEASURED
         seconds = {name: one.compute * sides / (2 * config.steps) for name, one in self.plan.clients.items()}
         sums, clock = IntegerSums(), self._clock(seconds)
         messages = {client: Message(request, tensors) for client, request in requests.items()}
@@ -86,7 +94,7 @@ class Loop(Tuning):
         total = sums.sums[DIFFERENCES.removeprefix(CHANGE)].long()
         first = requests[heard[0]]
         if first.noise:
-            total = first.noise.mechanism(first.weight_of()).add_at_server(total)
+            total = first.noise.mechanism(first.slope_weight).add_at_server(total)
         self._refuse_no_difference(total, first.perturbation)
         state.put(NAME, (len(steps.c), 1), State(self._moved(steps, total, requests, heard, chances), none((0, 1))))
         for client in heard:
