@@ -27,7 +27,10 @@ SUMS = {**PRUNE, "aggregation": "pooled"}
 CUT = {"kind": "structured", "heads": 0.0, "samples": 2, "length": LENGTH}
 TUNE = {"kind": "tune", "planner": "uniform", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "bits": [32]}
 LORA = {**TUNE, "parametrization": "lora"}
-SEEDS = {"kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "perturbation": 2**-9}
+SEEDS = {
+    "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "learning_rate": 1e-3,
+    "perturbation": 2**-9,
+}  # fmt: skip
 SECURE = {"secure_aggregation": True}
 JOBS: dict[str, dict[str, Any]] = {
     "votes": {"stages": [PRUNE]},

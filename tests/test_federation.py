@@ -44,7 +44,10 @@ TUNE = {
     "ranks": [2, 4],
     "bits": [32],
 }
-SEEDS = {"kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": 16, "batches": [1], "perturbation": 2**-9}
+SEEDS = {
+    "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": 16, "batches": [1], "learning_rate": 1e-3,
+    "perturbation": 2**-9,
+}  # fmt: skip
 
 
 def stages(small: Small) -> list[dict[str, object]]:
