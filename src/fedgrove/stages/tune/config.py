@@ -253,7 +253,7 @@ class Config(StageConfig):
         return trainer_of(self.trainer)
 
     @property
-    def measures(self) -> bool:
+    def measures_settings(self) -> bool:
         """Whether clients measure a key that is "auto"."""
         return {"perturbation"} <= parametrization_of(self.parametrization).KEYS and AUTO in (
             self.learning_rate, self.perturbation

@@ -239,7 +239,7 @@ def _discloses(config: Config, method: Parametrization, secure: bool, alone: boo
     disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None and (method.SUMS_LOSS or not secure):
         disclosed |= {Disclosure.LOSS}
-    if config.measures:
+    if config.measures_settings:
         disclosed |= {Disclosure.CURVATURE}
     if planner_of(config.planner).NEEDS_IMPORTANCE:
         disclosed |= ScoreLinears.DISCLOSES

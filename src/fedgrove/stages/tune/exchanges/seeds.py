@@ -330,7 +330,7 @@ class Measure(AlongDirections):
         assert isinstance(config, Config)
         if config.epsilon is not None:
             return "epsilon"
-        if not config.measures:
+        if not config.measures_settings:
             return "learning_rate"
         if self.perturbations != perturbations_of(config):
             return "perturbations"

@@ -46,7 +46,7 @@ class Loop(Tuning):
     def prepare(self, round_: int, again: bool) -> None:
         """Measures what the job calls "auto"."""
         config = self.config
-        if not again or not config.measures:
+        if not again or not config.measures_settings:
             return
         what = "measuring the curvature"
         self.run.phase(Phase("tune", what, stage=self.plan.stage, round=round_, rounds=config.rounds))
