@@ -27,6 +27,10 @@ SUMS = {**PRUNE, "aggregation": "pooled"}
 CUT = {"kind": "structured", "heads": 0.0, "samples": 2, "length": LENGTH}
 TUNE = {"kind": "tune", "planner": "uniform", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "bits": [32]}
 LORA = {**TUNE, "parametrization": "lora"}
+SEEDS = {
+    "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "learning_rate": 1e-3,
+    "perturbation": 2**-9,
+}  # fmt: skip
 SECURE = {"secure_aggregation": True}
 JOBS: dict[str, dict[str, Any]] = {
     "votes": {"stages": [PRUNE]},
@@ -48,6 +52,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora, masked": {"stages": [{**LORA, "precision": "fixed", "aggregation": "ffa_lora"}], "privacy": SECURE},
     "full": {"stages": [{**TUNE, "parametrization": "full"}]},
     "ia3": {"stages": [{**TUNE, "parametrization": "ia3"}]},
+    "seeds": {"stages": [PRUNE, SEEDS]},
     "pruned and tuned": {"stages": [PRUNE, LORA], "evaluate": {"data": ["held-0.txt"], "length": 32, "windows": 2}},
     "adapters of one's own": {"stages": [{**LORA, "personal": 0.25}]},
     "pulled, and alone": {

@@ -44,6 +44,10 @@ TUNE = {
     "ranks": [2, 4],
     "bits": [32],
 }
+SEEDS = {
+    "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": 16, "batches": [1], "learning_rate": 1e-3,
+    "perturbation": 2**-9,
+}  # fmt: skip
 
 
 def stages(small: Small) -> list[dict[str, object]]:
@@ -68,9 +72,10 @@ def federation(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Running, small: Small, tmp_path: Path) -> None:
     seen = Lines()
-    assert federation.run("demo", seen, stages=stages(small), evaluate__alone=True, result="sites") is None
+    wanted = [*stages(small), SEEDS]
+    assert federation.run("demo", seen, stages=wanted, evaluate__alone=True, result="sites") is None
     assert any(phase.action == "prune" for phase in seen.phases)
-    alone = small.undisturbed(stages=stages(small))
+    alone = small.undisturbed(stages=wanted)
     fetched = federation.fetch("demo")
     weights = (fetched / "model" / "model.safetensors").read_bytes()
     assert weights == (alone / "model" / "model.safetensors").read_bytes()

@@ -55,6 +55,7 @@ from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.seeds import PERTURBATIONS, Measure, Step
 from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
 from fedgrove.stages.tune.train_settings import Training, WindowNoise
@@ -66,6 +67,8 @@ PRIVATE = {**SUMS, "epsilon": 4.0}
 TUNE = {"kind": "tune", "method": "fedpipe", "aggregation": "flexlora", "length": 512, "steps": 4}
 STRUCTURED = {"kind": "structured", "samples": 16, "length": 512}
 ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
+SEEDS = {"kind": "tune", "method": "seeds", "rounds": 2, "steps": 4, "batches": [4], "length": 512}
+BY_HAND = {**SEEDS, "learning_rate": 1e-3, "perturbation": 1e-3}
 WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
 
 
@@ -153,6 +156,19 @@ TRAIN = Train(
 )  # fmt: skip
 IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
+ALONG = {**TUNED, "stage": 0, "seed": "0/0", "bits": 32, "tokens": 9, "batch": 4, "clients": 3, "masked": ()}
+STEP = Step(
+    **ALONG,
+    aggregation="common",
+    trainer="zeroth_order",
+    seeds=0,
+    steps=4,
+    seen=0,
+    learning_rate=1e-3,
+    perturbation=1e-3,
+    says_loss=True,
+)
+MEASURE = Measure(**ALONG, perturbations=PERTURBATIONS, directions=8)
 WINDOWS = WindowNoise(epsilon=4.0, delta=1e-6, noise=1.0, rounds=2, clip=1.0)
 NUMBERS = FixedPointChanges(
     everything=3,
@@ -304,6 +320,27 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, rounds=1)), "epsilon"),
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
         (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
+        (SEEDS, STEP, None),
+        (SEEDS, changed(STEP, learning_rate=0.5, perturbation=0.1), None),
+        (SEEDS, changed(STEP, batch=13), "batches"),
+        (SEEDS, changed(STEP, clients=4), "clients"),
+        (SEEDS, changed(STEP, seen=1), "seen"),
+        (SEEDS, changed(STEP, says_loss=False), "says_loss"),
+        (SEEDS, changed(STEP, steps=5), "steps"),
+        (SEEDS, changed(STEP, bits=16), "bits"),
+        (SEEDS, changed(STEP, windows=WINDOWS), "epsilon"),
+        (SEEDS, changed(STEP, fixed=NUMBERS), "fixed"),
+        (SEEDS, MEASURE, None),
+        (SEEDS, changed(MEASURE, round=1), "rounds"),
+        (SEEDS, changed(MEASURE, directions=64), "directions"),
+        (SEEDS, changed(MEASURE, perturbations=(0.5,)), "perturbations"),
+        (BY_HAND, STEP, None),
+        (BY_HAND, changed(STEP, learning_rate=2e-3), "learning_rate"),
+        (BY_HAND, changed(STEP, perturbation=2e-3), "perturbation"),
+        (BY_HAND, MEASURE, "learning_rate"),
+        ({**BY_HAND, "epsilon": 4.0}, changed(STEP, trainer="dp_zeroth_order", says_loss=False, windows=WINDOWS), None),
+        ({**BY_HAND, "epsilon": 4.0}, changed(STEP, trainer="dp_zeroth_order", says_loss=False), "epsilon"),
+        ({**BY_HAND, "epsilon": 4.0}, MEASURE, "epsilon"),
     ],
 )
 def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], request_: Request, word: str | None) -> None:

@@ -62,6 +62,7 @@ from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal, Losses
+from fedgrove.stages.tune.exchanges.seeds import Measure, Step, Took
 from fedgrove.stages.tune.exchanges.train import Train, Trained
 from fedgrove.stages.tune.train_settings import Training
 from small import LENGTH, ROOT, Small, python
@@ -152,6 +153,20 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
             ),
         ),
         tune_alone.OwnLoss(own=1.0),
+    ),
+    Exchange(
+        Measure(**TUNED, tokens=99, batch=1, clients=1, masked=(), perturbations=(0.1,), directions=2),
+        Reply(),
+    ),
+    *(
+        Exchange(
+            Step(
+                **TUNED, tokens=99, batch=1, clients=1, masked=(), aggregation=aggregation, trainer="zeroth_order", seeds=4,
+                steps=2, seen=0, learning_rate=0.1, perturbation=0.1, says_loss=True,
+            ),
+            Took(tokens=99, loss=1.0, skipped=0),
+        )
+        for aggregation in ("common", "own")
     ),
     *(
         Exchange(

@@ -76,20 +76,30 @@ def statistics_statement(epsilon: float, delta: float, length: int, adders: int)
     )
 
 
-def window_statement(epsilon: float, delta: float, length: int, steps: int, clip_norm: float) -> str:
-    """The guarantee of DP-SGD on the clients: for what, towards whom, on what assumptions."""
+def window_statement(epsilon: float, delta: float, length: int, steps: int, clip_norm: float, clipped: str) -> str:
+    """The guarantee of noise in every step on the clients: for what, towards whom, on what assumptions.
+
+    Args:
+        clipped: what of a window is clipped, such as "gradient".
+    """
     return (
         f"({epsilon:g}, {delta:g})-differential privacy of one window of {length} tokens of one client (the same text with "
-        "this window, or with a window in its place that has no gradient), towards everybody, server included, for this stage "
+        "this window, or with a window in its place that has no {clipped}), towards everybody, server included, for this stage "
         f"of this run: {steps} steps, in each of which a window takes part with probability batch / windows, independent of "
-        f"the others (Poisson), its gradient clipped to a norm of {clip_norm:g}. It assumes that each client adds its own "
+        f"the others (Poisson), its {clipped} clipped to a norm of {clip_norm:g}. It assumes that each client adds its own "
         "noise, with Gaussian samples in double precision. It does not cover a text that fills several windows, the number of "
         "tokens of a client (each client reports it), other stages or other runs."
     )
 
 
-def client_statement(epsilon: float, delta: float, rounds: int, clip_norm: float, secure: bool, adders: int) -> str:
-    """The guarantee of noise on the sums of the clients' changes: for what, towards whom, on what assumptions."""
+def client_statement(
+    epsilon: float, delta: float, rounds: int, clip_norm: float, secure: bool, adders: int, clipped: str
+) -> str:
+    """The guarantee of noise on the sums over clients: for what, towards whom, on what assumptions.
+
+    Args:
+        clipped: what of a client is clipped, such as "change".
+    """
     if secure:
         towards = "everybody who sees the opened sums and the result"
         rests = f"that at least {adders} clients add their part of the noise, secure aggregation"
@@ -97,9 +107,9 @@ def client_statement(epsilon: float, delta: float, rounds: int, clip_norm: float
         towards = "everybody who sees the result, but not towards the server"
         rests = "that the server, which sees every change, adds the noise"
     return (
-        f"({epsilon:g}, {delta:g})-differential privacy of one whole client (the same run with its change of every round, or "
-        f"with zeros in their place), towards {towards}, for this stage of this run: {rounds} rounds with all clients, each "
-        f"change clipped to a norm of {clip_norm:g}, equal weights. It assumes {rests}, and Gaussian samples in double "
-        "precision. It does not cover who takes part, the number of tokens of a client (each client reports it), other stages "
-        "or other runs."
+        f"({epsilon:g}, {delta:g})-differential privacy of one whole client (the same run with its {clipped} of every round, "
+        f"or with zeros in their place), towards {towards}, for this stage of this run: {rounds} rounds with all clients, each "
+        f"client's {clipped} clipped to a norm of {clip_norm:g}, equal weights. It assumes {rests}, and Gaussian samples in "
+        "double precision. It does not cover who takes part, the number of tokens of a client (each client reports it), other "
+        "stages or other runs."
     )

@@ -27,6 +27,8 @@ class Disclosure(Enum):
     FACTORS = "the factors of low-rank changes that it trained on its text"
     CHANGES = "the changes of whole matrices that it trained on its text"
     SCALES = "the changes of per-channel scales that it trained on its text"
+    LOSS_DIFFERENCES = "for each direction one number, the difference of the loss on its text between the model's two sides"
+    CURVATURE = "for a few directions how its loss differs and curves along them"
     LOSS = "its mean training loss of each round"
     HELD_OUT_LOSSES = "losses on text that it held out for itself, and which adapter it keeps"
     LABEL_SUMS = "for each label the number of its records and the sums of their features, and the sums of squared features"

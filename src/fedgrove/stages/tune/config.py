@@ -25,13 +25,18 @@ from fedgrove.job.units import (
     Positive,
     method_of,
 )
-from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of
+from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of, seed_aggregation_of
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Planner, planner_of
+from fedgrove.stages.tune.seeds.offsets import MOST_DIRECTIONS
 from fedgrove.stages.tune.trainers import Trainer, trainer_of
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
+
+
+AUTO = "auto"  # of a key that clients measure
+OF_SEEDS = frozenset({"seeds", "sampling", "perturbation"})  # keys of parametrizations without gradients
 
 
 class Config(StageConfig):
@@ -42,10 +47,11 @@ class Config(StageConfig):
         planner: who gets what: "fedpipe" gives each client a configuration of its own; "uniform" gives all clients the one that
             the weakest can hold. Default: "fedpipe" for "lora", else "uniform".
         parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the
-            weights.
+            weights; "seeds", the weights along random directions, without a backward pass.
         trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: "dp_sgd" if ``epsilon`` protects windows,
-            else "sgd".
-        aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", else "fedavg".
+            else "sgd"; for "seeds", "dp_zeroth_order" and "zeroth_order".
+        aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", "common" for "seeds", else
+            "fedavg".
         method: a short form: the name of a planner, or of a parametrization with the planner "uniform".
         rounds: how often the clients train and the server combines their changes.
         steps: optimizer steps of each client in a round, the same for all.
@@ -53,7 +59,8 @@ class Config(StageConfig):
         batches: batch sizes, in windows, that a client may get. "uniform" gives the largest to all.
         ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold.
         bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4.
-        learning_rate: of the clients' optimizer.
+        learning_rate: of the clients' optimizer. "auto", the default of "seeds" and only for it: 1/2 divided by the trace of
+            the curvature, which the clients measure before the first round and after every ``replan_every`` rounds.
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
         optimizer: the clients'; its state is reset in every round.
         max_grad_norm: clips a client's gradient to this norm; 0: no clipping.
@@ -63,7 +70,8 @@ class Config(StageConfig):
             the smallest batch at the smallest ranks. Only "fedpipe" uses it.
         upload_price: the price of sending all linears at the largest rank; that rank everywhere is worth 1, and so is the
             largest batch. With a higher price clients send less. Only "fedpipe" uses it.
-        replan_every: measure the importance and plan again every so many rounds; 0: only before the first.
+        replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",
+            measure what is "auto" again.
         importance_steps: optimizer steps from which the importance is measured.
         proximal: FedProx's μ.
         partition: average ranks that only some clients have over those clients; false: over all clients, which is exact. Only
@@ -78,6 +86,11 @@ class Config(StageConfig):
         dp_clip: clips the change of a client, or the gradient of a window, to this norm.
         max_change: scale a client's change of a round down to this multiple of the round's median, if three clients or more
             send floats; fixed-point numbers have a fixed bound instead (see :mod:`fedgrove.stages.tune.fixed_point`).
+        seeds: number of directions in the whole stage; 0: new ones in every round. Default: 4096 for aggregation "own", 0 for
+            "common". Only "seeds".
+        sampling: how aggregation "own" draws directions: "even", or "pro", those with large slopes more often. Only "seeds".
+        perturbation: ε, how far along a direction a client measures the loss, on both sides. "auto": the largest whose slopes
+            differ by less than 1 % from those at half of it, which the clients measure. Only "seeds".
         personal: the fraction of its windows that each client holds out, to choose which adapter it keeps for itself: the
             shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none. It chooses
             by half of them, and reports losses on the other half.
@@ -99,7 +112,7 @@ class Config(StageConfig):
     batches: Choices = (1, 2, 4, 8, 16)
     ranks: Choices = (2, 4, 8, 16, 32)
     bits: BitChoices = (16, 8, 4)
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive | Literal["auto"] = 1e-3
     lr_schedule: Literal["none", "linear"] = "none"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     max_grad_norm: NonNegative = 1.0
@@ -118,6 +131,9 @@ class Config(StageConfig):
     dp_unit: Literal["client", "window"] = "window"
     dp_clip: Clip = 1.0
     max_change: Annotated[float, Field(ge=1, le=MOST)] = 4.0
+    seeds: Annotated[int, Field(ge=0, le=MOST_DIRECTIONS)] = 0
+    sampling: Literal["even", "pro"] = "even"
+    perturbation: Positive | Literal["auto"] = "auto"
     personal: HeldOut = 0.0
     personal_pull: NonNegative = 0.0
     eval_every: CountOrZero = 0
@@ -142,9 +158,13 @@ class Config(StageConfig):
         if parametrization in plugins.names("stages.tune.parametrizations"):
             method = parametrization_of(parametrization)
             filled.setdefault("planner", "fedpipe" if method.RANKED else "uniform")
-            filled.setdefault("aggregation", method.AGGREGATION)
-        windows = filled.get("epsilon") is not None and filled.get("dp_unit", "window") == "window"
-        filled.setdefault("trainer", "dp_sgd" if windows else "sgd")
+            aggregation = filled.setdefault("aggregation", method.AGGREGATION)
+            for key, value in method.DEFAULTS.items():
+                filled.setdefault(key, value)
+            windows = filled.get("epsilon") is not None and filled.get("dp_unit", "window") == "window"
+            filled.setdefault("trainer", method.TRAINERS[windows])
+            if method.FORM == "coefficients" and aggregation in plugins.names("stages.tune.aggregation"):
+                filled.setdefault("seeds", getattr(aggregation_of(aggregation), "SEEDS", 0))
         return filled
 
     @model_validator(mode="after")
@@ -157,6 +177,11 @@ class Config(StageConfig):
                 f'aggregation "{self.aggregation}" does not take what parametrization "{self.parametrization}" trains; '
                 f"use one of {', '.join(fitting)}"
             )
+        if what.FORM not in self.trainer_method.TAKES:
+            raise ValueError(f'trainer "{self.trainer}" does not train parametrization "{self.parametrization}"; leave it out')
+        self._check_keys(what)
+        if what.FORM == "coefficients":
+            self._check_directions()
         if planner.NEEDS_RANKS and not what.RANKED:
             raise ValueError(f'planner "{self.planner}" chooses ranks, and "{self.parametrization}" has none; use "uniform"')
         if takes.EQUAL_RANKS and not planner.EQUAL_RANKS:
@@ -177,6 +202,33 @@ class Config(StageConfig):
         elif self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" adds noise: set epsilon as well')
         return self
+
+    def _check_keys(self, what: Parametrization) -> None:
+        """Refuses keys that have no effect with this parametrization."""
+        for key in sorted(what.UNUSED | (OF_SEEDS - what.KEYS)):
+            if getattr(self, key) != what.DEFAULTS.get(key, type(self).model_fields[key].default):
+                raise ValueError(f'{key}: it has no effect with parametrization "{self.parametrization}"; leave it out')
+        if self.learning_rate == AUTO and "perturbation" not in what.KEYS:
+            raise ValueError(f'learning_rate: parametrization "{self.parametrization}" cannot measure it; set a number')
+
+    def _check_directions(self) -> None:
+        takes = seed_aggregation_of(self.aggregation)
+        if takes.BOUNDED and not self.seeds:
+            raise ValueError(
+                f'seeds: aggregation "{self.aggregation}" draws from a number of them; set it, such as {takes.SEEDS}'
+            )
+        if not self.seeds and self.rounds * self.steps > MOST_DIRECTIONS:
+            raise ValueError(
+                f"seeds: {self.rounds} rounds of {self.steps} steps take more than {MOST_DIRECTIONS} directions, "
+                f"whose sums would not be exact; lower rounds or steps, or set seeds = {MOST_DIRECTIONS}"
+            )
+        if self.sampling not in takes.SAMPLINGS:
+            raise ValueError(f'sampling: aggregation "{self.aggregation}" takes {" or ".join(takes.SAMPLINGS)} only')
+        for key in ("learning_rate", "perturbation"):
+            if self.epsilon is not None and getattr(self, key) == AUTO:
+                raise ValueError(
+                    f"epsilon: {key} would be measured on text without noise; set a number, measured on public text"
+                )
 
     def _check_private(self, what: Parametrization, planner: Planner) -> None:
         if planner.NEEDS_IMPORTANCE:
@@ -201,6 +253,13 @@ class Config(StageConfig):
         return trainer_of(self.trainer)
 
     @property
+    def measures_settings(self) -> bool:
+        """Whether clients measure a key that is "auto"."""
+        return {"perturbation"} <= parametrization_of(self.parametrization).KEYS and AUTO in (
+            self.learning_rate, self.perturbation
+        )  # fmt: skip
+
+    @property
     def weight_bits(self) -> tuple[int, ...]:
         """The precisions that a client's weights can get: those of the job, or float32 where the weights are trained."""
         return self.bits if parametrization_of(self.parametrization).FROZEN else (32,)
@@ -219,9 +278,17 @@ class Config(StageConfig):
         return 2.0 * math.sqrt(self.ranks[-1] / rank) if self.alpha is None else self.alpha / rank
 
     def learning_rate_in(self, round_: int) -> float:
-        """The learning rate of a round."""
-        falling = 1 - 0.9 * round_ / max(1, self.rounds - 1) if self.lr_schedule == "linear" else 1.0
-        return self.learning_rate * falling
+        """The learning rate of a round; of "auto", what is measured has to be multiplied by :meth:`schedule_in`."""
+        return self.rate * self.schedule_in(round_)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first round; NaN, which no request has, if it is "auto"."""
+        return math.nan if isinstance(self.learning_rate, str) else self.learning_rate
+
+    def schedule_in(self, round_: int) -> float:
+        """What the learning rate is multiplied by in a round."""
+        return 1 - 0.9 * round_ / max(1, self.rounds - 1) if self.lr_schedule == "linear" else 1.0
 
     @property
     def _fixed_keys(self) -> str:
@@ -258,13 +325,15 @@ class Config(StageConfig):
             raise ValueError(f"{at}.personal: its losses cannot be summed securely; set it to 0")
 
     def centralized(self, job: Job) -> Self:
-        """The same stage with all text in one place: as many steps per round as all clients together, and no noise.
+        """The same stage with all text in one place: as many windows per round as all clients together, and no noise.
 
         Planner "uniform" gives it the largest batch at the largest ranks.
         """
+        what, clients = parametrization_of(self.parametrization), len(job.clients)
+        more = {"batches": (self.batches[-1] * clients,)} if what.BY_WINDOWS else {"steps": self.steps * clients}
         changes = {
-            "planner": "uniform", "trainer": "sgd", "aggregation": parametrization_of(self.parametrization).AGGREGATION,
-            "steps": self.steps * len(job.clients), "server_optimizer": "average", "server_lr": None, "precision": "float32",
+            "planner": "uniform", "trainer": what.TRAINERS[0], "aggregation": what.AGGREGATION, "sampling": "even",
+            "server_optimizer": "average", "server_lr": None, "precision": what.DEFAULTS.get("precision", "float32"),
             "epsilon": None, "personal": 0.0, "personal_pull": 0.0, "proximal": 0.0, "eval_every": 0,
         }  # fmt: skip
-        return self.model_copy(update=changes)
+        return self.model_copy(update=changes | more)

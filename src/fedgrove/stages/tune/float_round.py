@@ -15,10 +15,10 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
-from fedgrove.stages.tune.aggregation import Aggregation
+from fedgrove.stages.tune.aggregation import ChangeAggregation
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.exchanges.train import Trained
-from fedgrove.stages.tune.parametrizations import Parametrization
+from fedgrove.stages.tune.parametrizations import Trainable
 from fedgrove.stages.tune.received import parts_of
 
 FEW = 3  # clients: of fewer, no median says what is usual
@@ -54,8 +54,8 @@ class FloatRound:
 
     def __init__(
         self,
-        method: Parametrization,
-        aggregation: Aggregation,
+        method: Trainable,
+        aggregation: ChangeAggregation,
         states: Mapping[str, State[Any]],
         shapes: Mapping[str, tuple[int, int]],
         ranks: Mapping[str, list[int]],

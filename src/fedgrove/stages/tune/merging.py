@@ -8,12 +8,10 @@ from typing import Any
 
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.parametrizations import Parametrization
+from fedgrove.stages.tune.parametrizations import Trainable
 
 
-def write_merged(
-    decoder: Decoder, method: Parametrization, totals: Mapping[str, Any], masked: Container[str], folder: Path
-) -> None:
+def write_merged(decoder: Decoder, method: Trainable, totals: Mapping[str, Any], masked: Container[str], folder: Path) -> None:
     """Writes the weights with their changes merged, one file per block, in the checkpoint's dtype.
 
     Args:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedgrove.data.windows import IGNORED
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.tune.changes import Change, Start
-from fedgrove.stages.tune.parametrizations import Parametrization
+from fedgrove.stages.tune.parametrizations import Trainable
 from fedgrove.stages.tune.training import loss_sum, pieces
 
 MOST = 64  # windows held out, at most: measuring the loss of half of them in every round must not cost more than training
@@ -105,7 +105,7 @@ def error_of_difference(one: Parts, other: Parts) -> float | None:
 
 def pull(
     model: nn.Module,
-    method: Parametrization,
+    method: Trainable,
     starts: Mapping[str, Start[Any]],
     names: Sequence[str],
     shared: Mapping[str, Any],
@@ -135,7 +135,7 @@ def pull(
     return penalty
 
 
-def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mapping[str, Change], begin: bool) -> None:
+def keep_best(folder: Path, method: Trainable, loss: float, changes: Mapping[str, Change], begin: bool) -> None:
     """Stores a trained change if its loss is lower than that of the stored one.
 
     Args:
@@ -153,7 +153,7 @@ def keep_best(folder: Path, method: Parametrization, loss: float, changes: Mappi
     _save(_file(folder), {name: change.parts() for name, change in changes.items()}, {"loss": repr(loss)})
 
 
-def best(folder: Path, method: Parametrization) -> tuple[float, dict[str, Any]] | None:
+def best(folder: Path, method: Trainable) -> tuple[float, dict[str, Any]] | None:
     """The loss of the stored change, and the change of each linear; None if nothing is stored."""
     if not _file(folder).is_file():
         return None

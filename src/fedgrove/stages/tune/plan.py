@@ -27,6 +27,7 @@ from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.importance import RANK
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Problem, planner_of
+from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_SUM
 
 
 class Assignment(base.Assignment):
@@ -41,6 +42,7 @@ class Assignment(base.Assignment):
         download: bytes in a round; ``upload`` is also of one round.
         compute: seconds of computation in a round; ``seconds`` also contains download and upload.
         devices: number of devices that share the windows of a step.
+        forwards: forward passes of one window in a round, if there is no backward pass; else 0.
     """
 
     bits: int
@@ -51,6 +53,7 @@ class Assignment(base.Assignment):
     download: int
     compute: float
     devices: int = 1
+    forwards: int = 0
 
 
 class Plan(base.Plan):
@@ -143,6 +146,8 @@ def make_plan(
     if not configs:
         name, why = min(choice.left_out.items())
         raise FedgroveError(f"{why} (and no other client can take part either)", client=name)
+    if method.BY_WINDOWS:
+        configs = _dealt(config, configs, {name: client.tokens.get(config.length, 0) for name, client in capabilities.items()})
     if secure:
         configs = _together(configs, together(len(configs)))
     rank = max(rank for one in configs.values() for rank in one.ranks.values())
@@ -169,8 +174,8 @@ def make_plan(
         importance=dict(importance),
         capabilities=dict(sorted(capabilities.items())),
         noise=_noise(config, assignments),
-        discloses=base.names_of(_discloses(config, method, alone)),
-        notes=tuple(_notes(config, len(assignments), secure)),
+        discloses=base.names_of(_discloses(config, method, secure, alone)),
+        notes=tuple(_notes(config, assignments, secure)),
     )
 
 
@@ -189,13 +194,13 @@ def _assignments(
     Args:
         kept: by linear, the largest rank of any client, which determines the download.
     """
-    down = space.number * method.numbers(cost, kept)
+    down = space.number * method.numbers(cost, kept, config, sent=False)
     assignments = {}
     for name, chosen in configs.items():
         client = capabilities[name]
-        up = space.number * method.numbers(cost, chosen.ranks)
+        up = space.number * method.numbers(cost, chosen.ranks, config, sent=True)
         if config.precision == "fixed":
-            up = 4 * method.numbers(cost, kept, config.aggregation_method.SHARED_A)
+            up = 4 * method.numbers(cost, kept, config, sent=True)
         compute = method.compute_seconds(cost, space, budgets[name], chosen)
         sending = (8 * up / client.uplink if client.uplink else 0.0) + (8 * down / client.downlink if client.downlink else 0.0)
         assignments[name] = Assignment(
@@ -210,18 +215,35 @@ def _assignments(
             compute=round(compute, 6),
             seconds=round(compute + sending, 3),
             devices=client.devices,
+            forwards=2 * config.steps * chosen.batch if method.FORM == "coefficients" else 0,
         )
     return assignments
 
 
-def _discloses(config: Config, method: Parametrization, alone: bool) -> frozenset[Disclosure]:
+def _dealt(config: Config, choices: Mapping[str, ClientConfig], tokens: Mapping[str, int]) -> dict[str, ClientConfig]:
+    """Deals the windows of a step out in proportion to the clients' text, one at least, and each computed by itself.
+
+    So the mean over a step's windows is that of the pooled text. If noise protects a client, all have the same number.
+    """
+    if config.epsilon is not None and not config.trainer_method.PRIVATE:
+        return {name: replace(choice, micro=1) for name, choice in choices.items()}
+    total, everything = sum(choice.batch for choice in choices.values()), sum(tokens[name] for name in choices)
+    return {
+        name: replace(choice, batch=max(1, round(total * tokens[name] / everything)), micro=1)
+        for name, choice in choices.items()
+    }
+
+
+def _discloses(config: Config, method: Parametrization, secure: bool, alone: bool) -> frozenset[Disclosure]:
     """What a client's responses reveal about its text in the whole stage."""
     disclosed = frozenset({method.DISCLOSES})
-    if config.epsilon is None:
+    if config.epsilon is None and (method.SUMS_LOSS or not secure):
         disclosed |= {Disclosure.LOSS}
+    if config.measures_settings:
+        disclosed |= {Disclosure.CURVATURE}
     if planner_of(config.planner).NEEDS_IMPORTANCE:
         disclosed |= ScoreLinears.DISCLOSES
-    if alone:
+    if alone and method.ALONE:
         disclosed |= {Disclosure.WINDOW_LOSSES}
     return disclosed | ComparePersonal.DISCLOSES if config.personal else disclosed
 
@@ -256,20 +278,40 @@ def _noise(config: Config, assignments: Mapping[str, Assignment]) -> dict[str, f
     }
 
 
-def _notes(config: Config, clients: int, secure: bool) -> list[str]:
+def _notes(config: Config, assignments: Mapping[str, Assignment], secure: bool) -> list[str]:
     if config.epsilon is None:
         return []
+    clients, steps = len(assignments), config.rounds * config.steps
+    what = parametrization_of(config.parametrization).CLIPPED
     if config.trainer_method.PRIVATE:
-        steps = config.rounds * config.steps
-        return [window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip)]
+        sigma = max(_noise(config, assignments).values()) * config.dp_clip
+        _check_noise(config, sigma)
+        return [window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip, what[1])]
     sigma = gaussian_noise_multiplier(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
+    _check_noise(config, sigma * clients * config.batches[-1])
     if sigma > fixed_point.LARGEST / 16:
         raise FedgroveError(
             f"epsilon: every number would get noise of {sigma:.3g}, which is too large for the fixed-point sum",
             "raise epsilon, or lower dp_clip or rounds",
         )
     adders = min_survivors(clients)
-    return [client_statement(config.epsilon, config.delta, config.rounds, config.dp_clip, secure, adders)]
+    return [client_statement(config.epsilon, config.delta, config.rounds, config.dp_clip, secure, adders, what[0])]
+
+
+def _check_noise(config: Config, sigma: float) -> None:
+    """Refuses noise that the ring of loss differences cannot hold.
+
+    Args:
+        sigma: of the noise on a sum of slopes.
+    """
+    if isinstance(config.perturbation, str):
+        return
+    if sigma * 2 * config.perturbation * 2.0**LOSS_BITS > MOST_SUM / 16:
+        raise FedgroveError(
+            f"epsilon: every loss difference would get noise of {sigma * 2 * config.perturbation:.3g}, which is too large for "
+            "its ring",
+            "raise epsilon, or lower perturbation, dp_clip, rounds or steps",
+        )
 
 
 def worth(plan: Plan, config: Config, importance: Mapping[str, float]) -> float:

@@ -17,7 +17,7 @@ from fedgrove.client import server_weights
 from fedgrove.client.local_client import LocalClient
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Tensors
-from fedgrove.stages.tune.parametrizations import Parametrization
+from fedgrove.stages.tune.parametrizations import Trainable
 
 
 def parts_of(tensors: Tensors, kind: str, name: str) -> Tensors:
@@ -28,7 +28,7 @@ def parts_of(tensors: Tensors, kind: str, name: str) -> Tensors:
 
 def check_parts(
     tensors: Tensors,
-    method: Parametrization,
+    method: Trainable,
     shapes: Mapping[str, tuple[int, int]],
     ranks: Mapping[str, Mapping[str, int]],
     dtypes: Collection[torch.dtype],
@@ -63,7 +63,7 @@ def check_parts(
             raise client.error(f"the server sent a change of {name} of another shape or dtype; refused")
 
 
-def check_growth(method: Parametrization, changes: Mapping[str, Any], decoder: Decoder, client: LocalClient) -> None:
+def check_growth(method: Trainable, changes: Mapping[str, Any], decoder: Decoder, client: LocalClient) -> None:
     """Refuses changes that are not finite, or by which a weight matrix grows too much.
 
     Args:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedgrove.quantities import mebibytes
 from fedgrove.report import charts
-from fedgrove.report.charts import Chart, Row
+from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.owners import over_owners
 from fedgrove.report.sections import Bullets, Figure, Paragraph, Part, Picture, Section, Sheet, numbered
 from fedgrove.report.sheet import Column, Table
@@ -26,7 +26,13 @@ FILES: tuple[str, ...] = ()
 TAGS: tuple[str, ...] = ()
 CARD = ""
 MOST_COLUMNS = 8  # for more clients the table shows the lowest, mean and highest rank instead of one column per client
-TRAINED = {"FACTORS": "low-rank adapters", "CHANGES": "whole matrices", "SCALES": "scales of channels"}  # by disclosure
+TRAINED = {  # by disclosure
+    "FACTORS": "low-rank adapters",
+    "CHANGES": "whole matrices",
+    "SCALES": "scales of channels",
+    "LOSS_DIFFERENCES": "steps along random directions",
+}
+MOST_ROWS = 20  # of the chart of loss against bytes
 IMPORTANCE = "importance/"
 Z = 1.96  # standard errors on each side of a 95 % interval
 
@@ -59,8 +65,8 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
         at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
         fill(
             table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
-            _ranks(plan, assignment["ranks"]), mebibytes(assignment["memory"]),
-            megabytes(assignment["upload"]), seconds(assignment["seconds"], 1),
+            _ranks(plan, assignment), mebibytes(assignment["memory"]),
+            _sent(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
     left_out = [Text(f"{client} is left out: {why}") for client, why in sorted(plan["left_out"].items())]
     total = Text(f"All rounds together take {plan['total']:,.1f} s on the clients' machines, modeled from their capabilities.")
@@ -100,9 +106,16 @@ def ranked(plan: Mapping[str, Any]) -> bool:
     return "FACTORS" in plan.get("discloses", ())
 
 
-def _ranks(plan: Mapping[str, Any], ranks: Mapping[str, int]) -> str:
+def _sent(num_bytes: int) -> str:
+    """Bytes in a table of MB, unless that would be nothing."""
+    return megabytes(num_bytes) if num_bytes >= 50_000 else size(num_bytes)
+
+
+def _ranks(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
     """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"."""
-    linears, values = len(plan["importance"]), list(ranks.values())
+    linears, values = len(plan["importance"]), list(assignment["ranks"].values())
+    if assignment.get("forwards"):
+        return f"{assignment['forwards']:,} forwards in {len(values)}"
     if not ranked(plan):
         return f"{trained(plan)} in {len(values)}"
     parts = [f"{rank} in {values.count(rank)}" for rank in sorted(set(values), reverse=True)]
@@ -221,6 +234,9 @@ class Tuning:
             parts.append(Sheet(self._linears(), folded=True))
         if self._rounds:
             parts.append(Sheet(self._by_round()))
+            chart = self._loss_by_bytes(summary)
+            if chart:
+                parts.append(Picture(chart, "Loss against the bytes that all clients sent and received up to a round."))
         personal = Personal.of(summary, self.stage)
         if personal:
             parts += [*map(Paragraph, personal.lines()), Sheet(personal.table())]
@@ -321,6 +337,32 @@ class Tuning:
         columns += [Column(f"perplexity, {text.removeprefix(PERPLEXITY)}", "{:.1f}".format) for text in texts]
         rows = [[r, *(self._of_round(r, name) for name in ("loss", "clock", *texts))] for r in self._rounds]
         return Table(f"stage-{self.stage.number}-rounds", "Round by round", columns, rows)
+
+    def _loss_by_bytes(self, summary: Summary) -> Chart | None:
+        """A dot for each round: how far the loss has fallen since the first, beside the bytes so far; None without losses."""
+        texts = sorted({name for _, c, name in self._measured if c is None and name.startswith(PERPLEXITY)})
+        of = next((name for name in ("loss", *texts) if self._of_round(self._rounds[-1], name) is not None), None)
+        known = [(r, value) for r in self._rounds if of and (value := self._of_round(r, of)) is not None]
+        if len(known) < 2:
+            return None
+        sent: dict[int, int] = {}
+        for direction in ("up", "down"):
+            for (stage, r), by_client in summary.sent_by_round(direction).items():
+                if stage == self.stage.number:
+                    sent[r] = sent.get(r, 0) + sum(by_client.values())
+        shown = known[:: -(-len(known) // MOST_ROWS)]
+        shown += [known[-1]] if shown[-1] != known[-1] else []
+        changes = {r: 100 * (value / known[0][1] - 1) for r, value in shown}
+        scale = Scale.over(changes.values())
+        rows = []
+        for r, value in shown:
+            so_far = size(sum(count for earlier, count in sent.items() if earlier <= r))
+            dot = charts.dot(scale, changes[r], "federated", f"round {r}: {value:.3f} after {so_far}")
+            rows.append(Row(so_far, charts.grid(scale) + dot, f"{value:.3f}"))
+        what = "Loss of the clients" if of == "loss" else f"Perplexity, {str(of).removeprefix(PERPLEXITY)}"
+        alt = f"{what} by bytes so far: {rows[0].value} after {rows[0].label}, {rows[-1].value} after {rows[-1].label}."
+        labels = [f"{value:+g}%".replace("-", "−") if value else "first round" for value in scale.ticks]
+        return Chart("dots", alt, rows, charts.tick_labels(scale, labels), [("federated", what)])
 
     def _of_round(self, round_: int, name: str) -> float | None:
         return self._measured.get((round_, None, name))

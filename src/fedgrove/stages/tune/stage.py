@@ -21,10 +21,11 @@ from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
 from fedgrove.stages.tune.exchanges.alone import WINDOW, OwnLoss
+from fedgrove.stages.tune.loops import loop_of
+from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, even, make_plan
-from fedgrove.stages.tune.planners import planner_of
 from fedgrove.stages.tune.state import TuningState
-from fedgrove.stages.tune.tuning import Tuning, pruned_linears
+from fedgrove.stages.tune.tuning import pruned_linears
 
 TYPICAL_RANK = 8  # for ``fedgrove doctor``
 
@@ -54,7 +55,8 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         run.message(f"tune: client '{client}' is left out: {why}")
     done = [round_ for round_ in range(config.rounds) if _file(run, plan.stage, round_).is_file()]
     state = TuningState.read(_file(run, plan.stage, done[-1])) if done else TuningState(plan)
-    stage = Tuning(model, Decoder(model, federation.device), config, federation, state)
+    loop = loop_of(parametrization_of(config.parametrization).LOOP)
+    stage = loop(model, Decoder(model, federation.device), config, federation, state)
     stage.write_plan()
     if done:
         stage.log(done[-1])
@@ -63,16 +65,13 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         stage.send_base()
         for round_ in range(len(done), config.rounds):
             state.metrics.clear()
-            replan = round_ == 0 or (config.replan_every and round_ % config.replan_every == 0)
-            if planner_of(config.planner).NEEDS_IMPORTANCE and replan:
-                stage.plan_anew(round_)
+            stage.prepare(round_, again=round_ == 0 or bool(config.replan_every and round_ % config.replan_every == 0))
             run.phase(Phase("tune", stage=plan.stage, round=round_, rounds=config.rounds))
             stage.train_round(round_)
             state.write(_file(run, plan.stage, round_))
             stage.log(round_)
             stage.evaluate(round_)
-    if config.personal:
-        stage.keep_personal()
+    stage.finish()
     overlay = run.overlay(plan.stage, config.rounds)
     stage.merge(overlay)
     adapter = stage.write_adapter()
@@ -91,10 +90,13 @@ def alone(
 
     With ``personal``, the loss on the client's own held-out windows is logged as ``personal/alone``.
     """
+    if not parametrization_of(config.parametrization).ALONE:
+        return
     run = federation.run
     run.phase(Phase("evaluate", "what each client would have had alone", stage=plan.stage))
     state = TuningState.read(_file(run, plan.stage, config.rounds - 1))
-    stage = Tuning(model, Decoder(model, federation.device), config, federation, state)
+    loop = loop_of(parametrization_of(config.parametrization).LOOP)
+    stage = loop(model, Decoder(model, federation.device), config, federation, state)
     tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
     numbers = {name: len(texts) for name, texts in windows.items()}
     messages = {client: Message(stage.alone_request(client, numbers), tensors) for client in clients}

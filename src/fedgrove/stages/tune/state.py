@@ -31,6 +31,7 @@ class TuningState:
         clock: modelled seconds so far.
         metrics: the measurements of the latest round.
         shapes: (out, in) of every linear that has a state.
+        measured: what the clients measured instead of a key "auto", by key.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class TuningState:
     clock: float = 0.0
     metrics: list[Measurement] = field(default_factory=list)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def write(self, file: Path) -> None:
         """Writes the state to one safetensors file, atomically."""
@@ -55,6 +57,7 @@ class TuningState:
             "seen": self.seen,
             "clock": self.clock,
             "metrics": self.metrics,
+            "measured": self.measured,
             "second": {name: remembered.second for name, remembered in self.optimizer.items()},
         }
         save_tensors(tensors, file, {"state": json.dumps(facts)})
@@ -80,7 +83,7 @@ class TuningState:
                 parts.setdefault((kind, name), {})[part] = opened.get_tensor(key)
         plan = Plan(**facts["plan"])
         method = parametrization_of(plan.parametrization)
-        state = cls(plan, seen=facts["seen"], clock=facts["clock"])
+        state = cls(plan, seen=facts["seen"], clock=facts["clock"], measured=facts["measured"])
         state.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
 
         def change(kind: str, name: str, shape: tuple[int, int]) -> Any:

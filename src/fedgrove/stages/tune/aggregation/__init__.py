@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
+from torch import Tensor
+
 from fedgrove import plugins
 from fedgrove.stages.tune.changes import Start, State
 from fedgrove.stages.tune.factors import Factors
 
 PACKAGE = "stages.tune.aggregation"
-Form = Literal["factors", "tensors"]  # of a change: two factors, or tensors that can be averaged directly
+# Of a change: two factors, tensors that can be averaged directly, or coefficients of directions that all know.
+Form = Literal["factors", "tensors", "coefficients"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,27 @@ class Options:
     partition: bool = True
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """From what a client's directions are drawn.
+
+    Attributes:
+        seeds: number of directions in the whole stage; 0: new ones in every round.
+        steps: number of directions of a client in a round.
+        round: index of the round.
+        seed: of the stage, with the client's name.
+        chances: (seeds,) int64, how likely each direction is drawn; None: all alike.
+    """
+
+    seeds: int
+    steps: int
+    round: int
+    seed: str
+    chances: Tensor | None = None
+
+
 class Aggregation(Protocol):
-    """The contract of an aggregation's file.
+    """What every aggregation's file has; :class:`ChangeAggregation` or :class:`SeedAggregation` is its whole contract.
 
     Attributes:
         TAKES: the forms of change that it can sum.
@@ -46,6 +68,10 @@ class Aggregation(Protocol):
     EQUAL_RANKS: bool
     SHARED_A: bool
     SERVER_OPTIMIZERS: bool
+
+
+class ChangeAggregation(Aggregation, Protocol):
+    """The contract of an aggregation of changes of linears."""
 
     def begin(self, state: State[Any], rank: int) -> Start[Any]:
         """The start of a client that tunes this linear at ``rank``; 0: it does not tune it."""
@@ -64,12 +90,62 @@ class Aggregation(Protocol):
         ...
 
 
+class SeedAggregation(Aggregation, Protocol):
+    """The contract of an aggregation of steps along random directions: which directions a client goes, and what is summed.
+
+    Attributes:
+        SEEDS: the default number of directions; 0: new ones in every round.
+        BOUNDED: whether it needs a number of directions above 0.
+        SAMPLINGS: the values of the key ``sampling`` that it takes, the default first.
+    """
+
+    SEEDS: int
+    BOUNDED: bool
+    SAMPLINGS: tuple[str, ...]
+
+    def draw(self, drawing: Drawing) -> list[int]:
+        """The direction of each of a client's steps in a round."""
+        ...
+
+    def summed(self, drawing: Drawing) -> list[int]:
+        """The direction of each number of a client's response. The same for all clients."""
+        ...
+
+    def chances(self, coefficients: Tensor, draws: Tensor, sampling: str) -> Tensor | None:
+        """How likely each direction is drawn in the next round, as integers; None: all alike.
+
+        Args:
+            coefficients: (directions,) int64, of the model so far.
+            draws: (directions,) int64, how often each was drawn by all clients so far.
+            sampling: the key of the job.
+        """
+        ...
+
+
 METHOD = Aggregation
+CONTRACTS: dict[Form, Any] = {
+    "factors": ChangeAggregation,
+    "tensors": ChangeAggregation,
+    "coefficients": SeedAggregation,
+}
 
 
 def aggregation_of(name: str) -> Aggregation:
-    """Loads an aggregation by name."""
-    return cast(Aggregation, plugins.load(PACKAGE, name))
+    """Loads an aggregation by name; it fulfils the contract of every form that it takes."""
+    found = cast(Aggregation, plugins.load(PACKAGE, name))
+    for form in found.TAKES:
+        plugins.load(PACKAGE, name, CONTRACTS[form])
+    return found
+
+
+def change_aggregation_of(name: str) -> ChangeAggregation:
+    """Loads an aggregation of changes by name."""
+    return cast(ChangeAggregation, plugins.load(PACKAGE, name, ChangeAggregation))
+
+
+def seed_aggregation_of(name: str) -> SeedAggregation:
+    """Loads an aggregation of steps along directions by name."""
+    return cast(SeedAggregation, plugins.load(PACKAGE, name, SeedAggregation))
 
 
 def leading(state: State[Factors], rank: int) -> Start[Factors]:

@@ -92,7 +92,7 @@ class ScoreLinears(TrainingRequest):
             return "planner"
         if self.steps != config.importance_steps:
             return "steps"
-        if self.learning_rate != config.learning_rate:
+        if self.learning_rate != config.rate:
             return "learning_rate"
         if self.micro > max(config.batches):
             return "micro"

@@ -22,7 +22,7 @@ from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
-from fedgrove.stages.tune.parametrizations import Attachment, parametrization_of
+from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
 from fedgrove.stages.tune.personal import Parts, Windows, best, error_of_difference, hold_out, losses, mean_of
 from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
 
@@ -68,7 +68,7 @@ class ComparePersonal(TuneRequest):
     title: Line
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        method = parametrization_of(self.parametrization)
+        method = trainable_of(self.parametrization)
         decoder, ids, labels = self.model_and_windows(client, device)
         _, held_out = hold_out(ids, labels, self.personal)
         best_adapter = best(best_folder(client, self.stage), method)

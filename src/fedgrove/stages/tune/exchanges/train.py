@@ -28,7 +28,7 @@ from fedgrove.stages.tune.client_model import TrainingRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
-from fedgrove.stages.tune.parametrizations import Attachment, Parametrization, parametrization_of
+from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
 from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
 from fedgrove.stages.tune.train_settings import Training, WindowNoise
@@ -99,9 +99,9 @@ class Train(TrainingRequest):
         return self.windows is not None or (self.fixed is not None and self.fixed.noise is not None)
 
     @property
-    def method(self) -> Parametrization:
+    def method(self) -> Trainable:
         """The module of the parametrization."""
-        return parametrization_of(self.parametrization)
+        return trainable_of(self.parametrization)
 
     def discloses(self) -> frozenset[Disclosure]:
         return frozenset({self.method.DISCLOSES} | (set() if self.noisy else {Disclosure.LOSS}))
@@ -225,7 +225,7 @@ class Train(TrainingRequest):
 
     def _packed(
         self,
-        method: Parametrization,
+        method: Trainable,
         trained: Mapping[str, Any],
         starts: Mapping[str, Start[Any]],
         shapes: Mapping[str, tuple[int, int]],

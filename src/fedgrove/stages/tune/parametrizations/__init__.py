@@ -24,6 +24,7 @@ from fedgrove.stages.tune.training import GradientMasks
 
 if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
     from fedgrove.models.blocks import Decoder
+    from fedgrove.stages.tune.config import Config
 
 PACKAGE = "stages.tune.parametrizations"
 
@@ -44,27 +45,48 @@ class Attachment:
 
 
 class Parametrization(Protocol):
-    """The contract of a parametrization's file.
+    """What every parametrization's file has: all that a job and a plan need to know.
+
+    One that clients train linear by linear has the whole contract, :class:`Trainable`.
 
     Attributes:
         FORM: the form of its changes; see :mod:`fedgrove.stages.tune.aggregation`.
+        LOOP: the file of :mod:`fedgrove.stages.tune.loops` that runs its rounds.
         DISCLOSES: what a response reveals about a client's text.
         AGGREGATION: the default aggregation.
+        TRAINERS: the default trainer, and the one that protects single windows with noise.
+        DEFAULTS: defaults of other keys of the job that differ from those of the other parametrizations.
+        KEYS: keys of the job that only some parametrizations use, this one among them.
+        UNUSED: keys of the job that have no effect, and so must keep their defaults.
         RANKED: whether a linear has a rank that can be chosen. If not, plans record rank 1.
         RELATIVE: True: clients send the difference that a round made; False: the values at the end of the round.
         PRIVATE: whether it can be trained with differential privacy.
         PERSONAL: whether clients can keep a personal change.
         FROZEN: whether the weights themselves stay as they are, so that they can be held in fewer bits; if not, in 32.
+        BY_WINDOWS: whether a client counts by its windows in a step, of which it then gets as many as it has text; else it
+            counts by its tokens.
+        ALONE: whether the model that a client would have without the others can be measured.
+        SUMS_LOSS: whether the loss is part of the sum, where only sums may be seen; else it is not sent there.
+        CLIPPED: what noise protects, in words: what a client sends, and what a window adds to it.
     """
 
     FORM: Form
+    LOOP: str
     DISCLOSES: Disclosure
     AGGREGATION: str
+    TRAINERS: tuple[str, str]
+    DEFAULTS: Mapping[str, Any]
+    KEYS: frozenset[str]
+    UNUSED: frozenset[str]
     RANKED: bool
     RELATIVE: bool
     PRIVATE: bool
     PERSONAL: bool
     FROZEN: bool
+    BY_WINDOWS: bool
+    ALONE: bool
+    SUMS_LOSS: bool
+    CLIPPED: tuple[str, str]
 
     def none(self, shape: tuple[int, int]) -> Any:
         """The zero change of a weight (out, in)."""
@@ -73,6 +95,36 @@ class Parametrization(Protocol):
     def change_of(self, parts: Mapping[str, Tensor]) -> Any:
         """A change from its tensors, by name of the part."""
         ...
+
+    def configurations(self, space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
+        """The configurations that planner "uniform" can give to all clients, best first; with one window at once."""
+        ...
+
+    def memory(self, cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
+        """Bytes at the peak of training, without the process itself."""
+        ...
+
+    def compute_seconds(self, cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
+        """Seconds of computation in a round."""
+        ...
+
+    def numbers(self, cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: bool) -> int:
+        """How many numbers a client sends, or receives, in a round.
+
+        Args:
+            ranks: by linear.
+            config: the stage's table.
+            sent: whether the client sends them.
+        """
+        ...
+
+    def shortage(self, cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
+        """The message for a client with too little memory: how much it needs, and the remedy."""
+        ...
+
+
+class Trainable(Parametrization, Protocol):
+    """The contract of a parametrization that clients train linear by linear, by gradients."""
 
     def start(
         self, own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
@@ -140,26 +192,6 @@ class Parametrization(Protocol):
         """The weight (out, in) plus its change, rounded once to the weight's dtype; zeros stay zero if ``masked``."""
         ...
 
-    def configurations(self, space: SearchSpace, cost: ModelCost, batch: int) -> list[ClientConfig]:
-        """The configurations that planner "uniform" can give to all clients, best first; with one window at once."""
-        ...
-
-    def memory(self, cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
-        """Bytes at the peak of training, without the process itself."""
-        ...
-
-    def compute_seconds(self, cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
-        """Seconds of computation in a round."""
-        ...
-
-    def numbers(self, cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
-        """How many numbers a change has on the wire."""
-        ...
-
-    def shortage(self, cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-        """The message for a client with too little memory: how much it needs, and the remedy."""
-        ...
-
     def write_adapter(
         self, out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
     ) -> bool:
@@ -178,8 +210,16 @@ class Parametrization(Protocol):
 
 
 METHOD = Parametrization
+CONTRACTS: dict[Form, Any] = {"factors": Trainable, "tensors": Trainable, "coefficients": Parametrization}
 
 
 def parametrization_of(name: str) -> Parametrization:
-    """Loads a parametrization by name."""
-    return cast(Parametrization, plugins.load(PACKAGE, name))
+    """Loads a parametrization by name; it fulfils the contract of its form."""
+    found = cast(Parametrization, plugins.load(PACKAGE, name))
+    plugins.load(PACKAGE, name, CONTRACTS[found.FORM])
+    return found
+
+
+def trainable_of(name: str) -> Trainable:
+    """Loads a parametrization that clients train linear by linear."""
+    return cast(Trainable, plugins.load(PACKAGE, name, Trainable))

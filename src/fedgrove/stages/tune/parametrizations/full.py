@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,26 @@ from fedgrove.stages.tune.parametrizations import Attachment
 from fedgrove.stages.tune.parametrizations.lora import merge_dense
 from fedgrove.stages.tune.training import GradientMasks
 
+if TYPE_CHECKING:  # the stage's table names its parametrization, so it imports this package
+    from fedgrove.stages.tune.config import Config
+
 FORM: Form = "tensors"
+LOOP = "changes"
 DISCLOSES = Disclosure.CHANGES
 AGGREGATION = "fedavg"
+TRAINERS = ("sgd", "dp_sgd")
+DEFAULTS: Mapping[str, Any] = {}
+KEYS: frozenset[str] = frozenset()
+UNUSED: frozenset[str] = frozenset()
 RANKED = False
 RELATIVE = True
 PRIVATE = False
 PERSONAL = False
 FROZEN = False
+BY_WINDOWS = False
+ALONE = True
+SUMS_LOSS = True
+CLIPPED = ("change", "gradient")
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     return costs.full_compute_seconds(cost, space, budget, config.batch)
 
 
-def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
+def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: bool) -> int:
     """out·in for each linear."""
     return sum(rows * columns for name, (rows, columns) in cost.linears.items() if name in ranks)
 

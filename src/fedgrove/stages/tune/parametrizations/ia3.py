@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,26 @@ from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.parametrizations import Attachment
 from fedgrove.stages.tune.training import GradientMasks
 
+if TYPE_CHECKING:  # the stage's table names its parametrization, so it imports this package
+    from fedgrove.stages.tune.config import Config
+
 FORM: Form = "tensors"
+LOOP = "changes"
 DISCLOSES = Disclosure.SCALES
 AGGREGATION = "fedavg"
+TRAINERS = ("sgd", "dp_sgd")
+DEFAULTS: Mapping[str, Any] = {}
+KEYS: frozenset[str] = frozenset()
+UNUSED: frozenset[str] = frozenset()
 RANKED = False
 RELATIVE = True
 PRIVATE = True
 PERSONAL = False
 FROZEN = True
+BY_WINDOWS = False
+ALONE = True
+SUMS_LOSS = True
+CLIPPED = ("change", "gradient")
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     return windows * costs.window_operations(cost, space) / budget.speed
 
 
-def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
+def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: bool) -> int:
     """One for each output channel."""
     return sum(rows for name, (rows, _) in cost.linears.items() if name in ranks)
 

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,26 @@ from fedgrove.stages.tune.frozen import hush
 from fedgrove.stages.tune.parametrizations import Attachment
 from fedgrove.stages.tune.training import GradientMasks
 
+if TYPE_CHECKING:  # the stage's table names its parametrization, so it imports this package
+    from fedgrove.stages.tune.config import Config
+
 FORM: Form = "factors"
+LOOP = "changes"
 DISCLOSES = Disclosure.FACTORS
 AGGREGATION = "flexlora"
+TRAINERS = ("sgd", "dp_sgd")
+DEFAULTS: Mapping[str, Any] = {}
+KEYS: frozenset[str] = frozenset()
+UNUSED: frozenset[str] = frozenset()
 RANKED = True
 RELATIVE = False
 PRIVATE = True
 PERSONAL = True
 FROZEN = True
+BY_WINDOWS = False
+ALONE = True
+SUMS_LOSS = True
+CLIPPED = ("change", "gradient")
 
 OWN, REST = "own", "rest"  # the adapter that is trained, and the frozen one that is only added
 
@@ -206,8 +218,9 @@ memory = costs.memory
 compute_seconds = costs.compute_seconds
 
 
-def numbers(cost: ModelCost, ranks: Mapping[str, int], shared_a: bool = False) -> int:
-    """Σ rank·(out + in) over the linears; Σ rank·out if A is shared."""
+def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: bool) -> int:
+    """Σ rank·(out + in) over the linears; Σ rank·out for fixed-point numbers if A is shared."""
+    shared_a = sent and config.precision == "fixed" and config.aggregation_method.SHARED_A
     return sum(rank * (cost.linears[name][0] if shared_a else sum(cost.linears[name])) for name, rank in ranks.items())
 
 

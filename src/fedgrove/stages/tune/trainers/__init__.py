@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
-
-from torch import nn
+from typing import Any, Protocol, cast
 
 from fedgrove import plugins
-from fedgrove.stages.tune.training import Settings, Work
+from fedgrove.stages.tune.aggregation import Form
+from fedgrove.stages.tune.training import Work
 
 PACKAGE = "stages.tune.trainers"
 
@@ -17,15 +16,25 @@ class Trainer(Protocol):
 
     Attributes:
         PRIVATE: whether it adds noise, so that training is differentially private for single windows of text.
+        TAKES: the forms of change that it trains; see :mod:`fedgrove.stages.tune.aggregation`.
     """
 
     PRIVATE: bool
+    TAKES: frozenset[Form]
 
-    def train(self, model: nn.Module, work: Work, settings: Settings) -> float | None:
-        """Trains the parameters that require a gradient.
+    def train(self, model: Any, work: Work, settings: Any) -> Any:
+        """Trains a model on a client's windows.
+
+        Args:
+            model: with gradients, the model whose parameters that require one are trained; for "coefficients", a
+                :class:`~fedgrove.stages.tune.seeds.two_sided.TwoSided`.
+            work: the windows, and the privacy budget.
+            settings: :class:`~fedgrove.stages.tune.training.Settings`, or
+                :class:`~fedgrove.stages.tune.seeds.steps.Steps` for "coefficients".
 
         Returns:
-            The mean loss per token; None if it may not be disclosed.
+            The mean loss per token, None if it may not be disclosed; for "coefficients", a
+            :class:`~fedgrove.stages.tune.seeds.steps.Taken`.
 
         Raises:
             NotFinite: the loss is not finite. A trainer with noise never raises it: whether a window is there must not show.

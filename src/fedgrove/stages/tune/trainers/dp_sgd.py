@@ -9,9 +9,11 @@ from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_keeps
 from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
+from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.training import Settings, Work, loss_sum, make_optimizer, trained_parameters
 
 PRIVATE = True
+TAKES: frozenset[Form] = frozenset({"factors", "tensors"})
 
 
 def train(model: nn.Module, work: Work, settings: Settings) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
+from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.training import (
     GradientMasks,
     NotFinite,
@@ -25,6 +26,7 @@ from fedgrove.stages.tune.training import (
 )
 
 PRIVATE = False
+TAKES: frozenset[Form] = frozenset({"factors", "tensors"})
 
 
 def train(model: nn.Module, work: Work, settings: Settings) -> float:

@@ -1,0 +1,342 @@
+"""A round of steps along random directions: clients send differences of losses; before it, what a job calls "auto" is measured.
+
+Neither a seed nor a weight travels: a direction is named by its index, and the model by its coefficients.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedgrove.client import server_weights
+from fedgrove.client.local_client import LocalClient
+from fedgrove.errors import FedgroveError
+from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.units import MAX_CLIENTS, MOST, Count, Linears, Name, NonNegative, Positive
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.tune import training
+from fedgrove.stages.tune.aggregation import Drawing, SeedAggregation, seed_aggregation_of
+from fedgrove.stages.tune.client_model import TrainingRequest
+from fedgrove.stages.tune.config import AUTO, Config
+from fedgrove.stages.tune.fixed_point import ClientNoise
+from fedgrove.stages.tune.seeds.offsets import LARGEST, MOST_DIRECTIONS, Offsets
+from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_LOSS, Steps, Taken, limit_for, whole
+from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
+from fedgrove.stages.tune.train_settings import WindowNoise
+from fedgrove.stages.tune.trainers import trainer_of
+
+COEFFICIENTS, CHANCES = "coefficients", "chances"  # tensors of a request
+DIFFERENCES, CURVES = f"{CHANGE}differences", f"{CHANGE}curves"  # tensors of a response
+MEASURED = 8  # directions along which the curvature is measured: its standard error is about a tenth
+PERTURBATIONS = tuple(2.0**-k for k in range(6, 13))  # that "auto" chooses from
+PROBES = 2**40  # the first direction that is measured along: no step goes along it
+
+
+class Took(Reply):
+    """The reply of a client that took a round's steps.
+
+    Attributes:
+        tokens: of its text.
+        loss: the mean loss of its windows; None if only sums may be seen, if there is noise, or if no step counted.
+        skipped: steps whose loss was not finite; None where the loss is.
+    """
+
+    tokens: int
+    loss: NonNegative | None = None
+    skipped: Annotated[int, Field(ge=0, le=MOST)] | None = None
+
+
+class AlongDirections(TrainingRequest):
+    """A request whose response compares losses along random directions.
+
+    Tensors of the request: ``coefficients``, (directions,) int64: the steps so far.
+
+    Attributes:
+        batch: windows of a step.
+        clients: how many clients get the request, which bounds what each may send.
+        masked: the linears whose zeros stay zero.
+    """
+
+    batch: Count
+    clients: Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
+    masked: Linears
+
+    def model(self, tensors: Tensors, client: LocalClient, device: str) -> tuple[TwoSided, Tensor, Tensor]:
+        """The model after the steps so far, and this client's windows.
+
+        Raises:
+            FedgroveError: the server sent coefficients that are none, or that make a weight grow too much.
+        """
+        decoder, ids, labels = self.model_and_windows(client, device)
+        decoder = Decoder(decoder.checkpoint, device, torch.float32)  # whose weights move; others share the one that is kept
+        coefficients = tensors[COEFFICIENTS]
+        if coefficients.dim() != 1 or coefficients.dtype != torch.int64 or len(coefficients) > MOST_DIRECTIONS:
+            raise client.error("the server sent coefficients of another shape or dtype; refused")
+        if bool((coefficients.abs() > LARGEST).any()):
+            raise client.error("the server sent a coefficient that no stage makes; refused")
+        if not set(self.masked) <= decoder.linear_names().keys():
+            raise client.error("the request names a linear that the model does not have; refused")
+
+        def check(name: str, before: Tensor, after: Tensor) -> None:
+            server_weights.check_growth(name, before.float(), after, client)
+
+        whole_model = in_memory(sum(rows * columns for rows, columns in map(decoder.read_shape, decoder.linear_names())))
+        offsets = Offsets(client.folder / f"offsets-{self.stage}", self.seed, whole_model)
+        return TwoSided(decoder, offsets, coefficients, self.seed, self.masked, check, whole_model), ids, labels
+
+    def check_tensors(self, tensors: Tensors, names: set[str], client: LocalClient) -> None:
+        """Refuses a request with other tensors than these."""
+        if tensors.keys() != names:
+            raise client.error("the server sent other tensors than coefficients; refused")
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if self.fixed is not None:
+            return "fixed"
+        if self.batch > max(config.batches) * len(job.clients):
+            return "batches"
+        if self.clients > len(job.clients):  # what others may send would not fit the sum
+            return "clients"
+        return super().beyond(job)
+
+
+class Step(AlongDirections):
+    """Go along a direction in each of a round's steps, by the difference of the loss on either side.
+
+    Tensors of the request, besides the coefficients: ``chances``, (seeds,) int64, for aggregations that prefer some
+    directions. The response contains ``change/differences``, int32: for each direction, the sum over windows and steps of
+    L₊ − L₋ in multiples of 2⁻²⁴.
+
+    Attributes:
+        aggregation, trainer: names.
+        seeds: number of directions in the stage; 0: new ones in every round.
+        steps: of the round.
+        seen: how many windows this client trained on in earlier rounds.
+        learning_rate, perturbation: of the steps.
+        says_loss: whether the reply says the loss.
+        windows: the privacy budget, for trainers that add noise.
+        noise: the noise that protects a client.
+    """
+
+    KIND: ClassVar[str] = "tune/seeds/step"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.LOSS_DIFFERENCES, Disclosure.LOSS})
+    REPLY: ClassVar[type[Reply]] = Took
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "batch", "seen", "windows.noise"})
+
+    aggregation: Name
+    trainer: Name
+    seeds: Annotated[int, Field(ge=0, le=MOST_DIRECTIONS)]
+    steps: Count
+    seen: Annotated[int, Field(ge=0, le=MOST)]
+    learning_rate: NonNegative
+    perturbation: Positive
+    says_loss: bool
+    windows: WindowNoise | None = None
+    noise: ClientNoise | None = None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether noise protects the response."""
+        return self.windows is not None or self.noise is not None
+
+    @property
+    def method(self) -> SeedAggregation:
+        """The module of the aggregation."""
+        return seed_aggregation_of(self.aggregation)
+
+    def drawing(self, client: str, chances: Tensor | None) -> Drawing:
+        """From what a client's directions are drawn."""
+        return Drawing(self.seeds, self.steps, self.round, f"{self.seed}/{client}", chances)
+
+    @property
+    def slope_weight(self) -> float:
+        """The loss difference, in nats, that a client with a mean slope of 1 sends for a step."""
+        return 2 * self.perturbation * self.batch
+
+    def discloses(self) -> frozenset[Disclosure]:
+        return self.DISCLOSES if self.says_loss else frozenset({Disclosure.LOSS_DIFFERENCES})
+
+    def adders(self) -> int:
+        return self.noise.adders if self.noise else 1
+
+    def release(self) -> str | None:
+        return f"{self.stage}/{self.round}" if self.noisy else None
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        if client.credentials is not None and self.noise and not self.noise.adders:
+            raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
+        chances = tensors.get(CHANCES)
+        self.check_tensors(tensors, {COEFFICIENTS} | ({CHANCES} if chances is not None else set()), client)
+        if chances is not None and (
+            chances.dtype != torch.int64
+            or chances.shape != (self.seeds,)
+            or not bool(((chances > 0) & (chances < 2**40)).all())
+        ):
+            raise client.error("the server sent chances that are none; refused")
+        drawing = self.drawing(client.name, chances)
+        directions, summed = self.method.draw(drawing), self.method.summed(drawing)
+        if len(tensors[COEFFICIENTS]) <= max([*directions, *summed]):
+            raise client.error("the server sent fewer coefficients than there are directions; refused")
+        noise = self.windows or self.noise
+        if noise and not self.round < noise.rounds:
+            raise client.error(f"round {self.round + 1} of {noise.rounds}: its privacy budget is spent")
+        model, ids, labels = self.model(tensors, client, device)
+        budget = training.Budget(**self.windows.model_dump()) if self.windows else None
+        work = training.Work(ids, labels, self.seen, f"{self.seed}/{client.name}", budget=budget)
+        steps = Steps(tuple(directions), self.batch, self.learning_rate, self.perturbation, limit_for(self.clients))
+        try:
+            try:
+                taken: Taken = trainer_of(self.trainer).train(model, work, steps)
+            except training.NotFinite:
+                if not self.noisy:
+                    raise
+                taken = Taken(torch.zeros(self.steps, dtype=torch.int64), None, 0)  # an error would tell something of the text
+        except FedgroveError as error:
+            raise client.error(error.what, error.remedy) from error
+        model.flush()
+        total = self._by_direction(taken.differences, directions, summed)
+        says = self.says_loss and not self.noisy
+        return Response(
+            {DIFFERENCES: self._private(total).int()},
+            Took(tokens=self.tokens, loss=taken.loss if says else None, skipped=taken.skipped if says else None),
+        )
+
+    def _by_direction(self, differences: Tensor, directions: list[int], summed: list[int]) -> Tensor:
+        """The sum of the differences for each direction of the response, within the limit."""
+        if directions == summed:
+            return differences
+        places = {direction: place for place, direction in enumerate(summed)}
+        total = torch.zeros(len(summed), dtype=torch.int64)
+        total.index_add_(0, torch.tensor([places[one] for one in directions]), differences)
+        limit = limit_for(self.clients)
+        return total.clamp(-limit, limit)
+
+    def _private(self, total: Tensor) -> Tensor:
+        """With the noise that protects a client: its slopes are clipped as one vector, and it adds its part of the noise."""
+        if self.noise is None:
+            return total
+        mechanism, unit = self.noise.mechanism(self.slope_weight), self.slope_weight * 2.0**LOSS_BITS
+        clipped = (mechanism.clip(total.double() / unit) * unit).trunc().long()
+        return mechanism.add_share(clipped)
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        return {DIFFERENCES: (torch.Size([len(self.method.summed(self.drawing("", None)))]), torch.int32)}
+
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Took)
+        self.check_tokens(reply.tokens)
+        if not self.says_loss and (reply.loss is not None or reply.skipped is not None):
+            raise WireError("it reports a loss that was not requested")
+        if reply.skipped is not None and reply.skipped > self.steps:
+            raise WireError("it skipped more steps than there are")
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        if bool((tensors[DIFFERENCES].long().abs() > limit_for(self.clients)).any()) and not self.noisy:
+            raise WireError(f"{DIFFERENCES} is out of range")
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        asked = {
+            "aggregation": self.aggregation, "trainer": self.trainer, "seeds": self.seeds, "steps": self.steps,
+            "says_loss": self.says_loss,
+        }  # fmt: skip
+        agreed = {
+            "aggregation": config.aggregation, "trainer": config.trainer, "seeds": config.seeds, "steps": config.steps,
+            "says_loss": config.epsilon is None and not job.secure,
+        }  # fmt: skip
+        if config.learning_rate != AUTO:
+            asked["learning_rate"], agreed["learning_rate"] = self.learning_rate, config.learning_rate_in(self.round)
+        if config.perturbation != AUTO:
+            asked["perturbation"], agreed["perturbation"] = self.perturbation, config.perturbation
+        differs = next((key for key in asked if asked[key] != agreed[key]), None)
+        if differs is None and self.seen > self.round * self.steps * max(config.batches) * len(job.clients):
+            differs = "seen"  # else the server could have a client train on the same windows again
+        return differs or self._noise_beyond(config, job) or super().beyond(job)
+
+    def _noise_beyond(self, config: Config, job: Agreed) -> str | None:
+        """Whether the request leaves out or weakens the noise that the job promises."""
+        noise, other = (self.windows, self.noise) if config.trainer_method.PRIVATE else (self.noise, self.windows)
+        if config.epsilon is None or noise is None or other is not None:
+            return "epsilon" if config.epsilon is not None or self.noisy else None
+        if (noise.epsilon, noise.delta, noise.rounds, noise.clip) != (
+            config.epsilon, config.delta, config.rounds, config.dp_clip
+        ):  # fmt: skip
+            return "epsilon"
+        return "noise" if self.noise is not None and (self.noise.adders > 0) != job.secure else None
+
+
+class Measure(AlongDirections):
+    """Measure along a few directions, at several distances, how your loss differs and curves.
+
+    The response contains ``change/differences`` and ``change/curves``, (perturbations, directions) int64: sums over windows
+    of L₊ − L₋ and of L₊ + L₋ − 2 L₀ in multiples of 2⁻²⁴, where losses that are not finite count as 0.
+
+    Attributes:
+        perturbations: distances.
+        directions: how many.
+    """
+
+    KIND: ClassVar[str] = "tune/seeds/measure"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.CURVATURE})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "batch"})
+
+    perturbations: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=64)]
+    directions: Annotated[int, Field(ge=1, le=64)]
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        self.check_tensors(tensors, {COEFFICIENTS}, client)
+        model, ids, labels = self.model(tensors, client, device)
+        batch = next(training.draw(ids, labels, self.batch, 0, f"{self.seed}/{client.name}/measure"))
+        sides = [0.0, *(sign * one for one in self.perturbations for sign in (1, -1))]
+        shape = len(self.perturbations), self.directions
+        differences, curves = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        for probe in range(self.directions):
+            found = model.losses(*batch, PROBES + probe, sides)
+            finite = torch.isfinite(found)
+            center, above, below = (
+                whole(found.nan_to_num(0.0, 0.0, 0.0))[rows] for rows in (slice(1), slice(1, None, 2), slice(2, None, 2))
+            )
+            counts = finite[:1] & finite[1::2] & finite[2::2]
+            differences[:, probe] = ((above - below) * counts).sum(1)
+            curves[:, probe] = ((above + below - 2 * center) * counts).sum(1)
+        model.flush()
+        return Response({DIFFERENCES: differences, CURVES: curves}, Reply())
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        shape = torch.Size([len(self.perturbations), self.directions])
+        return dict.fromkeys((DIFFERENCES, CURVES), (shape, torch.int64))
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        most = int(self.batch * 4 * MOST_LOSS * 2**LOSS_BITS)
+        for name, tensor in tensors.items():
+            if bool((tensor.abs() > most).any()):
+                raise WireError(f"{name} is out of range")
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        """Before the first round, and wherever it is measured again."""
+        assert isinstance(config, Config)
+        return range(0, config.rounds, config.replan_every or config.rounds)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.epsilon is not None:
+            return "epsilon"
+        if not config.measures_settings:
+            return "learning_rate"
+        if self.perturbations != perturbations_of(config):
+            return "perturbations"
+        return "directions" if self.directions != MEASURED else super().beyond(job)
+
+
+def perturbations_of(config: Config) -> tuple[float, ...]:
+    """The distances that :class:`Measure` asks for."""
+    return PERTURBATIONS if isinstance(config.perturbation, str) else (config.perturbation,)

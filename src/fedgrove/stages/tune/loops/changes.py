@@ -1,0 +1,267 @@
+"""Rounds in which clients train the changes of linears, and the server aggregates them linear by linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.errors import FedgroveError
+from fedgrove.events import Phase
+from fedgrove.rounds.clock import Clock
+from fedgrove.rounds.request import Message
+from fedgrove.stages.tune.aggregation import Options, change_aggregation_of
+from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.exchanges.alone import EvaluateAlone
+from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
+from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
+from fedgrove.stages.tune.exchanges.train import Train, WholeRound, start_tensors
+from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
+from fedgrove.stages.tune.float_round import Bounds, FloatRound
+from fedgrove.stages.tune.merging import write_merged
+from fedgrove.stages.tune.parametrizations import trainable_of
+from fedgrove.stages.tune.plan import importance_seconds, make_plan, worth
+from fedgrove.stages.tune.planners import planner_of
+from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
+from fedgrove.stages.tune.train_settings import Training
+from fedgrove.stages.tune.tuning import Tuning
+
+HYSTERESIS = 1.05  # a new plan replaces the old one only if it is worth this factor more
+KEPT_SCORE = 0.5  # weight of the old importance in the new one
+
+
+class Loop(Tuning):
+    """See :class:`fedgrove.stages.tune.tuning.Tuning`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.method = trainable_of(self.config.parametrization)
+        self.aggregation = change_aggregation_of(self.config.aggregation)
+        self.dtype = getattr(torch, self.config.dtype)
+
+    def prepare(self, round_: int, again: bool) -> None:
+        """Where the planner needs the importance, measures it and plans with it."""
+        if again and planner_of(self.config.planner).NEEDS_IMPORTANCE:
+            self.plan_anew(round_)
+
+    def finish(self) -> None:
+        """Lets the clients choose their personal adapters."""
+        if self.config.personal:
+            self.keep_personal()
+
+    def plan_anew(self, round_: int) -> None:
+        """Lets the clients score the linears, and plans again with the new importance."""
+        config, plan = self.config, self.plan
+        what = "measuring which weights are worth tuning"
+        self.run.phase(Phase("tune", what, stage=plan.stage, round=round_, rounds=config.rounds))
+        names = list(self.decoder.linear_names())
+        requests = {
+            client: ScoreLinears(
+                **self._common(client, round_),
+                tokens=assignment.tokens,
+                steps=config.importance_steps,
+                micro=assignment.micro,
+                learning_rate=config.rate,
+                fixed=self._fixed({}),
+            )
+            for client, assignment in plan.clients.items()
+        }
+        messages = {client: Message(request) for client, request in requests.items()}
+        cost = self.cost()
+        clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
+        total = ImportanceSum(names, requests, config.most_tokens)
+        self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
+        importance = total.importance()
+        if round_ > 0:
+            importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
+        job = self.federation.job
+        new = make_plan(
+            plan.stage, config, cost, plan.capabilities, importance, round_, job.together, job.privacy.secure_aggregation
+        )
+        if round_ == 0 or worth(new, config, importance) > HYSTERESIS * worth(plan, config, importance):
+            self.state.plan = new.model_copy(update={"notes": plan.notes, "discloses": plan.discloses})
+        else:
+            self.state.plan = plan.model_copy(update={"importance": importance})
+        self.state.clock += clock.slowest(clock.spent)
+        self.state.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
+        self.write_plan()
+
+    def train_round(self, round_: int) -> None:
+        """One round: the clients train, and the server aggregates their changes."""
+        plan, state = self.plan, self.state
+        requests = {client: self._request(client, round_) for client in sorted(plan.clients)}
+        messages = {client: Message(request, self._start(client)) for client, request in requests.items()}
+        clock = self._clock({client: assignment.compute for client, assignment in plan.clients.items()})
+        if self.config.precision == "fixed":
+            heard = self._sum_fixed(requests, messages, clock)
+        else:
+            heard = self._sum_floats(messages, clock)
+        for client in heard:
+            state.seen[client] = state.seen.get(client, 0) + self.config.steps * plan.clients[client].batch
+        state.clock += clock.slowest(heard)
+        state.metrics.append((None, "clock", state.clock))
+
+    def _sum_floats(self, messages: Mapping[str, Message], clock: Clock) -> list[str]:
+        plan, config, state = self.plan, self.config, self.state
+        shapes = {name: self.decoder.read_shape(name) for name in plan.tuned()}
+        old = {name: state.state_of(name, shape) for name, shape in shapes.items()}
+        ranks = {name: [one.ranks[name] for one in plan.clients.values() if name in one.ranks] for name in shapes}
+        assigned = {client: one.ranks for client, one in plan.clients.items()}
+        bounds = Bounds(config.max_change, config.most_tokens)
+        folder = self.run.path / "work" / "changes"
+        sums = FloatRound(self.method, self.aggregation, old, shapes, ranks, assigned, self.seed, bounds, folder)
+        heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
+        for client in heard:
+            if client in sums.losses:
+                state.metrics.append((client, "loss", sums.losses[client]))
+            state.metrics.append((client, "seconds", clock.spent[client]))
+        for client in sums.finish():
+            self.run.message(f"{client}: its change is more than {config.max_change:g} times the median; it was scaled down")
+        for name, shape in shapes.items():
+            rank = max(ranks[name])
+            if self.method.RANKED:
+                rank = max(rank, old[name].live.rank)
+            try:
+                new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # of NaN or infinity; torch exports it in docs
+                raise self._diverged(name) from error
+            self._step(name, shape, old[name], new, rank)
+        loss = sums.loss()
+        if loss is not None:
+            state.metrics.append((None, "loss", loss))
+        return heard
+
+    def _sum_fixed(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
+        """Adds the mean of the clients' differences to the state that they started from."""
+        state, widest = self.state, self.plan.widest()
+        sums = WholeRound(requests)
+        heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
+        means = sums.means(heard)
+        for name, rank in widest.items():
+            shape = self.decoder.read_shape(name)
+            old = state.state_of(name, shape)
+            parts = {key.rpartition("/")[2]: value for key, value in means.items() if key.rpartition("/")[0] == name}
+            live = self.method.after_round(old, parts, rank, self.dtype, name, self.seed)
+            self._step(name, shape, old, State(live, old.frozen), rank)
+        state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
+        if LOSS in means:
+            state.metrics.append((None, "loss", float(means[LOSS])))
+        return heard
+
+    def _step(self, name: str, shape: tuple[int, int], old: State[Any], new: State[Any], rank: int) -> None:
+        """Applies the server optimizer to a linear: a step from the old state towards the aggregation's result."""
+        kind, state = self.config.server_optimizer, self.state
+        remembered = state.optimizer.get(name, ServerOptimizerState(self.method.none(shape)))
+        live, remembered = step(kind, old.live, new.live, remembered, self.config.server_lr, rank)
+        if not all(bool(torch.isfinite(part).all()) for part in live.parts().values()):
+            raise self._diverged(name)
+        state.put(name, shape, State(live, new.frozen))
+        if kind != "average":
+            state.optimizer[name] = remembered
+
+    def _diverged(self, name: str) -> FedgroveError:
+        return FedgroveError(
+            f"stage {self.plan.stage}: the clients' changes of {name} have no finite mean",
+            "lower learning_rate, or leave out the client whose loss stands out",
+        )
+
+    def alone_request(self, client: str, texts: Mapping[str, int]) -> EvaluateAlone:
+        """The request to one client to train without the others, by the plan in force; all that it sends are losses."""
+        config, first = self.config, self._request(client, 0)
+        train = first.model_copy(update={"seen": 0})
+        rates = tuple(config.learning_rate_in(round_) for round_ in range(config.rounds))
+        return EvaluateAlone(stage=self.plan.stage, texts=dict(texts), train=train, learning_rates=rates)
+
+    def _request(self, client: str, round_: int) -> Train:
+        """The request to one client in a round."""
+        config, assignment = self.config, self.plan.clients[client]
+        return Train(
+            **self._common(client, round_),
+            parametrization=config.parametrization,
+            trainer=config.trainer,
+            shared_a=self.aggregation.SHARED_A,
+            ranks=assignment.ranks,
+            scales={name: config.scale(rank) for name, rank in assignment.ranks.items()} if self.method.RANKED else {},
+            masked=self.masked,
+            tokens=assignment.tokens,
+            seen=self.state.seen.get(client, 0),
+            dtype=config.dtype,
+            pull=config.personal_pull,
+            training=Training(
+                steps=config.steps,
+                batch=assignment.batch,
+                micro=assignment.micro,
+                learning_rate=config.learning_rate_in(round_),
+                optimizer=config.optimizer,
+                max_grad_norm=config.max_grad_norm,
+                proximal=config.proximal,
+            ),
+            fixed=self._fixed(self.plan.widest()),
+            windows=self._window_noise(client),
+        )
+
+    def _start(self, client: str) -> dict[str, Tensor]:
+        """The tensors of a client's request: for every linear the part that it trains, and the rest."""
+        ranks = self.plan.clients[client].ranks
+        starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
+        return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
+
+    def _fixed(self, widest: dict[str, int]) -> FixedPointChanges | None:
+        """The settings of fixed-point numbers; None if responses are floats."""
+        if self.config.precision != "fixed":
+            return None
+        noise = self._client_noise()
+        clients = self.plan.clients.values()
+        everything = len(clients) if noise is not None else sum(min(one.tokens, self.config.most_tokens) for one in clients)
+        return FixedPointChanges(everything=everything, most=self.config.most_tokens, widest=widest, noise=noise)
+
+    def keep_personal(self) -> None:
+        """Lets every client compare the result with its own best change on its held-out text, and logs both losses."""
+        stage, run, job = self.plan.stage, self.run, self.federation.job
+        done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "personal/shared")}
+        left = {client: assignment for client, assignment in self.plan.clients.items() if client not in done}
+        if not left:
+            return
+        self.send_base()
+        tensors: dict[str, Tensor] = {}
+        for name, state in self.state.states.items():
+            for part, value in state.total().compress().parts().items():
+                tensors[f"rest/{name}/{part}"] = value.float().contiguous()
+        messages = {}
+        for client, assignment in left.items():
+            request = ComparePersonal(
+                **self._common(client, self.config.rounds),
+                parametrization=self.config.parametrization,
+                masked=self.masked,
+                micro=assignment.micro,
+                base=job.model.name,
+                title=f"{job.name}: {client}'s own adapter",
+            )
+            messages[client] = Message(request, tensors)
+        for client, _, reply in self.federation.collect(messages):
+            assert isinstance(reply, PersonalLosses)
+            if reply.shared is None or reply.own is None:
+                run.message(f"tune: client '{client}' holds out no text or took part in no round: no personal adapter")
+                continue
+            run.log(stage, None, client, "personal/own", reply.own)
+            run.log(stage, None, client, "personal/keeps", float(reply.keeps_own))
+            if reply.error is not None:
+                run.log(stage, None, client, "personal/error", reply.error)
+            run.log(stage, None, client, "personal/shared", reply.shared)  # last: it marks the client as done
+
+    def merge(self, folder: Path) -> None:
+        """Writes the weights with their changes merged, one file per block, in the checkpoint's dtype."""
+        totals = {name: state.total() for name, state in self.state.states.items()}
+        write_merged(self.decoder, self.method, totals, self.masked, folder)
+
+    def write_adapter(self) -> Path | None:
+        """Writes the changes as an adapter, besides the merged model; None if there is none to write."""
+        job, out = self.federation.job, self.run.path / "adapter"
+        totals = {name: state.total() for name, state in self.state.states.items()}
+        title, pruned, changed = f"{job.name}: adapter", bool(self.masked), self.model.is_changed()
+        written = self.method.write_adapter(out, self.decoder, totals, job.model.name, title, pruned, changed)
+        return out if written else None

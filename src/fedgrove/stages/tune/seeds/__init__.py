@@ -1,0 +1,1 @@
+"""Tuning along random directions that everybody regenerates from their seeds: noise, replay, and losses on both sides."""

@@ -1,0 +1,109 @@
+"""Steps along random directions: what both sides compute from differences of losses, in whole numbers.
+
+g = (L₊ − L₋)/(2ε) is the slope along z (SPSA, Spall 1992; MeZO, arXiv 2305.17333), and a step adds −η·g·z. Ours: losses are
+whole multiples of 2⁻²⁴, so that Σ over the windows of several clients has the bits of the sum over one owner of them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedgrove.stages.tune.seeds.offsets import LARGEST, UNIT
+
+LOSS_BITS = 24  # after the binary point of a loss
+MOST_LOSS = 64.0  # nats per token: a larger loss counts as this
+MOST_SUM = 2**31 - 1  # of the numbers that all clients send for one direction
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A round's steps at one client.
+
+    Attributes:
+        directions: of each step.
+        batch: windows of each step.
+        learning_rate: η.
+        perturbation: ε.
+        limit: the largest |Σ of loss differences| that is sent for one step, in units of 2⁻²⁴.
+    """
+
+    directions: tuple[int, ...]
+    batch: int
+    learning_rate: float
+    perturbation: float
+    limit: int
+
+    def coefficient(self, total: int) -> int:
+        """The step after a sum of loss differences."""
+        return coefficient(total, self.batch, self.perturbation, self.learning_rate)
+
+    def limited(self, total: int) -> int:
+        """A sum of loss differences, cut to ±``limit``."""
+        return max(-self.limit, min(self.limit, total))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a trainer returns.
+
+    Attributes:
+        differences: for every step, Σ over its windows of L₊ − L₋ in units of 2⁻²⁴, within the limit; (steps,) int64.
+        loss: the mean of (L₊ + L₋)/2; None if it may not be disclosed, or no step counted.
+        skipped: steps whose loss was not finite.
+    """
+
+    differences: Tensor
+    loss: float | None
+    skipped: int
+
+
+def limit_for(clients: int) -> int:
+    """What one of so many clients may send for a direction, so that the sum fits int32."""
+    return MOST_SUM // clients
+
+
+def whole(losses: Tensor) -> Tensor:
+    """Losses as multiples of 2⁻²⁴, (any shape) int64. They must be finite."""
+    return (losses.clamp(max=MOST_LOSS) * 2.0**LOSS_BITS).round().long()
+
+
+def slope(total: int, windows: int, perturbation: float) -> float:
+    """g, from a sum of loss differences over so many windows."""
+    return total * 2.0**-LOSS_BITS / (2 * perturbation * windows)
+
+
+def coefficient(total: int, windows: int, perturbation: float, learning_rate: float) -> int:
+    """−η·g in units of a coefficient."""
+    step = -learning_rate * slope(total, windows, perturbation) / UNIT
+    return round(max(-LARGEST, min(LARGEST, step)))
+
+
+def choose_perturbation(perturbations: tuple[float, ...], differences: Tensor) -> float:
+    """The largest ε whose slopes differ by less than 1 % from those at the next smaller one, which is half of it.
+
+    Args:
+        perturbations: falling, each half of the one before.
+        differences: (perturbations, directions) sums of loss differences.
+
+    Returns:
+        One of them; if none is within 1 %, the one that comes closest.
+    """
+    slopes = differences.double() / torch.tensor(perturbations, dtype=torch.float64)[:, None]
+    off = [float((big - small).norm() / small.norm().clamp(min=1e-300)) for big, small in itertools.pairwise(slopes)]
+    close = next((i for i, one in enumerate(off) if one < 0.01), min(range(len(off)), key=lambda i: off[i]))
+    return perturbations[close]
+
+
+def curvature(total: Tensor, windows: int, perturbation: float) -> float:
+    """The trace of the Hessian: the mean over directions of (L₊ + L₋ − 2 L₀)/ε² (Hutchinson's estimator, with signs).
+
+    Args:
+        total: (directions,) sums of L₊ + L₋ − 2 L₀ in units of 2⁻²⁴, over all clients.
+        windows: of all clients.
+    """
+    return math.fsum(total.double().tolist()) * 2.0**-LOSS_BITS / (len(total) * windows * perturbation**2)
