@@ -68,7 +68,7 @@ TUNE = {"kind": "tune", "method": "fedpipe", "aggregation": "flexlora", "length"
 STRUCTURED = {"kind": "structured", "samples": 16, "length": 512}
 ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
 SEEDS = {"kind": "tune", "method": "seeds", "rounds": 2, "steps": 4, "batches": [4], "length": 512}
-BY_HAND = {**SEEDS, "learning_rate": 1e-3, "perturbation": 1e-3}
+BY_HAND = {**SEEDS, "learning_rate": 1e-3, "perturbation": 2**-9}
 WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
 
 
@@ -165,7 +165,7 @@ STEP = Step(
     steps=4,
     seen=0,
     learning_rate=1e-3,
-    perturbation=1e-3,
+    perturbation=2**-9,
     says_loss=True,
 )
 MEASURE = Measure(**ALONG, perturbations=PERTURBATIONS, directions=8)
@@ -321,7 +321,8 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, clip=2.0)), "epsilon"),
         (ADAPTERS, changed(IMPORTANCE, stage=0), "epsilon"),
         (SEEDS, STEP, None),
-        (SEEDS, changed(STEP, learning_rate=0.5, perturbation=0.1), None),
+        (SEEDS, changed(STEP, learning_rate=0.5, perturbation=2**-6), None),
+        (SEEDS, changed(STEP, perturbation=0.1), "perturbation"),
         (SEEDS, changed(STEP, batch=13), "batches"),
         (SEEDS, changed(STEP, clients=4), "clients"),
         (SEEDS, changed(STEP, seen=1), "seen"),
@@ -330,6 +331,7 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         (SEEDS, changed(STEP, bits=16), "bits"),
         (SEEDS, changed(STEP, windows=WINDOWS), "epsilon"),
         (SEEDS, changed(STEP, fixed=NUMBERS), "fixed"),
+        (SEEDS, changed(TRAIN, stage=0, seed="0/0"), "parametrization"),
         (SEEDS, MEASURE, None),
         (SEEDS, changed(MEASURE, round=1), "rounds"),
         (SEEDS, changed(MEASURE, directions=64), "directions"),
@@ -724,7 +726,7 @@ def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
         ("data = []\n[models]", SiteFile, "data: write where this site's text is"),
         ('data = "nowhere.txt"\n[models]', SiteFile, "data.0: no such file"),
         ("data = []\n[models]\n[allow]\nsecret = 1", SiteFile, "write where this site"),
-        ('stages = ["prun"]', Allow, "stages.0: choose one of prune, structured, tune"),
+        ('stages = ["prun"]', Allow, "stages.0: choose one of head, prune, structured, tune"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_by_its_key(text: str, kind: type[Table], says: str, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def perplexity_chart(summary: Summary) -> Chart | None:
             marks.append(charts.dot(scale, at(mean), "alone", says("alone, mean", mean)))
         for client, value in alone.items():
             if client == text:
-                marks.append(charts.square(scale, at(value), "own", says(f"{client} alone", value)))
+                marks.append(charts.square(scale, at(value), "alone", says(f"{client} alone", value)))
             elif not many:
                 marks.append(charts.dot(scale, at(value), "alone", says(f"{client} alone", value)))
         if summary.centralized:
@@ -74,7 +74,7 @@ def perplexity_chart(summary: Summary) -> Chart | None:
     if summary.centralized:
         legend.append(("target", "centralized"))
     if summary.owned:
-        legend.append(("own", "the text's owner, alone"))
+        legend.append(("alone", "the text's owner, alone"))
     if summary.alone:
         legend.append(
             ("alone", "clients alone, mean and range" if many else "other clients, alone" if summary.owned else "clients alone")

@@ -253,8 +253,8 @@ class Step(AlongDirections):
         }  # fmt: skip
         if config.learning_rate != AUTO:
             asked["learning_rate"], agreed["learning_rate"] = self.learning_rate, config.learning_rate_in(self.round)
-        if config.perturbation != AUTO:
-            asked["perturbation"], agreed["perturbation"] = self.perturbation, config.perturbation
+        if self.perturbation not in perturbations_of(config):
+            return "perturbation"
         differs = next((key for key in asked if asked[key] != agreed[key]), None)
         if differs is None and self.seen > self.round * self.steps * max(config.batches) * len(job.clients):
             differs = "seen"  # else the server could have a client train on the same windows again
