@@ -149,7 +149,8 @@ def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
             )
 
 
-_ALTERNATIVE = re.compile(rf"literal\[.*|[A-Z]\w*|{'|'.join(KINDS)}")  # pydantic adds the union's member to a key's path
+# pydantic adds the union's member to a key's path
+_ALTERNATIVE = re.compile(rf"literal\[.*|constrained-\w+|[A-Z]\w*|{'|'.join(KINDS)}")
 
 
 def complaint(error: ValidationError) -> str:
