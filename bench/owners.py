@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = dict(plain_files(given.data, Path(folder)))
         kept = Kept(RESULTS, given.model, only=given.kept)
-        found: dict[tuple[str, str], list[Result]] = {}
+        found: dict[tuple[str, str], dict[int, Result]] = {}
         for target in given.targets:
             for seed in given.seeds:
                 for name, row in rows.items():
@@ -123,24 +123,24 @@ def main() -> None:
                         row=same, target=target, seed=seed, samples=given.samples, windows=given.windows,
                     )  # fmt: skip
                     if measured:
-                        found.setdefault((name, target), []).append(measured)
+                        found.setdefault((name, target), {})[seed] = measured
     text = table(list(rows), given.targets, found)
     print(text)
     if given.write:
         page.write(given.page, text)
 
 
-def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str, str], list[Result]]) -> str:
+def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str, str], Mapping[int, Result]]) -> str:
     """Markdown: perplexity, mean over seeds (each seed), and below it what it is of FedSpaLLM's with its 95 % interval."""
     lines = [f"| | {' | '.join(map(as_percent, targets))} |", f"|---|{'---|' * len(targets)}"]
     for name in rows:
         cells = []
         for target in targets:
-            results = found.get((name, target), [])
-            base = found.get((FEDSPALLM, target), [])
-            cells.append(cell(name, results, base, target) if results else "not run")
+            by_seed, base = found.get((name, target), {}), found.get((FEDSPALLM, target), {})
+            both = [base[seed] for seed in by_seed if seed in base]
+            cells.append(cell(name, list(by_seed.values()), both, target) if by_seed else "not run")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    dense = {result["dense"] for results in found.values() for result in results if "dense" in result}
+    dense = {result["dense"] for results in found.values() for result in results.values() if "dense" in result}
     return "\n".join(lines) + "".join(f"\n\nThe dense model: {value:.1f}." for value in sorted(dense))
 
 
