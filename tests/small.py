@@ -114,6 +114,8 @@ class Small:
                 place.pop(last)
             else:
                 place[last] = value
+        if not {"evaluate", "evaluate__alone"} & changes.keys() and job["stages"][0]["kind"] == "tune":
+            job["evaluate"]["alone"] = False  # training alone takes as long as the stage itself
         return job
 
     def job(self, name: str = "job", **changes: Any) -> Path:

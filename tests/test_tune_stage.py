@@ -319,7 +319,7 @@ def test_a_plan_stays_unless_another_is_worth_more(
 
     monkeypatch.setattr(ImportanceSum, "importance", importance)
     if hysteresis is not None:
-        monkeypatch.setattr("fedgrove.stages.tune.tuning.HYSTERESIS", hysteresis)
+        monkeypatch.setattr("fedgrove.stages.tune.loops.changes.HYSTERESIS", hysteresis)
     stages = tune(method="fedpipe", replan_every=1, deadline=3600.0)
     clients = [{**client, "memory": int(memory)} for client in small.spec()["clients"]]
     job = small.job("planned-anew", stages=stages, clients=clients, evaluate={})
@@ -557,7 +557,7 @@ ALONE = {"rounds": 2, "aggregation": "fedit", "precision": "float32", "personal"
 
 def test_alone_means_the_same_steps_without_the_others(small: Small, tmp_path: Path) -> None:
     """What each client would have alone is what a run with this client only gives: FedIT's mean of one is that one."""
-    run = small.undisturbed(stages=tune(**ALONE))
+    run = small.undisturbed(stages=tune(**ALONE), evaluate__alone=True)
     only = small.spec()["clients"][1:2]
     assert cli("run", small.job("only", stages=tune(**ALONE), clients=only), "--out", tmp_path / "run")[0] == 0
     alone, by_itself = measurements(run), measurements(tmp_path / "run")
@@ -578,10 +578,10 @@ def test_alone_means_the_same_steps_without_the_others(small: Small, tmp_path: P
 ])  # fmt: skip
 def test_personal_adapters_of_a_killed_run_are_the_same(small: Small, tmp_path: Path, moment: Moment) -> None:
     stages = tune(**ALONE, personal_pull=0.1)
-    job = small.job("killed-own", stages=stages)
+    job = small.job("killed-own", stages=stages, evaluate__alone=True)
     killed("run", job, "--out", tmp_path / "run", "--quiet", moment=moment)
     assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
-    whole = small.undisturbed(stages=stages)
+    whole = small.undisturbed(stages=stages, evaluate__alone=True)
     assert measurements(tmp_path / "run") == measurements(whole)
     kept = [file.relative_to(whole) for file in sorted(whole.glob("clients/*/personal/*/*.safetensors"))]
     assert [(tmp_path / "run" / file).read_bytes() for file in kept] == [(whole / file).read_bytes() for file in kept]
