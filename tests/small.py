@@ -114,7 +114,8 @@ class Small:
                 place.pop(last)
             else:
                 place[last] = value
-        if not {"evaluate", "evaluate__alone"} & changes.keys() and job["stages"][0]["kind"] == "tune":
+        first = (job["stages"] or [{}])[0]
+        if first.get("kind") == "tune" and not {"evaluate", "evaluate__alone"} & changes.keys():
             job["evaluate"]["alone"] = False  # training alone takes as long as the stage itself
         return job
 
