@@ -29,6 +29,7 @@ import page
 import psutil
 import tomli_w
 import torch
+from llmc import OURS
 
 from fedgrove.data.sources import DEFAULT_TEMPLATE
 from fedgrove.data.windows import evaluation_windows, training_windows
@@ -39,7 +40,6 @@ from fedgrove.stages.tune.training import draw
 HERE = Path(__file__).parent
 CLIENTS = ("medquad", "pubmedqa", "rust", "shakespeare")
 RANK, RATE = 8, 1e-3
-OURS = "from fedgrove.cli import main; main()"
 
 
 def main() -> None:

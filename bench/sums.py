@@ -1,6 +1,6 @@
 """Solvers side by side on one and the same set of sums: perplexity, and the solver's seconds.
 
-    .venv/bin/python bench/sums.py --data ../shared/data --model smollm2 --sums sums.pt \
+    .venv/bin/python bench/sums.py --data ../shared/data --model smollm2 --sums sums.safetensors \
         --solve sparsegpt/0.5/mean sparsegpt/0.5/each alps/0.5/each sparsegpt/0.6/each alps/0.6/each
 
 Σ x xᵀ of the dense model over four owners of bench/owners.py is computed once and kept in the file ``--sums``. After that a
@@ -18,12 +18,13 @@ from typing import Any
 
 import owners
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgrove.data.sources import DEFAULT_TEMPLATE
 from fedgrove.data.windows import calibration_windows, evaluation_windows
 from fedgrove.input_statistics import statistics as input_statistics
+from fedgrove.input_statistics.probe import probe
 from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.masks import Target
@@ -35,14 +36,14 @@ from fedgrove.stages.prune.calibration_pass import gather
 OWNERS = ("medquad", "pubmedqa", "rust", "shakespeare")
 LENGTH = 512
 
-Sums = list[dict[str, tuple[str, int, Tensor | None]]]  # by block and linear: first linear with this input, tokens, Σ x xᵀ
+Sums = dict[str, Tensor]  # block/linear: Σ x xᵀ of its input
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--model", type=Path, default=owners.GROVE)
-    arguments.add_argument("--sums", type=Path, required=True, help="a file; made if it does not exist")
+    arguments.add_argument("--sums", type=Path, required=True, help="a safetensors file; made if it does not exist")
     arguments.add_argument("--solve", nargs="+", required=True, help="PRUNER/TARGET/DAMPING each")
     arguments.add_argument("--own", type=float, default=input_statistics.OWN)
     arguments.add_argument("--floor", type=float, default=input_statistics.FLOOR)
@@ -57,8 +58,8 @@ def main() -> None:
         folder = Path(name)
         files = dict(owners.plain_files(given.data, folder))
         if not given.sums.is_file():
-            torch.save(summed(decoder, files, given), given.sums)
-        sums: Sums = torch.load(given.sums, weights_only=True)
+            save_file(summed(decoder, files, given), given.sums)
+        sums = load_file(given.sums)
         print("| | " + " | ".join(OWNERS) + " | mean | solver, s |\n|---|" + "---|" * (len(OWNERS) + 2), flush=True)
         for number, wanted in enumerate(given.solve):
             seconds = solve(decoder, sums, wanted, folder / f"{number}")
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def summed(decoder: Decoder, files: dict[str, Path], given: argparse.Namespace) -> Sums:
-    """Σ x xᵀ of every input of the dense model, over the windows of all owners."""
+    """Σ x xᵀ of every input of the dense model, over the windows of all owners; an input is named after its first linear."""
     tokenizer = decoder.checkpoint.tokenizer()
     drawn = [
         calibration_windows([files[owner]], DEFAULT_TEMPLATE, tokenizer, given.samples, LENGTH, f"0/0/{owner}")
@@ -77,17 +78,14 @@ def summed(decoder: Decoder, files: dict[str, Path], given: argparse.Namespace) 
     ]
     hidden = [decoder.embed(window[None])[0] for window in torch.cat(drawn)]
     calls = decoder.calls(1, LENGTH)
-    sums: Sums = []
+    sums: Sums = {}
     with torch.no_grad():
         for index in range(len(decoder)):
             outputs: list[Tensor] = []
             with decoder.loaded(index) as block:
                 found = gather(decoder, block, hidden, calls[index], "gram", outputs.extend)
-            first: dict[int, str] = {}
-            sums.append({})
-            for linear, inputs in found.items():
-                leader = first.setdefault(id(inputs), linear)
-                sums[-1][linear] = leader, inputs.tokens, inputs.gram.float() if leader == linear else None
+            first = {id(inputs): linear for linear, inputs in reversed(found.items())}
+            sums |= {f"{index}/{linear}": found[linear].gram.float() for linear in first.values()}
             hidden = outputs
     return sums
 
@@ -99,19 +97,17 @@ def solve(decoder: Decoder, sums: Sums, wanted: str, overlay: Path) -> float:
     target = Target.of(None, ratio) if ratio else Target(float(goal))
     overlay.mkdir()
     seconds = 0.0
-    for index, names in enumerate(decoder.block_names(index) for index in range(len(decoder))):
-        inputs: dict[str, InputStatistics] = {}
+    for index, shared in enumerate(probe(decoder, LENGTH, seed=0)):
         weights = {}
-        for linear, stored in names.items():
-            leader, tokens, gram = sums[index][linear]
-            if gram is not None:
-                inputs[leader] = InputStatistics("gram", tokens, gram.double())
-            weight = decoder.read_linear(index, linear)
-            began = time.perf_counter()
-            pruned, _ = pruners.prune(pruner, weight.float().contiguous(), inputs[leader], target, damping)  # type: ignore[arg-type]
-            seconds += time.perf_counter() - began
-            module = decoder.blocks[index].get_submodule(linear)
-            weights[stored] = as_matrix(module, pruned.to(weight.dtype)).contiguous()
+        for first, one in shared.items():
+            inputs = InputStatistics("gram", total=sums[f"{index}/{first}"].double())
+            for linear in one.consumers:
+                weight = decoder.read_linear(index, linear)
+                began = time.perf_counter()
+                pruned, _ = pruners.prune(pruner, weight.float().contiguous(), inputs, target, damping)  # type: ignore[arg-type]
+                seconds += time.perf_counter() - began
+                module = decoder.blocks[index].get_submodule(linear)
+                weights[decoder.block_names(index)[linear]] = as_matrix(module, pruned.to(weight.dtype)).contiguous()
         save_file(weights, overlay / f"block-{index:04d}.safetensors")
     return seconds
 

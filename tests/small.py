@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache, partial
@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fedgrove.stages.prune.pruners
+from fedgrove.engines.base import Engine
 from fedgrove.events import Event, Listener, Message, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +142,20 @@ class Small:
         clients = [{"name": name, "data": file} for name, file in zip(CLIENTS, data, strict=True)]
         return {"clients": clients, "evaluate__data": data[:1]}
 
+    def apart_and_pooled(self, folder: Path, owners: Mapping[str, list[str]], **changes: Any) -> tuple[Path, Path]:
+        """The runs of owners each with their records, and of one owner with all of them in another order."""
+        pooled = {"everybody": [record for records in reversed(list(owners.values())) for record in records]}
+        for name, texts in (("apart", owners), ("pooled", pooled)):
+            (folder / name).mkdir()
+            clients = []
+            for client, records in texts.items():
+                file = folder / name / f"{client}.jsonl"
+                file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
+                clients.append({"name": client, "data": str(file), "samples": len(records)})
+            job = self.job(name, **{**changes, "clients": clients, "evaluate": {}})
+            assert cli("run", job, "--out", folder / name / "run")[0] == 0
+        return folder / "apart" / "run", folder / "pooled" / "run"
+
     def undisturbed(self, **changes: Any) -> Path:
         """The run folder of a job that nothing happened to; the same job is run once."""
         key = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:12]
@@ -149,6 +164,23 @@ class Small:
             assert cli("run", self.job(f"job-{key}", **changes), "--out", out)[0] == 0
             self._runs[key] = out
         return self._runs[key]
+
+
+class Dying:
+    """An engine whose client "birch" dies when it gets a request of one kind."""
+
+    def __init__(self, engine: Engine, kind: str):
+        self.engine, self.kind = engine, kind
+
+    def clients(self) -> list[str]:
+        return self.engine.clients()
+
+    def request(
+        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
+    ) -> Iterator[Any]:
+        for client, answer, error in self.engine.request(kind, messages, timeout):
+            dies = (kind, client) == (self.kind, "birch")
+            yield (client, None, "its process died (status -9)") if dies else (client, answer, error)
 
 
 class Heard(Listener):

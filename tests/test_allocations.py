@@ -171,18 +171,8 @@ def test_owners_get_the_model_that_pooled_text_gives(
     tmp_path: Path,
     owners: Mapping[str, list[str]],  # noqa: F811
 ) -> None:
-    pooled = {"everybody": [record for records in owners.values() for record in records]}
-    found = []
-    for name, texts in (("apart", owners), ("pooled", pooled)):
-        (tmp_path / name).mkdir()
-        clients = []
-        for client, records in texts.items():
-            file = tmp_path / name / f"{client}.jsonl"
-            file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
-            clients.append({"name": client, "data": str(file), "samples": len(records)})
-        job = small.job(name, **{**OWL, "evaluate": {}}, stages__0__aggregation="pooled", clients=clients)
-        assert cli("run", job, "--out", tmp_path / name / "run")[0] == 0
-        found.append(load_file(tmp_path / name / "run" / "model" / "model.safetensors"))
+    runs = small.apart_and_pooled(tmp_path, owners, **OWL, stages__0__aggregation="pooled")
+    found = [load_file(run / "model" / "model.safetensors") for run in runs]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 

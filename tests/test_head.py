@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from fedgrove import plugins
 from fedgrove import run as server
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
-from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
@@ -35,7 +34,7 @@ from fedgrove.stages.head.moments import BITS, CLIP, CODE, MOST_RECORDS, Moments
 from fedgrove.stages.head.records import hold_out, read_labeled
 from fedgrove.stages.head.requests import CENTER, SCALE
 from fedgrove.stages.head.solving import TooFew, solve
-from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, make_model, measurements
+from small import CLIENTS, Dying, Heard, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_report import Page
 
 LABELS = ("bird", "fish", "tree")
@@ -361,29 +360,12 @@ def test_a_head_is_made_on_any_device(small: Small, files: Mapping[str, Path], t
 # Mistakes
 
 
-class Dying:
-    """An engine whose client "birch" dies when it is asked for its sums."""
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-
-    def clients(self) -> list[str]:
-        return self.engine.clients()
-
-    def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
-    ) -> Iterator[Any]:
-        for client, answer, error in self.engine.request(kind, messages, timeout):
-            dies = (kind, client) == (SumMoments.KIND, "birch")
-            yield (client, None, "its process died (status -9)") if dies else (client, answer, error)
-
-
 def test_a_client_that_dies_leaves_the_sums_of_the_others(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
     changes = job(files, evaluate__alone=False)
     wanted = load(small.job("dies", **changes, rounds={"quorum": 2}))
     heard = Heard()
     run = RunFolder(tmp_path / "run", wanted, listener=heard)
-    server.run_job(wanted, Dying(server.local_engine(wanted, run.path / "clients")), run)
+    server.run_job(wanted, Dying(server.local_engine(wanted, run.path / "clients"), SumMoments.KIND), run)
     run.close()
     assert "birch: its process died (status -9)" in heard.lines
     two = small.job("two", **job(files, ("ash", "cedar"), evaluate__alone=False))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli_w
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from fedgrove import run as server
 from fedgrove.client.hidden_states import Calibration
-from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import SCALE
 from fedgrove.input_statistics.probe import probe
@@ -30,18 +28,13 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.cut import ConsumerInputs, cut_block, cut_parts
 from fedgrove.stages.structured.exchanges.inputs import SumInputs, half_of
 from fedgrove.stages.structured.repair import repair, shifted_bias
-from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, make_model, measurements
+from small import CLIENTS, LENGTH, Dying, Heard, Moment, Small, cli, complaint, make_model, measurements
 from test_architectures import plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
-from test_structured import told_by, weights
+from test_structured import goes_on_to_the_same_bits, same, told_by, weights
 
 CUT = {"kind": "structured", "channels": 0.25, "heads": 0.5, "samples": 6, "length": LENGTH}
 STAGES = [CUT]
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def grams(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,19 +215,7 @@ def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
     tmp_path: Path,
     owners: Mapping[str, list[str]],  # noqa: F811
 ) -> None:
-    pooled = {"everybody": [record for records in reversed(list(owners.values())) for record in records]}
-    runs = []
-    for name, texts in (("apart", owners), ("pooled", pooled)):
-        folder = tmp_path / name
-        folder.mkdir()
-        clients = []
-        for client, records in texts.items():
-            file = folder / f"{client}.jsonl"
-            file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
-            clients.append({"name": client, "data": str(file), "samples": len(records)})
-        job = small.job(name, clients=clients, stages=STAGES, evaluate={})
-        assert cli("run", job, "--out", folder / "run")[0] == 0
-        runs.append(folder / "run")
+    runs = small.apart_and_pooled(tmp_path, owners, stages=STAGES)
     assert [row["repair"] for row in told_by(runs[0])["blocks"]] == [row["repair"] for row in told_by(runs[1])["blocks"]]
     assert same(*runs)
 
@@ -255,13 +236,7 @@ def test_secure_aggregation_changes_no_bit(small: Small, tmp_path: Path) -> None
     ids=["first", "second", "alone"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
-    job = small.job("killed", stages=STAGES)
-    killed("run", job, "--out", tmp_path / "run", "--quiet", moment=moment)
-    assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
-    undisturbed = small.undisturbed(stages=STAGES)
-    assert same(tmp_path / "run", undisturbed)
-    assert measurements(tmp_path / "run") == measurements(undisturbed)
-    assert told_by(tmp_path / "run") == told_by(undisturbed)
+    goes_on_to_the_same_bits(small, tmp_path, moment, STAGES)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.4])
@@ -277,30 +252,13 @@ def test_alone_is_what_a_client_would_have_made_by_itself(tmp_path: Path, depth:
         assert alone == measurements(tmp_path / "run")[0, None, None, f"perplexity/{text}"]
 
 
-class Dying:
-    """An engine of which one client no longer answers once linears are repaired."""
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-
-    def clients(self) -> list[str]:
-        return self.engine.clients()
-
-    def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
-    ) -> Iterator[Any]:
-        for client, answer, error in self.engine.request(kind, messages, timeout):
-            is_dead = kind == SumInputs.KIND and client == "birch"
-            yield (client, None, "its process died (status -9)") if is_dead else (client, answer, error)
-
-
 @pytest.mark.parametrize("quorum", [2, None])
 def test_a_client_that_dies_between_scores_and_repair(small: Small, tmp_path: Path, quorum: int | None) -> None:
     heard = Heard()
     rounds = {"quorum": quorum} if quorum else {}
     wanted = load(small.job("dying", stages=STAGES, evaluate__alone=False, rounds=rounds))
     run = RunFolder(tmp_path / "run", wanted, listener=heard)
-    engine = Dying(server.local_engine(wanted, tmp_path / "run" / "clients"))
+    engine = Dying(server.local_engine(wanted, tmp_path / "run" / "clients"), SumInputs.KIND)
     try:
         if quorum is None:
             with pytest.raises(FedgroveError, match=re.escape("client 'birch': its process died (status -9)")) as error:

@@ -53,6 +53,17 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def goes_on_to_the_same_bits(small: Small, folder: Path, moment: Moment, stages: list[dict[str, Any]]) -> None:
+    """Kills a run, and resumes it: model, measurements and record are those of a run that nothing disturbed."""
+    job, run = small.job("killed", stages=stages), folder / "run"
+    killed("run", job, "--out", run, "--quiet", moment=moment)
+    assert cli("run", job, "--out", run, "--resume")[0] == 0
+    undisturbed = small.undisturbed(stages=stages)
+    assert same(run, undisturbed)
+    assert measurements(run) == measurements(undisturbed)
+    assert told_by(run) == told_by(undisturbed)
+
+
 def told_by(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "structured.json").read_text())
     return found
@@ -261,19 +272,7 @@ def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
     tmp_path: Path,
     owners: Mapping[str, list[str]],  # noqa: F811
 ) -> None:
-    pooled = {"everybody": [record for records in reversed(list(owners.values())) for record in records]}
-    runs = []
-    for name, texts in (("apart", owners), ("pooled", pooled)):
-        folder = tmp_path / name
-        folder.mkdir()
-        clients = []
-        for client, records in texts.items():
-            file = folder / f"{client}.jsonl"
-            file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records), encoding="utf-8")
-            clients.append({"name": client, "data": str(file), "samples": len(records)})
-        job = small.job(name, clients=clients, stages=STAGES, evaluate={})
-        assert cli("run", job, "--out", folder / "run")[0] == 0
-        runs.append(folder / "run")
+    runs = small.apart_and_pooled(tmp_path, owners, stages=STAGES)
     assert told_by(runs[0])["sums"]["groups"]["tokens"] == told_by(runs[1])["sums"]["groups"]["tokens"]
     assert same(*runs)
 
@@ -294,13 +293,7 @@ def test_secure_aggregation_changes_no_bit_and_shows_no_client(small: Small, tmp
     ids=["sums", "a block", "alone"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
-    job = small.job("killed", stages=STAGES)
-    killed("run", job, "--out", tmp_path / "run", "--quiet", moment=moment)
-    assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
-    undisturbed = small.undisturbed(stages=STAGES)
-    assert same(tmp_path / "run", undisturbed)
-    assert measurements(tmp_path / "run") == measurements(undisturbed)
-    assert told_by(tmp_path / "run") == told_by(undisturbed)
+    goes_on_to_the_same_bits(small, tmp_path, moment, STAGES)
 
 
 class Meddling:

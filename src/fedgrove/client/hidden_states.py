@@ -18,7 +18,8 @@ from fedgrove.data.sources import facts_of
 from fedgrove.job.units import ComputeDtype, Index, Length, Samples, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.tensor_files import write_safetensors
-from fedgrove.rounds.request import Part
+from fedgrove.rounds.request import Part, Reply
+from fedgrove.rounds.wire import WireError
 
 
 class Calibration(Part):
@@ -51,6 +52,26 @@ class Calibration(Part):
         if self.samples % self.windows_per_run:
             raise ValueError(f"windows_per_run: {self.windows_per_run} does not divide samples = {self.samples}")
         return self
+
+    @property
+    def tokens(self) -> int:
+        """In all windows together."""
+        return self.samples * self.length
+
+
+class Tokens(Reply):
+    """The number of tokens that a client calibrated on."""
+
+    tokens: int
+
+    def check(self, calibration: Calibration) -> None:
+        """Checks it against the request.
+
+        Raises:
+            WireError: it is another number.
+        """
+        if self.tokens != calibration.tokens:
+            raise WireError(f"it claims {self.tokens} tokens, not {calibration.tokens}")
 
 
 class HiddenStates:

@@ -39,7 +39,7 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
     windows = heldout_windows(model, run)
     examiner = Examiner(model, device)
     for number, text in enumerate(wanted.data):
-        if any(text.measure in stage.measures() for stage in run.job.stages):
+        if any(text.measure in one.measures() for one in run.job.stages):
             continue  # the stage measures what it makes
         first = "rougeL" if text.measure == "generation" else text.measure
         if (stage, None, f"{first}/{text.name}") in done:

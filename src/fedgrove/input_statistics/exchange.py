@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.hidden_states import Calibration, HiddenStates, Tokens
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.server_weights import start_of
 from fedgrove.client.windows import calibration_windows, decoder_of
@@ -25,7 +25,6 @@ from fedgrove.privacy.accounting import gaussian_noise_multiplier
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import Disclosure, Message, Part, Reply, Request, Response, Tensors, TensorSpecs
-from fedgrove.rounds.wire import WireError
 
 Norm = Annotated[float, Field(ge=0, le=MAX_NORM)]  # of a window's sums of squares
 SCALE = "scale/"  # tensors of a request: the factors by which an input's channels are multiplied before they are summed
@@ -53,12 +52,6 @@ class Noise(Part):
         """Clips a window's Σ x² of one input and adds noise to its sum; the noise is set for all inputs together."""
         noise_multiplier = gaussian_noise_multiplier(self.epsilon, self.delta, self.inputs)
         return GaussianMechanism(self.norms[name], noise_multiplier, self.clients, bits=BITS, rounding=0.5)
-
-
-class Tokens(Reply):
-    """The number of tokens in the sums."""
-
-    tokens: int
 
 
 class InputSum(WindowSum, Protocol):
@@ -160,7 +153,7 @@ class SumInputs(Request):
         change: Tensors = {}
         for name in sorted(sums):
             change |= sums.pop(name).tensors()
-        return Response(change, Tokens(tokens=calibration.samples * calibration.length))
+        return Response(change, Tokens(tokens=calibration.tokens))
 
     def begin(self, name: str, scale: Tensor, client: LocalClient) -> InputSum:
         """The sum of one input, before any window is added.
@@ -203,9 +196,7 @@ class SumInputs(Request):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
-        tokens = self.calibration.samples * self.calibration.length
-        if reply.tokens != tokens:
-            raise WireError(f"it claims {reply.tokens} tokens, not {tokens}")
+        reply.check(self.calibration)
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         self.check_total(tensors, self.calibration.samples, self.limit, noisy=False)
@@ -254,7 +245,7 @@ class InputSums(IntegerSums):
         self.clients: list[str] = []
         self._requests = _requests_of(messages)
         every = self._requests.values()
-        tokens = sum(request.calibration.samples * request.calibration.length for request in every)
+        tokens = sum(request.calibration.tokens for request in every)
         self._ring = ring_bits(tokens)
         self._largest = LARGEST
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fedgrove.events import OnProgress
 from fedgrove.models.blocks import Decoder
-
-CHUNK = 65536  # tokens whose hidden states are in memory at once
+from fedgrove.models.walk import walk
 
 
 def negative_log_likelihood(
@@ -35,29 +34,11 @@ def negative_log_likelihoods(
 ) -> list[tuple[float, int]]:
     """:func:`negative_log_likelihood` of each window, for confidence intervals."""
     each: list[tuple[float, int]] = []
-    start = 0
-    while start < len(windows):
-        end, tokens = start, 0
-        while end < len(windows) and (end == start or tokens + windows[end].numel() <= CHUNK):
-            tokens += windows[end].numel()
-            end += 1
-        part = windows[start:end]
-        calls = {}
-        hidden_states = []
-        for ids in part:
-            hidden, call = decoder.embed(ids)
-            calls[ids.shape[1]] = call
-            hidden_states.append(hidden)
-        for index in range(len(decoder)):
-            with decoder.loaded(index) as block:
-                for i, ids in enumerate(part):
-                    hidden_states[i] = decoder.run(block, hidden_states[i], calls[ids.shape[1]][index])
-            on_progress(start + len(part) * (index + 1) / len(decoder), len(windows))
-        for ids, hidden in zip(part, hidden_states, strict=True):
-            logits = decoder.logits(ids, hidden)[0, :-1].float()
-            target = ids[0, 1:].to(logits.device)
+    for passed, i, hidden in walk(decoder, windows, len(decoder), on_progress):
+        if passed == len(decoder):
+            logits = decoder.logits(windows[i], hidden)[0, :-1].float()
+            target = windows[i][0, 1:].to(logits.device)
             each.append((float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")), target.numel()))
-        start = end
     return each
 
 

@@ -15,13 +15,22 @@ class IntegerSums:
         check_total: called with the sums by name and the clients' replies; raises WireError if the total is impossible.
             It is not called in the open, where each response is checked.
         bits: of the ring of int64 tensors.
+        keep_parts: also keep what each client sent (in the open).
 
     Attributes:
         sums: by name, without ``change/``.
+        parts: by client, what it sent by name, without ``change/``.
     """
 
-    def __init__(self, check_total: Callable[[Tensors, Mapping[str, Reply]], None] | None = None, bits: int = 64):
+    def __init__(
+        self,
+        check_total: Callable[[Tensors, Mapping[str, Reply]], None] | None = None,
+        bits: int = 64,
+        keep_parts: bool = False,
+    ):
         self.sums: Tensors = {}
+        self.parts: dict[str, Tensors] = {}
+        self._keep_parts = keep_parts
         self._totals: dict[str, WeightedSum] = {}
         self._check_total = check_total
         self._bits = bits
@@ -36,6 +45,8 @@ class IntegerSums:
 
     def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
         """Adds one response."""
+        if self._keep_parts:
+            self.parts[client] = {name.removeprefix(CHANGE): tensor for name, tensor in tensors.items()}
         for name in list(tensors):
             total = self._totals.setdefault(name.removeprefix(CHANGE), WeightedSum())
             total.add(tensors.pop(name), 1.0)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fedgrove.events import OnProgress
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.walk import walk
 
-CHUNK = 65536  # tokens whose hidden states are in memory at once
 PROBES = 8  # windows of random tokens
 
 
@@ -83,7 +83,7 @@ def typical(decoder: Decoder, layers: Sequence[int], length: int, seed: str) -> 
     rows = cast(Any, decoder.model).get_input_embeddings().weight.shape[0]
     windows = torch.randint(rows, (PROBES, length), generator=generator)
     states: list[list[Tensor]] = [[] for _ in layers]
-    for at, _, state in _walk(decoder, list(windows), layers):
+    for at, _, state in _states(decoder, list(windows), layers):
         states[at].append(state.double().cpu())
     each = [torch.cat(of) for of in states]
     center = torch.cat([of.mean(0) for of in each])
@@ -108,12 +108,12 @@ def pooled_states(
     """
     each = width(decoder, layers) // len(layers)
     pooled = torch.empty(len(windows), len(layers), each)
-    for at, record, state in _walk(decoder, windows, layers, on_progress):
+    for at, record, state in _states(decoder, windows, layers, on_progress):
         pooled[record, at] = (state.double().mean(0) if pool == "mean" else state[-1]).float().cpu()
     return pooled.flatten(1)
 
 
-def _walk(
+def _states(
     decoder: Decoder,
     windows: Sequence[Tensor],
     layers: Sequence[int],
@@ -121,28 +121,11 @@ def _walk(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yields (place in ``layers``, record, hidden states (tokens, width)) for each layer and record, block by block."""
     wanted = [layer % (len(decoder) + 1) for layer in layers]
-    start = 0
-    while start < len(windows):
-        end, tokens = start, 0
-        while end < len(windows) and (end == start or tokens + windows[end].numel() <= CHUNK):
-            tokens += windows[end].numel()
-            end += 1
-        part = windows[start:end]
-        embedded = [decoder.embed(ids[None]) for ids in part]
-        hidden = [states for states, _ in embedded]
-        calls = {ids.numel(): call for ids, (_, call) in zip(part, embedded, strict=True)}
-        del embedded
-        for layer in range(max(wanted) + 1):
-            if layer in wanted:
-                for i, ids in enumerate(part):
-                    states = hidden[i] if layer < len(decoder) else _last(decoder, ids[None], hidden[i])
-                    yield wanted.index(layer), start + i, states[0]
-            if layer < max(wanted):
-                with decoder.loaded(layer) as block:
-                    for i, ids in enumerate(part):
-                        hidden[i] = decoder.run(block, hidden[i], calls[ids.numel()][layer])
-                on_progress(start + len(part) * (layer + 1) / (max(wanted) + 1), len(windows))
-        start = end
+    texts = [ids[None] for ids in windows]
+    for passed, record, hidden in walk(decoder, texts, max(wanted), on_progress):
+        if passed in wanted:
+            states = hidden if passed < len(decoder) else _last(decoder, texts[record], hidden)
+            yield wanted.index(passed), record, states[0]
 
 
 class _Reached(Exception):

@@ -21,7 +21,7 @@ from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import Message, Reply, Tensors
+from fedgrove.rounds.request import Message, Tensors
 from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.head.config import Config
 from fedgrove.stages.head.exchanges.moments import SumMoments
@@ -74,20 +74,6 @@ def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
         return {"make a head": float(make_plan(0, config, decoder, {"one": Capabilities()}).clients["one"].memory)}
     except FedgroveError:
         return {}
-
-
-class _Sums(IntegerSums):
-    """The sums over all clients and, for ``evaluate.alone``, those of each client."""
-
-    def __init__(self, most: int, keep_parts: bool):
-        super().__init__(lambda sums, replies: check(Moments.of(sums), most))
-        self.parts: dict[str, Tensors] = {}
-        self._keep_parts = keep_parts
-
-    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
-        if self._keep_parts:
-            self.parts[client] = dict(tensors)
-        super().add(client, tensors, reply)
 
 
 class _Stage:
@@ -150,12 +136,12 @@ class _Stage:
         tensors = {CENTER: center, SCALE: scale}
         run.phase(Phase("head", "summing over labeled records", stage=self.plan.stage))
         messages = {client: Message(SumMoments(**self._common()), tensors) for client in self.plan.clients}
-        sums = _Sums(MOST_RECORDS, self.job.evaluate.alone)
+        sums = IntegerSums(lambda total, _: check(Moments.of(total), MOST_RECORDS), keep_parts=self.job.evaluate.alone)
         replies = self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
         solve(Moments.of(sums.sums), config.head, config.ridge, config.labels)
         stored = tensors | {f"sums/{name}": value for name, value in sums.sums.items()}
         for client, parts in sums.parts.items():
-            stored |= {f"of/{client}/{name.partition('/')[2]}": value for name, value in parts.items()}
+            stored |= {f"of/{client}/{name}": value for name, value in parts.items()}
         save_tensors(stored, self.file, {"clients": json.dumps(sorted(replies))})
 
     def solve(self, moments: Moments, features: Features) -> tuple[Linear, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.server_weights import START
+from fedgrove.evaluation.alone import losses_of, number_of, tensors_of
 from fedgrove.events import Phase
 from fedgrove.input_statistics.probe import SharedInput, probe
 from fedgrove.job.tables import Job
@@ -23,14 +24,14 @@ from fedgrove.models.tensor_files import raw_bytes, save_tensors
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import CHANGE, Message
+from fedgrove.rounds.request import Message
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result, calibration_seed
 from fedgrove.stages.prune.aggregation import Options, client_solved
 from fedgrove.stages.prune.allocate import block_sparsities, read_sparsities
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
-from fedgrove.stages.prune.exchanges.alone import WINDOW, EvaluateAlone
+from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import BlockSums, PruneBlock
 from fedgrove.stages.prune.plan import Plan, make_plan
 from fedgrove.stages.prune.pooled import Pruned, prune_by_sums, prune_without_data
@@ -94,18 +95,13 @@ def alone(
     """Lets each client measure the model that it pruned by itself; blocks that it stored in the first round are reused."""
     federation.run.phase(Phase("evaluate", "what each client would have had alone", stage=plan.stage))
     sparsities = read_sparsities(federation.run, plan, config)
-    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
-    numbers = {name: len(texts) for name, texts in windows.items()}
+    tensors, numbers = tensors_of(windows), number_of(windows)
     messages = {}
     for client in clients:
         walk = prune_request(federation.job, plan, config, client, 0, 0, sparsities)
         messages[client] = Message(EvaluateAlone(stage=plan.stage, texts=numbers, prune=walk), tensors)
     for client, answer, _ in federation.collect(messages):
-        losses: Losses = {}
-        for name, texts in windows.items():
-            counts = [ids.numel() - 1 for ids in texts]
-            losses[name] = list(zip(answer[CHANGE + name].tolist(), counts, strict=True))
-        yield client, losses
+        yield client, losses_of(answer, windows)
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedgrove.client.hidden_states import Calibration
+from fedgrove.client.hidden_states import Calibration, Tokens
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
@@ -28,7 +28,7 @@ from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.cut import KINDS, Kept
 from fedgrove.stages.structured.exchanges.blocks import INFLUENCE, ScoreBlocks, check_influence
-from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, Tokens, check_values
+from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, check_values
 from fedgrove.stages.structured.plan import Plan
 from fedgrove.stages.structured.scores import score_of
 
@@ -95,20 +95,6 @@ def kept_blocks(influence: Tensor, num_blocks: int, number: int, protect_ends: b
     return tuple(block for block in range(num_blocks) if block not in gone)
 
 
-class _Scores(IntegerSums):
-    """The sums over all clients and, for ``evaluate.alone``, the sums of each client."""
-
-    def __init__(self, check_total: Callable[[Tensors, Mapping[str, Reply]], None], keep_parts: bool):
-        super().__init__(check_total)
-        self.parts: Tensors = {}
-        self._keep_parts = keep_parts
-
-    def add(self, client: str, tensors: Tensors, reply: Reply) -> None:
-        if self._keep_parts:
-            self.parts |= {f"{client}/{name}": tensor for name, tensor in tensors.items()}
-        super().add(client, tensors, reply)
-
-
 def collect_scores(what: str, model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> None:
     """Requests the scores of blocks or of groups, and writes their sums to the run folder unless they are there already."""
     run, file = federation.run, sums_file(federation.run, plan, what)
@@ -129,10 +115,11 @@ def collect_scores(what: str, model: Checkpoint, plan: Plan, config: Config, fed
         else:
             check_values(sums, score_of(config.score).SIGNED, LARGEST)
 
-    scores = _Scores(check_total, federation.job.evaluate.alone)
+    scores = IntegerSums(check_total, keep_parts=federation.job.evaluate.alone)
     replies = federation.aggregator.aggregate(messages, scores, layout=Decoder(model, federation.device))
     tokens = sum(reply.tokens for reply in replies.values() if isinstance(reply, Tokens))
-    sums = {CHANGE + name: value for name, value in scores.sums.items()} | scores.parts
+    sums = {CHANGE + name: value for name, value in scores.sums.items()}
+    sums |= {f"{client}/{CHANGE}{name}": value for client, parts in scores.parts.items() for name, value in parts.items()}
     save_tensors(sums, file, {"clients": json.dumps(sorted(replies)), "tokens": str(tokens)})
 
 

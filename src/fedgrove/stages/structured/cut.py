@@ -64,7 +64,7 @@ def cut_block(
             module = decoder.blocks[block].get_submodule(name)
             weight = cut_rows(decoder.read_linear(block, name), number, kept[kind])
             cut[names[name]] = as_matrix(module, weight).contiguous()
-            if getattr(module, "bias", None) is not None:
+            if has_bias(decoder, block, name):
                 bias = _bias(names[name])
                 cut[bias] = cut_rows(decoder.checkpoint.read(bias), number, kept[kind])
         module = decoder.blocks[block].get_submodule(part.consumer)
@@ -85,6 +85,11 @@ def cut_block(
             weight = weight.cpu()
         cut[names[part.consumer]] = as_matrix(module, weight).contiguous()
     return cut, repairs
+
+
+def has_bias(decoder: Decoder, block: int, linear: str) -> bool:
+    """Whether a linear of a block has a bias."""
+    return getattr(decoder.blocks[block].get_submodule(linear), "bias", None) is not None
 
 
 def _bias(weight: str) -> str:

@@ -10,10 +10,11 @@ from typing import Any
 
 from safetensors import safe_open
 
+from fedgrove.client.hidden_states import Tokens
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.input_statistics import fixed_point
-from fedgrove.input_statistics.exchange import SCALE, InputSums, Tokens, largest_per_client
+from fedgrove.input_statistics.exchange import SCALE, InputSums, largest_per_client
 from fedgrove.input_statistics.probe import SharedInput, probe
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.depth import renumbered
@@ -24,7 +25,7 @@ from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.choice import BLOCKS, GROUPS, Choice, calibration_of, choose, metadata, sums_file
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.cut import ConsumerInputs, cut_block, cut_parts
+from fedgrove.stages.structured.cut import ConsumerInputs, cut_block, cut_parts, has_bias
 from fedgrove.stages.structured.exchanges.inputs import HALVES, SumInputs
 from fedgrove.stages.structured.plan import Plan
 
@@ -133,7 +134,7 @@ def _known(
             if "sums" in at:
                 mean = fixed_point.finish(at["squares"], None, scale, tokens, (at["sums"], at["spreads"])).means
                 means = mean if means is None else means + mean
-        known[kind] = ConsumerInputs((halves[0], halves[1]), means if _has_bias(decoder, block, part.consumer) else None)
+        known[kind] = ConsumerInputs((halves[0], halves[1]), means if has_bias(decoder, block, part.consumer) else None)
     return known
 
 
@@ -185,7 +186,7 @@ def input_message(
         consumers={name: first for first, one in inputs.items() for name in one.consumers},
         widths={first: inputs[first].scale.numel() for first in summed},
         products=tuple(sorted(summed)),
-        moments=any(_has_bias(decoder, block, consumer) for consumer in consumers),
+        moments=any(has_bias(decoder, block, consumer) for consumer in consumers),
         limit=largest_per_client(len(plan.clients)),
     )
     return Message(request, {SCALE + first: inputs[first].scale for first in summed})
@@ -194,10 +195,6 @@ def input_message(
 def _input_of(consumer: str, inputs: Mapping[str, SharedInput]) -> str:
     """The name of the input that a linear reads."""
     return next(first for first, one in inputs.items() if consumer in one.consumers)
-
-
-def _has_bias(decoder: Decoder, block: int, linear: str) -> bool:
-    return getattr(decoder.blocks[block].get_submodule(linear), "bias", None) is not None
 
 
 def _scored(run: RunFolder, plan: Plan) -> list[str]:

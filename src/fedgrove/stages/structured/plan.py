@@ -18,7 +18,7 @@ from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.cut import cut_parts
+from fedgrove.stages.structured.cut import cut_parts, has_bias
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 
@@ -89,7 +89,8 @@ def make_plan(
     left = _blocks_left(index, config, len(decoder))
     smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
-    read = _inputs_read(decoder, after) if config.repairs else []
+    readers = [part.consumer for part in cut_parts(decoder.checkpoint.config, after).values()] if config.repairs else []
+    read = [decoder.read_shape(f"{decoder.prefix}.0.{reader}")[1] for reader in readers]  # numbers of inputs
     number_of_tokens = {name: (client.samples or config.samples) * config.length for name, client in capabilities.items()}
     _check_tokens(index, config, read, sum(number_of_tokens.values()), len(capabilities))
     cost = measure_cost(decoder, config.length, masked=False)
@@ -104,9 +105,8 @@ def make_plan(
     if config.narrows:
         memory = max(memory, 4 * (cost.others + max(block + 3 * cost.saved, 5 * config.length * cost.vocabulary)) + 2**24)
         num_groups = len(decoder) * (before.channels + before.heads)
-        upload += (8 if secure else 4) * num_groups + 1300 * len(
-            decoder
-        )  # per number (measured on the shipped model), and names
+        of_names = 1300 * len(decoder)  # measured on the shipped model, as are the bytes of a number
+        upload += (8 if secure else 4) * num_groups + of_names
         work += 2 * 3 * (forward + cost.vocabulary * cost.width)  # forward, forward again, backward
     if read:
         numbers = sum(width * (width + 1) // 2 for width in read)
@@ -140,7 +140,7 @@ def make_plan(
     if config.narrows:
         discloses |= ScoreGroups.DISCLOSES
     if read:
-        discloses |= disclosed_by(products=True, moments=_have_bias(decoder, after))
+        discloses |= disclosed_by(products=True, moments=any(has_bias(decoder, 0, reader) for reader in readers))
     return Plan(
         stage=index,
         num_blocks=len(decoder),
@@ -154,20 +154,6 @@ def make_plan(
         notes=_notes(read, number_of_tokens, secure),
         types=(decoder.checkpoint.config.model_type, smaller.checkpoint.config.model_type),
     )
-
-
-def _inputs_read(decoder: Decoder, after: Width) -> list[int]:
-    """The numbers of inputs of the linears that read what is cut."""
-    parts = cut_parts(decoder.checkpoint.config, after).values()
-    return [decoder.read_shape(f"{decoder.prefix}.0.{part.consumer}")[1] for part in parts]
-
-
-def _have_bias(decoder: Decoder, after: Width) -> bool:
-    """Whether a linear that reads what is cut has a bias."""
-    consumers = [
-        decoder.blocks[0].get_submodule(part.consumer) for part in cut_parts(decoder.checkpoint.config, after).values()
-    ]
-    return any(getattr(consumer, "bias", None) is not None for consumer in consumers)
 
 
 def _check_tokens(index: int, config: Config, read: list[int], tokens: int, clients: int) -> None:

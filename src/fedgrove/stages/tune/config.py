@@ -277,6 +277,11 @@ class Config(StageConfig):
         """
         return 2.0 * math.sqrt(self.ranks[-1] / rank) if self.alpha is None else self.alpha / rank
 
+    @property
+    def planning_rounds(self) -> range:
+        """The rounds before which clients measure what is planned with."""
+        return range(0, self.rounds, self.replan_every or self.rounds)
+
     def learning_rate_in(self, round_: int) -> float:
         """The learning rate of a round; of "auto", what is measured has to be multiplied by :meth:`schedule_in`."""
         return self.rate * self.schedule_in(round_)

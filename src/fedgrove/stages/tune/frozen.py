@@ -28,7 +28,6 @@ def load_again(decoder: Decoder, bits: int, attached: Hashable) -> nn.Module:
     """
     key = (bits, attached)
     if decoder not in _kept or _kept[decoder][0] != key:
-        _kept.pop(decoder, None)  # before another one takes memory
         _kept[decoder] = key, load(decoder, bits)
     return _kept[decoder][1]
 
@@ -46,6 +45,7 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
     Raises:
         FedgroveError: 8 or 4 bits, but bitsandbytes is not installed.
     """
+    _kept.clear()  # there is memory for one model
     decoder = Decoder(decoder.checkpoint, decoder.device, decoder.dtype)
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:

@@ -158,8 +158,7 @@ def make_plan(
     assignments = _assignments(config, method, cost, space, budgets, capabilities, configs, kept)
     measured = 0.0
     if planner.NEEDS_IMPORTANCE:
-        times = math.ceil(config.rounds / config.replan_every) if config.replan_every else 1
-        measured = times * max(importance_seconds(assignments, config, cost, capabilities).values())
+        measured = len(config.planning_rounds) * max(importance_seconds(assignments, config, cost, capabilities).values())
     return Plan(
         stage=index,
         planner=config.planner,

@@ -26,6 +26,12 @@ def parts_of(tensors: Tensors, kind: str, name: str) -> Tensors:
     return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
 
 
+def check_linears(named: Collection[str], known: Collection[str], client: LocalClient) -> None:
+    """Refuses names of linears that the client's model does not have."""
+    if not set(named) <= set(known):
+        raise client.error("the request names linears that its model does not have; refused")
+
+
 def check_parts(
     tensors: Tensors,
     method: Trainable,

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.alone import losses_of, number_of, tensors_of
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
@@ -15,12 +16,12 @@ from fedgrove.models.cost import measure_cost
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import CHANGE, Message
+from fedgrove.rounds.request import Message
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
-from fedgrove.stages.tune.exchanges.alone import WINDOW, OwnLoss
+from fedgrove.stages.tune.exchanges.alone import OwnLoss
 from fedgrove.stages.tune.loops import loop_of
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, even, make_plan
@@ -65,7 +66,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         stage.send_base()
         for round_ in range(len(done), config.rounds):
             state.metrics.clear()
-            stage.prepare(round_, again=round_ == 0 or bool(config.replan_every and round_ % config.replan_every == 0))
+            stage.prepare(round_, again=round_ in config.planning_rounds)
             run.phase(Phase("tune", stage=plan.stage, round=round_, rounds=config.rounds))
             stage.train_round(round_)
             state.write(_file(run, plan.stage, round_))
@@ -97,21 +98,14 @@ def alone(
     state = TuningState.read(_file(run, plan.stage, config.rounds - 1))
     loop = loop_of(parametrization_of(config.parametrization).LOOP)
     stage = loop(model, Decoder(model, federation.device), config, federation, state)
-    tensors = {f"{WINDOW}{name}/{i}": ids.int() for name, texts in windows.items() for i, ids in enumerate(texts)}
-    numbers = {name: len(texts) for name, texts in windows.items()}
+    tensors, numbers = tensors_of(windows), number_of(windows)
     messages = {client: Message(stage.alone_request(client, numbers), tensors) for client in clients}
     done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (plan.stage, "personal/alone")}
     for client, answer, reply in federation.collect(messages):
         assert isinstance(reply, OwnLoss)
         if reply.own is not None and client not in done:
             run.log(plan.stage, None, client, "personal/alone", reply.own)
-        yield (
-            client,
-            {
-                name: list(zip(answer[CHANGE + name].tolist(), (ids.numel() - 1 for ids in texts), strict=True))
-                for name, texts in windows.items()
-            },
-        )
+        yield client, losses_of(answer, windows)
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:

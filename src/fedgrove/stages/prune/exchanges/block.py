@@ -11,7 +11,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fedgrove import heap
-from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.hidden_states import Calibration, HiddenStates, Tokens
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.server_weights import start_of
 from fedgrove.client.windows import calibration_windows, decoder_of
@@ -31,12 +31,6 @@ from fedgrove.stages.prune.calibration_pass import gather, windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import GROWTH, VALUE_BITS, FixedWeights, unit_of
 from fedgrove.stages.prune.recipe import Recipe
-
-
-class Tokens(Reply):
-    """How many tokens the client calibrated on."""
-
-    tokens: int
 
 
 class PruneBlock(Request):
@@ -89,11 +83,6 @@ class PruneBlock(Request):
         """The aggregation's file."""
         return client_solved(self.aggregation)
 
-    @property
-    def tokens(self) -> int:
-        """Calibration tokens of the client."""
-        return self.calibration.samples * self.calibration.length
-
     def discloses(self) -> frozenset[Disclosure]:
         return self.method.SENDS
 
@@ -106,7 +95,7 @@ class PruneBlock(Request):
         own: Tensors = {}
         try:
             for name, before, after, mask in prune_block(self, start, client, device, own):
-                change, weight = method.weigh(before, after, mask, self.tokens)
+                change, weight = method.weigh(before, after, mask, self.calibration.tokens)
                 if self.fixed_point is not None:
                     assert isinstance(weight, Tensor)
                     if self.fixed_point.units.get(name) != unit_of(before, self.fixed_point.clients):
@@ -123,7 +112,7 @@ class PruneBlock(Request):
             raise client.error(
                 f"a pruned weight is more than {GROWTH} times the largest weight before pruning; raise samples"
             ) from error
-        return Response(sent, Tokens(tokens=self.tokens))
+        return Response(sent, Tokens(tokens=self.calibration.tokens))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
@@ -141,8 +130,7 @@ class PruneBlock(Request):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
-        if reply.tokens != self.tokens:
-            raise WireError(f"it claims {reply.tokens} tokens, not {self.tokens}")
+        reply.check(self.calibration)
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         assert layout is not None
@@ -162,7 +150,7 @@ class PruneBlock(Request):
                     raise WireError(f"{WEIGHT}{name} prunes {pruned} of {weight.numel()} weights, not {target} of them")
                 if target.pattern and (weight.view(-1, target.pattern[1]).sum(1) != target.pattern[0]).any():
                     raise WireError(f"{WEIGHT}{name} does not follow the pattern {target}")
-            elif float(weight) != self.tokens:
+            elif float(weight) != self.calibration.tokens:
                 raise WireError(f"{WEIGHT}{name} claims {float(weight):g} tokens")
 
     def beyond(self, job: Agreed) -> str | None:

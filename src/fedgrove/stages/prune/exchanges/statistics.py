@@ -39,7 +39,7 @@ class SumInputs(exchange.SumInputs):
             return "products"
         if self.moments != (config.solver.NEEDS == "moments"):
             return "moments"
-        if self.limit not in limits(calibration.samples * calibration.length, len(job.clients), job.secure):
+        if self.limit not in limits(calibration.tokens, len(job.clients), job.secure):
             return "limit"
         if (config.epsilon is None) != (noise is None):
             return "epsilon"

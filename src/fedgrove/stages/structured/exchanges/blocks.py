@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.hidden_states import Calibration, HiddenStates, Tokens
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.job.stage_config import Agreed
@@ -19,7 +19,7 @@ from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.exchanges.scores import CODE, Tokens
+from fedgrove.stages.structured.exchanges.scores import CODE
 
 INFLUENCE = "influence"
 FARTHEST = 2  # 1 − cos of a token's hidden states is at most this
@@ -76,13 +76,11 @@ class ScoreBlocks(Request):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
-        tokens = self.calibration.samples * self.calibration.length
-        if reply.tokens != tokens:
-            raise WireError(f"it claims {reply.tokens} tokens, not {tokens}")
+        reply.check(self.calibration)
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         samples = self.calibration.samples
-        check_influence({INFLUENCE: tensors[CHANGE + INFLUENCE]}, samples * self.calibration.length, samples)
+        check_influence({INFLUENCE: tensors[CHANGE + INFLUENCE]}, self.calibration.tokens, samples)
 
     def beyond(self, job: Agreed) -> str | None:
         config, calibration = job.stages[self.stage], self.calibration

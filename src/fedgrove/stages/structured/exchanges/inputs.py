@@ -18,6 +18,7 @@ from fedgrove.job.stage_config import Agreed
 from fedgrove.models.width import family_of
 from fedgrove.rounds.request import Response, Tensors
 from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.cut import has_bias
 
 HALVES = ("first", "second")
 
@@ -33,17 +34,14 @@ class SumInputs(exchange.SumInputs):
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder = decoder_of(client, device)
-        if self.block < len(decoder) and self.moments != any(
-            getattr(decoder.blocks[self.block].get_submodule(part.consumer), "bias", None) is not None
-            for part in (family_of(decoder.checkpoint.config).channels, family_of(decoder.checkpoint.config).heads)
-            if part is not None and self.consumers.get(part.consumer) in self.widths
-        ):
+        read = [reader for reader in _readers(client) if self.consumers.get(reader) in self.widths]
+        if self.block < len(decoder) and self.moments != any(has_bias(decoder, self.block, reader) for reader in read):
             raise client.error("the request is for means of inputs, which only linears with a bias need; refused")
         return super().respond(tensors, client, device)
 
     def begin(self, name: str, scale: Tensor, client: LocalClient) -> exchange.InputSum:
-        calibration, family = self.calibration, family_of(checkpoint_of(client).config)
-        if name not in {self.consumers[part.consumer] for part in (family.channels, family.heads) if part}:
+        calibration = self.calibration
+        if name not in {self.consumers[reader] for reader in _readers(client)}:
             raise client.error(f"no linear that reads what is cut has the input of {name}; refused")
         windows = calibration_windows(client, calibration.samples, calibration.length, calibration.seed)
         sums = [Statistic(part, scale, True, self.limit, moments=self.moments) for part in self.sums_of(name)]
@@ -63,8 +61,13 @@ class SumInputs(exchange.SumInputs):
             return "products"
         if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("dense", 1, None):
             return "source"
-        tokens = calibration.samples * calibration.length
-        return None if self.limit in limits(tokens, len(job.clients), job.secure) else "limit"
+        return None if self.limit in limits(calibration.tokens, len(job.clients), job.secure) else "limit"
+
+
+def _readers(client: LocalClient) -> list[str]:
+    """The linears of a block that read channels or heads."""
+    family = family_of(checkpoint_of(client).config)
+    return [part.consumer for part in (family.channels, family.heads) if part]
 
 
 def half_of(ids: Tensor) -> int:

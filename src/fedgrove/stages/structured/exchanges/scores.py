@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from fedgrove.client.hidden_states import Calibration, HiddenStates
+from fedgrove.client.hidden_states import Calibration, HiddenStates, Tokens
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
@@ -25,12 +25,6 @@ from fedgrove.stages.structured.scores import score_of
 
 CODE = FixedPoint(fraction_bits=24)  # encodes what each window adds to a sum
 LARGEST = 2**62  # the largest sum over all clients
-
-
-class Tokens(Reply):
-    """The number of tokens in the sums."""
-
-    tokens: int
 
 
 class ScoreGroups(Request):
@@ -85,9 +79,7 @@ class ScoreGroups(Request):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
-        tokens = self.calibration.samples * self.calibration.length
-        if reply.tokens != tokens:
-            raise WireError(f"it claims {reply.tokens} tokens, not {tokens}")
+        reply.check(self.calibration)
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         check_values(tensors, score_of(self.score).SIGNED, self.limit)

@@ -9,15 +9,14 @@ import shutil
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.units import Name, NonNegative, Samples
+from fedgrove.evaluation.alone import MeasureAlone
+from fedgrove.job.stage_config import Agreed
+from fedgrove.job.units import NonNegative
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.perplexity import negative_log_likelihoods
-from fedgrove.rounds.request import CHANGE, WEIGHT, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.stages.tune.client_model import alone_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.train import Train
@@ -25,10 +24,9 @@ from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import Attachment
 from fedgrove.stages.tune.personal import hold_out, losses, mean_of
+from fedgrove.stages.tune.received import check_linears
 from fedgrove.stages.tune.trainers import trainer_of
 from fedgrove.stages.tune.training import Settings
-
-WINDOW = "window/"  # tensors of a request: token ids to evaluate on
 
 
 class OwnLoss(Reply):
@@ -37,14 +35,12 @@ class OwnLoss(Reply):
     own: NonNegative | None = None
 
 
-class EvaluateAlone(Request):
+class EvaluateAlone(MeasureAlone):
     """Train alone for as many steps as with the others, and measure that model on text that the server sends.
 
-    Tensors sent with the request: ``window/<text>/<i>``: (1, tokens) token ids. The response holds for each text two float64
-    tensors (windows,): ``change/<text>``, negative log-likelihoods in nats, and ``weight/<text>``, numbers of predicted tokens.
+    See :class:`fedgrove.evaluation.alone.MeasureAlone`.
 
     Attributes:
-        texts: number of windows of each held-out text.
         train: the request of the first round; it brings no tensors.
         learning_rates: of each round. The optimizer's state is reset in every round, as in training with the others.
     """
@@ -53,19 +49,16 @@ class EvaluateAlone(Request):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.WINDOW_LOSSES, Disclosure.HELD_OUT_LOSSES})
     REPLY: ClassVar[type[Reply]] = OwnLoss
 
-    texts: Annotated[dict[Name, Samples], Field(max_length=1000)]
     train: Train
     learning_rates: Annotated[tuple[NonNegative, ...], Field(min_length=1, max_length=2**20)]
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        if tensors.keys() != {f"{WINDOW}{name}/{i}" for name, number in self.texts.items() for i in range(number)}:
-            raise client.error("the windows that came are not those that the request names; refused")
+        self.check_windows(tensors, client)
         train, method = self.train, self.train.method
         decoder, ids, labels = train.model_and_windows(client, device)
         windows, held_out = hold_out(ids, labels, train.personal)
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        if not {*train.ranks, *train.masked} <= shapes.keys():
-            raise client.error("the request names linears that its model does not have; refused")
+        check_linears({*train.ranks, *train.masked}, shapes, client)
         masks = {name: decoder.read_matrix(name) != 0 for name in train.masked}
         starts = {
             name: method.start({}, {}, shape, train.ranks.get(name, 0), name, train.seed) for name, shape in shapes.items()
@@ -84,24 +77,9 @@ class EvaluateAlone(Request):
         folder = alone_folder(client, self.stage)
         write_merged(plain, method, totals, masks.keys(), folder)
         merged = Decoder(plain.checkpoint.over(folder), device)
-        measured: Tensors = {}
-        for name, number in self.texts.items():
-            texts = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
-            each = torch.tensor(negative_log_likelihoods(merged, texts), dtype=torch.float64)
-            measured[CHANGE + name], measured[WEIGHT + name] = each[:, 0].contiguous(), each[:, 1].contiguous()
+        measured = self.measured(merged, tensors)
         shutil.rmtree(folder)
         return Response(measured, OwnLoss(own=own))
-
-    def expected(self, layout: Decoder | None) -> TensorSpecs:
-        return {
-            f"{part}{name}": (torch.Size([number]), torch.float64)
-            for name, number in self.texts.items()
-            for part in (CHANGE, WEIGHT)
-        }
-
-    @classmethod
-    def rounds_in(cls, config: StageConfig) -> range:
-        return range(1)
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]

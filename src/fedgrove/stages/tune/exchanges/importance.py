@@ -81,7 +81,7 @@ class ScoreLinears(TrainingRequest):
     def rounds_in(cls, config: StageConfig) -> range:
         """Before the first round, and wherever the clients' ranks are planned again."""
         assert isinstance(config, Config)
-        return range(0, config.rounds, config.replan_every or config.rounds)
+        return config.planning_rounds
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]

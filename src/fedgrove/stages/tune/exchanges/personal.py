@@ -24,7 +24,7 @@ from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
 from fedgrove.stages.tune.personal import Parts, Windows, best, error_of_difference, hold_out, losses, mean_of
-from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
+from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
 
 REST = "rest"  # tensors of a request: the shared change
 
@@ -76,8 +76,7 @@ class ComparePersonal(TuneRequest):
             return Response({}, Losses(shared=None, own=None))
         chosen_by, changes = best_adapter
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        if not set(self.masked) <= shapes.keys():
-            raise client.error("the request names linears that its model does not have; refused")
+        check_linears(self.masked, shapes, client)
         largest = {REST: {name: 2 * min(shape) for name, shape in shapes.items()}}
         check_parts(tensors, method, shapes, largest, [torch.float32, torch.bfloat16], False, client)
         named = sorted({key.split("/")[1] for key in tensors})

@@ -24,10 +24,11 @@ from fedgrove.stages.tune.aggregation import Drawing, SeedAggregation, seed_aggr
 from fedgrove.stages.tune.client_model import TrainingRequest
 from fedgrove.stages.tune.config import AUTO, Config
 from fedgrove.stages.tune.fixed_point import ClientNoise
+from fedgrove.stages.tune.received import check_linears
 from fedgrove.stages.tune.seeds.offsets import LARGEST, MOST_DIRECTIONS, Offsets
 from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_LOSS, Steps, Taken, limit_for, whole
 from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
-from fedgrove.stages.tune.train_settings import WindowNoise
+from fedgrove.stages.tune.train_settings import WindowNoise, check_noise
 from fedgrove.stages.tune.trainers import trainer_of
 
 COEFFICIENTS, CHANCES = "coefficients", "chances"  # tensors of a request
@@ -79,8 +80,7 @@ class AlongDirections(TrainingRequest):
             raise client.error("the server sent coefficients of another shape or dtype; refused")
         if bool((coefficients.abs() > LARGEST).any()):
             raise client.error("the server sent a coefficient that no stage makes; refused")
-        if not set(self.masked) <= decoder.linear_names().keys():
-            raise client.error("the request names a linear that the model does not have; refused")
+        check_linears(self.masked, decoder.linear_names(), client)
 
         def check(name: str, before: Tensor, after: Tensor) -> None:
             server_weights.check_growth(name, before.float(), after, client)
@@ -169,8 +169,7 @@ class Step(AlongDirections):
         return f"{self.stage}/{self.round}" if self.noisy else None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        if client.credentials is not None and self.noise and not self.noise.adders:
-            raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
+        check_noise(self.windows, self.noise, self.round, client)
         chances = tensors.get(CHANCES)
         self.check_tensors(tensors, {COEFFICIENTS} | ({CHANCES} if chances is not None else set()), client)
         if chances is not None and (
@@ -183,9 +182,6 @@ class Step(AlongDirections):
         directions, summed = self.method.draw(drawing), self.method.summed(drawing)
         if len(tensors[COEFFICIENTS]) <= max([*directions, *summed]):
             raise client.error("the server sent fewer coefficients than there are directions; refused")
-        noise = self.windows or self.noise
-        if noise and not self.round < noise.rounds:
-            raise client.error(f"round {self.round + 1} of {noise.rounds}: its privacy budget is spent")
         model, ids, labels = self.model(tensors, client, device)
         budget = training.Budget(**self.windows.model_dump()) if self.windows else None
         work = training.Work(ids, labels, self.seen, f"{self.seed}/{client.name}", budget=budget)
@@ -323,7 +319,7 @@ class Measure(AlongDirections):
     def rounds_in(cls, config: StageConfig) -> range:
         """Before the first round, and wherever it is measured again."""
         assert isinstance(config, Config)
-        return range(0, config.rounds, config.replan_every or config.rounds)
+        return config.planning_rounds
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]

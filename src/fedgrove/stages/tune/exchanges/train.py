@@ -30,8 +30,8 @@ from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
-from fedgrove.stages.tune.received import check_growth, check_parts, parts_of
-from fedgrove.stages.tune.train_settings import Training, WindowNoise
+from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
+from fedgrove.stages.tune.train_settings import Training, WindowNoise, check_noise
 from fedgrove.stages.tune.trainers import trainer_of
 from fedgrove.stages.tune.training import Budget, GradientMasks, NotFinite, Settings, Work
 
@@ -125,17 +125,11 @@ class Train(TrainingRequest):
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         method = self.method
-        if client.credentials is not None and self.fixed and self.fixed.noise and not self.fixed.noise.adders:
-            raise client.error("under secure aggregation the clients add the noise, but this request leaves it to the server")
+        check_noise(self.windows, self.fixed.noise if self.fixed else None, self.round, client)
         decoder, ids, labels = self.model_and_windows(client, device)
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
-        noise = self.windows or (self.fixed and self.fixed.noise)
-        if noise and not self.round < noise.rounds:
-            raise client.error(f"round {self.round + 1} of {noise.rounds}: its privacy budget is spent")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        named = {*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}
-        if not named <= shapes.keys():
-            raise client.error("the request names linears that its model does not have; refused")
+        check_linears({*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}, shapes, client)
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
         check_parts(tensors, method, shapes, self._largest(shapes), [getattr(torch, self.dtype)], self.shared_a, client)
         starts = {
