@@ -46,6 +46,7 @@ from fedgrove.engines.flare import _read as _read_flare
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
 from fedgrove.escape import MAX_WORD, printable
+from fedgrove.evaluation.metrics.harness import harness
 from fedgrove.events import Message, Phase, from_json
 from fedgrove.input_statistics.fixed_point import BITS, Statistic
 from fedgrove.job.load import load, load_federated
@@ -578,6 +579,44 @@ def test_a_federated_job_names_only_tasks_that_the_server_lists(small: Small, tm
             open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=allowed))
     job = open_job(tmp_path, config, ServerFile(models={"m": small.model}, tasks=("evil", "arc_easy")))
     assert job.evaluate.tasks == ("arc_easy", "evil")
+
+
+EVIL = """
+task: evil
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/rows.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: !function evil.text
+doc_to_choice: [" ash", " birch"]
+doc_to_target: 0
+"""
+
+
+@pytest.mark.parametrize("named", ["evil", "texts/evil.yaml", "../texts/evil.yaml"])
+def test_the_real_harness_runs_no_code_of_an_operator(grove: Path, tmp_path: Path, named: str) -> None:
+    """It would: a task's file names functions, and they run as soon as the task is loaded from a folder."""
+    pytest.importorskip("lm_eval", reason="the extra fedgrove[lm-eval] is not installed")
+    config = tmp_path / "config"
+    config.mkdir()
+    job = {"name": "first", "model": {"path": "m"}, "clients": [{"name": "ash"}], "stages": [STAGES["prune"]]}
+    texts, ran = config / "texts", tmp_path / "ran"
+    texts.mkdir()
+    (texts / "rows.jsonl").write_text('{"q": "a"}\n')
+    (texts / "evil.yaml").write_text(EVIL.format(folder=texts))
+    (texts / "evil.py").write_text(f"open({str(ran)!r}, 'a').close()\ndef text(doc):\n    return doc['q']\n")
+    (config / "job.toml").write_text(tomli_w.dumps({**job, "evaluate": {"tasks": [named]}}))
+
+    with pytest.raises(FedgroveError, match=r"evaluate\.tasks: the server does not allow"):
+        open_job(tmp_path, config, ServerFile(models={"m": grove}))
+    opened = open_job(tmp_path, config, ServerFile(models={"m": grove}, tasks=(named,)))  # were it the server's own choice
+    with pytest.raises(FedgroveError, match="lm-eval has no such task"):
+        harness(grove, list(opened.evaluate.tasks), opened.evaluate.tasks_from, dtype="float32")
+    assert not ran.exists()
+    harness(grove, ["evil"], texts, dtype="float32")  # a user's own folder, on the user's own machine
+    assert ran.exists()
 
 
 # What stays on a site's disk
