@@ -33,6 +33,7 @@ from fedgrove.engines.error_codes import Refusal
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import Noise, largest_per_client
 from fedgrove.job.load import load_federated
+from fedgrove.job.stage_config import Cut
 from fedgrove.job.tables import KINDS
 from fedgrove.job.units import Table
 from fedgrove.models.digest import digests, first_difference
@@ -136,6 +137,7 @@ SUM = SumInputs(
     consumers={"x": "x"},
     widths={"x": 8},
     products=(),
+    mixed=False,
     moments=False,
     limit=largest_per_client(3),
 )
@@ -148,7 +150,7 @@ REPAIR = RepairInputs(
 )  # fmt: skip
 OUTLIERS = MeasureBlocks(stage=2, allocation="owl", owl_m=5.0, owl_lambda=0.08, calibration=DENSE)
 ALONE = EvaluateAlone(stage=0, texts={"held-0": 2}, prune=BLOCK.model_copy(update={"block": 0, "keep": True}))
-TUNED = {"stage": 1, "parts": 0, "width": None, "bits": 16, "length": 512, "seed": "0/1", "personal": 0.0}
+TUNED = {"stage": 1, "parts": 0, "cut": None, "bits": 16, "length": 512, "seed": "0/1", "personal": 0.0}
 TRAINING = Training(steps=4, batch=1, micro=1, learning_rate=1e-3, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
 TRAIN = Train(
     **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 8.0}, masked=(),
@@ -293,6 +295,8 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         ({**PRUNE, "allocation": "owl"}, moved(OUTLIERS, 0, calibration__length=8), "length"),
         ({**SUMS, "pruner": "sparsegpt"}, moved(SUM, 0, products=("x",)), None),
         ({**SUMS, "pruner": "sparsegpt", "source": "sequential"}, moved(SUM, 0, calibration__through="server/r"), None),
+        ({**SUMS, "pruner": "sparsegpt", "mixed": True}, moved(SUM, 0, mixed=True), None),
+        ({**SUMS, "pruner": "sparsegpt", "mixed": True}, moved(SUM, 0), "mixed"),
         ({**SUMS, "pruner": "dsnot"}, moved(SUM, 0, moments=True), None),
         ({**SUMS, "protect_first_block": True}, moved(SUM, 0), "protect_first_block"),
         ({**SUMS, "protect_first_block": True}, moved(SUM, 0, block=1), None),
@@ -348,6 +352,23 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
 def test_what_a_stage_may_ask_for_depends_on_its_table(stage: dict[str, Any], request_: Request, word: str | None) -> None:
     table = {key: value for key, value in stage.items() if value is not None}
     assert refusal(Allow(), terms(table), request_) == (None if word is None else ("terms", word))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "word"),
+    [
+        ({}, {"cut": Cut(0.25, 0.25, 0.0)}, None),
+        ({}, {}, "cut"),
+        ({}, {"cut": Cut(0.5, 0.25, 0.0)}, "cut"),
+        ({}, {"cut": Cut(0.25, 0.25, 0.0), "kept_blocks": (0,)}, "kept_blocks"),
+        ({"depth": 0.5}, {"cut": Cut(0.0, 0.0, 0.5), "kept_blocks": (0,)}, None),
+        ({"depth": 0.5}, {"cut": Cut(0.0, 0.0, 0.5)}, "kept_blocks"),
+        ({"depth": 0.5}, {"cut": Cut(0.0, 0.0, 0.75), "kept_blocks": (0,)}, "cut"),
+    ],
+)
+def test_a_model_that_the_job_does_not_cut_so_is_not_tuned(stage: dict[str, Any], changes: Any, word: str | None) -> None:
+    job = terms({**STRUCTURED, **stage}, TUNE)
+    assert refusal(Allow(), job, changed(TRAIN, **changes)) == (None if word is None else ("terms", word))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ RECIPE = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=N
 BLOCK = PruneBlock(stage=0, block=1, calibration=CALIBRATION, recipe=RECIPE, aggregation="fedspallm")
 SESSION = Session(name="s", clients=("ash", "birch", "cedar"))
 TUNED: dict[str, Any] = {
-    "stage": 0, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
+    "stage": 0, "parts": 0, "cut": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
 }  # fmt: skip
 TRAINING = Training(steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
 HEX = "00" * 32
@@ -108,7 +108,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(
         SumInputs(
             stage=0, block=0, calibration=CALIBRATION, consumers={Q: Q}, widths={Q: 64}, products=(Q,), moments=False,
-            limit=2**40,
+            mixed=False, limit=2**40,
         ),
         InputTokens(tokens=TOKENS),
     ),

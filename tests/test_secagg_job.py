@@ -234,7 +234,9 @@ def test_a_client_with_credentials_answers_nothing_in_the_open(small: Small, tmp
     calibration = Calibration(stage=0, samples=1, length=LENGTH, seed="s")
     recipe = Recipe(pruner="wanda", damping="mean", sparsities=(0.5, 0.5), pattern=None, blocks=(0, 1))
     block = PruneBlock(stage=0, block=0, calibration=calibration, recipe=recipe, aggregation="fedspallm")
-    sums = SumInputs(stage=0, block=0, calibration=calibration, consumers={}, widths={}, products=(), moments=False, limit=1)
+    sums = SumInputs(
+        stage=0, block=0, calibration=calibration, consumers={}, widths={}, products=(), mixed=False, moments=False, limit=1
+    )
     for request in (block, sums, EvaluateAlone(stage=0, texts={}, prune=block)):
         with pytest.raises(FedgroveError, match="only under secure aggregation"):
             serve(request.KIND, wire.pack({}, {"request": request.model_dump(mode="json")}), client, "cpu")

@@ -326,7 +326,7 @@ def test_published_seeds_are_federated_averaging_of_the_clients_models(small: Sm
 def step_request(**changes: Any) -> Step:
     """What a client is asked to do in a round."""
     asked: dict[str, Any] = {
-        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0, "tokens": 1,
+        "stage": 0, "parts": 0, "cut": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0, "tokens": 1,
         "batch": 2, "clients": 3, "masked": (), "aggregation": "common", "trainer": "zeroth_order", "seeds": 0, "steps": 1,
         "seen": 0, "learning_rate": 1e-3, "perturbation": 2**-9, "says_loss": True,
     }  # fmt: skip

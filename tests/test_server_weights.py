@@ -17,6 +17,7 @@ from fedgrove.client.serve import serve
 from fedgrove.client.windows import training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.shared_inputs import count_inputs
+from fedgrove.job.stage_config import Cut
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
@@ -92,7 +93,7 @@ def test_the_inputs_of_all_blocks_are_counted_without_weights(small: Small) -> N
 
 LINEAR = "model.layers.1.mlp.up_proj"
 TRAIN: dict[str, Any] = {
-    "stage": 0, "round": 1, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
+    "stage": 0, "round": 1, "parts": 0, "cut": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
     "trainer": "sgd", "shared_a": False, "ranks": {LINEAR: 2}, "masked": (), "seen": 0, "dtype": "float32",
     "training": Training(steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="sgd", max_grad_norm=1.0, proximal=0.0),
 }  # fmt: skip
@@ -161,10 +162,25 @@ def test_a_start_of_a_higher_rank_than_the_client_trains_is_refused(small: Small
         train(small, tmp_path, "lora", wide)
 
 
+@pytest.mark.parametrize(
+    ("cut", "kept", "says"),
+    [
+        (Cut(0.25, 0.0, 0.0), None, "another width than the one that it was sent"),
+        (Cut(0.0, 0.0, 0.5), (0, 1), "another number of blocks than the job leaves"),
+        (Cut(0.0, 0.0, 0.75), (0, 1), "another number of blocks than the job leaves"),
+    ],
+)
+def test_a_model_is_cut_by_the_jobs_fractions_or_not_tuned(
+    small: Small, tmp_path: Path, cut: Cut, kept: tuple[int, ...] | None, says: str
+) -> None:
+    with pytest.raises(FedgroveError, match=says):
+        train(small, tmp_path, "lora", start_of("lora"), cut=cut, kept_blocks=kept)
+
+
 def test_a_request_without_tensors_takes_none(small: Small, tmp_path: Path) -> None:
     client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
     tokens = training_windows(client, LENGTH)[0].numel()
-    common = {key: TRAIN[key] for key in ("stage", "parts", "width", "bits", "length", "seed", "personal")}
+    common = {key: TRAIN[key] for key in ("stage", "parts", "cut", "bits", "length", "seed", "personal")}
     request = ScoreLinears(**common, tokens=tokens, steps=1, micro=1, learning_rate=0.1)
     with pytest.raises(FedgroveError, match="sent tensors with a request that has none"):
         serve(request.KIND, wire.pack(start_of("lora"), {"request": request.model_dump(mode="json")}), client, "cpu")

@@ -13,13 +13,18 @@ from accelerate import init_empty_weights
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedgrove import run as server
+from fedgrove.client.hidden_states import Calibration
 from fedgrove.engines.local import LocalEngine
+from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics import fixed_point as statistics
+from fedgrove.input_statistics.exchange import SCALE
 from fedgrove.input_statistics.fixed_point import Statistic
+from fedgrove.input_statistics.probe import probe
 from fedgrove.input_statistics.shared_inputs import shared_inputs
 from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.job.load import load
-from fedgrove.models.blocks import find_blocks
+from fedgrove.models.blocks import Decoder, find_blocks
+from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE, WireError
@@ -138,6 +143,27 @@ def test_mixed_prunes_wide_inputs_with_wanda(small: Small, owners: dict[str, lis
     for name in made["mixed"]:
         assert made["mixed"][name] == made["wanda" if "down_proj" in name else "full"][name]
         assert made["wanda"][name] != made["full"][name]
+
+
+def test_with_mixed_a_client_sends_no_products_of_wide_inputs(small: Small, tmp_path: Path) -> None:
+    job = load(small.job("curious", stages__0__aggregation="pooled", stages__0__pruner="sparsegpt"))
+    client = server.local_clients(job, server.open_model(job.model), tmp_path)[0]
+    inputs = probe(Decoder(Checkpoint(small.model)), LENGTH, 0)[0]
+    request = SumInputs(
+        stage=0,
+        block=0,
+        calibration=Calibration(stage=0, samples=2, length=LENGTH, seed="0/0"),
+        consumers={name: first for first, one in inputs.items() for name in one.consumers},
+        widths={first: one.scale.numel() for first, one in inputs.items()},
+        products=tuple(name for name in inputs if name != "mlp.down_proj"),
+        mixed=True,
+        moments=False,
+        limit=2**61,
+    )
+    scales = {SCALE + name: one.scale for name, one in inputs.items()}
+    assert "change/mlp.gate_proj/products" in request.respond(scales, client, "cpu").tensors
+    with pytest.raises(FedgroveError, match="products of inputs that mixed = true excludes; refused"):
+        request.model_copy(update={"products": tuple(inputs)}).respond(scales, client, "cpu")
 
 
 def test_sums_are_damped_channel_by_channel_unless_the_job_says_otherwise(

@@ -67,7 +67,7 @@ def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **chan
 def train_request(**changes: Any) -> Train:
     """What a client is asked to do in a round; it need not be what a job would ask."""
     asked: dict[str, Any] = {
-        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0,
+        "stage": 0, "parts": 0, "cut": None, "bits": 32, "length": 16, "seed": "s", "personal": 0.0,
         "parametrization": "lora", "trainer": "sgd", "shared_a": True, "ranks": {}, "scales": {}, "masked": (), "tokens": 352,
         "seen": 0, "dtype": "float32",
         "training": Training(

@@ -451,7 +451,7 @@ def test_a_client_keeps_no_adapter_of_its_own_where_the_shared_one_is_better(sma
     shape = Decoder(Checkpoint(small.model)).read_shape(name)
     own = Factors(torch.ones(shape[0], 1), torch.ones(1, shape[1]))
     request = ComparePersonal(
-        stage=0, round=2, parts=0, width=None, bits=32, length=16, seed="0/0", personal=0.3, parametrization="lora", masked=(),
+        stage=0, round=2, parts=0, cut=None, bits=32, length=16, seed="0/0", personal=0.3, parametrization="lora", masked=(),
         micro=4, base=str(small.model), title="ash",
     )  # fmt: skip
     shared = {f"rest/{name}/b": torch.zeros(shape[0], 1), f"rest/{name}/a": torch.zeros(1, shape[1])}

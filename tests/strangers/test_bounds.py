@@ -419,7 +419,7 @@ def test_with_noise_for_a_client_a_loss_that_is_not_finite_is_a_change_of_zeros(
     noise = ClientNoise(epsilon=8.0, delta=1e-6, clip=1.0, rounds=2, adders=0)  # the server adds the noise
     tokens = training_windows(ash, LENGTH)[0].numel()
     common: dict[str, Any] = {
-        "stage": 0, "parts": 0, "width": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0,
+        "stage": 0, "parts": 0, "cut": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0,
         "parametrization": method, "trainer": "sgd", "shared_a": method == "lora", "ranks": {linear: 2},
         "scales": {linear: 1.0}, "masked": (), "tokens": tokens, "seen": 0, "dtype": "float32",
         "training": Training(steps=2, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=1.0, proximal=0.0),

@@ -132,7 +132,7 @@ OTHER = {  # of fields with a list of allowed values
     "ridge": "prototypes", "last": "mean", "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
-    "width": {"channels": 40, "heads": 1},
+    "cut": {"channels": 0.25, "heads": 0.0, "depth": 0.0},
     "kept_blocks": [0],
     "pattern": [2, 4],
     "compute_dtype": "bfloat16",

@@ -601,7 +601,7 @@ def test_a_client_trains_only_the_model_that_all_were_sent(small: Small, tmp_pat
     model = [{name: weight}, {name.replace("layers.0", "layers.1"): weight * 0.5}]
     requests = [KeepWeights(stage=1, part=part) for part in range(2)]
     digest = digest_of_base([request.sum_digest(tensors) for request, tensors in zip(requests, model, strict=True)])
-    fields = {"stage": 1, "width": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0}
+    fields = {"stage": 1, "cut": None, "bits": 32, "length": LENGTH, "seed": "s", "personal": 0.0}
     train = TuneRequest(parts=2, base_digest=digest, **fields)
 
     def store(parts: Sequence[Tensors]) -> None:

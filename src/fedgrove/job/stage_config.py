@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from fedgrove import plugins
-from fedgrove.job.units import Table
+from fedgrove.job.units import Sparsity, Table
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
 
 STAGES = "stages"  # the package whose subpackages are the kinds of stage
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a stage cuts out of the model, as fractions.
+
+    Attributes:
+        channels, heads: of every block's MLP channels and groups of heads.
+        depth: of the blocks.
+    """
+
+    channels: Sparsity
+    heads: Sparsity
+    depth: Sparsity
+
+    @staticmethod
+    def whole(fraction: float, number: int) -> int:
+        """How many of a number go: the fraction of it, rounded down."""
+        return math.floor(fraction * number)
 
 
 class StageConfig(Table):
@@ -60,13 +80,9 @@ class StageConfig(Table):
         """What the stage itself measures on held-out texts: values of ``measure`` of ``[[evaluate.data]]``."""
         return frozenset()
 
-    def changes_structure(self) -> bool:
-        """Whether the stage changes the shapes of tensors, so that later stages differ from the clients' copies."""
-        return False
-
-    def cuts_blocks(self) -> bool:
-        """Whether the model has fewer blocks after the stage."""
-        return False
+    def cuts(self) -> Cut | None:
+        """What the stage cuts out of the model, whose shapes then differ from those of the clients' copies; None: nothing."""
+        return None
 
     def makes_zeros(self) -> bool:
         """Whether the stage makes zeros that later stages have to keep."""
@@ -119,6 +135,11 @@ class Agreed:
     def seed_of(self, stage: int) -> str:
         """The seed of a stage."""
         return f"{self.seed}/{stage}"
+
+
+def cut_by(stages: Sequence[StageConfig]) -> Cut | None:
+    """What stages cut out of the model; None: nothing. At most one of a job's stages cuts."""
+    return next((cut for cut in (stage.cuts() for stage in stages) if cut is not None), None)
 
 
 def config_of(kind: str) -> type[StageConfig]:

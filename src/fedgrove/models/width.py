@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
-from fedgrove.job.units import Count
+from fedgrove.job.stage_config import Cut
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Width:
         heads: number of groups of heads (a key-value head with its query heads).
     """
 
-    channels: Count
-    heads: Count
+    channels: int
+    heads: int
+
+    def without(self, cut: Cut) -> Width:
+        """The widths after structured pruning."""
+        return Width(self.channels - Cut.whole(cut.channels, self.channels), self.heads - Cut.whole(cut.heads, self.heads))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.stage_config import StageConfig, cut_by
 from fedgrove.job.units import (
     MOST,
     ComputeDtype,
@@ -240,7 +240,7 @@ class Config(StageConfig):
 
     def check(self, job: Job, index: int) -> None:
         clients, at = job.clients, f"stages.{index}"
-        if any(stage.changes_structure() for stage in job.stages[:index]):
+        if cut_by(job.stages[:index]) is not None:
             raise ValueError(
                 f"{at}.kind: an earlier stage cuts the model, but clients prune their own uncut copies; use two jobs"
             )

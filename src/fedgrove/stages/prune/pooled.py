@@ -25,7 +25,7 @@ from fedgrove.rounds.request import Message
 from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.config import Config
-from fedgrove.stages.prune.exchanges.statistics import SumInputs
+from fedgrove.stages.prune.exchanges.statistics import SumInputs, narrow
 from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pruners import magnitude
 
@@ -51,8 +51,8 @@ def _with_products(decoder: Decoder, config: Config, inputs: Mapping[str, Shared
     """The inputs whose products the pruner needs, besides their squares."""
     if config.solver.NEEDS != "gram":
         return ()
-    width = decoder.checkpoint.config.get_text_config().hidden_size
-    return tuple(first for first, one in inputs.items() if not (config.mixed and one.scale.numel() > width))
+    widths = {first: one.scale.numel() for first, one in inputs.items()}
+    return narrow(widths, decoder) if config.mixed else tuple(widths)
 
 
 def wants_moments(stage: Config) -> bool:
@@ -208,6 +208,7 @@ def sum_request(
         consumers={name: first for first, one in inputs.items() for name in one.consumers},
         widths={first: one.scale.numel() for first, one in inputs.items()},
         products=products,
+        mixed=config.mixed,
         moments=wants_moments(config),
         limit=largest_per_client(len(plan.contributors(0, block))),
         noise=private,

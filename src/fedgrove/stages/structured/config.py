@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
-from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.stage_config import Cut, StageConfig
 from fedgrove.job.units import Length, Samples, Sparsity, method_of
 from fedgrove.stages.structured.scores import PACKAGE
 
@@ -73,14 +72,11 @@ class Config(StageConfig):
     def methods(self) -> set[str]:
         return {self.score}
 
-    def changes_structure(self) -> bool:
-        return True
-
-    def cuts_blocks(self) -> bool:
-        return self.depth > 0
+    def cuts(self) -> Cut:
+        return Cut(self.channels, self.heads, self.depth)
 
     def hidden_states_kept(self, num_blocks: int) -> int:
-        return num_blocks + 2 if self.narrows else math.floor(self.depth * num_blocks) + 2
+        return num_blocks + 2 if self.narrows else Cut.whole(self.depth, num_blocks) + 2
 
     def check(self, job: Job, index: int) -> None:
         if index > 0:

@@ -9,6 +9,7 @@ from typing import Literal
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import disclosed_by
 from fedgrove.input_statistics.fixed_point import ring_bits
+from fedgrove.job.stage_config import Cut
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.cost import count_parameters, measure_cost
 from fedgrove.models.stream import Checkpoint
@@ -79,13 +80,12 @@ def make_plan(
             or block or leaves too few blocks, or a client has too little memory; names the key or the client.
     """
     before = width_of(decoder.checkpoint.config)
-    gone = {"channels": math.floor(config.channels * before.channels), "heads": math.floor(config.heads * before.heads)}
+    after = before.without(config.cuts())
     for key, share in (("channels", config.channels), ("heads", config.heads)):
-        if share and not gone[key]:
-            groups = getattr(before, key)
+        groups = getattr(before, key)
+        if share and getattr(after, key) == groups:
             what = "channels" if key == "channels" else "groups of heads"
             raise _less_than_one(index, key, share, groups, what)
-    after = Width(before.channels - gone["channels"], before.heads - gone["heads"])
     left = _blocks_left(index, config, len(decoder))
     smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
@@ -189,7 +189,7 @@ def _less_than_one(index: int, key: str, share: float, number: int, what: str) -
 
 def _blocks_left(index: int, config: Config, number: int) -> int:
     """The number of blocks that stay."""
-    gone = math.floor(config.depth * number)
+    gone = Cut.whole(config.depth, number)
     if config.depth and not gone:
         raise _less_than_one(index, "depth", config.depth, number, "blocks")
     most = number - 2 if config.protect_ends else number - 1

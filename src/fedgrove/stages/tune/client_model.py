@@ -11,13 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.windows import latest_decoder, training_windows
-from fedgrove.job.stage_config import Agreed
+from fedgrove.client.windows import checkpoint_of, latest_decoder, training_windows
+from fedgrove.job.stage_config import Agreed, Cut, cut_by
 from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Natural, Word
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.depth import KeptBlocks
+from fedgrove.models.depth import KeptBlocks, num_blocks
 from fedgrove.models.stream import Checkpoint
-from fedgrove.models.width import Width
+from fedgrove.models.width import width_of
 from fedgrove.rounds.request import Request
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.config import Config
@@ -32,7 +32,7 @@ class TuneRequest(Request):
     Attributes:
         parts: how many files the client has stored for :class:`~fedgrove.stages.tune.exchanges.base.KeepWeights`.
         base_digest: :func:`digest_of_base` of these requests: whoever compares requests also compares models.
-        width: of the blocks, if they are narrower than those of the client's own copy of the model; else None.
+        cut: the fractions that earlier stages cut out of the client's own copy of the model; None: nothing.
         kept_blocks: the indexes of the blocks of its own copy that the model has; None: all.
         bits: of each frozen weight.
         length: tokens of a window.
@@ -42,7 +42,7 @@ class TuneRequest(Request):
 
     parts: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
     base_digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
-    width: Width | None
+    cut: Cut | None
     kept_blocks: KeptBlocks | None = None
     bits: Bits
     length: Length
@@ -62,9 +62,11 @@ class TuneRequest(Request):
             raise client.error("its working files are gone; continue the run with --resume")
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
-        checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], self.width, self.kept_blocks)
+        checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], kept_blocks=self.kept_blocks)
+        if self.cut is not None:
+            checkpoint = self._narrowed(self.cut, checkpoint, client)
         decoder = latest_decoder(checkpoint, device, same=self.base_digest)
-        if self.parts or self.width is not None:
+        if self.parts or self.cut is not None:
             _check_width(decoder, client)
         return decoder, *training_windows(client, self.length)
 
@@ -77,13 +79,24 @@ class TuneRequest(Request):
             return "seed"
         if self.parts and not before:
             return "parts"
-        if self.width is not None and not any(stage.changes_structure() for stage in before):
-            return "width"
-        if self.kept_blocks is not None and not any(stage.cuts_blocks() for stage in before):
+        cut = cut_by(before)
+        if self.cut != cut:
+            return "cut"
+        if (self.kept_blocks is not None) != bool(cut and cut.depth):
             return "kept_blocks"
         if self.bits not in config.weight_bits:
             return "bits"
         return "personal" if self.personal != config.personal else None
+
+    def _narrowed(self, cut: Cut, checkpoint: Checkpoint, client: LocalClient) -> Checkpoint:
+        """The checkpoint with the widths that the cut leaves; refuses another number of blocks than it leaves."""
+        own = checkpoint_of(client).config
+        gone = Cut.whole(cut.depth, num_blocks(own))
+        if self.kept_blocks is not None and len(self.kept_blocks) != num_blocks(own) - gone:
+            raise client.error("the request is for a model of another number of blocks than the job leaves; refused")
+        if not (cut.channels or cut.heads):
+            return checkpoint
+        return checkpoint.over(width=width_of(own).without(cut))
 
 
 class TrainingRequest(TuneRequest):

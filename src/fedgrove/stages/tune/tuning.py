@@ -10,6 +10,7 @@ from typing import Any
 from fedgrove.client.server_weights import FEW_ZEROS
 from fedgrove.evaluation.rounds import evaluate_round
 from fedgrove.events import Phase
+from fedgrove.job.stage_config import cut_by
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import ModelCost, measure_cost
 from fedgrove.models.stream import Checkpoint
@@ -129,7 +130,7 @@ class Tuning:
             "round": round_,
             "parts": len(self.base),
             "base_digest": digest_of_base(self.base),
-            "width": self.decoder.checkpoint.width,
+            "cut": cut_by(self.federation.job.stages[: self.plan.stage]),
             "kept_blocks": self.decoder.checkpoint.kept_blocks,
             "bits": self.plan.clients[client].bits,
             "length": self.config.length,

@@ -7,18 +7,34 @@ Each request carries only the previous block, so a client whose cache is gone ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import decoder_of
 from fedgrove.input_statistics import exchange
 from fedgrove.input_statistics.exchange import limits
 from fedgrove.job.stage_config import Agreed
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.request import Response, Tensors
 from fedgrove.stages.prune.config import Config
 
 
 class SumInputs(exchange.SumInputs):
-    """Sum, over your text, the statistics of one block's inputs that the pruner needs."""
+    """Sum, over your text, the statistics of one block's inputs that the pruner needs.
+
+    Attributes:
+        mixed: whether products are summed only of inputs that are no wider than the hidden states.
+    """
 
     KIND: ClassVar[str] = "prune/statistics"
+
+    mixed: bool
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        if self.mixed and not set(self.products) <= set(narrow(self.widths, decoder_of(client, device))):
+            raise client.error("the request is for products of inputs that mixed = true excludes; refused")
+        return super().respond(tensors, client, device)
 
     def beyond(self, job: Agreed) -> str | None:
         config, calibration, noise = job.stages[self.stage], self.calibration, self.noise
@@ -37,6 +53,8 @@ class SumInputs(exchange.SumInputs):
             return "windows_per_run"
         if self.products and config.solver.NEEDS != "gram":
             return "products"
+        if self.mixed != config.mixed:
+            return "mixed"
         if self.moments != (config.solver.NEEDS == "moments"):
             return "moments"
         if self.limit not in limits(calibration.tokens, len(job.clients), job.secure):
@@ -46,3 +64,13 @@ class SumInputs(exchange.SumInputs):
         if noise and (noise.epsilon != config.epsilon or noise.skips_first != config.protect_first_block):
             return "epsilon"
         return "delta" if noise and noise.delta != config.delta else None
+
+
+def narrow(widths: Mapping[str, int], decoder: Decoder) -> tuple[str, ...]:
+    """The inputs that are no wider than the hidden states.
+
+    Args:
+        widths: number of channels of each input.
+    """
+    hidden_size = decoder.checkpoint.config.get_text_config().hidden_size
+    return tuple(name for name, width in widths.items() if width <= hidden_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.server_weights import check_change
 from fedgrove.client.windows import decoder_of
-from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.stage_config import Agreed, StageConfig, cut_by
 from fedgrove.job.units import MAX_BLOCKS, Index
 from fedgrove.models.depth import KeptBlocks
 from fedgrove.models.experts import slices
@@ -52,10 +52,10 @@ class KeepWeights(Request):
         return range(1)
 
     def beyond(self, job: Agreed) -> str | None:
-        before = job.stages[: self.stage]
-        if self.kept_blocks is not None and not any(stage.cuts_blocks() for stage in before):
+        cut = cut_by(job.stages[: self.stage])
+        if self.kept_blocks is not None and not (cut and cut.depth):
             return "kept_blocks"
-        return None if before else "stage"  # before the first stage no weight has changed
+        return None if self.stage else "stage"  # before the first stage no weight has changed
 
 
 def _is_of_linear(name: str, tensor: Tensor, linears: set[str]) -> bool:
