@@ -6,7 +6,7 @@ operation on tensors of both, ``numpy()``, an ``out=`` elsewhere. Numbers are th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "lazy:0"
@@ -67,8 +66,11 @@ def second_device() -> Iterator[str]:
 
 
 def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in _leaves([*args, *kwargs.values()]) if isinstance(leaf, Tensor)]
     there = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
+    device = kwargs.get("device")
+    if not there and device is None:
+        return function(*args, **kwargs)
     here = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim() and not tensor.is_meta]
     name: str = function.name()
     goes_there = bool(there)
@@ -76,8 +78,8 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {DEVICE} and cpu in {name}")
     if name == "aten::copy_":
         goes_there = isinstance(args[0], Elsewhere)
-    if kwargs.get("device") is not None:
-        goes_there = torch.device(kwargs["device"]) == torch.device(DEVICE)
+    if device is not None:
+        goes_there = torch.device(device) == torch.device(DEVICE)
         kwargs = {**kwargs, "device": torch.device("cpu")} if goes_there else kwargs
 
     def unwrapped(value: Any) -> Any:
@@ -88,4 +90,21 @@ def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         return there.get(id(value)) if id(value) in there else Elsewhere(value)
 
-    return pytree.tree_map(wrapped, function(*pytree.tree_map(unwrapped, args), **pytree.tree_map(unwrapped, kwargs)))
+    inner = {key: _each(unwrapped, value) for key, value in kwargs.items()}
+    return _each(wrapped, function(*_each(unwrapped, list(args)), **inner))
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """What is in lists and tuples: the arguments of torch's operations hold nothing else that holds tensors."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Applies a function to what is in lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)([_each(function, one) for one in value])
+    return function(value)
