@@ -7,6 +7,7 @@ import random
 import struct
 import tracemalloc
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def sample() -> bytes:
     return pack(tensors, {"block": 3, "seed": "0/0"})
 
 
+@cache
 def bomb(size: int) -> bytes:
     """That many zeros in a thousandth of the bytes."""
     squeeze = zlib.compressobj(9, wbits=-15)
