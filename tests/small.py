@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache, partial
@@ -32,6 +32,7 @@ from typer.testing import CliRunner
 import fedgrove.stages.prune.pruners
 from fedgrove.engines.base import Engine
 from fedgrove.events import Event, Listener, Message, Phase
+from fedgrove.rounds import wire
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "fedgrove" / "demo"
@@ -166,11 +167,18 @@ class Small:
         return self._runs[key]
 
 
-class Dying:
-    """An engine whose client "birch" dies when it gets a request of one kind."""
+class Meddling:
+    """An engine between the rounds and a real one, which changes some clients' responses of one kind."""
 
-    def __init__(self, engine: Engine, kind: str):
-        self.engine, self.kind = engine, kind
+    def __init__(
+        self,
+        engine: Engine,
+        kind: str,
+        of: Collection[str] = ("birch",),
+        change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None] | None = None,
+    ):
+        """``change`` gets tensors and reply of a response; None: the client dies instead of responding."""
+        self.engine, self.kind, self.of, self.change = engine, kind, of, change
 
     def clients(self) -> list[str]:
         return self.engine.clients()
@@ -179,8 +187,14 @@ class Dying:
         self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
     ) -> Iterator[Any]:
         for client, answer, error in self.engine.request(kind, messages, timeout):
-            dies = (kind, client) == (self.kind, "birch")
-            yield (client, None, "its process died (status -9)") if dies else (client, answer, error)
+            if kind != self.kind or client not in self.of or answer is None:
+                yield client, answer, error
+            elif self.change is None:
+                yield client, None, "its process died (status -9)"
+            else:
+                tensors, reply = wire.unpack(answer)
+                self.change(tensors, reply)
+                yield client, wire.pack(tensors, reply), None
 
 
 class Heard(Listener):

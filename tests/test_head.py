@@ -34,7 +34,7 @@ from fedgrove.stages.head.moments import BITS, CLIP, CODE, MOST_RECORDS, Moments
 from fedgrove.stages.head.records import hold_out, read_labeled
 from fedgrove.stages.head.requests import CENTER, SCALE
 from fedgrove.stages.head.solving import TooFew, solve
-from small import CLIENTS, Dying, Heard, Moment, Small, cli, complaint, killed, lines, make_model, measurements
+from small import CLIENTS, Heard, Meddling, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_report import Page
 
 LABELS = ("bird", "fish", "tree")
@@ -365,7 +365,7 @@ def test_a_client_that_dies_leaves_the_sums_of_the_others(small: Small, files: M
     wanted = load(small.job("dies", **changes, rounds={"quorum": 2}))
     heard = Heard()
     run = RunFolder(tmp_path / "run", wanted, listener=heard)
-    server.run_job(wanted, Dying(server.local_engine(wanted, run.path / "clients"), SumMoments.KIND), run)
+    server.run_job(wanted, Meddling(server.local_engine(wanted, run.path / "clients"), SumMoments.KIND), run)
     run.close()
     assert "birch: its process died (status -9)" in heard.lines
     two = small.job("two", **job(files, ("ash", "cedar"), evaluate__alone=False))

@@ -28,7 +28,7 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.cut import ConsumerInputs, cut_block, cut_parts
 from fedgrove.stages.structured.exchanges.inputs import SumInputs, half_of
 from fedgrove.stages.structured.repair import repair, shifted_bias
-from small import CLIENTS, LENGTH, Dying, Heard, Moment, Small, cli, complaint, make_model, measurements
+from small import CLIENTS, LENGTH, Heard, Meddling, Moment, Small, cli, complaint, make_model, measurements
 from test_architectures import plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
 from test_structured import goes_on_to_the_same_bits, same, told_by, weights
@@ -258,7 +258,7 @@ def test_a_client_that_dies_between_scores_and_repair(small: Small, tmp_path: Pa
     rounds = {"quorum": quorum} if quorum else {}
     wanted = load(small.job("dying", stages=STAGES, evaluate__alone=False, rounds=rounds))
     run = RunFolder(tmp_path / "run", wanted, listener=heard)
-    engine = Dying(server.local_engine(wanted, tmp_path / "run" / "clients"), SumInputs.KIND)
+    engine = Meddling(server.local_engine(wanted, tmp_path / "run" / "clients"), SumInputs.KIND)
     try:
         if quorum is None:
             with pytest.raises(FedgroveError, match=re.escape("client 'birch': its process died (status -9)")) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedgrove import run as server
 from fedgrove.client.hidden_states import Calibration
-from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder, as_matrix, linears
@@ -24,7 +24,6 @@ from fedgrove.models.experts import TYPES
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of
-from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import CHANGE
 from fedgrove.runfolder import RunFolder
@@ -32,7 +31,7 @@ from fedgrove.stages.structured.cut import cut_block
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups
 from fedgrove.stages.structured.gradients import group_products
 from fedgrove.stages.structured.scores import fisher, taylor
-from small import CLIENTS, LENGTH, Heard, Moment, Small, cli, complaint, killed, lines, measurements
+from small import CLIENTS, LENGTH, Heard, Meddling, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
 
@@ -296,36 +295,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, mom
     goes_on_to_the_same_bits(small, tmp_path, moment, STAGES)
 
 
-class Meddling:
-    """An engine between the rounds and a real one, which does something to one client's answers."""
-
-    def __init__(self, engine: Engine, does: str):
-        self.engine, self.does = engine, does
-
-    def clients(self) -> list[str]:
-        return self.engine.clients()
-
-    def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
-    ) -> Iterator[Any]:
-        for client, answer, error in self.engine.request(kind, messages, timeout):
-            if kind != ScoreGroups.KIND or client != "birch" or answer is None:
-                yield client, answer, error
-            elif self.does == "vanish":
-                yield client, None, "its process died (status -9)"
-            else:
-                tensors, info = wire.unpack(answer)
-                name = f"{CHANGE}1/channels"
-                match self.does:
-                    case "negative":
-                        tensors[name] = -tensors[name] - 1
-                    case "huge":
-                        tensors[name] = tensors[name] + LARGEST
-                    case "shape":
-                        tensors[name] = tensors[name][:-1]
-                    case "tokens":
-                        info["tokens"] *= 1000
-                yield client, wire.pack(tensors, info), None
+def meddle(does: str, tensors: dict[str, Tensor], reply: dict[str, Any]) -> None:
+    name = f"{CHANGE}1/channels"
+    match does:
+        case "negative":
+            tensors[name] = -tensors[name] - 1
+        case "huge":
+            tensors[name] = tensors[name] + LARGEST
+        case "shape":
+            tensors[name] = tensors[name][:-1]
+        case "tokens":
+            reply["tokens"] *= 1000
 
 
 def run_meddled(small: Small, out: Path, does: str, **changes: Any) -> list[str]:
@@ -333,7 +313,9 @@ def run_meddled(small: Small, out: Path, does: str, **changes: Any) -> list[str]
     wanted = load(small.job("meddled", stages=STAGES, **changes))
     run = RunFolder(out, wanted, listener=heard)
     try:
-        server.run_job(wanted, Meddling(server.local_engine(wanted, out / "clients"), does), run)
+        change = None if does == "vanish" else partial(meddle, does)
+        engine = Meddling(server.local_engine(wanted, out / "clients"), ScoreGroups.KIND, change=change)
+        server.run_job(wanted, engine, run)
     finally:
         run.close()
     return heard.lines

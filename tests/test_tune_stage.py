@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import serve
 from fedgrove.client.windows import training_windows
 from fedgrove.data.windows import IGNORED
-from fedgrove.engines.base import Engine
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.job.tables import Job
@@ -42,7 +41,7 @@ from fedgrove.stages.tune.factors import Factors, fill
 from fedgrove.stages.tune.parametrizations import Attachment, full, lora
 from fedgrove.stages.tune.personal import best, error_of_difference, hold_out, keep_best, mean_loss, mean_of, pull
 from fedgrove.stages.tune.trainers import sgd
-from small import CLIENTS, Heard, Moment, Small, cli, complaint, killed, lines, measurements
+from small import CLIENTS, Heard, Meddling, Moment, Small, cli, complaint, killed, lines, measurements
 from test_report import Page
 
 TUNE = {
@@ -74,36 +73,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
 
 
-class Meddling:
-    """An engine between the rounds and a real one, which does something to one client's responses."""
-
-    def __init__(self, engine: Engine, client: str, does: str):
-        self.engine, self.client, self.does = engine, client, does
-
-    def clients(self) -> list[str]:
-        return self.engine.clients()
-
-    def request(
-        self, kind: str, messages: Mapping[str, bytes], timeout: float | None = None, largest: int | None = None
-    ) -> Iterator[Any]:
-        for client, answer, error in self.engine.request(kind, messages, timeout):
-            if kind != "tune/train" or self.client not in (client, "all") or answer is None:
-                yield client, answer, error
-            elif self.does == "vanish":
-                yield client, None, "its process died (status -9)"
-            else:
-                tensors, info = wire.unpack(answer)
-                name = next(name for name in sorted(tensors) if name.startswith(wire.CHANGE))
-                match self.does:
-                    case "nan":
-                        tensors[name] = tensors[name].index_fill(0, torch.tensor([0]), float("nan"))
-                    case "shape":
-                        tensors[name] = tensors[name][:1]
-                    case "more":
-                        info["tokens"] *= 1000
-                    case "loss":
-                        info["loss"] = "low"
-                yield client, wire.pack(tensors, info), None
+def meddle(does: str, tensors: dict[str, torch.Tensor], reply: dict[str, Any]) -> None:
+    name = next(name for name in sorted(tensors) if name.startswith(wire.CHANGE))
+    match does:
+        case "nan":
+            tensors[name] = tensors[name].index_fill(0, torch.tensor([0]), float("nan"))
+        case "shape":
+            tensors[name] = tensors[name][:1]
+        case "more":
+            reply["tokens"] *= 1000
+        case "loss":
+            reply["loss"] = "low"
 
 
 def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | None) -> list[str]:
@@ -112,7 +92,8 @@ def run_meddled(small: Small, out: Path, client: str, does: str, quorum: int | N
     job = load(small.job("meddled", stages=tune(rounds=1), **changes))
     run = RunFolder(out, job, listener=heard)
     try:
-        server.run_job(job, Meddling(server.local_engine(job, out / "clients"), client, does), run)
+        of, change = CLIENTS if client == "all" else (client,), None if does == "vanish" else partial(meddle, does)
+        server.run_job(job, Meddling(server.local_engine(job, out / "clients"), "tune/train", of, change), run)
     finally:
         run.close()
     return heard.lines
