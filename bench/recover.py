@@ -1,6 +1,6 @@
 """One job that somebody would use: a real model is pruned to half of its weights and tuned, by four owners of different text.
 
-    .venv/bin/python bench/recover.py --data ../shared/data --model smollm2
+    .venv/bin/python bench/recover.py --data ../shared/data --model smollm2 --write
 
 The table shows the owners' held-out perplexity of the dense model and after each stage, how many weights are zero, and what the
 job cost. Results are kept in bench/recover.jsonl by the model's fingerprint and the settings.
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import page
 import torch
 from owners import plain_files
 from results import Kept
@@ -48,14 +49,17 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/recover.jsonl holds")
+    arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
-    others = ("data", "model", "kept")
+    others = ("data", "model", "kept", "write")
     settings = {key: value for key, value in vars(given).items() if key not in others}
     result = Kept(RESULTS, given.model, only=given.kept)(partial(measure, given), **settings)
     if result:
         print(table(result))
+        if given.write:
+            page.write("recover", table(result))
 
 
 def table(result: dict[str, Any]) -> str:

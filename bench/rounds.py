@@ -3,10 +3,11 @@
     python -m venv flower && flower/bin/pip install "flwr[simulation]" torch transformers peft
     .venv/bin/python bench/rounds.py --data ../shared/data --model smollm2 --flower flower/bin/python --write
 
-Four clients, the same windows in the same batches, LoRA of rank 8 in every linear of the blocks, AdamW, float32. Each tool is a
-process of its own, from start to the saved adapter. Runs alternate, so that a busy machine slows all alike; the table shows
-medians. Memory is the largest sum over the tool's processes (proportional set size: shared pages count once). The loss is that
-of the adapter on held-out text of the four clients, measured by one program.
+Four clients, the same windows in the same batches, LoRA of rank 8 in every linear of the blocks, AdamW; frozen weights in
+float32, or in bfloat16 where a row says so. Each tool is a process of its own, from start to the saved adapter. Runs
+alternate, so that a busy machine slows all alike; the table shows medians. Memory is the largest sum over the tool's
+processes (proportional set size: shared pages count once). The loss is that of the adapter on held-out text of the four
+clients, measured by one program.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ def main() -> None:
         batches = work / "batches.json"
         batches.write_text(json.dumps({client: batches_of(files[client], client, given) for client in CLIENTS}))
         settings = [str(given.model.resolve()), str(batches), str(given.rounds), str(given.threads)]
-        tools = {
-            "fedgrove": [sys.executable, "-c", OURS, "run", str(job_file(files, given, work)), "--quiet", "--out"],
-            "plain peft loop": [sys.executable, str(HERE / "rounds_peft.py"), *settings],
-        }
+        tools = {}
+        for bits, named in ((32, ""), (16, ", bfloat16")):
+            job = str(job_file(files, given, work, bits))
+            tools[f"fedgrove{named}"] = [sys.executable, "-c", OURS, "run", job, "--quiet", "--out"]
+            tools[f"plain peft loop{named}"] = [sys.executable, str(HERE / "rounds_peft.py"), *settings, str(bits)]
         if given.flower:
-            tools["Flower's simulation"] = [str(given.flower), str(HERE / "rounds_flower.py"), *settings]
+            tools["Flower's simulation"] = [str(given.flower), str(HERE / "rounds_flower.py"), *settings, "32"]
         costs: dict[str, list[tuple[float, int]]] = {tool: [] for tool in tools}
         for number, (tool, command) in itertools.product(range(given.runs), tools.items()):
             costs[tool].append(measure([*command, str(work / f"{tool}-{number}")], given.threads))
@@ -96,19 +98,19 @@ def batches_of(file: Path, client: str, given: argparse.Namespace) -> list[list[
     return [batch.tolist() for batch, _ in itertools.islice(drawn, given.rounds * given.steps)]
 
 
-def job_file(files: dict[str, Path], given: argparse.Namespace, work: Path) -> Path:
+def job_file(files: dict[str, Path], given: argparse.Namespace, work: Path, bits: int) -> Path:
     stage = {
         "kind": "tune", "method": "lora", "aggregation": "fedit", "rounds": given.rounds, "steps": given.steps,
-        "length": given.length, "batches": [given.batch], "ranks": [RANK], "bits": [32], "alpha": 2 * RANK,
+        "length": given.length, "batches": [given.batch], "ranks": [RANK], "bits": [bits], "alpha": 2 * RANK,
         "learning_rate": RATE, "precision": "float32",
     }  # fmt: skip
     job: dict[str, Any] = {
         "name": "rounds",
-        "model": {"path": str(given.model.resolve()), "dtype": "float32"},
+        "model": {"path": str(given.model.resolve()), "dtype": "float32" if bits == 32 else "bfloat16"},
         "clients": [{"name": client, "data": str(files[client])} for client in CLIENTS],
         "stages": [stage],
     }
-    file = work / "job.toml"
+    file = work / f"job-{bits}.toml"
     file.write_text(tomli_w.dumps(job), encoding="utf-8")
     return file
 

@@ -1,6 +1,6 @@
 """The Flower app of rounds.py: FedAvg of LoRA adapters in Flower's simulation, with one client at a time on all cores.
 
-python bench/rounds_flower.py MODEL BATCHES.json ROUNDS THREADS OUT
+python bench/rounds_flower.py MODEL BATCHES.json ROUNDS THREADS BITS OUT
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flwr.simulation import run_simulation
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from rounds_peft import adapted, train
 
-MODEL, BATCHES, ROUNDS, THREADS, OUT = sys.argv[1:]
+MODEL, BATCHES, ROUNDS, THREADS, BITS, OUT = sys.argv[1:]
 torch.set_num_threads(int(THREADS))
 
 
@@ -38,7 +38,7 @@ class Client(NumPyClient):
 
     def fit(self, parameters: list[Any], config: dict[str, Any]) -> tuple[list[Any], int, dict[str, Any]]:
         torch.set_num_threads(int(THREADS))
-        net = adapted(MODEL)
+        net = adapted(MODEL, int(BITS))
         put(net, parameters)
         steps = len(self.batches) // int(ROUNDS)
         number = config["round"] - 1
@@ -52,7 +52,7 @@ class Saving(FedAvg):
             raise RuntimeError(failures)
         parameters, metrics = super().aggregate_fit(server_round, results, failures)
         if server_round == int(ROUNDS):
-            net = adapted(MODEL)
+            net = adapted(MODEL, int(BITS))
             put(net, parameters_to_ndarrays(parameters))
             net.save_pretrained(OUT)
         return parameters, metrics
@@ -67,7 +67,7 @@ def server(context: Context) -> ServerAppComponents:
         fraction_fit=1.0,
         fraction_evaluate=0.0,
         min_available_clients=4,
-        initial_parameters=ndarrays_to_parameters(values(adapted(MODEL))),
+        initial_parameters=ndarrays_to_parameters(values(adapted(MODEL, int(BITS)))),
         on_fit_config_fn=lambda number: {"round": number},
     )
     return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=int(ROUNDS)))

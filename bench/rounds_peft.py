@@ -1,6 +1,6 @@
 """The plain loop of rounds.py: what a user would write with transformers and peft to average adapters of several clients.
 
-python bench/rounds_peft.py MODEL BATCHES.json ROUNDS THREADS OUT
+python bench/rounds_peft.py MODEL BATCHES.json ROUNDS THREADS BITS OUT
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 
-def adapted(model: str) -> Any:
+def adapted(model: str, bits: int) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32 if bits == 32 else torch.bfloat16, local_files_only=True
+    )
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
 
 
@@ -33,12 +35,12 @@ def train(net: Any, batches: list[list[list[int]]]) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def main(model: str, batches: str, rounds: str, threads: str, out: str) -> None:
+def main(model: str, batches: str, rounds: str, threads: str, bits: str, out: str) -> None:
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     torch.set_num_threads(int(threads))
-    net = adapted(model)
+    net = adapted(model, int(bits))
     clients = json.loads(Path(batches).read_text())
     steps = len(next(iter(clients.values()))) // int(rounds)
     for number in range(int(rounds)):

@@ -150,13 +150,16 @@ def test_after_pruning_the_zeros_stay_and_perplexity_falls(small: Small, change:
         assert "merged model" in (run / "adapter" / "README.md").read_text()
 
 
-def test_what_was_trained_under_the_mask_is_what_is_merged(small: Small) -> None:
+@pytest.mark.parametrize("bits", [32, 16])
+def test_what_was_trained_under_the_mask_is_what_is_merged(small: Small, bits: int) -> None:
     """One client, one round: the loss of the adapted pruned model and of the merged one are the same."""
     torch.manual_seed(0)
     decoder = Decoder(Checkpoint(small.model))
     masks = {name: torch.rand(decoder.read_shape(name)) > 0.5 for name in decoder.linear_names()}
     weights_ = {name: decoder.read_matrix(name).float() * masks[name] for name in masks}
-    model = frozen.load(decoder, 32)
+    model = frozen.load(decoder, bits)
+    dtype = next(model.parameters()).dtype
+    weights_ = {name: weight.to(dtype) for name, weight in weights_.items()}
     for name, weight in weights_.items():
         model.get_submodule(name).weight.data = weight.clone()
     starts = {}
@@ -168,7 +171,7 @@ def test_what_was_trained_under_the_mask_is_what_is_merged(small: Small) -> None
     sgd.train_on(model, training.draw(ids, ids, 4, 0, "0"), training.Settings(3, 4, 2, 0.05))
     adapted = training.loss_sum(model, ids, ids)
     trained = lora.detach(model, list(starts), {})
-    plain = frozen.load(Decoder(Checkpoint(small.model)), 32)
+    plain = frozen.load(Decoder(Checkpoint(small.model)), bits)
     for name, weight in weights_.items():
         change = trained[name].product() + starts[name].rest.product()
         plain.get_submodule(name).weight.data = lora.merge_dense(weight, change * masks[name], masked=True)

@@ -121,27 +121,32 @@ def full_memory(cost: ModelCost, micro: int) -> float:
     return weight_bytes(cost, 32) + tuned + micro * (activation_bytes(cost, 32) + 4 * cost.length * inputs)
 
 
-def window_operations(cost: ModelCost, space: SearchSpace) -> float:
-    """Floating-point operations of one window's forward and backward pass, without trained adapters.
+def window_operations(cost: ModelCost) -> float:
+    """Floating-point operations of one window's forward and backward pass through the frozen model.
 
     Two per weight and token in the forward pass and two in the backward pass (frozen weights need no gradient), the
-    same for the head, plus the attention products and the low-rank change that is not trained. On a pruned model the
-    factors of that change are multiplied and masked instead: two operations per weight and token in the forward pass,
-    four in the backward pass, and eight per weight and rank for the product and its gradients.
+    same for the head, plus the attention products.
     """
-    tokens, weights = cost.length, cost.parameters + cost.width * cost.vocabulary
+    weights = cost.parameters + cost.width * cost.vocabulary
     attention = 2 * 2 * cost.length**2 * cost.width * cost.num_blocks
-    rest = 4 * tokens * space.rest * sum(map(sum, cost.linears.values()))
-    if cost.masked:
-        rest = 6 * tokens * cost.parameters + 8 * space.rest * cost.parameters
-    return 4 * tokens * weights + 3 * attention + rest
+    return 4 * cost.length * weights + 3 * attention
 
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
-    """Seconds of computation in a round."""
+    """Seconds of computation in a round of LoRA.
+
+    The factors that are not trained take four operations per number and token, those that are six. On a pruned model the
+    product of the factors that are not trained is added to the weight instead (eight operations per weight and rank in both
+    passes), and the weight's gradient takes two operations per weight and token; a quantized weight, to which nothing
+    can be added, takes four more, which are not counted.
+    """
     adapters = sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
+    if cost.masked:
+        rest = (2 * cost.length + 8 * space.rest) * cost.parameters
+    else:
+        rest = 4 * cost.length * space.rest * sum(map(sum, cost.linears.values()))
     windows = space.steps * each_device(config.batch, budget)
-    return windows * (window_operations(cost, space) + 6 * cost.length * adapters) / budget.speed
+    return windows * (window_operations(cost) + rest + 6 * cost.length * adapters) / budget.speed
 
 
 def each_device(batch: int, budget: Budget) -> int:
@@ -157,7 +162,7 @@ def seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientC
 def full_compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, batch: int) -> float:
     """Seconds of computation in a round of full fine-tuning; the weights' gradients add two operations per weight and token."""
     windows = space.steps * each_device(batch, budget)
-    return windows * (window_operations(cost, space) + 2 * cost.length * cost.parameters) / budget.speed
+    return windows * (window_operations(cost) + 2 * cost.length * cost.parameters) / budget.speed
 
 
 def upload(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:

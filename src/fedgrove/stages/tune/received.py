@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Tensors
 from fedgrove.stages.tune.parametrizations import Trainable
+
+_norms: WeakKeyDictionary[Decoder, dict[str, float]] = WeakKeyDictionary()
 
 
 def parts_of(tensors: Tensors, kind: str, name: str) -> Tensors:
@@ -79,7 +82,21 @@ def check_growth(method: Trainable, changes: Mapping[str, Any], decoder: Decoder
         FedgroveError: names the first such linear.
     """
     for name, change in changes.items():
-        if not any(part.numel() for part in change.parts().values()):
+        parts = change.parts().values()
+        if not any(part.numel() for part in parts):
             continue
+        finite = all(bool(part.isfinite().all()) for part in parts)
+        if finite and not method.RELATIVE:
+            size = change.norm()
+            if size == 0 or size <= (server_weights.GROWTH - 1) * _norm(decoder, name):
+                continue  # by the triangle inequality, without forming the matrix
         before = decoder.read_matrix(name).float()
         server_weights.check_growth(name, before, method.merge(before, change, False), client)
+
+
+def _norm(decoder: Decoder, name: str) -> float:
+    """The Frobenius norm of a linear's weight, read once."""
+    known = _norms.setdefault(decoder, {})
+    if name not in known:
+        known[name] = float(decoder.read_matrix(name).float().norm())
+    return known[name]

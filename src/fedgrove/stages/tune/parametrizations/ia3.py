@@ -187,7 +187,7 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
     """Seconds of the forward and backward passes of a round through the frozen model."""
     windows = space.steps * costs.each_device(config.batch, budget)
-    return windows * costs.window_operations(cost, space) / budget.speed
+    return windows * costs.window_operations(cost) / budget.speed
 
 
 def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: bool) -> int:

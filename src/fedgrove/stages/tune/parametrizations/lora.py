@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedgrove.models.blocks import Decoder
+from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.cost import ModelCost
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.request import Disclosure, TensorSpecs
@@ -240,20 +240,29 @@ def write_adapter(
     return peft_adapter.write_lora(out, decoder, changes, base, title, pruned, changed)
 
 
-class _MaskedProduct(torch.autograd.Function):
-    """x·(mask ∘ B·A)ᵀ. The backward pass computes the dense product again, so that only the factors are saved."""
+class _MaskedLinear(torch.autograd.Function):
+    """x·(W + mask ∘ B·A)ᵀ in the dtype of x; W is frozen, or None for 0.
+
+    The sum is rounded before the product, as a merged model would be: one product where the change beside the weight takes
+    two. The backward pass computes the sum again, so that only x and the factors are saved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, b: Tensor, a: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(x, b, a, mask)
-        return x @ ((b @ a) * mask).T
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, b: Tensor, a: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, b, a, mask)
+        return x @ _merged(weight, b, a, mask, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, b, a, mask = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
+        x, weight, b, a, mask = ctx.saved_tensors
         (grad,) = grads
-        dense = (grad.flatten(0, -2).T @ x.flatten(0, -2)) * mask
-        return grad @ ((b @ a) * mask), dense @ a.T, b.T @ dense, None
+        dense = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(a.dtype).mul_(mask)
+        return grad @ _merged(weight, b, a, mask, x.dtype), None, dense @ a.T, b.T @ dense, None
+
+
+def _merged(weight: Tensor | None, b: Tensor, a: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    change = (b @ a).mul_(mask)
+    return (change if weight is None else change.add_(weight)).to(dtype)
 
 
 def _masked_layer() -> type[nn.Module]:
@@ -266,11 +275,15 @@ def _masked_layer() -> type[nn.Module]:
         mask: Tensor | None = None
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
             b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in self.active_adapters], 1)
             a = torch.cat([self.lora_A[name].weight for name in self.active_adapters])
             mask = self.mask.to(b.device) if self.mask is not None else torch.ones((), dtype=torch.bool, device=b.device)
-            return result + cast(Tensor, _MaskedProduct.apply(x.to(a.dtype), b, a, mask)).to(result.dtype)  # type: ignore[no-untyped-call]
+            base = self.base_layer
+            if not base.weight.is_floating_point():  # quantized
+                product = cast(Tensor, _MaskedLinear.apply(x, None, b, a, mask))  # type: ignore[no-untyped-call]
+                return cast(Tensor, base(x, *args, **kwargs)) + product
+            result = cast(Tensor, _MaskedLinear.apply(x, as_matrix(base, base.weight), b, a, mask))  # type: ignore[no-untyped-call]
+            return result if base.bias is None else result + base.bias
 
     return MaskedLora
 
