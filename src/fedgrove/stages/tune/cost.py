@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -101,17 +102,25 @@ def activation_bytes(cost: ModelCost, bits: int) -> float:
 
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
-    """Bytes at the peak of training, without the process itself.
-
-    A tuned linear saves its input in float32 (the dtype of the adapters) and, per token, one number for each rank.
-    """
+    """Bytes at the peak of training, without the process itself and without what the C library keeps of freed memory."""
     rest = 4 * space.rest * sum(map(sum, cost.linears.values()))
     total = weight_bytes(cost, config.bits) + rest + config.micro * activation_bytes(cost, config.bits)
     for name, rank in config.ranks.items():
         if rank:
             rows, columns = cost.linears[name]
-            total += rank * (rows + columns) * PER_TUNED + config.micro * cost.length * 4 * (columns + rank)
+            total += rank * (rows + columns) * PER_TUNED + config.micro * _saved_bytes(cost, config.bits, columns, rank)
     return total
+
+
+def _saved_bytes(cost: ModelCost, bits: int, columns: Any, rank: Any) -> Any:
+    """Bytes that a tuned linear saves of one window for the backward pass; of numbers, or of arrays of them.
+
+    Its input in float32 (the dtype of the adapters) and, per token, one number for each rank; on a pruned model only its
+    input, in the dtype of the weights.
+    """
+    if cost.masked:
+        return (4 if bits == 32 else 2) * cost.length * columns
+    return 4 * cost.length * (columns + rank)
 
 
 def full_memory(cost: ModelCost, micro: int) -> float:
@@ -243,9 +252,12 @@ def best(
     numbers = np.outer(widths, space.ranks)  # trained and sent
     gains = [gain(rank, space.ranks[-1]) for rank in space.ranks]
     values = np.outer([importance[name] for name in names], gains) - space.upload_price / _largest(cost, space) * numbers
-    num_bytes = PER_TUNED * numbers + 4.0 * cost.length * np.add.outer(inputs, space.ranks)
     bits = [
-        KnapsackSide(-QUANTIZATION_PRICE[b], num_bytes, budget.memory - memory(cost, space, ClientConfig(b, 1, 1, {})))
+        KnapsackSide(
+            -QUANTIZATION_PRICE[b],
+            PER_TUNED * numbers + _saved_bytes(cost, b, inputs[:, None], np.array(space.ranks, dtype=float)),
+            budget.memory - memory(cost, space, ClientConfig(b, 1, 1, {})),
+        )
         for b in space.bits
     ]
     batches = []
