@@ -85,11 +85,16 @@ def make_texts(folder: Path, clients: Sequence[str] = CLIENTS) -> dict[str, Path
 
 
 class Small:
-    """A folder with a model and texts, and the jobs that are written there."""
+    """A folder with a model and texts, and the jobs that are written there.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: the folder.
+        model: another model than :func:`make_model`'s.
+    """
+
+    def __init__(self, folder: Path, model: Path | None = None):
         self.folder = folder
-        self.model = make_model(folder / "model")
+        self.model = model or make_model(folder / "model")
         self.texts = make_texts(folder)
         self._runs: dict[str, Path] = {}
 

@@ -86,7 +86,7 @@ def test_a_short_form_takes_the_names_that_the_reference_lists() -> None:
 
 def test_the_reference_names_the_methods_that_a_key_takes(site: ModuleType) -> None:
     found = packages_of_methods(site)
-    assert {"stages.prune.pruners", "stages.structured.scores", "stages.tune.parametrizations"} <= found
+    assert {"stages.prune.pruners", "stages.structured.expert_scores", "stages.tune.parametrizations"} <= found
     page = (ROOT / "docs" / "reference" / "job.md").read_text(encoding="utf-8")
     for package in found:
         assert f"| {site.one_of(package)} |" in page, package

@@ -51,6 +51,7 @@ from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
+from fedgrove.stages.structured.exchanges.experts import ScoreExperts
 from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges.base import KeepWeights
@@ -144,6 +145,7 @@ SUM = SumInputs(
 GRADIENTS = Calibration(stage=0, samples=16, length=512, seed="0/0", through="gradients")
 SCORES = ScoreGroups(stage=0, score="fisher", limit=2**62 // 3, calibration=GRADIENTS)
 INFLUENCE = ScoreBlocks(stage=0, span=1, calibration=GRADIENTS.model_copy(update={"through": "dense"}))
+EXPERTS = ScoreExperts(stage=0, score="reap", limit=2**62 // 3, calibration=INFLUENCE.calibration)
 REPAIR = RepairInputs(
     stage=0, block=0, calibration=INFLUENCE.calibration, consumers={"x": "x"}, widths={"x": 8}, products=("x",), moments=False,
     limit=largest_per_client(3),
@@ -317,6 +319,12 @@ def test_a_request_that_the_job_does_not_hold_is_refused(request_: Request, word
         ({**STRUCTURED, "depth": 0.5}, changed(INFLUENCE, span=2), "span"),
         ({**STRUCTURED, "depth": 0.5, "contiguous": True}, changed(INFLUENCE, span=2), None),
         ({**STRUCTURED, "depth": 0.5}, changed(INFLUENCE, calibration__through="gradients"), "source"),
+        (STRUCTURED, EXPERTS, "experts"),
+        ({**STRUCTURED, "experts": 0.5}, EXPERTS, None),
+        ({**STRUCTURED, "experts": 0.5}, SCORES, "score"),
+        ({**STRUCTURED, "experts": 0.5}, changed(EXPERTS, score="frequency"), "expert_score"),
+        ({**STRUCTURED, "experts": 0.5}, changed(EXPERTS, limit=7), "limit"),
+        ({**STRUCTURED, "experts": 0.5}, changed(EXPERTS, calibration__through="gradients"), "source"),
         (ADAPTERS, dp_sgd(TRAIN, windows=WINDOWS), None),
         (ADAPTERS, dp_sgd(TRAIN), "epsilon"),
         (ADAPTERS, dp_sgd(TRAIN, windows=changed(WINDOWS, epsilon=4.1)), "epsilon"),

@@ -115,6 +115,7 @@ def test_nobody_asks_which_kind_a_stage_is_or_what_a_method_is_called() -> None:
         "stages/prune/aggregation",
         "stages/prune/allocation",
         "stages/structured/scores",
+        "stages/structured/expert_scores",
         "stages/head/heads",
     ]
     folders += [f"stages/tune/{name}" for name in ("aggregation", "parametrizations", "planners", "trainers")]

@@ -55,6 +55,7 @@ from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges import scores
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
+from fedgrove.stages.structured.exchanges.experts import ScoreExperts
 from fedgrove.stages.structured.exchanges.inputs import SumInputs as RepairInputs
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import alone as tune_alone
@@ -131,6 +132,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         ),
         InputTokens(tokens=TOKENS),
     ),
+    Exchange(ScoreExperts(stage=0, score="reap", calibration=CALIBRATION, limit=2**40), scores.Tokens(tokens=TOKENS)),
     Exchange(ScoreBlocks(stage=0, span=1, calibration=CALIBRATION), scores.Tokens(tokens=TOKENS)),
     Exchange(KeepWeights(stage=0, part=0, kept_blocks=(1,)), Reply()),
     Exchange(SumMoments(**HEAD), Reply()),
@@ -326,6 +328,7 @@ def test_tensors_of_other_names_shapes_and_dtypes_are_refused(
         "prune/block",
         "prune/statistics",
         "structured/blocks",
+        "structured/experts",
         "structured/inputs",
         "structured/scores",
         "tune/importance",

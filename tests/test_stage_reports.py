@@ -36,6 +36,7 @@ from test_report import Page, make_run
 KINDS = plugins.names("stages", folders=True)
 METHODS = (
     "stages.prune.pruners", "stages.prune.aggregation", "stages.prune.allocation", "stages.structured.scores",
+    "stages.structured.expert_scores",
     "stages.tune.aggregation", "stages.tune.trainers", "stages.tune.planners", "stages.tune.parametrizations",
 )  # fmt: skip
 TOY = """

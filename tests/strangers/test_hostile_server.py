@@ -39,6 +39,7 @@ from fedgrove.rounds.request import OTHER_ROOMS, Part, Request, Tensors, parse, 
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from small import CLIENTS, LENGTH, SAMPLES, Small
+from test_expert_cut import mixture
 
 RUN, VICTIM = "run", "ash"
 PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": SAMPLES, "length": LENGTH}
@@ -52,6 +53,7 @@ STRUCTURED = {
     "depth": 0.5,
     "protect_ends": False,
 }
+EXPERTS = {"kind": "structured", "samples": SAMPLES, "length": LENGTH, "experts": 0.5}
 TUNE = {"kind": "tune", "length": LENGTH, "ranks": [2, 4], "batches": [1, 2], "bits": [32], "steps": 2, "rounds": 2}
 SEEDS = {"kind": "tune", "method": "seeds", "length": LENGTH, "batches": [2], "steps": 2, "rounds": 2, "learning_rate": 1e-3}
 HEAD = {"kind": "head", "labels": ["bird", "fish"], "length": LENGTH, "size": 16, "personal": 0.3}
@@ -67,6 +69,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "sums": (OPEN, [{**POOLED, "pruner": "sparsegpt", "source": "sequential"}]),
     "secure votes": (SECURE, [PRUNE]),
     "noisy sums": ({**SECURE, **NOISY}, [{**POOLED, **NOISE}]),
+    "experts": (OPEN, [EXPERTS]),
     "structured": (OPEN, [STRUCTURED, {**TUNE, "method": "fedpipe", "personal": 0.3}]),
     "secure adapters": (SECURE, [{**FIXED, "method": "fedpipe"} | {"planner": "fedpipe"}]),
     "noisy clients": ({**SECURE, **NOISY}, [{**FIXED, **NOISE, "dp_unit": "client"}]),
@@ -130,9 +133,10 @@ OTHER = {  # of fields with a list of allowed values
     "adamw": "sgd", "mean": "each", "each": "mean", "lora": "ia3", "full": "ia3", "sgd": "dp_sgd", "dp_sgd": "sgd",
     "float32": "bfloat16", "bfloat16": "float32", "wanda": "magnitude", "sparsegpt": "wanda", "fedspallm": "fedprllm",
     "ridge": "prototypes", "last": "mean", "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
+    "reap": "frequency",
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
-    "cut": {"channels": 0.25, "heads": 0.0, "depth": 0.0},
+    "cut": {"channels": 0.25, "heads": 0.0, "depth": 0.0, "experts": 0.0},
     "kept_blocks": [0],
     "pattern": [2, 4],
     "compute_dtype": "bfloat16",
@@ -307,15 +311,18 @@ class Hostile:
 
 
 @pytest.fixture(scope="module")
-def attacked(small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Hostile]:
+def attacked(small: Small, grove: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Hostile]:
     """By job, what a site answered of all that the server moved."""
+    folder = tmp_path_factory.mktemp("mixed")
+    mixed = Small(folder, mixture("qwen3_moe", folder / "mixture", grove))
     found: dict[str, Hostile] = {}
     known: set[str] = set()
     for name, (allow, stages) in JOBS.items():
         folder = tmp_path_factory.mktemp("hostile")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(protocol, "mask", _mask(protocol.mask))
-            found[name] = hostile_run(small, folder, name.replace(" ", "-"), allow, stages, known)
+            federation = mixed if "experts" in stages[0] else small
+            found[name] = hostile_run(federation, folder, name.replace(" ", "-"), allow, stages, known)
             known |= found[name].kinds
     return found
 

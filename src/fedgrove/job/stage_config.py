@@ -23,11 +23,13 @@ class Cut:
     Attributes:
         channels, heads: of every block's MLP channels and groups of heads.
         depth: of the blocks.
+        experts: of every block's experts.
     """
 
     channels: Sparsity
     heads: Sparsity
     depth: Sparsity
+    experts: Sparsity = 0.0
 
     @staticmethod
     def whole(fraction: float, number: int) -> int:

@@ -88,6 +88,11 @@ def unfuse(model: nn.Module, kind: str) -> None:
             model.set_submodule(name, Experts(module))
 
 
+def experts_in(block: nn.Module) -> Experts | None:
+    """The experts of a block; None if it has none."""
+    return next((module for module in block.modules() if isinstance(module, Experts)), None)
+
+
 def expert_of(linear: str) -> str | None:
     """The name of the expert that a linear belongs to; None if it belongs to none, so that all tokens reach it."""
     match = re.match(r"(.*\.experts\.\d+)\.", linear)

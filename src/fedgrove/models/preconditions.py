@@ -106,7 +106,13 @@ def check_finite(checkpoint: Checkpoint) -> None:
         if not tensor.is_floating_point() or torch.isfinite(tensor).all():
             continue
         file = checkpoint.file_of(name)
-        as_stored = Checkpoint(checkpoint.path, None, checkpoint.overlays, kept_blocks=checkpoint.kept_blocks).read(name)
+        as_stored = Checkpoint(
+            checkpoint.path,
+            None,
+            checkpoint.overlays,
+            kept_blocks=checkpoint.kept_blocks,
+            kept_experts=checkpoint.kept_experts,
+        ).read(name)
         if torch.isfinite(as_stored).all():
             dtype = str(checkpoint.dtype).removeprefix("torch.")
             raise FedgroveError(f"model.dtype: {name} in {file} is too large for {dtype}", 'set it to "auto"')

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
 from fedgrove.models.depth import num_blocks, renumbered, shorter_config
+from fedgrove.models.expert_cut import KeptExperts, fewer_experts_config, kept_tensors
 from fedgrove.models.experts import slices
 from fedgrove.models.files import CONFIG, INDEX, index_of, read_json, small_contents, weight_files, without_code
 from fedgrove.models.pretrained import read_config, read_tokenizer
@@ -48,6 +49,8 @@ class Checkpoint:
         width: of the blocks, if the overlays made them narrower than in config.json; None: as in config.json.
         kept_blocks: the indexes of the directory's blocks that the model has; None: all. They are numbered anew, and the
             overlays use the new numbers.
+        kept_experts: of each block that has experts, the indexes of the directory's experts that the model has; None: all. They
+            are numbered anew, and the overlays use the new numbers. Not together with ``kept_blocks``.
 
     Raises:
         FedgroveError: the directory is no model, has no safetensors files, is quantised, or a file is damaged; or it lacks a
@@ -61,15 +64,19 @@ class Checkpoint:
         overlays: Iterable[Path] = (),
         width: Width | None = None,
         kept_blocks: Sequence[int] | None = None,
+        kept_experts: KeptExperts | None = None,
     ):
+        assert kept_blocks is None or kept_experts is None, "the experts have the directory's numbers of blocks"
         self.path = Path(path)
         self.dtype = dtype
         self.width = width
         self.kept_blocks = None if kept_blocks is None else tuple(kept_blocks)
+        self.kept_experts = kept_experts
         self.overlays = tuple(Path(overlay) for overlay in overlays)
         self._file_of: dict[str, Path] = {}
         self._slices: dict[str, tuple[str, int, slice]] = {}  # of fused experts: tensor, expert, rows
         self._renumbered: dict[Path, dict[str, str]] = {}  # of the directory's files: names of tensors -> their names there
+        self._rows: dict[tuple[Path, str], tuple[int, ...]] = {}  # of tensors of these files: the rows that the model has
         self._files = weight_files(self.path)
         headers = {name: header(file) for name, file in self._files.items()}
         dtypes = ((name, entry["dtype"]) for tensors in headers.values() for name, entry in tensors.items())
@@ -79,6 +86,12 @@ class Checkpoint:
             if max(self.kept_blocks) >= number:
                 raise FedgroveError(f"model: it has {number} blocks, so none of index {max(self.kept_blocks)} can stay")
             self._renumbered = {file: renumbered(header(file), self.kept_blocks) for file in self._files.values()}
+        if self.kept_experts is not None:
+            number = num_blocks(read_config(self.path))
+            for file in self._files.values():
+                sources = kept_tensors(header(file), self.kept_experts, number)
+                self._renumbered[file] = {name: source.name for name, source in sources.items()}
+                self._rows |= {(file, name): source.rows for name, source in sources.items() if source.rows is not None}
         for file in self._files.values():
             self._register(file)
         # file name -> its tensors, in file order; of a tensor that is in several files the last counts
@@ -99,7 +112,7 @@ class Checkpoint:
                     "convert it to bfloat16 first",
                 )
             self._file_of[name] = file
-            for part, location in slices(name, entry["shape"]).items():
+            for part, location in slices(name, self._shape(file, name, stored)).items():
                 self._slices[part] = (name, *location)
                 self._file_of[part] = file
 
@@ -111,16 +124,37 @@ class Checkpoint:
         """The name of a tensor in its file."""
         return self._renumbered.get(self._file_of[name], {}).get(name, name)
 
-    def over(self, *overlays: Path, width: Width | None = None, kept_blocks: Sequence[int] | None = None) -> Checkpoint:
+    def _shape(self, file: Path, name: str, stored: str) -> list[int]:
+        """The shape of a tensor as the model has it, given its name there and its name in a file."""
+        shape: list[int] = header(file)[stored]["shape"]
+        rows = self._rows.get((file, name))
+        return shape if rows is None else [len(rows), *shape[1:]]
+
+    def over(
+        self,
+        *overlays: Path,
+        width: Width | None = None,
+        kept_blocks: Sequence[int] | None = None,
+        kept_experts: KeptExperts | None = None,
+    ) -> Checkpoint:
         """The same checkpoint with more overlays on top; overlays that it already has keep their position.
 
         Args:
             width: of the blocks, if these overlays change it.
             kept_blocks: the indexes of the blocks that stay; only for a checkpoint of all blocks and without overlays.
+            kept_experts: see :class:`Checkpoint`; only for a checkpoint of all experts and without overlays.
         """
-        assert kept_blocks is None or not (self.overlays or self.kept_blocks), "the overlays have the old numbers of blocks"
+        is_whole = not (self.overlays or self.kept_blocks or self.kept_experts)
+        assert is_whole or (kept_blocks is None and kept_experts is None), "the overlays have the old numbers"
         new = [overlay for overlay in overlays if overlay not in self.overlays]
-        return Checkpoint(self.path, self.dtype, (*self.overlays, *new), width or self.width, kept_blocks or self.kept_blocks)
+        return Checkpoint(
+            self.path,
+            self.dtype,
+            (*self.overlays, *new),
+            width or self.width,
+            kept_blocks or self.kept_blocks,
+            kept_experts or self.kept_experts,
+        )
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -129,12 +163,14 @@ class Checkpoint:
         return read_config(self.path) if smaller is None else AutoConfig.for_model(**smaller)
 
     def _smaller_config(self, raw: dict[str, Any]) -> dict[str, Any] | None:
-        """The config.json of the model if it has fewer or narrower blocks than ``raw``; else None."""
-        if self.kept_blocks is None and self.width is None:
+        """The config.json of the model if it has fewer or narrower blocks than ``raw``, or fewer experts; else None."""
+        if self.kept_blocks is None and self.width is None and self.kept_experts is None:
             return None
         config = read_config(self.path)
         if self.kept_blocks is not None:
             raw = shorter_config(raw, config, self.kept_blocks)
+        if self.kept_experts is not None:
+            raw = fewer_experts_config(raw, config, len(next(iter(self.kept_experts.values()))))
         return raw if self.width is None else narrower_config(raw, config, self.width)
 
     def _raw_config(self) -> dict[str, Any]:
@@ -156,7 +192,7 @@ class Checkpoint:
 
     def is_changed(self) -> bool:
         """Whether the model is another one than that of the directory."""
-        return self.kept_blocks is not None or bool(self.changed())
+        return self.kept_blocks is not None or self.kept_experts is not None or bool(self.changed())
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -165,8 +201,12 @@ class Checkpoint:
         """One tensor, on the CPU."""
         with safe_open(self._file_of[name], framework="pt") as file:
             if self._is_slice(name):
-                fused, expert, rows = self._slices[name]
-                tensor: Tensor = file.get_slice(self._stored(fused))[expert, rows]
+                fused, expert, span = self._slices[name]
+                kept = self._rows.get((self._file_of[name], fused))
+                tensor: Tensor = file.get_slice(self._stored(fused))[expert if kept is None else kept[expert], span]
+            elif (kept := self._rows.get((self._file_of[name], name))) is not None:
+                stored = file.get_slice(self._stored(name))
+                tensor = torch.cat([stored[row : row + 1] for row in kept])
             else:
                 tensor = file.get_tensor(self._stored(name))
         for part, (expert, rows) in slices(name, tensor.shape).items():
@@ -176,14 +216,15 @@ class Checkpoint:
 
     def spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of :meth:`read`, without reading the tensor."""
-        entries = header(self._file_of[name])
+        file = self._file_of[name]
         if self._is_slice(name):
             fused, _, rows = self._slices[name]
-            entry = entries[self._stored(fused)]
-            entry = entry | {"shape": [rows.stop - rows.start, entry["shape"][2]]}
+            entry = header(file)[self._stored(fused)]
+            shape = [rows.stop - rows.start, entry["shape"][2]]
         else:
-            entry = entries[self._stored(name)]
-        return torch.Size(entry["shape"]), self._dtype_of(TORCH_DTYPES[entry["dtype"]])
+            entry = header(file)[self._stored(name)]
+            shape = self._shape(file, name, self._stored(name))
+        return torch.Size(shape), self._dtype_of(TORCH_DTYPES[entry["dtype"]])
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -222,7 +263,8 @@ class Checkpoint:
         """What changes if files of the model change, without its overlays: sizes and times; its dtype and shapes too."""
         files = [self.path / CONFIG, *self._files.values()]
         times = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return self.path, self.dtype, repr(self.width), self.kept_blocks, times
+        experts = None if self.kept_experts is None else tuple(sorted(self.kept_experts.items()))
+        return self.path, self.dtype, repr(self.width), self.kept_blocks, experts, times
 
     def write(self, out: Path, texts: Mapping[str, str] | None = None) -> None:
         """Writes one plain model directory atomically: the same shards and order of tensors, configuration, tokenizer.

@@ -23,6 +23,8 @@ class Disclosure(Enum):
     OUTLIERS = "one number for each block, its share of outliers"
     SCORES = "one number for each channel and head of every block, how much the loss on its text would change without it"
     INFLUENCE = "one number for each block, how much it changes the hidden states of its text"
+    EXPERT_TOKENS = "for each expert of every block, how many tokens of its text reach it"
+    EXPERT_OUTPUTS = "for each expert of every block, the sum over these tokens of how much it adds to them"
     IMPORTANCE = "a score for each matrix, how much tuning it would help"
     FACTORS = "the factors of low-rank changes that it trained on its text"
     CHANGES = "the changes of whole matrices that it trained on its text"

@@ -1,9 +1,9 @@
-"""Which blocks and groups go: the clients' scores of them, and the choice by the sums."""
+"""Which blocks, groups and experts go: the clients' scores of them, and the choice by the sums."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,25 @@ from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.expert_cut import KeptExperts, routing_of
 from fedgrove.models.masks import lowest
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import CHANGE, Message, Reply, Tensors
+from fedgrove.rounds.request import CHANGE, Message, Reply, Request, Tensors
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.cut import KINDS, Kept
 from fedgrove.stages.structured.exchanges.blocks import INFLUENCE, ScoreBlocks, check_influence
+from fedgrove.stages.structured.exchanges.experts import CODES, TOKENS, ScoreExperts, check_sums
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, check_values
+from fedgrove.stages.structured.expert_scores import expert_score_of
 from fedgrove.stages.structured.plan import Plan
 from fedgrove.stages.structured.scores import score_of
 
-BLOCKS, GROUPS = "blocks", "groups"  # what is scored; also the names of the files of the sums
+BLOCKS, GROUPS, EXPERTS = "blocks", "groups", "experts"  # what is scored; also the names of the files of the sums
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ class Choice:
     Attributes:
         blocks: the indices of its blocks, ascending.
         groups: for each of these blocks, the groups of each kind; None: all.
+        experts: for each of these blocks that has experts, the indices of those that stay, ascending; None: all.
     """
 
     blocks: tuple[int, ...]
-    groups: Mapping[int, Kept] | None
+    groups: Mapping[int, Kept] | None = None
+    experts: KeptExperts | None = None
 
 
 def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None) -> Choice:
@@ -58,8 +63,12 @@ def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None
     if config.depth:
         influence = _read_sums(run, plan, BLOCKS, client)[CHANGE + INFLUENCE]
         blocks = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends)
+    if config.experts:
+        return Choice(blocks, experts=_choose_experts(run, plan, config, client))
     if not config.narrows:
-        return Choice(blocks, None)
+        return Choice(blocks)
+    assert plan.before is not None
+    assert plan.after is not None
     score, sums = score_of(config.score), _read_sums(run, plan, GROUPS, client)
     groups: dict[int, Kept] = {}
     for block in blocks:
@@ -70,6 +79,51 @@ def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None
             if after < before:
                 groups[block][kind] = kept_groups(score.finish(CODE.decode(sums[f"{CHANGE}{block}/{kind}"])), after)
     return Choice(blocks, groups)
+
+
+def _choose_experts(run: RunFolder, plan: Plan, config: Config, client: str | None) -> KeptExperts:
+    assert plan.experts is not None
+    score, cut = expert_score_of(config.expert_score), plan.experts
+    sums = expert_sums_of(run, plan, client)
+    return {block: kept_experts(score.finish(sums[block]), cut.after, cut.groups) for block in cut.blocks}
+
+
+def expert_sums_of(run: RunFolder, plan: Plan, client: str | None = None) -> dict[int, dict[str, Tensor]]:
+    """The sums over the tokens of experts, by block and name, (experts,) float64 each: of all clients, or of one.
+
+    Raises:
+        FedgroveError: the client sent no sums.
+    """
+    sums: dict[int, dict[str, Tensor]] = {}
+    for key, values in _read_sums(run, plan, EXPERTS, client).items():
+        block, name = key.removeprefix(CHANGE).split("/")
+        sums.setdefault(int(block), {})[name] = CODES[name].decode(values)
+    return dict(sorted(sums.items()))
+
+
+def expert_records(run: RunFolder, plan: Plan, choice: Choice) -> list[dict[str, Any]]:
+    """Of every block, the experts that are cut, and which part of the router's choices they were before."""
+    assert choice.experts is not None
+    records: list[dict[str, Any]] = [{"block": block} for block in choice.blocks]
+    for block, sums in expert_sums_of(run, plan).items():
+        stay = torch.zeros(len(sums[TOKENS]), dtype=torch.bool)
+        stay[list(choice.experts[block])] = True
+        records[block]["experts"] = (~stay).nonzero().flatten().tolist()
+        records[block]["routed"] = round(float(sums[TOKENS][~stay].sum() / sums[TOKENS].sum()), 6)
+    return records
+
+
+def kept_experts(scores: Tensor, number: int, groups: int) -> tuple[int, ...]:
+    """The indices of the experts that stay, ascending: those of the highest scores, as many of every group.
+
+    Args:
+        scores: (experts,); groups are consecutive experts.
+        number: how many stay in all groups together.
+        groups: the number of groups.
+    """
+    in_group = len(scores) // groups
+    kept = [kept_groups(group, number // groups) + in_group * index for index, group in enumerate(scores.view(groups, -1))]
+    return tuple(torch.cat(kept).tolist())
 
 
 def kept_groups(scores: Tensor, number: int) -> Tensor:
@@ -96,22 +150,33 @@ def kept_blocks(influence: Tensor, num_blocks: int, number: int, protect_ends: b
 
 
 def collect_scores(what: str, model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> None:
-    """Requests the scores of blocks or of groups, and writes their sums to the run folder unless they are there already."""
+    """Requests the scores of what may go, and writes their sums to the run folder unless they are there already.
+
+    Args:
+        what: ``BLOCKS``, ``GROUPS`` or ``EXPERTS``.
+    """
     run, file = federation.run, sums_file(federation.run, plan, what)
     if file.is_file():
         return
     titles = {
         BLOCKS: "measuring how much each block changes the hidden states",
         GROUPS: "measuring how much each channel and head matters",
+        EXPERTS: "measuring how much each expert adds",
+    }
+    requests: dict[str, Callable[[Plan, Config, str, Job], Request]] = {
+        BLOCKS: block_request,
+        GROUPS: score_request,
+        EXPERTS: expert_request,
     }
     run.phase(Phase("structured", titles[what], stage=plan.stage))
-    request = block_request if what == BLOCKS else score_request
-    messages = {client: Message(request(plan, config, client, federation.job)) for client in plan.clients}
+    messages = {client: Message(requests[what](plan, config, client, federation.job)) for client in plan.clients}
 
     def check_total(sums: Tensors, replies: Mapping[str, Reply]) -> None:
+        windows = sum(plan.clients[client].samples for client in replies)
         if what == BLOCKS:
-            windows = sum(plan.clients[client].samples for client in replies)
             check_influence(sums, windows * config.length, windows)
+        elif what == EXPERTS:
+            check_sums(sums, windows * config.length, routing_of(model.config).per_token, LARGEST)
         else:
             check_values(sums, score_of(config.score).SIGNED, LARGEST)
 
@@ -135,6 +200,16 @@ def score_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreGro
     return ScoreGroups(stage=plan.stage, score=config.score, calibration=calibration, limit=LARGEST // len(plan.clients))
 
 
+def expert_request(plan: Plan, config: Config, client: str, job: Job) -> ScoreExperts:
+    """The request to one client for the sums over the tokens of all experts."""
+    return ScoreExperts(
+        stage=plan.stage,
+        score=config.expert_score,
+        calibration=calibration_of(plan, config, client, job, "dense"),
+        limit=LARGEST // len(plan.clients),
+    )
+
+
 def calibration_of(plan: Plan, config: Config, client: str, job: Job, through: str) -> Calibration:
     """The windows of one client; ``through``: see :class:`~fedgrove.client.hidden_states.Calibration`."""
     return Calibration(
@@ -153,7 +228,7 @@ def mean_influence(run: RunFolder, plan: Plan) -> list[float]:
 
 
 def sums_file(run: RunFolder, plan: Plan, what: str) -> Path:
-    """Where the sums of the scores of blocks or of groups are stored, and with ``evaluate.alone`` those of each client."""
+    """Where the sums of the scores are stored, and with ``evaluate.alone`` those of each client."""
     return run.path / "work" / f"stage-{plan.stage}" / f"{what}.safetensors"
 
 

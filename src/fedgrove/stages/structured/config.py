@@ -1,4 +1,4 @@
-"""``[[stages]]`` of ``kind = "structured"``: the keys of a stage that cuts channels, heads and blocks."""
+"""``[[stages]]`` of ``kind = "structured"``: the keys of a stage that cuts channels, heads, blocks and experts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from fedgrove.job.stage_config import Cut, StageConfig
 from fedgrove.job.units import Length, Samples, Sparsity, method_of
+from fedgrove.stages.structured import expert_scores
 from fedgrove.stages.structured.scores import PACKAGE
 
 if TYPE_CHECKING:
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 
 
 class Config(StageConfig):
-    """``[[stages]]`` of ``kind = "structured"``: whole channels, attention heads and blocks are cut.
+    """``[[stages]]`` of ``kind = "structured"``: whole channels, attention heads, blocks or experts are cut.
 
     Attributes:
         kind: what the stage does.
-        channels: the fraction of every block's MLP channels to cut, rounded down to whole ones; 0 by default beside ``depth``.
+        channels: the fraction of every block's MLP channels to cut, rounded down to whole ones; 0 by default beside ``depth``
+            and ``experts``.
         heads: the fraction of every block's groups of heads to cut, rounded down to whole ones; a group is a key-value head
-            with the query heads that share it; 0 by default beside ``depth``.
+            with the query heads that share it; 0 by default beside ``depth`` and ``experts``.
         depth: the fraction of the blocks to cut, rounded down to whole ones: those that change the hidden states of the
             clients' text least (ShortGPT's block influence).
         contiguous: cut blocks that follow each other, instead of the single blocks of least influence.
@@ -30,6 +32,10 @@ class Config(StageConfig):
             inputs.
         score: how the importance of a channel or group of heads is measured: "fisher" (squared changes of the loss) or "taylor"
             (LLM-Pruner's score).
+        experts: the fraction of every block's experts to cut, rounded down to whole ones (in each group of experts, if the
+            router chooses groups first); only of mixtures of experts, and not beside channels, heads or depth.
+        expert_score: how the importance of an expert is measured: "reap" (how much it adds to its tokens) or "frequency" (how
+            many tokens reach it).
         samples: windows of text that each client calibrates on.
         length: tokens in a window.
     """
@@ -42,18 +48,23 @@ class Config(StageConfig):
     protect_ends: bool = True
     repair: bool = True
     score: Annotated[str, method_of(PACKAGE)] = "fisher"
+    experts: Sparsity = 0.0
+    expert_score: Annotated[str, method_of(expert_scores.PACKAGE)] = "reap"
     samples: Samples = 16
     length: Length = 512
 
     @model_validator(mode="before")
     @classmethod
-    def _only_depth(cls, keys: Any) -> Any:
-        return {"channels": 0.0, "heads": 0.0, **keys} if isinstance(keys, dict) and keys.get("depth") else keys
+    def _only_what_is_named(cls, keys: Any) -> Any:
+        names_others = isinstance(keys, dict) and (keys.get("depth") or keys.get("experts"))
+        return {"channels": 0.0, "heads": 0.0, **keys} if names_others else keys
 
     @model_validator(mode="after")
     def _cuts_something(self) -> Self:
-        if self.channels == self.heads == self.depth == 0:
-            raise ValueError("channels, heads and depth are all 0, so nothing is cut; raise one")
+        if self.channels == self.heads == self.depth == self.experts == 0:
+            raise ValueError("channels, heads, depth and experts are all 0, so nothing is cut; raise one")
+        if self.experts and (self.narrows or self.depth):
+            raise ValueError("experts: they are not cut together with channels, heads or depth; set these to 0")
         return self
 
     @property
@@ -70,10 +81,10 @@ class Config(StageConfig):
         return self.samples, self.length
 
     def methods(self) -> set[str]:
-        return {self.score}
+        return {self.expert_score if self.experts else self.score}
 
     def cuts(self) -> Cut:
-        return Cut(self.channels, self.heads, self.depth)
+        return Cut(self.channels, self.heads, self.depth, self.experts)
 
     def hidden_states_kept(self, num_blocks: int) -> int:
         return num_blocks + 2 if self.narrows else Cut.whole(self.depth, num_blocks) + 2

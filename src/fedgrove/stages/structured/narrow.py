@@ -90,6 +90,7 @@ def alone_overlay(run: RunFolder, plan: Plan, client: str) -> Path:
 def read_record(plan: Plan, choice: Choice, block: int, overlay: Path) -> dict[str, Any]:
     """What was done to a block: the groups that are cut, by kind, and how the repair of each kind went."""
     assert choice.groups is not None
+    assert plan.before is not None
     record: dict[str, Any] = {"block": block}
     for kind, kept in choice.groups[block].items():
         before = getattr(plan.before, kind)
@@ -122,6 +123,7 @@ def _known(
     decoder: Decoder, block: int, plan: Plan, inputs: Mapping[str, SharedInput], sums: Tensors, tokens: int
 ) -> dict[str, ConsumerInputs]:
     """The sums over the inputs of a block's consumers as floats, by kind of group."""
+    assert plan.after is not None
     known = {}
     for kind, part in cut_parts(decoder.checkpoint.config, plan.after).items():
         first = _input_of(part.consumer, inputs)
@@ -177,6 +179,7 @@ def input_message(
     federation: Federation,
 ) -> Message:
     """The request to one client for the sums over the inputs of a block's consumers."""
+    assert plan.after is not None
     consumers = [part.consumer for part in cut_parts(decoder.checkpoint.config, plan.after).values()]
     summed = [_input_of(consumer, inputs) for consumer in consumers]
     request = SumInputs(

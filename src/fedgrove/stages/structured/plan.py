@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from fedgrove.errors import FedgroveError
@@ -12,6 +13,7 @@ from fedgrove.input_statistics.fixed_point import ring_bits
 from fedgrove.job.stage_config import Cut
 from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.cost import count_parameters, measure_cost
+from fedgrove.models.expert_cut import KeptExperts
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes
@@ -38,14 +40,37 @@ class Assignment(base.Assignment):
     disk: int
 
 
+@dataclass(frozen=True)
+class ExpertCut:
+    """How many experts stay.
+
+    Attributes:
+        blocks: the indexes of the blocks that have experts.
+        before, after: the number of experts of each.
+        groups: into how many groups of consecutive experts they are divided, of which each loses the same number.
+    """
+
+    blocks: tuple[int, ...]
+    before: int
+    after: int
+    groups: int
+
+    def some_left(self) -> KeptExperts:
+        """As many experts as stay, while it is not known which."""
+        in_group, left = self.before // self.groups, self.after // self.groups
+        kept = tuple(group * in_group + place for group in range(self.groups) for place in range(left))
+        return dict.fromkeys(self.blocks, kept)
+
+
 class Plan(base.Plan):
-    """The plan of a stage that cuts channels, heads and blocks.
+    """The plan of a stage that cuts channels, heads and blocks, or experts.
 
     Attributes:
         num_blocks: number of blocks before the stage.
         blocks_left: number of blocks after it.
-        before, after: the widths of every block.
+        before, after: the widths of every block; None: of a mixture of experts, of which only experts are cut.
         queries: query heads in a group.
+        experts: how many experts stay; None: all.
         parameters: number of parameters of the model, before and after.
         types: model_type in config.json, before and after.
     """
@@ -54,13 +79,17 @@ class Plan(base.Plan):
     clients: dict[str, Assignment]
     num_blocks: int
     blocks_left: int
-    before: Width
-    after: Width
-    queries: int
+    before: Width | None = None
+    after: Width | None = None
+    queries: int = 1
+    experts: ExpertCut | None = None
     parameters: tuple[int, int]
     types: tuple[str, str]
 
     def reshaped(self, model: Checkpoint) -> Checkpoint:
+        if self.experts is not None:
+            return model.over(kept_experts=self.experts.some_left())
+        assert self.after is not None
         return _reshaped(model, self.num_blocks, self.blocks_left, self.after)
 
 
@@ -85,7 +114,7 @@ def make_plan(
         groups = getattr(before, key)
         if share and getattr(after, key) == groups:
             what = "channels" if key == "channels" else "groups of heads"
-            raise _less_than_one(index, key, share, groups, what)
+            raise less_than_one(index, key, share, groups, what)
     left = _blocks_left(index, config, len(decoder))
     smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
@@ -181,7 +210,8 @@ def _notes(read: list[int], tokens: Mapping[str, int], secure: bool) -> tuple[st
     )
 
 
-def _less_than_one(index: int, key: str, share: float, number: int, what: str) -> FedgroveError:
+def less_than_one(index: int, key: str, share: float, number: int, what: str) -> FedgroveError:
+    """The error of a fraction of which nothing is left when it is rounded down."""
     return FedgroveError(
         f"stages.{index}.{key}: {share:g} of {number} {what} is less than one", f"give {1 / number:.2g} or more, or 0"
     )
@@ -191,7 +221,7 @@ def _blocks_left(index: int, config: Config, number: int) -> int:
     """The number of blocks that stay."""
     gone = Cut.whole(config.depth, number)
     if config.depth and not gone:
-        raise _less_than_one(index, "depth", config.depth, number, "blocks")
+        raise less_than_one(index, "depth", config.depth, number, "blocks")
     most = number - 2 if config.protect_ends else number - 1
     if gone > most:
         stay = "the first and the last block stay (protect_ends)" if config.protect_ends else "one block has to stay"

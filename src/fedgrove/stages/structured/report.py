@@ -19,11 +19,15 @@ DID = "structurally pruned"
 DOING = "structured pruning"
 FILES = ("structured.json",)
 TAGS: tuple[str, ...] = ()
-CARD = "It has fewer blocks than the base model, or narrower ones; `config.json` has their number and their widths."
+CARD = (
+    "It has fewer blocks than the base model, or narrower ones, or fewer experts; `config.json` has their numbers and widths."
+)
 
 
 def describe(config: Mapping[str, Any]) -> str:
     """Such as "structured pruning of 25% of the channels and 50% of the heads, score fisher"."""
+    if config["experts"]:
+        return f"structured pruning of {config['experts']:.0%} of the experts, score {config['expert_score']}"
     shares = [f"{config[key]:.0%} of the {key}" for key in ("channels", "heads")] if _narrows(config) else []
     if config["depth"]:
         shares.append(f"{config['depth']:.0%} of the blocks")
@@ -93,6 +97,8 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         gone = [str(block + 1) for block in range(result["num_blocks"][0]) if block not in result["kept_blocks"]]
         these = f"Block {gone[0]} was" if len(gone) == 1 else f"Blocks {joined(gone)} were"
         parts.append(Paragraph(f"{these} removed: the hidden states of the clients’ text change least there."))
+    if result["num_experts"] is not None:
+        parts.append(Paragraph(_experts_gone(result)))
     errors = [how["error"] for block in result["blocks"] for how in block.get("repair", {}).values()]
     if errors:
         says = (
@@ -103,11 +109,18 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         parts.append(Paragraph(says))
     says = "Any program that loads the model stores fewer weights and computes with fewer. " + other_type(result["types"])
     parts.append(Paragraph(says.strip()))
-    return [Section("width", "Fewer or narrower blocks", [*parts, Sheet(_sizes(result))])]
+    title = "Fewer experts" if result["num_experts"] is not None else "Fewer or narrower blocks"
+    return [Section("width", title, [*parts, Sheet(_sizes(result))])]
 
 
 def removed(plan: Mapping[str, Any]) -> str:
-    """What a model loses: "176 of 704 channels and 2 of 8 heads out of every block, and 1 of 6 blocks"."""
+    """What a model loses: "176 of 704 channels and 2 of 8 heads out of every block, and 1 of 6 blocks".
+
+    Of a mixture of experts: "4 of 8 experts out of every block that has any". Of a plan, or of the result.
+    """
+    number = _num_experts(plan)
+    if number is not None:
+        return f"{number[0] - number[1]:,} of {number[0]:,} experts out of every block that has any"
     before, after = plan["before"], plan["after"]
     parts = []
     for what, each in (("channels", 1), ("heads", plan["queries"])):
@@ -128,12 +141,21 @@ def _blocks(plan: Mapping[str, Any]) -> str:
     return f"{number - left} of {number} blocks" if left < number else ""
 
 
+def _num_experts(plan: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The number of experts of a block, before and after; None: they all stay. Of a plan, or of the result."""
+    if "kept_blocks" in plan:
+        return plan["num_experts"] and (plan["num_experts"][0], plan["num_experts"][1])
+    return plan["experts"] and (plan["experts"]["before"], plan["experts"]["after"])
+
+
 def _narrows(config: Mapping[str, Any]) -> bool:
     return bool(config["channels"] or config["heads"])
 
 
 def _score(config: Mapping[str, Any]) -> str:
-    """Only channels and heads have a score that can be chosen."""
+    """Blocks have no score that can be chosen."""
+    if config["experts"]:
+        return f", score {config['expert_score']}"
     return f", score {config['score']}" if _narrows(config) else ""
 
 
@@ -152,15 +174,29 @@ def _repaired(config: Mapping[str, Any]) -> str:
     return ", repaired" if config.get("repair") and _narrows(config) else ""
 
 
+def _experts_gone(result: Mapping[str, Any]) -> str:
+    """What was cut, and how much of the router's work that was."""
+    routed = [block["routed"] for block in result["blocks"] if "routed" in block]
+    return (
+        "Whole experts were removed: those with the lowest scores on the clients’ text, the same number from every block that "
+        f"has any. The router had sent {sum(routed) / len(routed):.0%} of its choices there, from {min(routed):.0%} to "
+        f"{max(routed):.0%} in a block; it now chooses among those that are left."
+    )
+
+
 def _sizes(result: Mapping[str, Any]) -> Table:
-    before, after, queries, whole = result["before"], result["after"], result["queries"], "{:,}".format
-    rows = [
-        ["blocks", *result["num_blocks"]],
-        ["MLP channels of a block", before["channels"], after["channels"]],
-        ["heads of a block", queries * before["heads"], queries * after["heads"]],
-        ["key-value heads of a block", before["heads"], after["heads"]],
-        ["weights of the model", *result["parameters"]],
-        ["bytes of the model", *result["bytes"]],
-    ]
+    rows = [["blocks", *result["num_blocks"]]]
+    if result["before"] is not None:
+        before, after, queries = result["before"], result["after"], result["queries"]
+        rows += [
+            ["MLP channels of a block", before["channels"], after["channels"]],
+            ["heads of a block", queries * before["heads"], queries * after["heads"]],
+            ["key-value heads of a block", before["heads"], after["heads"]],
+        ]
+    if result["num_experts"] is not None:
+        rows.append(["experts of a block", *result["num_experts"]])
+    rows += [["weights of the model", *result["parameters"]], ["bytes of the model", *result["bytes"]]]
+    whole = "{:,}".format
     columns = [Column(""), Column("before", whole), Column("after", whole), Column("left", "{:.3f}".format)]
-    return Table("width", "All blocks have the same widths", columns, [[*row, ratio(row[2], row[1])] for row in rows])
+    title = "All blocks have the same widths" if result["before"] is not None else "All blocks have as many experts"
+    return Table("width", title, columns, [[*row, ratio(row[2], row[1])] for row in rows])

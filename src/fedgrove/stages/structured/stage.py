@@ -1,5 +1,5 @@
-"""The stage ``structured``: clients score channels, heads and blocks; the server cuts the same number of channels and heads
-out of every block, and whole blocks, and repairs the linears that read what was cut."""
+"""The stage ``structured``: clients score channels, heads and blocks, or experts; the server cuts the same number of channels,
+heads or experts out of every block, and whole blocks, and repairs the linears that read what was cut."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.base import Losses, Result
+from fedgrove.stages.structured import expert_plan
 from fedgrove.stages.structured.choice import (
     BLOCKS,
+    EXPERTS,
     GROUPS,
     choose,
     collect_scores,
+    expert_records,
     mean_influence,
     metadata,
     sums_file,
@@ -34,34 +37,41 @@ from fedgrove.stages.structured.plan import Plan, make_plan
 
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
-    """See :func:`fedgrove.stages.structured.plan.make_plan`."""
-    return make_plan(index, config, decoder, capabilities, job.privacy.secure_aggregation)
+    """See :func:`fedgrove.stages.structured.plan.make_plan`, and that of ``expert_plan`` for experts."""
+    make = expert_plan.make_plan if config.experts else make_plan
+    return make(index, config, decoder, capabilities, job.privacy.secure_aggregation)
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
     """Cuts a model down to the plan's number of blocks and their widths, so that one plain config.json describes it.
 
     Each client gets one request for the scores of all blocks, one for those of all channels and heads, and one for each block
-    that is repaired. All is measured on the model at the start of the stage. The sums of the scores are files in the run
-    folder, and so is each block that was cut, so an interrupted stage continues from these files.
+    that is repaired; or one for those of all experts. All is measured on the model at the start of the stage. The sums of the
+    scores are files in the run folder, and so is each block that was narrowed, so an interrupted stage continues from these
+    files.
 
     Returns:
-        The smaller model, its narrower blocks as an overlay. ``RUN/structured.json`` records what was cut.
+        The smaller model, its narrower blocks as an overlay; experts that stay are read from the model as it was.
+        ``RUN/structured.json`` records what was cut.
     """
     run = federation.run
     if config.depth:
         collect_scores(BLOCKS, model, plan, config, federation)
     if config.narrows:
         collect_scores(GROUPS, model, plan, config, federation)
+    if config.experts:
+        collect_scores(EXPERTS, model, plan, config, federation)
     choice = choose(run, plan, config)
-    result = model.over(kept_blocks=choice.blocks if config.depth else None)
+    result = model.over(kept_blocks=choice.blocks if config.depth else None, kept_experts=choice.experts)
     records: list[dict[str, Any]] = [{"block": block} for block in choice.blocks]
+    if config.experts:
+        records = expert_records(run, plan, choice)
     if config.narrows:
         overlay = run.overlay(plan.stage, 0)
         cut_blocks(model, plan, config, choice, overlay, federation)
         records = [read_record(plan, choice, block, overlay) for block in choice.blocks]
         result = result.over(overlay, width=plan.after)
-    files = {what: sums_file(run, plan, what) for what in (BLOCKS, GROUPS)}
+    files = {what: sums_file(run, plan, what) for what in (BLOCKS, GROUPS, EXPERTS)}
     run.write_json(
         "structured.json",
         {
@@ -71,8 +81,9 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
             "num_blocks": [plan.num_blocks, plan.blocks_left],
             "kept_blocks": list(choice.blocks),
             "influence": mean_influence(run, plan) if config.depth else None,
-            "before": asdict(plan.before),
-            "after": asdict(plan.after),
+            "before": None if plan.before is None else asdict(plan.before),
+            "after": None if plan.after is None else asdict(plan.after),
+            "num_experts": None if plan.experts is None else [plan.experts.before, plan.experts.after],
             "queries": plan.queries,
             "parameters": list(plan.parameters),
             "bytes": [model.num_bytes(), result.num_bytes()],
@@ -110,7 +121,7 @@ def alone_model(model: Checkpoint, plan: Plan, config: Config, client: str, run:
         FedgroveError: the client sent no sums.
     """
     choice = choose(run, plan, config, client)
-    result = model.over(kept_blocks=choice.blocks if config.depth else None)
+    result = model.over(kept_blocks=choice.blocks if config.depth else None, kept_experts=choice.experts)
     if not config.narrows:
         return result
     cut_alone(model, plan, config, choice, client, run)

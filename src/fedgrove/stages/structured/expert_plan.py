@@ -1,0 +1,121 @@
+"""The plan of a stage that cuts experts: how many stay in every block, and what it costs each client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.cost import count_parameters
+from fedgrove.models.expert_cut import routing_of
+from fedgrove.models.experts import expert_of
+from fedgrove.quantities import mebibytes
+from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.stages import base
+from fedgrove.stages.structured.config import Config
+from fedgrove.stages.structured.exchanges.experts import disclosed_by, numbers_of_experts
+from fedgrove.stages.structured.expert_scores import expert_score_of
+from fedgrove.stages.structured.plan import Assignment, ExpertCut, Plan, less_than_one
+
+
+def make_plan(
+    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], secure: bool = False
+) -> Plan:
+    """Plans the stage. Every client's text passes through every block, once.
+
+    Args:
+        index: the stage's place in the job.
+        decoder: the model before the stage.
+        capabilities: the clients' capabilities, by name.
+        secure: whether responses are masked under secure aggregation; masked responses do not compress.
+
+    Raises:
+        FedgroveError: the model has no experts, the fraction amounts to less than one expert or leaves fewer than its router
+            needs, or a client has too little memory; names the key or the client.
+    """
+    cut = _cut(index, config, decoder)
+    smaller = Decoder(decoder.checkpoint.over(kept_experts=cut.some_left()))
+    memory, work = _cost(decoder, config.length)
+    width = decoder.checkpoint.config.hidden_size
+    number_of_sums = len(expert_score_of(config.expert_score).SUMS) * len(cut.blocks)
+    upload = number_of_sums * (cut.before * (8 if secure else 5) + 130)  # 5 and 130 bytes: measured on tiny models
+    assignments = {}
+    for name, client in sorted(capabilities.items()):
+        if client.memory is not None and memory > client.memory:
+            raise FedgroveError(
+                f"the forward pass of a block needs {mebibytes(memory)} of memory, but the client has "
+                f"{mebibytes(client.memory)} (clients.memory)",
+                "lower length, or leave the client out",
+                client=name,
+            )
+        samples = client.samples or config.samples
+        tokens = samples * config.length
+        seconds = 2 * tokens * work / (SPEED * client.speed)
+        seconds += 8 * upload / client.uplink if client.uplink else 0.0
+        assignments[name] = Assignment(
+            samples=samples,
+            memory=memory,
+            disk=4 * config.hidden_states_kept(len(decoder)) * tokens * width,
+            upload=upload,
+            seconds=round(seconds, 1),
+        )
+    kind = decoder.checkpoint.config.model_type
+    return Plan(
+        stage=index,
+        num_blocks=len(decoder),
+        blocks_left=len(decoder),
+        experts=cut,
+        parameters=(count_parameters(decoder), count_parameters(smaller)),
+        clients=assignments,
+        discloses=base.names_of(disclosed_by(config.expert_score)),
+        types=(kind, kind),
+    )
+
+
+def _cut(index: int, config: Config, decoder: Decoder) -> ExpertCut:
+    """How many experts stay in which blocks.
+
+    Raises:
+        FedgroveError: the model has no experts, or the fraction does not fit its router.
+    """
+    key, kind = f"stages.{index}.experts", decoder.checkpoint.config.model_type
+    blocks = numbers_of_experts(decoder)
+    if not blocks:
+        raise FedgroveError(
+            f"{key}: the model has none in any of its {len(decoder)} blocks (type {kind})", "cut channels, heads or depth"
+        )
+    routing = routing_of(decoder.checkpoint.config)
+    left, in_group = routing.left(config.experts), routing.experts // routing.groups
+    if left == routing.experts:
+        what = "experts" if routing.groups == 1 else f"experts in each of {routing.groups} groups"
+        raise less_than_one(index, "experts", config.experts, in_group, what)
+    if left < routing.fewest:
+        needs = f"chooses {routing.per_token} for each token"
+        if routing.groups > 1:
+            needs += f" from {routing.groups_per_token} of {routing.groups} groups"
+        if routing.best_of_group > 1:
+            needs += f", groups by their best {routing.best_of_group}"
+        most = (in_group - routing.fewest // routing.groups) / in_group
+        raise FedgroveError(
+            f"{key}: {config.experts:g} of {routing.experts} experts leaves {left}, but the router {needs}, which takes "
+            f"{routing.fewest}",
+            f"give {most:.2g} or less" if most > 0 else "no expert of this model can go",
+        )
+    return ExpertCut(tuple(blocks), routing.experts, left, routing.groups)
+
+
+def _cost(decoder: Decoder, length: int) -> tuple[int, float]:
+    """What a client needs for one window: bytes of memory, and multiplications for a token if the router is even."""
+    config = decoder.checkpoint.config
+    routing = routing_of(config)
+    reached = routing.per_token / routing.experts
+    sizes, widest, work = [], 0, 0.0
+    for index, block in enumerate(decoder.blocks):
+        sizes.append(sum(parameter.numel() for parameter in block.parameters()))
+        for name in linears(block):
+            rows, columns = decoder.read_shape(f"{decoder.prefix}.{index}.{name}")
+            widest = max(widest, rows, columns)
+            work += rows * columns * (reached if expert_of(name) else 1.0)
+    ends = count_parameters(decoder) - sum(sizes)
+    window = length * (6 * config.hidden_size + 4 * widest)
+    return 4 * (max(ends, max(sizes) + window)) + 2**24, work
