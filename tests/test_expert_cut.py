@@ -255,8 +255,8 @@ def test_sums_are_those_of_plain_transformers_and_it_does_not_matter_who_has_whi
                 out = (module.act_fn(gate) * up) @ module.down_proj[index].T  # type: ignore[index,union-attr,operator]
                 norms = given[token, place].double() * out.double().norm(dim=1)
                 for key, value in (("tokens", float(len(token))), ("outputs", float(norms.sum()))):
-                    sums = expected.setdefault(f"change/{block}/{key}", torch.zeros(EXPERTS, dtype=torch.float64))
-                    sums[index] += value
+                    sums = expected.setdefault(f"change/{key}", torch.zeros(3, EXPERTS, dtype=torch.float64))
+                    sums[block, index] += value
 
         return hook
 
@@ -276,23 +276,24 @@ def test_a_score_asks_for_no_more_than_it_needs(mixed: Small, tmp_path: Path) ->
     clients, request = respond(mixed, tmp_path, "frequency")
     assert request.discloses() == {Disclosure.EXPERT_TOKENS}
     with torch.no_grad():
-        assert {key.rpartition("/")[2] for key in request.respond({}, clients[0], "cpu").tensors} == {"tokens"}
+        tensors = request.respond({}, clients[0], "cpu").tensors
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"change/tokens": (2, EXPERTS)}
 
 
 @pytest.mark.parametrize(
     ("tokens", "outputs", "words"),
     [
         ([3, 5, 0, 2], [1, 1, 0, 1], None),
-        ([3, 5, 0, 1], [1, 1, 0, 1], "1/tokens does not add up to 2 experts for each of 5 tokens"),
-        ([6, 4, 0, 0], [1, 1, 0, 0], "1/tokens is out of range"),
-        ([5, 6, 0, -1], [1, 1, 0, 1], "1/tokens is out of range"),
-        ([3, 5, 0, 2], [1, 1, 0, -1], "1/outputs is out of range"),
-        ([3, 5, 0, 2], [1, 9, 0, 1], "1/outputs is out of range"),
-        ([3, 5, 0, 2], [1, 1, 1, 1], "1/outputs is not 0 for an expert that got no token"),
+        ([3, 5, 0, 1], [1, 1, 0, 1], "tokens does not add up to 2 experts for each of 5 tokens"),
+        ([6, 4, 0, 0], [1, 1, 0, 0], "tokens is out of range"),
+        ([5, 6, 0, -1], [1, 1, 0, 1], "tokens is out of range"),
+        ([3, 5, 0, 2], [1, 1, 0, -1], "outputs is out of range"),
+        ([3, 5, 0, 2], [1, 9, 0, 1], "outputs is out of range"),
+        ([3, 5, 0, 2], [1, 1, 1, 1], "outputs is not 0 for an expert that got no token"),
     ],
 )
 def test_sums_that_cannot_be_are_refused(tokens: list[int], outputs: list[int], words: str | None) -> None:
-    sums = {"1/tokens": torch.tensor(tokens), "1/outputs": torch.tensor(outputs)}
+    sums = {"tokens": torch.tensor([[5, 5, 0, 0], tokens]), "outputs": torch.tensor([[1, 0, 0, 0], outputs])}
     if words is None:
         check_sums(sums, 5, 2, 8)
         return
@@ -374,7 +375,7 @@ def test_plan_page_and_card_speak_of_experts(mixed: Small) -> None:
     plans = json.loads(cli("plan", mixed.job("plan", stages=STAGES), "--json")[1])
     assert plans[0]["experts"] == {"blocks": [1, 2], "before": EXPERTS, "after": EXPERTS // 2, "groups": 1}
     assert plans[0]["parameters"] == told_by(run)["parameters"]
-    assert "4 of 8 experts" in cli("plan", mixed.job("plan", stages=STAGES))[1].replace("\n", " ")
+    assert "score reap: 4 of 8 experts out of every block" in " ".join(cli("plan", mixed.job("plan", stages=STAGES))[1].split())
     page = (run / "report.html").read_text()
     assert "4 of 8 experts out of every block that has any" in page
     assert Disclosure.EXPERT_OUTPUTS.sentence in page

@@ -85,31 +85,30 @@ def _choose_experts(run: RunFolder, plan: Plan, config: Config, client: str | No
     assert plan.experts is not None
     score, cut = expert_score_of(config.expert_score), plan.experts
     sums = expert_sums_of(run, plan, client)
-    return {block: kept_experts(score.finish(sums[block]), cut.after, cut.groups) for block in cut.blocks}
+    scores = [score.finish({name: values[row] for name, values in sums.items()}) for row in range(len(cut.blocks))]
+    return {block: kept_experts(one, cut.after, cut.groups) for block, one in zip(cut.blocks, scores, strict=True)}
 
 
-def expert_sums_of(run: RunFolder, plan: Plan, client: str | None = None) -> dict[int, dict[str, Tensor]]:
-    """The sums over the tokens of experts, by block and name, (experts,) float64 each: of all clients, or of one.
+def expert_sums_of(run: RunFolder, plan: Plan, client: str | None = None) -> dict[str, Tensor]:
+    """The sums over the tokens of experts, (blocks with experts, experts) float64 by name: of all clients, or of one.
 
     Raises:
         FedgroveError: the client sent no sums.
     """
-    sums: dict[int, dict[str, Tensor]] = {}
-    for key, values in _read_sums(run, plan, EXPERTS, client).items():
-        block, name = key.removeprefix(CHANGE).split("/")
-        sums.setdefault(int(block), {})[name] = CODES[name].decode(values)
-    return dict(sorted(sums.items()))
+    sums = {name.removeprefix(CHANGE): values for name, values in _read_sums(run, plan, EXPERTS, client).items()}
+    return {name: CODES[name].decode(values) for name, values in sums.items()}
 
 
 def expert_records(run: RunFolder, plan: Plan, choice: Choice) -> list[dict[str, Any]]:
     """Of every block, the experts that are cut, and which part of the router's choices they were before."""
     assert choice.experts is not None
     records: list[dict[str, Any]] = [{"block": block} for block in choice.blocks]
-    for block, sums in expert_sums_of(run, plan).items():
-        stay = torch.zeros(len(sums[TOKENS]), dtype=torch.bool)
-        stay[list(choice.experts[block])] = True
-        records[block]["experts"] = (~stay).nonzero().flatten().tolist()
-        records[block]["routed"] = round(float(sums[TOKENS][~stay].sum() / sums[TOKENS].sum()), 6)
+    tokens = expert_sums_of(run, plan)[TOKENS]
+    for (block, kept), of_experts in zip(choice.experts.items(), tokens, strict=True):
+        gone = torch.ones(len(of_experts), dtype=torch.bool)
+        gone[list(kept)] = False
+        records[block]["experts"] = gone.nonzero().flatten().tolist()
+        records[block]["routed"] = round(float(of_experts[gone].sum() / of_experts.sum()), 6)
     return records
 
 

@@ -13,7 +13,7 @@ from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.exchanges.experts import disclosed_by, numbers_of_experts
+from fedgrove.stages.structured.exchanges.experts import blocks_with_experts, disclosed_by
 from fedgrove.stages.structured.expert_scores import expert_score_of
 from fedgrove.stages.structured.plan import Assignment, ExpertCut, Plan, less_than_one
 
@@ -37,8 +37,8 @@ def make_plan(
     smaller = Decoder(decoder.checkpoint.over(kept_experts=cut.some_left()))
     memory, work = _cost(decoder, config.length)
     width = decoder.checkpoint.config.hidden_size
-    number_of_sums = len(expert_score_of(config.expert_score).SUMS) * len(cut.blocks)
-    upload = number_of_sums * (cut.before * (8 if secure else 5) + 130)  # 5 and 130 bytes: measured on tiny models
+    numbers = len(expert_score_of(config.expert_score).SUMS) * len(cut.blocks) * cut.before
+    upload = (8 if secure else 4) * numbers + 1300  # 4 bytes of a number that is compressed, and 1300: measured
     assignments = {}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
@@ -79,7 +79,7 @@ def _cut(index: int, config: Config, decoder: Decoder) -> ExpertCut:
         FedgroveError: the model has no experts, or the fraction does not fit its router.
     """
     key, kind = f"stages.{index}.experts", decoder.checkpoint.config.model_type
-    blocks = numbers_of_experts(decoder)
+    blocks = blocks_with_experts(decoder)
     if not blocks:
         raise FedgroveError(
             f"{key}: the model has none in any of its {len(decoder)} blocks (type {kind})", "cut channels, heads or depth"

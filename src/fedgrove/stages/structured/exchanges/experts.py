@@ -33,8 +33,8 @@ _DISCLOSES = {TOKENS: Disclosure.EXPERT_TOKENS, OUTPUTS: Disclosure.EXPERT_OUTPU
 class ScoreExperts(Request):
     """Sum, over your text, for each expert the number of tokens that reach it, and for some scores how much it adds to them.
 
-    The response holds, of each block with experts, ``change/<block>/tokens``: (experts,) int64, and ``change/<block>/outputs``:
-    (experts,) int64, multiples of 2⁻²⁴; see :func:`expert_sums`.
+    The response holds, with a row for each block that has experts, ``change/tokens``: (blocks, experts) int64, and
+    ``change/outputs``: (blocks, experts) int64, multiples of 2⁻²⁴; see :func:`expert_sums`.
 
     Attributes:
         score: see :mod:`fedgrove.stages.structured.expert_scores`.
@@ -59,7 +59,7 @@ class ScoreExperts(Request):
         states = HiddenStates(client, calibration, decoder)
         calls = decoder.embed(torch.zeros(1, calibration.length, dtype=torch.int64))[1]
         states.write(0, (decoder.embed(ids[None])[0] for ids in windows), len(windows))
-        totals: Tensors = {}
+        rows: dict[str, list[Tensor]] = {}
         try:
             for index in range(len(decoder)):
                 with decoder.loaded(index) as block, expert_sums(block) as sums:
@@ -68,18 +68,21 @@ class ScoreExperts(Request):
                 states.forget(before=index + 1)
                 for name in wanted if sums else ():
                     of_windows = torch.stack([window[name] for window in sums])
-                    totals[f"{CHANGE}{index}/{name}"] = CODES[name].encode_sum(of_windows, self.limit)
+                    rows.setdefault(CHANGE + name, []).append(CODES[name].encode_sum(of_windows, self.limit))
         except OutOfRange as error:
             message = 'what the experts add to its text is not finite or too large; try model.dtype = "float32"'
             raise client.error(message) from error
         finally:
             states.forget(before=len(decoder) + 1)
-        return Response(totals, Tokens(tokens=windows.numel()))
+        return Response({name: torch.stack(sums) for name, sums in rows.items()}, Tokens(tokens=windows.numel()))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
-        names, blocks = expert_score_of(self.score).SUMS, numbers_of_experts(layout)
-        return {f"{CHANGE}{block}/{name}": (torch.Size([blocks[block]]), torch.int64) for block in blocks for name in names}
+        blocks = blocks_with_experts(layout)
+        if not blocks:
+            return {}
+        shape = torch.Size([len(blocks), routing_of(layout.checkpoint.config).experts])
+        return {CHANGE + name: (shape, torch.int64) for name in expert_score_of(self.score).SUMS}
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Tokens)
@@ -111,10 +114,9 @@ def disclosed_by(score: str) -> frozenset[Disclosure]:
     return frozenset(_DISCLOSES[name] for name in expert_score_of(score).SUMS)
 
 
-def numbers_of_experts(decoder: Decoder) -> dict[int, int]:
-    """The number of experts of each block that has any, by the block's index."""
-    found = {index: experts_in(block) for index, block in enumerate(decoder.blocks)}
-    return {index: len(list(experts.children())) for index, experts in found.items() if experts is not None}
+def blocks_with_experts(decoder: Decoder) -> list[int]:
+    """The indexes of a model's blocks that have experts."""
+    return [index for index, block in enumerate(decoder.blocks) if experts_in(block) is not None]
 
 
 @contextmanager
@@ -157,7 +159,7 @@ def check_sums(sums: Mapping[str, Tensor], tokens: int, per_token: int, limit: i
     """Refuses sums that cannot be those of so many tokens.
 
     Args:
-        sums: by name, with or without ``change/``.
+        sums: (blocks, experts) by name, with or without ``change/``.
         tokens: that passed through every block.
         per_token: how many experts compute a token.
         limit: the largest number that is allowed.
@@ -169,7 +171,7 @@ def check_sums(sums: Mapping[str, Tensor], tokens: int, per_token: int, limit: i
         most = tokens if name.endswith(TOKENS) else limit
         if (values < 0).any() or (values > most).any():
             raise WireError(f"{name} is out of range")
-        if name.endswith(TOKENS) and int(values.sum()) != tokens * per_token:
+        if name.endswith(TOKENS) and (values.sum(1) != tokens * per_token).any():
             raise WireError(f"{name} does not add up to {per_token} experts for each of {tokens} tokens")
         reached = sums.get(name.removesuffix(OUTPUTS) + TOKENS)
         if name.endswith(OUTPUTS) and reached is not None and values[reached == 0].any():

@@ -21,7 +21,7 @@ class ExpertScore(Protocol):
     """The contract of a score's file.
 
     Attributes:
-        SUMS: the sums that it is computed from; clients send no others.
+        SUMS: the sums that it is computed from, ``tokens`` always among them; clients send no others.
     """
 
     SUMS: tuple[Sum, ...]
