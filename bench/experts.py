@@ -87,16 +87,17 @@ def cuts(given: Any, folder: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     settings = {key: getattr(given, key) for key in ("steps", "noise", "samples", "windows")}
-    for share in given.shares:
-        for row, score in ROWS.items():
-            every = [
-                kept(partial(losses, seed, share, score), row=row, share=share, seed=seed, **settings) for seed in given.seeds
-            ]
-            if None in every:
-                continue
-            before, after = (", ".join(f"{result[place]:.3f}" for result in every) for place in (0, 1))
-            mean, routed = (statistics.mean(result[place] for result in every) for place in (1, 2))
-            lines.append(f"| {share:.0%} | {row} | {before} | {after} | {mean:.3f} | {routed:.0%} |")
+    found: dict[tuple[float, str], list[list[float]]] = {}
+    for seed in given.seeds:
+        for share in given.shares:
+            for row, score in ROWS.items():
+                result = kept(partial(losses, seed, share, score), row=row, share=share, seed=seed, **settings)
+                if result:
+                    found.setdefault((share, row), []).append(result)
+    for (share, row), every in found.items():
+        before, after = (", ".join(f"{result[place]:.3f}" for result in every) for place in (0, 1))
+        mean, routed = (statistics.mean(result[place] for result in every) for place in (1, 2))
+        lines.append(f"| {share:.0%} | {row} | {before} | {after} | {mean:.3f} | {routed:.0%} |")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
+from fedgrove import run as server
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import calibration_windows
@@ -28,6 +29,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import WireError
 from fedgrove.run import local_clients, open_model
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.choice import kept_experts
 from fedgrove.stages.structured.exchanges.experts import CODES, ScoreExperts, check_sums
 from fedgrove.stages.structured.exchanges.scores import LARGEST
@@ -35,6 +37,7 @@ from small import (
     CLIENTS,
     LENGTH,
     TOKENIZER,
+    Meddling,
     Moment,
     Small,
     cli,
@@ -368,6 +371,19 @@ def test_alone_is_what_a_client_would_have_made_by_itself(mixed: Small, tmp_path
     assert cli("run", mixed.job("birch", stages=STAGES, clients=only), "--out", tmp_path / "run")[0] == 0
     alone = measurements(run)[0, None, "birch", "perplexity/held-0"]
     assert alone == measurements(tmp_path / "run")[0, None, None, "perplexity/held-0"]
+
+
+def test_a_client_whose_tokens_do_not_add_up_is_named(mixed: Small, tmp_path: Path) -> None:
+    job = load(mixed.job("meddled", stages=STAGES, evaluate={}))
+    run = RunFolder(tmp_path / "run", job)
+
+    def meddle(tensors: dict[str, Tensor], reply: dict[str, Any]) -> None:
+        tensors["change/tokens"][1, 0] += 1
+
+    engine = Meddling(server.local_engine(job, tmp_path / "clients"), ScoreExperts.KIND, change=meddle)
+    with pytest.raises(FedgroveError, match="'birch': its response was refused: change/tokens does not add up to 2 experts"):
+        server.run_job(job, engine, run)
+    run.close()
 
 
 def test_plan_page_and_card_speak_of_experts(mixed: Small) -> None:

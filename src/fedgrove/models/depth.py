@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from fedgrove.errors import FedgroveError
 from fedgrove.job.units import MAX_BLOCKS, Index
 
-_NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
+OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
 _NUMBER = "num_hidden_layers"
 _NOT_OF_BLOCKS = re.compile(r"architectures|.*_token_ids?")  # lists of config.json that only by chance have an entry per block
 
@@ -42,7 +42,7 @@ def renumbered(names: Iterable[str], kept: Sequence[int]) -> dict[str, str]:
     place = {block: str(index) for index, block in enumerate(kept)}
     new = {}
     for name in names:
-        match = _NUMBERED.fullmatch(name)
+        match = OF_BLOCK.fullmatch(name)
         if match is None:
             new[name] = name
         elif int(match[2]) in place:

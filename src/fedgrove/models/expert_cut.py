@@ -15,12 +15,12 @@ from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Cut
+from fedgrove.models.depth import OF_BLOCK
 
 KeptExperts = Mapping[int, tuple[int, ...]]  # of each block that has experts, the indexes of those that stay, ascending
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the names of one number in config.json
 _FURTHER_BLOCKS = ("num_mtp_layers", "num_nextn_predict_layers")  # blocks with experts that only some programs use
-_OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
 _OF_EXPERT = re.compile(r"(\.(?:mlp|block_sparse_moe)\.experts\.)(\d+)(\..+)")
 _ROW_PER_EXPERT = re.compile(
     r"\.(?:mlp|block_sparse_moe)\.(?:gate\.(?:weight|e_score_correction_bias)|experts\.(?:gate_up_proj|down_proj))"
@@ -104,7 +104,7 @@ def kept_tensors(names: Iterable[str], kept: KeptExperts, num_blocks: int) -> di
     """
     new = {}
     for name in names:
-        match = _OF_BLOCK.fullmatch(name)
+        match = OF_BLOCK.fullmatch(name)
         block = int(match[2]) if match else -1
         if block >= num_blocks:
             continue

@@ -26,7 +26,7 @@ CARD = (
 
 def describe(config: Mapping[str, Any]) -> str:
     """Such as "structured pruning of 25% of the channels and 50% of the heads, score fisher"."""
-    if config["experts"]:
+    if config.get("experts"):
         return f"structured pruning of {config['experts']:.0%} of the experts, score {config['expert_score']}"
     shares = [f"{config[key]:.0%} of the {key}" for key in ("channels", "heads")] if _narrows(config) else []
     if config["depth"]:
@@ -97,7 +97,7 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         gone = [str(block + 1) for block in range(result["num_blocks"][0]) if block not in result["kept_blocks"]]
         these = f"Block {gone[0]} was" if len(gone) == 1 else f"Blocks {joined(gone)} were"
         parts.append(Paragraph(f"{these} removed: the hidden states of the clients’ text change least there."))
-    if result["num_experts"] is not None:
+    if _num_experts(result) is not None:
         parts.append(Paragraph(_experts_gone(result)))
     errors = [how["error"] for block in result["blocks"] for how in block.get("repair", {}).values()]
     if errors:
@@ -109,7 +109,7 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         parts.append(Paragraph(says))
     says = "Any program that loads the model stores fewer weights and computes with fewer. " + other_type(result["types"])
     parts.append(Paragraph(says.strip()))
-    title = "Fewer experts" if result["num_experts"] is not None else "Fewer or narrower blocks"
+    title = "Fewer experts" if _num_experts(result) is not None else "Fewer or narrower blocks"
     return [Section("width", title, [*parts, Sheet(_sizes(result))])]
 
 
@@ -144,8 +144,11 @@ def _blocks(plan: Mapping[str, Any]) -> str:
 def _num_experts(plan: Mapping[str, Any]) -> tuple[int, int] | None:
     """The number of experts of a block, before and after; None: they all stay. Of a plan, or of the result."""
     if "kept_blocks" in plan:
-        return plan["num_experts"] and (plan["num_experts"][0], plan["num_experts"][1])
-    return plan["experts"] and (plan["experts"]["before"], plan["experts"]["after"])
+        before_and_after = plan.get("num_experts")
+    else:
+        cut = plan.get("experts")
+        before_and_after = cut and (cut["before"], cut["after"])
+    return before_and_after and (before_and_after[0], before_and_after[1])
 
 
 def _narrows(config: Mapping[str, Any]) -> bool:
@@ -154,7 +157,7 @@ def _narrows(config: Mapping[str, Any]) -> bool:
 
 def _score(config: Mapping[str, Any]) -> str:
     """Blocks have no score that can be chosen."""
-    if config["experts"]:
+    if config.get("experts"):
         return f", score {config['expert_score']}"
     return f", score {config['score']}" if _narrows(config) else ""
 
@@ -193,7 +196,7 @@ def _sizes(result: Mapping[str, Any]) -> Table:
             ["heads of a block", queries * before["heads"], queries * after["heads"]],
             ["key-value heads of a block", before["heads"], after["heads"]],
         ]
-    if result["num_experts"] is not None:
+    if _num_experts(result) is not None:
         rows.append(["experts of a block", *result["num_experts"]])
     rows += [["weights of the model", *result["parameters"]], ["bytes of the model", *result["bytes"]]]
     whole = "{:,}".format
