@@ -87,7 +87,22 @@ ALLOCATIONS: dict[str, Row] = {
     "SparseGPT, fedspallm": {},
     "SparseGPT, fedspallm, OWL": {"allocation": "owl"},
 }
-TABLES = {"aggregations": AGGREGATIONS, "damping": AGGREGATIONS | DAMPING, "allocations": ALLOCATIONS}
+MENDING: dict[str, Row] = {
+    FEDSPALLM: {},
+    "SparseGPT, fedspallm, mended": {"mend": "dsnot"},
+    "SparseGPT, fedprllm": {"aggregation": "fedprllm"},
+    "SparseGPT, fedprllm, mended": {"aggregation": "fedprllm", "mend": "dsnot"},
+    "Wanda, fedspallm": {"pruner": "wanda"},
+    "Wanda, fedspallm, mended": {"pruner": "wanda", "mend": "dsnot"},
+    "Wanda, pooled": {"pruner": "wanda", "aggregation": "pooled"},
+    "Wanda, pooled, mended": {"pruner": "wanda", "aggregation": "pooled", "mend": "dsnot"},
+    "magnitude, fedspallm": {"pruner": "magnitude"},
+    "magnitude, fedspallm, mended": {"pruner": "magnitude", "mend": "dsnot"},
+    "SparseGPT, pooled": {"aggregation": "pooled"},
+    "SparseGPT, pooled, mended": {"aggregation": "pooled", "mend": "dsnot"},
+}
+TABLES = {"aggregations": AGGREGATIONS, "damping": AGGREGATIONS | DAMPING, "allocations": ALLOCATIONS, "mending": MENDING}
+MENDED = ", mended"
 
 
 def main() -> None:
@@ -131,17 +146,26 @@ def main() -> None:
 
 
 def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str, str], Mapping[int, Result]]) -> str:
-    """Markdown: perplexity, mean over seeds (each seed), and below it what it is of FedSpaLLM's with its 95 % interval."""
+    """Markdown: perplexity, mean over seeds (each seed), and below it what it is of the base row's with its 95 % interval.
+
+    The base of a mended row is the same without the mending, that of all others is FedSpaLLM.
+    """
     lines = [f"| | {' | '.join(map(as_percent, targets))} |", f"|---|{'---|' * len(targets)}"]
     for name in rows:
         cells = []
         for target in targets:
-            by_seed, base = found.get((name, target), {}), found.get((FEDSPALLM, target), {})
+            by_seed, base = found.get((name, target), {}), found.get((base_of(name, rows), target), {})
             both = [base[seed] for seed in by_seed if seed in base]
             cells.append(cell(name, list(by_seed.values()), both, target) if by_seed else "not run")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     dense = {result["dense"] for results in found.values() for result in results.values() if "dense" in result}
     return "\n".join(lines) + "".join(f"\n\nThe dense model: {value:.1f}." for value in sorted(dense))
+
+
+def base_of(name: str, rows: Sequence[str]) -> str:
+    """The row that a row is compared with."""
+    plain = name.removesuffix(MENDED)
+    return plain if name != plain and plain in rows else FEDSPALLM
 
 
 def cell(name: str, results: list[Result], base: list[Result], target: str) -> str:

@@ -30,7 +30,7 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.cut import cut_block
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups
 from fedgrove.stages.structured.gradients import group_products
-from fedgrove.stages.structured.scores import fisher, taylor
+from fedgrove.stages.structured.scores import diagonal_fisher, fisher, taylor
 from small import CLIENTS, LENGTH, Heard, Meddling, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import ARCHITECTURES, plain, save, some_ids
 from test_statistics import owners  # noqa: F401 (a fixture)
@@ -187,6 +187,30 @@ def test_products_are_those_of_weights_and_their_gradients(name: str, tmp_path: 
             assert torch.allclose(found[block][kind], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_single_weights_are_squared_by_window_in_all_linears_of_a_group(name: str, tmp_path: Path, grove: Path) -> None:
+    folder = save(name, tmp_path / "model", grove, torch.float32)
+    decoder, ids = Decoder(Checkpoint(folder)), some_ids(2)
+    with torch.no_grad():  # as clients respond to requests
+        found = dict(group_products(decoder, ids, Kept(), diagonal_fisher.weigh))
+    model, last = plain(folder), len(decoder) - 1
+    width, family = width_of(decoder.checkpoint.config), family_of(decoder.checkpoint.config)
+    of_kinds = {"channels": family.channels} | ({"heads": family.heads} if family.heads else {})
+    assert found[last].keys() == of_kinds.keys()
+    expected = {kind: torch.zeros(len(ids), getattr(width, kind), dtype=torch.float64) for kind in of_kinds}
+    for row, window in enumerate(ids):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(window[None]).logits[0, :-1], window[1:], reduction="sum").backward()
+        for kind, part in of_kinds.items():
+            for linear in (*part.producers, part.consumer):
+                module = model.get_submodule(f"{decoder.prefix}.{last}.{linear}")
+                squares = as_matrix(module, (module.weight * module.weight.grad).detach()).double().square()
+                of_inputs = squares.sum(0) if linear == part.consumer else squares.sum(1)
+                expected[kind][row] += of_inputs.view(getattr(width, kind), -1).sum(1)
+    for kind, squares in expected.items():
+        assert torch.allclose(found[last][kind], squares, rtol=1e-3, atol=1e-3 * float(squares.max()))
+
+
 def test_every_linear_that_reads_or_makes_a_group_is_named_by_its_family(tmp_path: Path, grove: Path) -> None:
     assert set(FAMILIES) == set(ARCHITECTURES) - set(TYPES)
     for name in FAMILIES:
@@ -198,7 +222,7 @@ def test_every_linear_that_reads_or_makes_a_group_is_named_by_its_family(tmp_pat
 
 def test_sums_depend_on_no_order_and_on_no_owner() -> None:
     products = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for score in (fisher, taylor):
+    for score in (fisher, taylor, diagonal_fisher):
         whole = CODE.encode_sum(score.weigh(products), LARGEST)
         parts = [CODE.encode_sum(score.weigh(part), LARGEST) for part in products.flip(0).split([5, 1, 6])]
         assert torch.equal(whole, sum(parts[1:], parts[0]))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 SIGNED = False
+PER_WEIGHT = False
 
 
 def weigh(products: Tensor) -> Tensor:

@@ -157,6 +157,16 @@ def group_sums(product: Tensor, number: int) -> Tensor:
     return product.reshape(*product.shape[:-1], number, -1).sum(-1)
 
 
+def rows_by_group(weight: Tensor, number: int) -> Tensor:
+    """A producer's weight (out, in) by group: (number, rows of a group · in)."""
+    return weight.reshape(number, -1)
+
+
+def columns_by_group(weight: Tensor, number: int) -> Tensor:
+    """A consumer's weight (out, in) by group: (number, out · columns of a group)."""
+    return weight.reshape(len(weight), number, -1).transpose(0, 1).flatten(1)
+
+
 def cut_rows(tensor: Tensor, number: int, keep: Tensor) -> Tensor:
     """The rows of a producer's weight (out, in) or bias (out,) that belong to the groups ``keep`` (indices) of ``number``."""
     return tensor.reshape(number, -1, *tensor.shape[1:])[keep].flatten(0, 1)

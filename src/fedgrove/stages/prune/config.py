@@ -25,7 +25,8 @@ from fedgrove.job.units import (
 from fedgrove.models.masks import Target
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
 from fedgrove.stages.prune.allocation import allocation_of
-from fedgrove.stages.prune.pruners import Pruner, pruner_of
+from fedgrove.stages.prune.pruners import PACKAGE as PRUNERS
+from fedgrove.stages.prune.pruners import Pruner, mender_names, pruner_of
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -86,6 +87,9 @@ class Config(StageConfig):
         epsilon: ε of differential privacy for one window of text: adds noise to wanda's sums and needs secure aggregation. Only
             aggregation "pooled".
         delta: δ of the same guarantee.
+        mend: improve every mask at the server by swaps: "dsnot" does it with three numbers for each input channel, summed over
+            the clients' text; these are the inputs in the unpruned model or, with source "sequential", in the pruned one. Where
+            clients prune, their votes are mended after the last round, which takes one more pass over the text.
         allocation: how the sparsity is distributed over the blocks: "even", the same for all, or "owl", less for blocks with
             many outliers. The model that a client would have alone is pruned to the same sparsities.
         owl_m: OWL's M: a weight is an outlier if its score exceeds this multiple of the mean score of its block.
@@ -93,7 +97,7 @@ class Config(StageConfig):
     """
 
     kind: Literal["prune"]
-    pruner: Annotated[str, method_of("stages.prune.pruners")] = "sparsegpt"
+    pruner: Annotated[str, method_of(PRUNERS)] = "sparsegpt"
     aggregation: Annotated[str, method_of("stages.prune.aggregation")] = "fedspallm"
     sparsity: Sparsity | None = None
     pattern: Annotated[str, Field(pattern=r"^\d{1,3}:\d{1,3}$")] | None = None
@@ -115,6 +119,7 @@ class Config(StageConfig):
     protect_first_block: bool = False
     epsilon: Epsilon | None = None
     delta: Delta = 1e-6
+    mend: Annotated[str, method_of(PRUNERS)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -134,6 +139,8 @@ class Config(StageConfig):
             raise ValueError(f'allocation: a pattern makes all blocks equally sparse; "{self.allocation}" needs sparsity')
         if self.measures_blocks and self.epsilon is not None:
             raise ValueError('allocation: measuring blocks needs a second sum of each, but epsilon covers only one; use "even"')
+        if self.mend is not None:
+            self._check_mending(self.mend)
         if self.method.SOLVED_AT == "server":
             self._check_statistics()
         if self.calibration_source == "dense" and self.rounds != 1:
@@ -144,7 +151,7 @@ class Config(StageConfig):
 
     def _check_statistics(self) -> None:
         needs, name = self.solver.NEEDS, f'aggregation "{self.aggregation}"'
-        if needs == "nothing":
+        if needs == "nothing" and self.mend is None:
             raise ValueError(f'{name}: pruner "{self.pruner}" needs no sums; use wanda, dsnot, sparsegpt or alps')
         if self.mixed and needs != "gram":
             raise ValueError(f'mixed: pruner "{self.pruner}" needs no products; leave it out, or use sparsegpt or alps')
@@ -155,6 +162,16 @@ class Config(StageConfig):
         if self.layers != "all" and self.calibration_source == "sequential":
             raise ValueError('layers: with source = "sequential" every client runs every block; use "dense" or layers "all"')
 
+    def _check_mending(self, mender: str) -> None:
+        if mender not in mender_names():
+            raise ValueError(f'mend: "{mender}" cannot improve a mask; use {" or ".join(mender_names())}')
+        if mender == self.pruner and self.method.SOLVED_AT == "server":
+            raise ValueError(f'mend: pruner "{self.pruner}" has done this already with the same sums; leave it out')
+        if self.epsilon is not None:
+            raise ValueError("mend: epsilon adds noise to sums of squares alone, and mending needs more sums; leave one out")
+        if self.layers != "all" and self.method.SOLVED_AT == "client":
+            raise ValueError('mend: every client sums the inputs of every block; set layers to "all"')
+
     @property
     def method(self) -> Aggregation:
         """The aggregation's file."""
@@ -164,6 +181,26 @@ class Config(StageConfig):
     def solver(self) -> Pruner:
         """The pruner's file."""
         return pruner_of(self.pruner)
+
+    @property
+    def mends_votes(self) -> bool:
+        """Whether the server improves the masks that the clients' results add up to."""
+        return self.mend is not None and self.method.SOLVED_AT == "client"
+
+    @property
+    def sums_inputs(self) -> bool:
+        """Whether clients send sums over the inputs of linears."""
+        return self.mends_votes or self.method.SOLVED_AT == "server"
+
+    @property
+    def sums_products(self) -> bool:
+        """Whether these are sums of products too."""
+        return self.method.SOLVED_AT == "server" and self.solver.NEEDS == "gram"
+
+    @property
+    def sums_moments(self) -> bool:
+        """Whether these are sums for means and variances too."""
+        return self.mend is not None or (self.method.SOLVED_AT == "server" and self.solver.NEEDS == "moments")
 
     @property
     def measures_blocks(self) -> bool:
@@ -218,7 +255,7 @@ class Config(StageConfig):
         return self.rounds
 
     def reads_text(self) -> bool:
-        return self.solver.NEEDS != "nothing" or self.measures_blocks
+        return self.solver.NEEDS != "nothing" or self.measures_blocks or self.mend is not None
 
     def privacy_budget(self) -> tuple[float, float] | None:
         return None if self.epsilon is None else (self.epsilon, self.delta)
@@ -227,13 +264,14 @@ class Config(StageConfig):
         return not secure
 
     def methods(self) -> set[str]:
-        return {self.pruner, self.aggregation, *({self.allocation} if self.measures_blocks else set())}
+        mender = {self.mend} if self.mend is not None else set()
+        return {self.pruner, self.aggregation, *mender, *({self.allocation} if self.measures_blocks else set())}
 
     def makes_zeros(self) -> bool:
         return True
 
     def passes(self) -> int:
-        return self.rounds
+        return self.rounds + self.mends_votes
 
     def hidden_states_kept(self, num_blocks: int) -> int:
         return 3
@@ -267,6 +305,8 @@ class Config(StageConfig):
                 raise ValueError(
                     f'clients.sparsity: with aggregation "{self.aggregation}" ({at}) the server prunes; leave it out'
                 )
+        if self.mends_votes and index > 0:
+            raise ValueError(f"{at}.mend: it needs the model that the clients have; make it the first stage, or leave it out")
         if self.measures_blocks:
             if own_sparsity:
                 raise ValueError(f"clients.sparsity: {at}.allocation sets the sparsity of every block; leave it out")

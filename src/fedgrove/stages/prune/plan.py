@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import disclosed_by
-from fedgrove.input_statistics.fixed_point import ring_bits
-from fedgrove.input_statistics.statistics import StatisticsKind
-from fedgrove.models.blocks import Decoder, linears
-from fedgrove.models.experts import expert_of
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import Target
 from fedgrove.privacy import release
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.quantities import mebibytes
-from fedgrove.rounds import wire
-from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
-from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config, LayerSampling
+from fedgrove.stages.prune.cost import (
+    Cost,
+    cost_of,
+    largest_block,
+    masked_bytes,
+    mending_cost,
+    products_of,
+    target_of,
+    upload_by_pruner,
+)
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
-from fedgrove.stages.prune.fixed_weights import VALUE_BITS
-from fedgrove.stages.prune.pruners import effort_of
 
 
 class Assignment(base.Assignment):
@@ -54,12 +53,14 @@ class Plan(base.Plan):
 
     Attributes:
         sums: whether clients send sums over their text and the server prunes.
+        mends_votes: whether clients also send sums over their text, by which the server mends what they voted for.
         choices: bytes that a client would upload with each pruner if the server prunes; else empty.
     """
 
     kind: Literal["prune"] = "prune"
     clients: dict[str, Assignment]
     sums: bool
+    mends_votes: bool = False
     num_blocks: int
     choices: dict[str, int]
 
@@ -94,15 +95,20 @@ def make_plan(
         FedgroveError: the pattern does not fit a linear, or a client has too little memory; names the linear or the client.
     """
     check_pattern(decoder, config.target)
-    needs = config.solver.NEEDS
     num_blocks = len(decoder)
-    masked = _masked_bytes(config, capabilities) if secure else None
-    largest = _largest(decoder)
-    costs = {name: _cost(largest, config, client, needs, masked) for name, client in capabilities.items()}
+    masked = masked_bytes(config, capabilities) if secure else None
+    largest = largest_block(decoder)
+    costs = {name: cost_of(largest, config, client, masked) for name, client in capabilities.items()}
+    nothing = Cost(memory=0, upload=0, seconds=0.0)
+    mending = {
+        name: mending_cost(largest, config, client, masked) if config.mends_votes else nothing
+        for name, client in capabilities.items()
+    }
+    memory = {name: max(costs[name].memory, mending[name].memory) for name in capabilities}
     for name, client in sorted(capabilities.items()):
-        if client.memory is not None and costs[name].memory > client.memory:
+        if client.memory is not None and memory[name] > client.memory:
             raise FedgroveError(
-                f"one block needs {mebibytes(costs[name].memory)} of memory, but the client has "
+                f"one block needs {mebibytes(memory[name])} of memory, but the client has "
                 f"{mebibytes(client.memory)} (clients.memory)",
                 'lower length, use pruner "wanda", or leave the client out',
                 client=name,
@@ -124,19 +130,20 @@ def make_plan(
             blocks=blocks,
             weight=num_blocks / counts[name],
             samples=capabilities[name].samples or config.samples,
-            sparsity=_target_of(config, capabilities[name]).sparsity,
-            memory=costs[name].memory,
-            upload=asked * costs[name].upload,
-            seconds=round(asked * costs[name].seconds, 1),
+            sparsity=target_of(config, capabilities[name]).sparsity,
+            memory=memory[name],
+            upload=asked * costs[name].upload + num_blocks * mending[name].upload,
+            seconds=round(asked * costs[name].seconds + num_blocks * mending[name].seconds, 1),
         )
     return Plan(
         stage=index,
         sums=config.method.SOLVED_AT == "server",
+        mends_votes=config.mends_votes,
         num_blocks=num_blocks,
         clients=assignments,
-        choices=_choices(largest, num_blocks, config, masked),
-        discloses=base.names_of(_discloses(config, bool(_products(largest, config, needs)), alone)),
-        notes=tuple(_notes(config, secure, assignments, _products(largest, config, needs))),
+        choices=upload_by_pruner(largest, num_blocks, config, masked),
+        discloses=base.names_of(_discloses(config, bool(products_of(largest, config)), alone)),
+        notes=tuple(_notes(config, secure, assignments, products_of(largest, config))),
     )
 
 
@@ -217,163 +224,34 @@ def check_pattern(decoder: Decoder, target: Target) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class _Cost:
-    memory: int
-    upload: int  # bytes for one block
-    seconds: float  # for one block
-
-
-@dataclass(frozen=True)
-class _Block:
-    """What a plan needs to know about a model: its largest block (some may have experts), and the size of its ends.
-
-    Attributes:
-        shapes: (out, in) of every linear.
-        inputs: the widths of the different inputs, by the name of a linear that reads each.
-        reached: the fraction of the tokens that reaches each linear, if the router uses all experts equally.
-        width: the width of the hidden states.
-        numel: number of parameters of the block; ends: number of parameters outside all blocks.
-        dtype: the dtype of the checkpoint's linears.
-    """
-
-    shapes: dict[str, tuple[int, int]]
-    inputs: dict[str, int]
-    reached: dict[str, float]
-    width: int
-    numel: int
-    ends: int
-    dtype: torch.dtype
-
-
-def _largest(decoder: Decoder) -> _Block:
-    numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
-    index = numbers.index(max(numbers))
-    names = linears(decoder.blocks[index])
-    config = decoder.checkpoint.config.get_text_config()
-    shapes = {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in names}
-    experts = {expert_of(name) for name in names} - {None}
-    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
-    return _Block(
-        shapes=shapes,
-        inputs=_inputs(shapes, config.hidden_size),
-        reached={name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in names},
-        width=config.hidden_size,
-        numel=max(numbers),
-        ends=everything - sum(numbers),
-        dtype=decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1],
-    )
-
-
-def _cost(block: _Block, config: Config, capabilities: Capabilities, needs: StatisticsKind, masked: float | None) -> _Cost:
-    """What the largest block costs a client, computed from its shapes, not measured."""
-    shapes, inputs = list(block.shapes.values()), block.inputs
-    parameters = sum(rows * columns for rows, columns in shapes)
-    distinct = list(inputs.values())
-    effort, widest = effort_of(config.pruner), max(distinct)
-    samples = capabilities.samples or config.samples
-    tokens = samples * config.length
-
-    sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
-    statistics = sum(sums.values())
-    workspace = effort.squares * widest**2 // 2 if needs == "gram" else 0  # in float32
-    largest = max(rows * columns for rows, columns in shapes)
-    together = windows_at_once(samples, config.length, config.compute_dtype) if config.method.SOLVED_AT == "client" else 1
-    window = together * config.length * (6 * block.width + 4 * widest)
-
-    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
-    forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
-    gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
-    solve = effort.operations(shapes, distinct) if needs == "gram" else 0
-    sparsity = _target_of(config, capabilities).sparsity
-    upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
-    if {Disclosure.MASKS} == config.method.SENDS:
-        upload = parameters // 8
-    if masked is not None:
-        upload = math.ceil(parameters * masked)
-    if config.method.SOLVED_AT == "server":
-        upload = _sum_bytes(
-            distinct if needs != "moments" else 3 * distinct,
-            _products(block, config, needs),
-            masked,
-        )
-        workspace = solve = 0  # the server prunes
-    width = 2 if config.compute_dtype == "bfloat16" else 4
-    gathering = 8 * statistics + width * (block.numel + window)
-    solving = (
-        8 * (statistics + workspace) + 4 * effort.matrices * largest + parameters * (block.dtype.itemsize + 1)
-    )  # weights and mask
-    if config.method.SOLVED_AT == "server":
-        gathering, solving = gathering + width * block.ends, 0
-    memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
-    seconds = (forward + gram + solve) / (SPEED * capabilities.speed) + (
-        8 * upload / capabilities.uplink if capabilities.uplink else 0.0
-    )
-    return _Cost(memory=int(memory), upload=int(upload), seconds=seconds)
-
-
-def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]:
-    """The widths of a block's different inputs, by the name of a linear that reads each.
-
-    Inputs of the hidden states' width: at most three for the linears that all tokens reach, and one for each expert.
-    """
-    distinct: dict[str, int] = {}
-    of_stream: Counter[str | None] = Counter()
-    for name, (_, columns) in shapes.items():
-        expert = expert_of(name)
-        if columns != width or of_stream[expert] < (1 if expert else 3):
-            distinct[name] = columns
-            of_stream[expert] += columns == width
-    return distinct
-
-
-def _products(block: _Block, config: Config, needs: StatisticsKind) -> list[int]:
-    """The widths of the inputs whose products Σ xᵢxⱼ are summed."""
-    return [i for i in block.inputs.values() if needs == "gram" and not (config.mixed and i > block.width)]
-
-
-def _masked_bytes(config: Config, capabilities: Mapping[str, Capabilities]) -> float:
-    """Bytes per number of a masked response, or per weight and vote if clients prune: the width of the ring."""
-    if config.method.SOLVED_AT == "server":
-        return ring_bits(sum(client.samples or config.samples for client in capabilities.values()) * config.length) / 8
-    return (len(capabilities).bit_length() + (VALUE_BITS if Disclosure.WEIGHTS in config.method.SENDS else 0)) / 8
-
-
-def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: float | None) -> int:
-    """Estimated bytes of one block's sums: an int64 compresses to 4.0 (measured on the shipped model); plus names."""
-    numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
-    return math.ceil((masked or 4.0) * numbers) + 500 * len(inputs)
-
-
-def _choices(block: _Block, num_blocks: int, config: Config, masked: float | None) -> dict[str, int]:
-    if config.method.SOLVED_AT == "client":
-        return {}
-    inputs = list(block.inputs.values())
-    number = num_blocks - config.protect_first_block
-    return {
-        "wanda": number * _sum_bytes(inputs, [], masked),
-        "dsnot": number * _sum_bytes(3 * inputs, [], masked),
-        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= block.width], masked),
-        "sparsegpt": number * _sum_bytes(inputs, inputs, masked),
-    }
-
-
 def _discloses(config: Config, products: bool, alone: bool) -> frozenset[Disclosure]:
     """What a client's responses reveal about its text, over the whole stage."""
     if config.method.SOLVED_AT == "server":
-        disclosed = disclosed_by(products, config.solver.NEEDS == "moments")
+        disclosed = disclosed_by(products, config.sums_moments)
     else:
         disclosed = config.method.SENDS
+        if config.mends_votes:
+            disclosed |= disclosed_by(products=False, moments=True)
         if config.measures_blocks:
             disclosed |= MeasureBlocks.DISCLOSES
     return disclosed | (EvaluateAlone.DISCLOSES if alone else frozenset())
 
 
 def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], products: Sequence[int]) -> list[str]:
+    of = "the word counts of all clients together" if secure else "a client's word counts"
+    first = f"The inputs of block 0 depend mainly on how often each token occurs, so their sums reveal much about {of}."
     if config.method.SOLVED_AT == "client":
-        if not config.measures_blocks:
-            return []
-        return ["Before anything is pruned, every client runs the whole model once and sends one number for each block."]
+        notes = []
+        if config.measures_blocks:
+            notes.append(
+                "Before anything is pruned, every client runs the whole model once and sends one number for each block."
+            )
+        if config.mends_votes:
+            notes.append(
+                "After the last round, every client runs the whole model once more and sends sums over the inputs of every "
+                f"block, with which the server mends the masks. {first}"
+            )
+        return notes
     if config.epsilon is not None:
         return [release.statistics_statement(config.epsilon, config.delta, config.length, min_survivors(len(assignments)))]
     widest = max(products, default=0)
@@ -386,15 +264,7 @@ def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], 
     notes = [spans] if few and not secure else []
     if config.protect_first_block:
         return notes
-    of = "the word counts of all clients together" if secure else "a client's word counts"
     return [
         *notes,
-        f"The inputs of block 0 depend mainly on how often each token occurs, so their sums reveal much about {of}. "
-        "With protect_first_block = true, block 0 is pruned by magnitude and no client sends its sums.",
+        f"{first} With protect_first_block = true, block 0 is pruned by magnitude and no client sends its sums.",
     ]
-
-
-def _target_of(config: Config, capabilities: Capabilities) -> Target:
-    if config.pattern or capabilities.sparsity is None:
-        return config.target
-    return Target(capabilities.sparsity)

@@ -1,10 +1,10 @@
-"""Pruning on the server: clients send sums over their text, and the server prunes with the totals, exactly as if all text were
-in one place."""
+"""Pruning and mending on the server: clients send sums over their text, and the server prunes with the totals, exactly as if
+all text were in one place, or improves with them what the clients pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,25 +39,22 @@ class Pruned:
         mask: (out, in) bool, True = kept.
         clients: the names of the clients that contributed.
         agreement: the fraction of weights on which all clients' masks agree; None if they sent no masks.
+        restored: how many weights came back when the mask was mended, each in place of another; None: it was not mended.
     """
 
     weight: Tensor
     mask: Tensor
     clients: list[str]
     agreement: float | None = None
+    restored: int | None = None
 
 
 def _with_products(decoder: Decoder, config: Config, inputs: Mapping[str, SharedInput]) -> tuple[str, ...]:
     """The inputs whose products the pruner needs, besides their squares."""
-    if config.solver.NEEDS != "gram":
+    if not config.sums_products:
         return ()
     widths = {first: one.scale.numel() for first, one in inputs.items()}
     return narrow(widths, decoder) if config.mixed else tuple(widths)
-
-
-def wants_moments(stage: Config) -> bool:
-    """Whether the pruner needs means and variances."""
-    return stage.solver.NEEDS == "moments"
 
 
 def prune_without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
@@ -80,11 +77,7 @@ def pooled_squares(
     """
     inputs = blocks[block]
     sums = _collect(plan, config, federation, block, inputs, (), 0, {}, through="dense")
-    return {
-        name: _statistics(config, first, one, sums, federation.device)
-        for first, one in inputs.items()
-        for name in one.consumers
-    }
+    return {name: _statistics(first, one, sums, federation.device) for first, one in inputs.items() for name in one.consumers}
 
 
 def prune_by_sums(
@@ -111,6 +104,73 @@ def prune_by_sums(
     Raises:
         ValueError: the sums hold NaN or infinity, or SparseGPT cannot factor the Gram matrix.
     """
+    sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
+    records = {}
+    for first, one in blocks[block].items():
+        known = _statistics(first, one, sums, decoder.device, moments=config.solver.NEEDS == "moments")
+        moments = _statistics(first, one, sums, decoder.device, moments=True) if config.mend else None
+        pruner = "wanda" if config.sums_products and known.kind == "squares" else config.pruner  # with mixed = true
+        for name in one.consumers:
+            before = decoder.read_linear(block, name)
+            weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
+            weight, mask = pruners.prune(pruner, weight, known, target, config.damping_mode)
+            pruned = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), sums.clients)
+            records[name] = pruned if moments is None else _mended(pruned, before, moments, target, config)
+    return {name: records[name] for name in decoder.block_names(block)}
+
+
+def mend_by_sums(
+    decoder: Decoder,
+    block: int,
+    blocks: list[dict[str, SharedInput]],
+    voted: Mapping[str, Tensor],
+    target: Target,
+    plan: Plan,
+    config: Config,
+    federation: Federation,
+    previous: Path,
+) -> dict[str, Pruned]:
+    """Requests the sums of a block's inputs from the clients, and mends with the totals what the clients' votes came to.
+
+    Args:
+        decoder: the model at the start of the stage, from which restored weights get their values.
+        voted: the block after the last round, by linear; (out, in), in the checkpoint's dtype. Its zeros are what is pruned.
+        previous: the file of the mended previous block.
+
+    The other arguments, the result and the errors are as for :func:`prune_by_sums`.
+    """
+    sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
+    records = {}
+    for first, one in blocks[block].items():
+        moments = _statistics(first, one, sums, decoder.device, moments=True)
+        for name in one.consumers:
+            pruned = Pruned(voted[name], voted[name] != 0, sums.clients)
+            records[name] = _mended(pruned, decoder.read_linear(block, name), moments, target, config)
+    return {name: records[name] for name in decoder.block_names(block)}
+
+
+def _mended(pruned: Pruned, before: Tensor, moments: InputStatistics, target: Target, config: Config) -> Pruned:
+    """A pruned linear with the mask that the stage's mender makes of its own."""
+    assert config.mend is not None
+    device = moments.squares.device
+    dense, sparse = (tensor.to(device, torch.float32).contiguous() for tensor in (before, pruned.weight))
+    mask = pruned.mask.to(device, copy=True)
+    weight, mask = pruners.mender_of(config.mend).mend(dense, sparse, mask, moments, target)
+    mask = mask.cpu()
+    restored = int((mask & ~pruned.mask).count_nonzero())
+    return replace(pruned, weight=weight.to(before.dtype).cpu(), mask=mask, restored=restored)
+
+
+def _sums_of_block(
+    decoder: Decoder,
+    block: int,
+    blocks: list[dict[str, SharedInput]],
+    plan: Plan,
+    config: Config,
+    federation: Federation,
+    previous: Path,
+) -> InputSums:
+    """The clients' sums over one block's inputs; the arguments are those of :func:`prune_by_sums`."""
     inputs = blocks[block]
     num_inputs = sum(map(len, blocks[1:] if config.protect_first_block else blocks))
     start: dict[str, Tensor] = {}
@@ -121,26 +181,20 @@ def prune_by_sums(
             start[START + name] = as_matrix(decoder.blocks[block - 1].get_submodule(name), stored[key]).contiguous()
     through = f"server/{federation.run.name}" if sequential else "dense"
     products = _with_products(decoder, config, inputs)
-    sums = _collect(plan, config, federation, block, inputs, products, num_inputs, start, through=through)
-    records = {}
-    for first, one in inputs.items():
-        known = _statistics(config, first, one, sums, decoder.device)
-        pruner = config.pruner if known.kind != "squares" else "wanda"
-        for name in one.consumers:
-            before = decoder.read_linear(block, name)
-            weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
-            weight, mask = pruners.prune(pruner, weight, known, target, config.damping_mode)
-            records[name] = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), sums.clients)
-    return {name: records[name] for name in decoder.block_names(block)}
+    return _collect(plan, config, federation, block, inputs, products, num_inputs, start, through=through)
 
 
 def _statistics(
-    config: Config, first: str, shared: SharedInput, sums: InputSums, device: torch.device | str
+    first: str, shared: SharedInput, sums: InputSums, device: torch.device | str, moments: bool = False
 ) -> InputStatistics:
-    """The statistics of one input for a pruner, from the sums, on the device where it prunes."""
+    """The statistics of one input, from the sums, on the device where the server prunes.
+
+    Args:
+        moments: means and variances; else the products, or the squares where no products were summed.
+    """
     at = {name.removeprefix(f"{first}/"): total.to(device) for name, total in sums.sums.items() if name.startswith(f"{first}/")}
-    moments = (at["sums"], at["spreads"]) if wants_moments(config) else None
-    return fixed_point.finish(at["squares"], at.get("products"), shared.scale.to(device), sums.tokens, moments)
+    of_moments = (at["sums"], at["spreads"]) if moments else None
+    return fixed_point.finish(at["squares"], at.get("products"), shared.scale.to(device), sums.tokens, of_moments)
 
 
 def _collect(
@@ -195,6 +249,7 @@ def sum_request(
         )
     calibration = Calibration(
         stage=plan.stage,
+        round=config.rounds - 1,
         samples=plan.clients[client].samples,
         length=config.length,
         seed=calibration_seed(federation.job.seed, plan.stage),
@@ -203,13 +258,14 @@ def sum_request(
     )
     return SumInputs(
         stage=plan.stage,
+        round=config.rounds - 1,
         block=block,
         calibration=calibration,
         consumers={name: first for first, one in inputs.items() for name in one.consumers},
         widths={first: one.scale.numel() for first, one in inputs.items()},
         products=products,
         mixed=config.mixed,
-        moments=wants_moments(config),
+        moments=config.sums_moments,
         limit=largest_per_client(len(plan.contributors(0, block))),
         noise=private,
     )

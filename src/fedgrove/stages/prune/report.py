@@ -35,7 +35,8 @@ def describe(config: Mapping[str, Any]) -> str:
     """Such as "prune with sparsegpt to 50%, aggregation fedspallm"."""
     target = config.get("pattern") or f"{100 * config.get('sparsity', 0):g}%"
     uneven = f" ({config['allocation']})" if config.get("allocation", EVENLY) != EVENLY else ""
-    return f"prune with {config.get('pruner')} to {target}{uneven}, aggregation {config.get('aggregation')}"
+    mended = f", mended with {config['mend']}" if config.get("mend") else ""
+    return f"prune with {config.get('pruner')} to {target}{uneven}, aggregation {config.get('aggregation')}{mended}"
 
 
 def recipe(config: Mapping[str, Any]) -> str:
@@ -52,7 +53,8 @@ def limits(config: Mapping[str, Any]) -> str:
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
     """Blocks, windows and target of each client, and what they cost."""
-    title = f"stage {plan['stage']}: prune, {config['pruner']}, aggregation {config['aggregation']}"
+    mended = f", mended with {config['mend']}" if config.get("mend") else ""
+    title = f"stage {plan['stage']}: prune, {config['pruner']}, aggregation {config['aggregation']}{mended}"
     table = client_table(title, "client", "blocks", "windows", "target", "memory", "upload", "time")
     for client, assignment in plan["clients"].items():
         blocks = "; ".join(ranges(numbers) for numbers in assignment["blocks"])
@@ -131,16 +133,19 @@ def unanswered(summary: Summary, stage: Stage) -> dict[str, int]:
     """
     answered: dict[str, int] = {}
     for row in summary.traffic:
-        if (row.stage, row.direction, row.kind) == (stage.number, "up", _request(stage)):
+        if (row.stage, row.direction) == (stage.number, "up") and row.kind in _requests(stage):
             answered[row.client] = answered.get(row.client, 0) + row.messages
-    asked = {client: sum(map(len, stage.plan["clients"][client].get("blocks", ()))) for client in stage.clients}
+    mended = stage.plan["num_blocks"] if stage.plan.get("mends_votes") else 0
+    asked = {client: mended + sum(map(len, stage.plan["clients"][client].get("blocks", ()))) for client in stage.clients}
     missing = {client: number - answered.get(client, 0) for client, number in asked.items()}
     return {client: number for client, number in missing.items() if number > 0}
 
 
-def _request(stage: Stage) -> str:
-    """The kind of request whose response is a client's contribution to a block, as in the ledger."""
-    return STATISTICS if stage.plan["sums"] else BLOCK
+def _requests(stage: Stage) -> set[str]:
+    """The kinds of request whose responses are a client's contributions to a block, as in the ledger."""
+    if stage.plan["sums"]:
+        return {STATISTICS}
+    return {BLOCK, STATISTICS} if stage.plan.get("mends_votes") else {BLOCK}
 
 
 def _records(files: Mapping[str, Any]) -> list[Record]:
@@ -170,6 +175,10 @@ def _sparsity(summary: Summary) -> Section:
         if voted
         else "With this aggregation, clients send no masks, so their agreement is not known."
     )
+    mended = [row for row in tensors if "restored" in row]
+    if mended:
+        restored, kept = sum(row["restored"] for row in mended), sum(row["numel"] - row["pruned"] for row in mended)
+        says += f" Mending the masks swapped {restored / max(1, kept):.2%} of the weights that are kept."
     blocks = _blocks(tensors)
     parts: list[Part] = [Paragraph(says), Picture(_block_chart(blocks), "Zeros in each block of the model, and the target.")]
     if voted:
@@ -284,13 +293,13 @@ class Contributions:
                 self._by_round[round_].setdefault(client, []).append(block)
         self._sent: dict[str, int] = dict.fromkeys(self.clients, 0)
         for row in summary.traffic:
-            if (row.stage, row.direction, row.kind) == (stage.number, "up", _request(stage)):
+            if (row.stage, row.direction) == (stage.number, "up") and row.kind in _requests(stage):
                 self._sent[row.client] = self._sent.get(row.client, 0) + row.bytes
 
     def section(self, summary: Summary) -> Section:
         """The stage's section of the report."""
         sums: bool = self.stage.plan["sums"]
-        did = "sent sums of" if sums else "pruned"
+        did = "sent sums of" if sums else "pruned and sent sums of" if self.stage.plan.get("mends_votes") else "pruned"
         several = self.rounds > 1
         parts: list[Part] = []
         if all(len(blocks) == self.num_blocks for by_client in self._by_round for blocks in by_client.values()):

@@ -1,11 +1,12 @@
-"""The stage ``prune``, block by block: clients prune on their own text and the server combines their results, or clients send
-sums over their text and the server prunes."""
+"""The stage ``prune``, block by block: clients prune on their own text and the server combines their results, which it may
+improve by sums over their text, or clients send sums over their text and the server prunes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedgrove.events import Phase
 from fedgrove.input_statistics.probe import SharedInput, probe
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import raw_bytes, save_tensors
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
@@ -34,7 +36,7 @@ from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import BlockSums, PruneBlock
 from fedgrove.stages.prune.plan import Plan, make_plan
-from fedgrove.stages.prune.pooled import Pruned, prune_by_sums, prune_without_data
+from fedgrove.stages.prune.pooled import Pruned, mend_by_sums, prune_by_sums, prune_without_data
 from fedgrove.stages.prune.recipe import Recipe
 
 Record = dict[str, Any]
@@ -61,6 +63,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
     records: dict[str, Record] = {record["name"]: record for record in before.get("tensors", ())}
     history: list[Record] = [entry for entry in before.get("history", ()) if entry["stage"] < plan.stage]
     sparsities: list[float] = []
+    dense = model
     for round_ in range(config.rounds):
         overlay = run.overlay(plan.stage, round_)
         decoder = Decoder(model, federation.device)
@@ -78,6 +81,11 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         block_records = _records(overlay)
         records |= {record["name"]: {**record, "stage": plan.stage} for record in block_records}
         history += _history(block_records, plan.stage, round_)
+        model = model.over(overlay)
+    if config.mends_votes:
+        overlay = run.overlay(plan.stage, config.rounds)
+        _mend_votes(dense, model, records, sparsities, plan, config, federation, overlay)
+        records |= {record["name"]: {**record, "stage": plan.stage} for record in _records(overlay)}
         model = model.over(overlay)
     report = {"stage": plan.stage, **config.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
     run.write_json("pruning.json", report)
@@ -126,7 +134,6 @@ def _prune_block(
     file: Path,
 ) -> None:
     target = config.target_of_block(sparsities[block])
-    names = decoder.block_names(block)
     if config.protect_first_block and block == 0:
         new_block = prune_without_data(decoder, block, target)
     elif plan.sums:
@@ -134,8 +141,52 @@ def _prune_block(
         new_block = prune_by_sums(decoder, block, inputs, target, plan, config, federation, previous)
     else:
         new_block = _prune_by_solutions(decoder, block, round_, sparsities, plan, config, federation)
+    _save(decoder, block, round_, new_block, target, config, file)
+
+
+def _mend_votes(
+    dense: Checkpoint,
+    voted: Checkpoint,
+    records: Mapping[str, Record],
+    sparsities: list[float],
+    plan: Plan,
+    config: Config,
+    federation: Federation,
+    overlay: Path,
+) -> None:
+    """Mends every block of what the last round came to, with one more request to every client for each block.
+
+    Args:
+        dense: the model at the start of the stage.
+        voted: the model after the last round; records: of its tensors, by name.
+        overlay: receives the mended blocks; those that are there are not mended again.
+    """
+    decoder, after = Decoder(dense, federation.device), Decoder(voted)
+    inputs = probe(decoder, config.length, federation.job.seed)
+    for block in range(plan.num_blocks):
+        file = overlay / f"block-{block:04d}.safetensors"
+        if file.is_file():
+            continue
+        federation.run.phase(Phase("prune", "mending the masks", stage=plan.stage, block=block, blocks=plan.num_blocks))
+        target = config.target_of_block(sparsities[block])
+        names = decoder.block_names(block)
+        weights = {name: after.read_linear(block, name) for name in names}
+        previous = file.with_name(f"block-{block - 1:04d}.safetensors")
+        mended = mend_by_sums(decoder, block, inputs, weights, target, plan, config, federation, previous)
+        mended = {
+            name: replace(pruned, agreement=records[names[name]]["agreement"], clients=records[names[name]]["clients"])
+            for name, pruned in mended.items()
+        }
+        _save(decoder, block, config.rounds - 1, mended, target, config, file)
+
+
+def _save(
+    decoder: Decoder, block: int, round_: int, linears: Mapping[str, Pruned], target: Target, config: Config, file: Path
+) -> None:
+    """Writes a finished block, with a record of each linear."""
+    names = decoder.block_names(block)
     after, records = {}, []
-    for name, pruned in new_block.items():
+    for name, pruned in linears.items():
         module = decoder.blocks[block].get_submodule(name)
         after[names[name]] = as_matrix(module, pruned.weight).contiguous()
         mask = pruned.mask
@@ -151,6 +202,7 @@ def _prune_block(
                 "pattern": config.pattern,
                 "clients": pruned.clients,
                 "agreement": pruned.agreement,
+                **({} if pruned.restored is None else {"restored": pruned.restored}),
                 "sha256": hashlib.sha256(raw_bytes(after[names[name]])).hexdigest(),
             }
         )

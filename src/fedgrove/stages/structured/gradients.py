@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedgrove.models.blocks import Call, Decoder
-from fedgrove.models.width import family_of, group_sums, width_of
+from fedgrove.models.blocks import Call, Decoder, as_matrix
+from fedgrove.models.width import CoupledLinears, columns_by_group, family_of, group_sums, rows_by_group, width_of
+
+Weigh = Callable[[Tensor], Tensor]
 
 
 class Store(Protocol):
@@ -25,7 +29,17 @@ class Store(Protocol):
         ...
 
 
-def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tuple[int, dict[str, Tensor]]]:
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of one kind in a block: their linears and their number."""
+
+    part: CoupledLinears
+    number: int
+
+
+def group_products(
+    decoder: Decoder, ids: Tensor, store: Store, of_weights: Weigh | None = None
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Σ x·∂L/∂x for every window and group, where x are the group's activations at the input of the linear that reads them.
 
     This equals Σ w·∂L/∂w over the group's columns of that linear, and is the derivative of L with respect to a factor on the
@@ -33,21 +47,24 @@ def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tupl
     tokens.
 
     Memory: either the embeddings and head or one block, and the activations of one window for its backward pass. No gradients
-    of weights are computed; hidden states are on disk, and are overwritten by the gradients during the backward pass.
+    of weights are computed, unless ``of_weights`` asks for those of the block. Hidden states are on disk, and are overwritten
+    by the gradients during the backward pass.
 
     Args:
         decoder: the model.
         ids: (windows, tokens) token ids.
         store: for (blocks + 1) × windows hidden states.
+        of_weights: instead of the above, sum what this function makes of w·∂L/∂w, number by number, over all weights of a group
+            in all its linears.
 
     Yields:
         From the last block to the first: its index, {"channels": (windows, channels), "heads": (windows, groups of heads)} in
         float64 on the CPU.
     """
     width, family = width_of(decoder.checkpoint.config), family_of(decoder.checkpoint.config)
-    groups = {family.channels.consumer: ("channels", width.channels)}
+    groups = {"channels": _Groups(family.channels, width.channels)}
     if family.heads is not None:
-        groups[family.heads.consumer] = ("heads", width.heads)
+        groups["heads"] = _Groups(family.heads, width.heads)
     calls = decoder.embed(ids[:1])[1]
     store.write(0, (decoder.embed(window[None])[0] for window in ids), len(ids))
     for index in range(len(decoder)):
@@ -58,9 +75,10 @@ def group_products(decoder: Decoder, ids: Tensor, store: Store) -> Iterator[tupl
     outputs = zip(ids, store.read(last), strict=True)
     store.write(last, (_loss_gradient(decoder, window[None], h) for window, h in outputs), len(ids))
     for index in reversed(range(len(decoder))):
-        products: dict[str, list[Tensor]] = {kind: [] for kind, _ in groups.values()}
+        products: dict[str, list[Tensor]] = {kind: [] for kind in groups}
         pairs = zip(store.read(index), store.read(index + 1), strict=True)
-        store.write(index, _backward(decoder, index, calls[index], pairs, groups, products), len(ids))
+        backward = _backward if of_weights is None else partial(_backward_of_weights, weigh=of_weights)
+        store.write(index, backward(decoder, index, calls[index], pairs, groups, products), len(ids))
         yield index, {kind: torch.stack(windows) for kind, windows in products.items()}
 
 
@@ -69,25 +87,58 @@ def _backward(
     index: int,
     call: Call,
     pairs: Iterable[tuple[Tensor, Tensor]],
-    groups: dict[str, tuple[str, int]],
+    groups: Mapping[str, _Groups],
     products: dict[str, list[Tensor]],
 ) -> Iterator[Tensor]:
     """The gradients of a block's inputs, window by window.
 
     Args:
         pairs: for each window, the block's input and the gradient of L with respect to the block's output.
-        groups: by linear that reads groups, the kind of group and the number of groups.
+        groups: by kind.
         products: the results of each window are appended to it, by kind.
     """
-    with decoder.loaded(index) as block, _inputs(block, list(groups)) as inputs:
+    readers = {kind: of.part.consumer for kind, of in groups.items()}
+    with decoder.loaded(index) as block, _inputs(block, list(readers.values())) as inputs:
         for hidden, gradient in pairs:
             with torch.enable_grad():
                 hidden.requires_grad_()
                 out = decoder.run(block, hidden, call)
-                before, *gradients = torch.autograd.grad(out, [hidden, *(inputs[reader] for reader in groups)], gradient)
-            for (reader, (kind, number)), of_input in zip(groups.items(), gradients, strict=True):
-                product = (inputs[reader].detach().double() * of_input.double()).flatten(0, -2).sum(0)
-                products[kind].append(group_sums(product, number).cpu())
+                read = [inputs[reader] for reader in readers.values()]
+                before, *gradients = torch.autograd.grad(out, [hidden, *read], gradient)
+            for (kind, of), x, of_input in zip(groups.items(), read, gradients, strict=True):
+                product = (x.detach().double() * of_input.double()).flatten(0, -2).sum(0)
+                products[kind].append(group_sums(product, of.number).cpu())
+            yield before
+
+
+def _backward_of_weights(
+    decoder: Decoder,
+    index: int,
+    call: Call,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    groups: Mapping[str, _Groups],
+    products: dict[str, list[Tensor]],
+    weigh: Weigh,
+) -> Iterator[Tensor]:
+    """Like :func:`_backward`, but ``products`` gets the sums over each group's weights of what ``weigh`` makes of w·∂L/∂w."""
+    with decoder.loaded(index) as block:
+        names = [name for of in groups.values() for name in (*of.part.producers, of.part.consumer)]
+        weights = {name: cast(nn.Parameter, block.get_submodule(name).weight) for name in names}
+        for weight in weights.values():
+            weight.requires_grad_()
+        for hidden, gradient in pairs:
+            with torch.enable_grad():
+                hidden.requires_grad_()
+                out = decoder.run(block, hidden, call)
+                before, *gradients = torch.autograd.grad(out, [hidden, *weights.values()], gradient)
+            by_name = dict(zip(names, gradients, strict=True))
+            for kind, of in groups.items():
+                total = torch.zeros(of.number, dtype=torch.float64, device=hidden.device)
+                for name in (*of.part.producers, of.part.consumer):
+                    product = as_matrix(block.get_submodule(name), weights[name].detach() * by_name.pop(name)).float()
+                    split = columns_by_group if name == of.part.consumer else rows_by_group
+                    total += weigh(split(product, of.number)).sum(1, dtype=torch.float64)
+                products[kind].append(total.cpu())
             yield before
 
 

@@ -24,6 +24,7 @@ from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.cut import cut_parts, has_bias
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
+from fedgrove.stages.structured.scores import score_of
 
 BYTES = 4.0  # that an int64 of a sum compresses to (measured on the shipped model)
 
@@ -132,11 +133,15 @@ def make_plan(
         upload += 8 * len(decoder) + 1300
         work += 2 * forward
     if config.narrows:
-        memory = max(memory, 4 * (cost.others + max(block + 3 * cost.saved, 5 * config.length * cost.vocabulary)) + 2**24)
+        gradients = 2 * in_linears if score_of(config.score).PER_WEIGHT else 0  # of a block's weights, and products with them
+        memory = max(
+            memory, 4 * (cost.others + max(block + gradients + 3 * cost.saved, 5 * config.length * cost.vocabulary)) + 2**24
+        )
         num_groups = len(decoder) * (before.channels + before.heads)
         of_names = 1300 * len(decoder)  # measured on the shipped model, as are the bytes of a number
         upload += (8 if secure else 4) * num_groups + of_names
         work += 2 * 3 * (forward + cost.vocabulary * cost.width)  # forward, forward again, backward
+        work += 2 * forward if gradients else 0
     if read:
         numbers = sum(width * (width + 1) // 2 for width in read)
         of_block = math.ceil(2 * numbers * (ring_bits(sum(number_of_tokens.values())) / 8 if secure else BYTES)) + 1000 * len(

@@ -1,4 +1,4 @@
-"""The exchange of :mod:`fedgrove.input_statistics.exchange`, for pruning on the server.
+"""The exchange of :mod:`fedgrove.input_statistics.exchange`, for pruning on the server and for mending masks there.
 
 With source "dense", hidden states pass through the client's own copy of the model. If the hidden-state cache is gone, the pass
 starts again, so a client may miss any request. With "sequential", hidden states pass through the blocks that the server pruned.
@@ -14,14 +14,14 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
 from fedgrove.input_statistics import exchange
 from fedgrove.input_statistics.exchange import limits
-from fedgrove.job.stage_config import Agreed
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Response, Tensors
 from fedgrove.stages.prune.config import Config
 
 
 class SumInputs(exchange.SumInputs):
-    """Sum, over your text, the statistics of one block's inputs that the pruner needs.
+    """Sum, over your text, the statistics of one block's inputs that the server prunes or mends with.
 
     Attributes:
         mixed: whether products are summed only of inputs that are no wider than the hidden states.
@@ -36,10 +36,15 @@ class SumInputs(exchange.SumInputs):
             raise client.error("the request is for products of inputs that mixed = true excludes; refused")
         return super().respond(tensors, client, device)
 
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        last = config.number_of_rounds() - 1  # votes are mended once, after the last round
+        return range(last, last + 1)
+
     def beyond(self, job: Agreed) -> str | None:
         config, calibration, noise = job.stages[self.stage], self.calibration, self.noise
         assert isinstance(config, Config)
-        if config.method.SOLVED_AT != "server":
+        if not config.sums_inputs:
             return "kind"
         if self.block == 0 and config.protect_first_block:
             return "protect_first_block"
@@ -51,11 +56,11 @@ class SumInputs(exchange.SumInputs):
             return "compute_dtype"
         if calibration.windows_per_run != 1:
             return "windows_per_run"
-        if self.products and config.solver.NEEDS != "gram":
+        if self.products and not config.sums_products:
             return "products"
         if self.mixed != config.mixed:
             return "mixed"
-        if self.moments != (config.solver.NEEDS == "moments"):
+        if self.moments != config.sums_moments:
             return "moments"
         if self.limit not in limits(calibration.tokens, len(job.clients), job.secure):
             return "limit"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
-from fedgrove.models.masks import Target, keep_highest
+from fedgrove.models.masks import Target
+from fedgrove.stages.prune.pruners import wanda
 
 NEEDS: StatisticsKind = "moments"
 
@@ -15,20 +16,12 @@ ENTRIES_AT_ONCE = 2**20  # sorted together; rows are independent
 
 
 def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
-    """Starts from Wanda's mask, then swaps weights within each row to restore the row's expected output.
+    """Starts from Wanda's mask, then swaps weights within each row to restore the row's expected output; see :func:`mend`.
 
-    From the paper: pruning a row changes its expected output by ε = Σ_pruned w_ij·E[x_j]. Each swap restores the pruned weight
-    that reduces |ε| and has the largest |w_ij·E[x_j]| / Var[x_j], and prunes the kept weight with the lowest Wanda score among
-    those whose removal reduces |ε| as well; with an N:M pattern, the kept weight with the lowest score in the same group. The
-    variance is the mean of the windows' variances, as in the published code.
-
-    Ours: E[x_j] is the mean over tokens (the published code takes the sum over a window, on which its threshold of 0.1 then
-    depends), and instead of using a threshold, a row stops at the first swap that would not reduce |ε|. The initial mask has
-    exact counts, swaps preserve them, no weight is swapped twice, and all linears take part (the published code skips those
-    of the MLP by default).
+    The initial mask has exact counts, and all linears take part (the published code skips those of the MLP by default).
 
     Args:
-        weight: (out, in) float32; overwritten.
+        weight: (out, in) float32.
         inputs: the ``squares``, ``means`` and ``variances`` of the input channels, (in,) each.
         target: how many weights are pruned; with a pattern (n, m), ``in`` must be a multiple of m.
 
@@ -38,24 +31,60 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
     Raises:
         ValueError: the statistics hold NaN or infinity.
     """
+    pruned, mask = wanda.prune(weight.clone(), inputs, target)
+    return mend(weight, pruned, mask, inputs, target)
+
+
+def mend(before: Tensor, after: Tensor, mask: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
+    """Swaps pruned and kept weights within each row to restore the row's expected output; no weight gets a third value.
+
+    From the paper: pruning a row changes its expected output by ε = Σ_pruned w_ij·E[x_j]. Each swap restores the pruned weight
+    that reduces |ε| and has the largest |w_ij·E[x_j]| / Var[x_j], and prunes the kept weight with the lowest Wanda score among
+    those whose removal reduces |ε| as well; with an N:M pattern, the kept weight with the lowest score in the same group. The
+    variance is the mean of the windows' variances, as in the published code.
+
+    Ours: E[x_j] is the mean over tokens (the published code takes the sum over a window, on which its threshold of 0.1 then
+    depends), and instead of using a threshold, a row stops at the first swap that would not reduce |ε|, so no row's |ε| grows.
+    Swaps preserve the number of kept weights in a row and in a group, and no weight is swapped twice. The mask may be
+    anybody's, and kept weights may have changed, as SparseGPT's and the clients' means have: then ε = Σ (w_ij − ŵ_ij)·E[x_j]
+    over the whole row, a restored weight gets its value from before the pruning, and a pruned one loses its present value.
+
+    Args:
+        before: (out, in) float32, the weight before it was pruned.
+        after: (out, in) float32, the pruned weight, zero where the mask is False.
+        mask: (out, in) bool, True = kept; overwritten.
+        inputs: the ``squares``, ``means`` and ``variances`` of the input channels, (in,) each.
+        target: gives the pattern; the counts are those of the mask.
+
+    Returns:
+        The mended weight and its mask.
+
+    Raises:
+        ValueError: the statistics hold NaN or infinity.
+    """
+    if inputs.silent:
+        return after, mask
     if not torch.isfinite(inputs.total).all():  # type: ignore[arg-type]
         raise ValueError("the statistics of the inputs are not finite")
-    score = weight.abs() * inputs.squares.sqrt().to(weight.dtype)
-    mask = keep_highest([score], target)
+    value = torch.where(mask, after, before)  # of each weight if it is kept
+    norms = inputs.squares.sqrt().to(before.dtype)
     precision = 1 / inputs.variances.clamp(min=1e-12 * float(inputs.variances.max()) or 1.0)
-    rows = max(1, ENTRIES_AT_ONCE // weight.shape[1])
-    for start in range(0, len(weight), rows):
+    rows = max(1, ENTRIES_AT_ONCE // before.shape[1])
+    for start in range(0, len(before), rows):
         part = slice(start, start + rows)
-        effect = weight[part].double() * inputs.means
-        _swap(mask[part], effect, effect * precision, score[part], target.pattern[1] if target.pattern else None)
-    return weight.masked_fill_(~mask, 0.0), mask
+        effect = value[part].double() * inputs.means
+        error = ((before[part].double() - after[part].double()) * inputs.means).sum(1)
+        group = target.pattern[1] if target.pattern else None
+        _swap(mask[part], error, effect, effect * precision, value[part].abs() * norms, group)
+    return value.masked_fill_(~mask, 0.0), mask
 
 
-def _swap(mask: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int | None) -> None:
+def _swap(mask: Tensor, error: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int | None) -> None:
     """Improves a mask in place.
 
     Args:
         mask: (rows, in), True = kept.
+        error: (rows,), ε of each row.
         effect: (rows, in), what each weight contributes to the expected output of its row.
         gain: (rows, in), ``effect`` over the variance of the input: pruned weights are ranked by it.
         score: (rows, in), Wanda's score.
@@ -70,7 +99,6 @@ def _swap(mask: Tensor, effect: Tensor, gain: Tensor, score: Tensor, group: int 
             (gain * sign).masked_fill(~pruned | (effect * sign <= 0), -infinity).sort(dim=1, descending=True, stable=True)
         )
         removable.append(score.masked_fill(~keep | (effect * sign >= 0), infinity).sort(dim=1, stable=True))
-    error = effect.masked_fill(mask, 0.0).sum(1)
     restored = error.new_zeros(2, len(error), dtype=torch.int64)  # how many of each list are used up
     removed = error.new_zeros(2, len(error), dtype=torch.int64)
     row = torch.arange(len(error), device=error.device)

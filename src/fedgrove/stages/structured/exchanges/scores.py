@@ -55,9 +55,11 @@ class ScoreGroups(Request):
         states = HiddenStates(client, self.calibration, decoder)
         sums: Tensors = {}
         try:
-            for block, block_products in group_products(decoder, windows, states):
+            of_weights = score.weigh if score.PER_WEIGHT else None
+            for block, block_products in group_products(decoder, windows, states, of_weights):
                 for kind, products in block_products.items():
-                    sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(score.weigh(products), self.limit)
+                    weighed = products if score.PER_WEIGHT else score.weigh(products)
+                    sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(weighed, self.limit)
         except OutOfRange as error:
             raise client.error('the gradients of its text are not finite or too large; try model.dtype = "float32"') from error
         except FedgroveError as error:

@@ -18,17 +18,20 @@ PACKAGE = "stages.structured.scores"
 class Score(Protocol):
     """The contract of a score's file.
 
-    ``products`` are the first-order changes of each window's loss, in nats, if a group is cut; see
-    :func:`fedgrove.stages.structured.gradients.group_products`.
+    ``products`` are the first-order changes of one window's loss, in nats, if something is cut: a group, or with
+    ``PER_WEIGHT`` a single weight of a group; see :func:`fedgrove.stages.structured.gradients.group_products`.
 
     Attributes:
         SIGNED: whether :meth:`weigh` may return negative numbers.
+        PER_WEIGHT: whether single weights are weighed, and added up over all weights of a group in all its linears. This takes
+            the gradients of the weights, so more memory and a third more time.
     """
 
     SIGNED: bool
+    PER_WEIGHT: bool
 
     def weigh(self, products: Tensor) -> Tensor:
-        """What each window adds to the sum: (windows, groups) -> (windows, groups)."""
+        """What each product adds to the sum, each by itself: the result has the shape of ``products``."""
         ...
 
     def finish(self, total: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 SIGNED = False
+PER_WEIGHT = False
 
 
 def weigh(products: Tensor) -> Tensor:

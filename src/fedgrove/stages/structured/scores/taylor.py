@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 SIGNED = True
+PER_WEIGHT = False
 
 
 def weigh(products: Tensor) -> Tensor:

@@ -1,0 +1,206 @@
+"""What pruning costs a client: memory, bytes and seconds, computed from the shapes of the model and not measured."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedgrove.input_statistics.fixed_point import ring_bits
+from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.experts import expert_of
+from fedgrove.models.masks import Target
+from fedgrove.rounds import wire
+from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.request import Disclosure
+from fedgrove.stages.prune.calibration_pass import windows_at_once
+from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.fixed_weights import VALUE_BITS
+from fedgrove.stages.prune.pruners import effort_of
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one block costs a client.
+
+    Attributes:
+        memory: bytes at the peak; upload: bytes sent; seconds: to compute and to send.
+    """
+
+    memory: int
+    upload: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MaskedBytes:
+    """Bytes of a number under secure aggregation, from the width of the ring.
+
+    Attributes:
+        votes: for each weight that a client prunes, with its vote.
+        sums: for each sum over the inputs of linears.
+    """
+
+    votes: float
+    sums: float
+
+
+@dataclass(frozen=True)
+class LargestBlock:
+    """What a plan needs to know about a model: its largest block (some may have experts), and the size of its ends.
+
+    Attributes:
+        shapes: (out, in) of every linear.
+        inputs: the widths of the different inputs, by the name of a linear that reads each.
+        reached: the fraction of the tokens that reaches each linear, if the router uses all experts equally.
+        width: the width of the hidden states.
+        numel: number of parameters of the block; ends: number of parameters outside all blocks.
+        dtype: the dtype of the checkpoint's linears.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    inputs: dict[str, int]
+    reached: dict[str, float]
+    width: int
+    numel: int
+    ends: int
+    dtype: torch.dtype
+
+
+def largest_block(decoder: Decoder) -> LargestBlock:
+    """Describes a model's largest block; reads no weights."""
+    numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
+    index = numbers.index(max(numbers))
+    names = linears(decoder.blocks[index])
+    config = decoder.checkpoint.config.get_text_config()
+    shapes = {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in names}
+    experts = {expert_of(name) for name in names} - {None}
+    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
+    return LargestBlock(
+        shapes=shapes,
+        inputs=_inputs(shapes, config.hidden_size),
+        reached={name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in names},
+        width=config.hidden_size,
+        numel=max(numbers),
+        ends=everything - sum(numbers),
+        dtype=decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1],
+    )
+
+
+def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, masked: MaskedBytes | None) -> Cost:
+    """What pruning the largest block costs a client in a round, without the mending of votes.
+
+    Args:
+        masked: None without secure aggregation.
+    """
+    needs = config.solver.NEEDS
+    shapes, inputs = list(block.shapes.values()), block.inputs
+    parameters = sum(rows * columns for rows, columns in shapes)
+    distinct = list(inputs.values())
+    effort, widest = effort_of(config.pruner), max(distinct)
+    samples = capabilities.samples or config.samples
+    tokens = samples * config.length
+
+    sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
+    statistics = sum(sums.values()) + (3 * sum(distinct) if config.sums_moments else 0)
+    workspace = effort.squares * widest**2 // 2 if needs == "gram" else 0  # in float32
+    largest = max(rows * columns for rows, columns in shapes)
+    together = windows_at_once(samples, config.length, config.compute_dtype) if config.method.SOLVED_AT == "client" else 1
+    window = together * config.length * (6 * block.width + 4 * widest)
+
+    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
+    forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
+    gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
+    solve = effort.operations(shapes, distinct) if needs == "gram" else 0
+    sparsity = target_of(config, capabilities).sparsity
+    upload = sum(wire.estimate(rows * columns, sparsity, block.dtype) for rows, columns in shapes)
+    if {Disclosure.MASKS} == config.method.SENDS:
+        upload = parameters // 8
+    if masked is not None:
+        upload = math.ceil(parameters * masked.votes)
+    if config.method.SOLVED_AT == "server":
+        upload = _sum_bytes(3 * distinct if config.sums_moments else distinct, products_of(block, config), masked)
+        workspace = solve = 0  # the server prunes
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    gathering = 8 * statistics + width * (block.numel + window)
+    solving = (
+        8 * (statistics + workspace) + 4 * effort.matrices * largest + parameters * (block.dtype.itemsize + 1)
+    )  # weights and mask
+    if config.method.SOLVED_AT == "server":
+        gathering, solving = gathering + width * block.ends, 0
+    memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
+    seconds = (forward + gram + solve) / (SPEED * capabilities.speed) + (
+        8 * upload / capabilities.uplink if capabilities.uplink else 0.0
+    )
+    return Cost(memory=int(memory), upload=int(upload), seconds=seconds)
+
+
+def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]:
+    """The widths of a block's different inputs, by the name of a linear that reads each.
+
+    Inputs of the hidden states' width: at most three for the linears that all tokens reach, and one for each expert.
+    """
+    distinct: dict[str, int] = {}
+    of_stream: Counter[str | None] = Counter()
+    for name, (_, columns) in shapes.items():
+        expert = expert_of(name)
+        if columns != width or of_stream[expert] < (1 if expert else 3):
+            distinct[name] = columns
+            of_stream[expert] += columns == width
+    return distinct
+
+
+def products_of(block: LargestBlock, config: Config) -> list[int]:
+    """The widths of the inputs whose products Σ xᵢxⱼ are summed."""
+    return [i for i in block.inputs.values() if config.sums_products and not (config.mixed and i > block.width)]
+
+
+def mending_cost(block: LargestBlock, config: Config, capabilities: Capabilities, masked: MaskedBytes | None) -> Cost:
+    """What the largest block costs a client once more when votes are mended, by sums over its inputs."""
+    inputs = list(block.inputs.values())
+    tokens = (capabilities.samples or config.samples) * config.length
+    upload = _sum_bytes(3 * inputs, [], masked)
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    window = config.length * (6 * block.width + 4 * max(inputs))
+    memory = 8 * 3 * sum(inputs) + width * (block.numel + window + block.ends) + 2 * upload + 2**24
+    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
+    forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
+    seconds = forward / (SPEED * capabilities.speed) + (8 * upload / capabilities.uplink if capabilities.uplink else 0.0)
+    return Cost(memory=int(memory), upload=upload, seconds=seconds)
+
+
+def masked_bytes(config: Config, capabilities: Mapping[str, Capabilities]) -> MaskedBytes:
+    """The widths of the rings in which secure aggregation adds these clients' responses."""
+    tokens = sum(client.samples or config.samples for client in capabilities.values()) * config.length
+    bits = VALUE_BITS if Disclosure.WEIGHTS in config.method.SENDS else 0
+    return MaskedBytes(votes=(len(capabilities).bit_length() + bits) / 8, sums=ring_bits(tokens) / 8)
+
+
+def _sum_bytes(inputs: Sequence[int], products: Sequence[int], masked: MaskedBytes | None) -> int:
+    """Estimated bytes of one block's sums: an int64 compresses to 4.0 (measured on the shipped model); plus names."""
+    numbers = sum(inputs) + sum(width * (width - 1) // 2 for width in products)
+    return math.ceil((masked.sums if masked else 4.0) * numbers) + 500 * len(inputs)
+
+
+def upload_by_pruner(block: LargestBlock, num_blocks: int, config: Config, masked: MaskedBytes | None) -> dict[str, int]:
+    """Bytes that a client would upload with each pruner if the server prunes; else empty."""
+    if config.method.SOLVED_AT == "client":
+        return {}
+    inputs = list(block.inputs.values())
+    number = num_blocks - config.protect_first_block
+    return {
+        "wanda": number * _sum_bytes(inputs, [], masked),
+        "dsnot": number * _sum_bytes(3 * inputs, [], masked),
+        "sparsegpt, mixed": number * _sum_bytes(inputs, [i for i in inputs if i <= block.width], masked),
+        "sparsegpt": number * _sum_bytes(inputs, inputs, masked),
+    }
+
+
+def target_of(config: Config, capabilities: Capabilities) -> Target:
+    """How sparse a client's own pruning is."""
+    if config.pattern or capabilities.sparsity is None:
+        return config.target
+    return Target(capabilities.sparsity)
