@@ -37,6 +37,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "votes of sparsegpt, two rounds": {"stages": [{**PRUNE, "pruner": "sparsegpt", "rounds": 2}]},
     "votes of alps": {"stages": [{**PRUNE, "pruner": "alps"}]},
     "votes, masked": {"stages": [PRUNE], "privacy": SECURE},
+    "votes, mended": {"stages": [{**PRUNE, "mend": "dsnot"}]},
     "plain average": {"stages": [{**PRUNE, "aggregation": "fedavg", "pruner": "magnitude"}]},
     "fedprllm, owl": {"stages": [{**PRUNE, "aggregation": "fedprllm", "allocation": "owl"}]},
     "dsnot": {"stages": [{**PRUNE, "pruner": "dsnot"}]},

@@ -65,6 +65,7 @@ NOISY = {"epsilon": 8.0, "delta": 1e-3, "budget": 100.0}
 
 JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site allows, and the stages
     "votes": (OPEN, [{**PRUNE, "rounds": 2}]),
+    "mended votes": (OPEN, [{**PRUNE, "rounds": 2, "mend": "dsnot"}]),
     "owl": (OPEN, [{**PRUNE, "allocation": "owl"}]),
     "sums": (OPEN, [{**POOLED, "pruner": "sparsegpt", "source": "sequential"}]),
     "secure votes": (SECURE, [PRUNE]),
