@@ -3,6 +3,7 @@
     .venv/bin/python bench/owners.py --data ../shared/data --model smollm2 --page owners --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.5 0.7 --table damping --page owners-grove --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.7 --table allocations --page allocations --write
+    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.3 0.5 0.6 --windows 4 --table mending --page mending
 
 Every result is kept in bench/owners.jsonl by the model's fingerprint and its settings, and not measured again; delete a line to
 measure it again.
@@ -88,7 +89,7 @@ ALLOCATIONS: dict[str, Row] = {
     "SparseGPT, fedspallm, OWL": {"allocation": "owl"},
 }
 MENDING: dict[str, Row] = {
-    FEDSPALLM: {},
+    "SparseGPT, fedspallm": {},
     "SparseGPT, fedspallm, mended": {"mend": "dsnot"},
     "SparseGPT, fedprllm": {"aggregation": "fedprllm"},
     "SparseGPT, fedprllm, mended": {"aggregation": "fedprllm", "mend": "dsnot"},

@@ -6,9 +6,9 @@
 
 ``speed`` cuts a Llama of random weights, large enough that blocks and not embeddings matter, in a job of two clients, and times
 both models in plain transformers on the CPU, in turn. ``quality`` cuts and tunes the shipped model with the eight owners of
-bench/owners.py. ``cuts`` compares, for any model (``--model``) and untuned, channels and heads cut, the same repaired, and the
-same fraction of the blocks. The results of both are kept in bench/structured.jsonl and not measured again; delete a line to
-measure it again.
+bench/owners.py. ``cuts`` compares, for any model (``--model``) and untuned, channels and heads cut, the same repaired, the same
+fraction of the blocks, and scores, two controls among them. The results of both are kept in bench/structured.jsonl and not
+measured again; delete a line to measure it again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import fedgrove.stages.structured.scores
-from fedgrove import api
+from fedgrove import api, plugins
 from fedgrove.job.tables import Job
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import width_of
@@ -59,6 +59,11 @@ ROWS: dict[str, dict[str, Any] | None] = {
 CUTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the keys that get the fraction, and others
     "cut": (("channels", "heads"), {"repair": False}),
     "repaired": (("channels", "heads"), {}),
+    "taylor": (("channels", "heads"), {"repair": False, "score": "taylor"}),
+    "diagonal_fisher": (("channels", "heads"), {"repair": False, "score": "diagonal_fisher"}),
+    "weights": (("channels", "heads"), {"repair": False, "score": "weights"}),
+    "chance": (("channels", "heads"), {"repair": False, "score": "chance"}),
+    "diagonal_fisher, repaired": (("channels", "heads"), {"score": "diagonal_fisher"}),
     "fewer blocks": (("depth",), {}),
     "fewer blocks, contiguous": (("depth",), {"contiguous": True}),
 }
@@ -90,6 +95,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     fedgrove.stages.structured.scores.__path__.append(str(Path(__file__).parent / "controls"))
+    plugins.load("stages.structured.scores", "weights").install()
     with tempfile.TemporaryDirectory() as folder:
         text = {"speed": speed, "quality": quality, "cuts": cuts}[given.part](given, Path(folder))
     print(text)

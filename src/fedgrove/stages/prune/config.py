@@ -25,8 +25,7 @@ from fedgrove.job.units import (
 from fedgrove.models.masks import Target
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
 from fedgrove.stages.prune.allocation import allocation_of
-from fedgrove.stages.prune.pruners import PACKAGE as PRUNERS
-from fedgrove.stages.prune.pruners import Pruner, mender_names, pruner_of
+from fedgrove.stages.prune.pruners import Pruner, pruner_of
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -97,7 +96,7 @@ class Config(StageConfig):
     """
 
     kind: Literal["prune"]
-    pruner: Annotated[str, method_of(PRUNERS)] = "sparsegpt"
+    pruner: Annotated[str, method_of("stages.prune.pruners")] = "sparsegpt"
     aggregation: Annotated[str, method_of("stages.prune.aggregation")] = "fedspallm"
     sparsity: Sparsity | None = None
     pattern: Annotated[str, Field(pattern=r"^\d{1,3}:\d{1,3}$")] | None = None
@@ -119,7 +118,7 @@ class Config(StageConfig):
     protect_first_block: bool = False
     epsilon: Epsilon | None = None
     delta: Delta = 1e-6
-    mend: Annotated[str, method_of(PRUNERS)] | None = None
+    mend: Annotated[str, method_of("stages.prune.menders")] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -163,8 +162,6 @@ class Config(StageConfig):
             raise ValueError('layers: with source = "sequential" every client runs every block; use "dense" or layers "all"')
 
     def _check_mending(self, mender: str) -> None:
-        if mender not in mender_names():
-            raise ValueError(f'mend: "{mender}" cannot improve a mask; use {" or ".join(mender_names())}')
         if mender == self.pruner and self.method.SOLVED_AT == "server":
             raise ValueError(f'mend: pruner "{self.pruner}" has done this already with the same sums; leave it out')
         if self.epsilon is not None:

@@ -26,6 +26,7 @@ from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.statistics import SumInputs, narrow
+from fedgrove.stages.prune.menders import mender_of
 from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pruners import magnitude
 
@@ -155,7 +156,7 @@ def _mended(pruned: Pruned, before: Tensor, moments: InputStatistics, target: Ta
     device = moments.squares.device
     dense, sparse = (tensor.to(device, torch.float32).contiguous() for tensor in (before, pruned.weight))
     mask = pruned.mask.to(device, copy=True)
-    weight, mask = pruners.mender_of(config.mend).mend(dense, sparse, mask, moments, target)
+    weight, mask = mender_of(config.mend).mend(dense, sparse, mask, moments, target)
     mask = mask.cpu()
     restored = int((mask & ~pruned.mask).count_nonzero())
     return replace(pruned, weight=weight.to(before.dtype).cpu(), mask=mask, restored=restored)

@@ -8,8 +8,7 @@ A pruner's file holds two names:
 ``weight`` is (out, in) float32 and may be overwritten; ``inputs`` is an
 :class:`~fedgrove.input_statistics.statistics.InputStatistics`; ``target`` is a :class:`~fedgrove.models.masks.Target`. The
 result is the pruned weight, zero where the mask is False, and the mask (True = kept), with exactly
-``target.num_pruned(weight.numel())`` entries False. A third name, ``EFFORT``, is for plans: see :class:`Effort`. A file that
-also holds ``mend`` can improve a mask that others made: see :class:`Mender`.
+``target.num_pruned(weight.numel())`` entries False. A third name, ``EFFORT``, is for plans: see :class:`Effort`.
 """
 
 from __future__ import annotations
@@ -35,16 +34,6 @@ class Pruner(Protocol):
 
     def prune(self, weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
         """(out, in) float32 -> the pruned weight and its mask (True = kept)."""
-        ...
-
-
-class Mender(Pruner, Protocol):
-    """The contract of a pruner's file that can also improve a mask; its ``NEEDS`` is "moments"."""
-
-    def mend(
-        self, before: Tensor, after: Tensor, mask: Tensor, inputs: InputStatistics, target: Target
-    ) -> tuple[Tensor, Tensor]:
-        """Matrices (out, in) before and after a pruning, and its mask -> a better weight and mask, with the same counts."""
         ...
 
 
@@ -81,16 +70,6 @@ def effort_of(name: str) -> Effort:
 def pruner_of(name: str) -> Pruner:
     """Loads a pruner by name."""
     return cast(Pruner, plugins.load(PACKAGE, name))
-
-
-def mender_of(name: str) -> Mender:
-    """Loads a pruner that can also improve a mask, by name."""
-    return cast(Mender, plugins.load(PACKAGE, name, Mender))
-
-
-def mender_names() -> list[str]:
-    """The names of all pruners that can also improve a mask."""
-    return [name for name in plugins.names(PACKAGE) if hasattr(pruner_of(name), "mend")]
 
 
 def pruner_for(name: str, inputs: InputStatistics) -> Pruner:
