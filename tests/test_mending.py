@@ -116,13 +116,13 @@ def test_secure_aggregation_changes_no_bit(small: Small, owners: dict[str, list[
 
 @pytest.fixture(scope="module")
 def tuned(small: Small) -> Path:
-    """Two rounds of votes, mended, then tuned."""
-    return small.undisturbed(stages=[{**VOTES, "rounds": 2}, TUNE], evaluate={})
+    """Votes, mended, then tuned."""
+    return small.undisturbed(stages=[VOTES, TUNE], evaluate={})
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(small: Small, tmp_path: Path, tuned: Path) -> None:
-    job = small.job("killed", stages=[{**VOTES, "rounds": 2}, TUNE], evaluate={})
-    killed("run", job, "--out", tmp_path / "run", moment=Moment("os.rename", "*/round-2/block-0001.safetensors"))
+    job = small.job("killed", stages=[VOTES, TUNE], evaluate={})
+    killed("run", job, "--out", tmp_path / "run", moment=Moment("os.rename", "*/round-1/block-0001.safetensors"))
     assert cli("run", job, "--out", tmp_path / "run", "--resume", "--quiet")[0] == 0
     for name in ("model/model.safetensors", "pruning.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tuned / name).read_bytes()
@@ -141,12 +141,12 @@ def test_what_leaves_a_client_is_planned_and_told(small: Small, tuned: Path) -> 
     plan = json.loads((tuned / "plan-0-prune.json").read_text())
     assert set(plan["discloses"]) == {"MASKS", "WEIGHTS", "MOMENTS"}
     sent = [row for row in lines(tuned / "ledger.jsonl") if row["kind"] == "prune/statistics" and row["direction"] == "up"]
-    assert [row["round"] for row in sent] == [1] * 6  # one more response for each client and block
+    assert [row["round"] for row in sent] == [0] * 6  # one more response for each client and block
     page = (tuned / "report.html").read_text(encoding="utf-8")
     for words in (
         "aggregation fedspallm, mended with dsnot",
         "Mending the masks swapped",
-        "Every client pruned and sent sums of all 2 blocks in each of 2 rounds",
+        "Every client pruned and sent sums of all 2 blocks.",
         Disclosure.MOMENTS.sentence,
     ):
         assert words in page, words
