@@ -3,7 +3,7 @@
     .venv/bin/python bench/owners.py --data ../shared/data --model smollm2 --page owners --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.5 0.7 --table damping --page owners-grove --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.7 --table allocations --page allocations --write
-    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.3 0.5 0.6 --windows 4 --table mending --page mending
+    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.3 0.5 0.6 --table mending --page mending --write
 
 Every result is kept in bench/owners.jsonl by the model's fingerprint and its settings, and not measured again; delete a line to
 measure it again.
@@ -115,7 +115,9 @@ def main() -> None:
     arguments.add_argument("--targets", nargs="+", default=["0.5", "0.6", "2:4"], help="sparsities, or patterns such as 2:4")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--samples", type=int, default=8)
-    arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner")
+    arguments.add_argument("--windows", type=int, default=8, help="held-out windows of each owner")
+    arguments.add_argument("--owners", type=int, default=len(OWNERS), help="how many of them")
+    arguments.add_argument("--length", type=int, default=LENGTH, help="tokens of a window, to calibrate and to measure")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/owners.jsonl holds")
     arguments.add_argument("--page", help="the name of the place in docs/benchmarks.md", default="owners")
@@ -130,23 +132,27 @@ def main() -> None:
         files = dict(plain_files(given.data, Path(folder)))
         kept = Kept(RESULTS, given.model, only=given.kept)
         found: dict[tuple[str, str], dict[int, Result]] = {}
+        usual = {"owners": len(OWNERS), "length": LENGTH}
+        settings = {key: getattr(given, key) for key, value in usual.items() if getattr(given, key) != value}
         for target in given.targets:
             for seed in given.seeds:
                 for name, row in rows.items():
                     same = FEDSPALLM if name == ALONE else name  # one run gives both
                     measured = kept(
                         partial(measure, same, row, target, seed, files, given, Path(folder)),
-                        row=same, target=target, seed=seed, samples=given.samples, windows=given.windows,
+                        row=same, target=target, seed=seed, samples=given.samples, windows=given.windows, **settings,
                     )  # fmt: skip
                     if measured:
                         found.setdefault((name, target), {})[seed] = measured
-    text = table(list(rows), given.targets, found)
+    text = table(list(rows), given.targets, found, given.length)
     print(text)
     if given.write:
         page.write(given.page, text)
 
 
-def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str, str], Mapping[int, Result]]) -> str:
+def table(
+    rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str, str], Mapping[int, Result]], length: int
+) -> str:
     """Markdown: perplexity, mean over seeds (each seed), and below it what it is of the base row's with its 95 % interval.
 
     The base of a mended row is the same without the mending, that of all others is FedSpaLLM.
@@ -157,7 +163,7 @@ def table(rows: Sequence[str], targets: Sequence[str], found: Mapping[tuple[str,
         for target in targets:
             by_seed, base = found.get((name, target), {}), found.get((base_of(name, rows), target), {})
             both = [base[seed] for seed in by_seed if seed in base]
-            cells.append(cell(name, list(by_seed.values()), both, target) if by_seed else "not run")
+            cells.append(cell(name, list(by_seed.values()), both, target, length) if by_seed else "not run")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     dense = {result["dense"] for results in found.values() for result in results.values() if "dense" in result}
     return "\n".join(lines) + "".join(f"\n\nThe dense model: {value:.1f}." for value in sorted(dense))
@@ -169,7 +175,7 @@ def base_of(name: str, rows: Sequence[str]) -> str:
     return plain if name != plain and plain in rows else FEDSPALLM
 
 
-def cell(name: str, results: list[Result], base: list[Result], target: str) -> str:
+def cell(name: str, results: list[Result], base: list[Result], target: str, length: int) -> str:
     values = [result["alone"] if name == ALONE else result["perplexity"] for result in results]
     text = f"{statistics.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
     reached = statistics.mean(result["sparsity"] for result in results)
@@ -179,29 +185,30 @@ def cell(name: str, results: list[Result], base: list[Result], target: str) -> s
         return text
     ratio = statistics.mean(values) / statistics.mean(result["perplexity"] for result in base)
     between = ratio_interval(
-        [model for result in results for model in models(result, alone=name == ALONE)],
-        [model for result in base for model in models(result)],
-        list(OWNERS),
+        [model for result in results for model in models(result, length, alone=name == ALONE)],
+        [model for result in base for model in models(result, length)],
+        list(results[0].get("losses", OWNERS)),
     )
     return f"{text}<br>{ratio:.3f}" + (f" [{between[0]:.3f}, {between[1]:.3f}]" if between else "")
 
 
-def models(result: Result, alone: bool = False) -> list[Examples]:
+def models(result: Result, length: int, alone: bool = False) -> list[Examples]:
     """(loss, tokens) of each held-out window, by owner: of the federated model, or of every owner's own."""
     if "losses" not in result:
         return [{}]  # measured before losses were kept
     chosen = result["losses_alone"].values() if alone else [result["losses"]]
-    return [{text: [(loss, LENGTH - 1) for loss in losses] for text, losses in model.items()} for model in chosen]
+    return [{text: [(loss, length - 1) for loss in losses] for text, losses in model.items()} for model in chosen]
 
 
 def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Path], given: Any, folder: Path) -> Result:
     """Perplexity (geometric mean over the held-out texts), the sparsity that was reached, and the loss of each window."""
     alone = name == FEDSPALLM
-    clients: list[dict[str, Any]] = [{"name": owner, "data": str(files[owner])} for owner in OWNERS]
+    names = list(OWNERS)[: given.owners]
+    clients: list[dict[str, Any]] = [{"name": owner, "data": str(files[owner])} for owner in names]
     samples = given.samples
     if name == CENTRALIZED:
-        clients = [{"name": "all", "data": [str(files[owner]) for owner in OWNERS]}]
-        samples *= len(OWNERS)
+        clients = [{"name": "all", "data": [str(files[owner]) for owner in names]}]
+        samples *= len(names)
     wanted = {"pattern": target} if ":" in target else {"sparsity": float(target)}
     job = Job.model_validate(
         {
@@ -209,11 +216,11 @@ def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Pa
             "seed": seed,
             "model": {"path": given.model},
             "clients": clients,
-            "stages": [{"kind": "prune", **wanted, "samples": samples, **changes}],
+            "stages": [{"kind": "prune", **wanted, "samples": samples, "length": given.length, **changes}],
             "evaluate": {
-                "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in OWNERS],
+                "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in names],
                 "windows": given.windows,
-                "length": LENGTH,
+                "length": given.length,
                 "alone": alone,
             },
         }
@@ -228,7 +235,7 @@ def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Pa
     }
     if alone:
         result["alone"] = summary.alone_mean
-        result["losses_alone"] = {owner: losses(summary, summary.alone_stage, owner) for owner in OWNERS}
+        result["losses_alone"] = {owner: losses(summary, summary.alone_stage, owner) for owner in names}
     return result
 
 

@@ -64,8 +64,7 @@ SECURE = {**OPEN, "secure": True, "alone": False}
 NOISY = {"epsilon": 8.0, "delta": 1e-3, "budget": 100.0}
 
 JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site allows, and the stages
-    "votes": (OPEN, [{**PRUNE, "rounds": 2}]),
-    "mended votes": (OPEN, [{**PRUNE, "rounds": 2, "mend": "dsnot"}]),
+    "votes": (OPEN, [{**PRUNE, "rounds": 2, "mend": "dsnot"}]),
     "owl": (OPEN, [{**PRUNE, "allocation": "owl"}]),
     "sums": (OPEN, [{**POOLED, "pruner": "sparsegpt", "source": "sequential"}]),
     "secure votes": (SECURE, [PRUNE]),
@@ -93,6 +92,7 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("prune/block", "block"): ("every block of the model is asked for", 2),
     ("prune/statistics", "block"): ("every block of the model is asked for", 2),
     ("prune/statistics", "calibration.through"): ("the name of the run", "own/0123456789abcdef"),
+    ("prune/statistics", "widths"): ("sums of fewer inputs tell less", {"x": 2}),
     ("prune/statistics", "products"): ("fewer products than the pruner needs tell less", ["x"]),
     ("prune/statistics", "noise.clients"): ("fewer clients that share the noise add more", 3),
     ("prune/statistics", "noise.norms[]"): ("windows are clipped to it, and the noise follows from it", -1.0),

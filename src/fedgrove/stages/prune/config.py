@@ -88,7 +88,8 @@ class Config(StageConfig):
         delta: δ of the same guarantee.
         mend: improve every mask at the server by swaps: "dsnot" does it with three numbers for each input channel, summed over
             the clients' text; these are the inputs in the unpruned model or, with source "sequential", in the pruned one. Where
-            clients prune, their votes are mended after the last round, which takes one more pass over the text.
+            clients prune, their votes are mended after the last round, which takes one more pass over the text. The model that
+            a client would have alone is not mended.
         allocation: how the sparsity is distributed over the blocks: "even", the same for all, or "owl", less for blocks with
             many outliers. The model that a client would have alone is pruned to the same sparsities.
         owl_m: OWL's M: a weight is an outlier if its score exceeds this multiple of the mean score of its block.
