@@ -122,6 +122,10 @@ def table() -> dict[str, Spec]:
         "prune-shrink": job(prune(shrink=0.5)),
         "prune-trim": job(prune(pruner="sparsegpt", trim=1)),
         "prune-no-expand": job(prune(expand=False)),
+        "prune-mended": job(prune(pruner="sparsegpt", mend="dsnot")),
+        "prune-mended-dense": job(prune("fedprllm", mend="dsnot", source="dense")),
+        "prune-pooled-mended": job(prune("pooled", "sparsegpt", mend="dsnot")),
+        "prune-pooled-magnitude-mended": job(prune("pooled", "magnitude", mend="dsnot")),
         "prune-damping-each": job(prune(pruner="sparsegpt", damping="each")),
         "prune-growth": job(prune(pruner="sparsegpt", max_weight_growth=1.5), rounds={"quorum": 2}),  # cedar is refused
         "prune-fedavg-growth": job(prune("fedavg", "sparsegpt", max_weight_growth=1.5), rounds={"quorum": 2}),
@@ -137,6 +141,7 @@ def table() -> dict[str, Spec]:
         "secure-fedspallm": job(prune(pruner="sparsegpt"), privacy=secure),
         "secure-fedspallm-owl": job(prune(allocation="owl"), privacy=secure),
         "secure-fedprllm": job(prune("fedprllm", "sparsegpt"), privacy=secure),
+        "secure-fedspallm-mended": job(prune(mend="dsnot"), privacy=secure),
         "secure-pooled": job(prune("pooled", "sparsegpt"), privacy=secure),
         "secure-pooled-wanda-owl": job(prune("pooled", allocation="owl"), privacy=secure),
         "secure-pooled-dsnot-sequential": job(prune("pooled", "dsnot", source="sequential"), privacy=secure),

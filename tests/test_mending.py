@@ -162,6 +162,7 @@ def test_what_leaves_a_client_is_planned_and_told(small: Small, tuned: Path) -> 
         ({"mend": "wanda"}, "stages.0.mend: choose one of dsnot"),
         ({"aggregation": "pooled", "pruner": "dsnot"}, "has done this already"),
         ({"aggregation": "pooled", "epsilon": 1.0}, "mend: epsilon adds noise to sums of squares alone"),
+        ({"trim": 1}, "mend: one dishonest client can decide the sums"),
         ({"layers": {"sample": 0.5}}, 'set layers to "all"'),
     ],
 )

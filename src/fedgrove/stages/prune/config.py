@@ -167,6 +167,8 @@ class Config(StageConfig):
             raise ValueError(f'mend: pruner "{self.pruner}" has done this already with the same sums; leave it out')
         if self.epsilon is not None:
             raise ValueError("mend: epsilon adds noise to sums of squares alone, and mending needs more sums; leave one out")
+        if self.trim:
+            raise ValueError("mend: one dishonest client can decide the sums, which trim is to prevent; leave one out")
         if self.layers != "all" and self.method.SOLVED_AT == "client":
             raise ValueError('mend: every client sums the inputs of every block; set layers to "all"')
 
