@@ -167,7 +167,8 @@ def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:
         if isinstance(value, dict):
             for key, part in value.items():
                 assert key in known, f"{page.name}: {key}"
-                check(page, part)
+                if key != "shares":  # whose keys are names of tensors
+                    check(page, part)
         elif isinstance(value, list):
             for part in value:
                 check(page, part)

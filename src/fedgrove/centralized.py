@@ -39,5 +39,13 @@ def centralized_client(clients: Sequence[LocalClient], folder: Path) -> LocalCli
     owners = tuple(replace(client, folder=folder / CENTRALIZED / client.name, credentials=None) for client in clients)
     first = clients[0]
     return LocalClient(
-        CENTRALIZED, folder / CENTRALIZED, first.model, first.dtype, (), None, {"bits": [32, 16, 8, 4]}, owners=owners
+        CENTRALIZED,
+        folder / CENTRALIZED,
+        first.model,
+        first.dtype,
+        (),
+        None,
+        {"bits": [32, 16, 8, 4]},
+        owners=owners,
+        shares=first.shares,
     )

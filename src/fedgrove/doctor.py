@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -21,7 +22,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.machine import Check, free_disk, free_memory, size_of
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.preconditions import check_finite, check_parameters, check_vocabulary
+from fedgrove.models.preconditions import check_finite, check_parameters, check_vocabulary, find_equal
+from fedgrove.models.shared import as_table
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
 from fedgrove.run import local_engine, make_plans, open_model
@@ -58,7 +60,7 @@ def examine(job: Job, folder: Path) -> list[Check]:
     dtype = None if job.model.dtype == "auto" else getattr(torch, job.model.dtype)
     readable = False
     if path is not None:
-        looked_at = model(path, dtype)
+        looked_at = model(path, dtype, job.model.shares)
         readable = all(check.ok for check in looked_at)
         checks += looked_at
     for client in job.clients:
@@ -69,10 +71,10 @@ def examine(job: Job, folder: Path) -> list[Check]:
         checks += text(f"held-out {held_out.name}", held_out.path, templates, path if readable else None)
     if path is None or not readable:
         return checks
-    checks.append(_room(job, Checkpoint(path, dtype), folder))
+    checks.append(_room(job, Checkpoint(path, dtype, shares=job.model.shares), folder))
     if all(check.ok for check in checks):
         checks += _plans(job)
-        checks.append(could_hold(path, dtype))
+        checks.append(could_hold(path, dtype, shares=job.model.shares))
     return checks
 
 
@@ -81,13 +83,13 @@ def site(client: LocalClient) -> list[Check]:
 
     ``sample`` of a check is the client's own text and must be removed before checks are sent elsewhere.
     """
-    checks = model(client.model, client.dtype)
+    checks = model(client.model, client.dtype, client.shares)
     readable = all(check.ok for check in checks)
     templates = _templates(client.text, client.prompt, client.answer)
     for file in client.data:
         checks += text(client.name, file, templates, client.model if readable else None)
     if readable:
-        checks.append(could_hold(client.model, client.dtype, client.capabilities.get("memory")))
+        checks.append(could_hold(client.model, client.dtype, client.capabilities.get("memory"), client.shares))
     return checks
 
 
@@ -119,17 +121,23 @@ def find(path: str, revision: str | None = None) -> tuple[Path | None, Check]:
     )
 
 
-def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
-    """Checks a model directory: the architecture, every parameter, all weights for NaN and infinity, and the tokenizer."""
+def model(path: Path, dtype: torch.dtype | None = None, shares: Mapping[str, str] = MappingProxyType({})) -> list[Check]:
+    """Checks a model directory: the architecture, every parameter, all weights for NaN and infinity, and the tokenizer.
+
+    Tensors of several blocks that are equal, but are not declared as shared, get a check of their own, which is ok.
+
+    Args:
+        shares: see :class:`~fedgrove.models.stream.Checkpoint`.
+    """
     try:
-        checkpoint = Checkpoint(path, dtype)
+        checkpoint = Checkpoint(path, dtype, shares=shares)
         decoder = Decoder(checkpoint)
         notes = check_parameters(decoder)
         check_finite(checkpoint)
         numel = sum(checkpoint.spec(name)[0].numel() for name in checkpoint.names())
         kind = type(decoder.model).__name__
         about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {size_of(checkpoint.num_bytes())}"
-        checks = [Check("model readable", True, "; ".join([about, *notes]))]
+        checks = [Check("model readable", True, "; ".join([about, *notes])), *_equal_tensors(checkpoint, len(decoder))]
     except FedgroveError as error:
         return [_refused("model readable", error)]
     try:
@@ -142,6 +150,20 @@ def model(path: Path, dtype: torch.dtype | None = None) -> list[Check]:
     spoken = "has a chat template" if getattr(tokenizer, "chat_template", None) else "no chat template"
     details = f"{len(tokenizer):,} tokens, {spoken}; {len(words) / max(1, tokens):.1f} characters per token of plain English"
     return [*checks, Check("tokenizer", tokens > 0, details, "" if tokens else "copy the tokenizer's files again")]
+
+
+def _equal_tensors(checkpoint: Checkpoint, num_blocks: int) -> list[Check]:
+    """Offers to declare as shared what is equal in several blocks."""
+    equal = find_equal(checkpoint)
+    if not equal:
+        return []
+    kinds = len(set(equal.values()))
+    said = (
+        f"{len(equal) + kinds} tensors of blocks are copies of {kinds}, but are not declared as shared: each would be pruned "
+        "and tuned by itself, and they would no longer be equal"
+    )
+    remedy = "if the blocks share them, add this to the job:"
+    return [Check("equal tensors", True, said, remedy, sample=as_table(equal, num_blocks))]
 
 
 def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | None = None) -> list[Check]:
@@ -204,15 +226,21 @@ def _some(names: Sequence[str]) -> str:
     return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
 
 
-def could_hold(path: Path, dtype: torch.dtype | None = None, memory: int | None = None) -> Check:
+def could_hold(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    shares: Mapping[str, str] = MappingProxyType({}),
+) -> Check:
     """Which work on a model fits into the memory of this machine, or into a client's limit: estimated, not tried.
 
     Args:
         path: the model directory.
         dtype: the dtype of the weights; None: as on disk.
         memory: bytes that the planner may use; None: the free memory of the GPU, or of this machine if there is none.
+        shares: see :class:`~fedgrove.models.stream.Checkpoint`.
     """
-    decoder = Decoder(Checkpoint(path, dtype))
+    decoder = Decoder(Checkpoint(path, dtype, shares=shares))
     free = memory or free_memory()
     length = min(LENGTH, getattr(decoder.checkpoint.config.get_text_config(), "max_position_embeddings", LENGTH))
     needs: dict[str, float] = {}

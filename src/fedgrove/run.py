@@ -22,12 +22,12 @@ from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.evaluate import evaluate, evaluate_alone, evaluate_directory, evaluate_speed
 from fedgrove.evaluation.samples import write_samples
 from fedgrove.events import Phase, Within
-from fedgrove.exports.hf import USE
+from fedgrove.exports import hf, shared
 from fedgrove.files import read_lines
 from fedgrove.job.tables import Job, Model
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.files import find_model
-from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
+from fedgrove.models.preconditions import check_finite, check_for_others, check_length, check_parameters, check_vocabulary
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import Credentials, make_credentials
 from fedgrove.report.model_card import card
@@ -83,7 +83,9 @@ def make_model(job: Job, federation: Federation) -> None:
     heap.release_freed_memory()  # of the last stage
     base = model.path / "README.md"
     base_card = base.read_text(encoding="utf-8") if base.is_file() else None
-    model.write(run.path / "model", {"README.md": card(run.path, base_card, USE.replace("FOLDER", "model"))})
+    is_whole = all(map(model.has_copy, model.shares))
+    use = (hf if is_whole else shared).USE.replace("FOLDER", "model")
+    model.write(run.path / "model", {"README.md": card(run.path, base_card, use)})
 
 
 def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
@@ -97,6 +99,8 @@ def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
     """
     decoder = Decoder(model)
     notes = check_parameters(decoder)
+    if job.evaluate.speed or job.evaluate.tasks or job.evaluate.prompts:
+        check_for_others(model)
     check_vocabulary(model.tokenizer(), decoder)
     lengths = {"evaluate.length": job.evaluate.length} if job.evaluate.data else {}
     for index, stage in enumerate(job.stages):
@@ -211,7 +215,7 @@ def run_centralized(job: Job, run: RunFolder, device: str) -> None:
 def open_model(model: Model) -> Checkpoint:
     """The model of a job, a local directory or from the hub; reads no weights."""
     dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-    return Checkpoint(find_model(model.path, model.revision), dtype)
+    return Checkpoint(find_model(model.path, model.revision), dtype, shares=model.shares)
 
 
 def local_engine(job: Job, folder: Path, workers: int = 0, devices: Sequence[str] | None = None) -> LocalEngine:
@@ -236,6 +240,7 @@ def local_clients(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient
             credentials=credentials.get(client.name),
             prompt=client.prompt,
             answer=client.answer,
+            shares=job.model.shares,
         )
         for client in job.clients
     ]

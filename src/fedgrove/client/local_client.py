@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class LocalClient:
         prompt, answer: templates instead of ``text`` in stages that tune: only the answer is trained on.
         owners: in a simulation, instead of ``data``: the clients whose windows this client uses; see
             :mod:`fedgrove.centralized`.
+        shares: parameters of the model that share a stored tensor; see :mod:`fedgrove.models.shared`.
         ledger: where it records its noisy responses, and the clients of each secure sum; default: ``folder``, which a
             site removes after the run.
     """
@@ -45,6 +47,7 @@ class LocalClient:
     answer: str | None = None
     owners: tuple[LocalClient, ...] = ()
     ledger: Path | None = None
+    shares: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> Path:

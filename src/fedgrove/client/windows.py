@@ -84,7 +84,7 @@ def _kept(client: LocalClient, settings: list[Any], cut: Callable[[], dict[str, 
 
 def checkpoint_of(client: LocalClient) -> Checkpoint:
     """The client's own copy of the model."""
-    return _checkpoint(client.model, client.dtype)
+    return _checkpoint(client.model, client.dtype, tuple(sorted(client.shares.items())))
 
 
 def decoder_of(
@@ -127,8 +127,8 @@ _latest: dict[Hashable, Decoder] = {}
 
 
 @lru_cache(maxsize=1)
-def _checkpoint(model: Path, dtype: torch.dtype | None) -> Checkpoint:
-    return Checkpoint(model, dtype)
+def _checkpoint(model: Path, dtype: torch.dtype | None, shares: tuple[tuple[str, str], ...]) -> Checkpoint:
+    return Checkpoint(model, dtype, shares=dict(shares))
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,7 @@
-"""A plain Hugging Face directory; for a packed model, the original files bit for bit."""
+"""A plain Hugging Face directory; for a packed model, the original files bit for bit.
+
+Tensors that several blocks share are written once for each of them, because no configuration of transformers says so.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def write(source: Source, out: Path) -> None:
     if is_packed(source.model):
         unpack(source.model, out)
     else:
-        Checkpoint(source.model).write_into(out)
+        Checkpoint(source.model).write_into(out, copies="each")
 
 
 def losses(source: Source, folder: Path, windows: Sequence[Tensor]) -> tuple[float, int]:

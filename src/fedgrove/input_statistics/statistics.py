@@ -81,6 +81,19 @@ class InputStatistics:
             self._strips.append(strip if self._total is None else strip.copy_(self._total[start : start + rows, start:]))
         self._total = None
 
+    def copy(self) -> InputStatistics:
+        """The same sums, to be changed by themselves."""
+        total = self.total
+        return InputStatistics(self.kind, self.tokens, None if total is None else total.clone())
+
+    def plus(self, other: InputStatistics) -> InputStatistics:
+        """The sums over the inputs of both: those of one weight that two linears share."""
+        assert self.kind == other.kind, "the sums are of different kinds"
+        assert self._powers is other._powers is None, "the channels are already equilibrated"
+        totals = [total for total in (self.total, other.total) if total is not None]
+        total = totals[0] + totals[1] if len(totals) == 2 else (totals[0].clone() if totals else None)
+        return InputStatistics(self.kind, self.tokens + other.tokens, total)
+
     def strips(self) -> Iterator[tuple[int, Tensor]]:
         """The upper triangle of the Gram matrix, from the first row to the last.
 

@@ -25,6 +25,7 @@ from fedgrove.job.units import (
     Name,
     Positive,
     Samples,
+    Shares,
     Sparsity,
     Speed,
     Table,
@@ -46,11 +47,14 @@ class Model(Table):
         path: a Hugging Face model directory with safetensors, or the id of a model on the hub.
         revision: a branch, a tag or a commit of a model on the hub.
         dtype: the dtype in which weights are read and written; "auto": the dtype on disk.
+        shares: a table of parameters that several blocks share: the name of each -> the name of the tensor that is stored; "*"
+            in a name stands for the number of every block. `fedgrove doctor` shows it. A result has it in its ``shares.json``.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    shares: Shares = Field(default_factory=dict)
     _name: str | None = PrivateAttr(default=None)
 
     @property

@@ -128,6 +128,7 @@ Word = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]  # a seed, or a ru
 Line = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable), AfterValidator(_stripped)]
 Linear = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]  # a linear's name
+Shares = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*-]{1,255}$")], Linear], Field(max_length=2**18)]
 Linears = Annotated[tuple[Linear, ...], Field(max_length=2**18)]
 Epsilon = Annotated[float, Field(gt=0, le=50)]
 Delta = Annotated[float, Field(gt=0, lt=0.1)]

@@ -8,42 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.experts import legacy_name, unfuse
 from fedgrove.models.positions import positions
-from fedgrove.models.pretrained import hollow_model
+from fedgrove.models.pretrained import hollow_model, without_weights
+from fedgrove.models.shared import uses_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
 
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "cross_attention", "encoder_decoder_attention"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
-
-
-@contextmanager
-def _without_weights() -> Iterator[None]:
-    """Models built here have parameters on the meta device. Their buffers are real: no checkpoint holds all of them."""
-    with init_empty_weights(include_buffers=False):
-        register = nn.Module.register_parameter
-
-        def register_filled(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-            register(module, name, param)
-            if param is not None:  # transformers would draw random values, which takes most of the time, for nothing
-                cast(Any, module._parameters[name])._is_hf_initialized = True
-
-        nn.Module.register_parameter = cast(Any, register_filled)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _BlocksReached(Exception):
@@ -69,7 +52,7 @@ class Decoder:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
         stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
-        with _without_weights():
+        with without_weights():
             self.model: nn.Module = hollow_model(checkpoint.config, checkpoint.path, self.dtype or stored)
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)
@@ -104,12 +87,22 @@ class Decoder:
         return as_matrix(self.blocks[index].get_submodule(name), torch.empty(size, dtype=dtype, device="meta"))
 
     def linear_names(self) -> dict[str, str]:
-        """All linears of all blocks: their names in the model -> the names of their weights in the checkpoint."""
-        return {
-            f"{self.prefix}.{index}.{name}": stored
-            for index in range(len(self))
-            for name, stored in self.block_names(index).items()
-        }
+        """All linears of all blocks: their names in the model -> the names of their weights in the checkpoint.
+
+        Linears that share a weight are there once, under the name of the first.
+        """
+        return {self.linear_name(i, name): stored for i in range(len(self)) for name, stored in self.block_names(i).items()}
+
+    def linear_name(self, index: int, name: str) -> str:
+        """The name in the model of a linear of a block; if blocks share its weight, that of the first linear that has it."""
+        uses = self.shared_linears.get(self.block_names(index)[name])
+        first, leaf = (index, name) if uses is None else uses[0]
+        return f"{self.prefix}.{first}.{leaf}"
+
+    @cached_property
+    def shared_linears(self) -> dict[str, list[tuple[int, str]]]:
+        """The weights that several linears share: their names in the checkpoint -> (block, linear) of each use, in order."""
+        return uses_of(map(self.block_names, range(len(self)))) if self.checkpoint.shares else {}
 
     def read_matrix(self, linear: str) -> Tensor:
         """The weight of a linear, given its name in the model, as (out, in), in the checkpoint's dtype."""
@@ -123,7 +116,7 @@ class Decoder:
         return num_out, num_in
 
     def load_all(self, change: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
-        """The full model with all its weights, which are frozen.
+        """The full model with all its weights, which are frozen. Linears that share a weight become one module.
 
         Args:
             change: called with each block when it is loaded, for example to quantize it before the next one is loaded, and
@@ -133,6 +126,8 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             self._fill(block, f"{self.prefix}.{index}.")
             change(block)
+            for name in self.block_names(index) if self.shared_linears else ():
+                block.set_submodule(name, self.model.get_submodule(self.linear_name(index, name)))
         change(self.model)
         return self.model
 
@@ -346,7 +341,11 @@ class Decoder:
         setattr(module.get_submodule(owner), leaf, value)
 
     def stored_name(self, name: str) -> str:
-        """A parameter's name in the checkpoint.
+        """The name in the checkpoint of a parameter's value, which may be a tensor that parameters share."""
+        return self.checkpoint.shared_name(self.own_name(name))
+
+    def own_name(self, name: str) -> str:
+        """A parameter's own name in the checkpoint.
 
         The names in a model that was saved without its head lack a prefix; the head of GPT-NeoX and the experts of Mixtral have
         older names.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +28,7 @@ class ModelCost:
         saved: number of activations that a block without adapters saves for the backward pass of one window; measured.
         length: tokens of a window.
         masked: whether the linears are pruned, so that the products of the factors are computed and masked.
+        shared: for linears that several blocks share, how many times a forward pass comes to each.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -38,16 +39,29 @@ class ModelCost:
     saved: int
     length: int
     masked: bool = False
+    shared: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
         """Number of entries of all linears."""
         return sum(rows * columns for rows, columns in self.linears.values())
 
+    @property
+    def multiplied(self) -> int:
+        """Multiplications of all linears for a token: :attr:`parameters`, those of shared linears as often as they are used."""
+        return sum(self.uses(name) * rows * columns for name, (rows, columns) in self.linears.items())
+
+    def uses(self, linear: str) -> int:
+        """How many times a forward pass comes to a linear."""
+        return self.shared.get(linear, 1)
+
 
 def count_parameters(decoder: Decoder) -> int:
-    """How many numbers a model has; tied weights count once, whether they are loaded or not."""
-    return sum(parameter.numel() for name, parameter in decoder.model.named_parameters() if name not in decoder.ties)
+    """How many numbers a model has; tied and shared weights count once, whether they are loaded or not."""
+    counted = [(name, parameter.numel()) for name, parameter in decoder.model.named_parameters() if name not in decoder.ties]
+    if not decoder.checkpoint.shares:
+        return sum(numel for _, numel in counted)
+    return sum({decoder.stored_name(name): numel for name, numel in counted}.values())
 
 
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
@@ -83,16 +97,16 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     ):
         weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
         block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
-    tuned = map(decoder.blocks[0].get_submodule, decoder.block_names(0))
-    in_linears = sum(cast(torch.Tensor, module.weight).numel() for module in tuned)
+    uses = ((decoder.linear_name(*places[0]), len(places)) for places in decoder.shared_linears.values())
     total = count_parameters(decoder)
     return ModelCost(
         linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
-        others=total - len(decoder) * in_linears,
+        others=total - sum(rows * columns for rows, columns in shapes.values()),
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         num_blocks=len(decoder),
         saved=sum(saved.values()),
         length=length,
         masked=masked,
+        shared=dict(uses),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -37,17 +38,37 @@ def num_blocks(config: PretrainedConfig) -> int:
     return int(config.num_hidden_layers)
 
 
-def renumbered(names: Iterable[str], kept: Sequence[int]) -> dict[str, str]:
-    """The tensors of a model without some blocks: their new names -> their names in the full model, in the same order."""
+def renumbered(names: Iterable[str], kept: Sequence[int], moved: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The tensors of a model without some blocks: their new names -> their names in the full model, in the same order.
+
+    Args:
+        names: of tensors of the full model.
+        kept: the indexes of the blocks that stay.
+        moved: tensors that stay although their block goes: name in the full model -> new name.
+    """
     place = {block: str(index) for index, block in enumerate(kept)}
     new = {}
     for name in names:
         match = OF_BLOCK.fullmatch(name)
-        if match is None:
+        if name in moved:
+            new[moved[name]] = name
+        elif match is None:
             new[name] = name
         elif int(match[2]) in place:
             new[match[1] + place[int(match[2])] + match[3]] = name
     return new
+
+
+def parts_of(name: str) -> tuple[str, int, str] | None:
+    """The name of a tensor before, at and after the number of its block; None if it is of no block."""
+    match = OF_BLOCK.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]), match[3])
+
+
+def place_of(name: str) -> tuple[int, str]:
+    """Sorts names of tensors by block, those of no block first, and then by name."""
+    parts = parts_of(name)
+    return (-1 if parts is None else parts[1]), name
 
 
 def shorter_config(raw: Mapping[str, Any], config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:

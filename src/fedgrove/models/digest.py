@@ -23,7 +23,7 @@ def digests(checkpoint: Checkpoint, cache: Path | None = None) -> dict[str, str]
     """
     files = [file for file in sorted(checkpoint.path.iterdir()) if file.is_file()]
     stamp = json.dumps(
-        [str(checkpoint.path.resolve()), str(checkpoint.dtype)]
+        [str(checkpoint.path.resolve()), str(checkpoint.dtype), sorted(checkpoint.shares.items())]
         + [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     )
     if cache is not None and cache.is_file():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -10,9 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.cost import count_parameters
+from fedgrove.models.depth import parts_of, place_of
 from fedgrove.models.experts import FUSED
 from fedgrove.models.positions import positions
+from fedgrove.models.pretrained import shares_of
+from fedgrove.models.shared import SHARES
 from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import raw_bytes
 
 NAMED = 3  # extra tensors that a note names
 _OLD_BUFFERS = re.compile(r"(.*\.)?(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|rotary_emb\..*)")
@@ -30,13 +37,16 @@ def check_parameters(decoder: Decoder) -> list[str]:
     checkpoint, used = decoder.checkpoint, set()
     for name, parameter in decoder.model.named_parameters(remove_duplicate=False):
         stored = decoder.stored_name(decoder.source(name))
-        used |= {stored, decoder.stored_name(name)}
+        used |= {stored, decoder.stored_name(name), decoder.own_name(name)}
         if stored not in checkpoint:
-            raise FedgroveError(
-                f"model: {checkpoint.path} lacks the tensor {stored}",
-                "copy the model again; if the copy is complete, fedgrove does not know how this type is stored",
-            )
+            raise FedgroveError(f"model: {checkpoint.path} lacks the tensor {stored}", _remedy(checkpoint, stored))
         shape, dtype = checkpoint.spec(stored)
+        own = decoder.own_name(name)
+        if shape != parameter.shape and own in checkpoint.shares:
+            raise FedgroveError(
+                f"model.shares: {own} has shape {list(parameter.shape)}, but {stored}, which it is to share, has {list(shape)}",
+                "remove it from shares",
+            )
         if shape != parameter.shape:
             raise FedgroveError(
                 f"model: {checkpoint.file_of(stored)}: {stored} has shape {list(shape)}, but config.json specifies "
@@ -49,8 +59,50 @@ def check_parameters(decoder: Decoder) -> list[str]:
                 "floating-point numbers",
                 "take the unquantised model",
             )
+    _check_shares(decoder, used)
     used |= {decoder.stored_name(name) for name, _ in decoder.model.named_buffers()}
-    return [*_notes_on_ties(decoder), *_notes_on_extras(checkpoint, used)]
+    return [*_notes_on_shares(decoder), *_notes_on_ties(decoder), *_notes_on_extras(checkpoint, used)]
+
+
+def _remedy(checkpoint: Checkpoint, missing: str) -> str:
+    """What to do about a tensor that is missing."""
+    parts = parts_of(missing)
+    twins = [name for name in checkpoint.names() if parts is not None and (parts_of(name) or ())[::2] == parts[::2]]
+    if not twins:
+        return "copy the model again; if the copy is complete, fedgrove does not know how this type is stored"
+    return f'copy the model again; if its blocks share one tensor, say so in the job: [model.shares] "{missing}" = "{twins[0]}"'
+
+
+def _check_shares(decoder: Decoder, used: Collection[str]) -> None:
+    """Whether parameters can share tensors as it is declared.
+
+    Args:
+        used: the names, as they would be stored, of all parameters.
+
+    Raises:
+        FedgroveError: a name is no parameter; or a linear of a block shares its weight with something else, or not its bias.
+    """
+    checkpoint = decoder.checkpoint
+    for name, stored in checkpoint.shares.items():
+        if name not in used:
+            raise FedgroveError(f"model.shares: {name} is no parameter of the model", "remove it from shares, or correct it")
+        if checkpoint.has_copy(name) and checkpoint.copy_differs(name):
+            raise FedgroveError(
+                f"model.shares: {name} and {stored} are both stored, and differ, so they are not one tensor",
+                "remove it from shares, or copy the model again",
+            )
+    outside = {
+        decoder.stored_name(name) for name, _ in decoder.model.named_parameters() if not name.startswith(f"{decoder.prefix}.")
+    }
+    for stored, uses in decoder.shared_linears.items():
+        biases = {decoder.stored_name(f"{decoder.prefix}.{block}.{name}.bias") for block, name in uses}
+        modules = [decoder.blocks[block].get_submodule(name) for block, name in uses]
+        if stored in outside or (any(getattr(one, "bias", None) is not None for one in modules) and len(biases) > 1):
+            other = "a tensor outside the blocks" if stored in outside else "its weight, but not its bias,"
+            raise FedgroveError(
+                f"model.shares: {decoder.linear_name(*uses[-1])} shares {other} and a linear is pruned and tuned as a whole",
+                "share all of it, among linears of blocks",
+            )
 
 
 def check_length(decoder: Decoder, length: int, key: str) -> str | None:
@@ -106,17 +158,57 @@ def check_finite(checkpoint: Checkpoint) -> None:
         if not tensor.is_floating_point() or torch.isfinite(tensor).all():
             continue
         file = checkpoint.file_of(name)
-        as_stored = Checkpoint(
-            checkpoint.path,
-            None,
-            checkpoint.overlays,
-            kept_blocks=checkpoint.kept_blocks,
-            kept_experts=checkpoint.kept_experts,
-        ).read(name)
-        if torch.isfinite(as_stored).all():
+        if torch.isfinite(checkpoint.as_stored().read(name)).all():
             dtype = str(checkpoint.dtype).removeprefix("torch.")
             raise FedgroveError(f"model.dtype: {name} in {file} is too large for {dtype}", 'set it to "auto"')
         raise FedgroveError(f"model: {file}: {name} holds NaN or infinity", "copy the model again")
+
+
+def find_equal(checkpoint: Checkpoint) -> dict[str, str]:
+    """Matrices of blocks that are equal, bit for bit, and are not declared as shared: name -> the first of the same bits.
+
+    Reads every matrix once. A matrix whose entries are all equal, such as one of zeros, counts as equal to none.
+    """
+    first: dict[tuple[str, ...], str] = {}
+    equal = {}
+    for name in sorted(checkpoint.names(), key=place_of):
+        shape, dtype = checkpoint.spec(name)
+        if parts_of(name) is None or len(shape) < 2 or checkpoint.shared_name(name) != name:
+            continue
+        tensor = checkpoint.read(name)
+        if bool((tensor == tensor.flatten()[0]).all()):
+            continue
+        key = (hashlib.sha256(raw_bytes(tensor)).hexdigest(), str(shape), str(dtype))
+        if key in first:
+            equal[name] = first[key]
+        first.setdefault(key, name)
+    return equal
+
+
+def check_for_others(checkpoint: Checkpoint) -> None:
+    """Whether plain transformers gets all tensors of a model, which it does not learn of a job.
+
+    Raises:
+        FedgroveError: some are stored under another name, and only the job says so.
+    """
+    known = shares_of(checkpoint.path)
+    missing = next((name for name in checkpoint.shares if not checkpoint.has_copy(name) and name not in known), None)
+    if missing is not None:
+        raise FedgroveError(
+            f"evaluate: speed, tasks and prompts take the whole model, but only the job says what {missing} is",
+            f"write the table model.shares to {checkpoint.path / SHARES}, as a JSON object",
+        )
+
+
+def _notes_on_shares(decoder: Decoder) -> list[str]:
+    if not decoder.checkpoint.shares:
+        return []
+    each, unique = sum(parameter.numel() for parameter in decoder.model.parameters()), count_parameters(decoder)
+    tensors = len(set(decoder.checkpoint.shares.values()))
+    return [
+        f"{len(decoder.checkpoint.shares) + tensors} parameters share {tensors} tensors: the model has {unique:,} numbers, and "
+        f"would have {each:,} if it shared none; a shared tensor is pruned once and tuned once"
+    ]
 
 
 def _notes_on_ties(decoder: Decoder) -> list[str]:

@@ -7,13 +7,16 @@ here all of it becomes one line that names the file.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +29,7 @@ from transformers import (
 )
 
 from fedgrove.errors import FedgroveError, first_line
+from fedgrove.models.depth import num_blocks
 from fedgrove.models.files import (
     CONFIG,
     INDEX,
@@ -35,12 +39,14 @@ from fedgrove.models.files import (
     small_contents,
     weight_files,
 )
-from fedgrove.models.tensor_files import header
+from fedgrove.models.shared import read_shares, resolve_shares
+from fedgrove.models.tensor_files import TORCH_DTYPES, header, write_safetensors
 
 if TYPE_CHECKING:  # this import takes as long as that of torch
     from transformers import PreTrainedModel
 
 CODE = "it needs Python code of its own, which is never run"
+SHARED = "shared.safetensors"  # in a temporary folder: the tensors that are stored once
 ATTENTIONS = ("sdpa", "eager")  # the first that the model has; others need packages or GPUs that may be missing
 # Settings of config.json for training and for looking into a model, which change what its functions return.
 _SWITCHES = {
@@ -101,6 +107,24 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"model: {folder} has no tokenizer that loads: {first_line(error)}",
             "copy the tokenizer's files (tokenizer.json) again",
         ) from error
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built here have parameters on the meta device. Their buffers are real: no checkpoint holds all of them."""
+    with init_empty_weights(include_buffers=False):
+        register = nn.Module.register_parameter
+
+        def register_filled(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            register(module, name, param)
+            if param is not None:  # transformers would draw random values, which takes most of the time, for nothing
+                cast(Any, module._parameters[name])._is_hf_initialized = True
+
+        nn.Module.register_parameter = cast(Any, register_filled)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def hollow_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -181,9 +205,13 @@ def plain_folder(folder: Path) -> Iterator[Path]:
     """A folder from which transformers loads the model: the given one, or a temporary one with links to its files.
 
     The latter where transformers would not find the weights, or would put an adapter on top; see
-    :func:`fedgrove.models.files.loads_as_it_is`.
+    :func:`fedgrove.models.files.loads_as_it_is`. Tensors that several parameters share, and that are stored once, are written
+    there for each of them.
     """
-    if loads_as_it_is(folder):
+    files = weight_files(folder)
+    stored = {name: file for file in files.values() for name in header(file)}
+    copies = {name: tensor for name, tensor in shares_of(folder).items() if name not in stored}
+    if loads_as_it_is(folder) and not copies:
         yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -191,13 +219,36 @@ def plain_folder(folder: Path) -> Iterator[Path]:
         for small, content in small_contents(folder).items():
             (links / small).write_bytes(content)
         names = {}
-        for name, file in weight_files(folder).items():
+        for number, (name, file) in enumerate(files.items()):
+            name = f"shard-{number:05d}.safetensors" if copies else name  # a single file would be read without an index
             (links / name).symlink_to(file.resolve())
             names[name] = list(header(file))
+        if copies:
+            names[SHARED] = list(copies)
+            _write_copies(links / SHARED, {name: (stored[tensor], tensor) for name, tensor in copies.items()})
         index = index_of(names, sum(file.stat().st_size for file in links.glob("*.safetensors")))
         if index is not None:
             (links / INDEX).write_text(index, encoding="utf-8")
         yield links
+
+
+def shares_of(folder: Path) -> dict[str, str]:
+    """The parameters that share a stored tensor, as a model directory declares them; see :mod:`fedgrove.models.shared`."""
+    declared = read_shares(folder)
+    headers = {name: entry for file in weight_files(folder).values() for name, entry in header(file).items()}
+    return resolve_shares(declared, headers, num_blocks(read_config(folder)), folder) if declared else {}
+
+
+def _write_copies(file: Path, copies: Mapping[str, tuple[Path, str]]) -> None:
+    """Writes tensors of other files under new names: new name -> file, name there."""
+
+    def read(place: tuple[Path, str]) -> Tensor:
+        with safe_open(place[0], framework="pt") as opened:
+            return cast(Tensor, opened.get_tensor(place[1]))
+
+    entries = {name: header(source)[tensor] for name, (source, tensor) in copies.items()}
+    specs = {name: (torch.Size(entry["shape"]), TORCH_DTYPES[entry["dtype"]]) for name, entry in entries.items()}
+    write_safetensors(file, specs, map(read, copies.values()))
 
 
 def _with_attention(build: Callable[[str], T], refusal: Callable[[Exception], FedgroveError]) -> T:

@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -19,16 +20,18 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
-from fedgrove.models.depth import num_blocks, renumbered, shorter_config
+from fedgrove.models.depth import num_blocks, place_of, renumbered, shorter_config
 from fedgrove.models.expert_cut import KeptExperts, fewer_experts_config, kept_tensors
 from fedgrove.models.experts import slices
 from fedgrove.models.files import CONFIG, INDEX, index_of, read_json, small_contents, weight_files, without_code
 from fedgrove.models.pretrained import read_config, read_tokenizer
 from fedgrove.models.quantized import refuse_quantized
+from fedgrove.models.shared import SHARES, read_shares, resolve_shares, shares_of_kept
 from fedgrove.models.tensor_files import TORCH_DTYPES, header, write_safetensors
 from fedgrove.models.width import Width, narrower_config
 
 ROWS = 4096  # of two tensors that are compared at once
+Copies = Literal["stored", "once", "each"]
 
 
 class Checkpoint:
@@ -51,10 +54,15 @@ class Checkpoint:
             overlays use the new numbers.
         kept_experts: of each block that has experts, the indexes of the directory's experts that the model has; None: all. They
             are numbered anew, and the overlays use the new numbers. Not together with ``kept_blocks``.
+        shares: parameters that share a stored tensor, in addition to what the directory itself declares; see
+            :mod:`fedgrove.models.shared`. Overlays hold a shared tensor once, under the name of the stored one.
+
+    Attributes:
+        shares: parameter -> the name of the tensor that it shares, with the new numbers of the blocks.
 
     Raises:
         FedgroveError: the directory is no model, has no safetensors files, is quantised, or a file is damaged; or it lacks a
-            block that is kept.
+            block that is kept; or ``shares`` cannot be.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class Checkpoint:
         width: Width | None = None,
         kept_blocks: Sequence[int] | None = None,
         kept_experts: KeptExperts | None = None,
+        shares: Mapping[str, str] = MappingProxyType({}),
     ):
         assert kept_blocks is None or kept_experts is None, "the experts have the directory's numbers of blocks"
         self.path = Path(path)
@@ -81,11 +90,21 @@ class Checkpoint:
         headers = {name: header(file) for name, file in self._files.items()}
         dtypes = ((name, entry["dtype"]) for tensors in headers.values() for name, entry in tensors.items())
         refuse_quantized(self.path, self._raw_config(), dtypes)
+        self._declared = {**read_shares(self.path), **shares}
+        self.shares: dict[str, str] = {}
+        self._replaced: dict[str, str] = {}  # shared tensors of blocks that go -> the new names of those in their place
+        stored = {name: entry for tensors in headers.values() for name, entry in tensors.items()}
+        if self._declared:
+            number = num_blocks(read_config(self.path))
+            self.shares = resolve_shares(self._declared, stored, number, self.path)
         if self.kept_blocks is not None:
             number = num_blocks(read_config(self.path))
             if max(self.kept_blocks) >= number:
                 raise FedgroveError(f"model: it has {number} blocks, so none of index {max(self.kept_blocks)} can stay")
-            self._renumbered = {file: renumbered(header(file), self.kept_blocks) for file in self._files.values()}
+            self.shares, self._replaced = shares_of_kept(self.shares, stored, self.kept_blocks)
+            new_names = renumbered(stored, self.kept_blocks)
+            moved = {old: new for old, new in self._replaced.items() if new not in new_names}
+            self._renumbered = {file: renumbered(header(file), self.kept_blocks, moved) for file in self._files.values()}
         if self.kept_experts is not None:
             number = num_blocks(read_config(self.path))
             for file in self._files.values():
@@ -154,7 +173,21 @@ class Checkpoint:
             width or self.width,
             kept_blocks or self.kept_blocks,
             kept_experts or self.kept_experts,
+            self._declared,
         )
+
+    def as_stored(self) -> Checkpoint:
+        """The same checkpoint in the dtypes on disk."""
+        return Checkpoint(self.path, None, self.overlays, self.width, self.kept_blocks, self.kept_experts, self._declared)
+
+    def new_name(self, name: str) -> str | None:
+        """The name that a tensor of the directory has in this checkpoint, whose blocks may have other numbers.
+
+        None: the tensor is in no block that stays.
+        """
+        if self.kept_blocks is None or name in self._replaced:
+            return self._replaced.get(name, name)
+        return next((new for names in self._renumbered.values() for new, old in names.items() if old == name), None)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -181,24 +214,29 @@ class Checkpoint:
         return read_tokenizer(self.path)
 
     def names(self) -> list[str]:
-        """The names of all tensors of the checkpoint."""
+        """The names of all tensors in the checkpoint's files; a shared tensor may be there under several names."""
         return [name for names in self.shards.values() for name in names]
 
     def changed(self) -> list[str]:
         """The names of the tensors that overlays replace, entirely or in part."""
         replaced = {name for name, file in self._file_of.items() if file.parent in self.overlays}
         replaced |= {self._slices[name][0] for name in replaced if name in self._slices}
-        return [name for name in self.names() if name in replaced]
+        return [name for name in self.names() if self.shared_name(name) in replaced]
 
     def is_changed(self) -> bool:
         """Whether the model is another one than that of the directory."""
         return self.kept_blocks is not None or self.kept_experts is not None or bool(self.changed())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._file_of or name in self.shares
+
+    def shared_name(self, name: str) -> str:
+        """The name of the tensor that a parameter shares; its own name if it shares none."""
+        return self.shares.get(name, name)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+        name = self.shared_name(name)
         with safe_open(self._file_of[name], framework="pt") as file:
             if self._is_slice(name):
                 fused, expert, span = self._slices[name]
@@ -216,6 +254,7 @@ class Checkpoint:
 
     def spec(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of :meth:`read`, without reading the tensor."""
+        name = self.shared_name(name)
         file = self._file_of[name]
         if self._is_slice(name):
             fused, _, rows = self._slices[name]
@@ -228,13 +267,25 @@ class Checkpoint:
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._file_of[name]
+        return self._file_of[self.shared_name(name)]
+
+    def has_copy(self, name: str) -> bool:
+        """Whether a parameter that shares a tensor is also in a file under its own name."""
+        return name in self._file_of
+
+    def copy_differs(self, name: str) -> bool:
+        """Whether a parameter is in a file under its own name, with other values than the tensor that it shares."""
+        return self.has_copy(name) and not self._equal(name, self.shared_name(name))
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors of the checkpoint are equal as :meth:`read`; the result is kept until a file changes."""
         shape = self.spec(one)[0]
         if shape != self.spec(other)[0] or not shape:
             return False
+        return self._equal(self.shared_name(one), self.shared_name(other))
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors in files, of one shape, have the same values."""
         files = self._file_of[one], self._file_of[other]
         return _same(
             *files, self._stored(one), self._stored(other), self.dtype, tuple(file.stat().st_mtime_ns for file in files)
@@ -257,6 +308,8 @@ class Checkpoint:
         digest = hashlib.sha256((self.path / CONFIG).read_bytes())
         for name, file in self._files.items():
             digest.update(json.dumps([name, file.stat().st_size, header(file)]).encode())
+        if self.shares:
+            digest.update(json.dumps(self.shares, sort_keys=True).encode())
         return digest.hexdigest()
 
     def facts(self) -> tuple[object, ...]:
@@ -264,7 +317,8 @@ class Checkpoint:
         files = [self.path / CONFIG, *self._files.values()]
         times = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
         experts = None if self.kept_experts is None else tuple(sorted(self.kept_experts.items()))
-        return self.path, self.dtype, repr(self.width), self.kept_blocks, experts, times
+        shares = tuple(sorted(self.shares.items()))
+        return self.path, self.dtype, repr(self.width), self.kept_blocks, experts, shares, times
 
     def write(self, out: Path, texts: Mapping[str, str] | None = None) -> None:
         """Writes one plain model directory atomically: the same shards and order of tensors, configuration, tokenizer.
@@ -283,18 +337,29 @@ class Checkpoint:
         with atomic_folder(out) as partial:
             self.write_into(partial, texts)
 
-    def write_into(self, folder: Path, texts: Mapping[str, str] | None = None) -> None:
-        """Like :meth:`write`, but into an existing folder and not atomically."""
+    def write_into(self, folder: Path, texts: Mapping[str, str] | None = None, copies: Copies = "stored") -> None:
+        """Like :meth:`write`, but into an existing folder and not atomically.
+
+        Args:
+            copies: of shared tensors: "stored", those that the files have; "once"; or "each", one for every parameter, which
+                is what other programs load.
+        """
         for small, content in small_contents(self.path).items():
-            (folder / small).write_bytes(content)
+            if small != SHARES:
+                (folder / small).write_bytes(content)
+        if self.shares:
+            (folder / SHARES).write_text(json.dumps(self.shares, indent=2) + "\n", encoding="utf-8")
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        for shard, names in self.shards.items():
+        shards = {shard: self._copied(names, copies) for shard, names in self.shards.items()}
+        num_bytes = 0
+        for shard, names in shards.items():
             if not names:  # all blocks in it are gone
                 continue
             specs = {name: self.spec(name) for name in names}
+            num_bytes += sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
             write_safetensors(folder / shard, specs, (self.read(name) for name in names))
-        index = index_of(self.shards, self.num_bytes())
+        index = index_of(shards, num_bytes)
         if index is not None:
             (folder / INDEX).write_text(index, encoding="utf-8")
         config = without_code(self._raw_config())
@@ -306,6 +371,13 @@ class Checkpoint:
             config["dtype"] = str(self.dtype).removeprefix("torch.")
         if smaller is not None or self.dtype is not None:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def _copied(self, names: list[str], copies: Copies) -> list[str]:
+        """The names of a file's tensors with that many copies of the shared ones."""
+        if copies == "once":
+            return [name for name in names if name not in self.shares]
+        missing = [name for name, stored in self.shares.items() if stored in names and not self.has_copy(name)]
+        return [*names, *sorted(missing, key=place_of)] if copies == "each" else names
 
     def _dtype_of(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype

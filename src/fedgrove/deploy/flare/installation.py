@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -69,13 +71,21 @@ class Installation:
         """The capabilities that the site declares."""
         return Declared.model_validate(self.settings.model_dump(mode="json", include=set(Declared.model_fields)))
 
-    def client(self, model: str, dtype: str = "auto", secure: bool = False, ledger: Path | None = None) -> LocalClient:
+    def client(
+        self,
+        model: str,
+        dtype: str = "auto",
+        secure: bool = False,
+        ledger: Path | None = None,
+        shares: Mapping[str, str] = MappingProxyType({}),
+    ) -> LocalClient:
         """The site as a client of a run.
 
         Args:
             model: the name of the run's model.
             dtype: the dtype in which the model is read, such as "bfloat16"; "auto": the checkpoint's own.
             ledger: the folder in which the site records what it has released for the job.
+            shares: parameters of the model that share a stored tensor.
             secure: load the credentials for secure aggregation even if ``allow.secure`` is false. A client with
                 credentials sends nothing about its text unless it is masked.
 
@@ -96,6 +106,7 @@ class Installation:
             prompt=settings.prompt,
             answer=settings.answer,
             ledger=ledger,
+            shares=shares,
         )
 
 

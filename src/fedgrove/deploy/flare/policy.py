@@ -22,7 +22,7 @@ from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage, FederatedJob
-from fedgrove.job.units import MAX_CLIENTS, CountOrZero, Name
+from fedgrove.job.units import MAX_CLIENTS, CountOrZero, Name, Shares
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Part, Request
 
@@ -37,6 +37,7 @@ class Terms(Part):
         seed: the job's seed.
         model: the model's name; each site's ``site.toml`` says where its copy is.
         dtype: the dtype in which the model is read.
+        shares: parameters of the model that share a stored tensor, as the job declares them.
         digests: hashes of the server's copy, see :func:`fedgrove.models.digest.digests`.
         stages: the job's stages.
         secure: whether sums are computed under secure aggregation.
@@ -49,6 +50,7 @@ class Terms(Part):
     seed: int
     model: Name
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    shares: Shares = Field(default_factory=dict)
     digests: Annotated[dict[Name, Digest], Field(max_length=2**16)]
     stages: Annotated[tuple[AnyStage, ...], Field(max_length=MAX_STAGES)]
     secure: bool
@@ -86,6 +88,7 @@ def terms_of(job: FederatedJob, digests: Mapping[str, str]) -> Terms:
         seed=job.seed,
         model=job.model.path,
         dtype=job.model.dtype,
+        shares=job.model.shares,
         digests=dict(digests),
         stages=job.stages,
         secure=job.privacy.secure_aggregation,

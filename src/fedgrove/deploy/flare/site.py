@@ -66,7 +66,7 @@ def _respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> bytes
     terms = agreed_terms(site)
     summed = None if masking is None else masking.session.quorum
     policy.check(settings.allow, terms, request, summed)
-    client = site.client(terms.model, terms.dtype, terms.secure, ledger.releases(kit, terms))
+    client = site.client(terms.model, terms.dtype, terms.secure, ledger.releases(kit, terms), terms.shares)
     return serve.respond(request, tensors, masking, client, settings.device)
 
 

@@ -20,6 +20,7 @@ from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import VALUE_BITS
 from fedgrove.stages.prune.pruners import effort_of
+from fedgrove.stages.prune.shared import num_outside_blocks
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,13 @@ def largest_block(decoder: Decoder) -> LargestBlock:
     config = decoder.checkpoint.config.get_text_config()
     shapes = {name: decoder.read_shape(f"{decoder.prefix}.{index}.{name}") for name in names}
     experts = {expert_of(name) for name in names} - {None}
-    everything = sum(decoder.checkpoint.spec(name)[0].numel() for name in decoder.checkpoint.names())
     return LargestBlock(
         shapes=shapes,
         inputs=_inputs(shapes, config.hidden_size),
         reached={name: config.num_experts_per_tok / len(experts) if expert_of(name) else 1.0 for name in names},
         width=config.hidden_size,
         numel=max(numbers),
-        ends=everything - sum(numbers),
+        ends=num_outside_blocks(decoder),
         dtype=decoder.checkpoint.spec(next(iter(decoder.block_names(0).values())))[1],
     )
 

@@ -30,6 +30,7 @@ from fedgrove.stages.prune.cost import (
 )
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
+from fedgrove.stages.prune.shared import check_shared, upload_of
 
 
 class Assignment(base.Assignment):
@@ -95,6 +96,7 @@ def make_plan(
         FedgroveError: the pattern does not fit a linear, or a client has too little memory; names the linear or the client.
     """
     check_pattern(decoder, config.target)
+    check_shared(index, config, decoder)
     num_blocks = len(decoder)
     masked = masked_bytes(config, capabilities) if secure else None
     largest = largest_block(decoder)
@@ -132,7 +134,7 @@ def make_plan(
             samples=capabilities[name].samples or config.samples,
             sparsity=target_of(config, capabilities[name]).sparsity,
             memory=memory[name],
-            upload=asked * costs[name].upload + num_blocks * mending[name].upload,
+            upload=upload_of(decoder, config, costs[name].upload, blocks) + num_blocks * mending[name].upload,
             seconds=round(asked * costs[name].seconds + num_blocks * mending[name].seconds, 1),
         )
     return Plan(

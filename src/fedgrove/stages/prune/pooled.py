@@ -29,6 +29,7 @@ from fedgrove.stages.prune.exchanges.statistics import SumInputs, narrow
 from fedgrove.stages.prune.menders import mender_of
 from fedgrove.stages.prune.plan import Plan
 from fedgrove.stages.prune.pruners import magnitude
+from fedgrove.stages.prune.shared import add_uses, complete_names, forget_sums, read_sums, write_sums
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _with_products(decoder: Decoder, config: Config, inputs: Mapping[str, Shared
 def prune_without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
     """Prunes a block by magnitude. Clients get no request."""
     records = {}
-    for name in decoder.block_names(block):
+    for name in complete_names(decoder, block):
         before = decoder.read_linear(block, name)
         weight, mask = magnitude.prune(before.float().contiguous().clone(), InputStatistics("nothing"), target)
         records[name] = Pruned(weight.to(before.dtype), mask, [])
@@ -106,18 +107,27 @@ def prune_by_sums(
         ValueError: the sums hold NaN or infinity, or SparseGPT cannot factor the Gram matrix.
     """
     sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
+    names = complete_names(decoder, block)
+    totals = read_sums(previous.parent, block, decoder)
     records = {}
     for first, one in blocks[block].items():
-        known = _statistics(first, one, sums, decoder.device, moments=config.solver.NEEDS == "moments")
+        of_block = _statistics(first, one, sums, decoder.device, moments=config.solver.NEEDS == "moments")
         moments = _statistics(first, one, sums, decoder.device, moments=True) if config.mend else None
-        pruner = "wanda" if config.sums_products and known.kind == "squares" else config.pruner  # with mixed = true
+        pruner = "wanda" if config.sums_products and of_block.kind == "squares" else config.pruner  # with mixed = true
+        totals = add_uses(decoder, block, dict.fromkeys(one.consumers, of_block), totals)
         for name in one.consumers:
+            if name not in names:
+                continue
+            known = totals.pop(names[name], of_block)
             before = decoder.read_linear(block, name)
             weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
             weight, mask = pruners.prune(pruner, weight, known, target, config.damping_mode)
             pruned = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), sums.clients)
             records[name] = pruned if moments is None else _mended(pruned, before, moments, target, config)
-    return {name: records[name] for name in decoder.block_names(block)}
+    if decoder.shared_linears:
+        write_sums(previous.parent, block + 1, totals)
+        forget_sums(previous.parent, before=block)
+    return {name: records[name] for name in names}
 
 
 def mend_by_sums(

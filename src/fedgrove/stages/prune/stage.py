@@ -38,6 +38,7 @@ from fedgrove.stages.prune.exchanges.block import BlockSums, PruneBlock
 from fedgrove.stages.prune.plan import Plan, make_plan
 from fedgrove.stages.prune.pooled import Pruned, mend_by_sums, prune_by_sums, prune_without_data
 from fedgrove.stages.prune.recipe import Recipe
+from fedgrove.stages.prune.shared import complete_names
 
 Record = dict[str, Any]
 
@@ -116,7 +117,7 @@ def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
     """With wanda, which needs small statistics, and with sparsegpt, which needs the largest."""
     needs = {}
     for pruner in ("wanda", "sparsegpt"):
-        config = Config(kind="prune", pruner=pruner, sparsity=0.5, length=length)
+        config = Config(kind="prune", pruner=pruner, sparsity=0.5, length=length, source="dense")
         assignment = make_plan(0, config, decoder, {"one": Capabilities()}, seed=0).clients["one"]
         needs[f"prune with {pruner}"] = float(assignment.memory)
     return needs
@@ -219,9 +220,12 @@ def _prune_by_solutions(
     federation: Federation,
 ) -> dict[str, Pruned]:
     """The clients prune the block, and the aggregation combines their results."""
-    names = decoder.block_names(block)
+    names = complete_names(decoder, block)
+    if not names:
+        return {}  # later blocks share all of its weights
     first = plan.stage == 0 and round_ == 0  # then clients start from their own copies
-    start = {} if first else {START + name: decoder.read_linear(block, name).contiguous() for name in names}
+    every = decoder.block_names(block)
+    start = {} if first else {START + name: decoder.read_linear(block, name).contiguous() for name in every}
     messages = {
         client: Message(prune_request(federation.job, plan, config, client, round_, block, sparsities), start)
         for client in plan.contributors(round_, block)

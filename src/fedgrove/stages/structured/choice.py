@@ -77,7 +77,8 @@ def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None
             before, after = getattr(plan.before, kind), getattr(plan.after, kind)
             groups[block][kind] = torch.arange(before)
             if after < before:
-                groups[block][kind] = kept_groups(score.finish(CODE.decode(sums[f"{CHANGE}{block}/{kind}"])), after)
+                total = sums[f"{CHANGE}{plan.first_uses[kind][block]}/{kind}"]
+                groups[block][kind] = kept_groups(score.finish(CODE.decode(total)), after)
     return Choice(blocks, groups)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import safe_open
 
@@ -17,7 +17,6 @@ from fedgrove.input_statistics import fixed_point
 from fedgrove.input_statistics.exchange import SCALE, InputSums, largest_per_client
 from fedgrove.input_statistics.probe import SharedInput, probe
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.depth import renumbered
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.federation import Federation
@@ -109,12 +108,20 @@ def _save(
     overlay: Path,
     clients: list[str],
 ) -> None:
-    """Writes a block that is cut, unless it is there already; the names of its tensors are those of the shorter model."""
+    """Writes a block that is cut, unless it is there already; the names of its tensors are those of the shorter model.
+
+    Weights that it shares with earlier blocks are in the file of the first of these.
+    """
     if _file(overlay, block).is_file():
         return
     assert choice.groups is not None
     tensors, repairs = cut_block(decoder, block, choice.groups[block], inputs)
-    new = {name: tensors[old] for name, old in renumbered(tensors, choice.blocks).items()}
+    result = decoder.checkpoint
+    if len(choice.blocks) < len(decoder):
+        result = result.over(kept_blocks=choice.blocks)
+    earlier = {stored for other in choice.blocks if other < block for stored in decoder.block_names(other).values()}
+    own = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] + ".weight" not in earlier}
+    new = {cast(str, result.new_name(name)): tensor for name, tensor in own.items()}
     record = {"repair": repairs, "clients": clients} if inputs is not None else {}
     save_tensors(new, _file(overlay, block), {"record": json.dumps(record)})
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import Field
+
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import disclosed_by
 from fedgrove.input_statistics.fixed_point import ring_bits
@@ -25,6 +27,7 @@ from fedgrove.stages.structured.cut import cut_parts, has_bias
 from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
 from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.structured.scores import score_of
+from fedgrove.stages.structured.shared import check_shared, first_uses, own_and_all
 
 BYTES = 4.0  # that an int64 of a sum compresses to (measured on the shipped model)
 
@@ -72,6 +75,8 @@ class Plan(base.Plan):
         before, after: the widths of every block; None: of a mixture of experts, of which only experts are cut.
         queries: query heads in a group.
         experts: how many experts stay; None: all.
+        first_uses: by kind of group, for every block the first block that has the same groups; see
+            :func:`fedgrove.stages.structured.shared.first_uses`.
         parameters: number of parameters of the model, before and after.
         types: model_type in config.json, before and after.
     """
@@ -84,6 +89,7 @@ class Plan(base.Plan):
     after: Width | None = None
     queries: int = 1
     experts: ExpertCut | None = None
+    first_uses: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     parameters: tuple[int, int]
     types: tuple[str, str]
 
@@ -116,6 +122,8 @@ def make_plan(
         if share and getattr(after, key) == groups:
             what = "channels" if key == "channels" else "groups of heads"
             raise less_than_one(index, key, share, groups, what)
+    check_shared(index, config, decoder)
+    firsts = first_uses(decoder)
     left = _blocks_left(index, config, len(decoder))
     smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
@@ -137,7 +145,7 @@ def make_plan(
         memory = max(
             memory, 4 * (cost.others + max(block + gradients + 3 * cost.saved, 5 * config.length * cost.vocabulary)) + 2**24
         )
-        num_groups = len(decoder) * (before.channels + before.heads)
+        num_groups = sum(len(set(blocks)) * getattr(before, kind) for kind, blocks in firsts.items())
         of_names = 1300 * len(decoder)  # measured on the shipped model, as are the bytes of a number
         upload += (8 if secure else 4) * num_groups + of_names
         work += 2 * 3 * (forward + cost.vocabulary * cost.width)  # forward, forward again, backward
@@ -182,10 +190,11 @@ def make_plan(
         before=before,
         after=after,
         queries=decoder.checkpoint.config.num_attention_heads // before.heads,
+        first_uses=firsts,
         parameters=(count_parameters(decoder), count_parameters(smaller)),
         clients=assignments,
         discloses=base.names_of(discloses),
-        notes=_notes(read, number_of_tokens, secure),
+        notes=(*_notes_on_depth(config, decoder), *_notes(read, number_of_tokens, secure)),
         types=(decoder.checkpoint.config.model_type, smaller.checkpoint.config.model_type),
     )
 
@@ -200,6 +209,14 @@ def _check_tokens(index: int, config: Config, read: list[int], tokens: int, clie
             f"linear of {widest} inputs takes {needed} or more",
             f"set samples to {math.ceil(needed / clients)} or more, or repair = false",
         )
+
+
+def _notes_on_depth(config: Config, decoder: Decoder) -> tuple[str, ...]:
+    """What a block takes with it that shares weights with others."""
+    if not config.depth or not decoder.shared_linears:
+        return ()
+    own, total = own_and_all(decoder)
+    return (f"Blocks share weights: one that is cut takes {own:,} of the {total:,} weights in its linears with it.",)
 
 
 def _notes(read: list[int], tokens: Mapping[str, int], secure: bool) -> tuple[str, ...]:

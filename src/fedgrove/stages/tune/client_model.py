@@ -62,7 +62,8 @@ class TuneRequest(Request):
             raise client.error("its working files are gone; continue the run with --resume")
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
-        checkpoint = Checkpoint(client.model, client.dtype, [folder] if self.parts else [], kept_blocks=self.kept_blocks)
+        overlays = [folder] if self.parts else []
+        checkpoint = checkpoint_of(client).over(*overlays, kept_blocks=self.kept_blocks)
         if self.cut is not None:
             checkpoint = self._narrowed(self.cut, checkpoint, client)
         decoder = latest_decoder(checkpoint, device, same=self.base_digest)

@@ -97,7 +97,7 @@ def activation_bytes(cost: ModelCost, bits: int) -> float:
     """Bytes of one window at the peak, without adapters: the blocks' saved activations and the logits."""
     number = 4 if bits == 32 else 2
     logits = cost.length * cost.vocabulary * (LOGIT + (0 if bits == 32 else number))
-    inputs = sum(columns for _, columns in cost.linears.values()) if bits == 8 else 0  # int8 saves the input of every linear
+    inputs = _inputs(cost) if bits == 8 else 0  # int8 saves the input of every linear
     return number * (cost.num_blocks * cost.saved + cost.length * inputs) + logits
 
 
@@ -108,12 +108,18 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     for name, rank in config.ranks.items():
         if rank:
             rows, columns = cost.linears[name]
-            total += rank * (rows + columns) * PER_TUNED + config.micro * _saved_bytes(cost, config.bits, columns, rank)
+            saved = cost.uses(name) * _saved_bytes(cost, config.bits, columns, rank)
+            total += rank * (rows + columns) * PER_TUNED + config.micro * saved
     return total
 
 
+def _inputs(cost: ModelCost) -> int:
+    """The numbers of a token that linears read in a forward pass."""
+    return sum(cost.uses(name) * columns for name, (_, columns) in cost.linears.items())
+
+
 def _saved_bytes(cost: ModelCost, bits: int, columns: Any, rank: Any) -> Any:
-    """Bytes that a tuned linear saves of one window for the backward pass; of numbers, or of arrays of them.
+    """Bytes that one use of a tuned linear saves of one window for the backward pass; of numbers, or of arrays of them.
 
     Its input in float32 (the dtype of the adapters) and, per token, one number for each rank; on a pruned model only its
     input, in the dtype of the weights.
@@ -125,7 +131,7 @@ def _saved_bytes(cost: ModelCost, bits: int, columns: Any, rank: Any) -> Any:
 
 def full_memory(cost: ModelCost, micro: int) -> float:
     """Bytes at the peak of full fine-tuning of the linears, in float32, without the process itself."""
-    inputs = sum(columns for _, columns in cost.linears.values())
+    inputs = _inputs(cost)
     tuned = cost.parameters * (PER_TUNED - 4)
     return weight_bytes(cost, 32) + tuned + micro * (activation_bytes(cost, 32) + 4 * cost.length * inputs)
 
@@ -136,7 +142,7 @@ def window_operations(cost: ModelCost) -> float:
     Two per weight and token in the forward pass and two in the backward pass (frozen weights need no gradient), the
     same for the head, plus the attention products.
     """
-    weights = cost.parameters + cost.width * cost.vocabulary
+    weights = cost.multiplied + cost.width * cost.vocabulary
     attention = 2 * 2 * cost.length**2 * cost.width * cost.num_blocks
     return 4 * cost.length * weights + 3 * attention
 
@@ -149,11 +155,11 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     passes), and the weight's gradient takes two operations per weight and token; a quantized weight, to which nothing
     can be added, takes four more, which are not counted.
     """
-    adapters = sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
+    adapters = sum(cost.uses(name) * rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
     if cost.masked:
-        rest = (2 * cost.length + 8 * space.rest) * cost.parameters
+        rest = (2 * cost.length + 8 * space.rest) * cost.multiplied
     else:
-        rest = 4 * cost.length * space.rest * sum(map(sum, cost.linears.values()))
+        rest = 4 * cost.length * space.rest * sum(cost.uses(name) * sum(shape) for name, shape in cost.linears.items())
     windows = space.steps * each_device(config.batch, budget)
     return windows * (window_operations(cost) + rest + 6 * cost.length * adapters) / budget.speed
 
@@ -171,7 +177,7 @@ def seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientC
 def full_compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, batch: int) -> float:
     """Seconds of computation in a round of full fine-tuning; the weights' gradients add two operations per weight and token."""
     windows = space.steps * each_device(batch, budget)
-    return windows * (window_operations(cost) + 2 * cost.length * cost.parameters) / budget.speed
+    return windows * (window_operations(cost) + 2 * cost.length * cost.multiplied) / budget.speed
 
 
 def upload(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
@@ -249,20 +255,22 @@ def best(
     check_feasible(cost, space, budget)
     names = sorted(cost.linears)
     inputs, widths = np.array([(cost.linears[name][1], sum(cost.linears[name])) for name in names], dtype=float).T
+    uses = np.array([[float(cost.uses(name))] for name in names])
     numbers = np.outer(widths, space.ranks)  # trained and sent
     gains = [gain(rank, space.ranks[-1]) for rank in space.ranks]
     values = np.outer([importance[name] for name in names], gains) - space.upload_price / _largest(cost, space) * numbers
     bits = [
         KnapsackSide(
             -QUANTIZATION_PRICE[b],
-            PER_TUNED * numbers + _saved_bytes(cost, b, inputs[:, None], np.array(space.ranks, dtype=float)),
+            PER_TUNED * numbers + uses * _saved_bytes(cost, b, inputs[:, None], np.array(space.ranks, dtype=float)),
             budget.memory - memory(cost, space, ClientConfig(b, 1, 1, {})),
         )
         for b in space.bits
     ]
     batches = []
     for batch in space.batches:
-        per_number = 6.0 * cost.length * space.steps * each_device(batch, budget) / budget.speed + space.number / budget.uplink
+        per_use = 6.0 * cost.length * space.steps * each_device(batch, budget) / budget.speed
+        per_number = per_use * uses + space.number / budget.uplink
         capacity = budget.seconds - seconds(cost, space, budget, ClientConfig(space.bits[0], batch, 1, {}))
         batches.append(KnapsackSide(gain(batch, space.batches[-1]), per_number * numbers, capacity))
     if gap is None:

@@ -21,7 +21,7 @@ def write_merged(decoder: Decoder, method: Trainable, totals: Mapping[str, Any],
     for block in range(len(decoder)):
         merged = {}
         for linear, stored in decoder.block_names(block).items():
-            name = f"{decoder.prefix}.{block}.{linear}"
+            name = f"{decoder.prefix}.{block}.{linear}"  # of a weight that blocks share, only the first is in ``totals``
             if name in totals:
                 weight = method.merge(decoder.read_matrix(name), totals[name], name in masked)
                 merged[stored] = as_matrix(decoder.model.get_submodule(name), weight).contiguous()

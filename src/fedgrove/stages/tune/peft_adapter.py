@@ -26,7 +26,7 @@ def write_lora(
 
     Args:
         out: the folder; an existing one is replaced.
-        changes: by linear.
+        changes: by linear; of linears that share a weight, the first.
         base: the model that the job names.
         title: the title of the adapter's card.
         pruned: the model has zeros that the adapter would refill; the card then warns about this.
@@ -42,14 +42,20 @@ def write_lora(
     compressed = {name: factors for name, factors in compressed.items() if factors.rank}
     if not compressed:
         return False
+    each = {  # plain peft knows nothing of linears that blocks share: each has the same factors
+        f"{decoder.prefix}.{block}.{linear}": compressed[name]
+        for block in range(len(decoder))
+        for linear in decoder.block_names(block)
+        if (name := decoder.linear_name(block, linear)) in compressed
+    }
     with atomic_folder(out, replace=True) as partial:
-        pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in compressed.items()}
+        pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in each.items()}
         config = LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
             r=1,
             lora_alpha=1,
-            target_modules=sorted(compressed),
+            target_modules=sorted(each),
             rank_pattern=pattern,
             alpha_pattern=dict(pattern),
             fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(compressed))), nn.Linear),
@@ -57,7 +63,7 @@ def write_lora(
         )
         config.save_pretrained(str(partial))
         tensors: dict[str, Tensor] = {}
-        for name, factors in compressed.items():
+        for name, factors in each.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
             tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
         save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})

@@ -103,13 +103,15 @@ class Tuning:
         """Sends every client the weights that earlier stages changed, block by block."""
         changed = self.model.changed()
         self.base = []
+        sent: set[str] = set()  # of weights that blocks share
         clock = self._clock({})
         for block in range(len(self.decoder)):
             weights = self.decoder.block_names(block).values()
             biases = {name.removesuffix("weight") + "bias" for name in weights}
-            names = [name for name in changed if name in weights or name in biases]
+            names = [name for name in changed if (name in weights or name in biases) and name not in sent]
             if not names:
                 continue
+            sent.update(names)
             title, blocks = "sending the model", len(self.decoder)
             self.run.phase(Phase("send", title=title, stage=self.plan.stage, block=block, blocks=blocks))
             request = KeepWeights(stage=self.plan.stage, part=len(self.base), kept_blocks=self.model.kept_blocks)

@@ -69,7 +69,10 @@ class JoinRun(SiteRequest):
             path = model_folder(settings.models, terms.model, kit)
         except FedgroveError as error:
             raise Refusal("models") from error
-        checkpoint = Checkpoint(path, torch_dtype(terms.dtype))
+        try:
+            checkpoint = Checkpoint(path, torch_dtype(terms.dtype), shares=terms.shares)
+        except FedgroveError as error:
+            raise Refusal("model", "shares") from error
         different = first_difference(terms.digests, digests(checkpoint, kit / settings.work / f"digests-{terms.model}.json"))
         if different is not None:
             raise Refusal("model", different)

@@ -31,6 +31,7 @@ from fedgrove.stages.prune.calibration_pass import gather, windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import GROWTH, VALUE_BITS, FixedWeights, unit_of
 from fedgrove.stages.prune.recipe import Recipe
+from fedgrove.stages.prune.shared import add_uses, complete_names, forget_sums, read_sums, sums_file, write_sums
 
 
 class PruneBlock(Request):
@@ -118,7 +119,7 @@ class PruneBlock(Request):
         assert layout is not None
         sends = self.method.SENDS
         expected: TensorSpecs = {}
-        for name in layout.block_names(self.block):
+        for name in complete_names(layout, self.block):
             blank = layout.blank_linear(self.block, name)
             if Disclosure.MASKS in sends:
                 expected[WEIGHT + name] = (blank.shape, torch.bool if self.fixed_point is None else torch.uint8)
@@ -135,7 +136,7 @@ class PruneBlock(Request):
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         assert layout is not None
         target = self.recipe.target(self.block)
-        for name in layout.block_names(self.block):
+        for name in complete_names(layout, self.block):
             if self.max_weight_growth is not None:
                 limit = self.max_weight_growth * float(layout.read_linear(self.block, name).abs().max())
                 if float(tensors[CHANGE + name].abs().max()) > limit:
@@ -219,7 +220,10 @@ def prune_block(
     if len(recipe.sparsities) != len(decoder):
         raise client.error(f"its model has {len(decoder)} blocks, but the request is for one of {len(recipe.sparsities)}")
     states = HiddenStates(client, calibration, decoder)
+    shared = bool(decoder.shared_linears)
     at = states.latest(index)
+    while shared and at and not sums_file(states.folder, at).is_file():  # it was interrupted between the two
+        at = states.latest(at - 1)
     together = calibration.windows_per_run
     number = calibration.samples // together
     if at is None:
@@ -230,6 +234,8 @@ def prune_block(
     calls = decoder.calls(together, calibration.length)
     decoder.forget_ends()
     dense = calibration.through == "dense"
+    if shared and not dense:
+        raise client.error("blocks of its model share weights, which can be pruned only with the inputs of the dense model")
     more = index < max(recipe.blocks)  # the outputs of the client's last block are not needed
 
     def keep(outputs: Iterable[Tensor]) -> None:
@@ -237,6 +243,9 @@ def prune_block(
 
     for passed in range(at, index):
         mine: Tensors = {}
+        if shared:
+            _pass_shared(decoder, passed, calls[passed], states, recipe, number)
+            continue
         if passed in recipe.blocks:
             if start:  # it has the weights of block ``index`` only, not those of earlier blocks
                 raise client.error("its working files are gone; it can take part again next round")
@@ -246,7 +255,9 @@ def prune_block(
         with decoder.loaded(passed, mine) as block:
             states.write(passed + 1, (decoder.run(block, h, calls[passed]) for h in states.read(passed)), number)
 
-    result = _pruned(decoder, index, calls[index], states.read(index), recipe, start, keep if dense and more else None)
+    of_states = states.folder if shared else None
+    outputs = keep if dense and more else None
+    result = _pruned(decoder, index, calls[index], states.read(index), recipe, start, outputs, of_states)
     for name, before, after, mask in result:
         if request.keep or (more and not dense):
             own[name] = after
@@ -256,6 +267,7 @@ def prune_block(
         with decoder.loaded(index, own) as block:
             keep(decoder.run(block, h, calls[index]) for h in states.read(index))
     states.forget(before=at)
+    forget_sums(states.folder, before=at)
     if request.keep:
         names = decoder.block_names(index)
         stored = {names[name]: as_matrix(decoder.blocks[index].get_submodule(name), after) for name, after in own.items()}
@@ -275,17 +287,25 @@ def _pruned(
     recipe: Recipe,
     start: Tensors,
     keep: Callable[[Iterable[Tensor]], None] | None = None,
+    sums: Path | None = None,
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Prunes every linear of a block, one after the other. All statistics come from the unpruned block.
 
     Args:
         keep: consumes the outputs of the unpruned block.
+        sums: the folder with the sums of weights that blocks share; None: the model has none.
     """
     pruner = pruners.pruner_of(recipe.pruner)
     with decoder.loaded(index, start) as block:
         inputs = gather(decoder, block, windows, call, pruner.NEEDS, keep)
     heap.release_freed_memory()  # of the block and its activations, before the pruner needs memory
-    shapes = {name: decoder.blank_linear(index, name).shape for name in decoder.block_names(index)}
+    names = complete_names(decoder, index)
+    if sums is not None:
+        totals = add_uses(decoder, index, inputs, read_sums(sums, index, decoder))
+        inputs = {name: totals.pop(stored, inputs[name]) for name, stored in names.items()}
+        write_sums(sums, index + 1, totals)
+        del totals
+    shapes = {name: decoder.blank_linear(index, name).shape for name in names}
     for name in sorted(shapes, key=lambda name: -shapes[name][1]):  # the widest input takes the most memory, so it comes first
         known = inputs.pop(name)  # freed when the last linear that reads it is done
         if not known.silent and not torch.isfinite(known.squares.sum()):
@@ -294,6 +314,18 @@ def _pruned(
         weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
         after, mask = pruners.prune(recipe.pruner, weight, known, recipe.target(index), recipe.damping)
         yield name, before, after.to("cpu", before.dtype), mask.cpu()
+
+
+def _pass_shared(decoder: Decoder, index: int, call: Call, states: HiddenStates, recipe: Recipe, number: int) -> None:
+    """Lets the hidden states pass through a block, and adds its inputs to the sums of the weights that blocks share."""
+
+    def keep(outputs: Iterable[Tensor]) -> None:
+        states.write(index + 1, outputs, number)
+
+    needs = pruners.pruner_of(recipe.pruner).NEEDS
+    with decoder.loaded(index) as block:
+        inputs = gather(decoder, block, states.read(index), call, needs, keep)
+    write_sums(states.folder, index + 1, add_uses(decoder, index, inputs, read_sums(states.folder, index, decoder)))
 
 
 class BlockSums:
@@ -310,7 +342,7 @@ class BlockSums:
         self._requests: dict[str, PruneBlock] = {}
         self.sums: dict[str, WeightedSum] = {
             name: TrimmedSum(trim=trim, before=layout.read_linear(block, name).to(layout.device)) if trim else WeightedSum()
-            for name in layout.block_names(block)
+            for name in complete_names(layout, block)
         }
 
     def masked(self, messages: Mapping[str, Message]) -> dict[str, Message]:

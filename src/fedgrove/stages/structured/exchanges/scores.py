@@ -15,13 +15,14 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Name
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.width import family_of, width_of
+from fedgrove.models.width import width_of
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.gradients import group_products
 from fedgrove.stages.structured.scores import score_of
+from fedgrove.stages.structured.shared import first_uses
 
 CODE = FixedPoint(fraction_bits=24)  # encodes what each window adds to a sum
 LARGEST = 2**62  # the largest sum over all clients
@@ -30,7 +31,8 @@ LARGEST = 2**62  # the largest sum over all clients
 class ScoreGroups(Request):
     """Sum, over your text, a score of how the loss changes if a channel or group of heads is cut, for all of them at once.
 
-    The response holds ``change/<block>/channels`` and ``change/<block>/heads``: (groups,) int64, multiples of 2⁻²⁴.
+    The response holds ``change/<block>/channels`` and ``change/<block>/heads``: (groups,) int64, multiples of 2⁻²⁴. For groups
+    that several blocks share, a window's changes are added over these blocks before they are scored; the first is named.
 
     Attributes:
         score: see :mod:`fedgrove.stages.structured.scores`.
@@ -53,13 +55,19 @@ class ScoreGroups(Request):
         decoder = decoder_of(client, device)
         windows = calibration_windows(client, self.calibration.samples, self.calibration.length, self.calibration.seed)
         states = HiddenStates(client, self.calibration, decoder)
+        firsts, later = first_uses(decoder), dict[tuple[int, str], torch.Tensor]()
         sums: Tensors = {}
         try:
             of_weights = score.weigh if score.PER_WEIGHT else None
             for block, block_products in group_products(decoder, windows, states, of_weights):
                 for kind, products in block_products.items():
-                    weighed = products if score.PER_WEIGHT else score.weigh(products)
-                    sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(weighed, self.limit)
+                    first = firsts[kind][block]
+                    products = products + later.pop((first, kind), 0)
+                    if block == first:
+                        weighed = products if score.PER_WEIGHT else score.weigh(products)
+                        sums[f"{CHANGE}{block}/{kind}"] = CODE.encode_sum(weighed, self.limit)
+                    else:  # blocks come from the last to the first
+                        later[first, kind] = products
         except OutOfRange as error:
             raise client.error('the gradients of its text are not finite or too large; try model.dtype = "float32"') from error
         except FedgroveError as error:
@@ -70,13 +78,11 @@ class ScoreGroups(Request):
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
-        config = layout.checkpoint.config
-        width = width_of(config)
-        kinds = ["channels"] if family_of(config).heads is None else ["channels", "heads"]
+        width = width_of(layout.checkpoint.config)
         return {
             f"{CHANGE}{block}/{kind}": (torch.Size([getattr(width, kind)]), torch.int64)
-            for block in range(len(layout))
-            for kind in kinds
+            for kind, firsts in first_uses(layout).items()
+            for block in sorted(set(firsts))
         }
 
     def check_reply(self, reply: Reply) -> None:

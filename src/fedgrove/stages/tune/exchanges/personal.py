@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import checkpoint_of
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, Line, Linears, Name, NonNegative
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.changes import Start
@@ -97,7 +97,7 @@ class ComparePersonal(TuneRequest):
         keeps_own = chosen_by < mean_of(to_choose)
         out = client.folder / "personal" / f"stage-{self.stage}"
         if keeps_own:
-            plain = Decoder(Checkpoint(client.model, client.dtype, kept_blocks=self.kept_blocks))
+            plain = Decoder(checkpoint_of(client).over(kept_blocks=self.kept_blocks))
             is_changed = self.parts > 0 or self.kept_blocks is not None
             method.write_adapter(out, plain, changes, self.base, self.title, pruned=bool(masks), changed=is_changed)
         else:

@@ -180,7 +180,9 @@ class Loop(Tuning):
         for block in range(len(self.decoder)):
             result = {}
             for linear, stored in self.decoder.block_names(block).items():
-                before = self.model.read(stored)
                 name = f"{self.decoder.prefix}.{block}.{linear}"
+                if name != self.decoder.linear_name(block, linear):
+                    continue  # an earlier block shares the weight
+                before = self.model.read(stored)
                 result[stored] = merged(before, offsets.at(stored, before.shape, steps.c), name in self.masked)
             save_tensors(result, folder / f"block-{block:04d}.safetensors")

@@ -179,9 +179,10 @@ def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[Clie
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     """Bytes of the frozen weights and trained scales, and per window of activations and of every linear's output."""
-    outputs = sum(rows for rows, _ in cost.linears.values())
+    scales = sum(rows for rows, _ in cost.linears.values())
+    outputs = sum(cost.uses(name) * rows for name, (rows, _) in cost.linears.items())
     window = costs.activation_bytes(cost, config.bits) + 4 * cost.length * outputs
-    return costs.weight_bytes(cost, config.bits) + costs.PER_TUNED * outputs + config.micro * window
+    return costs.weight_bytes(cost, config.bits) + costs.PER_TUNED * scales + config.micro * window
 
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:

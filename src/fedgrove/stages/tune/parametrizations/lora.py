@@ -120,7 +120,11 @@ def attach(model: nn.Module, starts: Mapping[str, Start[Factors]], how: Attachme
 
 
 def _inject(model: nn.Module, adapter: str, ranks: Mapping[str, int], masked: bool) -> None:
-    """Adds peft's adapters to linears, with values yet to be set."""
+    """Adds peft's adapters to linears, with values yet to be set.
+
+    A linear that several blocks share gets one pair, whose gradient is the sum over its uses. peft replaces it in the first of
+    these blocks only.
+    """
     hush()
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -134,9 +138,15 @@ def _inject(model: nn.Module, adapter: str, ranks: Mapping[str, int], masked: bo
     if masked:
         kinds = {type(_base_layer(model.get_submodule(name))) for name in ranks}
         config._register_custom_module(dict.fromkeys(kinds, _masked_layer()))
+    linears = {name: model.get_submodule(name) for name in ranks}
+    places = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name not in linears]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
         inject_adapter_in_model(config, model, adapter)
+    first = {id(module): name for name, module in linears.items()}
+    for name, module in places:
+        if id(module) in first:
+            model.set_submodule(name, model.get_submodule(first[id(module)]))
 
 
 def detach(model: nn.Module, names: Sequence[str], starts: Mapping[str, Start[Factors]]) -> dict[str, Factors]:

@@ -99,7 +99,7 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     A linear being made takes its offset besides.
     """
     sizes = [rows * columns for rows, columns in cost.linears.values()]
-    block = cost.parameters / cost.num_blocks
+    block = cost.multiplied / cost.num_blocks
     kept = PER_WEIGHT * cost.parameters if in_memory(cost.parameters) else 4 * block
     states = 4 * 2 * config.batch * 2 * cost.length * cost.width
     window = 4 * cost.saved + cost.length * cost.vocabulary * 12
@@ -108,9 +108,9 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
     """Seconds of a round: two forward passes for each window of each step, and the signs. One device does all of it."""
-    weights = cost.parameters + cost.width * cost.vocabulary
+    weights = cost.multiplied + cost.width * cost.vocabulary
     forward = 2 * cost.length * weights + 4 * cost.length**2 * cost.width * cost.num_blocks
-    signs = SIGN_SECONDS * cost.parameters * SPEED
+    signs = SIGN_SECONDS * cost.multiplied * SPEED
     return space.steps * (2 * config.batch * forward + signs) / budget.speed
 
 

@@ -132,7 +132,7 @@ class TwoSided:
         """For every linear of a block: its module, its weight with all steps, float32, and z."""
         weights = []
         for name, stored in self._decoder.block_names(index).items():
-            linear = f"{self._decoder.prefix}.{index}.{name}"
+            linear = self._decoder.linear_name(index, name)
             module = cast(nn.Linear, block.get_submodule(name))
             before = self._stored.get(stored, module.weight.detach())
             weight = moved(before, self._offsets.at(stored, before.shape, self.coefficients), torch.float32)
