@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from fedgrove.client.devices import dtype_of
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.stream import Checkpoint
 from small import Moment, Small, complaint, killed, process, result
 
@@ -104,6 +105,21 @@ def test_a_decoder_computes_in_what_it_is_told(fine: Small) -> None:
         assert outputs[-1].dtype == dtype
         assert decoder.read_linear(0, "mlp.down_proj").dtype == torch.float32
     assert 0 < (outputs[1] - outputs[0]).norm() < 0.02 * outputs[0].norm()
+
+
+def test_models_are_measured_in_the_dtype_of_evaluate(small: Small) -> None:
+    """The federated model and what each client has alone; pruning itself is not touched."""
+    lines, models = [], []
+    for dtype in ("float32", "bfloat16"):
+        run = small.undisturbed(evaluate__alone=True, evaluate__compute_dtype=dtype)
+        metrics = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        lines.append({(m["stage"], m["client"], m["name"]): m["value"] for m in metrics if m["name"].startswith("perplexity/")})
+        models.append(result(run)["model/model.safetensors"])
+    assert models[0] == models[1]
+    assert {client for _, client, _ in lines[0]} > {None}
+    assert lines[0].keys() == lines[1].keys()
+    for key, value in lines[0].items():
+        assert 0 < abs(lines[1][key] / value - 1) < 0.02, key
 
 
 def test_another_dtype_is_refused_in_a_line(fine: Small, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedgrove.client.devices import dtype_of
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data import windows as packed
 from fedgrove.data.sources import DEFAULT_TEMPLATE, facts_of
 from fedgrove.errors import FedgroveError
 from fedgrove.job.units import ComputeDtype
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 

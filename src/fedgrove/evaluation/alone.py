@@ -10,10 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.units import Name, Samples
+from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.units import ComputeDtype, Name, Samples
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.perplexity import negative_log_likelihoods
+from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.request import CHANGE, WEIGHT, Request, Tensors, TensorSpecs
 from fedgrove.stages.base import Losses
 
@@ -30,17 +32,20 @@ class MeasureAlone(Request):
 
     Attributes:
         texts: number of windows of each held-out text.
+        compute_dtype: the dtype in which the model is measured; None: the device's default.
     """
 
     texts: Annotated[dict[Name, Samples], Field(max_length=1000)]
+    compute_dtype: ComputeDtype | None = None
 
     def check_windows(self, tensors: Tensors, client: LocalClient) -> None:
         """Refuses other tensors than the windows that the request names."""
         if tensors.keys() != {f"{WINDOW}{name}/{i}" for name, number in self.texts.items() for i in range(number)}:
             raise client.error("the windows that came are not those that the request names; refused")
 
-    def measured(self, decoder: Decoder, tensors: Tensors) -> Tensors:
+    def measured(self, model: Checkpoint, device: str, tensors: Tensors) -> Tensors:
         """The tensors of the response for a model."""
+        decoder = Decoder(model, device, dtype_of(self.compute_dtype, device))
         found: Tensors = {}
         for name, number in self.texts.items():
             windows = [tensors[f"{WINDOW}{name}/{i}"].long() for i in range(number)]
@@ -54,6 +59,10 @@ class MeasureAlone(Request):
             for name, number in self.texts.items()
             for part in (CHANGE, WEIGHT)
         }
+
+    def measuring_beyond(self, job: Agreed) -> str | None:
+        """Part of :meth:`~fedgrove.rounds.request.Request.beyond`: how the model is measured."""
+        return None if self.compute_dtype == job.measured_in else "compute_dtype"
 
     @classmethod
     def rounds_in(cls, config: StageConfig) -> range:

@@ -37,7 +37,7 @@ def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str =
         return
     done = {(line["stage"], line["client"], line["name"]) for line in run.metrics() if line["round"] is None}
     windows = heldout_windows(model, run)
-    examiner = Examiner(model, device)
+    examiner = Examiner(model, device, wanted.compute_dtype)
     for number, text in enumerate(wanted.data):
         if any(text.measure in one.measures() for one in run.job.stages):
             continue  # the stage measures what it makes

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fedgrove.evaluation.metrics import Measured, bootstrap
 from fedgrove.events import Listener, OnProgress, Phase
+from fedgrove.job.units import ComputeDtype
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.perplexity import negative_log_likelihoods, perplexity_of
 from fedgrove.models.stream import Checkpoint
 
@@ -19,18 +21,19 @@ from fedgrove.models.stream import Checkpoint
 class Examiner:
     """Evaluates one model. Perplexity loads it block by block; the other metrics load the full model into memory."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", compute_dtype: ComputeDtype | None = None):
         self.tokenizer = checkpoint.tokenizer()
         self._checkpoint = checkpoint
         self._device = device
+        self._dtype = dtype_of(compute_dtype, device)
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self._checkpoint, self._device)
+        return Decoder(self._checkpoint, self._device, self._dtype)
 
     @cached_property
     def _model(self) -> nn.Module:
-        return Decoder(self._checkpoint, self._device).load_all()
+        return Decoder(self._checkpoint, self._device, self._dtype).load_all()
 
     def perplexity(self, windows: Sequence[Tensor], on_progress: OnProgress) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval is from resampled windows."""

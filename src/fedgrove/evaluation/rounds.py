@@ -13,6 +13,7 @@ from fedgrove.data.windows import evaluation_windows
 from fedgrove.events import Phase
 from fedgrove.job.tables import Evaluate
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
 from fedgrove.runfolder import RunFolder
@@ -21,7 +22,7 @@ from fedgrove.runfolder import RunFolder
 def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder, device: str = "cpu") -> None:
     """Writes ``perplexity/<text>`` of the model after a round. What is already in the metrics is not measured again."""
     done = {(line["stage"], line["round"], line["name"]) for line in run.metrics()}
-    decoder = Decoder(model, device)
+    decoder = Decoder(model, device, dtype_of(run.job.evaluate.compute_dtype, device))
     windows = heldout_windows(model, run)
     for number, (name, texts) in enumerate(windows.items()):
         if (stage, round_, f"perplexity/{name}") not in done:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from fedgrove import plugins
-from fedgrove.job.units import Sparsity, Table
+from fedgrove.job.units import ComputeDtype, Sparsity, Table
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -126,6 +126,7 @@ class Agreed:
         clients: the names of the clients that may take part.
         secure: whether sums are computed under secure aggregation.
         alone: whether clients measure their own models (``evaluate.alone``).
+        measured_in: the dtype in which they do (``evaluate.compute_dtype``).
     """
 
     stages: Sequence[StageConfig]
@@ -133,6 +134,7 @@ class Agreed:
     clients: Sequence[str]
     secure: bool
     alone: bool
+    measured_in: ComputeDtype | None = None
 
     def seed_of(self, stage: int) -> str:
         """The seed of a stage."""

@@ -16,6 +16,7 @@ from fedgrove.job.units import (
     BitChoices,
     BitsPerSecond,
     Bytes,
+    ComputeDtype,
     Count,
     CountOrZero,
     Devices,
@@ -169,6 +170,9 @@ class Evaluate(Table):
         windows: at most this many of each text; default: all.
         prompts: the model continues each of these, before and after the run, and the report shows both side by side.
             This loads the full model into memory. Prompts must not be private.
+        compute_dtype: the dtype in which models are measured: "float32"; "bfloat16", up to twice as fast on CPUs with
+            instructions for it; "auto": bfloat16 on such CPUs and the default elsewhere. Default: float32 on a CPU, the
+            checkpoint's on a GPU.
         records: at most this many of each text whose answers are measured, and of each task; default: all.
         tokens: the maximum number of tokens that "generation" generates for one record.
         alone: also measure the model that each client would have without the others; the server then learns the loss of
@@ -186,6 +190,7 @@ class Evaluate(Table):
     data: tuple[Annotated[Text, BeforeValidator(_as_text)], ...] = ()
     length: Length = 512
     windows: Samples | None = None
+    compute_dtype: ComputeDtype | None = None
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     records: Samples | None = None
     tokens: Count = 64

@@ -22,7 +22,7 @@ from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage, FederatedJob
-from fedgrove.job.units import MAX_CLIENTS, CountOrZero, Name, Shares
+from fedgrove.job.units import MAX_CLIENTS, ComputeDtype, CountOrZero, Name, Shares
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Part, Request
 
@@ -42,6 +42,7 @@ class Terms(Part):
         stages: the job's stages.
         secure: whether sums are computed under secure aggregation.
         alone: whether clients report the losses of their own models (``evaluate.alone``).
+        measured_in: the dtype in which they measure them (``evaluate.compute_dtype``).
         clients: the clients that may take part.
         roster: the number of the roster of their keys; 0 without secure aggregation.
     """
@@ -55,13 +56,14 @@ class Terms(Part):
     stages: Annotated[tuple[AnyStage, ...], Field(max_length=MAX_STAGES)]
     secure: bool
     alone: bool
+    measured_in: ComputeDtype | None = None
     clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)]
     roster: CountOrZero = 0
 
     @property
     def agreed(self) -> Agreed:
         """What requests are compared with."""
-        return Agreed(self.stages, self.seed, self.clients, self.secure, self.alone)
+        return Agreed(self.stages, self.seed, self.clients, self.secure, self.alone, self.measured_in)
 
     @property
     def digest(self) -> str:
@@ -93,6 +95,7 @@ def terms_of(job: FederatedJob, digests: Mapping[str, str]) -> Terms:
         stages=job.stages,
         secure=job.privacy.secure_aggregation,
         alone=job.evaluate.measures_alone,
+        measured_in=job.evaluate.compute_dtype,
         clients=tuple(client.name for client in job.clients),
         roster=job.roster,
     )

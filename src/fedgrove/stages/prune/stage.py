@@ -108,7 +108,10 @@ def alone(
     messages = {}
     for client in clients:
         walk = prune_request(federation.job, plan, config, client, 0, 0, sparsities)
-        messages[client] = Message(EvaluateAlone(stage=plan.stage, texts=numbers, prune=walk), tensors)
+        request = EvaluateAlone(
+            stage=plan.stage, texts=numbers, compute_dtype=federation.job.evaluate.compute_dtype, prune=walk
+        )
+        messages[client] = Message(request, tensors)
     for client, answer, _ in federation.collect(messages):
         yield client, losses_of(answer, windows)
 

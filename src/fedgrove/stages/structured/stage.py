@@ -13,6 +13,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.capabilities import Capabilities
@@ -107,7 +108,8 @@ def alone(
     for number, client in enumerate(clients):
         what = f"what {client} would have had alone"
         run.phase(Phase("evaluate", what, stage=plan.stage, client=client, done=number, total=len(clients)))
-        decoder = Decoder(alone_model(model, plan, config, client, run), federation.device)
+        dtype = dtype_of(run.job.evaluate.compute_dtype, federation.device)
+        decoder = Decoder(alone_model(model, plan, config, client, run), federation.device, dtype)
         yield client, {name: negative_log_likelihoods(decoder, texts) for name, texts in windows.items()}
 
 

@@ -8,7 +8,6 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import checkpoint_of, decoder_of
 from fedgrove.evaluation.alone import MeasureAlone
 from fedgrove.job.stage_config import Agreed
-from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.stages.prune.exchanges.block import PruneBlock, alone_file, prune_block
 
@@ -33,12 +32,12 @@ class EvaluateAlone(MeasureAlone):
             if not alone_file(client, block).is_file():
                 for _ in prune_block(self.prune.model_copy(update={"block": block, "keep": True}), {}, client, device, {}):
                     pass  # prune_block stores the pruned block; nothing is sent
-        decoder = Decoder(checkpoint_of(client).over(alone_file(client, 0).parent), device)
-        return Response(self.measured(decoder, tensors), Reply())
+        model = checkpoint_of(client).over(alone_file(client, 0).parent)
+        return Response(self.measured(model, device, tensors), Reply())
 
     def beyond(self, job: Agreed) -> str | None:
         if self.prune.stage != self.stage:
             return "stage"
         if self.prune.round != 0 or self.prune.block != 0 or self.prune.fixed_point is not None:
             return "prune"
-        return self.prune.pass_beyond(job)
+        return self.measuring_beyond(job) or self.prune.pass_beyond(job)

@@ -76,8 +76,7 @@ class EvaluateAlone(MeasureAlone):
         del model, decoder, work  # there is memory for one model
         folder = alone_folder(client, self.stage)
         write_merged(plain, method, totals, masks.keys(), folder)
-        merged = Decoder(plain.checkpoint.over(folder), device)
-        measured = self.measured(merged, tensors)
+        measured = self.measured(plain.checkpoint.over(folder), device, tensors)
         shutil.rmtree(folder)
         return Response(measured, OwnLoss(own=own))
 
@@ -89,4 +88,4 @@ class EvaluateAlone(MeasureAlone):
             return "train"
         if list(self.learning_rates) != [config.learning_rate_in(round_) for round_ in range(config.rounds)]:
             return "learning_rate"
-        return train.beyond(job)
+        return self.measuring_beyond(job) or train.beyond(job)

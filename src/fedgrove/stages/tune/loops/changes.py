@@ -174,7 +174,13 @@ class Loop(Tuning):
         config, first = self.config, self._request(client, 0)
         train = first.model_copy(update={"seen": 0})
         rates = tuple(config.learning_rate_in(round_) for round_ in range(config.rounds))
-        return EvaluateAlone(stage=self.plan.stage, texts=dict(texts), train=train, learning_rates=rates)
+        return EvaluateAlone(
+            stage=self.plan.stage,
+            texts=dict(texts),
+            compute_dtype=self.federation.job.evaluate.compute_dtype,
+            train=train,
+            learning_rates=rates,
+        )
 
     def _request(self, client: str, round_: int) -> Train:
         """The request to one client in a round."""
