@@ -54,7 +54,7 @@ def main() -> None:
         before, after = run(folder / "tuned", tied, tune, 0)
         print(f"feed-forward parts tied: {before:.1f}; tuned: {after:.1f}\n", flush=True)
         print("| pruner | sparsity | seed | all blocks | first block |\n|---|---|---|---|---|")
-        for pruner, sparsity in (("wanda", 0.5), ("sparsegpt", 0.5), ("sparsegpt", 0.7)):
+        for pruner, sparsity in (("wanda", 0.5), ("sparsegpt", 0.5)):
             for seed in SEEDS:
                 stage = {
                     "kind": "prune", "pruner": pruner, "aggregation": "pooled", "sparsity": sparsity, "samples": given.samples,
