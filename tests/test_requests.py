@@ -20,6 +20,7 @@ from fedgrove.deploy.flare.exchanges.join import Joined, JoinRun
 from fedgrove.deploy.flare.exchanges.result import DeliverResult
 from fedgrove.deploy.flare.installation import Declared
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.held_out import Losses
 from fedgrove.input_statistics.exchange import Tokens as InputTokens
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
@@ -51,6 +52,7 @@ from fedgrove.stages.prune.exchanges import block as blocks
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
+from fedgrove.stages.prune.exchanges.personal import ChooseOwn, OwnLosses, SolveOwnBlock
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.structured.exchanges import scores
@@ -62,7 +64,7 @@ from fedgrove.stages.tune.exchanges import alone as tune_alone
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
-from fedgrove.stages.tune.exchanges.personal import ComparePersonal, Losses
+from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.seeds import Measure, Step, Took
 from fedgrove.stages.tune.exchanges.train import Train, Trained
 from fedgrove.stages.tune.train_settings import Training
@@ -94,6 +96,9 @@ HEAD: dict[str, Any] = {
     "seed": "0/0", "personal": 0.2, "limit": 2**20,
 }  # fmt: skip
 
+OWN: dict[str, Any] = {"stage": 0, "calibration": CALIBRATION, "held_out": 2}
+SOLVED: dict[str, Any] = {"pruner": "wanda", "damping": "each", "sparsity": 0.5, "pattern": None}
+
 EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(
         JoinRun(stage=0, clock=0.0, digests={}),
@@ -113,6 +118,9 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         ),
         InputTokens(tokens=TOKENS),
     ),
+    Exchange(SolveOwnBlock(**OWN, block=1, statistics=None, tokens=99, **SOLVED), Reply()),
+    Exchange(ChooseOwn(**OWN, tell=True), OwnLosses(shared=1.0, own=2.0, alone=3.0, error=0.1, keeps_own=True)),
+    Exchange(ChooseOwn(**OWN, tell=False), OwnLosses()),
     Exchange(
         DescribeYourself(calibrations=(Windows(samples=1, length=LENGTH, seed="s"),), lengths=(LENGTH,)),
         Capabilities(tokens={LENGTH: 2 * LENGTH}),

@@ -18,6 +18,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.serve import respond, serve
 from fedgrove.engines.local import LocalEngine
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.held_out import Losses
 from fedgrove.input_statistics import fixed_point as statistics
 from fedgrove.job.load import load
 from fedgrove.privacy.secagg.keys import Credentials
@@ -33,7 +34,6 @@ from fedgrove.stages.prune.exchanges.block import PruneBlock
 from fedgrove.stages.prune.exchanges.statistics import SumInputs
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights
-from fedgrove.stages.tune.exchanges.personal import Losses
 from fedgrove.stages.tune.exchanges.train import Trained
 from secagg import uniform
 from small import LENGTH, Small, complaint

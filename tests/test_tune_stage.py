@@ -21,6 +21,7 @@ from fedgrove.client.serve import serve
 from fedgrove.client.windows import training_windows
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.held_out import error_of_difference, mean_of
 from fedgrove.job.load import load
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
@@ -39,7 +40,7 @@ from fedgrove.stages.tune.exchanges.importance import ImportanceSum
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.factors import Factors, fill
 from fedgrove.stages.tune.parametrizations import Attachment, full, lora
-from fedgrove.stages.tune.personal import best, error_of_difference, hold_out, keep_best, mean_loss, mean_of, pull
+from fedgrove.stages.tune.personal import best, hold_out, keep_best, mean_loss, pull
 from fedgrove.stages.tune.trainers import sgd
 from small import CLIENTS, Heard, Meddling, Moment, Small, cli, complaint, killed, lines, measurements
 from test_report import Page

@@ -625,7 +625,7 @@ def test_the_real_harness_runs_no_code_of_an_operator(grove: Path, tmp_path: Pat
 HERE = {"windows-ab.safetensors", "states-cd/0001.safetensors", "base-1/part-00000.safetensors", "alone/block-0000.safetensors",
         "secure/aa.json", "secure/bb.json.partial", "anything.else", "speed.tmp", "windows-x.safetensors.partial"}  # fmt: skip
 STAYS = {"agreed.json", "released.json", "released-ab.safetensors", "best-0/x.safetensors", "speed.json",
-         "personal/stage-0/adapter.safetensors"}  # fmt: skip
+         "personal/stage-0/adapter.safetensors", "candidates-0/0/block-0000.safetensors"}  # fmt: skip
 
 
 def a_kit(folder: Path, small: Small, **settings: Any) -> Path:

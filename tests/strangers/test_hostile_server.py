@@ -67,6 +67,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "votes": (OPEN, [{**PRUNE, "rounds": 2, "mend": "dsnot"}]),
     "owl": (OPEN, [{**PRUNE, "allocation": "owl"}]),
     "sums": (OPEN, [{**POOLED, "pruner": "sparsegpt", "source": "sequential"}]),
+    "own models": ({**OPEN, "alone": False}, [{**POOLED, "personal": 0.5}]),
     "secure votes": (SECURE, [PRUNE]),
     "noisy sums": ({**SECURE, **NOISY}, [{**POOLED, **NOISE}]),
     "experts": (OPEN, [EXPERTS]),

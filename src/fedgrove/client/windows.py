@@ -52,6 +52,27 @@ def calibration_windows(client: LocalClient, samples: int, length: int, seed: st
     return _kept(client, [client.text, samples, length, seed], cut)["ids"].long()
 
 
+def held_out_windows(client: LocalClient, samples: int, length: int, seed: str, number: int) -> Tensor:
+    """Windows that :func:`calibration_windows` of the same samples, length and seed does not use.
+
+    Args:
+        number: how many.
+
+    Returns:
+        (number, length) int64 token ids.
+
+    Raises:
+        FedgroveError: a file cannot be read, or there are too few tokens; names the client.
+    """
+    seed = f"{seed}/{client.name}"
+
+    def cut() -> dict[str, Tensor]:
+        windows = packed.held_out_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed, number)
+        return {"ids": windows}
+
+    return _kept(client, [client.text, samples, length, seed, number], cut)["ids"].long()
+
+
 def training_windows(client: LocalClient, length: int) -> tuple[Tensor, Tensor]:
     """All windows of a client's text: token ids and labels, (windows, length) int64 each."""
     if client.owners:

@@ -50,6 +50,53 @@ def calibration_windows(
     Raises:
         FedgroveError: a file cannot be read, or there are too few tokens.
     """
+    return _calibration_windows(paths, template, tokenizer, samples, length, seed, 0)
+
+
+def held_out_windows(
+    paths: Sequence[Path],
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: str,
+    number: int,
+) -> Tensor:
+    """The windows that follow those of :func:`calibration_windows` in the same draw of records, so none is among them.
+
+    Args:
+        paths, template, tokenizer, samples, length, seed: of :func:`calibration_windows`.
+        number: how many.
+
+    Returns:
+        (number, length) int64 token ids.
+
+    Raises:
+        FedgroveError: a file cannot be read, or there are too few tokens.
+    """
+    drawn = _calibration_windows(paths, template, tokenizer, samples, length, seed, number)[samples:]
+    if len(drawn) < number:
+        raise FedgroveError(
+            f"{paths[0]}: beside the {samples} windows of {length} tokens to calibrate on there are {len(drawn)} to hold out, "
+            f"but personal needs {number}",
+            "lower personal or samples, or add text",
+        )
+    return drawn
+
+
+def _calibration_windows(
+    paths: Sequence[Path],
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: str,
+    more: int,
+) -> Tensor:
+    """See :func:`calibration_windows`; after them up to ``more`` windows, as far as the records that were drawn go.
+
+    What is drawn depends on ``samples`` and not on ``more``, so that the first windows are the same with and without it.
+    """
     prefix = prefix_ids(tokenizer)
     wanted = samples * length
     budget = CHARACTERS * wanted
@@ -59,10 +106,10 @@ def calibration_windows(
         ids: list[int] = []
         for text in drawn:
             ids += encode(text, tokenizer, end=True)
-            if len(ids) >= wanted:
+            if len(ids) >= wanted + more * length:
                 break
-        spans = [span for span in _spans(ids, length, prefix) if span[1] + len(prefix) * span[2] == length][:samples]
-        if len(spans) == samples:
+        spans = [span for span in _spans(ids, length, prefix) if span[1] + len(prefix) * span[2] == length][: samples + more]
+        if len(spans) >= samples:
             windows = [prefix * is_added + ids[start : start + count] for start, count, is_added in spans]
             return torch.tensor(windows, dtype=torch.int64)
         if is_all:

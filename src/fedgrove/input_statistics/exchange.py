@@ -237,14 +237,15 @@ class InputSums(IntegerSums):
     Attributes:
         tokens: number of tokens in the sums.
         clients: the names of the clients in the sums.
+        requests: by client, what it is asked.
     """
 
     def __init__(self, messages: Mapping[str, Message]):
         super().__init__()
         self.tokens = 0
         self.clients: list[str] = []
-        self._requests = _requests_of(messages)
-        every = self._requests.values()
+        self.requests = _requests_of(messages)
+        every = self.requests.values()
         tokens = sum(request.calibration.tokens for request in every)
         self._ring = ring_bits(tokens)
         self._largest = LARGEST
@@ -255,8 +256,8 @@ class InputSums(IntegerSums):
         limit = masked_limit(self._ring, len(messages))
         limited: dict[str, Message] = {}
         for client, message in messages.items():
-            request = self._requests[client].model_copy(update={"limit": limit})
-            self._requests[client] = request
+            request = self.requests[client].model_copy(update={"limit": limit})
+            self.requests[client] = request
             limited[client] = Message(request, message.tensors)
         return limited
 
@@ -269,7 +270,7 @@ class InputSums(IntegerSums):
         self._count({client: reply})
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
-        requests = [self._requests[client] for client in replies]
+        requests = [self.requests[client] for client in replies]
         windows = sum(request.calibration.samples for request in requests)
         requests[0].check_total(total, windows, self._largest, noisy=requests[0].noise is not None)
         super().add_total(total, replies)

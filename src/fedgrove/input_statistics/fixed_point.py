@@ -205,15 +205,16 @@ def check_sums(
 
 
 def finish(
-    squares: Tensor, products: Tensor | None, scale: Tensor, tokens: int, moments: tuple[Tensor, Tensor] | None = None
+    squares: Tensor, products: Tensor | None, scale: Tensor, tokens: float, moments: tuple[Tensor, Tensor] | None = None
 ) -> InputStatistics:
     """The server's half: turns the sums into the statistics for a pruner.
 
     Args:
-        squares: (in,) int64, summed over clients; values that noise made negative are set to 0.
-        products: (in·(in − 1)/2,) int64, or None.
+        squares: (in,) int64, or float64 where sums are weighted; summed over clients; values that noise made negative are
+            set to 0.
+        products: (in·(in − 1)/2,) of the same dtype, or None.
         scale: (in,), by which the clients multiplied.
-        tokens: of all clients.
+        tokens: in the sums.
         moments: ``sums`` and ``spreads``, summed over clients, if they were requested.
     """
     unit = 2.0**-BITS

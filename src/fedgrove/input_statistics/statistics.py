@@ -27,10 +27,10 @@ class InputStatistics:
 
     Attributes:
         kind: which statistics are summed.
-        tokens: number of tokens added.
+        tokens: number of tokens added; no whole number where sums are weighted.
     """
 
-    def __init__(self, kind: StatisticsKind, tokens: int = 0, total: Tensor | None = None):
+    def __init__(self, kind: StatisticsKind, tokens: float = 0, total: Tensor | None = None):
         self.kind = kind
         self.tokens = tokens
         self._total = total

@@ -124,6 +124,7 @@ Choices = Annotated[tuple[Count, ...], Field(min_length=1, max_length=64), After
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Clip = Annotated[float, Field(gt=0, le=16)]
 HeldOut = Annotated[float, Field(ge=0, le=0.5)]
+MOST_HELD_OUT = 64  # windows, whatever the fraction: measuring their loss must not cost more than what is measured
 Word = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]  # a seed, or a run's name
 Line = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable), AfterValidator(_stripped)]

@@ -2,7 +2,7 @@
 
 Token ids, hidden states, weights that the server sent and the secrets of a secure sum are removed; a run that is
 continued makes them again. What stays is what the site must not forget: the terms that it agreed to, the noisy
-responses that it has released, the sessions that are over, and its own best adapter.
+responses that it has released, the sessions that are over, its own best adapter, and its candidates for a model of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedgrove.deploy.flare.files import SiteFile
 from fedgrove.privacy.secagg.store import SessionStore
 
 AGREED = "agreed.json"  # every folder of a run has it; others in ``work`` are not ours, and are left alone
-KEPT = (AGREED, "released.json", "released-*.safetensors", "best-*", "personal", "speed.json", "secure")
+KEPT = (AGREED, "released.json", "released-*.safetensors", "best-*", "candidates-*", "personal", "speed.json", "secure")
 DAY = 24 * 3600.0
 
 

@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 from fedgrove.job.stage_config import StageConfig, cut_by
 from fedgrove.job.units import (
     MOST,
+    MOST_HELD_OUT,
     ComputeDtype,
     Count,
     CountOrZero,
     Delta,
     Epsilon,
+    HeldOut,
     Length,
     NonNegative,
     Positive,
@@ -23,6 +25,7 @@ from fedgrove.job.units import (
     method_of,
 )
 from fedgrove.models.masks import Target
+from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
 from fedgrove.stages.prune.allocation import allocation_of
 from fedgrove.stages.prune.pruners import Pruner, pruner_of
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_WEIGHT_GROWTH = 8.0  # far more than any pruner does, and far less than a client needs to ruin a matrix
 AGGREGATION_KEYS = frozenset(
-    {"shrink", "expand", "max_weight_growth", "trim", "mixed", "protect_first_block", "epsilon"}
+    {"shrink", "expand", "max_weight_growth", "trim", "mixed", "protect_first_block", "epsilon", "personal"}
 )  # keys that only some aggregations use; each aggregation lists its own in READS
 
 
@@ -90,6 +93,10 @@ class Config(StageConfig):
             the clients' text; these are the inputs in the unpruned model or, with source "sequential", in the pruned one. Where
             clients prune, their votes are mended after the last round, which takes one more pass over the text. The model that
             a client would have alone is not mended.
+        personal: windows that each client holds out, as a fraction of its ``samples`` and besides them (at most 64), to choose
+            which model it keeps for itself: it prunes with its own sums and with a part of the others', from none to all (on
+            its own disk; see :mod:`fedgrove.stages.prune.personal`). 0: none. It chooses by half of them, and reports losses
+            on the other half. Only aggregation "pooled" with source "dense".
         allocation: how the sparsity is distributed over the blocks: "even", the same for all, or "owl", less for blocks with
             many outliers. The model that a client would have alone is pruned to the same sparsities.
         owl_m: OWL's M: a weight is an outlier if its score exceeds this multiple of the mean score of its block.
@@ -120,6 +127,7 @@ class Config(StageConfig):
     epsilon: Epsilon | None = None
     delta: Delta = 1e-6
     mend: Annotated[str, method_of("stages.prune.menders")] | None = None
+    personal: HeldOut = 0.0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -161,6 +169,18 @@ class Config(StageConfig):
             raise ValueError(f"rounds: {name} is exact after one round; set it to 1")
         if self.layers != "all" and self.calibration_source == "sequential":
             raise ValueError('layers: with source = "sequential" every client runs every block; use "dense" or layers "all"')
+        if self.personal:
+            self._check_personal()
+
+    def _check_personal(self) -> None:
+        if self.calibration_source == "sequential":
+            raise ValueError('personal: with source "sequential" text passes through the shared model; use "dense"')
+        if self.layers != "all":
+            raise ValueError('personal: a client needs the sums of every block to prune for itself; use layers = "all"')
+        if self.epsilon is not None:
+            raise ValueError("personal: losses on held-out text get no noise, and epsilon covers only the sums; leave it out")
+        if self.mend is not None:
+            raise ValueError("personal: clients do not mend the masks of their own models; leave mend out")
 
     def _check_mending(self, mender: str) -> None:
         if mender == self.pruner and self.method.SOLVED_AT == "server":
@@ -248,6 +268,10 @@ class Config(StageConfig):
         """The target of a block that is pruned to this sparsity, or to the stage's pattern."""
         return Target(sparsity, self.kept_of if self.pattern else None)
 
+    def windows_held_out(self, samples: int) -> int:
+        """How many windows a client holds out that calibrates on so many."""
+        return min(MOST_HELD_OUT, round(self.personal * samples))
+
     def calibration_windows(self) -> tuple[int, int] | None:
         return self.samples, self.length
 
@@ -295,6 +319,13 @@ class Config(StageConfig):
             )
         if self.epsilon is not None and not job.privacy.secure_aggregation:
             raise ValueError(f"{at}.epsilon: the noise protects only the sum; set privacy.secure_aggregation = true as well")
+        for client in clients if self.personal else ():
+            samples = client.samples or self.samples
+            if self.windows_held_out(samples) < 2:
+                raise ValueError(
+                    f"{at}.personal: client '{client.name}' would hold out fewer than two windows, one to choose by "
+                    "and one to report; raise it, or samples"
+                )
         own_sparsity = any(client.sparsity is not None for client in clients)
         if self.method.SOLVED_AT == "server":
             if index > 0:
@@ -330,6 +361,10 @@ class Config(StageConfig):
             raise ValueError(f'{at}.aggregation "{self.aggregation}" supports at most 255 clients; use "pooled"')
         if self.layers != "all":
             raise ValueError(f'{at}.layers: every client must be in every sum; set it to "all"')
+        if self.personal and max(min_survivors(len(job.clients)), job.privacy.min_group) < 3:
+            raise ValueError(
+                f"{at}.personal: in a sum of two clients either could tell the other's; set privacy.min_group to 3 or more"
+            )
 
     def centralized(self, job: Job) -> Self:
         """The same stage for one owner of all text.

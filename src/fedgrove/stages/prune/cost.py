@@ -19,6 +19,7 @@ from fedgrove.rounds.request import Disclosure
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.fixed_weights import VALUE_BITS
+from fedgrove.stages.prune.personal import OTHERS_WEIGHTS
 from fedgrove.stages.prune.pruners import effort_of
 from fedgrove.stages.prune.shared import num_outside_blocks
 
@@ -123,14 +124,20 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
         upload = math.ceil(parameters * masked.votes)
     if config.method.SOLVED_AT == "server":
         upload = _sum_bytes(3 * distinct if config.sums_moments else distinct, products_of(block, config), masked)
-        workspace = solve = 0  # the server prunes
+        if not config.personal:
+            workspace = solve = 0  # the server prunes
     width = 2 if config.compute_dtype == "bfloat16" else 4
     gathering = 8 * statistics + width * (block.numel + window)
     solving = (
         8 * (statistics + workspace) + 4 * effort.matrices * largest + parameters * (block.dtype.itemsize + 1)
     )  # weights and mask
     if config.method.SOLVED_AT == "server":
-        gathering, solving = gathering + width * block.ends, 0
+        gathering = gathering + width * block.ends
+        # the client's own sums and everybody's stay, and the input that is solved is a float64 matrix made from another one
+        solving = solving + 8 * (statistics + 2 * widest**2 * (needs == "gram")) if config.personal else 0
+    if config.personal:  # it sums its text twice, prunes for every candidate, and measures each
+        passes = config.windows_held_out(samples) / samples
+        forward, gram, solve = (2 + len(OTHERS_WEIGHTS) * passes) * forward, 2 * gram, len(OTHERS_WEIGHTS) * solve
     memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
     seconds = (forward + gram + solve) / (SPEED * capabilities.speed) + (
         8 * upload / capabilities.uplink if capabilities.uplink else 0.0

@@ -30,6 +30,7 @@ from fedgrove.stages.prune.cost import (
 )
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.outliers import MeasureBlocks
+from fedgrove.stages.prune.exchanges.personal import ChooseOwn
 from fedgrove.stages.prune.shared import check_shared, upload_of
 
 
@@ -41,12 +42,14 @@ class Assignment(base.Assignment):
         weight: its weight in the sum: the inverse of the probability that it is assigned a block.
         samples: windows that it calibrates on.
         sparsity: the sparsity that it prunes to.
+        held_out: windows that it holds out besides, to choose a model of its own.
     """
 
     blocks: list[list[int]]
     weight: float
     samples: int
     sparsity: float
+    held_out: int = 0
 
 
 class Plan(base.Plan):
@@ -133,6 +136,7 @@ def make_plan(
             weight=num_blocks / counts[name],
             samples=capabilities[name].samples or config.samples,
             sparsity=target_of(config, capabilities[name]).sparsity,
+            held_out=config.windows_held_out(capabilities[name].samples or config.samples),
             memory=memory[name],
             upload=upload_of(decoder, config, costs[name].upload, blocks) + num_blocks * mending[name].upload,
             seconds=round(asked * costs[name].seconds + num_blocks * mending[name].seconds, 1),
@@ -144,7 +148,7 @@ def make_plan(
         num_blocks=num_blocks,
         clients=assignments,
         choices=upload_by_pruner(largest, num_blocks, config, masked),
-        discloses=base.names_of(_discloses(config, bool(products_of(largest, config)), alone)),
+        discloses=base.names_of(_discloses(config, secure, bool(products_of(largest, config)), alone)),
         notes=tuple(_notes(config, secure, assignments, products_of(largest, config))),
     )
 
@@ -226,7 +230,7 @@ def check_pattern(decoder: Decoder, target: Target) -> None:
                 )
 
 
-def _discloses(config: Config, products: bool, alone: bool) -> frozenset[Disclosure]:
+def _discloses(config: Config, secure: bool, products: bool, alone: bool) -> frozenset[Disclosure]:
     """What a client's responses reveal about its text, over the whole stage."""
     if config.method.SOLVED_AT == "server":
         disclosed = disclosed_by(products, config.sums_moments)
@@ -236,6 +240,8 @@ def _discloses(config: Config, products: bool, alone: bool) -> frozenset[Disclos
             disclosed |= disclosed_by(products=False, moments=True)
         if config.measures_blocks:
             disclosed |= MeasureBlocks.DISCLOSES
+    if config.personal and not secure:
+        disclosed |= ChooseOwn.DISCLOSES
     return disclosed | (EvaluateAlone.DISCLOSES if alone else frozenset())
 
 
@@ -264,9 +270,20 @@ def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], 
         "aggregation."
     )
     notes = [spans] if few and not secure else []
+    if config.personal:
+        notes.append(_personal_note(len(assignments), secure))
     if config.protect_first_block:
         return notes
     return [
         *notes,
         f"{first} With protect_first_block = true, block 0 is pruned by magnitude and no client sends its sums.",
     ]
+
+
+def _personal_note(clients: int, secure: bool) -> str:
+    others = "the other's sums" if clients == 2 else "the sum over all others"
+    tells = "sends nothing of it" if secure else "sends only losses on text that it held out"
+    return (
+        f"Every client gets the sums of all clients back, so it can tell {others}. It keeps a model of its own, between "
+        f"the one that it would have alone and the shared one, and {tells}."
+    )

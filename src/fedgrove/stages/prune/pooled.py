@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.server_weights import START
-from fedgrove.input_statistics import fixed_point
 from fedgrove.input_statistics.exchange import SCALE, InputSums, Noise, largest_per_client
 from fedgrove.input_statistics.probe import SharedInput
 from fedgrove.input_statistics.statistics import InputStatistics
@@ -23,13 +23,13 @@ from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message
 from fedgrove.stages.base import calibration_seed
-from fedgrove.stages.prune import pruners
 from fedgrove.stages.prune.config import Config
+from fedgrove.stages.prune.exchanges.personal import POOLED, SolveOwnBlock
 from fedgrove.stages.prune.exchanges.statistics import SumInputs, narrow
 from fedgrove.stages.prune.menders import mender_of
 from fedgrove.stages.prune.plan import Plan
-from fedgrove.stages.prune.pruners import magnitude
 from fedgrove.stages.prune.shared import add_uses, complete_names, forget_sums, read_sums, write_sums
+from fedgrove.stages.prune.solving import prune_by_magnitude, prune_linear, statistics_of
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,8 @@ def _with_products(decoder: Decoder, config: Config, inputs: Mapping[str, Shared
 
 
 def prune_without_data(decoder: Decoder, block: int, target: Target) -> dict[str, Pruned]:
-    """Prunes a block by magnitude. Clients get no request."""
-    records = {}
-    for name in complete_names(decoder, block):
-        before = decoder.read_linear(block, name)
-        weight, mask = magnitude.prune(before.float().contiguous().clone(), InputStatistics("nothing"), target)
-        records[name] = Pruned(weight.to(before.dtype), mask, [])
-    return records
+    """Prunes a block by magnitude. Clients get no request for sums of it."""
+    return {name: Pruned(weight, mask, []) for name, weight, mask in prune_by_magnitude(decoder, block, target)}
 
 
 def pooled_squares(
@@ -79,7 +74,11 @@ def pooled_squares(
     """
     inputs = blocks[block]
     sums = _collect(plan, config, federation, block, inputs, (), 0, {}, through="dense")
-    return {name: _statistics(first, one, sums, federation.device) for first, one in inputs.items() for name in one.consumers}
+    return {
+        name: statistics_of(sums.sums, first, one.scale, sums.tokens, federation.device)
+        for first, one in inputs.items()
+        for name in one.consumers
+    }
 
 
 def prune_by_sums(
@@ -107,23 +106,23 @@ def prune_by_sums(
         ValueError: the sums hold NaN or infinity, or SparseGPT cannot factor the Gram matrix.
     """
     sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
+    if config.personal:
+        scales = {SCALE + name: one.scale for name, one in blocks[block].items()}
+        send_back(block, target, plan, config, federation, sums, scales)
     names = complete_names(decoder, block)
     totals = read_sums(previous.parent, block, decoder)
     records = {}
     for first, one in blocks[block].items():
-        of_block = _statistics(first, one, sums, decoder.device, moments=config.solver.NEEDS == "moments")
-        moments = _statistics(first, one, sums, decoder.device, moments=True) if config.mend else None
-        pruner = "wanda" if config.sums_products and of_block.kind == "squares" else config.pruner  # with mixed = true
+        of_input = partial(statistics_of, sums.sums, first, one.scale, sums.tokens, decoder.device)
+        of_block = of_input(moments=config.solver.NEEDS == "moments")
+        moments = of_input(moments=True) if config.mend else None
         totals = add_uses(decoder, block, dict.fromkeys(one.consumers, of_block), totals)
-        for name in one.consumers:
-            if name not in names:
-                continue
+        for name in (name for name in one.consumers if name in names):
             known = totals.pop(names[name], of_block)
-            before = decoder.read_linear(block, name)
-            weight = before.to(decoder.device, torch.float32, copy=True).contiguous()
-            weight, mask = pruners.prune(pruner, weight, known, target, config.damping_mode)
-            pruned = Pruned(weight.to(before.dtype).cpu(), mask.cpu(), sums.clients)
-            records[name] = pruned if moments is None else _mended(pruned, before, moments, target, config)
+            weight, mask = prune_linear(decoder, block, name, known, config.pruner, target, config.damping_mode)
+            records[name] = Pruned(weight, mask, sums.clients)
+            if moments is not None:
+                records[name] = _mended(records[name], decoder.read_linear(block, name), moments, target, config)
     if decoder.shared_linears:
         write_sums(previous.parent, block + 1, totals)
         forget_sums(previous.parent, before=block)
@@ -153,7 +152,7 @@ def mend_by_sums(
     sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
     records = {}
     for first, one in blocks[block].items():
-        moments = _statistics(first, one, sums, decoder.device, moments=True)
+        moments = statistics_of(sums.sums, first, one.scale, sums.tokens, decoder.device, moments=True)
         for name in one.consumers:
             pruned = Pruned(voted[name], voted[name] != 0, sums.clients)
             records[name] = _mended(pruned, decoder.read_linear(block, name), moments, target, config)
@@ -195,19 +194,6 @@ def _sums_of_block(
     return _collect(plan, config, federation, block, inputs, products, num_inputs, start, through=through)
 
 
-def _statistics(
-    first: str, shared: SharedInput, sums: InputSums, device: torch.device | str, moments: bool = False
-) -> InputStatistics:
-    """The statistics of one input, from the sums, on the device where the server prunes.
-
-    Args:
-        moments: means and variances; else the products, or the squares where no products were summed.
-    """
-    at = {name.removeprefix(f"{first}/"): total.to(device) for name, total in sums.sums.items() if name.startswith(f"{first}/")}
-    of_moments = (at["sums"], at["spreads"]) if moments else None
-    return fixed_point.finish(at["squares"], at.get("products"), shared.scale.to(device), sums.tokens, of_moments)
-
-
 def _collect(
     plan: Plan,
     config: Config,
@@ -228,6 +214,59 @@ def _collect(
     sums = InputSums(messages)
     federation.aggregator.aggregate(messages, sums)
     return sums
+
+
+def send_back(
+    block: int,
+    target: Target,
+    plan: Plan,
+    config: Config,
+    federation: Federation,
+    sums: InputSums | None,
+    scales: Mapping[str, Tensor],
+) -> None:
+    """Sends the opened sums of a block to the clients in them, which prune it for themselves (``personal``).
+
+    It comes before the block is stored, so that a killed run repeats it together with the sums.
+
+    Args:
+        target: the target of this block.
+        sums: the sums; None: none are made of the block, and all clients prune it without.
+        scales: ``scale/<input>``, as they were sent for the sums.
+    """
+    tensors = {**scales, **{POOLED + name: total.cpu() for name, total in sums.sums.items()}} if sums else {}
+    messages = {}
+    for client in sums.clients if sums else sorted(plan.clients):
+        statistics = sums.requests[client] if sums else None
+        assert statistics is None or isinstance(statistics, SumInputs)
+        request = SolveOwnBlock(
+            stage=plan.stage,
+            block=block,
+            calibration=calibration_of(plan, config, federation.job.seed, client, "dense"),
+            held_out=plan.clients[client].held_out,
+            statistics=statistics,
+            tokens=sums.tokens if sums else plan.clients[client].samples * config.length,
+            pruner=config.pruner,
+            damping=config.damping_mode,
+            sparsity=target.sparsity,
+            pattern=target.pattern,
+        )
+        messages[client] = Message(request, tensors)
+    for _ in federation.collect(messages):
+        pass
+
+
+def calibration_of(plan: Plan, config: Config, seed: int, client: str, through: str) -> Calibration:
+    """A client's windows, and what they pass through."""
+    return Calibration(
+        stage=plan.stage,
+        round=config.rounds - 1,
+        samples=plan.clients[client].samples,
+        length=config.length,
+        seed=calibration_seed(seed, plan.stage),
+        through=through,
+        compute_dtype=config.compute_dtype,
+    )
 
 
 def sum_request(
@@ -258,20 +297,11 @@ def sum_request(
             epsilon=config.epsilon,
             delta=config.delta,
         )
-    calibration = Calibration(
-        stage=plan.stage,
-        round=config.rounds - 1,
-        samples=plan.clients[client].samples,
-        length=config.length,
-        seed=calibration_seed(federation.job.seed, plan.stage),
-        through=through,
-        compute_dtype=config.compute_dtype,
-    )
     return SumInputs(
         stage=plan.stage,
         round=config.rounds - 1,
         block=block,
-        calibration=calibration,
+        calibration=calibration_of(plan, config, federation.job.seed, client, through),
         consumers={name: first for first, one in inputs.items() for name in one.consumers},
         widths={first: one.scale.numel() for first, one in inputs.items()},
         products=products,

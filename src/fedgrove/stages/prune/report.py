@@ -13,6 +13,7 @@ from rich.text import Text
 from fedgrove.quantities import mebibytes
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.personal import Personal, Words
 from fedgrove.report.sections import Download, Figure, Paragraph, Part, Picture, Section, Sheet, SmallMaps, numbered
 from fedgrove.report.sheet import LONG, Column, Table
 from fedgrove.report.summary import Outcome, Stage, Summary
@@ -28,6 +29,7 @@ BLOCK, STATISTICS = "prune/block", "prune/statistics"  # kinds of request whose 
 WHOLE, PERCENT = "{:,}".format, "{:.2%}".format
 
 Record = dict[str, Any]
+MODEL = Words("model", "a model", "own", "Pruned alone")
 EVENLY = "even"  # the default allocation, which descriptions do not mention
 
 
@@ -59,8 +61,10 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     for client, assignment in plan["clients"].items():
         blocks = "; ".join(ranges(numbers) for numbers in assignment["blocks"])
         target = config.get("pattern") or f"{assignment['sparsity']:.0%}"
+        held_out = f" + {assignment['held_out']} held out" if assignment.get("held_out") else ""
+        windows = f"{assignment['samples']}{held_out}"
         fill(
-            table, client, f"{blocks} of {plan['num_blocks']}", str(assignment["samples"]), target,
+            table, client, f"{blocks} of {plan['num_blocks']}", windows, target,
             mebibytes(assignment["memory"]), megabytes(assignment["upload"]), seconds(assignment["seconds"]),
         )  # fmt: skip
     if not plan.get("choices"):
@@ -70,7 +74,17 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
 
 
 def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
-    return []
+    """What models of one's own are worth."""
+    personal = personal_of(summary, stage)
+    return [Text("\n".join(personal.lines()))] if personal else []
+
+
+def personal_of(summary: Summary, stage: Stage) -> Personal | None:
+    """What models of one's own are worth; None if no client told."""
+    if not stage.plan:
+        return None
+    tokens = {client: stage.plan["clients"][client]["samples"] * stage.config["length"] for client in stage.clients}
+    return Personal.of(summary, stage, MODEL, tokens)
 
 
 def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
@@ -321,6 +335,9 @@ class Contributions:
         parts.append(Sheet(self._by_client()))
         if len({row["round"] for row in self._history}) > 1:
             parts.append(Sheet(self._rounds()))
+        personal = personal_of(summary, self.stage)
+        if personal:
+            parts += [*map(Paragraph, personal.lines()), Sheet(personal.table())]
         return Section(f"stage-{self.stage.number}", numbered(summary, self.stage, "Who contributed what"), parts)
 
     def _by_client(self) -> Table:

@@ -56,6 +56,8 @@ def check_shared(index: int, config: Config, decoder: Decoder) -> None:
         raise FedgroveError(f"{at}.layers: {who}, so a client has to go through all blocks", 'set layers = "all"')
     if config.mend is not None:
         raise FedgroveError(f"{at}.mend: {who}, but masks are mended by the inputs of one block", "leave mend out")
+    if config.personal:
+        raise FedgroveError(f"{at}.personal: {who}, but clients prune block by block for themselves", "leave personal out")
     if config.measures_blocks:
         raise FedgroveError(
             f'{at}.allocation: {who}, which cannot be as sparse as "{config.allocation}" makes each of them',

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.server_weights import START
 from fedgrove.evaluation.alone import losses_of, number_of, tensors_of
+from fedgrove.evaluation.held_out import clients_done, log_once
 from fedgrove.events import Phase
 from fedgrove.input_statistics.probe import SharedInput, probe
 from fedgrove.job.tables import Job
@@ -35,8 +36,16 @@ from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.config import Config
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import BlockSums, PruneBlock
+from fedgrove.stages.prune.exchanges.personal import ChooseOwn, OwnLosses
 from fedgrove.stages.prune.plan import Plan, make_plan
-from fedgrove.stages.prune.pooled import Pruned, mend_by_sums, prune_by_sums, prune_without_data
+from fedgrove.stages.prune.pooled import (
+    Pruned,
+    calibration_of,
+    mend_by_sums,
+    prune_by_sums,
+    prune_without_data,
+    send_back,
+)
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.prune.shared import complete_names
 
@@ -88,6 +97,8 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         _mend_votes(dense, model, records, sparsities, plan, config, federation, overlay)
         records |= {record["name"]: {**record, "stage": plan.stage} for record in _records(overlay)}
         model = model.over(overlay)
+    if config.personal:
+        _keep_personal(plan, config, federation)
     report = {"stage": plan.stage, **config.model_dump(mode="json"), "tensors": list(records.values()), "history": history}
     run.write_json("pruning.json", report)
     return Result(model)
@@ -139,6 +150,8 @@ def _prune_block(
 ) -> None:
     target = config.target_of_block(sparsities[block])
     if config.protect_first_block and block == 0:
+        if config.personal:
+            send_back(block, target, plan, config, federation, None, {})
         new_block = prune_without_data(decoder, block, target)
     elif plan.sums:
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
@@ -211,6 +224,34 @@ def _save(
             }
         )
     save_tensors(after, file, {"records": json.dumps(records)})
+
+
+def _keep_personal(plan: Plan, config: Config, federation: Federation) -> None:
+    """Lets every client choose a model of its own on its held-out text, and logs the losses that it tells, if it does."""
+    run, stage = federation.run, plan.stage
+    tell = not federation.job.privacy.secure_aggregation
+    messages = {
+        client: Message(
+            ChooseOwn(
+                stage=stage,
+                calibration=calibration_of(plan, config, federation.job.seed, client, "dense"),
+                held_out=plan.clients[client].held_out,
+                tell=tell,
+            )
+        )
+        for client in sorted(plan.clients.keys() - clients_done(run, stage))
+    }
+    if not messages:
+        return
+    run.phase(Phase("evaluate", "which model each client keeps for itself", stage=stage))
+    for client, _, reply in federation.collect(messages):
+        assert isinstance(reply, OwnLosses)
+        if not tell:
+            continue
+        if reply.own is None:
+            run.message(f"prune: client '{client}' was not in the sums of every block: no model of its own")
+            continue
+        log_once(run, stage, client, reply)
 
 
 def _prune_by_solutions(

@@ -1,14 +1,12 @@
 """Personal adapters: a client keeps the adapter that is better on its held-out text. Only a few numbers are sent.
 
-A client holds out windows and divides them into two halves. On the first half it chooses: in every round whether its own
-adapter is better than its best one so far, and at the end whether that one is better than the shared one. On the second
-half, which no choice has seen, it measures what it reports: the lowest of several losses is lower than the loss that
-the adapter has on new text.
+A client holds out windows in two halves (:mod:`fedgrove.evaluation.held_out`). On the first half it chooses: in every round
+whether its own adapter is better than its best one so far, and at the end whether that one is better than the shared one.
+On the second half it measures what it reports.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
+from fedgrove.evaluation.held_out import Parts
+from fedgrove.job.units import MOST_HELD_OUT
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.tune.changes import Change, Start
 from fedgrove.stages.tune.parametrizations import Trainable
 from fedgrove.stages.tune.training import loss_sum, pieces
 
-MOST = 64  # windows held out, at most: measuring the loss of half of them in every round must not cost more than training
 Windows = tuple[Tensor, Tensor]
-Parts = list[tuple[float, int]]  # for each window: −Σ log p in nats, number of predicted tokens
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,13 @@ def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, HeldOu
 
     Args:
         ids, labels: (windows, length).
-        share: the fraction of the windows to hold out, at most ``MOST`` windows; 0: none.
+        share: the fraction of the windows to hold out, at most ``MOST_HELD_OUT`` windows; 0: none.
 
     Returns:
         The windows to train on, and those held out: every other one is to choose by, the rest is to report. The second is
         None, and the first is all windows, if there are none to train on, or a half has no label that is not ``IGNORED``.
     """
-    number = min(MOST, round(share * len(ids)))
+    number = min(MOST_HELD_OUT, round(share * len(ids)))
     if not 0 < number < len(ids):
         return (ids, labels), None
     at = torch.arange(number) * len(ids) // number
@@ -83,24 +81,6 @@ def mean_loss(model: nn.Module, windows: Windows, micro: int) -> float:
     with torch.no_grad():
         total = sum(float(loss_sum(model, part, wanted)) for part, wanted in pieces(ids, labels, micro))
     return total / int((labels[:, 1:] != IGNORED).sum())
-
-
-def mean_of(parts: Parts) -> float:
-    """Σ loss / Σ tokens."""
-    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
-
-
-def error_of_difference(one: Parts, other: Parts) -> float | None:
-    """The standard error of the difference of two models' :func:`mean_of` on the same windows; None for a single window.
-
-    Of a ratio of sums over independent windows; consecutive windows are not quite independent, so it is rather too small.
-    """
-    tokens, number = sum(count for _, count in one), len(one)
-    if number < 2:
-        return None
-    mean = mean_of(one) - mean_of(other)
-    spread = sum((a - b - mean * count) ** 2 for (a, count), (b, _) in zip(one, other, strict=True))
-    return math.sqrt(spread * number / (number - 1)) / tokens
 
 
 def pull(

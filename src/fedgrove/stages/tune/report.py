@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,7 +11,7 @@ from rich.text import Text
 from fedgrove.quantities import mebibytes
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
-from fedgrove.report.owners import over_owners
+from fedgrove.report.personal import Personal, Words
 from fedgrove.report.sections import Bullets, Figure, Paragraph, Part, Picture, Section, Sheet, numbered
 from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import PERPLEXITY, Outcome, Stage, Summary
@@ -34,7 +32,7 @@ TRAINED = {  # by disclosure
 }
 MOST_ROWS = 20  # of the chart of loss against bytes
 IMPORTANCE = "importance/"
-Z = 1.96  # standard errors on each side of a 95 % interval
+ADAPTER = Words("adapter", "an adapter", "own best", "After the same steps alone")
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -77,8 +75,13 @@ def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
     """The plan in force, which may differ from the plan before the run, and what adapters of one's own are worth."""
     if not stage.plan:
         return []
-    personal = Personal.of(summary, stage)
+    personal = personal_of(summary, stage)
     return [plan_table(stage.plan, stage.config), *([Text("\n".join(personal.lines()))] if personal else [])]
+
+
+def personal_of(summary: Summary, stage: Stage) -> Personal | None:
+    """What adapters of one's own are worth; None if no client compared two."""
+    return Personal.of(summary, stage, ADAPTER, {client: stage.plan["clients"][client]["tokens"] for client in stage.clients})
 
 
 def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
@@ -122,92 +125,6 @@ def _ranks(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
     return ", ".join(parts + ([f"none in {linears - len(values)}"] if len(values) < linears else []))
 
 
-@dataclass(frozen=True)
-class Personal:
-    """What adapters of one's own are worth, on windows that no choice has seen.
-
-    Attributes:
-        stage: its number.
-        losses: by client, the loss with the shared adapter, with its own best one and, if it was measured, with the one
-            that it would have alone.
-        errors: by client, the standard error of own − shared; None: unknown.
-        keeps_own: the clients that keep their own adapter.
-        tokens: by client, of its text.
-    """
-
-    stage: int
-    losses: Mapping[str, tuple[float, float, float | None]]
-    errors: Mapping[str, float | None]
-    keeps_own: frozenset[str]
-    tokens: Mapping[str, int]
-
-    @classmethod
-    def of(cls, summary: Summary, stage: Stage) -> Personal | None:
-        """From the metrics; None if no client compared two adapters."""
-
-        def measured(client: str, name: str) -> float | None:
-            return summary.rounds_measured.get((stage.number, None, client, f"personal/{name}"))
-
-        losses = {}
-        for client in stage.clients:
-            shared, own = measured(client, "shared"), measured(client, "own")
-            if shared is not None and own is not None:
-                losses[client] = (shared, own, measured(client, "alone"))
-        if not losses:
-            return None
-        errors = {client: measured(client, "error") for client in losses}
-        tokens = {client: stage.plan["clients"][client]["tokens"] for client in losses}
-        return cls(stage.number, losses, errors, frozenset(c for c in losses if measured(c, "keeps")), tokens)
-
-    def lines(self) -> list[str]:
-        """Which clients keep their own adapter; both averages and the worst owner; the mean gain."""
-        number, every = len(self.keeps_own), len(self.losses)
-        keep = listed(sorted(self.keeps_own)) if self.keeps_own else "None"
-        says = [f"{keep} of {plural(every, 'owner')} keep{'' if number > 1 else 's'} an adapter of its own."]
-        if number > 1:
-            says = [f"{number} of {every} owners keep adapters of their own: {keep}."]
-        kept = {client: self._kept(client) for client in self.losses}
-        values = {"shared": {client: of[0] for client, of in self.losses.items()}, "kept": kept}
-        alone = {client: of[2] for client, of in self.losses.items() if of[2] is not None}
-        show = "{:.3f}".format
-        says.append(
-            f"Loss on text that no choice has seen, with the adapter that each keeps: "
-            f"{over_owners(values['kept'], self.tokens).says(show)}."
-        )
-        says.append(f"With the shared adapter: {over_owners(values['shared'], self.tokens).says(show)}.")
-        if len(alone) == every:
-            says.append(f"After the same steps alone: {over_owners(alone, self.tokens).says(show)}.")
-        gains = {client: self.losses[client][0] - kept[client] for client in kept}
-        mean, error = sum(gains.values()) / every, self._mean_error()
-        around = f" ({mean - Z * error:+.3f} to {mean + Z * error:+.3f})" if error is not None else ""
-        says.append(f"Mean gain over owners: {mean:+.3f}{around} nats a token.".replace("-", "−"))
-        return says
-
-    def table(self) -> Table:
-        """Each client's losses, which adapter it keeps, and what that gains."""
-        rows: list[list[Any]] = []
-        for client, (shared, own, alone) in self.losses.items():
-            gain, error = shared - self._kept(client), self.errors[client]
-            error = error if client in self.keeps_own else 0.0
-            rows.append([client, shared, own, alone, "its own" if client in self.keeps_own else "the shared one", gain])
-            rows[-1].append(None if error is None else Z * error)
-        number = "{:.3f}".format
-        columns = [Column("client"), Column("loss, shared", number), Column("loss, own best", number)]
-        columns += [Column("loss, alone", number), Column("keeps"), Column("gain", "{:+.3f}".format), Column("±", number)]
-        caption = "The shared adapter and each client's own best one, on held-out text that no choice has seen"
-        return Table(f"stage-{self.stage}-personal", caption, columns, rows)
-
-    def _kept(self, client: str) -> float:
-        shared, own, _ = self.losses[client]
-        return own if client in self.keeps_own else shared
-
-    def _mean_error(self) -> float | None:
-        """The standard error of the mean gain; those who keep the shared adapter gain exactly nothing."""
-        errors = [self.errors[client] for client in self.keeps_own]
-        known = [error for error in errors if error is not None]
-        return math.sqrt(sum(error**2 for error in known)) / len(self.losses) if len(known) == len(errors) else None
-
-
 class Tuning:
     """The part of the page about one stage that fine-tunes."""
 
@@ -237,7 +154,7 @@ class Tuning:
             chart = self._loss_by_bytes(summary)
             if chart:
                 parts.append(Picture(chart, "Loss against the bytes that all clients sent and received up to a round."))
-        personal = Personal.of(summary, self.stage)
+        personal = personal_of(summary, self.stage)
         if personal:
             parts += [*map(Paragraph, personal.lines()), Sheet(personal.table())]
         return Section(f"stage-{self.stage.number}", numbered(summary, self.stage, "Tuning"), parts)

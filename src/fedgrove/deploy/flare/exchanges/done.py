@@ -11,7 +11,7 @@ from fedgrove.rounds.request import Reply, Response, Tensors
 
 
 class EndRun(SiteRequest):
-    """Delete the run's working files. A personal adapter, where one was made, moves to ``personal/NAME``."""
+    """Delete the run's working files. A personal adapter or model, where one was made, moves to ``personal/NAME``."""
 
     KIND: ClassVar[str] = "deploy/done"
 

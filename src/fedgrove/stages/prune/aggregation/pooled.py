@@ -15,7 +15,7 @@ SENDS = frozenset(
     {Disclosure.SQUARES, Disclosure.PRODUCTS, Disclosure.MOMENTS}
 )  # which of them depends on the pruner: see exchanges/statistics.py
 SOLVED_AT: Literal["client", "server"] = "server"
-READS = frozenset({"mixed", "protect_first_block", "epsilon"})
+READS = frozenset({"mixed", "protect_first_block", "epsilon", "personal"})
 SECURE = True
 SOURCE: Literal["dense", "sequential"] = "dense"
 DAMPING: Literal["mean", "each"] = "each"

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.evaluation.alone import MeasureAlone
+from fedgrove.evaluation.held_out import mean_of
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import NonNegative
 from fedgrove.models.blocks import Decoder
@@ -23,7 +24,7 @@ from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import Attachment
-from fedgrove.stages.tune.personal import hold_out, losses, mean_of
+from fedgrove.stages.tune.personal import hold_out, losses
 from fedgrove.stages.tune.received import check_linears
 from fedgrove.stages.tune.trainers import trainer_of
 from fedgrove.stages.tune.training import Settings

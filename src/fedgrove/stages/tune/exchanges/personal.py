@@ -13,35 +13,20 @@ import torch
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import checkpoint_of
+from fedgrove.evaluation.held_out import Losses, Parts, error_of_difference, mean_of
 from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.units import Count, Line, Linears, Name, NonNegative
+from fedgrove.job.units import Count, Line, Linears, Name
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
-from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TuneRequest, best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
-from fedgrove.stages.tune.personal import Parts, Windows, best, error_of_difference, hold_out, losses, mean_of
+from fedgrove.stages.tune.personal import Windows, best, hold_out, losses
 from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
 
 REST = "rest"  # tensors of a request: the shared change
-
-
-class Losses(Reply):
-    """Mean losses per token on the half of the client's held-out windows that it does not choose by.
-
-    Attributes:
-        shared, own: of the shared change and of the client's own best; None if it holds out no text, or has no own change.
-        error: the standard error of own − shared; None for a single window.
-        keeps_own: whether its own change was the better one on the other half.
-    """
-
-    shared: NonNegative | None
-    own: NonNegative | None
-    error: NonNegative | None = None
-    keeps_own: bool = False
 
 
 class ComparePersonal(TuneRequest):
@@ -121,5 +106,4 @@ class ComparePersonal(TuneRequest):
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Losses)
-        if (reply.shared is None) != (reply.own is None) or (reply.own is None and (reply.error or reply.keeps_own)):
-            raise WireError("its losses are of one adapter only")
+        reply.check()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.held_out import Losses, clients_done, log_once
 from fedgrove.events import Phase
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.request import Message
@@ -18,7 +19,6 @@ from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.personal import Losses as PersonalLosses
 from fedgrove.stages.tune.exchanges.train import Train, WholeRound, start_tensors
 from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
 from fedgrove.stages.tune.float_round import Bounds, FloatRound
@@ -228,7 +228,7 @@ class Loop(Tuning):
     def keep_personal(self) -> None:
         """Lets every client compare the result with its own best change on its held-out text, and logs both losses."""
         stage, run, job = self.plan.stage, self.run, self.federation.job
-        done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "personal/shared")}
+        done = clients_done(run, stage)
         left = {client: assignment for client, assignment in self.plan.clients.items() if client not in done}
         if not left:
             return
@@ -249,15 +249,11 @@ class Loop(Tuning):
             )
             messages[client] = Message(request, tensors)
         for client, _, reply in self.federation.collect(messages):
-            assert isinstance(reply, PersonalLosses)
+            assert isinstance(reply, Losses)
             if reply.shared is None or reply.own is None:
                 run.message(f"tune: client '{client}' holds out no text or took part in no round: no personal adapter")
                 continue
-            run.log(stage, None, client, "personal/own", reply.own)
-            run.log(stage, None, client, "personal/keeps", float(reply.keeps_own))
-            if reply.error is not None:
-                run.log(stage, None, client, "personal/error", reply.error)
-            run.log(stage, None, client, "personal/shared", reply.shared)  # last: it marks the client as done
+            log_once(run, stage, client, reply)
 
     def merge(self, folder: Path) -> None:
         """Writes the weights with their changes merged, one file per block, in the checkpoint's dtype."""
