@@ -281,12 +281,12 @@ def _templates(text: str | None, prompt: str | None = None, answer: str | None =
 
 
 def _room(job: Job, checkpoint: Checkpoint, folder: Path) -> Check:
-    """Disk space for the run folder: the result, every stage's changed tensors, and the hidden-state caches."""
+    """Disk space for the run folder: the result, stages' changed tensors, clients' own models, hidden-state caches."""
     width = checkpoint.config.get_text_config().hidden_size
     need = checkpoint.num_bytes()
     num_blocks = checkpoint.config.get_text_config().num_hidden_layers
     for stage in job.stages:
-        need += stage.passes() * checkpoint.num_bytes()
+        need += (stage.passes() + len(job.clients) * stage.models_kept()) * checkpoint.num_bytes()
         windows = stage.calibration_windows()
         if windows is not None:
             samples = sum(client.samples or windows[0] for client in job.clients)

@@ -98,6 +98,10 @@ class StageConfig(Table):
         """The largest number of blocks whose hidden states, of all calibration windows, a client caches on disk."""
         return 0
 
+    def models_kept(self) -> int:
+        """The largest number of models of its own that each client has on its disk."""
+        return 0
+
     def check(self, job: Job, index: int) -> None:
         """Refuses settings that contradict the rest of the job.
 

@@ -32,7 +32,7 @@ class Disclosure(Enum):
     LOSS_DIFFERENCES = "for each direction one number, the difference of the loss on its text between the model's two sides"
     CURVATURE = "for a few directions how its loss differs and curves along them"
     LOSS = "its mean training loss of each round"
-    HELD_OUT_LOSSES = "losses on text that it held out for itself, and which adapter it keeps"
+    HELD_OUT_LOSSES = "losses on text that it held out for itself, and whether it keeps a result of its own"
     LABEL_SUMS = "for each label the number of its records and the sums of their features, and the sums of squared features"
     FEATURE_PRODUCTS = "the sums, over its records, of the products of each pair of features"
     HELD_OUT_ACCURACIES = "how often three heads find the label of records that it held out for itself"

@@ -28,6 +28,7 @@ from fedgrove.models.masks import Target
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.stages.prune.aggregation import Aggregation, aggregation_names, aggregation_of
 from fedgrove.stages.prune.allocation import allocation_of
+from fedgrove.stages.prune.personal import OTHERS_WEIGHTS
 from fedgrove.stages.prune.pruners import Pruner, pruner_of
 
 if TYPE_CHECKING:
@@ -299,6 +300,9 @@ class Config(StageConfig):
 
     def hidden_states_kept(self, num_blocks: int) -> int:
         return 3
+
+    def models_kept(self) -> int:
+        return len(OTHERS_WEIGHTS) + 1 if self.personal else 0
 
     def check(self, job: Job, index: int) -> None:
         clients, at = job.clients, f"stages.{index}"

@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fedgrove.client.local_client import LocalClient
+if TYPE_CHECKING:
+    from fedgrove.client.local_client import LocalClient
 
 OTHERS_WEIGHTS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # λ: both ends, and two a decade down to where the others hardly count
 TOLERANCE = 0.01  # of perplexity: half of what few windows can tell apart, and the others' text gains many times as much
