@@ -9,12 +9,13 @@ demo: .venv/installed
 	rm -rf fedgrove-demo
 	$(BIN)/fedgrove demo --out fedgrove-demo
 
-# Lint and the site beside the tests. Four workers on two cores: the tests of federations and of time limits mostly wait.
+# Lint and the site beside the tests. Three workers on two cores: the tests of federations and of time limits mostly wait, and
+# every worker takes 17 s of processor time before its first test.
 test: .venv/installed
 	$(MAKE) --jobs 3 lint site pytest
 
 pytest: .venv/installed
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not federation"
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not federation"
 
 # Before every commit, in under a minute: lint, types, and the tests of formulas and formats, which start no process.
 UNIT := accounting errors events files gaussian job masks plan prune_aggregation pruners release secagg_attacks \

@@ -5,21 +5,40 @@ from __future__ import annotations
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+import forks
+
+if TYPE_CHECKING:
+    from small import Small
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; it must be said before torch loads
 if not os.environ.get("FEDGROVE_TEST_GPU"):  # the tests say what a CPU gives; those of a GPU are named in the Makefile
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch
 
-from small import Small, faulty, forked_workers  # noqa: F401 (fixtures)
+def pytest_configure(config: pytest.Config) -> None:
+    """Opens the session of :mod:`forks`, which workers share; then the fixtures of small.py, where tests run.
+
+    The process that only hands tests out to workers takes five seconds less to start them without torch.
+    """
+    forks.open_session()
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("small")
+
+
+def pytest_unconfigure() -> None:
+    """At the end, also of a session that was interrupted."""
+    forks.close_session()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Before every test: a server sets its process' number of threads, and another number gives other last bits."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -38,6 +57,8 @@ def grove(demo: Path) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """A federation that runs in a second."""
+    from small import Small
+
     return Small(tmp_path_factory.mktemp("small"))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from small import write_once
+
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LENGTH = 16
 VOCABULARY = 4096  # of the shipped tokenizer
@@ -57,12 +59,15 @@ def small_config(kind: str, **changes: Any) -> PreTrainedConfig:
 
 def save_small(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """A random model in which no parameter is what the architecture would fill in by itself."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(kind, **changes))
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.to(dtype).save_pretrained(folder)
-    return folder
+
+    def write(target: Path) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small_config(kind, **changes))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.to(dtype).save_pretrained(target)
+
+    return write_once((kind, dtype, *sorted(changes.items())), folder, write)
 
 
 def windows(number: int = 2) -> list[Tensor]:

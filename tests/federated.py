@@ -174,12 +174,13 @@ class Running:
 
     def wait_for(self, sites: Sequence[str], since: float = 0) -> None:
         """Waits until the server has heard of them, after a time (seconds since 1970)."""
+        with operator.session(self.operator) as flare:
 
-        def heard() -> bool:
-            known = operator.status(self.operator)["sites"]
-            return all((site["heard"] or 0) > since for site in known if site["name"] in sites)
+            def heard() -> bool:
+                times = {client.name: client.last_connect_time for client in flare.get_system_info().client_info}
+                return all(times.get(site, 0) > since for site in sites)
 
-        wait_until(heard)
+            wait_until(heard, pause=0.5)  # every question takes the server's time as well
 
     def job(self, name: str, **changes: Any) -> Path:
         """Writes a job for the federation."""

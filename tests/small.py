@@ -13,13 +13,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache, partial
-from multiprocessing import forkserver
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -30,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import fedgrove.stages.prune.pruners
+import forks
 from fedgrove.engines.base import Engine
 from fedgrove.events import Event, Listener, Message, Phase
 from fedgrove.rounds import wire
@@ -44,21 +43,44 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 
+def write_once(key: Hashable, folder: Path, write: Callable[[Path], object]) -> Path:
+    """Fills a folder with the files that a function writes; for an equal key the function is called once.
+
+    To draw and save a model takes ten times as long as to write its files again. Whichever it was, what a test draws next with
+    torch is the same.
+    """
+    if key not in _WRITTEN:
+        with tempfile.TemporaryDirectory() as temporary:
+            write(Path(temporary))
+            _WRITTEN[key] = {file.name: file.read_bytes() for file in Path(temporary).iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _WRITTEN[key].items():
+        (folder / name).write_bytes(content)
+    torch.manual_seed(0)
+    return folder
+
+
+_WRITTEN: dict[Hashable, dict[str, bytes]] = {}
+
+
 def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """A random Llama of two blocks in bfloat16, with the shipped model's tokenizer."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        **{**sizes, "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 64, **changes},
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for name in TOKENIZER:
-        (folder / name).write_bytes((DEMO / "grove-6m" / name).read_bytes())
-    return folder
+
+    def write(target: Path) -> None:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(
+            **{**sizes, "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 64, **changes},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            initializer_range=0.1,
+        )
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
+        for name in TOKENIZER:
+            (target / name).write_bytes((DEMO / "grove-6m" / name).read_bytes())
+
+    return write_once(("llama", seed, *sorted(changes.items())), folder, write)
 
 
 def save_random(folder: Path, config: Any) -> None:
@@ -108,7 +130,7 @@ class Small:
             "evaluate": {
                 "data": [str(self.texts["held-0"]), str(self.texts["held-1"])],
                 "length": 32,
-                "windows": 4,
+                "windows": 2,
                 "alone": True,
             },
         }
@@ -317,42 +339,14 @@ def python(code: str, *args: object, path: Path) -> tuple[int, str, str]:
 def _forked(call: Callable[[], None], kill_after: Callable[[], None] | None = None) -> tuple[int, str, str]:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        child = _forks().Process(target=_child, args=(call, out, err))
-        child.start()
-        if kill_after:
-            kill_after()
-            child.kill()
-        child.join(300)
-        assert child.exitcode is not None, "it hangs"
-        return child.exitcode, out.read_text(errors="replace"), err.read_text(errors="replace")
-
-
-def _forks() -> Any:
-    """The context of multiprocessing whose children are real processes, and cost no import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
-    with pytest.MonkeyPatch.context() as patch:  # before Python 3.13 the fork server looks for modules there alone
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    return context
+        status = forks.run(partial(_child, call, out, err), kill_after)
+        return status, out.read_text(errors="replace"), err.read_text(errors="replace")
 
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's worker processes cost no import either."""
-    context = _forks()
-
-    def start(target: Callable[..., None], args: tuple[Any, ...], **options: Any) -> Any:
-        path = list(fedgrove.stages.prune.pruners.__path__)
-        return context.Process(target=_work, args=(path, target, args), **options)
-
-    given = SimpleNamespace(Pipe=context.Pipe, Process=start)
-    monkeypatch.setattr("fedgrove.engines.worker.get_context", lambda _: given)
-
-
-def _work(path: list[str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    fedgrove.stages.prune.pruners.__path__[:] = path
-    target(*args)
+    monkeypatch.setattr("fedgrove.engines.worker.get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 def killed(*args: object, moment: Moment) -> None:
@@ -499,12 +493,12 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     return tell
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for something that must happen; fails where it never does."""
+def wait_until(condition: Callable[[], bool], pause: float = 0.1) -> None:
+    """Waits for something that must happen, and asks again after every pause (seconds); fails where it never does."""
     for _ in range(600):
         if condition():
             return
-        time.sleep(0.1)
+        time.sleep(pause)
     raise AssertionError("it never happened")
 
 

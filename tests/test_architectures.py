@@ -48,6 +48,7 @@ from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.prune.calibration_pass import gather
 from fedgrove.stages.prune.pruners import sparsegpt
+from small import TOKENIZER, write_once
 
 LENGTH = 24  # longer than the sliding windows
 COMMON = {"vocab_size": 4096, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -124,13 +125,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def save(name: str, folder: Path, grove: Path, dtype: torch.dtype, sharded: bool = False) -> Path:
     """A random model on disk in which no tensor is what an architecture would fill in by itself."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.to(dtype).save_pretrained(folder, max_shard_size="100KB" if sharded else "1GB")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((grove / file).read_bytes())
+
+    def write(target: Path) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.to(dtype).save_pretrained(target, max_shard_size="100KB" if sharded else "1GB")
+        for file in TOKENIZER:
+            (target / file).write_bytes((grove / file).read_bytes())
+
+    write_once(("architecture", name, dtype, sharded), folder, write)
     assert (folder / "model.safetensors.index.json").is_file() == sharded
     return folder
 

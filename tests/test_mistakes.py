@@ -334,7 +334,8 @@ FULL = {
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("moment", FULL.values(), ids=FULL.keys())
 def test_a_full_disk_is_named_and_the_run_resumes(small: Small, tmp_path: Path, moment: Moment) -> None:
-    out, job = tmp_path / "run", small.job()
+    changes = {} if "/alone/" in moment.path else {"evaluate__alone": False}
+    out, job = tmp_path / "run", small.job(**changes)
     line = one_line(*process("run", job, "--out", out, "--quiet", moment=moment))
     assert "disk is full" in line or "No space left on device" in line
     assert "--resume" in line
@@ -343,7 +344,7 @@ def test_a_full_disk_is_named_and_the_run_resumes(small: Small, tmp_path: Path, 
     assert not (out / "model").exists()
     free(out)
     assert cli("run", job, "--out", out, "--resume")[0] == 0
-    assert result(out) == result(small.undisturbed())
+    assert result(out) == result(small.undisturbed(**changes))
 
 
 INTERRUPTED = {
@@ -355,12 +356,12 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("moment", INTERRUPTED.values(), ids=INTERRUPTED.keys())
 def test_an_interrupted_run_says_so_and_resumes(small: Small, tmp_path: Path, moment: Moment) -> None:
-    out, job = tmp_path / "run", small.job()
+    out, job = tmp_path / "run", small.job(evaluate__alone=False)
     line = one_line(*process("run", job, "--out", out, "--quiet", moment=moment), status=130)
     assert line == "interrupted; a run continues with --resume"
     assert not (out / "model").exists()
     assert cli("run", job, "--out", out, "--resume")[0] == 0
-    assert result(out) == result(small.undisturbed())
+    assert result(out) == result(small.undisturbed(evaluate__alone=False))
 
 
 def test_ctrl_c_at_a_terminal_ends_the_run_and_its_workers(small: Small, tmp_path: Path, faulty: Tell) -> None:
@@ -488,11 +489,11 @@ def test_damaged_bytes_are_refused(
 def check_refused_and_resumed(
     small: Small, out: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], what: str
 ) -> None:
-    job = small.job()
+    job = small.job(evaluate__alone=False)
     with tampered(monkeypatch, change):
         line = complaint("run", job, "--out", out)
     assert line.startswith(f"client 'birch': its response was refused: {what}")
     assert not (out / "model").exists()
     assert [file.name for file in (out / "work").rglob("*.safetensors")] == ["block-0000.safetensors"]
     assert cli("run", job, "--out", out, "--resume")[0] == 0
-    assert result(out) == result(small.undisturbed())
+    assert result(out) == result(small.undisturbed(evaluate__alone=False))

@@ -532,7 +532,8 @@ def test_an_own_adapter_that_nothing_pulls_is_trained_as_the_one_that_is_sent(sm
     """In the first round both have the same start and the same windows: training one must not move the other's start."""
     own = []
     for strength in (0.0, 1e-30):
-        run = small.undisturbed(stages=[{**PERSONAL, "rounds": 1, "precision": "float32", "personal_pull": strength}])
+        stage = {**PERSONAL, "rounds": 1, "steps": 3, "precision": "float32", "personal_pull": strength}
+        run = small.undisturbed(stages=[stage])
         own.append([measurements(run)[0, None, client, "personal/own"] for client in CLIENTS])
     assert own[0] == pytest.approx(own[1], rel=1e-6)
 
@@ -700,7 +701,7 @@ def test_a_run_ends_with_what_each_client_was_given_and_why(small: Small, tmp_pa
 
 
 def test_the_report_draws_what_matters_and_tells_what_each_client_was_given(small: Small) -> None:
-    run = small.undisturbed(stages=tune(method="fedpipe", rounds=3, steps=4))
+    run = small.undisturbed(stages=tune(method="fedpipe", rounds=3, steps=1))
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     plan = json.loads((run / "plan-0-tune.json").read_text(encoding="utf-8"))
     metrics = measurements(run)

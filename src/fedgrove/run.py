@@ -88,7 +88,7 @@ def make_model(job: Job, federation: Federation) -> None:
     model.write(run.path / "model", {"README.md": card(run.path, base_card, use)})
 
 
-def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
+def check_model(job: Job, decoder: Decoder) -> tuple[str, ...]:
     """Whether a model has all parameters, and rows and positions enough for the job's text; reads no weights.
 
     Returns:
@@ -97,11 +97,10 @@ def check_model(job: Job, model: Checkpoint) -> tuple[str, ...]:
     Raises:
         FedgroveError: it has not; names the tensor, the file or the key.
     """
-    decoder = Decoder(model)
     notes = check_parameters(decoder)
     if job.evaluate.speed or job.evaluate.tasks or job.evaluate.prompts:
-        check_for_others(model)
-    check_vocabulary(model.tokenizer(), decoder)
+        check_for_others(decoder.checkpoint)
+    check_vocabulary(decoder.checkpoint.tokenizer(), decoder)
     lengths = {"evaluate.length": job.evaluate.length} if job.evaluate.data else {}
     for index, stage in enumerate(job.stages):
         windows = stage.calibration_windows()
@@ -120,13 +119,14 @@ def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan
     Raises:
         FedgroveError: a stage cannot be done like this; names the key or the client.
     """
-    notes_on_model = check_model(job, model)
+    decoder = Decoder(model)
+    notes_on_model = check_model(job, decoder)
     capabilities = ask_capabilities(job, federation)
     needed = min(job.rounds.quorum or len(federation.clients()), len(federation.clients()))
     left_out: dict[str, str] = {}
     while True:
         try:
-            plans = plan_stages(job, model, capabilities, notes_on_model)
+            plans = plan_stages(job, decoder, capabilities, notes_on_model)
         except FedgroveError as error:
             if error.client is None or error.client not in capabilities or len(capabilities) <= needed:
                 raise
@@ -138,16 +138,19 @@ def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan
 
 
 def plan_stages(
-    job: Job, model: Checkpoint, capabilities: Mapping[str, Capabilities], notes_on_model: tuple[str, ...]
+    job: Job, decoder: Decoder, capabilities: Mapping[str, Capabilities], notes_on_model: tuple[str, ...]
 ) -> list[Plan]:
-    """Plans every stage for the model's shapes at that stage.
+    """Plans every stage for the model's shapes at that stage; ``decoder`` is the model before the first one.
 
     Raises:
         FedgroveError: a stage cannot be done like this; names the key or the client.
     """
     plans: list[Plan] = []
+    model = decoder.checkpoint
     for index, config in enumerate(job.stages):
-        plan = stage_of(config.kind).plan(index, config, Decoder(model), capabilities, job)
+        if model is not decoder.checkpoint:
+            decoder = Decoder(model)
+        plan = stage_of(config.kind).plan(index, config, decoder, capabilities, job)
         notes = (*plan.notes, *notes_on_other_stages(job, index), *(notes_on_model if index == 0 else ()))
         plans.append(plan.model_copy(update={"notes": notes}))
         model = plan.reshaped(model)

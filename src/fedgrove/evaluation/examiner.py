@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fedgrove.evaluation.metrics import Measured, bootstrap
 from fedgrove.events import Listener, OnProgress, Phase
@@ -22,10 +23,14 @@ class Examiner:
     """Evaluates one model. Perplexity loads it block by block; the other metrics load the full model into memory."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", compute_dtype: ComputeDtype | None = None):
-        self.tokenizer = checkpoint.tokenizer()
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype_of(compute_dtype, device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; perplexity takes windows and does without."""
+        return self._checkpoint.tokenizer()
 
     @cached_property
     def _decoder(self) -> Decoder:

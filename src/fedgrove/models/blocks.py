@@ -62,6 +62,8 @@ class Decoder:
             lambda name: self.stored_name(name) in checkpoint,
             lambda one, other: checkpoint.same(self.stored_name(one), self.stored_name(other)),
         )
+        self._ends = [name for name, _ in self.model.named_modules() if not f"{name}.".startswith(f"{self.prefix}.")]
+        self._positions = positions(self.model, checkpoint.config)
         self._unloaded_ends: dict[str, nn.Parameter] = {}  # the meta parameters that the loaded ends replaced
         self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
@@ -138,31 +140,32 @@ class Decoder:
         Args:
             weights: by linear, (out, in): used instead of the checkpoint's.
         """
-        block = self.blocks[index]
-        unloaded = dict(block.state_dict())
-        self._fill(block, f"{self.prefix}.{index}.")
-        for name, weight in weights.items():
-            module = block.get_submodule(name)
-            like = cast(nn.Parameter, module.weight)
-            module.weight = nn.Parameter(as_matrix(module, weight).to(like.device, like.dtype), requires_grad=False)
-        try:
+        with self._unloaded_afterwards(index) as block:
+            self._fill(block, f"{self.prefix}.{index}.")
+            for name, weight in weights.items():
+                module = block.get_submodule(name)
+                like = cast(nn.Parameter, module.weight)
+                module.weight = nn.Parameter(as_matrix(module, weight).to(like.device, like.dtype), requires_grad=False)
             yield block
-        finally:
-            block.load_state_dict(unloaded, assign=True)
 
     @contextmanager
     def zeroed(self, index: int, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
         """A block with zeros as weights, to measure its memory without reading, or having, the weights."""
+        with self._unloaded_afterwards(index) as block:
+            for name, parameter in list(block.named_parameters()):
+                zeros = torch.zeros(parameter.shape, device=self.device, dtype=dtype)
+                self._put(block, name, nn.Parameter(zeros, requires_grad=False))
+            yield block
+
+    @contextmanager
+    def _unloaded_afterwards(self, index: int) -> Iterator[nn.Module]:
         block = self.blocks[index]
-        unloaded = dict(block.state_dict())
-        for name, parameter in list(block.named_parameters()):
-            self._put(
-                block, name, nn.Parameter(torch.zeros(parameter.shape, device=self.device, dtype=dtype), requires_grad=False)
-            )
+        unloaded = list(block.named_parameters())
         try:
             yield block
         finally:
-            block.load_state_dict(unloaded, assign=True)
+            for name, parameter in unloaded:
+                self._put(block, name, parameter)
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The input of the first block, (windows, tokens, width), and the other arguments of every block.
@@ -200,7 +203,7 @@ class Decoder:
         return first[0], calls
 
     def _check_ids(self, ids: Tensor) -> None:
-        limit, is_hard = positions(self.model, self.checkpoint.config)
+        limit, is_hard = self._positions
         if is_hard and limit is not None and ids.shape[1] > limit:
             raise FedgroveError(
                 f"length: a window has {ids.shape[1]} tokens, but the model has positions for {limit}",
@@ -264,9 +267,8 @@ class Decoder:
                 )
             raise _BlocksReached
 
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
         with self._replaced_blocks(run, lambda hidden: hidden), torch.no_grad(), suppress(_BlocksReached):
-            self.model(input_ids=ids, use_cache=False)
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         others = (None,) * (len(found[0]) - 1) if isinstance(found[0], tuple | list) else None
         self._wrap = (lambda hidden: hidden) if others is None else (lambda hidden: (hidden, *others))
         return self._wrap
@@ -295,13 +297,13 @@ class Decoder:
     def _fill_ends(self, head: bool) -> None:
         """Loads the modules outside the blocks that are not loaded yet; the head only if ``head``."""
         output = cast(Any, self.model).get_output_embeddings()
-        for name, module in self.model.named_modules():
-            outside = name != self.prefix and not name.startswith(self.prefix + ".")
+        for name in self._ends:
+            module = self.model.get_submodule(name)
             parameters = dict(module.named_parameters(recurse=False))
             unloaded = not parameters or any(parameter.is_meta for parameter in parameters.values())
-            if outside and (head or module is not output) and unloaded:
+            if (head or module is not output) and unloaded:
                 prefix = f"{name}." if name else ""
-                self._unloaded_ends |= {prefix + leaf: cast(nn.Parameter, value) for leaf, value in parameters.items()}
+                self._unloaded_ends |= {prefix + leaf: value for leaf, value in parameters.items()}
                 self._fill(module, prefix, recurse=False)
         self._tie()
 
@@ -322,10 +324,10 @@ class Decoder:
             if stored not in self.checkpoint:
                 raise FedgroveError(f"model: {self.checkpoint.path} lacks the tensor {stored}; the copy is incomplete")
             self._put(module, name, nn.Parameter(self._read(stored, parameter.shape), requires_grad=False))
-        persistent = module.state_dict().keys()  # old checkpoints also hold causal masks, in dtypes that no longer fit
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             stored = self.stored_name(prefix + name)
-            read = name in persistent and stored in self.checkpoint
+            # Old checkpoints also hold causal masks, which models no longer save, in dtypes that no longer fit.
+            read = stored in self.checkpoint and name in module.state_dict()
             self._put(module, name, self._read(stored, buffer.shape) if read else buffer.to(self.device))
 
     def _read(self, name: str, shape: torch.Size) -> Tensor:

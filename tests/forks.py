@@ -1,0 +1,159 @@
+"""One process forks the commands of a whole test session, so that their libraries are imported once, not in every worker.
+
+``python forks.py SOCKET PID`` serves calls, which are pickled, until the process of that number has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+VARIABLE = "FEDGROVE_TEST_FORKS"  # the server's socket; its name is the number of the session's process
+ENVIRONMENT: dict[str, str] = {}  # the server's: that of this process before a test changed it
+NUMBER = struct.Struct("<i")
+LONGEST = 300.0  # seconds of a command
+
+
+def open_session() -> None:
+    """Says where this session's server will be; it starts when the first command does. Workers of xdist inherit it."""
+    if VARIABLE not in os.environ:
+        os.environ[VARIABLE] = str(Path(tempfile.mkdtemp()) / str(os.getpid()))
+    ENVIRONMENT.update(os.environ)
+
+
+def close_session() -> None:
+    """Removes the server's folder in the process that opened the session."""
+    address = Path(os.environ[VARIABLE])
+    if address.name == str(os.getpid()):
+        shutil.rmtree(address.parent, ignore_errors=True)
+
+
+def run(call: Callable[[], None], kill_after: Callable[[], None] | None = None) -> int:
+    """Runs a call in a process of its own; gives the status with which it ends, negative: the signal.
+
+    Args:
+        call: can be pickled.
+        kill_after: the process is killed when this returns.
+    """
+    with _connected() as server:
+        server.sendall(pickle.dumps(call))
+        server.shutdown(socket.SHUT_WR)
+        number = _read(server)
+        if kill_after:
+            kill_after()
+            os.kill(number, signal.SIGKILL)
+        return _read(server)
+
+
+def _read(connection: socket.socket) -> int:
+    content = connection.recv(NUMBER.size, socket.MSG_WAITALL)
+    assert content, "the process that forks has ended, or could not read the call"
+    number: int = NUMBER.unpack(content)[0]
+    return number
+
+
+def _connected() -> socket.socket:
+    address = Path(os.environ[VARIABLE])
+    with FileLock(f"{address}.lock"):
+        if not address.exists():
+            _start(address)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(LONGEST)
+    connection.connect(str(address))
+    return connection
+
+
+def _start(address: Path) -> None:
+    here = Path(__file__)
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, str(here), str(address), address.name]
+    log = address.with_suffix(".log")
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=here.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    while not address.exists():
+        assert server.poll() is None, log.read_text()
+        time.sleep(0.05)
+
+
+def serve(address: Path, session: int) -> None:
+    """Answers every connection in a process of its own, until the session has ended or closed."""
+    import warm  # noqa: F401 (what commands import)
+
+    gc.freeze()  # the forks share these pages as long as nobody writes to them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{address}.new")
+        listener.listen()
+        listener.settimeout(1.0)
+        Path(f"{address}.new").rename(address)
+        while psutil.pid_exists(session) and address.exists():
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listener.accept()
+                with connection:
+                    if not os.fork():
+                        listener.close()
+                        os._exit(_status(partial(_answer, connection)))
+    shutil.rmtree(address.parent, ignore_errors=True)  # of a session that was killed
+
+
+def _answer(connection: socket.socket) -> None:
+    """Forks once more: this process waits for the other, and sends its number and then its status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    connection.setblocking(True)
+    with connection.makefile("rb") as stream:
+        call = pickle.load(stream)
+    number = os.fork()
+    if not number:
+        connection.close()
+        os._exit(_status(call))
+    connection.sendall(NUMBER.pack(number))
+    status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(NUMBER.pack(status))
+
+
+def _status(call: Callable[[], None]) -> int:
+    """Calls it; the status that Python would end with."""
+    try:
+        call()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), int(sys.argv[2]))
