@@ -62,17 +62,17 @@ class Personal:
         """
 
         def measured(client: str, name: str) -> float | None:
-            return summary.rounds_measured.get((stage.number, None, client, f"personal/{name}"))
+            return summary.rounds_measured.get((stage.number, None, client, name))
 
         losses = {}
         for client in stage.clients:
-            shared, own = measured(client, "shared"), measured(client, "own")
+            shared, own = measured(client, "personal/shared"), measured(client, "personal/own")
             if shared is not None and own is not None:
-                losses[client] = (shared, own, measured(client, "alone"))
+                losses[client] = (shared, own, measured(client, "personal/alone"))
         if not losses:
             return None
-        errors = {client: measured(client, "error") for client in losses}
-        return cls(stage.number, words, losses, errors, frozenset(c for c in losses if measured(c, "keeps")), tokens)
+        errors = {client: measured(client, "personal/error") for client in losses}
+        return cls(stage.number, words, losses, errors, frozenset(c for c in losses if measured(c, "personal/keeps")), tokens)
 
     def lines(self) -> list[str]:
         """Which clients keep their own result; both averages and the worst owner; the mean gain."""
