@@ -3,7 +3,8 @@
     .venv/bin/python bench/owners.py --data ../shared/data --model smollm2 --page owners --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.5 0.7 --table damping --page owners-grove --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.7 --table allocations --page allocations --write
-    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.3 0.5 0.6 --table mending --page mending --write
+    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.3 0.5 0.6 --table mending --owners 4 --length 256
+        --windows 4 --page mending --write
 
 Every result is kept in bench/owners.jsonl by the model's fingerprint and its settings, and not measured again; delete a line to
 measure it again.
