@@ -135,6 +135,7 @@ def table() -> dict[str, Spec]:
         "prune-pooled-damping-mean": job(prune("pooled", "sparsegpt", damping="mean")),
         "prune-pooled-first-block": job(prune("pooled", protect_first_block=True)),
         "prune-pooled-mixed": job(prune("pooled", "sparsegpt", mixed=True)),
+        "prune-pooled-personal": job(prune("pooled", "sparsegpt", samples=4, personal=0.5)),
         "prune-pooled-sampled": job(prune("pooled", layers={"sample": 0.7, "cover": 2}), clients=uneven),
         "prune-alone": job(prune(pruner="sparsegpt"), evaluate=alone),
         "prune-prune": job(prune(sparsity=0.3), prune("fedprllm", "magnitude")),

@@ -1,7 +1,7 @@
 """Every client prunes for itself with its own sums and a part of the others', and keeps what is best on its held-out text.
 
-After the sums of a block are opened they go back to the clients in them, which learn nothing else: what they prune with
-them, which part they choose and the windows they choose by stay with them. See :mod:`fedgrove.stages.prune.personal`.
+After the sums of a block are opened they go back to the clients in them. The server learns nothing by that: what a client
+prunes, which part it chooses and the windows it chooses by stay with it. See :mod:`fedgrove.stages.prune.personal`.
 """
 
 from __future__ import annotations
