@@ -48,7 +48,7 @@ def test_a_run_folder_holds_what_the_contract_says(small: Small) -> None:
     assert (plan["stage"], plan["kind"], plan["num_blocks"]) == (0, "prune", 2)
     assert set(plan["clients"]) == set(CLIENTS)
     for share in plan["clients"].values():
-        assert set(share) == {"blocks", "weight", "samples", "sparsity", "memory", "upload", "seconds"}
+        assert set(share) == {"blocks", "weight", "samples", "sparsity", "held_out", "memory", "upload", "seconds"}
         assert share["blocks"] == [[0, 1]]
 
     times = [line["time"] for line in lines(run / "metrics.jsonl")]

@@ -304,9 +304,9 @@ def export(
 ) -> None:
     """Writes the result in another format, reloads it, and measures its bytes and perplexity.
 
-    **hf**: a plain model directory (also from a packed model). **packed**: the fewest bytes, lossless. **adapter**: for
-    peft, if nothing was pruned. **gguf**: for llama.cpp. **onnx**: a graph in float32. **int8**, **nf4**: 8 and 4 bits
-    by bitsandbytes, for transformers.
+    **hf**: a plain model directory (also from a packed model). **packed**: the fewest bytes, lossless. **shared**: tensors
+    that blocks share are stored once. **adapter**: for peft, if nothing was pruned. **gguf**: for llama.cpp. **onnx**: a
+    graph in float32. **int8**, **nf4**: 8 and 4 bits by bitsandbytes, for transformers.
 
     The measurements are also in OUT.export.json, and in the run's report when it is written again.
 
