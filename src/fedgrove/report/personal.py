@@ -72,7 +72,8 @@ class Personal:
         if not losses:
             return None
         errors = {client: measured(client, "personal/error") for client in losses}
-        return cls(stage.number, words, losses, errors, frozenset(c for c in losses if measured(c, "personal/keeps")), tokens)
+        keeps_own = frozenset(client for client in losses if measured(client, "personal/keeps"))
+        return cls(stage.number, words, losses, errors, keeps_own, {client: tokens[client] for client in losses})
 
     def lines(self) -> list[str]:
         """Which clients keep their own result; both averages and the worst owner; the mean gain."""
