@@ -28,6 +28,7 @@ from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.train import Train
+from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.train_settings import Training
 from small import LENGTH, Small
 
@@ -152,6 +153,16 @@ def test_a_start_that_no_round_makes_is_refused(
     start = start_of(method)
     with pytest.raises((FedgroveError, WireError), match=says):
         train(small, tmp_path, method, change(start, first(method)))
+
+
+def test_factors_that_cancel_do_not_hide_that_a_weight_grows(small: Small, tmp_path: Path) -> None:
+    """The Gram matrices of such factors give a norm of 0."""
+    b = torch.tensor([[1e9, -1e9]]).repeat(96, 1)
+    b[0, 1] += 64
+    factors = Factors(b, torch.ones(2, 64))
+    assert factors.norm() == 0 < factors.double().product().norm()
+    with pytest.raises(FedgroveError, match="grew more than 2 times"):
+        train(small, tmp_path, "lora", {f"own/{LINEAR}/b": factors.b, f"own/{LINEAR}/a": factors.a})
 
 
 def test_a_start_of_a_higher_rank_than_the_client_trains_is_refused(small: Small, tmp_path: Path) -> None:

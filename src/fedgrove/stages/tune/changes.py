@@ -37,6 +37,10 @@ class Change(Protocol):
         """The Frobenius norm of the change."""
         ...
 
+    def largest_norm(self) -> float:
+        """An upper bound of :meth:`norm` that no cancellation within the change can make too small."""
+        ...
+
     def squared_norm(self) -> Tensor:
         """The square of :meth:`norm`, a float64 scalar; differentiable."""
         ...

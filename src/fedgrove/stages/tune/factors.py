@@ -73,6 +73,10 @@ class Factors:
         """‖B·A‖_F, from the (rank, rank) Gram matrices."""
         return math.sqrt(max(0.0, float(self.squared_norm())))
 
+    def largest_norm(self) -> float:
+        """‖B‖_F·‖A‖_F ≥ ‖B·A‖_F. The Gram matrices of :meth:`norm` lose a small product of large factors that cancel."""
+        return float(self.b.double().norm() * self.a.double().norm())
+
     def squared_norm(self) -> Tensor:
         """‖B·A‖²_F, float64 and differentiable; rounding can make it slightly negative."""
         b, a = self.b.double(), self.a.double()

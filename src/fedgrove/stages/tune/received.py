@@ -87,8 +87,8 @@ def check_growth(method: Trainable, changes: Mapping[str, Any], decoder: Decoder
             continue
         finite = all(bool(part.isfinite().all()) for part in parts)
         if finite and not method.RELATIVE:
-            size = change.norm()
-            if size == 0 or size <= (server_weights.GROWTH - 1) * _norm(decoder, name):
+            largest = change.largest_norm()
+            if largest == 0 or largest <= (server_weights.GROWTH - 1) * _norm(decoder, name):
                 continue  # by the triangle inequality, without forming the matrix
         before = decoder.read_matrix(name).float()
         server_weights.check_growth(name, before, method.merge(before, change, False), client)

@@ -77,6 +77,9 @@ class Dense:
     def norm(self) -> float:
         return 0.0 if self.value is None else float(self.value.double().norm())
 
+    def largest_norm(self) -> float:
+        return self.norm()
+
     def squared_norm(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64) if self.value is None else self.value.double().square().sum()
 

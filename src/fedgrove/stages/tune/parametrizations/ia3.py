@@ -84,6 +84,9 @@ class Scales:
     def norm(self) -> float:
         return 0.0 if self.s is None else float(self.s.double().norm())
 
+    def largest_norm(self) -> float:
+        return self.norm()
+
     def squared_norm(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64) if self.s is None else self.s.double().square().sum()
 
