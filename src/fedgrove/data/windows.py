@@ -32,7 +32,13 @@ IGNORED = -100  # the label of a token that is not trained on
 
 
 def calibration_windows(
-    paths: Sequence[Path], template: str | None, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: str
+    paths: Sequence[Path],
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: str,
+    more: int = 0,
 ) -> Tensor:
     """Windows to calibrate on, drawn from all records of all files alike.
 
@@ -43,59 +49,14 @@ def calibration_windows(
         samples: number of windows.
         length: tokens per window.
         seed: any string; the same one draws the same windows.
+        more: windows that may follow them, as far as the records that were drawn go. What is drawn does not depend on it, so
+            the first windows are the same with and without.
 
     Returns:
-        (samples, length) int64 token ids.
+        (samples, length) int64 token ids, or up to ``more`` rows more.
 
     Raises:
         FedgroveError: a file cannot be read, or there are too few tokens.
-    """
-    return _calibration_windows(paths, template, tokenizer, samples, length, seed, 0)
-
-
-def held_out_windows(
-    paths: Sequence[Path],
-    template: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    length: int,
-    seed: str,
-    number: int,
-) -> Tensor:
-    """The windows that follow those of :func:`calibration_windows` in the same draw of records, so none is among them.
-
-    Args:
-        paths, template, tokenizer, samples, length, seed: of :func:`calibration_windows`.
-        number: how many.
-
-    Returns:
-        (number, length) int64 token ids.
-
-    Raises:
-        FedgroveError: a file cannot be read, or there are too few tokens.
-    """
-    drawn = _calibration_windows(paths, template, tokenizer, samples, length, seed, number)[samples:]
-    if len(drawn) < number:
-        raise FedgroveError(
-            f"{paths[0]}: beside the {samples} windows of {length} tokens to calibrate on there are {len(drawn)} to hold out, "
-            f"but personal needs {number}",
-            "lower personal or samples, or add text",
-        )
-    return drawn
-
-
-def _calibration_windows(
-    paths: Sequence[Path],
-    template: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    length: int,
-    seed: str,
-    more: int,
-) -> Tensor:
-    """See :func:`calibration_windows`; after them up to ``more`` windows, as far as the records that were drawn go.
-
-    What is drawn depends on ``samples`` and not on ``more``, so that the first windows are the same with and without it.
     """
     prefix = prefix_ids(tokenizer)
     wanted = samples * length
@@ -122,6 +83,37 @@ def _calibration_windows(
         f"{names}: {len(ids)} tokens, but {samples} windows of {length} need {samples * (length - len(prefix))}",
         "lower samples or length, or add text",
     )
+
+
+def held_out_windows(
+    paths: Sequence[Path],
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: str,
+    number: int,
+) -> Tensor:
+    """The windows that follow those of :func:`calibration_windows` in the same draw of records, so none is among them.
+
+    Args:
+        paths, template, tokenizer, samples, length, seed: of :func:`calibration_windows`.
+        number: how many.
+
+    Returns:
+        (number, length) int64 token ids.
+
+    Raises:
+        FedgroveError: a file cannot be read, or there are too few tokens.
+    """
+    drawn = calibration_windows(paths, template, tokenizer, samples, length, seed, number)[samples:]
+    if len(drawn) < number:
+        raise FedgroveError(
+            f"{paths[0]}: beside the {samples} windows of {length} tokens to calibrate on there are {len(drawn)} to hold out, "
+            f"but personal needs {number}",
+            "lower personal or samples, or add text",
+        )
+    return drawn
 
 
 def training_windows(

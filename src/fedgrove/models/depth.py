@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from fedgrove.errors import FedgroveError
 from fedgrove.job.units import MAX_BLOCKS, Index
 
-OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
+_OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
 _NUMBER = "num_hidden_layers"
 _NOT_OF_BLOCKS = re.compile(r"architectures|.*_token_ids?")  # lists of config.json that only by chance have an entry per block
 
@@ -49,19 +49,19 @@ def renumbered(names: Iterable[str], kept: Sequence[int], moved: Mapping[str, st
     place = {block: str(index) for index, block in enumerate(kept)}
     new = {}
     for name in names:
-        match = OF_BLOCK.fullmatch(name)
+        parts = parts_of(name)
         if name in moved:
             new[moved[name]] = name
-        elif match is None:
+        elif parts is None:
             new[name] = name
-        elif int(match[2]) in place:
-            new[match[1] + place[int(match[2])] + match[3]] = name
+        elif parts[1] in place:
+            new[parts[0] + place[parts[1]] + parts[2]] = name
     return new
 
 
 def parts_of(name: str) -> tuple[str, int, str] | None:
     """The name of a tensor before, at and after the number of its block; None if it is of no block."""
-    match = OF_BLOCK.fullmatch(name)
+    match = _OF_BLOCK.fullmatch(name)
     return None if match is None else (match[1], int(match[2]), match[3])
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Cut
-from fedgrove.models.depth import OF_BLOCK
+from fedgrove.models.depth import parts_of
 
 KeptExperts = Mapping[int, tuple[int, ...]]  # of each block that has experts, the indexes of those that stay, ascending
 
@@ -104,19 +104,18 @@ def kept_tensors(names: Iterable[str], kept: KeptExperts, num_blocks: int) -> di
     """
     new = {}
     for name in names:
-        match = OF_BLOCK.fullmatch(name)
-        block = int(match[2]) if match else -1
+        before, block, after = parts_of(name) or ("", -1, name)
         if block >= num_blocks:
             continue
-        if match is None or block not in kept:
+        if block not in kept:
             new[name] = Source(name, None)
             continue
-        expert = _OF_EXPERT.fullmatch(match[3])
+        expert = _OF_EXPERT.fullmatch(after)
         if expert is None:
-            new[name] = Source(name, kept[block] if _ROW_PER_EXPERT.fullmatch(match[3]) else None)
+            new[name] = Source(name, kept[block] if _ROW_PER_EXPERT.fullmatch(after) else None)
         elif int(expert[2]) in kept[block]:
             place = kept[block].index(int(expert[2]))
-            new[f"{match[1]}{block}{expert[1]}{place}{expert[3]}"] = Source(name, None)
+            new[f"{before}{block}{expert[1]}{place}{expert[3]}"] = Source(name, None)
     return new
 
 

@@ -86,7 +86,7 @@ def _check_shares(decoder: Decoder, used: Collection[str]) -> None:
     for name, stored in checkpoint.shares.items():
         if name not in used:
             raise FedgroveError(f"model.shares: {name} is no parameter of the model", "remove it from shares, or correct it")
-        if checkpoint.has_copy(name) and checkpoint.copy_differs(name):
+        if checkpoint.copy_differs(name):
             raise FedgroveError(
                 f"model.shares: {name} and {stored} are both stored, and differ, so they are not one tensor",
                 "remove it from shares, or copy the model again",

@@ -94,11 +94,11 @@ class Checkpoint:
         self.shares: dict[str, str] = {}
         self._replaced: dict[str, str] = {}  # shared tensors of blocks that go -> the new names of those in their place
         stored = {name: entry for tensors in headers.values() for name, entry in tensors.items()}
+        changes = self._declared or self.kept_blocks is not None or self.kept_experts is not None
+        number = num_blocks(read_config(self.path)) if changes else 0
         if self._declared:
-            number = num_blocks(read_config(self.path))
             self.shares = resolve_shares(self._declared, stored, number, self.path)
         if self.kept_blocks is not None:
-            number = num_blocks(read_config(self.path))
             if max(self.kept_blocks) >= number:
                 raise FedgroveError(f"model: it has {number} blocks, so none of index {max(self.kept_blocks)} can stay")
             self.shares, self._replaced = shares_of_kept(self.shares, stored, self.kept_blocks)
@@ -106,7 +106,6 @@ class Checkpoint:
             moved = {old: new for old, new in self._replaced.items() if new not in new_names}
             self._renumbered = {file: renumbered(header(file), self.kept_blocks, moved) for file in self._files.values()}
         if self.kept_experts is not None:
-            number = num_blocks(read_config(self.path))
             for file in self._files.values():
                 sources = kept_tensors(header(file), self.kept_experts, number)
                 self._renumbered[file] = {name: source.name for name, source in sources.items()}
