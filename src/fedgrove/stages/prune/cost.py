@@ -110,10 +110,7 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
     workspace = effort.squares * widest**2 // 2 if needs == "gram" else 0  # in float32
     largest = max(rows * columns for rows, columns in shapes)
     together = windows_at_once(samples, config.length, config.compute_dtype) if config.method.SOLVED_AT == "client" else 1
-    window = together * config.length * (6 * block.width + 4 * widest)
-
-    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
-    forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
+    forward = _forward(block, config, tokens)
     gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
     solve = effort.operations(shapes, distinct) if needs == "gram" else 0
     sparsity = target_of(config, capabilities).sparsity
@@ -127,7 +124,7 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
         if not config.personal:
             workspace = solve = 0  # the server prunes
     width = 2 if config.compute_dtype == "bfloat16" else 4
-    gathering = 8 * statistics + width * (block.numel + window)
+    gathering = 8 * statistics + width * (block.numel + together * _window(block, config))
     solving = (
         8 * (statistics + workspace) + 4 * effort.matrices * largest + parameters * (block.dtype.itemsize + 1)
     )  # weights and mask
@@ -139,10 +136,23 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
         passes = config.windows_held_out(samples) / samples
         forward, gram, solve = (2 + len(OTHERS_WEIGHTS) * passes) * forward, 2 * gram, len(OTHERS_WEIGHTS) * solve
     memory = max(width * block.ends, gathering, solving) + 2 * upload + 2**24
-    seconds = (forward + gram + solve) / (SPEED * capabilities.speed) + (
-        8 * upload / capabilities.uplink if capabilities.uplink else 0.0
-    )
-    return Cost(memory=int(memory), upload=int(upload), seconds=seconds)
+    return Cost(int(memory), int(upload), _seconds(forward + gram + solve, upload, capabilities))
+
+
+def _forward(block: LargestBlock, config: Config, tokens: int) -> float:
+    """Operations of the passes of a client's text through the block."""
+    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
+    return (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
+
+
+def _window(block: LargestBlock, config: Config) -> int:
+    """Numbers of one window's activations in the block."""
+    return config.length * (6 * block.width + 4 * max(block.inputs.values()))
+
+
+def _seconds(operations: float, upload: float, capabilities: Capabilities) -> float:
+    sending = 8 * upload / capabilities.uplink if capabilities.uplink else 0.0
+    return operations / (SPEED * capabilities.speed) + sending
 
 
 def _inputs(shapes: Mapping[str, tuple[int, int]], width: int) -> dict[str, int]:
@@ -171,12 +181,8 @@ def mending_cost(block: LargestBlock, config: Config, capabilities: Capabilities
     tokens = (capabilities.samples or config.samples) * config.length
     upload = _sum_bytes(3 * inputs, [], masked)
     width = 2 if config.compute_dtype == "bfloat16" else 4
-    window = config.length * (6 * block.width + 4 * max(inputs))
-    memory = 8 * 3 * sum(inputs) + width * (block.numel + window + block.ends) + 2 * upload + 2**24
-    multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())
-    forward = (1 if config.calibration_source == "dense" else 2) * 2 * tokens * multiplied
-    seconds = forward / (SPEED * capabilities.speed) + (8 * upload / capabilities.uplink if capabilities.uplink else 0.0)
-    return Cost(memory=int(memory), upload=upload, seconds=seconds)
+    memory = 8 * 3 * sum(inputs) + width * (block.numel + _window(block, config) + block.ends) + 2 * upload + 2**24
+    return Cost(int(memory), upload, _seconds(_forward(block, config, tokens), upload, capabilities))
 
 
 def masked_bytes(config: Config, capabilities: Mapping[str, Capabilities]) -> MaskedBytes:

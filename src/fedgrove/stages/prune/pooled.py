@@ -84,20 +84,20 @@ def pooled_squares(
 def prune_by_sums(
     decoder: Decoder,
     block: int,
-    blocks: list[dict[str, SharedInput]],
+    inputs: Mapping[str, SharedInput],
+    sums: InputSums,
     target: Target,
-    plan: Plan,
     config: Config,
-    federation: Federation,
-    previous: Path,
+    overlay: Path,
 ) -> dict[str, Pruned]:
-    """Requests the sums of a block's inputs from the clients, and prunes the block with the totals.
+    """Prunes a block with the sums over its inputs.
 
     Args:
         decoder: the model at the start of the stage.
-        blocks: the inputs of every block, from :func:`~fedgrove.input_statistics.probe.probe`.
+        inputs: the block's inputs, from :func:`~fedgrove.input_statistics.probe.probe`.
+        sums: from :func:`sum_inputs`.
         target: the target of this block.
-        previous: the file of the pruned previous block; with source "sequential" its weights are sent to the clients.
+        overlay: the folder of the pruned blocks, where the sums of weights that several blocks share are kept.
 
     Returns:
         The pruned linears, by name.
@@ -105,53 +105,47 @@ def prune_by_sums(
     Raises:
         ValueError: the sums hold NaN or infinity, or SparseGPT cannot factor the Gram matrix.
     """
-    sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
-    if config.personal:
-        scales = {SCALE + name: one.scale for name, one in blocks[block].items()}
-        send_back(block, target, plan, config, federation, sums, scales)
     names = complete_names(decoder, block)
-    totals = read_sums(previous.parent, block, decoder)
+    totals = read_sums(overlay, block, decoder)
     records = {}
-    for first, one in blocks[block].items():
+    for first, one in inputs.items():
         of_input = partial(statistics_of, sums.sums, first, one.scale, sums.tokens, decoder.device)
         of_block = of_input(moments=config.solver.NEEDS == "moments")
         moments = of_input(moments=True) if config.mend else None
         totals = add_uses(decoder, block, dict.fromkeys(one.consumers, of_block), totals)
-        for name in (name for name in one.consumers if name in names):
+        for name in one.consumers:
+            if name not in names:
+                continue  # a later block has this weight too
             known = totals.pop(names[name], of_block)
             weight, mask = prune_linear(decoder, block, name, known, config.pruner, target, config.damping_mode)
             records[name] = Pruned(weight, mask, sums.clients)
             if moments is not None:
                 records[name] = _mended(records[name], decoder.read_linear(block, name), moments, target, config)
     if decoder.shared_linears:
-        write_sums(previous.parent, block + 1, totals)
-        forget_sums(previous.parent, before=block)
+        write_sums(overlay, block + 1, totals)
+        forget_sums(overlay, before=block)
     return {name: records[name] for name in names}
 
 
 def mend_by_sums(
     decoder: Decoder,
     block: int,
-    blocks: list[dict[str, SharedInput]],
-    voted: Mapping[str, Tensor],
+    inputs: Mapping[str, SharedInput],
+    sums: InputSums,
     target: Target,
-    plan: Plan,
     config: Config,
-    federation: Federation,
-    previous: Path,
+    voted: Mapping[str, Tensor],
 ) -> dict[str, Pruned]:
-    """Requests the sums of a block's inputs from the clients, and mends with the totals what the clients' votes came to.
+    """Mends with the sums over a block's inputs what the clients' votes came to.
 
     Args:
         decoder: the model at the start of the stage, from which restored weights get their values.
         voted: the block after the last round, by linear; (out, in), in the checkpoint's dtype. Its zeros are what is pruned.
-        previous: the file of the mended previous block.
 
     The other arguments, the result and the errors are as for :func:`prune_by_sums`.
     """
-    sums = _sums_of_block(decoder, block, blocks, plan, config, federation, previous)
     records = {}
-    for first, one in blocks[block].items():
+    for first, one in inputs.items():
         moments = statistics_of(sums.sums, first, one.scale, sums.tokens, decoder.device, moments=True)
         for name in one.consumers:
             pruned = Pruned(voted[name], voted[name] != 0, sums.clients)
@@ -171,7 +165,7 @@ def _mended(pruned: Pruned, before: Tensor, moments: InputStatistics, target: Ta
     return replace(pruned, weight=weight.to(before.dtype).cpu(), mask=mask, restored=restored)
 
 
-def _sums_of_block(
+def sum_inputs(
     decoder: Decoder,
     block: int,
     blocks: list[dict[str, SharedInput]],
@@ -180,7 +174,13 @@ def _sums_of_block(
     federation: Federation,
     previous: Path,
 ) -> InputSums:
-    """The clients' sums over one block's inputs; the arguments are those of :func:`prune_by_sums`."""
+    """Requests the sums over a block's inputs from the clients.
+
+    Args:
+        decoder: the model at the start of the stage.
+        blocks: the inputs of every block, from :func:`~fedgrove.input_statistics.probe.probe`.
+        previous: the file of the finished previous block; with source "sequential" its weights are sent to the clients.
+    """
     inputs = blocks[block]
     num_inputs = sum(map(len, blocks[1:] if config.protect_first_block else blocks))
     start: dict[str, Tensor] = {}
@@ -223,7 +223,7 @@ def send_back(
     config: Config,
     federation: Federation,
     sums: InputSums | None,
-    scales: Mapping[str, Tensor],
+    inputs: Mapping[str, SharedInput],
 ) -> None:
     """Sends the opened sums of a block to the clients in them, which prune it for themselves (``personal``).
 
@@ -232,9 +232,12 @@ def send_back(
     Args:
         target: the target of this block.
         sums: the sums; None: none are made of the block, and all clients prune it without.
-        scales: ``scale/<input>``, as they were sent for the sums.
+        inputs: the block's.
     """
-    tensors = {**scales, **{POOLED + name: total.cpu() for name, total in sums.sums.items()}} if sums else {}
+    tensors: dict[str, Tensor] = {}
+    if sums:
+        tensors |= {SCALE + name: one.scale for name, one in inputs.items()}
+        tensors |= {POOLED + name: total.cpu() for name, total in sums.sums.items()}
     messages = {}
     for client in sums.clients if sums else sorted(plan.clients):
         statistics = sums.requests[client] if sums else None

@@ -61,6 +61,4 @@ def prune_by_magnitude(decoder: Decoder, block: int, target: Target) -> Iterator
     """Prunes a block by magnitude, which needs no statistics; yields each linear as :func:`prune_linear` returns it."""
     nothing = InputStatistics("nothing")
     for name in complete_names(decoder, block):
-        before = decoder.read_linear(block, name)
-        weight, mask = pruners.prune("magnitude", before.float().contiguous().clone(), nothing, target, "mean")
-        yield name, weight.to(before.dtype), mask
+        yield name, *prune_linear(decoder, block, name, nothing, "magnitude", target, "mean")

@@ -45,6 +45,7 @@ from fedgrove.stages.prune.pooled import (
     prune_by_sums,
     prune_without_data,
     send_back,
+    sum_inputs,
 )
 from fedgrove.stages.prune.recipe import Recipe
 from fedgrove.stages.prune.shared import complete_names
@@ -151,11 +152,14 @@ def _prune_block(
     target = config.target_of_block(sparsities[block])
     if config.protect_first_block and block == 0:
         if config.personal:
-            send_back(block, target, plan, config, federation, None, {})
+            send_back(block, target, plan, config, federation, None, inputs[block])
         new_block = prune_without_data(decoder, block, target)
     elif plan.sums:
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
-        new_block = prune_by_sums(decoder, block, inputs, target, plan, config, federation, previous)
+        sums = sum_inputs(decoder, block, inputs, plan, config, federation, previous)
+        if config.personal:
+            send_back(block, target, plan, config, federation, sums, inputs[block])
+        new_block = prune_by_sums(decoder, block, inputs[block], sums, target, config, file.parent)
     else:
         new_block = _prune_by_solutions(decoder, block, round_, sparsities, plan, config, federation)
     _save(decoder, block, round_, new_block, target, config, file)
@@ -189,7 +193,8 @@ def _mend_votes(
         names = decoder.block_names(block)
         weights = {name: after.read_linear(block, name) for name in names}
         previous = file.with_name(f"block-{block - 1:04d}.safetensors")
-        mended = mend_by_sums(decoder, block, inputs, weights, target, plan, config, federation, previous)
+        sums = sum_inputs(decoder, block, inputs, plan, config, federation, previous)
+        mended = mend_by_sums(decoder, block, inputs[block], sums, target, config, weights)
         mended = {
             name: replace(pruned, agreement=records[names[name]]["agreement"], clients=records[names[name]]["clients"])
             for name, pruned in mended.items()

@@ -9,13 +9,12 @@ from fedgrove.models.blocks import Decoder, linears
 from fedgrove.models.cost import count_parameters
 from fedgrove.models.expert_cut import routing_of
 from fedgrove.models.experts import expert_of
-from fedgrove.quantities import mebibytes
-from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.exchanges.experts import blocks_with_experts, disclosed_by
 from fedgrove.stages.structured.expert_scores import expert_score_of
-from fedgrove.stages.structured.plan import Assignment, ExpertCut, Plan, less_than_one
+from fedgrove.stages.structured.plan import Cost, ExpertCut, Plan, assign, less_than_one
 
 
 def make_plan(
@@ -36,29 +35,8 @@ def make_plan(
     cut = _cut(index, config, decoder)
     smaller = Decoder(decoder.checkpoint.over(kept_experts=cut.some_left()))
     memory, work = _cost(decoder, config.length)
-    width = decoder.checkpoint.config.hidden_size
     numbers = len(expert_score_of(config.expert_score).SUMS) * len(cut.blocks) * cut.before
     upload = (8 if secure else 4) * numbers + 1300  # 4 bytes of a number that is compressed, and 1300: measured
-    assignments = {}
-    for name, client in sorted(capabilities.items()):
-        if client.memory is not None and memory > client.memory:
-            raise FedgroveError(
-                f"the forward pass of a block needs {mebibytes(memory)} of memory, but the client has "
-                f"{mebibytes(client.memory)} (clients.memory)",
-                "lower length, or leave the client out",
-                client=name,
-            )
-        samples = client.samples or config.samples
-        tokens = samples * config.length
-        seconds = 2 * tokens * work / (SPEED * client.speed)
-        seconds += 8 * upload / client.uplink if client.uplink else 0.0
-        assignments[name] = Assignment(
-            samples=samples,
-            memory=memory,
-            disk=4 * config.hidden_states_kept(len(decoder)) * tokens * width,
-            upload=upload,
-            seconds=round(seconds, 1),
-        )
     kind = decoder.checkpoint.config.model_type
     return Plan(
         stage=index,
@@ -66,7 +44,7 @@ def make_plan(
         blocks_left=len(decoder),
         experts=cut,
         parameters=(count_parameters(decoder), count_parameters(smaller)),
-        clients=assignments,
+        clients=assign(config, decoder, capabilities, Cost(memory, upload, 2 * work), "the forward pass of a block needs"),
         discloses=base.names_of(disclosed_by(config.expert_score)),
         types=(kind, kind),
     )

@@ -45,6 +45,20 @@ class Assignment(base.Assignment):
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What the stage costs every client.
+
+    Attributes:
+        memory, upload: bytes.
+        work: operations for each token of its text.
+    """
+
+    memory: int
+    upload: int
+    work: float
+
+
+@dataclass(frozen=True)
 class ExpertCut:
     """How many experts stay.
 
@@ -160,24 +174,8 @@ def make_plan(
         memory = max(
             memory, 4 * (cost.others + block + cost.saved) + 2 * 12 * sum(width**2 for width in read) + of_block + 2**24
         )
-    assignments = {}
-    for name, client in sorted(capabilities.items()):
-        if client.memory is not None and memory > client.memory:
-            raise FedgroveError(
-                f"the forward{' and backward' if config.narrows else ''} pass of a block need{'' if config.narrows else 's'} "
-                f"{mebibytes(memory)} of memory, but the client has {mebibytes(client.memory)} (clients.memory)",
-                "lower length, or leave the client out",
-                client=name,
-            )
-        tokens = number_of_tokens[name]
-        seconds = tokens * work / (SPEED * client.speed) + (8 * upload / client.uplink if client.uplink else 0.0)
-        assignments[name] = Assignment(
-            samples=client.samples or config.samples,
-            memory=memory,
-            disk=4 * config.hidden_states_kept(len(decoder)) * tokens * cost.width,
-            upload=upload,
-            seconds=round(seconds, 1),
-        )
+    what = f"the forward{' and backward' if config.narrows else ''} pass of a block need{'' if config.narrows else 's'}"
+    assignments = assign(config, decoder, capabilities, Cost(memory, upload, work), what)
     discloses: frozenset[Disclosure] = ScoreBlocks.DISCLOSES if config.depth else frozenset()
     if config.narrows:
         discloses |= ScoreGroups.DISCLOSES
@@ -197,6 +195,39 @@ def make_plan(
         notes=(*_notes_on_depth(config, decoder), *_notes(read, number_of_tokens, secure)),
         types=(decoder.checkpoint.config.model_type, smaller.checkpoint.config.model_type),
     )
+
+
+def assign(
+    config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], cost: Cost, what: str
+) -> dict[str, Assignment]:
+    """What each client computes and sends.
+
+    Args:
+        what: needs the memory; the beginning of a message.
+
+    Raises:
+        FedgroveError: a client has too little memory; names the client.
+    """
+    width = decoder.checkpoint.config.get_text_config().hidden_size
+    assignments = {}
+    for name, client in sorted(capabilities.items()):
+        if client.memory is not None and cost.memory > client.memory:
+            raise FedgroveError(
+                f"{what} {mebibytes(cost.memory)} of memory, but the client has {mebibytes(client.memory)} (clients.memory)",
+                "lower length, or leave the client out",
+                client=name,
+            )
+        samples = client.samples or config.samples
+        tokens = samples * config.length
+        sending = 8 * cost.upload / client.uplink if client.uplink else 0.0
+        assignments[name] = Assignment(
+            samples=samples,
+            memory=cost.memory,
+            disk=4 * config.hidden_states_kept(len(decoder)) * tokens * width,
+            upload=cost.upload,
+            seconds=round(tokens * cost.work / (SPEED * client.speed) + sending, 1),
+        )
+    return assignments
 
 
 def _check_tokens(index: int, config: Config, read: list[int], tokens: int, clients: int) -> None:

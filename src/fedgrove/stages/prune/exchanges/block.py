@@ -219,8 +219,10 @@ def prune_block(
     decoder = decoder_of(client, device, calibration.compute_dtype)
     if len(recipe.sparsities) != len(decoder):
         raise client.error(f"its model has {len(decoder)} blocks, but the request is for one of {len(recipe.sparsities)}")
+    shared, dense = bool(decoder.shared_linears), calibration.through == "dense"
+    if shared and not dense:
+        raise client.error("blocks of its model share weights, which can be pruned only with the inputs of the dense model")
     states = HiddenStates(client, calibration, decoder)
-    shared = bool(decoder.shared_linears)
     at = states.latest(index)
     while shared and at and not sums_file(states.folder, at).is_file():  # it was interrupted between the two
         at = states.latest(at - 1)
@@ -233,9 +235,6 @@ def prune_block(
         at = states.write(0, (decoder.embed(ids)[0] for ids in texts), number)
     calls = decoder.calls(together, calibration.length)
     decoder.forget_ends()
-    dense = calibration.through == "dense"
-    if shared and not dense:
-        raise client.error("blocks of its model share weights, which can be pruned only with the inputs of the dense model")
     more = index < max(recipe.blocks)  # the outputs of the client's last block are not needed
 
     def keep(outputs: Iterable[Tensor]) -> None:

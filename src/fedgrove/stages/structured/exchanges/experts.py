@@ -22,7 +22,7 @@ from fedgrove.rounds.aggregator.fixed_point import FixedPoint, OutOfRange
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Request, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.exchanges.scores import LARGEST
+from fedgrove.stages.structured.exchanges.scores import LARGEST, is_share
 from fedgrove.stages.structured.expert_scores import expert_score_of
 
 TOKENS, OUTPUTS = "tokens", "outputs"
@@ -105,8 +105,7 @@ class ScoreExperts(Request):
             return "expert_score"
         if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("dense", 1, None):
             return "source"
-        # as for the scores of channels: a limit that the server chose would be a question
-        return None if self.limit in {LARGEST // number for number in range(1, len(job.clients) + 1)} else "limit"
+        return None if is_share(self.limit, len(job.clients)) else "limit"
 
 
 def disclosed_by(score: str) -> frozenset[Disclosure]:

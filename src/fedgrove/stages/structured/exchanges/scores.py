@@ -99,8 +99,15 @@ class ScoreGroups(Request):
             return "score"
         if (calibration.through, calibration.windows_per_run, calibration.compute_dtype) != ("gradients", 1, None):
             return "source"
-        # a client that has more than it may send fails, and the server sees that: a chosen limit would be a question
-        return None if self.limit in {LARGEST // number for number in range(1, len(job.clients) + 1)} else "limit"
+        return None if is_share(self.limit, len(job.clients)) else "limit"
+
+
+def is_share(limit: int, clients: int) -> bool:
+    """Whether a limit is what some of the clients may each send, so that their sum is at most :data:`LARGEST`.
+
+    A client that has more than it may send fails, and the server sees that: a limit that it chose would be a question.
+    """
+    return limit in {LARGEST // number for number in range(1, clients + 1)}
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], signed: bool, limit: int) -> None:
