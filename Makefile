@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test pytest check gpu-test fuzz federation-test federation-errors lint docs site clean
+.PHONY: demo test pytest check gpu-test fuzz fuzz-minute federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
 	rm -rf fedgrove-demo
@@ -23,9 +23,13 @@ UNIT := accounting errors events files gaussian job masks plan prune_aggregation
 check: lint
 	$(BIN)/pytest -n 2 $(UNIT:%=tests/test_%.py)
 
-# Hostile messages, other ones every time, for many minutes; `make test` tries a few hundred of each kind.
+# Hostile messages, other ones every time, for many minutes; `make fuzz-minute` tries the same ones every time, for about a minute
+# of each kind, and `make test` a few hundred of each.
 fuzz: .venv/installed
 	HYPOTHESIS=long $(BIN)/pytest tests/strangers/test_fuzz.py
+
+fuzz-minute: .venv/installed
+	HYPOTHESIS=minute $(BIN)/pytest -n 2 tests/strangers/test_fuzz.py
 
 # A server and three sites as processes on this machine; `make test` runs these tests too.
 federation-test: .venv/installed

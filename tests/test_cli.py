@@ -144,7 +144,7 @@ def test_json_is_one_document_and_nothing_else(small: Small, tmp_path: Path) -> 
     assert "prune: round 1 of 1, block 2 of 2" in err
     assert cli("run", job, "--out", tmp_path / "quiet", "--quiet", "--json")[2] == ""
 
-    status, out, err = cli("plan", job, "--json")
+    status, out, err = cli("plan", job, "--json", "--quiet")
     assert json.loads(out)[0] == json.loads((tmp_path / "run" / "plan-0-prune.json").read_text())
     assert err == ""
 
@@ -165,7 +165,7 @@ def test_plan_runs_nothing_and_leaves_nothing_behind(small: Small, tmp_path: Pat
     monkeypatch.setattr("fedgrove.stages.prune.stage.run", runs)
     monkeypatch.setattr(PruneBlock, "respond", runs)
     status, out, err = cli("plan", small.job("planned"), "--set", "stages.0.layers={sample=0.5, cover=1}", "--set",
-                           "evaluate.alone=false")  # fmt: skip
+                           "evaluate.alone=false", "--quiet")  # fmt: skip
     assert (status, err) == (0, "")
     for name in CLIENTS:
         assert name in out

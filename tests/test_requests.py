@@ -23,6 +23,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.held_out import Losses
 from fedgrove.input_statistics.exchange import Tokens as InputTokens
 from fedgrove.job.load import load
+from fedgrove.job.stage_config import Cut
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import keep
 from fedgrove.models.stream import Checkpoint
@@ -142,7 +143,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     ),
     Exchange(ScoreExperts(stage=0, score="reap", calibration=CALIBRATION, limit=2**40), scores.Tokens(tokens=TOKENS)),
     Exchange(ScoreBlocks(stage=0, span=1, calibration=CALIBRATION), scores.Tokens(tokens=TOKENS)),
-    Exchange(KeepWeights(stage=0, part=0, kept_blocks=(1,)), Reply()),
+    Exchange(KeepWeights(stage=0, part=0, cut=Cut(0.0, 0.0, 0.5), kept_blocks=(1,)), Reply()),
     Exchange(SumMoments(**HEAD), Reply()),
     Exchange(SumMoments(**{**HEAD, "head": "prototypes"}), Reply()),
     Exchange(

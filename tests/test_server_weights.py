@@ -188,6 +188,16 @@ def test_a_model_is_cut_by_the_jobs_fractions_or_not_tuned(
         train(small, tmp_path, "lora", start_of("lora"), cut=cut, kept_blocks=kept)
 
 
+@pytest.mark.parametrize("depth", [0.0, 0.75])
+def test_base_weights_of_another_number_of_blocks_than_the_job_leaves_are_refused(
+    small: Small, tmp_path: Path, depth: float
+) -> None:
+    client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
+    request = KeepWeights(stage=1, part=0, cut=Cut(0.0, 0.0, depth), kept_blocks=(1,) if depth == 0 else (0, 1))
+    with pytest.raises(FedgroveError, match="another number of blocks than the job leaves"):
+        request.respond({UP: Checkpoint(small.model).read(UP)}, client, "cpu")
+
+
 def test_a_request_without_tensors_takes_none(small: Small, tmp_path: Path) -> None:
     client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
     tokens = training_windows(client, LENGTH)[0].numel()

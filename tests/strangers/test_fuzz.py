@@ -1,6 +1,7 @@
 """Hostile messages by the thousand: what comes out is a refusal or an error of our own, in bounded time and memory.
 
-In the suite a few hundred of each kind, always the same; ``make fuzz`` tries many more, and others every time.
+In the suite a few hundred of each kind, always the same; ``make fuzz-minute`` tries as many as take about a minute for each
+kind, also always the same; ``make fuzz`` tries many more, and others every time.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from fedgrove.rounds.wire import WireError
 from small import CLIENTS, Small
 from test_wire import forge, sample, take_apart
 
-LONG = os.environ.get("HYPOTHESIS") == "long"
+SIZE = os.environ.get("HYPOTHESIS", "suite")
 BUDGET = settings(
-    max_examples=20_000 if LONG else 150,
-    derandomize=not LONG,
+    max_examples={"suite": 150, "minute": 5_000, "long": 20_000}[SIZE],
+    derandomize=SIZE != "long",
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],

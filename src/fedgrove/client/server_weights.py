@@ -7,10 +7,15 @@ beyond :data:`GROWTH` times its norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import checkpoint_of
+from fedgrove.job.stage_config import Cut
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.depth import num_blocks
 from fedgrove.rounds.request import Tensors
 
 START = "start/"  # tensors of a request: the weights that a round starts from, if they are not those of the client's own copy
@@ -48,6 +53,22 @@ def check_growth(name: str, own: Tensor, new: Tensor, client: LocalClient) -> No
     if not float(new.norm()) <= GROWTH * float(own.norm()):  # which NaN is not
         what = f"the server sent weights for {name} that grew more than {GROWTH:g} times; refused"
         raise client.error(f"{what} (if all are honest, lower learning_rate, or raise samples where weights are pruned)")
+
+
+def check_kept_blocks(kept_blocks: Sequence[int] | None, cut: Cut | None, client: LocalClient) -> None:
+    """Refuses a model of another number of blocks than earlier stages leave of the client's own.
+
+    Args:
+        kept_blocks: the indexes of the blocks of the client's own copy that the model has; None: all.
+        cut: the fractions that earlier stages cut out; None: nothing.
+
+    Raises:
+        FedgroveError: it has.
+    """
+    own = num_blocks(checkpoint_of(client).config)
+    left = own - (Cut.whole(cut.depth, own) if cut is not None else 0)
+    if kept_blocks is not None and len(kept_blocks) != left:
+        raise client.error("the request is for a model of another number of blocks than the job leaves; refused")
 
 
 def start_of(tensors: Tensors, decoder: Decoder, block: int, client: LocalClient) -> Tensors:

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.client.server_weights import check_kept_blocks
 from fedgrove.client.windows import checkpoint_of, latest_decoder, training_windows
 from fedgrove.job.stage_config import Agreed, Cut, cut_by
 from fedgrove.job.units import MAX_BLOCKS, Bits, HeldOut, Length, Natural, Word
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.depth import KeptBlocks, num_blocks
+from fedgrove.models.depth import KeptBlocks
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import width_of
 from fedgrove.rounds.request import Request
@@ -62,6 +63,7 @@ class TuneRequest(Request):
             raise client.error("its working files are gone; continue the run with --resume")
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
+        check_kept_blocks(self.kept_blocks, self.cut, client)
         overlays = [folder] if self.parts else []
         checkpoint = checkpoint_of(client).over(*overlays, kept_blocks=self.kept_blocks)
         if self.cut is not None:
@@ -90,14 +92,10 @@ class TuneRequest(Request):
         return "personal" if self.personal != config.personal else None
 
     def _narrowed(self, cut: Cut, checkpoint: Checkpoint, client: LocalClient) -> Checkpoint:
-        """The checkpoint with the widths that the cut leaves; refuses another number of blocks than it leaves."""
-        own = checkpoint_of(client).config
-        gone = Cut.whole(cut.depth, num_blocks(own))
-        if self.kept_blocks is not None and len(self.kept_blocks) != num_blocks(own) - gone:
-            raise client.error("the request is for a model of another number of blocks than the job leaves; refused")
+        """The checkpoint with the widths that the cut leaves."""
         if not (cut.channels or cut.heads):
             return checkpoint
-        return checkpoint.over(width=width_of(own).without(cut))
+        return checkpoint.over(width=width_of(checkpoint_of(client).config).without(cut))
 
 
 class TrainingRequest(TuneRequest):

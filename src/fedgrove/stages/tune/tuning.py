@@ -104,7 +104,7 @@ class Tuning:
         changed = self.model.changed()
         self.base = []
         sent: set[str] = set()  # of weights that blocks share
-        clock = self._clock({})
+        clock, cut = self._clock({}), cut_by(self.federation.job.stages[: self.plan.stage])
         for block in range(len(self.decoder)):
             weights = self.decoder.block_names(block).values()
             biases = {name.removesuffix("weight") + "bias" for name in weights}
@@ -114,7 +114,7 @@ class Tuning:
             sent.update(names)
             title, blocks = "sending the model", len(self.decoder)
             self.run.phase(Phase("send", title=title, stage=self.plan.stage, block=block, blocks=blocks))
-            request = KeepWeights(stage=self.plan.stage, part=len(self.base), kept_blocks=self.model.kept_blocks)
+            request = KeepWeights(stage=self.plan.stage, part=len(self.base), cut=cut, kept_blocks=self.model.kept_blocks)
             message = Message(request, {name: self.model.read(name) for name in names})
             for _ in self.federation.collect(dict.fromkeys(self.plan.clients, message), clock=clock):
                 pass

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.server_weights import check_change
+from fedgrove.client.server_weights import check_change, check_kept_blocks
 from fedgrove.client.windows import decoder_of
-from fedgrove.job.stage_config import Agreed, StageConfig, cut_by
+from fedgrove.job.stage_config import Agreed, Cut, StageConfig, cut_by
 from fedgrove.job.units import MAX_BLOCKS, Index
 from fedgrove.models.depth import KeptBlocks
 from fedgrove.models.experts import slices
@@ -28,15 +28,18 @@ class KeepWeights(Request):
 
     Attributes:
         part: index of the file in which the client stores them.
+        cut: the fractions that earlier stages cut out of the client's own copy of the model; None: nothing.
         kept_blocks: the indexes of the blocks of its own copy that the model has, by whose order names are numbered; None: all.
     """
 
     KIND: ClassVar[str] = "tune/base"
 
     part: Annotated[Index, Field(lt=MAX_BLOCKS)]
+    cut: Cut | None = None
     kept_blocks: KeptBlocks | None = None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        check_kept_blocks(self.kept_blocks, self.cut, client)
         decoder = decoder_of(client, device, kept_blocks=self.kept_blocks)
         linears = set(decoder.linear_names().values())
         for name, tensor in tensors.items():
@@ -53,7 +56,9 @@ class KeepWeights(Request):
 
     def beyond(self, job: Agreed) -> str | None:
         cut = cut_by(job.stages[: self.stage])
-        if self.kept_blocks is not None and not (cut and cut.depth):
+        if self.cut != cut:
+            return "cut"
+        if (self.kept_blocks is not None) != bool(cut and cut.depth):
             return "kept_blocks"
         return None if self.stage else "stage"  # before the first stage no weight has changed
 
