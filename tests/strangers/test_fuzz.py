@@ -38,7 +38,7 @@ from test_wire import forge, sample, take_apart
 
 SIZE = os.environ.get("HYPOTHESIS", "suite")
 BUDGET = settings(
-    max_examples={"suite": 150, "minute": 5_000, "long": 20_000}[SIZE],
+    max_examples={"suite": 150, "minute": 12_000, "long": 100_000}[SIZE],
     derandomize=SIZE != "long",
     deadline=None,
     database=None,
