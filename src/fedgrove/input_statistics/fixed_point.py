@@ -14,14 +14,15 @@ data.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
-from fedgrove.input_statistics.statistics import InputStatistics
+from fedgrove.input_statistics import statistics
+from fedgrove.input_statistics.statistics import InputStatistics, at_once
 from fedgrove.input_statistics.statistics import moments as moments_of
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
@@ -51,7 +52,8 @@ class Statistic:
         moments: whether the pruner also needs Σ x and the variance within each window.
         tokens: number of tokens added.
         squares: Σ x², (in,) int64.
-        upper: Σ xᵢxⱼ for i < j, (in, in) int64; the entries on and below the diagonal are meaningless.
+        upper: Σ xᵢxⱼ for i < j, in strips of :data:`STRIP` rows i, each (rows, in − the first i) int64; the entries on and
+            below the diagonal are meaningless.
         sums, spreads: (in,) int64: Σ x, and the sum over windows of Σ (x − the window's mean)².
     """
 
@@ -63,7 +65,7 @@ class Statistic:
     moments: bool = False
     tokens: int = 0
     squares: Tensor = field(init=False)
-    upper: Tensor | None = None
+    upper: list[Tensor] = field(default_factory=list)
     sums: Tensor = field(init=False)
     spreads: Tensor = field(init=False)
 
@@ -71,7 +73,7 @@ class Statistic:
         width = self.scale.numel()
         self.squares, self.sums, self.spreads = torch.zeros(3, width, dtype=torch.int64, device=self.scale.device)
         if self.products:
-            self.upper = torch.zeros(width, width, dtype=torch.int64, device=self.scale.device)
+            self.upper = [self.squares.new_zeros(min(STRIP, width - top), width - top) for top in range(0, width, STRIP)]
 
     def add(self, x: Tensor) -> None:
         """Adds windows. Each is rounded separately, so the result does not depend on how windows are batched.
@@ -98,10 +100,9 @@ class Statistic:
                     'try model.dtype = "float32", or aggregation = "fedspallm"',
                 )
             self.squares += _encoded(squares)  # by Cauchy–Schwarz the products are no larger
-            if self.upper is not None:
-                for top in range(0, scaled.shape[1], STRIP):
-                    strip = scaled[:, top : top + STRIP].T @ scaled[:, top:]
-                    self.upper[top : top + STRIP, top:] += _encoded(strip)
+            for index, strip in enumerate(self.upper):
+                top = index * STRIP
+                strip += _encoded(scaled[:, top : top + STRIP].T @ scaled[:, top:])
             if self.moments:  # |Σ x| ≤ (tokens + Σ x²) / 2, so the check of the squares covers both
                 _, sums, spreads = moments_of(scaled)
                 self.sums += _encoded(sums)
@@ -116,8 +117,8 @@ class Statistic:
         """
         squares = self.squares if self.mechanism is None else self.mechanism.add_share(self.squares)
         tensors = {f"{CHANGE}{self.name}/squares": squares}
-        if self.upper is not None:
-            tensors[f"{CHANGE}{self.name}/products"] = self.upper[_upper_triangle(self.scale)]
+        if self.products:
+            tensors[f"{CHANGE}{self.name}/products"] = torch.cat([strip[_above_diagonal(strip)] for strip in self.upper])
         if self.moments:
             tensors |= {f"{CHANGE}{self.name}/sums": self.sums, f"{CHANGE}{self.name}/spreads": self.spreads}
         return tensors
@@ -225,18 +226,34 @@ def finish(
         return InputStatistics("moments", tokens, torch.stack(rows) * unit)
     if products is None:
         return InputStatistics("squares", tokens, squares.double() * unit * size.square())
-    gram = torch.zeros(len(scale), len(scale), dtype=torch.float64, device=scale.device)
-    gram[_upper_triangle(scale)] = products.double()
-    gram += gram.T.clone()
-    gram.diagonal().copy_(squares.double())
-    gram *= (size * unit)[:, None]
-    gram *= size
-    return InputStatistics("gram", tokens, gram)
+    return InputStatistics("gram", tokens, strips=_strips(squares, products, size * unit, size))
+
+
+def _strips(squares: Tensor, products: Tensor, row_factors: Tensor, factors: Tensor) -> Iterator[Tensor]:
+    """The strips of a Gram matrix (:meth:`~fedgrove.input_statistics.statistics.InputStatistics.strips`) from its sums.
+
+    Strip by strip, because a square matrix of a wide input would be most of the server's memory.
+    """
+    width, offset = len(squares), 0
+    rows = at_once(statistics.STRIP, squares.device)
+    for start in range(0, width, rows):
+        strip = row_factors.new_zeros(min(rows, width - start), width - start)
+        above = _above_diagonal(strip)
+        number = int(above.count_nonzero())
+        strip[above] = products[offset : offset + number].double()
+        offset += number
+        corner = strip[:, : len(strip)]
+        corner += corner.T.clone()
+        strip.diagonal().copy_(squares[start : start + len(strip)])
+        strip *= row_factors[start : start + len(strip), None]
+        strip *= factors[start:]
+        yield strip
 
 
 def _encoded(value: Tensor) -> Tensor:
     return CODE.encode(value)  # without a limit: the squares are checked, and they bound all other sums
 
 
-def _upper_triangle(scale: Tensor) -> Tensor:
-    return torch.ones(len(scale), len(scale), dtype=torch.bool, device=scale.device).triu_(1)
+def _above_diagonal(strip: Tensor) -> Tensor:
+    """Which entries of a strip are above the matrix's diagonal; the strip begins on it."""
+    return torch.ones(strip.shape, dtype=torch.bool, device=strip.device).triu_(1)

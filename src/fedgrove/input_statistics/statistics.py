@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -28,13 +28,18 @@ class InputStatistics:
     Attributes:
         kind: which statistics are summed.
         tokens: number of tokens added; no whole number where sums are weighted.
+
+    Args:
+        total: the sums, see :attr:`total`; strips: instead, those of a Gram matrix, see :meth:`strips`.
     """
 
-    def __init__(self, kind: StatisticsKind, tokens: float = 0, total: Tensor | None = None):
+    def __init__(
+        self, kind: StatisticsKind, tokens: float = 0, total: Tensor | None = None, strips: Iterable[Tensor] = ()
+    ) -> None:
         self.kind = kind
         self.tokens = tokens
         self._total = total
-        self._strips: list[Tensor] = []  # a Gram matrix is stored either here or in self._total
+        self._strips = list(strips)  # a Gram matrix is stored either here or in self._total
         self._powers: Tensor | None = None
         self._cache: dict[Callable[[InputStatistics], Tensor], Tensor] = {}
 

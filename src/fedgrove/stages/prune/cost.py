@@ -130,8 +130,8 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
     )  # weights and mask
     if config.method.SOLVED_AT == "server":
         gathering = gathering + width * block.ends
-        # the client's own sums and everybody's stay, and the input that is solved is a float64 matrix made from another one
-        solving = solving + 8 * (statistics + 2 * widest**2 * (needs == "gram")) if config.personal else 0
+        # the client's own sums and everybody's stay; of the input that is solved, their mix, and the upper half of its matrix
+        solving = solving + 8 * (statistics + widest**2 * (needs == "gram")) if config.personal else 0
     if config.personal:  # it sums its text twice, prunes for every candidate, and measures each
         passes = config.windows_held_out(samples) / samples
         forward, gram, solve = (2 + len(OTHERS_WEIGHTS) * passes) * forward, 2 * gram, len(OTHERS_WEIGHTS) * solve
