@@ -117,6 +117,7 @@ def test_nobody_asks_which_kind_a_stage_is_or_what_a_method_is_called() -> None:
         "stages/structured/scores",
         "stages/structured/expert_scores",
         "stages/head/heads",
+        "stages/prompt/methods",
     ]
     folders += [f"stages/tune/{name}" for name in ("aggregation", "parametrizations", "planners", "trainers")]
     methods = {file.stem for folder in folders for file in (SOURCE / folder).glob("*.py")} - {"__init__"}

@@ -49,6 +49,7 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import Compared, CompareHeads
+from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prune.exchanges import block as blocks
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
@@ -95,6 +96,11 @@ class Exchange:
 HEAD: dict[str, Any] = {
     "stage": 0, "head": "ridge", "labels": ("bird", "fish"), "layers": (-1,), "pool": "mean", "length": LENGTH, "size": 8,
     "seed": "0/0", "personal": 0.2, "limit": 2**20,
+}  # fmt: skip
+
+PROMPT: dict[str, Any] = {
+    "stage": 0, "method": "evolution", "aggregation": "pooled", "labels": (" bird", " fish"), "score": "loss", "place": "end",
+    "length": LENGTH, "records": 2**10, "seed": "0/0", "subspace": {"dimension": 4, "scale": 0.1, "base": (1, 2)},
 }  # fmt: skip
 
 OWN: dict[str, Any] = {"stage": 0, "calibration": CALIBRATION, "held_out": 2}
@@ -150,6 +156,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         CompareHeads(**HEAD, classes=("bird", "fish"), ridge=0.1, base="b", title="t"),
         Compared(records=5, shared=3, personal=4, own=5),
     ),
+    Exchange(ScorePrompts(**PROMPT, candidates=4), Reply()),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
     Exchange(
         ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"),

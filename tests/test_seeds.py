@@ -17,6 +17,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import training_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
+from fedgrove.models import signs as noise
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.gaussian import GaussianMechanism
@@ -25,7 +26,7 @@ from fedgrove.stages.tune import training
 from fedgrove.stages.tune.aggregation import Drawing, common, own
 from fedgrove.stages.tune.exchanges.seeds import COEFFICIENTS, DIFFERENCES, Step, Took
 from fedgrove.stages.tune.fixed_point import ClientNoise
-from fedgrove.stages.tune.seeds import noise, offsets, steps, two_sided
+from fedgrove.stages.tune.seeds import offsets, steps, two_sided
 from fedgrove.stages.tune.seeds.offsets import LARGEST, UNIT, Offsets
 from fedgrove.stages.tune.seeds.steps import Steps
 from fedgrove.stages.tune.seeds.two_sided import TwoSided

@@ -127,7 +127,8 @@ class Text(Table):
         text: how a record becomes text.
         measure: "perplexity" of the text; "accuracy": how often the most likely label is the answer to the prompt;
             "generation": ROUGE and BLEU of what the model generates after the prompt, with the answer as reference; "head": how
-            often the head of a stage "head" finds the answer.
+            often the head of a stage "head" finds the answer; "prompt": how often the answer is the most likely label with the
+            prompt of a stage "prompt", or its loss if the stage has no labels.
         prompt: how a record becomes a prompt, for accuracy and generation.
         answer: how a record becomes the correct answer.
         labels: all possible answers, written exactly as the answers; default: all answers that occur.
@@ -136,7 +137,7 @@ class Text(Table):
     name: Name
     path: File
     text: Template = None
-    measure: Literal["perplexity", "accuracy", "generation", "head"] = "perplexity"
+    measure: Literal["perplexity", "accuracy", "generation", "head", "prompt"] = "perplexity"
     prompt: Template = None
     answer: Template = None
     labels: tuple[str, ...] = ()

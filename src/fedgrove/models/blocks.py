@@ -170,8 +170,6 @@ class Decoder:
     def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The input of the first block, (windows, tokens, width), and the other arguments of every block.
 
-        The latter are recorded per block, because masks and positions differ between blocks in some models (sliding windows).
-
         Args:
             ids: (windows, tokens) token ids.
 
@@ -179,16 +177,21 @@ class Decoder:
             FedgroveError: the model has no positions for so many tokens, or no row of the embedding for a token.
         """
         self._check_ids(ids)
+        hidden, calls = self.begin(input_ids=ids.to(self.device), use_cache=False)
+        self._calls = (ids.shape[0], ids.shape[1]), calls
+        return hidden, calls
+
+    def begin(self, **inputs: Any) -> tuple[Tensor, list[Call]]:
+        """:meth:`embed` for any arguments of the model, such as ``inputs_embeds`` and ``past_key_values``.
+
+        Arguments are recorded per block, because masks and positions differ between blocks in some models (sliding windows).
+        """
         calls: list[Call] = []
         first: list[Tensor] = []
 
         def record(index: int, hidden: Tensor, call: Call) -> Tensor:
             if index != len(calls):
-                kind = self.checkpoint.config.model_type
-                raise FedgroveError(
-                    f"model: type {kind} does not run its {len(self.blocks)} blocks one after the other, as fedgrove does",
-                    "take a model of another type",
-                )
+                raise self._other_type(f"does not run its {len(self.blocks)} blocks one after the other, as fedgrove does")
             if index == 0:
                 first.append(hidden)
             calls.append(call)
@@ -198,9 +201,11 @@ class Decoder:
 
         self._fill_ends(head=False)
         with self._replaced_blocks(record, self._wrapping()), torch.no_grad(), suppress(_BlocksReached):
-            self.model(input_ids=ids.to(self.device), use_cache=False)
-        self._calls = (ids.shape[0], ids.shape[1]), calls
+            self.model(**inputs)
         return first[0], calls
+
+    def _other_type(self, does: str) -> FedgroveError:
+        return FedgroveError(f"model: type {self.checkpoint.config.model_type} {does}", "take a model of another type")
 
     def _check_ids(self, ids: Tensor) -> None:
         limit, is_hard = self._positions
@@ -260,11 +265,7 @@ class Decoder:
             found.append(result)
             first = result[0] if isinstance(result, tuple | list) else result
             if not isinstance(first, Tensor) or first.shape != hidden.shape:
-                kind = self.checkpoint.config.model_type
-                raise FedgroveError(
-                    f"model: the blocks of type {kind} do not turn one tensor of hidden states into another",
-                    "take a model of another type",
-                )
+                raise self._other_type("has blocks that do not turn one tensor of hidden states into another")
             raise _BlocksReached
 
         with self._replaced_blocks(run, lambda hidden: hidden), torch.no_grad(), suppress(_BlocksReached):

@@ -34,13 +34,7 @@ def score_labels(
     Raises:
         FedgroveError: a label has no tokens, or is a prefix of another one, which it would always beat; names the label.
     """
-    ids = [encode(label, tokenizer) for label in labels]
-    for label, tokens in zip(labels, ids, strict=True):
-        pairs = zip(labels, ids, strict=True)
-        longer = [other for other, other_ids in pairs if other != label and other_ids[: len(tokens)] == tokens]
-        if not tokens or longer:
-            why = f"begins label {longer[0]!r}" if tokens else "is empty"
-            raise FedgroveError(f"label {label!r} {why}: give labels of which none is the beginning of another")
+    ids = label_ids(labels, tokenizer)
     longest = max(map(len, ids))
     if longest >= length:
         raise FedgroveError(f"length: {length} tokens, but a label has {longest}", "raise it")
@@ -61,6 +55,22 @@ def score_labels(
             of_tokens = logits.float().log_softmax(-1).gather(-1, padded[:, :, None])[:, :, 0]
             scores.append(of_tokens.masked_fill(~is_token, 0.0).sum(1).cpu())
     return torch.stack(scores) if scores else torch.zeros(0, len(labels))
+
+
+def label_ids(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each label.
+
+    Raises:
+        FedgroveError: a label has no tokens, or is a prefix of another one; names the label.
+    """
+    ids = [encode(label, tokenizer) for label in labels]
+    for label, tokens in zip(labels, ids, strict=True):
+        pairs = zip(labels, ids, strict=True)
+        longer = [other for other, other_ids in pairs if other != label and other_ids[: len(tokens)] == tokens]
+        if not tokens or longer:
+            why = f"begins label {longer[0]!r}" if tokens else "is empty"
+            raise FedgroveError(f"label {label!r} {why}: give labels of which none is the beginning of another")
+    return ids
 
 
 def accuracy(scores: Tensor, truth: Sequence[int]) -> float:

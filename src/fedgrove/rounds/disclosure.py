@@ -36,6 +36,7 @@ class Disclosure(Enum):
     LABEL_SUMS = "for each label the number of its records and the sums of their features, and the sums of squared features"
     FEATURE_PRODUCTS = "the sums, over its records, of the products of each pair of features"
     HELD_OUT_ACCURACIES = "how often three heads find the label of records that it held out for itself"
+    PROMPT_SCORES = "for each candidate prompt one number, the sum of its records' losses or how many get the right label"
     WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
 
     @property

@@ -2,7 +2,7 @@
 
 FedKSeed (Qin et al., ICML 2024, arXiv 2312.06353): the model is w₀ + Σ c_s·z_s, where everybody regenerates z_s from its seed;
 clients find the slope along a direction by two forward passes (MeZO, arXiv 2305.17333), so training takes the memory of
-inference. Ours: directions of signs that any slice of a tensor can be generated of (:mod:`fedgrove.stages.tune.seeds.noise`),
+inference. Ours: directions of signs that any slice of a tensor can be generated of (:mod:`fedgrove.models.signs`),
 whole-number coefficients (:mod:`fedgrove.stages.tune.seeds.offsets`), directions that all clients share
 (:mod:`fedgrove.stages.tune.aggregation.common`), and a measured learning rate and perturbation. Only the linears of the blocks
 move: rows of the embedding move only for words that are in the text, so slopes along it might reveal words.

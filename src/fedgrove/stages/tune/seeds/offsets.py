@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedgrove.models.signs import add_directions, chunks, key_of
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.seeds.noise import add_directions, chunks, key_of
 
 UNIT = 2.0**-40  # of a coefficient, in units of weight
 MOST_DIRECTIONS = 2**16  # with coefficients up to LARGEST no sum leaves int64

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedgrove import heap
 from fedgrove.data.windows import IGNORED
 from fedgrove.models.blocks import Call, Decoder
-from fedgrove.stages.tune.seeds.noise import direction_like, key_of
+from fedgrove.models.signs import direction_like, key_of
 from fedgrove.stages.tune.seeds.offsets import Offsets, moved
 
 IN_MEMORY = 2**28  # bytes of weights and offsets up to which a model is kept in memory, because it is then twice as fast

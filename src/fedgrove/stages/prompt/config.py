@@ -1,0 +1,140 @@
+"""``[[stages]]`` of ``kind = "prompt"``: the keys of a stage that looks for a prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from fedgrove.job.stage_config import StageConfig
+from fedgrove.job.units import Count, File, Length, Positive, method_of
+from fedgrove.stages.prompt.methods import PACKAGE, Method, method_of_name
+
+if TYPE_CHECKING:
+    from fedgrove.job.tables import Job
+
+MOST_CANDIDATES = 1024  # of a round
+MOST_TOKENS = 512  # of a prompt
+MOST_DIMENSIONS = 4096  # of the subspace of soft prompts
+MOST_RECORDS = 2**20  # of a client in a round
+FINALISTS = 4  # at most so many candidates are compared after the last round
+
+
+def _printable(text: str) -> str:
+    if not text.replace("\n", "").isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
+
+Written = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]  # with its spaces and line breaks
+Labels = Annotated[tuple[Written, ...], Field(max_length=200)]
+Population = Annotated[int, Field(ge=1, le=MOST_CANDIDATES)]
+PromptLength = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Dimension = Annotated[int, Field(ge=2, le=MOST_DIMENSIONS)]
+Records = Annotated[int, Field(ge=1, le=MOST_RECORDS)]
+Score = Literal["loss", "correct"]
+Place = Literal["end", "front"]
+
+
+class Config(StageConfig):
+    """``[[stages]]`` of ``kind = "prompt"``: a prompt for the frozen model, beside it in ``RUN/prompt``.
+
+    The server names candidates, every client scores the same ones on its own records, and the scores are summed. A record's
+    text is what ``prompt`` of its client makes of it, and ``answer`` is what should follow the prompt that is found.
+
+    Attributes:
+        kind: what the stage does.
+        method: how candidates are made: "evolution" (soft prompts in a random subspace, by CMA-ES) or "categories" (words, by
+            policy gradient).
+        aggregation: "pooled": each round's candidates are the server's, and their scores are summed over all clients. "local":
+            every client searches on its own, as published, and the server combines what the clients found.
+        rounds: how often candidates are scored. After the last, up to four are compared once more, on more records.
+        population: candidates of a round.
+        records: of each client in a round, drawn anew in every round; all candidates are scored on the same ones.
+        labels: all possible answers, written exactly as the answers, spaces included. The loss is then the cross entropy among
+            them. Default: answers are free text, and the loss is that of an answer's tokens, their mean.
+        score: "loss", or "correct": how many records get the right label.
+        place: of the prompt. "end": after the record's text, so that a text passes through the model once for all candidates.
+            "front": before it, where peft's prompt tuning has it.
+        length: tokens of a record's text with its answer; a longer text is cut off from the left.
+        tokens: of the prompt. Default: those of ``start``, else 8.
+        start: a written prompt to begin with and to compare with.
+        dimension: of the random subspace. Only "evolution".
+        spread: how far the first candidates are from the start: the standard deviation of their entries, relative to that of
+            the model's embeddings. Only "evolution".
+        words: a file of words, one a line, that prompts are made of; the server reads it, so it must not be private. Default:
+            words of the tokenizer's vocabulary. Only "categories".
+        choices: how many words each place of a prompt chooses from. Only "categories".
+        learning_rate: of the words' logits. Only "categories".
+    """
+
+    kind: Literal["prompt"]
+    method: Annotated[str, method_of(PACKAGE)] = "evolution"
+    aggregation: Literal["pooled"] = "pooled"
+    rounds: Count = 40
+    population: Population = 20
+    records: Records = 32
+    labels: Labels = ()
+    score: Score = "loss"
+    place: Place = "end"
+    length: Length = 128
+    tokens: PromptLength | None = None
+    start: Written | None = None
+    dimension: Dimension = 64
+    spread: Positive = 0.3
+    words: File | None = None
+    choices: Count = 200
+    learning_rate: Positive = 1.0
+
+    @property
+    def searcher(self) -> Method:
+        """The module of the method."""
+        return method_of_name(self.method)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        method = self.searcher
+        of_others = {key for key in method.NOT_KEYS if key in self.model_fields_set}
+        if of_others:
+            raise ValueError(f'{min(of_others)}: method = "{self.method}" does not use it; remove it')
+        if self.aggregation not in method.AGGREGATIONS:
+            known = " or ".join(f'"{name}"' for name in method.AGGREGATIONS)
+            raise ValueError(f'aggregation: method = "{self.method}" has {known}')
+        if self.population < method.LEAST:
+            raise ValueError(
+                f'population: {self.population} is too small to compare; method = "{self.method}" needs {method.LEAST} or more'
+            )
+        if len(self.labels) == 1:
+            raise ValueError("labels: one label is always right; give two or more, or none for free answers")
+        twice = [label for label in self.labels if self.labels.count(label) > 1]
+        if twice:
+            raise ValueError(f"labels: {twice[0]!r} is there twice; remove one")
+        if self.score == "correct" and not self.labels:
+            raise ValueError('score: "correct" counts right labels; give labels, or score = "loss"')
+        return self
+
+    def records_in(self, round_: int) -> int:
+        """Records of each client in a round. The last compares few candidates, so on more records for the same price."""
+        return self.records if round_ < self.rounds else min(self.records * max(1, self.population // FINALISTS), MOST_RECORDS)
+
+    def number_of_rounds(self) -> int:
+        return self.rounds + 1
+
+    def methods(self) -> set[str]:
+        return {self.method, self.aggregation}
+
+    def measures(self) -> frozenset[str]:
+        return frozenset({self.kind})
+
+    def check(self, job: Job, index: int) -> None:
+        if len(job.stages) > 1:
+            raise ValueError(
+                f'stages.{index}.kind: "{self.kind}" fits the model that the clients have, not one that another stage changes; '
+                "make it the only stage"
+            )
+        for number, client in enumerate(job.clients):
+            if client.data and client.answer is None:  # in a federation each site says it, and its own response is the error
+                raise ValueError(
+                    f"clients.{number}: client '{client.name}' has no answers; give prompt and answer, such as "
+                    'prompt = "{text}" and answer = " {label}"'
+                )

@@ -1,0 +1,1 @@
+"""The requests to clients in a stage that looks for a prompt."""

@@ -1,0 +1,68 @@
+"""Every client scores the same candidate prompts on its own records; the server adds the scores up."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.prompt.config import Population
+from fedgrove.stages.prompt.requests import CANDIDATES, PromptRequest
+from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, score, sums
+
+SCORES, COUNTS = CHANGE + "scores", CHANGE + "counts"
+
+
+class ScorePrompts(PromptRequest):
+    """Score candidate prompts on records of yours, and sum each candidate's scores.
+
+    Tensors of the request: ``candidates``, (candidates, dimension) float32 or (candidates, tokens) int32. The response
+    contains, in int64, ``change/scores`` (candidates,): losses in multiples of 2⁻²⁰ nats or numbers of right labels; and
+    ``change/counts`` (3,): the records that are in them, those that were skipped because no loss was finite, and how many
+    scores were computed (a candidate that is there twice is computed once).
+
+    Attributes:
+        candidates: how many.
+    """
+
+    KIND: ClassVar[str] = "prompt/score"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.PROMPT_SCORES})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset()
+
+    candidates: Population
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        decoder, records = self.decoder(client, device), self.drawn(client)
+        candidates = self.check_candidates(tensors.get(CANDIDATES), decoder, client)
+        if len(candidates) != self.candidates:
+            raise client.error("another number of candidate prompts came than the request says; refused")
+        different, places = torch.unique(candidates, dim=0, return_inverse=True)
+        scores = score(decoder, records, self.prompts(different, decoder), self.place)
+        found = sums(scores, records, self.score)
+        counts = torch.tensor([found.records, found.skipped, len(different) * len(records)])
+        return Response({SCORES: found.scores[places], COUNTS: counts}, Reply())
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        return {SCORES: (torch.Size([self.candidates]), torch.int64), COUNTS: (torch.Size([3]), torch.int64)}
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        self.check_sums(tensors, 1)
+
+    def check_sums(self, tensors: Tensors, clients: int) -> None:
+        """Refuses sums over this many clients that no records have.
+
+        Raises:
+            WireError: there are more records than were asked for, or scores are larger than they allow.
+        """
+        records, skipped, calls = tensors[COUNTS].tolist()
+        if min(records, skipped) < 0 or records + skipped > clients * self.records:
+            raise WireError("its numbers of records are out of range")
+        if not 0 <= calls <= (records + skipped) * self.candidates:
+            raise WireError("it computed more scores than there are records and candidates")
+        largest = records if self.score == "correct" else round(records * MOST_LOSS * 2**BITS)
+        if bool(((tensors[SCORES] < 0) | (tensors[SCORES] > largest)).any()):
+            raise WireError("its scores are larger than its records allow")

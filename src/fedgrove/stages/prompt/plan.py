@@ -1,0 +1,126 @@
+"""The plan of a prompt stage: how many scores each client computes, and what they cost it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from fedgrove.errors import FedgroveError
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.continuations import ROWS
+from fedgrove.models.cost import count_parameters
+from fedgrove.models.labels import label_ids
+from fedgrove.models.preconditions import check_length
+from fedgrove.models.walk import CHUNK
+from fedgrove.quantities import mebibytes
+from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.stages import base
+from fedgrove.stages.prompt.config import FINALISTS, Config
+from fedgrove.stages.prompt.exchanges.score import ScorePrompts
+from fedgrove.stages.prompt.scoring import TOGETHER
+from fedgrove.stages.prompt.searching import task_of
+
+ENVELOPE = 900  # bytes of a response besides its numbers, about
+
+
+class Assignment(base.Assignment):
+    """One client's part.
+
+    Attributes:
+        forwards: how many times it scores a prompt on a record, in all rounds; at an endpoint, calls.
+        download: bytes received in all rounds.
+    """
+
+    forwards: int
+    download: int
+
+
+class Plan(base.Plan):
+    """The plan of a stage that looks for a prompt.
+
+    Attributes:
+        method, aggregation: names.
+        prompt_tokens: of the prompt.
+        rounds, population, records: as in the job.
+        passed: tokens that pass through the model for a record in a round.
+    """
+
+    kind: Literal["prompt"] = "prompt"
+    clients: dict[str, Assignment]
+    method: str
+    aggregation: str
+    prompt_tokens: int
+    rounds: int
+    population: int
+    records: int
+    passed: int
+
+
+def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], seed: str) -> Plan:
+    """Plans the stage, for clients that have as many records as the job draws.
+
+    Args:
+        index: the stage's place in the job.
+        decoder: the model.
+        capabilities: the clients' capabilities, by name.
+        seed: of the stage.
+
+    Raises:
+        FedgroveError: the prompt does not fit, labels begin alike, a library is missing, or a client has too little memory;
+            names the key or the client.
+    """
+    tokenizer = decoder.checkpoint.tokenizer()
+    task = task_of(config, index, tokenizer, seed)
+    config.searcher.begin(task)
+    tokens = task.tokens * max(map(len, task.words), default=1)
+    key = f"stages.{index}: length and the prompt's tokens"
+    note = check_length(decoder, config.length + max(tokens, len(task.start)), key)
+    try:
+        labels = label_ids(config.labels, tokenizer)
+    except FedgroveError as error:
+        raise FedgroveError(f"stages.{index}.labels: {error.what}", error.remedy) from error
+    answers = len(labels) * (max(map(len, labels)) - 1) if labels else config.length // 4
+    each = tokens + answers + (config.length if config.place == "front" else 0)
+    passed = config.population * each + (config.length if config.place == "end" else 0)
+    scored = config.rounds * config.population * config.records + FINALISTS * config.records_in(config.rounds)
+    parameters = count_parameters(decoder)
+    memory = _memory(decoder, parameters, min(max(CHUNK, passed), config.records * passed))
+    operations = 2 * (config.rounds + 1) * config.records * passed * parameters
+    upload = config.number_of_rounds() * (ENVELOPE + 8 * (config.population + 3))
+    numbers = config.dimension if config.searcher.SOFT else tokens
+    download = config.number_of_rounds() * (ENVELOPE + 4 * config.population * numbers)
+    assignments = {}
+    for name, client in sorted(capabilities.items()):
+        if client.memory is not None and memory > client.memory:
+            raise FedgroveError(
+                f"scoring prompts needs {mebibytes(memory)} of memory, but the client has {mebibytes(client.memory)} "
+                "(clients.memory)",
+                "lower population or length, or leave the client out",
+                client=name,
+            )
+        sending = 8 * upload / client.uplink if client.uplink else 0.0
+        seconds = round(operations / (SPEED * client.speed) + sending, 1)
+        assignments[name] = Assignment(memory=memory, upload=upload, seconds=seconds, forwards=scored, download=download)
+    return Plan(
+        stage=index,
+        clients=assignments,
+        method=config.method,
+        aggregation=config.aggregation,
+        prompt_tokens=task.tokens,
+        rounds=config.rounds,
+        population=config.population,
+        records=config.records,
+        passed=passed,
+        discloses=base.names_of(ScorePrompts.DISCLOSES),
+        notes=() if note is None else (note,),
+    )
+
+
+def _memory(decoder: Decoder, parameters: int, tokens: int) -> int:
+    """Bytes: the ends and a block, the hidden states of tokens before and after it, a group's activations, and logits."""
+    config = decoder.checkpoint.config.get_text_config()
+    of_block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
+    ends = parameters - of_block * len(decoder)
+    widest = max(decoder.read_shape(decoder.linear_name(0, name))[0] for name in decoder.block_names(0))
+    activations = 2 * tokens * config.hidden_size + 4 * TOGETHER * widest + 3 * ROWS * config.vocab_size
+    return int(4 * (ends + of_block + activations) + 2**24)
