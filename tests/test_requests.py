@@ -49,6 +49,7 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import Compared, CompareHeads
+from fedgrove.stages.prompt.exchanges.local import SearchAlone, Searched
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prune.exchanges import block as blocks
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
@@ -157,6 +158,16 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         Compared(records=5, shared=3, personal=4, own=5),
     ),
     Exchange(ScorePrompts(**PROMPT, candidates=4), Reply()),
+    *(
+        Exchange(
+            SearchAlone(
+                **{**PROMPT, **changes}, population=4, generations=2, learning_rate=0.1, against_overfitting=0.0, tokens=2,
+                words=3,
+            ),
+            Searched(records=5, skipped=0, cost=1.0, calls=45),
+        )
+        for changes in ({}, {"method": "categories", "subspace": None})
+    ),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
     Exchange(
         ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"),
@@ -200,7 +211,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
 
 
 def name_of(exchange: Exchange) -> str:
-    fields = (getattr(exchange.request, field, None) for field in ("aggregation", "parametrization", "head"))
+    fields = (getattr(exchange.request, field, None) for field in ("aggregation", "parametrization", "head", "method"))
     return " ".join(filter(None, (exchange.request.KIND, *fields)))
 
 

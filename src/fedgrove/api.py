@@ -11,9 +11,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import torch
+from safetensors.torch import load_file
 
 from fedgrove import tracking
+from fedgrove.data.tokens import encode_prompt
 from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
@@ -226,3 +230,22 @@ def hush() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def with_prompt(model: Any, tokenizer: Any, folder: str | Path, text: str) -> dict[str, torch.Tensor]:
+    """The inputs of a text with a soft prompt after it, for ``model(**inputs)`` and ``model.generate(**inputs)``.
+
+    Args:
+        model: the base model, loaded by plain transformers.
+        tokenizer: the model's.
+        folder: ``RUN/prompt`` of a stage "prompt" with ``place = "end"``.
+        text: as the key ``prompt`` of the job writes it.
+
+    Returns:
+        ``inputs_embeds`` (1, tokens, width) and ``attention_mask`` (1, tokens).
+    """
+    soft = load_file(Path(folder) / "prompt.safetensors")["prompt"]
+    ids = torch.tensor([encode_prompt(text, tokenizer)], device=model.device)
+    embeddings = cast(torch.Tensor, model.get_input_embeddings()(ids))
+    together = torch.cat([embeddings, soft.to(embeddings)[None]], 1)
+    return {"inputs_embeds": together, "attention_mask": torch.ones_like(together[:, :, 0], dtype=torch.int64)}

@@ -37,6 +37,7 @@ class Disclosure(Enum):
     FEATURE_PRODUCTS = "the sums, over its records, of the products of each pair of features"
     HELD_OUT_ACCURACIES = "how often three heads find the label of records that it held out for itself"
     PROMPT_SCORES = "for each candidate prompt one number, the sum of its records' losses or how many get the right label"
+    OWN_PROMPTS = "the prompt, or the words' probabilities, that a search on its records alone came to, and its loss"
     WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
 
     @property

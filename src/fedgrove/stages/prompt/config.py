@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from fedgrove.job.stage_config import StageConfig
-from fedgrove.job.units import Count, File, Length, Positive, method_of
-from fedgrove.stages.prompt.methods import PACKAGE, Method, method_of_name
+from fedgrove.job.units import Count, File, Fraction, Length, Positive, method_of
+from fedgrove.stages.prompt.methods import PACKAGE, LocalMethod, Method, local_method_of, method_of_name
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -17,6 +17,8 @@ MOST_CANDIDATES = 1024  # of a round
 MOST_TOKENS = 512  # of a prompt
 MOST_DIMENSIONS = 4096  # of the subspace of soft prompts
 MOST_RECORDS = 2**20  # of a client in a round
+ALONE = ("local", "mean")  # values of the key aggregation with which clients search alone
+OF_ALONE = ("generations", "against_overfitting")  # keys that only these use
 FINALISTS = 4  # at most so many candidates are compared after the last round
 
 
@@ -47,9 +49,10 @@ class Config(StageConfig):
         method: how candidates are made: "evolution" (soft prompts in a random subspace, by CMA-ES) or "categories" (words, by
             policy gradient).
         aggregation: "pooled": each round's candidates are the server's, and their scores are summed over all clients. "local":
-            every client searches on its own, as published, and the server combines what the clients found.
+            every client searches on its own records, as published, and the server combines what they came to. "mean": likewise,
+            and the server takes the plain mean. Only "evolution" has all three; "categories" takes the mean for "local".
         rounds: how often candidates are scored. After the last, up to four are compared once more, on more records.
-        population: candidates of a round.
+        population: candidates of a round; where clients search alone, of each of their generations. Default: 20, and 5.
         records: of each client in a round, drawn anew in every round; all candidates are scored on the same ones.
         labels: all possible answers, written exactly as the answers, spaces included. The loss is then the cross entropy among
             them. Default: answers are free text, and the loss is that of an answer's tokens, their mean.
@@ -66,11 +69,14 @@ class Config(StageConfig):
             words of the tokenizer's vocabulary. Only "categories".
         choices: how many words each place of a prompt chooses from. Only "categories".
         learning_rate: of the words' logits. Only "categories".
+        generations: of a client's own search in a round. Only where clients search alone.
+        against_overfitting: compare a record's loss with that of the same record with this share of its tokens replaced at
+            random, as FedBPT does: what counts is their ratio. 0: the loss. Only where clients search alone.
     """
 
     kind: Literal["prompt"]
     method: Annotated[str, method_of(PACKAGE)] = "evolution"
-    aggregation: Literal["pooled"] = "pooled"
+    aggregation: Literal["pooled", "local", "mean"] = "pooled"
     rounds: Count = 40
     population: Population = 20
     records: Records = 32
@@ -84,19 +90,40 @@ class Config(StageConfig):
     spread: Positive = 0.3
     words: File | None = None
     choices: Count = 200
-    learning_rate: Positive = 1.0
+    learning_rate: Positive = 0.3
+    generations: Count = 8
+    against_overfitting: Fraction = 0.0
 
     @property
     def searcher(self) -> Method:
         """The module of the method."""
         return method_of_name(self.method)
 
+    @property
+    def searches_alone(self) -> bool:
+        """Whether clients search on their own records alone."""
+        return self.aggregation in ALONE
+
+    @property
+    def local_searcher(self) -> LocalMethod:
+        """The module of the method, for clients that search alone."""
+        return local_method_of(self.method)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "population" not in data:
+            return {**data, "population": 5 if data.get("aggregation") in ALONE else 20}
+        return data
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         method = self.searcher
-        of_others = {key for key in method.NOT_KEYS if key in self.model_fields_set}
+        of_others = method.NOT_KEYS & self.model_fields_set
         if of_others:
             raise ValueError(f'{min(of_others)}: method = "{self.method}" does not use it; remove it')
+        if not self.searches_alone and set(OF_ALONE) & self.model_fields_set:
+            raise ValueError(f'{OF_ALONE[0]} and {OF_ALONE[1]} belong to aggregation = "local"; remove them')
         if self.aggregation not in method.AGGREGATIONS:
             known = " or ".join(f'"{name}"' for name in method.AGGREGATIONS)
             raise ValueError(f'aggregation: method = "{self.method}" has {known}')
@@ -109,13 +136,20 @@ class Config(StageConfig):
         twice = [label for label in self.labels if self.labels.count(label) > 1]
         if twice:
             raise ValueError(f"labels: {twice[0]!r} is there twice; remove one")
+        if self.against_overfitting and self.score != "loss":
+            raise ValueError('against_overfitting: it is a ratio of losses; take score = "loss", or set it to 0')
         if self.score == "correct" and not self.labels:
             raise ValueError('score: "correct" counts right labels; give labels, or score = "loss"')
         return self
 
     def records_in(self, round_: int) -> int:
         """Records of each client in a round. The last compares few candidates, so on more records for the same price."""
-        return self.records if round_ < self.rounds else min(self.records * max(1, self.population // FINALISTS), MOST_RECORDS)
+        more = max(1, self.scores_in_a_round() // FINALISTS)
+        return self.records if round_ < self.rounds else min(self.records * more, MOST_RECORDS)
+
+    def scores_in_a_round(self) -> int:
+        """How many prompts a client scores on each record of a round."""
+        return self.population * self.generations + 1 if self.searches_alone else self.population
 
     def number_of_rounds(self) -> int:
         return self.rounds + 1
@@ -138,3 +172,9 @@ class Config(StageConfig):
                     f"clients.{number}: client '{client.name}' has no answers; give prompt and answer, such as "
                     'prompt = "{text}" and answer = " {label}"'
                 )
+
+    def check_secure(self, job: Job, index: int) -> None:
+        if self.searches_alone:
+            raise ValueError(
+                f'privacy.secure_aggregation: stages.{index}.aggregation: what clients find alone is no sum; take "pooled"'
+            )

@@ -10,13 +10,15 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import ROWS
 from fedgrove.models.cost import count_parameters
 from fedgrove.models.labels import label_ids
-from fedgrove.models.preconditions import check_length
+from fedgrove.models.positions import positions
 from fedgrove.models.walk import CHUNK
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.prompt.config import FINALISTS, Config
+from fedgrove.stages.prompt.exchanges.local import SearchAlone
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
+from fedgrove.stages.prompt.methods import Task
 from fedgrove.stages.prompt.scoring import TOGETHER
 from fedgrove.stages.prompt.searching import task_of
 
@@ -71,24 +73,29 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
     """
     tokenizer = decoder.checkpoint.tokenizer()
     task = task_of(config, index, tokenizer, seed)
-    config.searcher.begin(task)
     tokens = task.tokens * max(map(len, task.words), default=1)
-    key = f"stages.{index}: length and the prompt's tokens"
-    note = check_length(decoder, config.length + max(tokens, len(task.start)), key)
+    limit, _ = positions(decoder.model, decoder.checkpoint.config)
+    if limit is not None and config.length + tokens > limit:
+        raise FedgroveError(
+            f"stages.{index}.tokens: a prompt of {tokens} tokens and records of {config.length} (length) are more than the "
+            f"{limit} that the model was made for",
+            "lower one of them",
+        )
     try:
         labels = label_ids(config.labels, tokenizer)
     except FedgroveError as error:
         raise FedgroveError(f"stages.{index}.labels: {error.what}", error.remedy) from error
     answers = len(labels) * (max(map(len, labels)) - 1) if labels else config.length // 4
     each = tokens + answers + (config.length if config.place == "front" else 0)
-    passed = config.population * each + (config.length if config.place == "end" else 0)
-    scored = config.rounds * config.population * config.records + FINALISTS * config.records_in(config.rounds)
+    twice = 2 if config.against_overfitting else 1
+    scores = twice * config.scores_in_a_round()
+    times = twice * (config.generations + 1) if config.searches_alone else 1  # that a text passes before its prompts
+    passed = scores * each + (times * config.length if config.place == "end" else 0)
+    scored = config.rounds * scores * config.records + FINALISTS * config.records_in(config.rounds)
     parameters = count_parameters(decoder)
     memory = _memory(decoder, parameters, min(max(CHUNK, passed), config.records * passed))
     operations = 2 * (config.rounds + 1) * config.records * passed * parameters
-    upload = config.number_of_rounds() * (ENVELOPE + 8 * (config.population + 3))
-    numbers = config.dimension if config.searcher.SOFT else tokens
-    download = config.number_of_rounds() * (ENVELOPE + 4 * config.population * numbers)
+    upload, download = _traffic(config, task)
     assignments = {}
     for name, client in sorted(capabilities.items()):
         if client.memory is not None and memory > client.memory:
@@ -111,8 +118,7 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
         population=config.population,
         records=config.records,
         passed=passed,
-        discloses=base.names_of(ScorePrompts.DISCLOSES),
-        notes=() if note is None else (note,),
+        discloses=base.names_of(ScorePrompts.DISCLOSES | (SearchAlone.DISCLOSES if config.searches_alone else frozenset())),
     )
 
 
@@ -124,3 +130,15 @@ def _memory(decoder: Decoder, parameters: int, tokens: int) -> int:
     widest = max(decoder.read_shape(decoder.linear_name(0, name))[0] for name in decoder.block_names(0))
     activations = 2 * tokens * config.hidden_size + 4 * TOGETHER * widest + 3 * ROWS * config.vocab_size
     return int(4 * (ends + of_block + activations) + 2**24)
+
+
+def _traffic(config: Config, task: Task) -> tuple[int, int]:
+    """Bytes that a client sends and receives in all rounds."""
+    state = config.searcher.begin(task)
+    candidates = config.searcher.propose(state, 0)
+    up, down = 8 * (len(candidates) + 3), candidates.numel() * candidates.element_size()
+    if config.searches_alone:
+        specs = config.local_searcher.specs(task, config.generations).values()
+        up = sum(shape.numel() * dtype.itemsize for shape, dtype in specs)
+        down = sum(tensor.numel() * tensor.element_size() for tensor in config.local_searcher.share(state).values())
+    return config.number_of_rounds() * (ENVELOPE + up), config.number_of_rounds() * (ENVELOPE + down)

@@ -51,6 +51,19 @@ class Records:
         """Some of the records."""
         return replace(self, texts=[*map(self.texts.__getitem__, places)], answers=[*map(self.answers.__getitem__, places)])
 
+    def spoilt(self, share: float, vocabulary: int, seed: str) -> Records:
+        """The records with a share of each text's tokens replaced by random ones.
+
+        Args:
+            vocabulary: tokens are drawn below this.
+        """
+        generator, texts = generator_of(f"{seed}/spoilt"), []
+        for text in self.texts:
+            is_replaced = torch.rand(len(text), generator=generator) < share
+            others = torch.randint(vocabulary, (len(text),), generator=generator)
+            texts.append(tuple(torch.where(is_replaced, others, torch.tensor(text)).tolist()))
+        return replace(self, texts=texts)
+
 
 def read_records(
     paths: Iterable[Path],
@@ -132,9 +145,12 @@ def draw(total: int, number: int, seed: str) -> list[int]:
     """``number`` of the numbers below ``total`` without repetition, ascending; all of them, if there are no more."""
     if number >= total:
         return list(range(total))
-    digest = hashlib.sha256(f"{seed}/records".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return sorted(torch.randperm(total, generator=generator)[:number].tolist())
+    return sorted(torch.randperm(total, generator=generator_of(f"{seed}/records"))[:number].tolist())
+
+
+def generator_of(seed: str) -> torch.Generator:
+    """A generator of random numbers of its own."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1)
 
 
 def _remedy(said: str, labels: Sequence[str]) -> str:

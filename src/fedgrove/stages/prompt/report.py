@@ -23,6 +23,7 @@ FILES = ("prompt.json",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A prompt for it is in `prompt/` beside it; the card there says how to use it."
 MEASURED = {"no_prompt": "no prompt", "start_prompt": "the start", "found_prompt": "the prompt found"}
+ALONE = ("local", "mean")
 MOST_ROWS = 20  # of a chart
 
 
@@ -93,10 +94,12 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
     made = summary.files.get("prompt.json")
     if not made or made["stage"] != stage.number:
         return []
-    says = (
-        f"{made['method']} proposed {plural(made['population'], 'candidate')} in each of {plural(made['rounds'], 'round')}; "
-        f"every client scored the same ones on up to {plural(made['records'], 'record')} of its own."
-    )
+    number, of_each = plural(made["rounds"], "round"), f"up to {plural(made['records'], 'record')} of its own"
+    if made["aggregation"] in ALONE:
+        says = f"In each of {number} every client searched alone ({made['method']}) on {of_each}, and the server combined that."
+    else:
+        candidates = plural(made["population"], "candidate")
+        says = f"{made['method']} proposed {candidates} in each of {number}; every client scored the same ones on {of_each}."
     parts: list[Part] = [Paragraph(says)]
     if "text" in made:
         parts.append(Paragraph(f"The prompt: “{made['text']}”, at the {made['place']} of a text."))

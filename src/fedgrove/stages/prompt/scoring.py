@@ -81,6 +81,21 @@ def right(scores: Sequence[Tensor], records: Records) -> Tensor:
     return torch.stack([of.argmax(1) == records.answers[i][0] for i, of in enumerate(scores)])
 
 
+def ratios(of_records: Tensor, of_spoilt: Tensor) -> Tensor:
+    """FedBPT's score against overfitting (Eq. 7): each record's loss, relative to that of the same record with other tokens.
+
+    The released code divides the mean losses instead; here, as in the paper, it is a mean of ratios. Ours: a loss that is not
+    finite counts as the largest one, and a loss below 2⁻²⁰ as that.
+
+    Args:
+        of_records, of_spoilt: (records, prompts) losses.
+    """
+    one, other = (
+        loss.nan_to_num(MOST_LOSS, MOST_LOSS, MOST_LOSS).clamp(2.0**-BITS, MOST_LOSS) for loss in (of_records, of_spoilt)
+    )
+    return one / other
+
+
 class Sums(NamedTuple):
     """Sums over records, in whole numbers.
 

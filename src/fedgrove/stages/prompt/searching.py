@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 import torch
@@ -14,6 +13,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.stages.prompt.config import MOST_TOKENS, Config
 from fedgrove.stages.prompt.methods import Task
+from fedgrove.stages.prompt.records import generator_of
 from fedgrove.stages.prompt.requests import Subspace
 from fedgrove.stages.prompt.subspace import scale_of
 
@@ -33,9 +33,10 @@ def task_of(config: Config, index: int, tokenizer: PreTrainedTokenizerBase, seed
     """
     start = tuple(encode(config.start, tokenizer)) if config.start else ()
     tokens = config.tokens or len(start) or TOKENS
-    if len(start) > (MOST_TOKENS if config.tokens is None else tokens):
+    most = tokens if config.tokens and config.searcher.SOFT else MOST_TOKENS
+    if len(start) > most:
         raise FedgroveError(
-            f"stages.{index}.start: it has {len(start)} tokens, but a prompt has {config.tokens or MOST_TOKENS} at most",
+            f"stages.{index}.start: it has {len(start)} tokens, but a prompt has {most} at most",
             "shorten it, or raise tokens",
         )
     words = () if config.searcher.SOFT else _words(config, index, tokenizer, seed)
@@ -56,12 +57,7 @@ def subspace_of(config: Config, task: Task, decoder: Decoder) -> Subspace | None
 
 
 def _random(seed: str, below: int, number: int) -> tuple[int, ...]:
-    return tuple(torch.randperm(below, generator=_generator(seed))[:number].tolist())
-
-
-def _generator(seed: str) -> torch.Generator:
-    digest = hashlib.sha256(seed.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return tuple(torch.randperm(below, generator=generator_of(seed))[:number].tolist())
 
 
 def _words(config: Config, index: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], ...]:
@@ -73,7 +69,7 @@ def _words(config: Config, index: int, tokenizer: PreTrainedTokenizerBase, seed:
             raise FedgroveError(f"{config.words}: {len(words)} words, but a choice needs two", "add words, one a line")
         return tuple(words[: config.choices])
     words = []
-    for token in torch.randperm(len(tokenizer), generator=_generator(f"{seed}/words")).tolist():
+    for token in torch.randperm(len(tokenizer), generator=generator_of(f"{seed}/words")).tolist():
         text = tokenizer.decode([token])
         if _WORD.fullmatch(text) and encode(text, tokenizer) == [token]:
             words.append((token,))

@@ -8,23 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import mean
 from fedgrove.events import Phase
+from fedgrove.files import write_atomically
 from fedgrove.job.tables import Job, Text
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import CHANGE, Message
+from fedgrove.rounds.request import CHANGE, Message, Tensors
 from fedgrove.stages.base import Losses, Result, calibration_seed
 from fedgrove.stages.prompt.config import Config
+from fedgrove.stages.prompt.exchanges.local import SearchAlone
 from fedgrove.stages.prompt.exchanges.score import COUNTS, SCORES, ScorePrompts
 from fedgrove.stages.prompt.files import write_prompt
+from fedgrove.stages.prompt.methods import Found
 from fedgrove.stages.prompt.plan import Plan, make_plan
 from fedgrove.stages.prompt.records import read_records
 from fedgrove.stages.prompt.requests import CANDIDATES, prompts_of
@@ -95,16 +100,19 @@ class _Stage:
             self.run_folder.message(f"prompt: client '{client}' is left out: {why}")
         state, failed = self.method.begin(self.task), 0
         for round_ in range(self.config.rounds):
+            if self.config.searches_alone:
+                state = self.config.local_searcher.merge(state, self.config.aggregation, self.found(round_, state))
+                continue
             candidates = self.method.propose(state, round_)
-            found = self.scored(round_, candidates)
-            failed = 0 if found["records"] else failed + 1
+            scored = self.scored(round_, candidates)
+            failed = 0 if scored["records"] else failed + 1
             if failed == MOST_FAILED:
                 raise FedgroveError(
                     f"stage {self.plan.stage}: in {MOST_FAILED} rounds in a row no record's loss was finite under any prompt",
                     'try model.dtype = "float32", or lower spread',
                 )
-            if found["records"]:
-                state = self.method.tell(state, candidates, found["costs"])
+            if scored["records"]:
+                state = self.method.tell(state, round_, candidates, scored["costs"])
         finalists = self.method.finalists(state)
         last = self.scored(self.config.rounds, finalists)
         if not last["records"]:
@@ -128,43 +136,90 @@ class _Stage:
         return folder
 
     def scored(self, round_: int, candidates: Tensor) -> dict[str, Any]:
-        """The costs of candidates, pooled over the clients, with what else a round is known by. It is logged once."""
+        """The costs of candidates, pooled over the clients, with what else a round is known by."""
         file = self.folder / f"scores-{round_}.json"
         if not file.is_file():
-            self.run_folder.write_json(str(file.relative_to(self.run_folder.path)), self.ask(round_, candidates))
+            write_atomically(file, json.dumps(self.ask(round_, candidates)))
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         counted = {name: found[name] for name in ("records", "skipped", "calls")}
         if found["records"]:
             found["costs"] = costs(torch.tensor(found["scores"]), found["records"], self.config.score)
             counted |= {"best": min(found["costs"]), "mean": sum(found["costs"]) / len(found["costs"])}
-        for name, value in counted.items():
-            if (round_, None, name) not in self.logged:
-                self.run_folder.log(self.plan.stage, round_, None, name, value)
+        self.log(round_, None, counted)
         if found["skipped"]:
-            self.run_folder.message(f"round {round_}: no loss of {found['skipped']} records was finite; they were skipped")
+            self.run_folder.message(f"round {round_}: the loss of {found['skipped']} records was not finite; they were skipped")
         return found
 
     def ask(self, round_: int, candidates: Tensor) -> dict[str, Any]:
         """The sums of all clients' scores of candidates."""
-        config, run = self.config, self.run_folder
-        run.phase(Phase("prompt", "scoring prompts", stage=self.plan.stage, round=round_, rounds=config.number_of_rounds()))
-        request = ScorePrompts(
-            stage=self.plan.stage,
-            round=round_,
-            **{key: getattr(config, key) for key in ("method", "aggregation", "labels", "score", "place", "length")},
-            records=config.records_in(round_),
-            seed=self.seed,
-            subspace=self.subspace,
-            candidates=len(candidates),
-        )
+        self.phase(round_, "scoring prompts")
+        request = ScorePrompts(**self._common(round_), candidates=len(candidates))
         messages = {client: Message(request, {CANDIDATES: candidates}) for client in self.plan.clients}
         sums = IntegerSums(
             lambda total, replies: request.check_sums({CHANGE + name: one for name, one in total.items()}, len(replies))
         )
-        clients = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder))
+        self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
         total = {name: sums.sums[name.removeprefix(CHANGE)].tolist() for name in (SCORES, COUNTS)}
         records, skipped, calls = total[COUNTS]
-        return {"clients": clients, "scores": total[SCORES], "records": records, "skipped": skipped, "calls": calls}
+        return {"scores": total[SCORES], "records": records, "skipped": skipped, "calls": calls}
+
+    def found(self, round_: int, state: Any) -> list[Found]:
+        """What each client came to alone, in the order of their names."""
+        file = self.folder / f"found-{round_}.safetensors"
+        if not file.is_file():
+            tensors, replies = self.ask_alone(round_, state)
+            save_tensors(tensors, file, {"replies": json.dumps(replies)})
+        with safe_open(file, framework="pt") as opened:
+            stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            replies = json.loads(opened.metadata()["replies"])
+        of_all = {name: sum(reply[name] for reply in replies.values()) for name in ("records", "skipped", "calls")}
+        every = [reply["cost"] for reply in replies.values()]
+        self.log(round_, None, of_all | {"best": min(every), "mean": sum(every) / len(every)})
+        for client, reply in replies.items():
+            self.log(round_, client, {"cost": reply["cost"]})
+        parts = {
+            client: {name.removeprefix(f"{client}/"): one for name, one in stored.items() if name.startswith(f"{client}/")}
+            for client in replies
+        }
+        return [Found(parts[client], reply["records"], reply["cost"]) for client, reply in sorted(replies.items())]
+
+    def ask_alone(self, round_: int, state: Any) -> tuple[Tensors, dict[str, Any]]:
+        """What clients came to, by ``client/name``, and their replies."""
+        config = self.config
+        self.phase(round_, "searching alone")
+        keys = ("population", "generations", "learning_rate", "against_overfitting")
+        request = SearchAlone(
+            **self._common(round_),
+            **{key: getattr(config, key) for key in keys},
+            tokens=self.task.tokens,
+            words=len(self.task.words),
+        )
+        shared = config.local_searcher.share(state)
+        tensors: Tensors = {}
+        replies = {}
+        messages = {client: Message(request, shared) for client in self.plan.clients}
+        for client, found, reply in self.federation.collect(messages, layout=self.decoder):
+            tensors |= {f"{client}/{name}": one for name, one in found.items()}
+            replies[client] = reply.model_dump()
+        return tensors, replies
+
+    def phase(self, round_: int, what: str) -> None:
+        """Reports that a round begins."""
+        rounds = self.config.number_of_rounds()
+        self.run_folder.phase(Phase("prompt", what, stage=self.plan.stage, round=round_, rounds=rounds))
+
+    def log(self, round_: int | None, client: str | None, values: Mapping[str, float]) -> None:
+        """Logs numbers, in their order, that are not logged yet."""
+        for name, value in values.items():
+            if (round_, client, name) not in self.logged:
+                self.run_folder.log(self.plan.stage, round_, client, name, value)
+
+    def _common(self, round_: int) -> dict[str, Any]:
+        keys = ("method", "aggregation", "labels", "score", "place", "length")
+        return {
+            "stage": self.plan.stage, "round": round_, **{key: getattr(self.config, key) for key in keys},
+            "records": self.config.records_in(round_), "seed": self.seed, "subspace": self.subspace,
+        }  # fmt: skip
 
     def measure(self, text: Text, prompt: Prompt) -> dict[str, Any]:
         """Logs how good no prompt, the start and the prompt that was found are on a held-out text, unless they are logged."""
@@ -185,7 +240,6 @@ class _Stage:
                 measured = mean(values[:, place].tolist())
                 run.keep(stage, None, f"{name}/{text.name}", measured.parts)
                 numbers = measured.plain(name)
-                for key in sorted(numbers, key=lambda key: key == name):  # the measurement last: it marks all as done
-                    if (None, None, f"{key}/{text.name}") not in self.logged:
-                        run.log(stage, None, None, f"{key}/{text.name}", numbers[key])
+                ends_last = sorted(numbers, key=lambda key: key == name)  # the measurement: it marks all as done
+                self.log(None, None, {f"{key}/{text.name}": numbers[key] for key in ends_last})
         return {"records": len(records)}

@@ -1,21 +1,23 @@
 """Methods: how candidate prompts are made of the scores of earlier ones. A new method is a new file here; its file name is its
 name in the job.
 
-A method is two functions of plain data: ``propose(state, round) -> candidates`` and ``tell(state, candidates, costs) ->
-state``. It never sees a record. A killed stage comes back to the same state by telling the stored costs once more, so both
-functions must be deterministic, and draw only from the seed of the task.
+A method is two functions of plain data: ``propose(state, round) -> candidates`` and ``tell(state, round, candidates, costs)
+-> state``. It never sees a record. A killed stage comes back to the same state by telling the stored costs once more, so both
+functions must be deterministic, and draw only from the seed of the task. A method that clients can also use alone, on their own
+records, has four functions more: see :class:`LocalMethod`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
 from fedgrove import plugins
+from fedgrove.rounds.request import Tensors, TensorSpecs
 
 PACKAGE = "stages.prompt.methods"
 
@@ -77,11 +79,11 @@ class Method(Protocol):
         """The candidates of a round."""
         ...
 
-    def tell(self, state: Any, candidates: Tensor, costs: Sequence[float]) -> Any:
+    def tell(self, state: Any, round_: int, candidates: Tensor, costs: Sequence[float]) -> Any:
         """The state after a round; it may be the same object, changed.
 
         Args:
-            candidates: as proposed.
+            candidates: as proposed for the round.
             costs: finite, one for each candidate; lower is better.
         """
         ...
@@ -92,8 +94,86 @@ class Method(Protocol):
 
 
 METHOD = Method
+Costs = Callable[[Tensor], list[float]]  # of candidates, on the records of one client
+
+
+@dataclass(frozen=True)
+class Alone:
+    """How a client searches alone.
+
+    Attributes:
+        seed: of the stage, the round and the client: every client draws its own random numbers, in every round others.
+        population: candidates of a generation.
+        generations: how many.
+        learning_rate: of the words' logits.
+    """
+
+    seed: str
+    population: int
+    generations: int
+    learning_rate: float
+
+    def task(self, tokens: int, dimension: int = 2, words: tuple[tuple[int, ...], ...] = ()) -> Task:
+        """What the client searches in."""
+        return Task(self.seed, self.population, tokens, dimension, (), words, self.learning_rate)
+
+
+class Found(NamedTuple):
+    """What one client came to.
+
+    Attributes:
+        tensors: as :meth:`LocalMethod.search` returns them.
+        records: how many it searched on.
+        cost: of the result on them.
+    """
+
+    tensors: Tensors
+    records: int
+    cost: float
+
+
+class LocalMethod(Method, Protocol):
+    """The contract of a method that clients can use alone."""
+
+    def share(self, state: Any) -> Tensors:
+        """What clients begin with."""
+        ...
+
+    def fits(self, tensors: Tensors, task: Task) -> bool:
+        """Whether tensors, which came from the server, can be what clients begin with.
+
+        Args:
+            task: as agreed: the number of tokens, dimensions and words.
+        """
+        ...
+
+    def search(self, tensors: Tensors, alone: Alone, costs: Costs) -> tuple[Tensors, Tensor]:
+        """At a client: its own search, from what the server shared.
+
+        Returns:
+            What it came to, and (1, …) the candidate that this stands for.
+        """
+        ...
+
+    def specs(self, task: Task, generations: int) -> TensorSpecs:
+        """Shape and dtype of what :meth:`search` came to."""
+        ...
+
+    def merge(self, state: Any, aggregation: str, found: Sequence[Found]) -> Any:
+        """The state after a round.
+
+        Args:
+            aggregation: one of the method's.
+            found: of each client, in the order of their names.
+        """
+        ...
 
 
 def method_of_name(name: str) -> Method:
     """Loads a method by name."""
     return cast(Method, plugins.load(PACKAGE, name))
+
+
+def local_method_of(name: str) -> LocalMethod:
+    """Loads a method that clients can use alone."""
+    return cast(LocalMethod, plugins.load(PACKAGE, name, LocalMethod))
