@@ -212,7 +212,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
 
 def name_of(exchange: Exchange) -> str:
     fields = (getattr(exchange.request, field, None) for field in ("aggregation", "parametrization", "head", "method"))
-    return " ".join(filter(None, (exchange.request.KIND, *fields)))
+    return " ".join([exchange.request.KIND, *(field for field in fields if isinstance(field, str))])
 
 
 every_exchange = pytest.mark.parametrize("exchange", EXCHANGES, ids=name_of)

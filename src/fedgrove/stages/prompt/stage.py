@@ -199,7 +199,7 @@ class _Stage:
         replies = {}
         messages = {client: Message(request, shared) for client in self.plan.clients}
         for client, found, reply in self.federation.collect(messages, layout=self.decoder):
-            tensors |= {f"{client}/{name}": one for name, one in found.items()}
+            tensors |= {f"{client}/{name.removeprefix(CHANGE)}": one for name, one in found.items()}
             replies[client] = reply.model_dump()
         return tensors, replies
 

@@ -11,7 +11,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Count, CountOrZero, Fraction, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
-from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors, TensorSpecs
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prompt.config import Config, Population, PromptLength, Records
 from fedgrove.stages.prompt.methods import Alone, LocalMethod, Task, local_method_of
@@ -38,7 +38,7 @@ class Searched(Reply):
 class SearchAlone(PromptRequest):
     """Search for a prompt on records of yours alone, from where the server is, and send what you came to with its loss.
 
-    Tensors of the request and of the response: see ``share`` and ``specs`` of the method.
+    Tensors of the request and, as ``change/NAME``, of the response: see ``share`` and ``specs`` of the method.
 
     Attributes:
         population, generations, learning_rate, against_overfitting: as in the job.
@@ -92,10 +92,13 @@ class SearchAlone(PromptRequest):
         alone = Alone(own_seed, self.population, self.generations, self.learning_rate)
         found, candidate = self.searcher.search(tensors, alone, lambda candidates: scored(candidates)[0])
         (cost,), counted, skipped = scored(candidate)
-        return Response(found, Searched(records=counted, skipped=skipped, cost=cost, calls=calls[0]))
+        return Response(
+            {CHANGE + name: tensor for name, tensor in found.items()},
+            Searched(records=counted, skipped=skipped, cost=cost, calls=calls[0]),
+        )
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
-        return self.searcher.specs(self.task(), self.generations)
+        return {CHANGE + name: spec for name, spec in self.searcher.specs(self.task(), self.generations).items()}
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Searched)
