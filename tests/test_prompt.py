@@ -345,7 +345,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 ) -> None:
     changes = job(files, **stage)
     killed("run", small.job("killed-prompt", **changes), "--out", tmp_path / "run", "--quiet", moment=moment)
-    assert cli("run", small.job("killed-prompt", **changes), "--out", tmp_path / "run", "--resume")[0] == 0
+    assert cli("run", tmp_path / "run" / "job.toml", "--out", tmp_path / "run", "--resume")[0] == 0
     same(small.undisturbed(**changes), tmp_path / "run")
 
 

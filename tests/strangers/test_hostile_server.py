@@ -57,9 +57,21 @@ EXPERTS = {"kind": "structured", "samples": SAMPLES, "length": LENGTH, "experts"
 TUNE = {"kind": "tune", "length": LENGTH, "ranks": [2, 4], "batches": [1, 2], "bits": [32], "steps": 2, "rounds": 2}
 SEEDS = {"kind": "tune", "method": "seeds", "length": LENGTH, "batches": [2], "steps": 2, "rounds": 2, "learning_rate": 1e-3}
 HEAD = {"kind": "head", "labels": ["bird", "fish"], "length": LENGTH, "size": 16, "personal": 0.3}
+PROMPT = {
+    "kind": "prompt",
+    "labels": ["bird", "fish"],
+    "length": LENGTH,
+    "rounds": 2,
+    "population": 4,
+    "records": 4,
+    "dimension": 3,
+    "tokens": 2,
+    "aggregation": "local",
+    "generations": 1,
+}
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
 NOISE = {"epsilon": 8.0, "delta": 1e-3}
-OPEN = {"stages": ["head", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
+OPEN = {"stages": ["head", "prompt", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
 SECURE = {**OPEN, "secure": True, "alone": False}
 NOISY = {"epsilon": 8.0, "delta": 1e-3, "budget": 100.0}
 
@@ -79,6 +91,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "head": (OPEN, [HEAD]),
     "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
     "seeds": (OPEN, [SEEDS]),
+    "prompts": ({**OPEN, "alone": False}, [PROMPT]),
 }
 del JOBS["secure adapters"][1][0]["method"]
 
@@ -90,6 +103,13 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("head/personal", "base"): ("text of the card of the site's own head", "line\nline"),
     ("head/personal", "classes"): ("the labels that have records", ["x"]),
     ("head/personal", "title"): ("text of the card of the site's own head", "line\nline"),
+    ("prompt/local", "round"): ("every round of the stage is asked for", -1),
+    ("prompt/local", "subspace.base"): ("tokens that the search begins with", []),
+    ("prompt/local", "subspace.base[]"): ("tokens that the search begins with", -1),
+    ("prompt/local", "subspace.scale"): ("how far candidates are from them", -1.0),
+    ("prompt/score", "subspace.base"): ("tokens that the search begins with", []),
+    ("prompt/score", "subspace.base[]"): ("tokens that the search begins with", -1),
+    ("prompt/score", "subspace.scale"): ("how far candidates are from them", -1.0),
     ("prune/block", "block"): ("every block of the model is asked for", 2),
     ("prune/personal/block", "statistics.products"): ("the same products in another order, or one twice, are the same", ["x"]),
     ("prune/statistics", "block"): ("every block of the model is asked for", 2),
@@ -135,7 +155,7 @@ OTHER = {  # of fields with a list of allowed values
     "adamw": "sgd", "mean": "each", "each": "mean", "lora": "ia3", "full": "ia3", "sgd": "dp_sgd", "dp_sgd": "sgd",
     "float32": "bfloat16", "bfloat16": "float32", "wanda": "magnitude", "sparsegpt": "wanda", "fedspallm": "fedprllm",
     "ridge": "prototypes", "last": "mean", "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
-    "reap": "frequency",
+    "reap": "frequency", "evolution": "categories", "local": "mean", "loss": "correct", "end": "front",
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "cut": {"channels": 0.25, "heads": 0.0, "depth": 0.0, "experts": 0.0},

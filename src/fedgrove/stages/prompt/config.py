@@ -119,10 +119,11 @@ class Config(StageConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         method = self.searcher
-        of_others = method.NOT_KEYS & self.model_fields_set
+        changed = {key for key, about in type(self).model_fields.items() if getattr(self, key) != about.default}
+        of_others = method.NOT_KEYS & changed
         if of_others:
             raise ValueError(f'{min(of_others)}: method = "{self.method}" does not use it; remove it')
-        if not self.searches_alone and set(OF_ALONE) & self.model_fields_set:
+        if not self.searches_alone and set(OF_ALONE) & changed:
             raise ValueError(f'{OF_ALONE[0]} and {OF_ALONE[1]} belong to aggregation = "local"; remove them')
         if self.aggregation not in method.AGGREGATIONS:
             known = " or ".join(f'"{name}"' for name in method.AGGREGATIONS)

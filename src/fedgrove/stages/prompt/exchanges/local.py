@@ -121,4 +121,8 @@ class SearchAlone(PromptRequest):
                 return key
         if self.round >= config.rounds:
             return "round"
-        return "words" if self.words > config.choices else super().beyond(job)
+        if self.subspace is not None and self.tokens != len(self.subspace.base):
+            return "tokens"
+        if self.words > (config.choices if self.subspace is None else 0):
+            return "words"
+        return super().beyond(job)

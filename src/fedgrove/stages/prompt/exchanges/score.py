@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 
 from fedgrove.client.local_client import LocalClient
+from fedgrove.job.stage_config import Agreed
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.prompt.config import Population
+from fedgrove.stages.prompt.config import FINALISTS, Config, Population
 from fedgrove.stages.prompt.requests import CANDIDATES, PromptRequest
 from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, score, sums
 
@@ -45,6 +46,14 @@ class ScorePrompts(PromptRequest):
         found = sums(scores, records, self.score)
         counts = torch.tensor([found.records, found.skipped, len(different) * len(records)])
         return Response({SCORES: found.scores[places], COUNTS: counts}, Reply())
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.searches_alone and self.round < config.rounds:
+            return "round"
+        most = config.population if self.round < config.rounds else FINALISTS
+        return "candidates" if self.candidates > most else super().beyond(job)
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         return {SCORES: (torch.Size([self.candidates]), torch.int64), COUNTS: (torch.Size([3]), torch.int64)}
