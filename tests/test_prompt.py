@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedgrove.api import with_prompt
+from fedgrove.client.local_client import LocalClient
+from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.models.labels import score_labels
@@ -25,9 +27,11 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages.prompt.config import Place
+from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prompt.methods import Found, Task, categories, evolution
 from fedgrove.stages.prompt.methods.evolution import FULL
 from fedgrove.stages.prompt.records import Records, read_records
+from fedgrove.stages.prompt.requests import Subspace
 from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, Prompt, costs, score, sums
 from fedgrove.stages.prompt.subspace import soft_prompts
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
@@ -297,17 +301,22 @@ def same(one: Path, other: Path) -> None:
     assert measurements(one) == measurements(other)
 
 
-@pytest.mark.parametrize("stage", [{}, WORDY])
+@pytest.mark.parametrize(("stage", "owners", "changes"), [
+    ({}, ("everybody",), {}),
+    ({}, CLIENTS, {"privacy": {"secure_aggregation": True}}),
+    (WORDY, ("everybody",), {}),
+])  # fmt: skip
 def test_the_prompt_of_any_number_of_owners_is_that_of_the_pooled_records(
-    small: Small, files: Mapping[str, Path], tmp_path: Path, stage: dict[str, Any]
+    small: Small,
+    files: Mapping[str, Path],
+    tmp_path: Path,
+    stage: dict[str, Any],
+    owners: tuple[str, ...],
+    changes: dict[str, Any],
 ) -> None:
     apart = small.undisturbed(**job(files, **stage))
-    for name, changes in (
-        ("pooled", job(files, ("everybody",), **stage)),
-        ("secure", job(files, privacy={"secure_aggregation": True}, **stage)),
-    ):
-        assert cli("run", small.job(name, **changes), "--out", tmp_path / name)[0] == 0
-        same(apart, tmp_path / name)
+    assert cli("run", small.job("pooled", **job(files, owners, **stage, **changes)), "--out", tmp_path / "run")[0] == 0
+    same(apart, tmp_path / "run")
     found = measurements(apart)
     assert found[0, 3, None, "best"] <= found[0, 3, None, "mean"]
     about = json.loads((apart / "prompt.json").read_text())
@@ -335,9 +344,8 @@ def test_scores_that_were_computed_are_counted(small: Small, files: Mapping[str,
 
 
 @pytest.mark.parametrize(("stage", "moment"), [
-    ({}, Moment("os.rename", "*/ash/records-*.safetensors", "cut")),
     ({}, Moment("os.rename", "*/work/stage-0/scores-2.json", "cut")),
-    ({}, Moment("os.rename", "*/run/prompt", "kill")),
+    (WORDY, Moment("os.rename", "*/run/prompt", "kill")),
     (LOCAL, Moment("os.rename", "*/work/stage-0/found-1.safetensors", "cut")),
 ])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_same_bits(
@@ -350,8 +358,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(("stage", "kind"), [
-    ({"aggregation": "mean", "generations": 2}, "evolution"),
-    ({**WORDY, "aggregation": "local", "generations": 2}, "categories"),
+    ({"aggregation": "mean", "generations": 2, "rounds": 2, "labels": []}, "evolution"),
+    ({**WORDY, "aggregation": "local", "generations": 2, "rounds": 1, "population": 3}, "categories"),
 ])  # fmt: skip
 def test_clients_search_alone_and_the_server_combines(
     small: Small, files: Mapping[str, Path], stage: dict[str, Any], kind: str
@@ -360,10 +368,33 @@ def test_clients_search_alone_and_the_server_combines(
     found, about = measurements(run), json.loads((run / "prompt.json").read_text())
     assert about["method"] == kind
     assert all(found[0, 0, client, "cost"] > 0 for client in CLIENTS)
+    measured = [found[0, None, None, f"{name}/test"] for name in ("no_prompt", "start_prompt", "found_prompt")]
+    assert all(value > 1 for value in measured) == (not about["labels"]), "losses of free answers; how often labels are right"
     assert found[0, 0, None, "calls"] == 21 * (2 * about["population"] + 1)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert Disclosure.OWN_PROMPTS.sentence in page.replace("&#39;", "'")
     assert "every client searched alone" in page
+
+
+def test_candidates_that_the_model_does_not_have_are_refused(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
+    client = LocalClient("ash", tmp_path, small.model, None, (files["ash"],), None, prompt="{text}", answer=" {label}")
+    common = {
+        "stage": 0, "aggregation": "pooled", "labels": LABELS, "score": "loss", "place": "end", "length": 16, "records": 2,
+        "seed": "0/0",
+    }  # fmt: skip
+    soft = ScorePrompts(**common, method="evolution", candidates=2, subspace=Subspace(dimension=3, scale=0.1, base=(1, 2)))
+    words = ScorePrompts(**common, method="categories", candidates=2)
+    points, ids = torch.zeros(2, 3), torch.tensor([[1, 2], [3, -1]], dtype=torch.int32)
+    assert len(soft.respond({"candidates": points}, client, "cpu").tensors["change/scores"]) == 2
+    assert len(words.respond({"candidates": ids}, client, "cpu").tensors["change/scores"]) == 2
+    for request, candidates in (
+        (soft, None), (soft, points.double()), (soft, points[:, :2]), (soft, points[:1]), (soft, points + float("nan")),
+        (soft, points + 1e9), (soft.model_copy(update={"subspace": Subspace(dimension=3, scale=0.1, base=(4096,))}), points),
+        (words, points), (words, ids.long()), (words, ids + 4095), (words, ids - 5), (words, ids.flip(1)), (words, ids[0]),
+        (words, torch.zeros(2, 600, dtype=torch.int32)),
+    ):  # fmt: skip
+        with pytest.raises(FedgroveError, match=r"client 'ash': .*; refused"):
+            request.respond({} if candidates is None else {"candidates": candidates}, client, "cpu")
 
 
 # Results
@@ -412,14 +443,6 @@ def test_words_are_a_line_of_text(small: Small, files: Mapping[str, Path]) -> No
     names = ("no_prompt/test", "start_prompt/test", "found_prompt/test")
     assert [float(value) for value in measured] == [found[0, None, None, one] for one in names]
     assert len(page.csv("stage-0-rounds")) == 1 + 4
-
-
-def test_free_answers_have_the_loss_of_their_tokens(small: Small, files: Mapping[str, Path]) -> None:
-    run = small.undisturbed(**job(files, labels=[], population=4, rounds=1))
-    found = measurements(run)
-    assert found[0, None, None, "found_prompt/test"] > 1
-    assert found[0, None, None, "no_prompt/test"] > 1
-    assert found[0, 0, None, "best"] > 1
 
 
 # Mistakes
