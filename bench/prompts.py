@@ -1,0 +1,176 @@
+"""Prompts from scores alone: four owners of labeled records, beside no prompt, a written one, and the searches as published.
+
+    .venv/bin/python bench/prompts.py --model SMOLLM2 --data ../shared/data --results prompts.jsonl
+
+Tasks: which of four newsgroups a post of 64 tokens is from, and PubMedQA's yes, no or maybe. Records are dealt by label
+(Dirichlet 0.5). An owner draws eight records a round. Soft prompts are given 800 scores a record set, words 600; "random" is
+the best of 20 prompts drawn like those of words, on as many records. Accuracy is that of held-out records; intervals of a
+difference are paired bootstraps over these records. Every run is the product's, in one thread; results are kept, so a run that
+was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results
+import torch
+from transformers.utils import logging
+
+from fedgrove import api
+from fedgrove.evaluation.metrics import interval, resampled
+from fedgrove.files import read_lines
+from fedgrove.split import _by_dirichlet
+
+OWNERS, ALPHA, RECORDS = 4, 0.5, 8
+GROUPS = {"sci.med": "medicine", "sci.space": "space", "rec.autos": "cars", "talk.politics.guns": "guns"}
+TASKS: dict[str, dict[str, Any]] = {
+    "newsgroups": {
+        "labels": list(GROUPS.values()), "prompt": "{text}", "length": 66, "start": "\nThis post is about", "field": "label",
+    },
+    "pubmedqa": {
+        "labels": ["yes", "no", "maybe"], "prompt": "{context}\nQuestion: {question}", "length": 194,
+        "start": "\nAnswer (yes, no or maybe):", "field": "decision",
+    },
+}  # fmt: skip
+WORDS = {"method": "categories", "tokens": 6, "choices": 50}
+WAYS: dict[str, dict[str, Any]] = {  # with as many scores of each record set: rounds · population, and 41 in a round alone
+    "pooled": {"rounds": 40, "population": 20},
+    "local": {"aggregation": "local", "rounds": 20, "generations": 8, "population": 5},
+    "local, Eq. 7": {
+        "aggregation": "local", "rounds": 10, "generations": 8, "population": 5, "against_overfitting": 0.5,
+    },
+    "mean": {"aggregation": "mean", "rounds": 20, "generations": 8, "population": 5},
+    "words": {**WORDS, "rounds": 30, "population": 20},
+    "random": {**WORDS, "rounds": 1, "population": 20, "records": 30 * RECORDS},
+}  # fmt: skip
+PROMPTS = ("no_prompt", "start_prompt", "found_prompt")
+
+
+def deal(task: str, data: Path, folder: Path, seed: int, test: int | None) -> dict[str, Path]:
+    """A file of records for each owner, and "test"."""
+    about, files = TASKS[task], {}
+    for part in ("train", "test"):
+        rows = read_lines(data / task / f"{part}.jsonl")
+        rows = [{**row, "label": GROUPS.get(row[about["field"]], row[about["field"]])} for row in rows]
+        rows = [row for row in rows if row["label"] in about["labels"]]
+        rng = np.random.default_rng([seed, len(rows)])
+        order = rng.permutation(len(rows)).tolist()
+        if part == "test":
+            files["test"] = _write(folder / "test.jsonl", [rows[i] for i in sorted(order)[:test] or order])
+            continue
+        dealt = _by_dirichlet(order, [row["label"] for row in rows], OWNERS, ALPHA, rng)
+        for number, owned in enumerate(one for one in dealt if one):
+            files[f"owner-{number}"] = _write(folder / f"owner-{number}.jsonl", [rows[i] for i in owned])
+    return files
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def measure(model: Path, data: Path, task: str, way: dict[str, Any], seed: int, test: int | None) -> dict[str, Any]:
+    """One run: right or wrong for each held-out record and prompt, bytes that an owner sends, scores, and seconds."""
+    about = TASKS[task]
+    with tempfile.TemporaryDirectory() as temporary:
+        files = deal(task, data, Path(temporary), seed, test)
+        templates = {"prompt": about["prompt"], "answer": " {label}"}
+        stage = {"kind": "prompt", "labels": [f" {label}" for label in about["labels"]], "length": about["length"]}
+        job = {
+            "name": "prompts",
+            "seed": seed,
+            "model": {"path": str(model)},
+            "clients": [{"name": n, "data": str(file), **templates} for n, file in files.items() if n != "test"],
+            "stages": [{**stage, "start": about["start"], "records": RECORDS, **way}],
+            "evaluate": {"data": [{"name": "test", "path": str(files["test"]), "measure": "prompt", **templates}]},
+        }
+        start = time.process_time()
+        run = api.run(job, out=Path(temporary) / "run", quiet=True).path
+        seconds = time.process_time() - start
+        right = {line["name"].partition("/")[0]: [n for n, _ in line["parts"]] for line in read_lines(run / "examples.jsonl")}
+        metrics = [line for line in read_lines(run / "metrics.jsonl") if line["client"] is None]
+        ledger = [line for line in read_lines(run / "ledger.jsonl") if line["kind"].startswith("prompt/")]
+        owner = ledger[0]["client"]
+        sent = {way: sum(one["bytes"] for one in ledger if (one["client"], one["direction"]) == (owner, way))
+                for way in ("up", "down")}  # fmt: skip
+        made = json.loads((run / "prompt.json").read_text(encoding="utf-8"))
+        return {
+            "right": right,
+            "rounds": [[line["value"] for line in metrics if line["name"] == name] for name in ("best", "mean")],
+            "scores": sum(line["value"] for line in metrics if line["name"] == "calls"),
+            "tested": sum(map(len, right.values())),
+            **sent,
+            "seconds": seconds,
+            "finalists": made["finalists"],
+            "best": made["best"],
+            "text": made.get("text"),
+        }
+
+
+def difference(one: list[float], other: list[float]) -> tuple[float, float]:
+    """The 95 % interval of the difference of two accuracies on the same records."""
+    means = resampled([{"one": [(n, 1.0) for n in one], "other": [(n, 1.0) for n in other]}])
+    return interval(means["one"] - means["other"])
+
+
+def table(found: dict[tuple[str, str, int], dict[str, Any]]) -> list[str]:
+    """A row for each task and way: mean accuracies over the seeds, and in how many seeds the prompt is better for sure."""
+    rows = ["| task | way | no prompt | start | found | above none | above start | up | down | scores | s a score |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    for task, way in dict.fromkeys((task, way) for task, way, _ in found):
+        runs = [one for (*which, _), one in found.items() if which == [task, way]]
+        right = [one["right"] for one in runs]
+        accuracies = [f"{statistics.mean(statistics.mean(one[name]) for one in right):.1%}" for name in PROMPTS]
+        above = []
+        for other in PROMPTS[:2]:
+            clear = sum(difference(one["found_prompt"], one[other])[0] > 0 for one in right)
+            above.append(f"{clear} of {len(right)}")
+        first = runs[0]
+        cost = statistics.mean(one["seconds"] / (one["scores"] + one["tested"]) for one in runs)
+        traffic = [f"{first['up']:,}", f"{first['down']:,}", f"{first['scores']:,.0f}", f"{cost:.3f}"]
+        rows.append(f"| {task} | {way} | {' | '.join([*accuracies, *above, *traffic])} |")
+    return rows
+
+
+def main() -> None:
+    """Measures what is not kept yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups and pubmedqa")
+    parser.add_argument("--results", type=Path, help="a JSON-lines file for results")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, help="fewer rounds, for a try")
+    parser.add_argument("--test", type=int, help="fewer held-out records, for a try")
+    parser.add_argument("--set", nargs="*", default=[], help="keys of the stage, such as spread=0.1, for a try")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    keep = results.Kept(args.results, args.model)
+    changes = {key: json.loads(value) for key, _, value in (one.partition("=") for one in args.set)}
+    found = {}
+    for task, way, seed in itertools.product(args.tasks, args.ways, args.seeds):
+        stage = {**WAYS[way], **({"rounds": args.rounds} if args.rounds and WAYS[way]["rounds"] > 1 else {}), **changes}
+        found[task, way, seed] = keep(
+            lambda task=task, stage=stage, seed=seed: measure(args.model, args.data, task, stage, seed, args.test),
+            task=task,
+            way=way,
+            stage=stage,
+            seed=seed,
+            test=args.test,
+        )
+    print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()
