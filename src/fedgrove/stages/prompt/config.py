@@ -87,7 +87,7 @@ class Config(StageConfig):
     tokens: PromptLength | None = None
     start: Written | None = None
     dimension: Dimension = 64
-    spread: Positive = 0.3
+    spread: Positive = 1.0
     words: File | None = None
     choices: Count = 200
     learning_rate: Positive = 0.3

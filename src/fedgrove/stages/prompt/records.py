@@ -102,7 +102,7 @@ def read_records(
                 raise FedgroveError(f"{path}: a record has an empty answer", "fix the key answer, or remove the record")
             taken = longest if labels else len(answered)
             whole = encode_prompt(as_text(text, tokenizer), tokenizer, length - taken)
-            texts.append(tuple(whole[len(prefix) :] if whole[len(prefix) :] or prefix else [tokenizer.eos_token_id or 0]))
+            texts.append(tuple(whole[len(prefix) :] or [tokenizer.eos_token_id or 0]))
             answers.append(tuple(answered))
     if not texts:
         raise FedgroveError(f"{', '.join(str(path) for path in paths)}: no records to score prompts on", "add some")

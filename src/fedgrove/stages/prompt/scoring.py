@@ -53,10 +53,10 @@ def score(
     """
     scores = [torch.empty(len(prompts), len(records.options(i)), dtype=torch.float64) for i in range(len(records))]
     for part in _parts(records, prompts):
-        forests = {i: _Forest(decoder, records, i, prompts, place) for i in part}
-        trees = [forests[i].nodes for i in part]
-        for i, states in zip(part, last_states(decoder, trees), strict=True):
-            for places, found in forests[i].log_probabilities(decoder, states):
+        trees = [_Tree(decoder, records, i, prompts, place) for i in part]
+        states_of = last_states(decoder, [tree.nodes for tree in trees])
+        for i, tree, states in zip(part, trees, states_of, strict=True):
+            for places, found in tree.log_probabilities(decoder, states):
                 scores[i][places] = found
         on_progress(part[-1] + 1, len(records))
     return scores
@@ -148,7 +148,7 @@ def _parts(records: Records, prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         yield part
 
 
-class _Forest:
+class _Tree:
     """What passes through the model for one record, as the nodes of a tree; see :class:`~fedgrove.models.continuations.Node`.
 
     Prompts of one length pass together, as many as ``TOGETHER`` allows.
@@ -160,27 +160,26 @@ class _Forest:
         longest = max(map(len, self._answers))
         self._ids = torch.tensor([[*one, *[0] * (longest - len(one))] for one in self._answers])
         self._pieces: list[tuple[list[int], int, int | None]] = []  # places of prompts, the nodes before and of their answers
-        prefix, text = list(records.prefix), list(records.texts[record])
+        prefix = list(records.prefix)
+        whole = embed(decoder, torch.tensor(prefix + list(records.texts[record])))
         tails = embed(decoder, self._ids[:, :-1]) if longest > 1 else None
-        whole = embed(decoder, torch.tensor([prefix + text]))
         root = None
         if place == "end" or not all(len(prompt.embeddings) for prompt in prompts):
-            root = self._add(None, whole)
-        for places in _groups(prompts, len(prefix) + len(text) + longest, len(self._answers)):
-            first = prompts[places[0]]
-            rows = torch.stack([prompts[i].embeddings for i in places]).to(whole)
-            if not len(first.embeddings):
-                before, places_before = root, places
-                assert before is not None
-            elif place == "end":
-                before, places_before = self._add(root, rows), places
-            else:
-                split = len(prefix) if first.written else 0
-                rows = torch.cat([whole[:, :split].expand(len(places), -1, -1), rows], 1)
-                rest = whole[:, split:].expand(len(places), -1, -1)
-                before, places_before = self._add(self._add(None, rows), rest), places
+            root = self._add(None, whole[None])
+        for places in _groups(prompts, len(whole) + longest, len(self._answers)):
+            before = root
+            if len(prompts[places[0]].embeddings):
+                rows = torch.stack([prompts[i].embeddings for i in places]).to(whole)
+                split = len(prefix) if prompts[places[0]].written else 0
+                before = self._add(root, rows) if place == "end" else self._in_front(rows, whole, split)
+            assert before is not None
             after = None if tails is None else self._add(before, tails.repeat(len(places), 1, 1))
-            self._pieces.append((places_before, before, after))
+            self._pieces.append((places, before, after))
+
+    def _in_front(self, rows: Tensor, whole: Tensor, split: int) -> int:
+        """The first ``split`` tokens of a record, the prompts, and its other tokens, for each prompt."""
+        every = whole.expand(len(rows), -1, -1)
+        return self._add(self._add(None, torch.cat([every[:, :split], rows], 1)), every[:, split:])
 
     def _add(self, parent: int | None, embeddings: Tensor) -> int:
         self.nodes.append(Node(parent, embeddings))
