@@ -15,7 +15,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.metrics import mean
 from fedgrove.events import Phase
 from fedgrove.files import write_atomically
-from fedgrove.job.tables import Job, Text
+from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.models.stream import Checkpoint
@@ -31,9 +31,9 @@ from fedgrove.stages.prompt.exchanges.score import COUNTS, SCORES, ScorePrompts
 from fedgrove.stages.prompt.files import write_prompt
 from fedgrove.stages.prompt.methods import Found
 from fedgrove.stages.prompt.plan import Plan, make_plan
-from fedgrove.stages.prompt.records import read_records
+from fedgrove.stages.prompt.records import Records, read_records
 from fedgrove.stages.prompt.requests import CANDIDATES, prompts_of
-from fedgrove.stages.prompt.scoring import Prompt, costs, losses, right, score
+from fedgrove.stages.prompt.scoring import MOST_LOSS, Prompt, costs, losses, right, score
 from fedgrove.stages.prompt.searching import subspace_of, task_of
 
 MEASURE = "prompt"  # of held-out texts
@@ -98,6 +98,7 @@ class _Stage:
         """Runs the stage; returns the folder of the prompt."""
         for client, why in sorted(self.plan.left_out.items()):
             self.run_folder.message(f"prompt: client '{client}' is left out: {why}")
+        held_out = self.held_out()  # before the rounds, to find errors in texts early
         state, failed = self.method.begin(self.task), 0
         for round_ in range(self.config.rounds):
             if self.config.searches_alone:
@@ -121,7 +122,8 @@ class _Stage:
         prompt = prompts_of(finalists[best : best + 1], self.subspace, self.seed, self.decoder)[0]
         folder = self.run_folder.path / "prompt"
         about = write_prompt(folder, self.config, self.decoder, prompt, finalists[best], self.job)
-        texts = {text.name: self.measure(text, prompt) for text in self.job.evaluate.data if text.measure == MEASURE}
+        for name, records in held_out.items():
+            self.measure(name, records, prompt)
         self.run_folder.write_json(
             "prompt.json",
             {
@@ -130,7 +132,7 @@ class _Stage:
                 **about,
                 "finalists": last["costs"],
                 "best": best,
-                "texts": texts,
+                "texts": {name: {"records": len(records)} for name, records in held_out.items()},
             },
         )
         return folder
@@ -221,25 +223,31 @@ class _Stage:
             "records": self.config.records_in(round_), "seed": self.seed, "subspace": self.subspace,
         }  # fmt: skip
 
-    def measure(self, text: Text, prompt: Prompt) -> dict[str, Any]:
+    def held_out(self) -> dict[str, Records]:
+        """The records of the held-out texts that prompts are measured on."""
+        found, tokenizer, most = {}, self.decoder.checkpoint.tokenizer(), self.job.evaluate.records
+        for text in self.job.evaluate.data:
+            if text.measure == MEASURE:
+                assert text.prompt is not None
+                assert text.answer is not None
+                labels, length = self.config.labels, self.config.length
+                found[text.name] = read_records([text.path], text.prompt, text.answer, labels, tokenizer, length, most)
+        return found
+
+    def measure(self, text: str, records: Records, prompt: Prompt) -> None:
         """Logs how good no prompt, the start and the prompt that was found are on a held-out text, unless they are logged."""
-        config, run, stage = self.config, self.run_folder, self.plan.stage
-        assert text.prompt is not None
-        assert text.answer is not None
-        tokenizer, most = self.decoder.checkpoint.tokenizer(), self.job.evaluate.records
-        records = read_records([text.path], text.prompt, text.answer, config.labels, tokenizer, config.length, most)
+        if (None, None, f"{FOUND}/{text}") in self.logged:
+            return
         prompts = {NONE: Prompt(prompt.embeddings[:0], written=True)}
         if self.task.start:
             prompts[START] = Prompt(embed(self.decoder, torch.tensor(self.task.start)), written=True)
         prompts[FOUND] = prompt
-        if (None, None, f"{FOUND}/{text.name}") not in self.logged:
-            on_progress = run.phase(Phase("evaluate", "the prompt", stage=stage, text=text.name))
-            scores = score(self.decoder, records, list(prompts.values()), config.place, on_progress)
-            values = (right(scores, records) if config.labels else losses(scores, records)).double()
-            for place, name in enumerate(prompts):
-                measured = mean(values[:, place].tolist())
-                run.keep(stage, None, f"{name}/{text.name}", measured.parts)
-                numbers = measured.plain(name)
-                ends_last = sorted(numbers, key=lambda key: key == name)  # the measurement: it marks all as done
-                self.log(None, None, {f"{key}/{text.name}": numbers[key] for key in ends_last})
-        return {"records": len(records)}
+        on_progress = self.run_folder.phase(Phase("evaluate", "the prompt", stage=self.plan.stage, text=text))
+        scores = score(self.decoder, records, list(prompts.values()), self.config.place, on_progress)
+        values = right(scores, records) if self.config.labels else losses(scores, records).nan_to_num(MOST_LOSS, MOST_LOSS)
+        for place, name in enumerate(prompts):
+            measured = mean(values[:, place].double().tolist())
+            self.run_folder.keep(self.plan.stage, None, f"{name}/{text}", measured.parts)
+            numbers = measured.plain(name)
+            ends_last = sorted(numbers, key=lambda key: key == name)  # the measurement: it marks all as done
+            self.log(None, None, {f"{key}/{text}": numbers[key] for key in ends_last})
