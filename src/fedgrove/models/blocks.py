@@ -18,13 +18,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.experts import legacy_name, unfuse
+from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.positions import positions
 from fedgrove.models.pretrained import hollow_model, without_weights
 from fedgrove.models.shared import uses_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
-
-_CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "cross_attention", "encoder_decoder_attention"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
 
@@ -359,39 +358,6 @@ class Decoder:
     def source(self, name: str) -> str:
         """The parameter whose stored value a parameter has: itself, or the one that it is tied to."""
         return self.ties.get(name, name)
-
-
-def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The decoder blocks of a model, and the name of the list that holds them.
-
-    They are the longest ModuleList of modules of one class that contain linears.
-
-    Raises:
-        FedgroveError: there is no such list.
-    """
-    longest: tuple[str, list[nn.Module]] = ("", [])
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(longest[1]):
-            blocks = list(module)
-            if len({type(block) for block in blocks}) == 1 and linears(blocks[0]):
-                longest = (name, blocks)
-    if not longest[1]:
-        raise FedgroveError(f"model: no decoder blocks found in {type(model).__name__}; fedgrove prunes decoder-only models")
-    return longest
-
-
-def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The prunable linears of a block by name.
-
-    Norms, embeddings and the head are never among them. Linears with a single output are gates, such as that of Qwen2-MoE's
-    shared expert, and not prunable. Cross-attention (in the decoders of BART and others) is not run without an encoder.
-    """
-    modules = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    return {
-        name: module
-        for name, module in modules.items()
-        if getattr(module, "out_features", None) != 1 and not _CROSS_ATTENTION & set(name.split("."))
-    }
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import count_parameters
 from fedgrove.models.expert_cut import routing_of
 from fedgrove.models.experts import expert_of
+from fedgrove.models.linears import linears
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config

@@ -13,9 +13,10 @@ from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import disclosed_by
 from fedgrove.input_statistics.fixed_point import ring_bits
 from fedgrove.job.stage_config import Cut
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import count_parameters, measure_cost
 from fedgrove.models.expert_cut import KeptExperts
+from fedgrove.models.linears import linears
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.linears import linears
 
 _kept: WeakKeyDictionary[Decoder, tuple[Hashable, nn.Module]] = WeakKeyDictionary()
 
