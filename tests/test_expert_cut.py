@@ -22,7 +22,7 @@ from fedgrove.client.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.expert_cut import Routing, kept_tensors, routing_of
+from fedgrove.models.expert_cut import Routing, highest_experts, kept_tensors, routing_of
 from fedgrove.models.experts import TYPES
 from fedgrove.models.preconditions import check_parameters
 from fedgrove.models.stream import Checkpoint
@@ -30,7 +30,6 @@ from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import WireError
 from fedgrove.run import local_clients, open_model
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.structured.choice import kept_experts
 from fedgrove.stages.structured.exchanges.experts import CODES, ScoreExperts, check_sums
 from fedgrove.stages.structured.exchanges.scores import LARGEST
 from small import (
@@ -313,7 +312,7 @@ def test_sums_that_cannot_be_are_refused(tokens: list[int], outputs: list[int], 
     ],
 )
 def test_what_matters_least_goes(scores: list[float], number: int, groups: int, kept: tuple[int, ...]) -> None:
-    assert kept_experts(torch.tensor(scores), number, groups) == kept
+    assert highest_experts(torch.tensor(scores), number, groups) == kept
 
 
 # A whole stage

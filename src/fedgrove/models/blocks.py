@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
@@ -52,7 +53,7 @@ class Decoder:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
         stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
         with without_weights():
-            self.model: nn.Module = hollow_model(checkpoint.config, checkpoint.path, self.dtype or stored)
+            self.model: nn.Module = hollow_model(self._config(), checkpoint.path, self.dtype or stored)
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
@@ -67,6 +68,14 @@ class Decoder:
         self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
         self._wrap: Callable[[Tensor], Any] | None = None  # hidden states -> what a block returns; None: not known yet
+
+    def _config(self) -> PretrainedConfig:
+        """The configuration by which the model is made."""
+        return self.checkpoint.config
+
+    def again(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decoder:
+        """Another decoder of the same model, without weights; by default on the same device and in the same dtype."""
+        return Decoder(self.checkpoint, device or self.device, dtype or (self.dtype if device is None else None))
 
     def __len__(self) -> int:
         return len(self.blocks)

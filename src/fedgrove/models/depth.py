@@ -9,27 +9,34 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
-from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job.units import MAX_BLOCKS, Index
+
+if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
+    from transformers import PretrainedConfig
 
 _OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
 _NUMBER = "num_hidden_layers"
 _NOT_OF_BLOCKS = re.compile(r"architectures|.*_token_ids?")  # lists of config.json that only by chance have an entry per block
 
 
-def _ascending(blocks: tuple[int, ...]) -> tuple[int, ...]:
+def ascending(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Checks that indexes ascend.
+
+    Raises:
+        ValueError: they do not.
+    """
     if any(one >= other for one, other in pairwise(blocks)):
         raise ValueError("the indexes must ascend")
     return blocks
 
 
 KeptBlocks = Annotated[
-    tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(_ascending)
+    tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(ascending)
 ]  # the indexes of the blocks that stay
 
 

@@ -17,7 +17,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.expert_cut import KeptExperts, routing_of
+from fedgrove.models.expert_cut import KeptExperts, highest_experts, routing_of
+from fedgrove.models.expert_sums import TOKENS
 from fedgrove.models.masks import lowest
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
@@ -29,7 +30,7 @@ from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.cut import KINDS, Kept
 from fedgrove.stages.structured.exchanges.blocks import INFLUENCE, ScoreBlocks, check_influence
-from fedgrove.stages.structured.exchanges.experts import CODES, TOKENS, ScoreExperts, check_sums
+from fedgrove.stages.structured.exchanges.experts import CODES, ScoreExperts, check_sums
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, check_values
 from fedgrove.stages.structured.expert_scores import expert_score_of
 from fedgrove.stages.structured.plan import Plan
@@ -87,7 +88,7 @@ def _choose_experts(run: RunFolder, plan: Plan, config: Config, client: str | No
     score, cut = expert_score_of(config.expert_score), plan.experts
     sums = expert_sums_of(run, plan, client)
     scores = [score.finish({name: values[row] for name, values in sums.items()}) for row in range(len(cut.blocks))]
-    return {block: kept_experts(one, cut.after, cut.groups) for block, one in zip(cut.blocks, scores, strict=True)}
+    return {block: highest_experts(one, cut.after, cut.groups) for block, one in zip(cut.blocks, scores, strict=True)}
 
 
 def expert_sums_of(run: RunFolder, plan: Plan, client: str | None = None) -> dict[str, Tensor]:
@@ -111,19 +112,6 @@ def expert_records(run: RunFolder, plan: Plan, choice: Choice) -> list[dict[str,
         records[block]["experts"] = gone.nonzero().flatten().tolist()
         records[block]["routed"] = round(float(of_experts[gone].sum() / of_experts.sum()), 6)
     return records
-
-
-def kept_experts(scores: Tensor, number: int, groups: int) -> tuple[int, ...]:
-    """The indices of the experts that stay, ascending: those of the highest scores, as many of every group.
-
-    Args:
-        scores: (experts,); groups are consecutive experts.
-        number: how many stay in all groups together.
-        groups: the number of groups.
-    """
-    in_group = len(scores) // groups
-    kept = [kept_groups(group, number // groups) + in_group * index for index, group in enumerate(scores.view(groups, -1))]
-    return tuple(torch.cat(kept).tolist())
 
 
 def kept_groups(scores: Tensor, number: int) -> Tensor:

@@ -8,12 +8,13 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import count_parameters
 from fedgrove.models.expert_cut import routing_of
+from fedgrove.models.expert_sums import blocks_with_experts
 from fedgrove.models.experts import expert_of
 from fedgrove.models.linears import linears
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.exchanges.experts import blocks_with_experts, disclosed_by
+from fedgrove.stages.structured.exchanges.experts import disclosed_by
 from fedgrove.stages.structured.expert_scores import expert_score_of
 from fedgrove.stages.structured.plan import Cost, ExpertCut, Plan, assign, less_than_one
 

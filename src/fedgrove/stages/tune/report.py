@@ -54,7 +54,8 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
     how = f"{plan['parametrization']}, planner {plan['planner']}{deadline}"
     title = f"stage {plan['stage']}: tune {how}; each client, in a round"
-    table = client_table(title, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
+    mixture = [] if plan.get("experts") is None else ["experts"]
+    table = client_table(title, "client", "has", *mixture, "bits", "batch", "ranks", "memory", "upload", "time")
     for client, assignment in plan["clients"].items():
         capabilities = plan["capabilities"][client]
         has = [mebibytes(capabilities["memory"])] if capabilities["memory"] else []
@@ -62,7 +63,8 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
         has += [f"{capabilities['uplink'] / 1e6:,.0f} Mbit up"] if capabilities["uplink"] else []
         at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
         fill(
-            table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
+            table, client, ", ".join(has), *(held_of(plan, assignment) for _ in mixture),
+            str(assignment["bits"]), f"{assignment['batch']}{at_once}",
             _ranks(plan, assignment), mebibytes(assignment["memory"]),
             _sent(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
@@ -107,6 +109,11 @@ def trained(plan: Mapping[str, Any]) -> str:
 def ranked(plan: Mapping[str, Any]) -> bool:
     """Whether the trained changes have ranks; if not, plans record rank 1."""
     return "FACTORS" in plan.get("discloses", ())
+
+
+def held_of(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
+    """How many experts of every block a client holds: "4 of 8"."""
+    return f"{assignment['experts']} of {plan['experts']}"
 
 
 def _sent(num_bytes: int) -> str:

@@ -15,12 +15,13 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.server_weights import check_change
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.stage_config import Agreed, StageConfig, cut_by
-from fedgrove.job.units import MAX_BLOCKS, Index
+from fedgrove.job.units import MAX_BLOCKS, Index, Sparsity
 from fedgrove.models.depth import KeptBlocks
+from fedgrove.models.expert_cut import SentExperts
 from fedgrove.models.experts import slices
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
-from fedgrove.stages.tune.client_model import DIGEST, base_folder
+from fedgrove.stages.tune.client_model import DIGEST, base_folder, check_kept_experts
 
 
 class KeepWeights(Request):
@@ -28,16 +29,21 @@ class KeepWeights(Request):
 
     Attributes:
         part: index of the file in which the client stores them.
-        kept_blocks: the indexes of the blocks of its own copy that the model has, by whose order names are numbered; None: all.
+        kept_blocks, kept_experts: the indexes of the blocks, and of their experts, of its own copy that the model has, by whose
+            order names are numbered; None: all.
+        cut_experts: the fraction of every block's experts that an earlier stage cut.
     """
 
     KIND: ClassVar[str] = "tune/base"
 
     part: Annotated[Index, Field(lt=MAX_BLOCKS)]
     kept_blocks: KeptBlocks | None = None
+    kept_experts: SentExperts | None = None
+    cut_experts: Sparsity = 0.0
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks)
+        check_kept_experts(client, self.kept_experts, self.cut_experts)
+        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks, kept_experts=self.kept_experts)
         linears = set(decoder.linear_names().values())
         for name, tensor in tensors.items():
             if not _is_of_linear(name, tensor, linears) or name not in decoder.checkpoint:
@@ -55,6 +61,10 @@ class KeepWeights(Request):
         cut = cut_by(job.stages[: self.stage])
         if self.kept_blocks is not None and not (cut and cut.depth):
             return "kept_blocks"
+        if (self.kept_experts is not None) != bool(cut and cut.experts):
+            return "kept_experts"
+        if self.cut_experts != (cut.experts if cut else 0.0):
+            return "cut_experts"
         return None if self.stage else "stage"  # before the first stage no weight has changed
 
 
