@@ -115,7 +115,7 @@ def forced(model: nn.Module, kept: Mapping[int, tuple[int, ...]]) -> Iterator[No
 
         def call(hidden: Tensor) -> Any:
             def masked(*args: Tensor) -> Tensor:
-                return linear(*args).index_fill(-1, torch.tensor(gone), -torch.inf)
+                return linear(*args).index_fill(-1, torch.tensor(gone, dtype=torch.int64), -torch.inf)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(functional, "linear", masked)

@@ -27,10 +27,17 @@ if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
 MAX_EXPERTS = 2**16  # of a block
 KeptExperts = Mapping[int, tuple[int, ...]]  # of each block that has experts, the indexes of those that stay, ascending
 _Numbers = Annotated[tuple[Annotated[Index, Field(lt=MAX_EXPERTS)], ...], Field(min_length=1, max_length=MAX_EXPERTS)]
+_OfBlock = tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], Annotated[_Numbers, AfterValidator(ascending)]]
+
+
+def _blocks_ascend(sent: tuple[_OfBlock, ...]) -> tuple[_OfBlock, ...]:
+    ascending(tuple(block for block, _ in sent))
+    return sent
+
+
 SentExperts = Annotated[
-    dict[Annotated[Index, Field(lt=MAX_BLOCKS)], Annotated[_Numbers, AfterValidator(ascending)]],
-    Field(min_length=1, max_length=MAX_BLOCKS),
-]  # the same as a field of a message
+    tuple[_OfBlock, ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(_blocks_ascend)
+]  # the same as a field of a message, by block
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the names of one number in config.json
 _FURTHER_BLOCKS = ("num_mtp_layers", "num_nextn_predict_layers")  # blocks with experts that only some programs use

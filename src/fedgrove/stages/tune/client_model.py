@@ -71,8 +71,8 @@ class TuneRequest(Request):
         if digest_of_base([_digest_of(file) for file in files] if self.parts else []) != self.base_digest:
             raise client.error("the model that it was sent is not the one that this request is for; continue with --resume")
         overlays = [folder] if self.parts else []
-        check_kept_experts(client, self.kept_experts, self.cut.experts if self.cut else 0.0)
-        checkpoint = checkpoint_of(client).over(*overlays, kept_blocks=self.kept_blocks, kept_experts=self.kept_experts)
+        kept_experts = kept_of(client, self.kept_experts, self.cut.experts if self.cut else 0.0)
+        checkpoint = checkpoint_of(client).over(*overlays, kept_blocks=self.kept_blocks, kept_experts=kept_experts)
         if self.cut is not None:
             checkpoint = self._narrowed(self.cut, checkpoint, client)
         held = None if self.held is None else read_held(client, self.stage, self.held, self.base_digest)
@@ -154,8 +154,10 @@ class TrainingRequest(TuneRequest):
             raise WireError(f"it claims {claimed} tokens, but it reported {self.tokens} before")
 
 
-def check_kept_experts(client: LocalClient, kept: KeptExperts | None, cut: float) -> None:
-    """Refuses experts that cannot be those that the job's cut leaves.
+def kept_of(client: LocalClient, sent: SentExperts | None, cut: float) -> KeptExperts | None:
+    """The experts that an earlier stage left, as a request names them.
+
+    Refuses experts that cannot be those that the job's cut leaves.
 
     Args:
         cut: the fraction of every block's experts.
@@ -163,13 +165,14 @@ def check_kept_experts(client: LocalClient, kept: KeptExperts | None, cut: float
     Raises:
         FedgroveError: they are others, in one line.
     """
-    if kept is None:
-        return
-    own = checkpoint_of(client)
+    if sent is None:
+        return None
+    own, kept = checkpoint_of(client), dict(sent)
     routing = routing_of(own.config)
     wrong = check_kept(kept, own.names(), routing, routing.left(cut), num_blocks(own.config))
     if wrong is not None:
         raise client.error(f"the request is for a model with {wrong}; refused")
+    return kept
 
 
 def keep_held(client: LocalClient, stage: int, held: KeptExperts, base_digest: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.cost import ModelCost
@@ -23,7 +24,7 @@ from fedgrove.stages.tune.planners import Planner, Problem
 def numbers_held(config: Config, planner: Planner, cost: ModelCost, problem: Problem) -> dict[str, int]:
     """For each client the largest number of experts of every block with which it can take part; by default all.
 
-    A client that cannot take part with the fewest either gets all: the planner then says what it lacks.
+    A client that cannot take part with the fewest either gets these: the planner then says what it lacks.
 
     Args:
         cost: of the whole model.
@@ -43,7 +44,7 @@ def numbers_held(config: Config, planner: Planner, cost: ModelCost, problem: Pro
     held = {}
     for client in problem.budgets:
         found = bisect.bisect_left(numbers, True, key=lambda number: lacks(client, number))
-        held[client] = numbers[found - 1] if found else routing.experts
+        held[client] = numbers[max(found - 1, 0)]
     return held
 
 
@@ -93,18 +94,26 @@ def check_mixture(index: int, config: Config, planner: Planner, cost: ModelCost)
         kept_of_own(index, config, cost)
 
 
-def check_group(config: Config, cost: ModelCost, clients: int, min_group: int) -> None:
+def check_group(
+    config: Config, cost: ModelCost, clients: int, min_group: int, left_out: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Refuses a job in which no expert could change. One client alone, whose text is all there is, may change any.
 
     Args:
         clients: how many take part.
         min_group: see :class:`fedgrove.job.tables.Privacy`.
+        left_out: by client, why it cannot take part.
 
     Raises:
         FedgroveError: several clients take part, but fewer than have to train an expert.
     """
     seeds = parametrization_of(config.parametrization).FORM == "coefficients"  # every step moves all experts, for all clients
     if cost.experts is not None and not seeds and 1 < clients < min_group:
+        if left_out:
+            client, why = min(left_out.items())
+            raise FedgroveError(
+                f"{why} (and without it too few are left to change an expert: privacy.min_group)", client=client
+            )
         raise FedgroveError(
             f"privacy.min_group: an expert changes only if {min_group} clients train it, but {clients} take part",
             f"set it to {clients}",

@@ -171,7 +171,7 @@ def make_plan(
     if not configs:
         name, why = min(choice.left_out.items())
         raise FedgroveError(f"{why} (and no other client can take part either)", client=name)
-    check_group(config, cost, len(configs), min_group)
+    check_group(config, cost, len(configs), min_group, choice.left_out)
     if secure and held:  # who holds which experts is not known, so all get the ranks of all linears
         configs = {name: replace(one, ranks=_of_all(one.ranks, cost)) for name, one in configs.items()}
     if chosen.few:
@@ -234,7 +234,7 @@ def _assignments(
         held = replace(chosen, ranks={linear: rank for linear, rank in chosen.ranks.items() if linear in cost.linears})
         received = {linear: rank for linear, rank in kept.items() if rank and linear in cost.linears}
         down = space.number * method.numbers(cost, received, config, sent=False)
-        up = space.number * method.numbers(cost, chosen.ranks, config, sent=True)
+        up = space.number * method.numbers(cost, held.ranks, config, sent=True)
         if config.precision == "fixed":
             up = 4 * method.numbers(whole, kept, config, sent=True)
         compute = method.compute_seconds(cost, space, budgets[name], held)

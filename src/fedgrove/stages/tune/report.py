@@ -54,8 +54,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
     how = f"{plan['parametrization']}, planner {plan['planner']}{deadline}"
     title = f"stage {plan['stage']}: tune {how}; each client, in a round"
-    mixture = [] if plan.get("experts") is None else ["experts"]
-    table = client_table(title, "client", "has", *mixture, "bits", "batch", "ranks", "memory", "upload", "time")
+    table = client_table(title, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
     for client, assignment in plan["clients"].items():
         capabilities = plan["capabilities"][client]
         has = [mebibytes(capabilities["memory"])] if capabilities["memory"] else []
@@ -63,8 +62,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
         has += [f"{capabilities['uplink'] / 1e6:,.0f} Mbit up"] if capabilities["uplink"] else []
         at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
         fill(
-            table, client, ", ".join(has), *(held_of(plan, assignment) for _ in mixture),
-            str(assignment["bits"]), f"{assignment['batch']}{at_once}",
+            table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
             _ranks(plan, assignment), mebibytes(assignment["memory"]),
             _sent(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
@@ -111,25 +109,27 @@ def ranked(plan: Mapping[str, Any]) -> bool:
     return "FACTORS" in plan.get("discloses", ())
 
 
-def held_of(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
-    """How many experts of every block a client holds: "4 of 8"."""
-    return f"{assignment['experts']} of {plan['experts']}"
-
-
 def _sent(num_bytes: int) -> str:
     """Bytes in a table of MB, unless that would be nothing."""
     return megabytes(num_bytes) if num_bytes >= 50_000 else size(num_bytes)
 
 
 def _ranks(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
-    """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"."""
+    """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"; of a mixture also "4 of 8 experts"."""
     linears, values = len(plan["importance"]), list(assignment["ranks"].values())
     if assignment.get("forwards"):
         return f"{assignment['forwards']:,} forwards in {len(values)}"
+    experts = [] if plan.get("experts") is None else [_held(plan, assignment)]
     if not ranked(plan):
-        return f"{trained(plan)} in {len(values)}"
+        return ", ".join([f"{trained(plan)} in {len(values)}", *experts])
     parts = [f"{rank} in {values.count(rank)}" for rank in sorted(set(values), reverse=True)]
-    return ", ".join(parts + ([f"none in {linears - len(values)}"] if len(values) < linears else []))
+    none = [f"none in {linears - len(values)}"] if len(values) < linears else []
+    return ", ".join([*parts, *none, *experts])
+
+
+def _held(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
+    """How many experts of every block a client holds: "4 of 8 experts"."""
+    return f"{assignment['experts']} of {plan['experts']} experts"
 
 
 class Tuning:
@@ -198,9 +198,10 @@ class Tuning:
 
     def _given(self) -> Table:
         """Every client's assignment, the memory, upload and time planned for it, and its losses."""
+        mixture = [] if self._plan.get("experts") is None else [Column("holds")]
         columns = [
             Column("client"), Column("bits", "{:g}".format), Column("batch", "{:g}".format), Column("at once", "{:g}".format),
-            Column("matrices", "{:g}".format), Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
+            Column("matrices", "{:g}".format), *mixture, Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
             Column("upload a round", size), Column("time a round", "{:,.2f} s".format),
             Column("loss, first round", "{:.3f}".format), Column("loss, last round", "{:.3f}".format),
         ]  # fmt: skip
@@ -213,6 +214,7 @@ class Tuning:
             known = [loss for loss in losses if loss is not None]
             given = [*(assignment[key] for key in ("bits", "batch", "micro")), len(ranks), rank]
             planned = [assignment[key] for key in ("memory", "upload", "seconds")]
+            given[4:4] = [_held(self._plan, assignment) for _ in mixture]
             rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
         return Table(f"stage-{self.stage.number}-given", "What each client was given", columns, rows)
 

@@ -136,9 +136,9 @@ class Tuning:
         """Whether a tensor of the checkpoint is one of these weights, or holds some of them: fused experts."""
         return name in weights or bool(slices(name, self.model.spec(name)[0]).keys() & set(weights))
 
-    def _kept_experts(self) -> dict[int, tuple[int, ...]] | None:
+    def _kept_experts(self) -> tuple[tuple[int, tuple[int, ...]], ...] | None:
         kept = self.model.kept_experts
-        return None if kept is None else dict(kept)
+        return None if kept is None else tuple(sorted(kept.items()))
 
     def cost(self) -> ModelCost:
         """The sizes that determine the cost of training."""

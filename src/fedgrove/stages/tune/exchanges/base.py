@@ -21,7 +21,7 @@ from fedgrove.models.expert_cut import SentExperts
 from fedgrove.models.experts import slices
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
-from fedgrove.stages.tune.client_model import DIGEST, base_folder, check_kept_experts
+from fedgrove.stages.tune.client_model import DIGEST, base_folder, kept_of
 
 
 class KeepWeights(Request):
@@ -42,8 +42,8 @@ class KeepWeights(Request):
     cut_experts: Sparsity = 0.0
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        check_kept_experts(client, self.kept_experts, self.cut_experts)
-        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks, kept_experts=self.kept_experts)
+        kept_experts = kept_of(client, self.kept_experts, self.cut_experts)
+        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks, kept_experts=kept_experts)
         linears = set(decoder.linear_names().values())
         for name, tensor in tensors.items():
             if not _is_of_linear(name, tensor, linears) or name not in decoder.checkpoint:

@@ -122,8 +122,8 @@ class Loop(Tuning):
     def hold_experts(self) -> None:
         """Lets clients choose the experts that they hold, and plans with what the server may know of that.
 
-        In the open it learns which experts each client holds. Under secure aggregation it learns how many clients can train an
-        expert, and leaves out those that too few can, whose sum would be the change of one client.
+        In the open it learns which experts each client holds; under secure aggregation, how many clients can train an expert.
+        Experts that too few can train are trained by nobody: they would not change, or their sum would be that of one client.
         """
         job, plan, whole = self.federation.job, self.plan, self.plan.experts
         secure = job.privacy.secure_aggregation
@@ -151,7 +151,9 @@ class Loop(Tuning):
                 client: frozenset([*others, *(name for name, place in places.items() if of_client[place])])
                 for client, of_client in held.items()
             }
-            self.chosen = Chosen(linears=linears)
+            counts = sum(held.values(), torch.zeros_like(next(iter(held.values())))) + len(plan.clients) - len(some)
+            few = frozenset(name for name, place in places.items() if counts[place] < plan.min_group)
+            self.chosen = Chosen(linears, few)
             for client in sorted(set(some) - set(held)):
                 self.plan.left_out[client] = "it did not say which experts it holds"
         if not self.state.states:
@@ -321,7 +323,11 @@ class Loop(Tuning):
         if not left:
             return
         self.send_base()
-        tensors, messages = self._totals(), {}
+        tensors: dict[str, Tensor] = {}
+        for name, state in self.state.states.items():
+            for part, value in state.total().compress().parts().items():
+                tensors[f"rest/{name}/{part}"] = value.float().contiguous()
+        messages = {}
         for client, assignment in left.items():
             request = ComparePersonal(
                 **self._common(client, self.config.rounds),
@@ -339,21 +345,21 @@ class Loop(Tuning):
                 continue
             log_once(run, stage, client, reply)
 
-    def _totals(self) -> dict[str, Tensor]:
-        """The complete change of every linear, as tensors of a request."""
-        tensors: dict[str, Tensor] = {}
-        for name, state in self.state.states.items():
-            for part, value in state.total().compress().parts().items():
-                tensors[f"rest/{name}/{part}"] = value.float().contiguous()
-        return tensors
-
     def keep_experts(self) -> None:
-        """Lets every client write the model of the experts that matter most to its text; nothing comes back."""
+        """Lets every client write the model of the experts that matter most to its text; nothing comes back.
+
+        The changes are those that :meth:`merge` merges, not rounded, so that what clients write has the bits of the result.
+        """
         stage, run, job, config = self.plan.stage, self.run, self.federation.job, self.config
         number = kept_of_own(stage, config, self.cost())
         self.send_base()
         run.phase(Phase("tune", "writing each client's own experts", stage=stage))
-        tensors, messages = self._totals(), {}
+        tensors = {
+            f"rest/{name}/{part}": value.contiguous()
+            for name, state in self.state.states.items()
+            for part, value in state.total().parts().items()
+        }
+        messages = {}
         for client in self.plan.clients:
             request = KeepExperts(
                 **{**self._common(client, config.rounds), "held": None},
