@@ -69,7 +69,7 @@ def clients_of(mixed: Small, memory: str = LITTLE) -> list[dict[str, Any]]:
 def some_hold_few(mixed: Small, **changes: Any) -> Path:
     """The run of a job in which a client holds half of the experts, and every client writes a model of its own."""
     stages = [{**TUNE, "personal_experts": 0.5, **changes}]
-    return mixed.undisturbed(stages=stages, clients=clients_of(mixed))
+    return mixed.undisturbed(stages=stages, clients=clients_of(mixed), evaluate={})
 
 
 def one_client(mixed: Small, folder: Path) -> LocalClient:
@@ -274,7 +274,7 @@ def test_every_client_writes_the_model_of_its_own_experts_and_sends_nothing(mixe
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(mixed: Small, tmp_path: Path) -> None:
-    job = mixed.job("killed", stages=[{**TUNE, "personal_experts": 0.5}], clients=clients_of(mixed))
+    job = mixed.job("killed", stages=[{**TUNE, "personal_experts": 0.5}], clients=clients_of(mixed), evaluate={})
     killed("run", job, "--out", tmp_path / "run", "--quiet", moment=Moment("os.rename", "*/stage-0/changes-0001.safetensors"))
     assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
     undisturbed = some_hold_few(mixed)
@@ -478,5 +478,7 @@ def test_a_client_whose_choice_is_another_is_told_to_continue(mixed: Small, tmp_
     request = {"stage": 0, "parts": 0, "cut": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0}
     with pytest.raises(FedgroveError, match="chose its experts for another model or number"):
         TuneRequest(**request, held=3).model_and_windows(client, "cpu")
+    with pytest.raises(FedgroveError, match="another number of experts than it chose before"):
+        keep_held(client, 0, {1: (0, 1, 2), 2: (0, 1, 2)}, "")
     with pytest.raises(FedgroveError, match="its working files are gone"):
         TuneRequest(**{**request, "stage": 1}, held=2).model_and_windows(client, "cpu")

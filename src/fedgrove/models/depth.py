@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
 
 _OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
 _NUMBER = "num_hidden_layers"
+FURTHER_BLOCKS = ("num_mtp_layers", "num_nextn_predict_layers")  # after the last block, and only some programs use them
 _NOT_OF_BLOCKS = re.compile(r"architectures|.*_token_ids?")  # lists of config.json that only by chance have an entry per block
 
 
@@ -105,4 +106,21 @@ def shorter_config(raw: Mapping[str, Any], config: PretrainedConfig, kept: Seque
         for key, value in config.to_dict().items()
         if isinstance(value, list | tuple) and len(value) == number and not _NOT_OF_BLOCKS.fullmatch(key)
     }
-    return {**raw, **lists, config.attribute_map.get(_NUMBER, _NUMBER): len(kept)}
+    return {**raw, **lists, **_places_of_experts(config, kept), config.attribute_map.get(_NUMBER, _NUMBER): len(kept)}
+
+
+def _places_of_experts(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The keys of config.json that say which blocks of a mixture of experts have any, for the blocks that stay.
+
+    Further blocks, which predict several tokens at once, go with those that are cut: they follow the last block.
+    """
+    places: dict[str, Any] = {}
+    first = getattr(config, "first_k_dense_replace", None)
+    if first is not None:
+        places["first_k_dense_replace"] = sum(block < first for block in kept)
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is not None:
+        dense = set(config.mlp_only_layers or ()) | {block for block in range(num_blocks(config)) if (block + 1) % step}
+        places["decoder_sparse_step"] = 1
+        places["mlp_only_layers"] = [place for place, block in enumerate(kept) if block in dense]
+    return {**places, **{key: 0 for key in FURTHER_BLOCKS if getattr(config, key, None)}}

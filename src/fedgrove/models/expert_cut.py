@@ -18,7 +18,7 @@ from torch import Tensor
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Cut
 from fedgrove.job.units import MAX_BLOCKS, Index
-from fedgrove.models.depth import ascending, parts_of
+from fedgrove.models.depth import FURTHER_BLOCKS, ascending, parts_of
 from fedgrove.models.masks import lowest
 
 if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
@@ -40,7 +40,6 @@ SentExperts = Annotated[
 ]  # the same as a field of a message, by block
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the names of one number in config.json
-_FURTHER_BLOCKS = ("num_mtp_layers", "num_nextn_predict_layers")  # blocks with experts that only some programs use
 _OF_EXPERT = re.compile(r"(\.(?:mlp|block_sparse_moe)\.experts\.)(\d+)(\..+)")
 _ROW_PER_EXPERT = re.compile(
     r"\.(?:mlp|block_sparse_moe)\.(?:gate\.(?:weight|e_score_correction_bias)|experts\.(?:gate_up_proj|down_proj))"
@@ -195,7 +194,7 @@ def fewer_experts_config(raw: Mapping[str, Any], config: PretrainedConfig, numbe
     """
     routing_of(config)
     new = _with(raw, config, _COUNTS, number)
-    return _with(new, config, _FURTHER_BLOCKS, 0) if any(hasattr(config, name) for name in _FURTHER_BLOCKS) else new
+    return _with(new, config, FURTHER_BLOCKS, 0) if any(hasattr(config, name) for name in FURTHER_BLOCKS) else new
 
 
 def _with(raw: Mapping[str, Any], config: PretrainedConfig, names: Sequence[str], value: int) -> dict[str, Any]:

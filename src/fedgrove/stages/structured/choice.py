@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None
     blocks: tuple[int, ...] = tuple(range(plan.num_blocks))
     if config.depth:
         influence = _read_sums(run, plan, BLOCKS, client)[CHANGE + INFLUENCE]
-        blocks = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends)
+        blocks = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends, plan.without_experts)
     if config.experts:
         return Choice(blocks, experts=_choose_experts(run, plan, config, client))
     if not config.narrows:
@@ -120,19 +120,22 @@ def kept_groups(scores: Tensor, number: int) -> Tensor:
     return (~gone).nonzero().squeeze(1)
 
 
-def kept_blocks(influence: Tensor, num_blocks: int, number: int, protect_ends: bool) -> tuple[int, ...]:
+def kept_blocks(
+    influence: Tensor, num_blocks: int, number: int, protect_ends: bool, others: Collection[int] = ()
+) -> tuple[int, ...]:
     """The indices of the blocks that stay, ascending.
 
     Args:
         influence: of each block, (num_blocks,), or of each run of ``num_blocks − number`` blocks, by its first block.
         num_blocks: the number of blocks.
         number: how many of them stay.
-        protect_ends: whether the first and the last block stay.
+        protect_ends: whether the first and the last block stay; others: indices of further blocks that stay.
     """
     span = num_blocks - len(influence) + 1
-    ends = 1 if protect_ends else 0
-    inner = influence[ends : len(influence) - ends]
-    cut = lowest([inner], (num_blocks - number) // span).nonzero().squeeze(1) + ends
+    stay = {*others, *((0, num_blocks - 1) if protect_ends else ())}
+    free = [first for first in range(len(influence)) if stay.isdisjoint(range(first, first + span))]
+    at = torch.tensor(free)
+    cut = at[lowest([influence[at]], (num_blocks - number) // span)]
     gone = {block for first in cut.tolist() for block in range(first, first + span)}
     return tuple(block for block in range(num_blocks) if block not in gone)
 

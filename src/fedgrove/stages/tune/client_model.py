@@ -176,9 +176,18 @@ def kept_of(client: LocalClient, sent: SentExperts | None, cut: float) -> KeptEx
 
 
 def keep_held(client: LocalClient, stage: int, held: KeptExperts, base_digest: str) -> None:
-    """Stores which experts the client holds in a stage, on its own disk."""
+    """Stores which experts the client holds in a stage, on its own disk.
+
+    Raises:
+        FedgroveError: it chose another number before: several choices would rank its experts.
+    """
+    file, number = _held_file(client, stage), len(next(iter(held.values())))
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))["held"]
+        if any(len(experts) != number for experts in before.values()):
+            raise client.error("the request is for another number of experts than it chose before; refused")
     facts = {"base": base_digest, "held": {str(block): list(experts) for block, experts in held.items()}}
-    write_atomically(_held_file(client, stage), json.dumps(facts))
+    write_atomically(file, json.dumps(facts))
 
 
 def read_held(client: LocalClient, stage: int, number: int, base_digest: str) -> KeptExperts:

@@ -20,6 +20,7 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.client_model import TuneRequest, keep_held
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.personal import hold_out
+from fedgrove.stages.tune.routed import shape_of
 
 HELD = f"{CHANGE}held"
 WINDOWS = 64  # of the client's text, by which it chooses, at most
@@ -50,7 +51,10 @@ class ChooseExperts(TuneRequest):
         if tensors:
             raise client.error("the server sent tensors with a request that has none; refused")
         decoder, ids, labels = self.model_and_windows(client, device)
-        blocks, routing = blocks_with_experts(decoder), routing_of(decoder.checkpoint.config)
+        blocks = blocks_with_experts(decoder)
+        if not blocks:
+            raise client.error("the request is for experts, which its model does not have; refused")
+        routing = routing_of(decoder.checkpoint.config)
         if self.number not in routing.numbers:
             raise client.error(f"the request is for {self.number} experts, with which its model cannot work; refused")
         (ids, _), _ = hold_out(ids, labels, self.personal)
@@ -64,11 +68,13 @@ class ChooseExperts(TuneRequest):
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
-        shape = torch.Size([len(blocks_with_experts(layout)), routing_of(layout.checkpoint.config).experts])
-        return {HELD: (shape, torch.int64)}
+        shape = shape_of(layout)
+        return {} if shape is None else {HELD: (shape, torch.int64)}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        held = tensors[HELD]
+        held = tensors.get(HELD)
+        if held is None:
+            return
         if (held < 0).any() or (held > 1).any():
             raise WireError(f"{HELD} is out of range")
         if (held.sum(1) > self.number).any() or (not self.reached and (held.sum(1) != self.number).any()):

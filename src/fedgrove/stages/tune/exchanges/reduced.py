@@ -62,7 +62,10 @@ class KeepExperts(TuneRequest):
             name: method.change_of(parts_of(tensors, REST, name)) for name in sorted({key.split("/")[1] for key in tensors})
         }
         check_growth(method, changes, decoder, client)
-        routing, blocks = routing_of(decoder.checkpoint.config), blocks_with_experts(decoder)
+        blocks = blocks_with_experts(decoder)
+        if not blocks:
+            raise client.error("the request is for experts, which its model does not have; refused")
+        routing = routing_of(decoder.checkpoint.config)
         if self.number not in routing.numbers:
             raise client.error(f"the request is for {self.number} experts, with which its model cannot work; refused")
         (ids, _), _ = hold_out(ids, labels, self.personal)
