@@ -20,7 +20,7 @@ from fedgrove.stages.tune.aggregation import ChangeAggregation
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.exchanges.train import Trained
 from fedgrove.stages.tune.parametrizations import Trainable
-from fedgrove.stages.tune.received import parts_of
+from fedgrove.stages.tune.received import by_linear
 from fedgrove.stages.tune.routed import TOKENS, ExpertRules, fractions
 
 FEW = 3  # clients: of fewer, no median says what is usual
@@ -124,10 +124,11 @@ class FloatRound:
             scale = self._scale(client, tensors, limit)
             if scale < 1:
                 scaled.append(client)
+            parts = by_linear(tensors, CHANGE.rstrip("/"))
             for name in self._assigned[client]:
                 part = self._part(client, name)
                 if part:
-                    self._aggregation.add(self.sums[name], self._change(client, name, tensors, scale), weight * part)
+                    self._aggregation.add(self.sums[name], self._change(client, name, parts[name], scale), weight * part)
         return scaled
 
     def _part(self, client: str, name: str) -> float:
@@ -157,9 +158,9 @@ class FloatRound:
 
     def _norm(self, client: str, tensors: Tensors, scale: float) -> float:
         """The L2 norm, over all linears, of the change that the client made in this round."""
-        squares = 0.0
+        squares, parts = 0.0, by_linear(tensors, CHANGE.rstrip("/"))
         for name, rank in self._assigned[client].items():
-            change = self._change(client, name, tensors, scale)
+            change = self._change(client, name, parts[name], scale)
             if not self._method.RELATIVE:
                 change = change.plus(self._own(name, rank).scaled(-1.0))
             squares += change.norm() ** 2
@@ -168,11 +169,11 @@ class FloatRound:
             raise FedgroveError("its change is not finite", "lower learning_rate, or leave it out", client=client)
         return norm
 
-    def _change(self, client: str, name: str, tensors: Tensors, scale: float) -> Any:
+    def _change(self, client: str, name: str, parts: Tensors, scale: float) -> Any:
         """What a client sent of a linear, its difference from the start scaled."""
         rank = self._assigned[client][name]
         own = self._aggregation.begin(self._states[name], rank).own
-        change = self._method.received(parts_of(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
+        change = self._method.received(parts, own, rank, name, self._seed)
         if scale == 1:
             return change
         if self._method.RELATIVE:

@@ -23,7 +23,7 @@ from fedgrove.stages.tune.exchanges.experts import chosen, own_sums
 from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import trainable_of
 from fedgrove.stages.tune.personal import hold_out
-from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
+from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
 
 REST = "rest"  # tensors of a request: the shared change
 
@@ -58,9 +58,7 @@ class KeepExperts(TuneRequest):
         check_linears(self.masked, shapes, client)
         largest = {REST: {name: 2 * min(shape) for name, shape in shapes.items()}}
         check_parts(tensors, method, shapes, largest, [torch.float64, torch.float32], False, client)
-        changes = {
-            name: method.change_of(parts_of(tensors, REST, name)) for name in sorted({key.split("/")[1] for key in tensors})
-        }
+        changes = {name: method.change_of(parts) for name, parts in by_linear(tensors, REST).items()}
         check_growth(method, changes, decoder, client)
         blocks = blocks_with_experts(decoder)
         if not blocks:

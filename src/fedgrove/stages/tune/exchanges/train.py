@@ -32,7 +32,7 @@ from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
-from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
+from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
 from fedgrove.stages.tune.routed import (
     REACHED,
     TOKENS,
@@ -151,10 +151,9 @@ class Train(TrainingRequest):
         names = [name for name in self.ranks if name in shapes]
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked if name in shapes}
         check_parts(tensors, method, every, self._largest(every), [getattr(torch, self.dtype)], self.shared_a, client)
+        own_parts, rest = by_linear(tensors, OWN), by_linear(tensors, REST)
         starts = {
-            name: method.start(
-                parts_of(tensors, OWN, name), parts_of(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
-            )
+            name: method.start(own_parts.get(name, {}), rest.get(name, {}), shape, self.ranks.get(name, 0), name, self.seed)
             for name, shape in shapes.items()
         }
         if not self.noisy:  # noise protects the text whatever the weights are, and makes them grow
