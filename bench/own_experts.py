@@ -3,8 +3,8 @@
     .venv/bin/python bench/own_experts.py --data ../shared/data --write
 
 The mixture is that of bench/experts.py. Its three owners tune it together in a job in which each writes a model of half of the
-experts (``personal_experts = 0.5``). Then each owner's held-out text is measured on the whole model, on the model that it wrote,
-and on other halves of the same model. Results are kept in bench/own_experts.jsonl and not measured again.
+experts (``personal_experts = 0.5``). Then each owner's held-out text is measured on the whole model, on the model that it
+wrote, and on other halves of the same model. Results are kept in bench/own_experts.jsonl and not measured again.
 """
 
 from __future__ import annotations
