@@ -42,8 +42,9 @@ from fedgrove.cli import app
 from fedgrove.data.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.statistics import InputStatistics
-from fedgrove.models.blocks import Decoder, as_matrix, find_blocks, linears
+from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.experts import expert_of, unfuse
+from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.prune.calibration_pass import gather

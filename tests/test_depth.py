@@ -19,6 +19,7 @@ from fedgrove.client.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.experts import TYPES
 from fedgrove.models.preconditions import check_parameters
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
@@ -74,7 +75,7 @@ def skip(block: nn.Module) -> None:
 # The model without blocks, in every architecture
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *TYPES])
 def test_the_model_is_plain_transformers_with_these_blocks_skipped_to_the_bit(name: str, tmp_path: Path, grove: Path) -> None:
     folder = save(name, tmp_path / "model", grove, torch.float32, sharded=name == "llama")
     strip(folder)

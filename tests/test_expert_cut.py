@@ -22,7 +22,7 @@ from fedgrove.client.windows import calibration_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.expert_cut import Routing, kept_tensors, routing_of
+from fedgrove.models.expert_cut import Routing, highest_experts, kept_tensors, routing_of
 from fedgrove.models.experts import TYPES
 from fedgrove.models.preconditions import check_parameters
 from fedgrove.models.stream import Checkpoint
@@ -30,7 +30,6 @@ from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.wire import WireError
 from fedgrove.run import local_clients, open_model
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.structured.choice import kept_experts
 from fedgrove.stages.structured.exchanges.experts import CODES, ScoreExperts, check_sums
 from fedgrove.stages.structured.exchanges.scores import LARGEST
 from small import (
@@ -116,7 +115,7 @@ def forced(model: nn.Module, kept: Mapping[int, tuple[int, ...]]) -> Iterator[No
 
         def call(hidden: Tensor) -> Any:
             def masked(*args: Tensor) -> Tensor:
-                return linear(*args).index_fill(-1, torch.tensor(gone), -torch.inf)
+                return linear(*args).index_fill(-1, torch.tensor(gone, dtype=torch.int64), -torch.inf)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(functional, "linear", masked)
@@ -313,7 +312,7 @@ def test_sums_that_cannot_be_are_refused(tokens: list[int], outputs: list[int], 
     ],
 )
 def test_what_matters_least_goes(scores: list[float], number: int, groups: int, kept: tuple[int, ...]) -> None:
-    assert kept_experts(torch.tensor(scores), number, groups) == kept
+    assert highest_experts(torch.tensor(scores), number, groups) == kept
 
 
 # A whole stage
@@ -399,6 +398,34 @@ def test_plan_page_and_card_speak_of_experts(mixed: Small) -> None:
     assert config_of(run)["num_experts_per_tok"] == 2
 
 
+def test_blocks_of_a_mixture_go_but_those_without_experts_stay(tmp_path: Path, grove: Path) -> None:
+    """And what is left is tuned in the same job."""
+    model = mixture("deepseek_v3", tmp_path / "model", grove, num_hidden_layers=5, first_k_dense_replace=1)
+    small = Small(tmp_path, model)
+    cut = {"kind": "structured", "depth": 0.4, "samples": 2, "length": LENGTH, "protect_ends": False}
+    tune = {"kind": "tune", "method": "ia3", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "bits": [32]}
+    assert cli("run", small.job("deep", stages=[cut, tune], evaluate={}), "--out", tmp_path / "run")[0] == 0
+    told = told_by(tmp_path / "run")
+    kept = tuple(told["kept_blocks"])
+    assert len(kept) == 3
+    assert kept[0] == 0
+    after = plain(tmp_path / "run" / "model")
+    assert [hasattr(block.mlp, "experts") for block in after.model.layers] == [False, True, True]
+    assert sum(p.numel() for p in after.parameters()) == told["parameters"][1]
+    before, gates = plain(model), routers(after)
+    for place, block in enumerate(kept[1:], 1):
+        assert torch.equal(gates[place].weight, before.model.layers[block].mlp.gate.weight)
+    assert "2 of 5 blocks" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_blocks_without_experts_in_the_middle_leave_no_plan_for_a_later_stage(tmp_path: Path, grove: Path) -> None:
+    small = Small(tmp_path, mixture("qwen3_moe", tmp_path / "model", grove, num_hidden_layers=4, mlp_only_layers=[2]))
+    cut = {"kind": "structured", "depth": 0.25, "samples": 2, "length": LENGTH}
+    tune = {"kind": "tune", "method": "ia3", "length": LENGTH}
+    assert "block 2 has no experts and comes after some" in complaint("plan", small.job("middle", stages=[cut, tune]))
+    assert cli("plan", small.job("last", stages=[cut]))[0] == 0
+
+
 def test_memory_does_not_grow_with_the_blocks(tmp_path: Path, grove: Path) -> None:
     """Blocks of 1.3 MB, so that a few of anything would show."""
     text = make_texts(tmp_path, ["all"])["all"]
@@ -432,7 +459,14 @@ def test_memory_does_not_grow_with_the_blocks(tmp_path: Path, grove: Path) -> No
         ({"experts": 0.9}, ("stages.0.experts", "leaves 1, but the router chooses 2 for each token", "give 0.75 or less")),
         ({"channels": 0.25}, ("stages.0: experts", "not cut together with channels, heads or depth")),
         ({"depth": 0.25}, ("stages.0: experts", "not cut together with channels, heads or depth")),
-        ({"experts": 0.0, "depth": 0.4}, ("structured pruning of channels, heads or blocks is not possible", "cut experts")),
+        (
+            {"experts": 0.0, "channels": 0.25},
+            ("structured pruning of channels or heads is not possible", "cut experts or blocks"),
+        ),
+        (
+            {"experts": 0.0, "depth": 0.7},
+            ("stages.0.depth: 0.7 of 3 blocks are 2, but those that have no experts stay", "0.33"),
+        ),
         ({"expert_score": "fisher"}, ("stages.0.expert_score", "frequency, reap")),
     ],
 )

@@ -253,8 +253,7 @@ def test_under_secure_aggregation_experts_come_out_bit_for_bit(demo: Path, grove
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({"kind": "tune", "rounds": 1, "length": 32}, "can be pruned, not tuned"),
-        ({"kind": "structured", "channels": 0.25}, "blocks is not possible"),
+        ({"kind": "structured", "channels": 0.25}, "channels or heads is not possible"),
     ],
 )
 def test_what_is_not_done_with_experts_is_refused_before_anything_runs(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedgrove.models.masks import Target, keep_highest, lowest, lowest_of_few, split_evenly
+from fedgrove.models.masks import Target, keep_highest, lowest, lowest_of_few, quotas, split_evenly
 
 
 def keys_with_ties(shape: tuple[int, ...], num_keys: int, seed: int) -> list[Tensor]:
@@ -116,3 +116,18 @@ def test_a_target_counts_to_the_nearest_whole_number() -> None:
     assert Target.of(None, (2, 4)).num_pruned(64) == 32
     assert str(Target.of(None, (2, 4))) == "2:4"
     assert str(Target(0.7)) == "0.7"
+
+
+def test_rows_lose_their_zeros_before_anything_else_and_as_many_in_all() -> None:
+    chance = random.Random(0)
+    for _ in range(500):
+        rows, width = chance.randint(1, 7), chance.randint(1, 9)
+        zeros = [chance.randint(0, width) for _ in range(rows)]
+        total = chance.randint(0, rows * width)
+        counts = quotas(zeros, total)
+        assert sum(counts) == total
+        enough = sum(zeros) >= total
+        for count, zero in zip(counts, zeros, strict=True):
+            assert 0 <= count <= width
+            assert count <= zero if enough else count >= zero
+    assert quotas([0, 1, 0, 2, 1], 12) == split_evenly(12, 5), "where the zeros leave room, rows are as even as without them"

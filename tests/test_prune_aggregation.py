@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.input_statistics.statistics import InputStatistics
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.masks import Target
+from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.aggregator import weighted_sum
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.stages.prune.aggregation import Options
 from fedgrove.stages.prune.pruners import magnitude
+from small import LENGTH, Small, cli
 
 AGGREGATIONS = ["fedspallm", "fedavg", "fedprllm"]
 PAPER = Options()
@@ -332,3 +336,15 @@ def test_shrink_measures_against_all_clients_even_where_none_agree() -> None:
     clients.append(Client(torch.tensor([[0.0, 8.0]]), torch.tensor([[False, True]])))
     weight = finish("fedspallm", before, clients, Target(0.0), Options(shrink=1.0))[0]
     assert weight.tolist() == [[3.0, 2.0]]  # 4 by 3 votes of 4, 8 by 1 vote of 4
+
+
+@pytest.mark.parametrize(("pruner", "aggregation"), [("wanda", "fedspallm"), ("dsnot", "fedprllm"), ("wanda", "fedavg")])
+def test_a_second_round_makes_no_more_zeros_than_the_target(pruner: str, aggregation: str, tmp_path: Path) -> None:
+    """Votes choose among the whole matrix, Wanda in every row: in a second round rows with few zeros would lose more."""
+    small = Small(tmp_path)
+    stage = {"kind": "prune", "pruner": pruner, "aggregation": aggregation, "sparsity": 0.5, "samples": 3, "length": LENGTH}
+    assert cli("run", small.job(stages=[{**stage, "rounds": 2}], evaluate={}), "--out", tmp_path / "run")[0] == 0
+    after = Checkpoint(tmp_path / "run" / "model")
+    for stored in Decoder(after).linear_names().values():
+        weight = after.read(stored)
+        assert int((weight == 0).sum()) == weight.numel() // 2, stored

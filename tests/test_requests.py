@@ -66,8 +66,10 @@ from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import alone as tune_alone
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
+from fedgrove.stages.tune.exchanges.experts import ChooseExperts
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.reduced import KeepExperts
 from fedgrove.stages.tune.exchanges.seeds import Measure, Step, Took
 from fedgrove.stages.tune.exchanges.train import Train, Trained
 from fedgrove.stages.tune.train_settings import Training
@@ -167,6 +169,10 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
             Searched(records=5, skipped=0, cost=1.0, calls=45),
         )
         for changes in ({}, {"method": "categories", "subspace": None})
+    ),
+    Exchange(ChooseExperts(**TUNED, number=4, value="outputs", reached=False), Reply()),
+    Exchange(
+        KeepExperts(**TUNED, parametrization="lora", masked=(), number=4, value="outputs", base="b", title="t"), Reply()
     ),
     Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
     Exchange(

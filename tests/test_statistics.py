@@ -23,7 +23,8 @@ from fedgrove.input_statistics.probe import probe
 from fedgrove.input_statistics.shared_inputs import shared_inputs
 from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.job.load import load
-from fedgrove.models.blocks import Decoder, find_blocks
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.linears import find_blocks
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure

@@ -19,8 +19,9 @@ from fedgrove import run as server
 from fedgrove.client.hidden_states import Calibration
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
-from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.experts import TYPES
+from fedgrove.models.linears import linears
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.models.width import FAMILIES, Width, family_of, width_of

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 from decoders import LENGTH, plain_perplexity, save_small, small_config, windows
 from fedgrove.api import run
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, find_blocks, linears
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.positions import positions
 from fedgrove.models.preconditions import check_length, check_parameters

@@ -82,7 +82,8 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "own models": ({**OPEN, "alone": False}, [{**POOLED, "pruner": "sparsegpt", "personal": 0.5}]),
     "secure votes": (SECURE, [PRUNE]),
     "noisy sums": ({**SECURE, **NOISY}, [{**POOLED, **NOISE}]),
-    "experts": (OPEN, [EXPERTS]),
+    "experts": (OPEN, [EXPERTS, {**TUNE, "method": "lora", "rounds": 1, "personal_experts": 0.5}]),
+    "few experts": ({**OPEN, "alone": False}, [{**TUNE, "method": "lora", "rounds": 1}]),
     "structured": (OPEN, [STRUCTURED, {**TUNE, "method": "fedpipe", "personal": 0.3}]),
     "secure adapters": (SECURE, [{**FIXED, "method": "fedpipe"} | {"planner": "fedpipe"}]),
     "noisy clients": ({**SECURE, **NOISY}, [{**FIXED, **NOISE, "dp_unit": "client"}]),
@@ -126,6 +127,7 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/alone", "train.training.micro"): ("at most the batch", 3),
     ("tune/base", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
     ("tune/base", "part"): ("the weights that earlier stages changed come in parts", 4096),
+    ("tune/experts", "number"): ("as many as a client has memory for", 2**16 + 1),
     ("tune/importance", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
     ("tune/importance", "micro"): ("up to the job's largest batch", 3),
     ("tune/importance", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
@@ -133,6 +135,10 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/personal", "base"): ("text of the card of the site's own adapter", "line\nline"),
     ("tune/personal", "micro"): ("up to the job's largest batch", 3),
     ("tune/personal", "title"): ("text of the card of the site's own adapter", "line\nline"),
+    ("tune/reduced", "base"): ("text of the card of the site's own model", "line\nline"),
+    ("tune/reduced", "number"): ("nothing of it leaves the site", 2**16 + 1),
+    ("tune/reduced", "title"): ("text of the card of the site's own model", "line\nline"),
+    ("tune/train", "held"): ("all experts, or as many as the site chose before", 2**16 + 1),
     ("tune/train", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
     ("tune/train", "round"): ("every round of the stage is asked for", 2),
     ("tune/train", "ranks"): ("a plan may leave linears out", {"x": 2}),
@@ -156,10 +162,13 @@ OTHER = {  # of fields with a list of allowed values
     "float32": "bfloat16", "bfloat16": "float32", "wanda": "magnitude", "sparsegpt": "wanda", "fedspallm": "fedprllm",
     "ridge": "prototypes", "last": "mean", "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
     "reap": "frequency", "evolution": "categories", "local": "mean", "loss": "correct", "end": "front",
+    "outputs": "tokens", "tokens": "outputs",
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "cut": {"channels": 0.25, "heads": 0.0, "depth": 0.0, "experts": 0.0},
     "kept_blocks": [0],
+    "kept_experts": [[0, [0, 1, 2, 3]]],
+    "held": 4,
     "pattern": [2, 4],
     "compute_dtype": "bfloat16",
     "max_weight_growth": 2.0,
@@ -236,7 +245,9 @@ def listed(kind: str, name: str) -> tuple[str, str]:
     return ANY if kind.startswith("rounds/secagg/") else kind, name
 
 
-def make_kits(small: Small, folder: Path, allow: Mapping[str, Any], labeled: bool = False) -> dict[str, Path]:
+def make_kits(
+    small: Small, folder: Path, allow: Mapping[str, Any], labeled: bool = False, memory: str | None = None
+) -> dict[str, Path]:
     """Sites with everything that ``fedgrove federation kits`` puts there and the owner writes, but certificates."""
     kits = {}
     for name in CLIENTS:
@@ -249,6 +260,8 @@ def make_kits(small: Small, folder: Path, allow: Mapping[str, Any], labeled: boo
             (kit / "labeled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             settings |= {"data": str(kit / "labeled.jsonl"), "prompt": "{text}", "answer": "{label}"}
         settings["allow"] = dict(allow)
+        if memory is not None:
+            settings["memory"] = memory
         (kit / "site.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     people = {"sites": [{"name": name} for name in CLIENTS], "operators": [{"name": "a@b.org"}]}
     (folder / "authority").mkdir()
@@ -336,14 +349,14 @@ class Hostile:
 def attacked(small: Small, grove: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Hostile]:
     """By job, what a site answered of all that the server moved."""
     folder = tmp_path_factory.mktemp("mixed")
-    mixed = Small(folder, mixture("qwen3_moe", folder / "mixture", grove))
+    mixed = Small(folder, mixture("qwen3_moe", folder / "mixture", grove, moe_intermediate_size=96))
     found: dict[str, Hostile] = {}
     known: set[str] = set()
     for name, (allow, stages) in JOBS.items():
         folder = tmp_path_factory.mktemp("hostile")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(protocol, "mask", _mask(protocol.mask))
-            federation = mixed if "experts" in stages[0] else small
+            federation = mixed if "experts" in name else small
             found[name] = hostile_run(federation, folder, name.replace(" ", "-"), allow, stages, known)
             known |= found[name].kinds
     return found
@@ -371,7 +384,8 @@ def hostile_run(
 ) -> Hostile:
     """Runs a job with real sites, which are attacked at every kind of request; not again where no stage matters."""
     secure = bool(allow.get("secure"))
-    kits = make_kits(small, folder, allow, labeled="labels" in stages[0])
+    memory = "3.1 MB" if name == "few-experts" else None  # for half of the mixture's
+    kits = make_kits(small, folder, allow, labeled="labels" in stages[0], memory=memory)
     privacy = {"secure_aggregation": secure, "min_group": 3}
     alone = bool(allow["alone"]) and len(stages) == 1
     evaluate = {"data": [str(small.texts["held-0"])], "length": 32, "windows": 2, "alone": alone} if alone else {"alone": False}
@@ -440,6 +454,6 @@ def test_a_new_field_is_moved_wherever_it_is() -> None:
     plain = request.model_dump(mode="json")
     found = {name: (path, value) for name, path, value in moves(request, plain, "tune/base") if value is not None}
     deep = {"deep", "deep[]", "deep[][].old", "deep[][].new"}
-    assert found.keys() == {"stage", "round", "part", "cut", "kept_blocks", "odd"} | deep
+    assert found.keys() == {"stage", "round", "part", "cut", "kept_blocks", "kept_experts", "odd"} | deep
     path, value = found["deep[][].new"]
     assert put(plain, path, value)["deep"] == {"a": [{"old": "x", "new": value}]}

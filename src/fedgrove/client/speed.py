@@ -9,7 +9,8 @@ import torch
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import checkpoint_of
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.linears import linears
 from fedgrove.rounds.capabilities import SPEED
 
 TOKENS = 512

@@ -21,6 +21,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.units import ComputeDtype
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.compute import dtype_of
+from fedgrove.models.expert_cut import KeptExperts
+from fedgrove.models.held import HeldDecoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 
@@ -113,20 +115,27 @@ def decoder_of(
     device: str,
     compute_dtype: ComputeDtype | None = None,
     kept_blocks: tuple[int, ...] | None = None,
+    kept_experts: KeptExperts | None = None,
 ) -> Decoder:
     """The client's copy of the model, run block by block; see :func:`latest_decoder`.
 
     Args:
         compute_dtype: see :class:`~fedgrove.models.blocks.Decoder`.
-        kept_blocks: see :class:`~fedgrove.models.stream.Checkpoint`.
+        kept_blocks, kept_experts: see :class:`~fedgrove.models.stream.Checkpoint`.
     """
     checkpoint = checkpoint_of(client)
-    if kept_blocks is not None:
-        checkpoint = checkpoint.over(kept_blocks=kept_blocks)
+    if kept_blocks is not None or kept_experts is not None:
+        checkpoint = checkpoint.over(kept_blocks=kept_blocks, kept_experts=kept_experts)
     return latest_decoder(checkpoint, device, dtype_of(compute_dtype, device))
 
 
-def latest_decoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype | None = None, same: Hashable = None) -> Decoder:
+def latest_decoder(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype | None = None,
+    same: Hashable = None,
+    held: KeptExperts | None = None,
+) -> Decoder:
     """A decoder that stays in memory between requests, until one of another model, device or dtype is needed.
 
     So a process holds one decoder, together with what was loaded for it.
@@ -135,12 +144,15 @@ def latest_decoder(checkpoint: Checkpoint, device: str, dtype: torch.dtype | Non
         checkpoint: the model.
         device, dtype: as for :class:`~fedgrove.models.blocks.Decoder`.
         same: identifies what the overlays hold; None: the folders in which they are.
+        held: the experts that it has; None: all.
     """
-    key = (checkpoint.facts(), checkpoint.overlays if same is None else same, device, dtype)
+    experts = None if held is None else tuple(sorted(held.items()))
+    key = (checkpoint.facts(), checkpoint.overlays if same is None else same, device, dtype, experts)
     latest = _latest.get(key)
     if latest is None or not all(overlay.is_dir() for overlay in latest.checkpoint.overlays):  # of a client that is gone
         _latest.clear()  # before another one takes memory
-        latest = _latest[key] = Decoder(checkpoint, device, dtype)
+        latest = Decoder(checkpoint, device, dtype) if held is None else HeldDecoder(checkpoint, held, device, dtype)
+        _latest[key] = latest
     return latest
 
 

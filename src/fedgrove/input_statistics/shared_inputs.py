@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.linears import linears
 
 
 class WindowSum(Protocol):

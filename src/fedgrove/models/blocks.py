@@ -14,17 +14,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.experts import legacy_name, unfuse
+from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.positions import positions
 from fedgrove.models.pretrained import hollow_model, without_weights
 from fedgrove.models.shared import uses_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
-
-_CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention", "cross_attention", "encoder_decoder_attention"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
 
@@ -53,7 +53,7 @@ class Decoder:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else None)
         stored = checkpoint.dtype or getattr(checkpoint.config, "dtype", None)
         with without_weights():
-            self.model: nn.Module = hollow_model(checkpoint.config, checkpoint.path, self.dtype or stored)
+            self.model: nn.Module = hollow_model(self._config(), checkpoint.path, self.dtype or stored)
         self.model.eval()
         unfuse(self.model, checkpoint.config.model_type)
         self.prefix, self.blocks = find_blocks(self.model)
@@ -68,6 +68,14 @@ class Decoder:
         self._names: dict[int, dict[str, str]] = {}
         self._calls: tuple[tuple[int, int], list[Call]] | None = None
         self._wrap: Callable[[Tensor], Any] | None = None  # hidden states -> what a block returns; None: not known yet
+
+    def _config(self) -> PretrainedConfig:
+        """The configuration by which the model is made."""
+        return self.checkpoint.config
+
+    def again(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decoder:
+        """Another decoder of the same model, without weights; by default on the same device and in the same dtype."""
+        return Decoder(self.checkpoint, device or self.device, dtype or (self.dtype if device is None else None))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -360,39 +368,6 @@ class Decoder:
     def source(self, name: str) -> str:
         """The parameter whose stored value a parameter has: itself, or the one that it is tied to."""
         return self.ties.get(name, name)
-
-
-def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The decoder blocks of a model, and the name of the list that holds them.
-
-    They are the longest ModuleList of modules of one class that contain linears.
-
-    Raises:
-        FedgroveError: there is no such list.
-    """
-    longest: tuple[str, list[nn.Module]] = ("", [])
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(longest[1]):
-            blocks = list(module)
-            if len({type(block) for block in blocks}) == 1 and linears(blocks[0]):
-                longest = (name, blocks)
-    if not longest[1]:
-        raise FedgroveError(f"model: no decoder blocks found in {type(model).__name__}; fedgrove prunes decoder-only models")
-    return longest
-
-
-def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The prunable linears of a block by name.
-
-    Norms, embeddings and the head are never among them. Linears with a single output are gates, such as that of Qwen2-MoE's
-    shared expert, and not prunable. Cross-attention (in the decoders of BART and others) is not run without an encoder.
-    """
-    modules = {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    return {
-        name: module
-        for name, module in modules.items()
-        if getattr(module, "out_features", None) != 1 and not _CROSS_ATTENTION & set(name.split("."))
-    }
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fedgrove.errors import FedgroveError
-from fedgrove.models.experts import expert_of
+from fedgrove.models.expert_cut import Routing, has_row_per_expert, routing_of
+from fedgrove.models.experts import expert_of, expert_place, experts_in
 
 if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
-    from fedgrove.models.blocks import Decoder
+    from fedgrove.models.blocks import Call, Decoder
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model of which a client may hold only some.
+
+    Attributes:
+        routing: how the routers choose.
+        blocks: the indexes of the blocks that have experts.
+        per_expert: entries of a router for each expert of a block.
+    """
+
+    routing: Routing
+    blocks: tuple[int, ...]
+    per_expert: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,9 @@ class ModelCost:
         saved: number of activations that a block without adapters saves for the backward pass of one window; measured.
         length: tokens of a window.
         masked: whether the linears are pruned, so that the products of the factors are computed and masked.
-        shared: for linears that several blocks share, how many times a forward pass comes to each.
+        passes: for some linears, how many times a token passes through each: more than once if blocks share it, and for that of
+            an expert the average over experts.
+        experts: of a mixture of experts; else None.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -39,7 +57,8 @@ class ModelCost:
     saved: int
     length: int
     masked: bool = False
-    shared: Mapping[str, int] = field(default_factory=dict)
+    passes: Mapping[str, float] = field(default_factory=dict)
+    experts: Experts | None = None
 
     @property
     def parameters(self) -> int:
@@ -47,13 +66,32 @@ class ModelCost:
         return sum(rows * columns for rows, columns in self.linears.values())
 
     @property
-    def multiplied(self) -> int:
-        """Multiplications of all linears for a token: :attr:`parameters`, those of shared linears as often as they are used."""
+    def multiplied(self) -> float:
+        """Multiplications of all linears for a token: :attr:`parameters`, each as often as a token passes through it."""
         return sum(self.uses(name) * rows * columns for name, (rows, columns) in self.linears.items())
 
-    def uses(self, linear: str) -> int:
-        """How many times a forward pass comes to a linear."""
-        return self.shared.get(linear, 1)
+    def uses(self, linear: str) -> float:
+        """How many times a token passes through a linear."""
+        return self.passes.get(linear, 1)
+
+    def holding(self, number: int, names: Collection[str] | None = None) -> ModelCost:
+        """The same model with ``number`` experts in each block that has any.
+
+        Args:
+            names: of the linears that stay; None: those of the first experts, while it is not known which stay.
+        """
+        if self.experts is None or number == self.experts.routing.experts:
+            return self
+        if names is None:
+            names = {name for name in self.linears if (expert_place(name) or (0, 0))[1] < number}
+        gone = (self.experts.routing.experts - number) * len(self.experts.blocks)
+        reach = self.experts.routing.per_token / number
+        return replace(
+            self,
+            linears={name: shape for name, shape in self.linears.items() if name in names},
+            others=self.others - gone * self.experts.per_expert,
+            passes={name: reach if expert_of(name) else uses for name, uses in self.passes.items() if name in names},
+        )
 
 
 def count_parameters(decoder: Decoder) -> int:
@@ -67,37 +105,21 @@ def count_parameters(decoder: Decoder) -> int:
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     """Counts a model's weights, and measures the activations that one of its blocks saves for a window's backward pass.
 
-    Measured in float32 on a CPU wherever the decoder computes, so that a plan does not depend on the server's device.
-
-    Raises:
-        FedgroveError: the model is a mixture of experts.
+    Measured in float32 on a CPU wherever the decoder computes, so that a plan does not depend on the server's device. Where
+    only some blocks have experts, one of either kind is measured. Routers are taken to be even.
     """
-    if any(map(expert_of, decoder.linear_names())):
-        raise FedgroveError(
-            f"model: a mixture of experts ({decoder.checkpoint.config.model_type}) can be pruned, not tuned: plain peft has no "
-            "adapters for its experts",
-            "leave the stage tune out",
-        )
     shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
     decoder = type(decoder)(decoder.checkpoint)  # on the CPU
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
-    saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory
-
-    def record(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes() // 4
-        return tensor
-
-    with (
-        decoder.zeroed(0) as block,
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
-    ):
-        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-        block(hidden.clone().requires_grad_(), *calls[0][0], **calls[0][1])
-    uses = ((decoder.linear_name(*places[0]), len(places)) for places in decoder.shared_linears.values())
+    sparse = [index for index, block in enumerate(decoder.blocks) if experts_in(block) is not None]
+    dense = [index for index in range(len(decoder)) if index not in sparse]
+    saved = sum(len(kind) * _saved(decoder, kind[0], hidden, calls[kind[0]]) for kind in (sparse, dense) if kind)
+    experts, passes = _experts_of(decoder, sparse), dict[str, float]()
+    if experts is not None:
+        reach = experts.routing.per_token / experts.routing.experts
+        passes = {name: reach for name in shapes if expert_of(name)}
+    passes |= {decoder.linear_name(*places[0]): len(places) for places in decoder.shared_linears.values()}
     total = count_parameters(decoder)
     return ModelCost(
         linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
@@ -105,8 +127,38 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         num_blocks=len(decoder),
-        saved=sum(saved.values()),
+        saved=-(-saved // len(decoder)),
         length=length,
         masked=masked,
-        shared=dict(uses),
+        passes=passes,
+        experts=experts,
     )
+
+
+def _saved(decoder: Decoder, index: int, hidden: Tensor, call: Call) -> int:
+    """The number of activations that a block saves for the backward pass of one window."""
+    saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with (
+        decoder.zeroed(index) as block,
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+    ):
+        weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        block(hidden.clone().requires_grad_(), *call[0], **call[1])
+    return sum(saved.values())
+
+
+def _experts_of(decoder: Decoder, blocks: list[int]) -> Experts | None:
+    if not blocks:
+        return None
+    first = decoder.blocks[blocks[0]]
+    rows = [tensor for name, tensor in first.state_dict().items() if has_row_per_expert(f"model.layers.0.{name}")]
+    routing = routing_of(decoder.checkpoint.config)
+    return Experts(routing, tuple(blocks), sum(tensor.numel() for tensor in rows) // routing.experts)

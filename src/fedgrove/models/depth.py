@@ -9,27 +9,35 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
-from transformers import PretrainedConfig
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job.units import MAX_BLOCKS, Index
 
+if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
+    from transformers import PretrainedConfig
+
 _OF_BLOCK = re.compile(r"((?:[^.]+\.)*?)(\d+)(\..+)")  # the first number in a tensor's name is that of its block
 _NUMBER = "num_hidden_layers"
+FURTHER_BLOCKS = ("num_mtp_layers", "num_nextn_predict_layers")  # after the last block, and only some programs use them
 _NOT_OF_BLOCKS = re.compile(r"architectures|.*_token_ids?")  # lists of config.json that only by chance have an entry per block
 
 
-def _ascending(blocks: tuple[int, ...]) -> tuple[int, ...]:
+def ascending(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Checks that indexes ascend.
+
+    Raises:
+        ValueError: they do not.
+    """
     if any(one >= other for one, other in pairwise(blocks)):
         raise ValueError("the indexes must ascend")
     return blocks
 
 
 KeptBlocks = Annotated[
-    tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(_ascending)
+    tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(ascending)
 ]  # the indexes of the blocks that stay
 
 
@@ -98,4 +106,21 @@ def shorter_config(raw: Mapping[str, Any], config: PretrainedConfig, kept: Seque
         for key, value in config.to_dict().items()
         if isinstance(value, list | tuple) and len(value) == number and not _NOT_OF_BLOCKS.fullmatch(key)
     }
-    return {**raw, **lists, config.attribute_map.get(_NUMBER, _NUMBER): len(kept)}
+    return {**raw, **lists, **_places_of_experts(config, kept), config.attribute_map.get(_NUMBER, _NUMBER): len(kept)}
+
+
+def _places_of_experts(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The keys of config.json that say which blocks of a mixture of experts have any, for the blocks that stay.
+
+    Further blocks, which predict several tokens at once, go with those that are cut: they follow the last block.
+    """
+    places: dict[str, Any] = {}
+    first = getattr(config, "first_k_dense_replace", None)
+    if first is not None:
+        places["first_k_dense_replace"] = sum(block < first for block in kept)
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is not None:
+        dense = set(config.mlp_only_layers or ()) | {block for block in range(num_blocks(config)) if (block + 1) % step}
+        places["decoder_sparse_step"] = 1
+        places["mlp_only_layers"] = [place for place, block in enumerate(kept) if block in dense]
+    return {**places, **{key: 0 for key in FURTHER_BLOCKS if getattr(config, key, None)}}

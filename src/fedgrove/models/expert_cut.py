@@ -9,18 +9,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from transformers import PretrainedConfig
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Cut
-from fedgrove.models.depth import parts_of
+from fedgrove.job.units import MAX_BLOCKS, Index
+from fedgrove.models.depth import FURTHER_BLOCKS, ascending, parts_of
+from fedgrove.models.masks import lowest
 
+if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
+    from transformers import PretrainedConfig
+
+MAX_EXPERTS = 2**16  # of a block
 KeptExperts = Mapping[int, tuple[int, ...]]  # of each block that has experts, the indexes of those that stay, ascending
+_Numbers = Annotated[tuple[Annotated[Index, Field(lt=MAX_EXPERTS)], ...], Field(min_length=1, max_length=MAX_EXPERTS)]
+_OfBlock = tuple[Annotated[Index, Field(lt=MAX_BLOCKS)], Annotated[_Numbers, AfterValidator(ascending)]]
+
+
+def _blocks_ascend(sent: tuple[_OfBlock, ...]) -> tuple[_OfBlock, ...]:
+    ascending(tuple(block for block, _ in sent))
+    return sent
+
+
+SentExperts = Annotated[
+    tuple[_OfBlock, ...], Field(min_length=1, max_length=MAX_BLOCKS), AfterValidator(_blocks_ascend)
+]  # the same as a field of a message, by block
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # the names of one number in config.json
-_FURTHER_BLOCKS = ("num_mtp_layers", "num_nextn_predict_layers")  # blocks with experts that only some programs use
 _OF_EXPERT = re.compile(r"(\.(?:mlp|block_sparse_moe)\.experts\.)(\d+)(\..+)")
 _ROW_PER_EXPERT = re.compile(
     r"\.(?:mlp|block_sparse_moe)\.(?:gate\.(?:weight|e_score_correction_bias)|experts\.(?:gate_up_proj|down_proj))"
@@ -56,6 +75,11 @@ class Routing:
         """The number of experts after a cut; all groups lose the same number, the fraction rounded down."""
         return self.experts - self.groups * Cut.whole(fraction, self.experts // self.groups)
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of experts that a smaller model can have, ascending, with that of the whole one."""
+        return list(range(self.fewest, self.experts + 1, self.groups))
+
 
 def routing_of(config: PretrainedConfig) -> Routing:
     """How the routers of a model choose.
@@ -77,6 +101,44 @@ def routing_of(config: PretrainedConfig) -> Routing:
         groups_per_token=(getattr(config, "topk_group", None) or groups) if groups > 1 else 1,
         best_of_group=_BEST_OF_GROUP.get(config.model_type, 1),
     )
+
+
+def highest_experts(scores: Tensor, number: int, groups: int) -> tuple[int, ...]:
+    """The indices of the experts that stay, ascending: those of the highest scores, as many of every group.
+
+    Args:
+        scores: (experts,); groups are consecutive experts.
+        number: how many stay in all groups together.
+        groups: the number of groups.
+    """
+    in_group = len(scores) // groups
+    gone = [lowest([group], in_group - number // groups) for group in scores.view(groups, -1)]
+    return tuple((~torch.cat(gone)).nonzero().flatten().tolist())
+
+
+def check_kept(kept: KeptExperts, names: Iterable[str], routing: Routing, number: int, num_blocks: int) -> str | None:
+    """Whether experts can be all that a cut leaves of a model; returns what is wrong, or None.
+
+    Args:
+        names: of the whole model's tensors.
+        routing: of the whole model.
+        number: of experts that the cut leaves in every block that has any.
+    """
+    places = (parts_of(name) for name in names if ".experts." in name)
+    if kept.keys() != {parts[1] for parts in places if parts is not None and parts[1] < num_blocks}:
+        return "other blocks than those that have experts"
+    in_group, left = routing.experts // routing.groups, number // routing.groups
+    for experts in kept.values():
+        groups = [expert // in_group for expert in experts]
+        if experts[-1] >= routing.experts or any(groups.count(group) != left for group in range(routing.groups)):
+            return "other numbers of experts than the job leaves"
+    return None
+
+
+def has_row_per_expert(name: str) -> bool:
+    """Whether a tensor of a checkpoint has one row for each expert of its block."""
+    parts = parts_of(name)
+    return parts is not None and _ROW_PER_EXPERT.fullmatch(parts[2]) is not None
 
 
 class Source(NamedTuple):
@@ -132,7 +194,7 @@ def fewer_experts_config(raw: Mapping[str, Any], config: PretrainedConfig, numbe
     """
     routing_of(config)
     new = _with(raw, config, _COUNTS, number)
-    return _with(new, config, _FURTHER_BLOCKS, 0) if any(hasattr(config, name) for name in _FURTHER_BLOCKS) else new
+    return _with(new, config, FURTHER_BLOCKS, 0) if any(hasattr(config, name) for name in FURTHER_BLOCKS) else new
 
 
 def _with(raw: Mapping[str, Any], config: PretrainedConfig, names: Sequence[str], value: int) -> dict[str, Any]:

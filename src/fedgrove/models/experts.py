@@ -99,6 +99,12 @@ def expert_of(linear: str) -> str | None:
     return match[1] if match else None
 
 
+def expert_place(linear: str) -> tuple[int, int] | None:
+    """The index of the block and the number of the expert that a linear belongs to; None if it belongs to no expert."""
+    match = re.match(r"(?:[^.]+\.)*?(\d+)\.(?:[^.]+\.)*?experts\.(\d+)\.", linear)
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def legacy_name(name: str) -> str:
     """A parameter's name in the checkpoints of Mixtral, which use older names."""
     for current, legacy in (

@@ -5,6 +5,7 @@ Everywhere in fedgrove a mask is a bool tensor with the shape of its weight, and
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,7 +152,29 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
-def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
+def quotas(zeros: Sequence[int], total: int) -> list[int]:
+    """How many entries of each row are pruned, as evenly as possible, if some are zero already: ``total`` in all.
+
+    No other entry is pruned where zeros are enough: as long as there are fewer zeros than ``total``, every row loses at least
+    its zeros, else at most them. So a matrix that has the wanted number of zeros keeps them, in whichever rows they are.
+
+    Args:
+        zeros: of each row.
+    """
+    even = split_evenly(total, len(zeros))
+    few = sum(zeros) <= total
+    if all(zero <= share for zero, share in zip(zeros, even, strict=True)) and few:
+        return even
+    bound = max if few else min
+    level = bisect.bisect_right(range(total + 1), total, key=lambda level: sum(bound(zero, level) for zero in zeros)) - 1
+    counts = [bound(zero, level) for zero in zeros]
+    open_ = [row for row, zero in enumerate(zeros) if (zero <= level if few else zero > level)]
+    for row, more in zip(open_, split_evenly(total - sum(counts), len(open_)) if open_ else (), strict=True):
+        counts[row] += more
+    return counts
+
+
+def keep_highest(keys: Sequence[Tensor], target: Target, zeros: Tensor | None = None) -> Tensor:
     """The mask that keeps the highest entries of every output row, or of every group of an N:M pattern.
 
     The number of pruned entries differs by at most one between rows, so that exactly ``target.num_pruned(numel)`` entries are
@@ -160,6 +183,8 @@ def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
     Args:
         keys: tensors of one shape (out, in), the most important first; ties by the next key, then the later input is kept.
         target: with a pattern (n, m), ``in`` must be a multiple of m.
+        zeros: (out, in) bool, the entries that are zero already, whose keys are the lowest: they are pruned before any other,
+            see :func:`quotas`; None: there are none. Without effect on an N:M pattern.
 
     Returns:
         (out, in) bool, True = kept.
@@ -171,7 +196,8 @@ def keep_highest(keys: Sequence[Tensor], target: Target) -> Tensor:
         rows, width, pruned = num_out * num_in // m, m, torch.full((num_out * num_in // m,), m - n, device=device)
     else:
         total = target.num_pruned(num_out * num_in)
-        rows, width, pruned = num_out, num_in, torch.tensor(split_evenly(total, num_out), device=device)
+        counts = split_evenly(total, num_out) if zeros is None else quotas(zeros.sum(1).tolist(), total)
+        rows, width, pruned = num_out, num_in, torch.tensor(counts, device=device)
     ranks = torch.arange(width, device=device)
     mask = torch.empty(rows, width, dtype=torch.bool, device=device)
     at_once = max(1, SORTED_AT_ONCE // width)

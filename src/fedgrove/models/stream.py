@@ -361,15 +361,18 @@ class Checkpoint:
         index = index_of(shards, num_bytes)
         if index is not None:
             (folder / INDEX).write_text(index, encoding="utf-8")
-        config = without_code(self._raw_config())
-        smaller = self._smaller_config(config)
-        if smaller is not None:
-            config = smaller
-        if self.dtype is not None:
-            config.pop("torch_dtype", None)
-            config["dtype"] = str(self.dtype).removeprefix("torch.")
-        if smaller is not None or self.dtype is not None:
+        config = self.plain_config()
+        if config != without_code(self._raw_config()):
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def plain_config(self) -> dict[str, Any]:
+        """The config.json of the model as :meth:`write` writes it."""
+        config = without_code(self._raw_config())
+        config = self._smaller_config(config) or config
+        if self.dtype is not None:
+            config = {key: value for key, value in config.items() if key != "torch_dtype"}
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        return config
 
     def _copied(self, names: list[str], copies: Copies) -> list[str]:
         """The names of a file's tensors with that many copies of the shared ones."""

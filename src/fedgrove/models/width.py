@@ -89,9 +89,9 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise FedgroveError(
-            f"model: structured pruning of channels, heads or blocks is not possible for type {config.model_type}, only for "
+            f"model: structured pruning of channels or heads is not possible for type {config.model_type}, only for "
             f"{', '.join(FAMILIES)}",
-            "prune instead, or cut experts if it has any",
+            "prune instead, or cut experts or blocks if it is a mixture of experts",
         )
     return FAMILIES[config.model_type]
 

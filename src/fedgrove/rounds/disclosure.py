@@ -25,6 +25,7 @@ class Disclosure(Enum):
     INFLUENCE = "one number for each block, how much it changes the hidden states of its text"
     EXPERT_TOKENS = "for each expert of every block, how many tokens of its text reach it"
     EXPERT_OUTPUTS = "for each expert of every block, the sum over these tokens of how much it adds to them"
+    EXPERTS_HELD = "which experts of every block it holds, those that matter most to its text"
     IMPORTANCE = "a score for each matrix, how much tuning it would help"
     FACTORS = "the factors of low-rank changes that it trained on its text"
     CHANGES = "the changes of whole matrices that it trained on its text"

@@ -13,7 +13,8 @@ from fedgrove.client.hidden_states import Calibration
 from fedgrove.events import Phase
 from fedgrove.files import write_atomically
 from fedgrove.input_statistics.probe import SharedInput
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.linears import linears
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message, Reply, Tensors

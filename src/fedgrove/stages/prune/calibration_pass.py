@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fedgrove.input_statistics.shared_inputs import shared_inputs
 from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
-from fedgrove.models.blocks import Call, Decoder, linears
+from fedgrove.models.blocks import Call, Decoder
+from fedgrove.models.linears import linears
 
 TOKENS_AT_ONCE = 512  # in a float32 batch: larger batches take more memory and are hardly faster on a CPU
 

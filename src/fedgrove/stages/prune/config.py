@@ -86,7 +86,8 @@ class Config(StageConfig):
         mixed: use wanda for linears whose input is wider than the hidden states, so that clients upload a fraction of the
             bytes. Only aggregation "pooled" with a pruner that needs products.
         protect_first_block: prune block 0 by magnitude, so that no client sends sums of its inputs, which reveal much about the
-            client's word counts. Only aggregation "pooled".
+            client's word counts. A matrix that block 0 shares with later blocks is pruned by the sums of those alone. Only
+            aggregation "pooled".
         epsilon: ε of differential privacy for one window of text: adds noise to wanda's sums and needs secure aggregation. Only
             aggregation "pooled".
         delta: δ of the same guarantee.

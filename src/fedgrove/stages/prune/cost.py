@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from fedgrove.input_statistics.fixed_point import ring_bits
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.experts import expert_of
+from fedgrove.models.linears import linears
 from fedgrove.models.masks import Target
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities

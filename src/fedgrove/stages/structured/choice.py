@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.expert_cut import KeptExperts, routing_of
+from fedgrove.models.expert_cut import KeptExperts, highest_experts, routing_of
+from fedgrove.models.expert_sums import TOKENS
 from fedgrove.models.masks import lowest
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
@@ -29,7 +30,7 @@ from fedgrove.stages.base import calibration_seed
 from fedgrove.stages.structured.config import Config
 from fedgrove.stages.structured.cut import KINDS, Kept
 from fedgrove.stages.structured.exchanges.blocks import INFLUENCE, ScoreBlocks, check_influence
-from fedgrove.stages.structured.exchanges.experts import CODES, TOKENS, ScoreExperts, check_sums
+from fedgrove.stages.structured.exchanges.experts import CODES, ScoreExperts, check_sums
 from fedgrove.stages.structured.exchanges.scores import CODE, LARGEST, ScoreGroups, check_values
 from fedgrove.stages.structured.expert_scores import expert_score_of
 from fedgrove.stages.structured.plan import Plan
@@ -62,7 +63,7 @@ def choose(run: RunFolder, plan: Plan, config: Config, client: str | None = None
     blocks: tuple[int, ...] = tuple(range(plan.num_blocks))
     if config.depth:
         influence = _read_sums(run, plan, BLOCKS, client)[CHANGE + INFLUENCE]
-        blocks = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends)
+        blocks = kept_blocks(influence, plan.num_blocks, plan.blocks_left, config.protect_ends, plan.without_experts)
     if config.experts:
         return Choice(blocks, experts=_choose_experts(run, plan, config, client))
     if not config.narrows:
@@ -87,7 +88,7 @@ def _choose_experts(run: RunFolder, plan: Plan, config: Config, client: str | No
     score, cut = expert_score_of(config.expert_score), plan.experts
     sums = expert_sums_of(run, plan, client)
     scores = [score.finish({name: values[row] for name, values in sums.items()}) for row in range(len(cut.blocks))]
-    return {block: kept_experts(one, cut.after, cut.groups) for block, one in zip(cut.blocks, scores, strict=True)}
+    return {block: highest_experts(one, cut.after, cut.groups) for block, one in zip(cut.blocks, scores, strict=True)}
 
 
 def expert_sums_of(run: RunFolder, plan: Plan, client: str | None = None) -> dict[str, Tensor]:
@@ -113,38 +114,28 @@ def expert_records(run: RunFolder, plan: Plan, choice: Choice) -> list[dict[str,
     return records
 
 
-def kept_experts(scores: Tensor, number: int, groups: int) -> tuple[int, ...]:
-    """The indices of the experts that stay, ascending: those of the highest scores, as many of every group.
-
-    Args:
-        scores: (experts,); groups are consecutive experts.
-        number: how many stay in all groups together.
-        groups: the number of groups.
-    """
-    in_group = len(scores) // groups
-    kept = [kept_groups(group, number // groups) + in_group * index for index, group in enumerate(scores.view(groups, -1))]
-    return tuple(torch.cat(kept).tolist())
-
-
 def kept_groups(scores: Tensor, number: int) -> Tensor:
     """The indices of the groups that stay, ascending: all but the ``len(scores) − number`` of the lowest score."""
     gone = lowest([scores], len(scores) - number)
     return (~gone).nonzero().squeeze(1)
 
 
-def kept_blocks(influence: Tensor, num_blocks: int, number: int, protect_ends: bool) -> tuple[int, ...]:
+def kept_blocks(
+    influence: Tensor, num_blocks: int, number: int, protect_ends: bool, others: Collection[int] = ()
+) -> tuple[int, ...]:
     """The indices of the blocks that stay, ascending.
 
     Args:
         influence: of each block, (num_blocks,), or of each run of ``num_blocks − number`` blocks, by its first block.
         num_blocks: the number of blocks.
         number: how many of them stay.
-        protect_ends: whether the first and the last block stay.
+        protect_ends: whether the first and the last block stay; others: indices of further blocks that stay.
     """
     span = num_blocks - len(influence) + 1
-    ends = 1 if protect_ends else 0
-    inner = influence[ends : len(influence) - ends]
-    cut = lowest([inner], (num_blocks - number) // span).nonzero().squeeze(1) + ends
+    stay = {*others, *((0, num_blocks - 1) if protect_ends else ())}
+    free = [first for first in range(len(influence)) if stay.isdisjoint(range(first, first + span))]
+    at = torch.tensor(free)
+    cut = at[lowest([influence[at]], (num_blocks - number) // span)]
     gone = {block for first in cut.tolist() for block in range(first, first + span)}
     return tuple(block for block in range(num_blocks) if block not in gone)
 

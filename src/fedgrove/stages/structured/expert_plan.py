@@ -1,20 +1,23 @@
-"""The plan of a stage that cuts experts: how many stay in every block, and what it costs each client."""
+"""The plan of a stage that cuts experts, or blocks of a mixture of experts: how many stay, and what it costs each client."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import count_parameters
 from fedgrove.models.expert_cut import routing_of
+from fedgrove.models.expert_sums import blocks_with_experts
 from fedgrove.models.experts import expert_of
+from fedgrove.models.linears import linears
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages import base
 from fedgrove.stages.structured.config import Config
-from fedgrove.stages.structured.exchanges.experts import blocks_with_experts, disclosed_by
+from fedgrove.stages.structured.exchanges.blocks import ScoreBlocks
+from fedgrove.stages.structured.exchanges.experts import disclosed_by
 from fedgrove.stages.structured.expert_scores import expert_score_of
-from fedgrove.stages.structured.plan import Cost, ExpertCut, Plan, assign, less_than_one
+from fedgrove.stages.structured.plan import Cost, ExpertCut, Plan, assign, blocks_left, less_than_one, some_blocks
 
 
 def make_plan(
@@ -46,6 +49,47 @@ def make_plan(
         parameters=(count_parameters(decoder), count_parameters(smaller)),
         clients=assign(config, decoder, capabilities, Cost(memory, upload, 2 * work), "the forward pass of a block needs"),
         discloses=base.names_of(disclosed_by(config.expert_score)),
+        types=(kind, kind),
+    )
+
+
+def make_depth_plan(
+    index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], is_last: bool
+) -> Plan:
+    """Plans a stage that cuts whole blocks of a mixture of experts. Blocks that have no experts stay.
+
+    Args:
+        index: the stage's place in the job.
+        decoder: the model before the stage.
+        capabilities: the clients' capabilities, by name.
+        is_last: whether no stage follows.
+
+    Raises:
+        FedgroveError: the fraction is less than one block or more than may go, or a later stage could not be planned because
+            the shapes of the blocks that stay are not known before, or a client has too little memory; names key or client.
+    """
+    sparse = blocks_with_experts(decoder)
+    dense = tuple(block for block in range(len(decoder)) if block not in sparse)
+    if dense and dense[-1] > sparse[0] and not is_last:
+        raise FedgroveError(
+            f"stages.{index}.depth: block {dense[-1]} has no experts and comes after some that have, so which shape the blocks "
+            "have after the cut is not known before",
+            "make it the last stage, and tune in a second job",
+        )
+    left = blocks_left(index, config, len(decoder), dense)
+    smaller = Decoder(decoder.checkpoint.over(kept_blocks=some_blocks(len(decoder), left)))
+    memory, work = _cost(decoder, config.length)
+    kind = decoder.checkpoint.config.model_type
+    return Plan(
+        stage=index,
+        num_blocks=len(decoder),
+        blocks_left=left,
+        without_experts=dense,
+        parameters=(count_parameters(decoder), count_parameters(smaller)),
+        clients=assign(
+            config, decoder, capabilities, Cost(memory, 8 * len(decoder) + 1300, 2 * work), "the forward pass of a block needs"
+        ),
+        discloses=base.names_of(ScoreBlocks.DISCLOSES),
         types=(kind, kind),
     )
 

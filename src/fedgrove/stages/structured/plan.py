@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,10 @@ from fedgrove.errors import FedgroveError
 from fedgrove.input_statistics.exchange import disclosed_by
 from fedgrove.input_statistics.fixed_point import ring_bits
 from fedgrove.job.stage_config import Cut
-from fedgrove.models.blocks import Decoder, linears
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import count_parameters, measure_cost
 from fedgrove.models.expert_cut import KeptExperts
+from fedgrove.models.linears import linears
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import Width, width_of
 from fedgrove.quantities import mebibytes
@@ -86,9 +87,10 @@ class Plan(base.Plan):
     Attributes:
         num_blocks: number of blocks before the stage.
         blocks_left: number of blocks after it.
-        before, after: the widths of every block; None: of a mixture of experts, of which only experts are cut.
+        before, after: the widths of every block; None: of a mixture of experts, of which only experts or blocks are cut.
         queries: query heads in a group.
         experts: how many experts stay; None: all.
+        without_experts: the indexes of the blocks of a mixture of experts that have none, and therefore stay.
         first_uses: by kind of group, for every block the first block that has the same groups; see
             :func:`fedgrove.stages.structured.shared.first_uses`.
         parameters: number of parameters of the model, before and after.
@@ -103,6 +105,7 @@ class Plan(base.Plan):
     after: Width | None = None
     queries: int = 1
     experts: ExpertCut | None = None
+    without_experts: tuple[int, ...] = ()
     first_uses: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     parameters: tuple[int, int]
     types: tuple[str, str]
@@ -110,7 +113,8 @@ class Plan(base.Plan):
     def reshaped(self, model: Checkpoint) -> Checkpoint:
         if self.experts is not None:
             return model.over(kept_experts=self.experts.some_left())
-        assert self.after is not None
+        if self.after is None:
+            return model.over(kept_blocks=some_blocks(self.num_blocks, self.blocks_left))
         return _reshaped(model, self.num_blocks, self.blocks_left, self.after)
 
 
@@ -138,7 +142,7 @@ def make_plan(
             raise less_than_one(index, key, share, groups, what)
     check_shared(index, config, decoder)
     firsts = first_uses(decoder)
-    left = _blocks_left(index, config, len(decoder))
+    left = blocks_left(index, config, len(decoder))
     smaller = Decoder(_reshaped(decoder.checkpoint, len(decoder), left, after))
 
     readers = [part.consumer for part in cut_parts(decoder.checkpoint.config, after).values()] if config.repairs else []
@@ -270,20 +274,38 @@ def less_than_one(index: int, key: str, share: float, number: int, what: str) ->
     )
 
 
-def _blocks_left(index: int, config: Config, number: int) -> int:
-    """The number of blocks that stay."""
+def blocks_left(index: int, config: Config, number: int, without_experts: Collection[int] = ()) -> int:
+    """The number of blocks that stay.
+
+    Args:
+        number: of blocks before the stage.
+        without_experts: the indexes of blocks that stay because they have no experts.
+
+    Raises:
+        FedgroveError: the fraction is less than one block, or more than may go.
+    """
     gone = Cut.whole(config.depth, number)
     if config.depth and not gone:
         raise less_than_one(index, "depth", config.depth, number, "blocks")
-    most = number - 2 if config.protect_ends else number - 1
-    if gone > most:
-        stay = "the first and the last block stay (protect_ends)" if config.protect_ends else "one block has to stay"
-        remedy = f"give {most / number:.2g} or less" if most > 0 else "set it to 0"
-        raise FedgroveError(f"stages.{index}.depth: {config.depth:g} of {number} blocks are {gone}, but {stay}", remedy)
+    stay = {*without_experts, *((0, number - 1) if config.protect_ends else ())}
+    runs = "".join(" " if block in stay else "x" for block in range(number)).split()
+    most = max(map(len, runs), default=0) if config.contiguous else sum(map(len, runs))
+    if gone > min(most, number - 1):
+        says = "the first and the last block stay (protect_ends)" if config.protect_ends else "one block has to stay"
+        if without_experts:
+            says = (
+                f"those that have no experts stay{', and the first and the last (protect_ends)' if config.protect_ends else ''}"
+            )
+        remedy = f"give {min(most, number - 1) / number:.2g} or less" if most > 0 else "set it to 0"
+        raise FedgroveError(f"stages.{index}.depth: {config.depth:g} of {number} blocks are {gone}, but {says}", remedy)
     return number - gone
 
 
 def _reshaped(model: Checkpoint, number: int, left: int, width: Width) -> Checkpoint:
     """The model in its new shapes. Which blocks stay is not known yet, and they are all of the same shape."""
-    kept = None if left == number else (*range(left - 1), number - 1)
-    return model.over(width=width, kept_blocks=kept)
+    return model.over(width=width, kept_blocks=None if left == number else some_blocks(number, left))
+
+
+def some_blocks(number: int, left: int) -> tuple[int, ...]:
+    """The indexes of as many blocks as stay, while it is not known which."""
+    return (*range(left - 1), number - 1)

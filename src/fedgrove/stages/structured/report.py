@@ -122,6 +122,8 @@ def removed(plan: Mapping[str, Any]) -> str:
     if number is not None:
         return f"{number[0] - number[1]:,} of {number[0]:,} experts out of every block that has any"
     before, after = plan["before"], plan["after"]
+    if before is None:  # of a mixture of experts, blocks
+        return _blocks(plan)
     parts = []
     for what, each in (("channels", 1), ("heads", plan["queries"])):
         if before[what] > after[what]:
@@ -201,5 +203,7 @@ def _sizes(result: Mapping[str, Any]) -> Table:
     rows += [["weights of the model", *result["parameters"]], ["bytes of the model", *result["bytes"]]]
     whole = "{:,}".format
     columns = [Column(""), Column("before", whole), Column("after", whole), Column("left", "{:.3f}".format)]
-    title = "All blocks have the same widths" if result["before"] is not None else "All blocks have as many experts"
+    title = "All blocks have the same widths"
+    if result["before"] is None:
+        title = "All blocks have as many experts" if _num_experts(result) is not None else "Blocks are as wide as before"
     return Table("width", title, columns, [[*row, ratio(row[2], row[1])] for row in rows])

@@ -14,6 +14,8 @@ from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.compute import dtype_of
+from fedgrove.models.cost import count_parameters
+from fedgrove.models.expert_sums import blocks_with_experts
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.capabilities import Capabilities
@@ -39,6 +41,8 @@ from fedgrove.stages.structured.plan import Plan, make_plan
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.structured.plan.make_plan`, and that of ``expert_plan`` for experts."""
+    if not config.experts and not config.narrows and blocks_with_experts(decoder):
+        return expert_plan.make_depth_plan(index, config, decoder, capabilities, index == len(job.stages) - 1)
     make = expert_plan.make_plan if config.experts else make_plan
     return make(index, config, decoder, capabilities, job.privacy.secure_aggregation)
 
@@ -86,7 +90,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
             "after": None if plan.after is None else asdict(plan.after),
             "num_experts": None if plan.experts is None else [plan.experts.before, plan.experts.after],
             "queries": plan.queries,
-            "parameters": list(plan.parameters),
+            "parameters": [plan.parameters[0], count_parameters(Decoder(result))],
             "bytes": [model.num_bytes(), result.num_bytes()],
             "types": list(plan.types),
             "blocks": records,

@@ -23,6 +23,7 @@ from fedgrove.job.units import (
     Length,
     NonNegative,
     Positive,
+    Sparsity,
     method_of,
 )
 from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of, seed_aggregation_of
@@ -96,6 +97,12 @@ class Config(StageConfig):
             by half of them, and reports losses on the other half.
         personal_pull: Ditto's λ: each client also trains an adapter of its own, for as many steps again, which is pulled
             towards the shared one. 0: its own adapter is the one that it sends, before the server combines them.
+        hold_experts: of a mixture of experts, what a client does whose memory is too small for all: "fit", it holds as many of
+            every block as fit, those that matter most to its text; "all", it is left out. The plan shows how many.
+        expert_value: by what an expert matters to a text: "outputs", how much it adds to the hidden states of its tokens;
+            "tokens", how many tokens reach it.
+        personal_experts: the fraction of every block's experts, rounded up, that each client keeps in a smaller model of its
+            own, which it writes on its own disk after the last round: those that matter most to its text. 0: none.
         eval_every: measure the held-out perplexity after every so many rounds; 0: only after the last.
     """
 
@@ -136,6 +143,9 @@ class Config(StageConfig):
     perturbation: Positive | Literal["auto"] = "auto"
     personal: HeldOut = 0.0
     personal_pull: NonNegative = 0.0
+    hold_experts: Literal["fit", "all"] = "fit"
+    expert_value: Literal["outputs", "tokens"] = "outputs"
+    personal_experts: Sparsity = 0.0
     eval_every: CountOrZero = 0
 
     @model_validator(mode="before")
@@ -339,6 +349,6 @@ class Config(StageConfig):
         changes = {
             "planner": "uniform", "trainer": what.TRAINERS[0], "aggregation": what.AGGREGATION, "sampling": "even",
             "server_optimizer": "average", "server_lr": None, "precision": what.DEFAULTS.get("precision", "float32"),
-            "epsilon": None, "personal": 0.0, "personal_pull": 0.0, "proximal": 0.0, "eval_every": 0,
+            "epsilon": None, "personal": 0.0, "personal_pull": 0.0, "proximal": 0.0, "eval_every": 0, "personal_experts": 0.0,
         }  # fmt: skip
         return self.model_copy(update=changes | more)

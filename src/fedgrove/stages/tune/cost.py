@@ -113,9 +113,9 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     return total
 
 
-def _inputs(cost: ModelCost) -> int:
+def _inputs(cost: ModelCost) -> float:
     """The numbers of a token that linears read in a forward pass."""
-    return sum(cost.uses(name) * columns for name, (_, columns) in cost.linears.items())
+    return sum((cost.uses(name) * columns for name, (_, columns) in cost.linears.items()), 0.0)
 
 
 def _saved_bytes(cost: ModelCost, bits: int, columns: Any, rank: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.tensor_files import save_tensors
@@ -19,7 +20,8 @@ from fedgrove.stages.tune.aggregation import ChangeAggregation
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.exchanges.train import Trained
 from fedgrove.stages.tune.parametrizations import Trainable
-from fedgrove.stages.tune.received import parts_of
+from fedgrove.stages.tune.received import by_linear
+from fedgrove.stages.tune.routed import TOKENS, ExpertRules, fractions
 
 FEW = 3  # clients: of fewer, no median says what is usual
 
@@ -49,6 +51,7 @@ class FloatRound:
         ranks: by linear, the ranks of this round's clients.
         assigned: by client and linear, the rank.
         seed: of the stage, from which a shared A is generated.
+        experts: how experts are weighed; None: the model has none, or there is noise.
         folder: for the changes that wait; it is removed.
     """
 
@@ -63,12 +66,15 @@ class FloatRound:
         seed: str,
         bounds: Bounds,
         folder: Path,
+        experts: ExpertRules | None = None,
     ):
         self._method, self._aggregation, self._states, self._assigned, self._seed = method, aggregation, states, assigned, seed
         self._shapes, self._bounds, self._folder = shapes, bounds, folder
         self.sums = {name: aggregation.sums(states[name], ranks[name]) for name in states}
         self.losses: dict[str, float] = {}
         self._loss = WeightedSum()
+        self._experts, self._reached = experts, dict[str, Tensor]()  # by client, the fractions of the round's tokens
+        self.unchanged: frozenset[str] = frozenset()
         self._weights: dict[str, float] = {}
         self._norms: dict[str, float] = {}
 
@@ -90,6 +96,8 @@ class FloatRound:
             self._loss.add(torch.tensor(reply.loss, dtype=torch.float64), weight)
             self.losses[client] = reply.loss
         self._weights[client] = weight
+        if self._experts is not None:
+            self._reached[client] = fractions(tensors.pop(CHANGE + TOKENS), self._experts.per_token)
         self._norms[client] = self._norm(client, tensors, 1.0)
         save_tensors(tensors, self._folder / f"{client}.safetensors")
         tensors.clear()
@@ -97,9 +105,15 @@ class FloatRound:
     def finish(self) -> list[str]:
         """Adds all changes to the sums; returns the clients whose change was scaled down.
 
+        Afterwards ``unchanged`` holds the linears of experts that too few clients trained.
+
         Raises:
             FedgroveError: a client's change is not finite.
         """
+        if self._experts is not None:
+            number = torch.stack([reached > 0 for reached in self._reached.values()]).sum(0)
+            few = number < self._experts.min_group
+            self.unchanged = frozenset(name for name, place in self._experts.places.items() if few[place])
         norms = sorted(self._norms.values())
         limit = self._bounds.max_change * norms[(len(norms) - 1) // 2] if len(norms) >= FEW else math.inf
         scaled = []
@@ -110,9 +124,19 @@ class FloatRound:
             scale = self._scale(client, tensors, limit)
             if scale < 1:
                 scaled.append(client)
+            parts = by_linear(tensors, CHANGE.rstrip("/"))
             for name in self._assigned[client]:
-                self._aggregation.add(self.sums[name], self._change(client, name, tensors, scale), weight)
+                part = self._part(client, name)
+                if part:
+                    self._aggregation.add(self.sums[name], self._change(client, name, parts[name], scale), weight * part)
         return scaled
+
+    def _part(self, client: str, name: str) -> float:
+        """The part of the client's text that trained a linear: 1, or for an expert the tokens that reached it."""
+        place = None if self._experts is None else self._experts.places.get(name)
+        if place is None:
+            return 1.0
+        return 0.0 if name in self.unchanged else float(self._reached[client][place])
 
     def add_total(self, total: Tensors, replies: Mapping[str, Reply]) -> None:
         """Not possible: see :meth:`masked`."""
@@ -134,9 +158,9 @@ class FloatRound:
 
     def _norm(self, client: str, tensors: Tensors, scale: float) -> float:
         """The L2 norm, over all linears, of the change that the client made in this round."""
-        squares = 0.0
+        squares, parts = 0.0, by_linear(tensors, CHANGE.rstrip("/"))
         for name, rank in self._assigned[client].items():
-            change = self._change(client, name, tensors, scale)
+            change = self._change(client, name, parts[name], scale)
             if not self._method.RELATIVE:
                 change = change.plus(self._own(name, rank).scaled(-1.0))
             squares += change.norm() ** 2
@@ -145,11 +169,11 @@ class FloatRound:
             raise FedgroveError("its change is not finite", "lower learning_rate, or leave it out", client=client)
         return norm
 
-    def _change(self, client: str, name: str, tensors: Tensors, scale: float) -> Any:
+    def _change(self, client: str, name: str, parts: Tensors, scale: float) -> Any:
         """What a client sent of a linear, its difference from the start scaled."""
         rank = self._assigned[client][name]
         own = self._aggregation.begin(self._states[name], rank).own
-        change = self._method.received(parts_of(tensors, CHANGE.rstrip("/"), name), own, rank, name, self._seed)
+        change = self._method.received(parts, own, rank, name, self._seed)
         if scale == 1:
             return change
         if self._method.RELATIVE:

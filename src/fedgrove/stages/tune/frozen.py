@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Decoder, as_matrix, linears
+from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.linears import linears
 
 _kept: WeakKeyDictionary[Decoder, tuple[Hashable, nn.Module]] = WeakKeyDictionary()
 
@@ -46,7 +47,7 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
         FedgroveError: 8 or 4 bits, but bitsandbytes is not installed.
     """
     _kept.clear()  # there is memory for one model
-    decoder = Decoder(decoder.checkpoint, decoder.device, decoder.dtype)
+    decoder = decoder.again()
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
         raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or remove it from bits")

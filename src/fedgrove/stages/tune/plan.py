@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -18,12 +18,22 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
-from fedgrove.stages.tune import cost as costs
+from fedgrove.stages.tune import cost as modeled
 from fedgrove.stages.tune import fixed_point
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
+from fedgrove.stages.tune.exchanges.experts import ChooseExperts
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.holding import (
+    NOTHING_CHOSEN,
+    Chosen,
+    check_group,
+    check_mixture,
+    choosing_bytes,
+    costs_of,
+    numbers_held,
+)
 from fedgrove.stages.tune.importance import RANK
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Problem, planner_of
@@ -43,6 +53,7 @@ class Assignment(base.Assignment):
         compute: seconds of computation in a round; ``seconds`` also contains download and upload.
         devices: number of devices that share the windows of a step.
         forwards: forward passes of one window in a round, if there is no backward pass; else 0.
+        experts: of every block that has any, how many experts the client holds; None: the model has none.
     """
 
     bits: int
@@ -54,6 +65,7 @@ class Assignment(base.Assignment):
     compute: float
     devices: int = 1
     forwards: int = 0
+    experts: int | None = None
 
 
 class Plan(base.Plan):
@@ -69,6 +81,8 @@ class Plan(base.Plan):
         importance: of each linear; adds up to 1.
         capabilities: by client; the assignments follow from them.
         noise: by client, the noise multiplier of DP-SGD, in units of the clipping norm; empty without DP-SGD.
+        experts: of every block that has any, how many experts the model has; None: it has none.
+        min_group: an expert changes in a round if so many clients trained it.
     """
 
     kind: Literal["tune"] = "tune"
@@ -83,6 +97,8 @@ class Plan(base.Plan):
     importance: dict[str, float]
     capabilities: dict[str, Capabilities]
     noise: dict[str, float]
+    experts: int | None = None
+    min_group: int = 1
 
     def widest(self) -> dict[str, int]:
         """By linear, the largest rank of any client; only linears that are tuned."""
@@ -112,6 +128,8 @@ def make_plan(
     together: Callable[[int], int] = lambda clients: 1,
     secure: bool = False,
     alone: bool = False,
+    min_group: int = 1,
+    chosen: Chosen = NOTHING_CHOSEN,
 ) -> Plan:
     """Makes the plan of a stage: the stage's planner chooses each client's configuration.
 
@@ -125,10 +143,13 @@ def make_plan(
             reveals a single client, even if some drop out; only used if ``secure``.
         secure: sums are taken under secure aggregation.
         alone: whether the model that each client would have without the others is measured too.
+        min_group: the smallest number of clients that may change an expert.
+        chosen: which experts the clients hold; before they have chosen, nothing.
 
     Raises:
         FedgroveError: no client can take part (names one client and what it lacks), a rank is larger than a linear
-            allows, too few clients train the same linear for secure aggregation, or ``epsilon`` needs too much noise.
+            allows, something cannot be done with experts, too few clients train the same linear for secure aggregation, or
+            ``epsilon`` needs too much noise.
     """
     method, planner = parametrization_of(config.parametrization), planner_of(config.planner)
     for name, shape in cost.linears.items():
@@ -137,15 +158,24 @@ def make_plan(
                 f"stages.{index}.ranks: {config.ranks[-1]} is too large for {name} ({shape[0]}×{shape[1]})",
                 f"give {min(min(shape) for shape in cost.linears.values())} at most",
             )
+    check_mixture(index, config, planner, cost)
     number = wire.estimate(1000, 0.0, getattr(torch, config.dtype)) / 1000
     passes = 2 if config.personal_pull else 1  # a client that also trains a change of its own has half the speed
     budgets = {name: _budget(client, passes) for name, client in sorted(capabilities.items())}
     bits = {name: client.bits for name, client in capabilities.items()}
-    choice = planner.choose(config, Problem(cost, budgets, bits, importance, number))
+    problem = Problem(dict.fromkeys(budgets, cost), budgets, bits, importance, number)
+    held = numbers_held(config, planner, cost, problem)
+    costs = costs_of(cost, held, chosen) if held else problem.costs
+    choice = planner.choose(config, replace(problem, costs=costs))
     configs = choice.configs
     if not configs:
         name, why = min(choice.left_out.items())
         raise FedgroveError(f"{why} (and no other client can take part either)", client=name)
+    check_group(config, cost, len(configs), min_group, choice.left_out)
+    if secure and held:  # who holds which experts is not known, so all get the ranks of all linears
+        configs = {name: replace(one, ranks=_of_all(one.ranks, cost)) for name, one in configs.items()}
+    if chosen.few:
+        configs = {name: replace(one, ranks=_without(one.ranks, chosen.few)) for name, one in configs.items()}
     if method.BY_WINDOWS:
         configs = _dealt(config, configs, {name: client.tokens.get(config.length, 0) for name, client in capabilities.items()})
     if secure:
@@ -155,10 +185,10 @@ def make_plan(
     space = SearchSpace(
         config.bits, config.batches, config.ranks, config.steps, rank if planner.NEEDS_IMPORTANCE else 0, number
     )
-    assignments = _assignments(config, method, cost, space, budgets, capabilities, configs, kept)
+    assignments = _assignments(config, method, cost, costs, space, budgets, capabilities, configs, kept)
     measured = 0.0
     if planner.NEEDS_IMPORTANCE:
-        measured = len(config.planning_rounds) * max(importance_seconds(assignments, config, cost, capabilities).values())
+        measured = len(config.planning_rounds) * max(importance_seconds(assignments, config, costs, capabilities).values())
     return Plan(
         stage=index,
         planner=config.planner,
@@ -168,20 +198,23 @@ def make_plan(
         rank=rank,
         deadline=choice.deadline,
         total=round(config.rounds * max(one.seconds for one in assignments.values()) + measured, 3),
-        clients=assignments,
+        clients={name: one.model_copy(update={"experts": held.get(name)}) for name, one in assignments.items()},
         left_out=choice.left_out,
         importance=dict(importance),
         capabilities=dict(sorted(capabilities.items())),
         noise=_noise(config, assignments),
-        discloses=base.names_of(_discloses(config, method, secure, alone)),
+        discloses=base.names_of(_discloses(config, method, secure, alone, cost, held)),
         notes=tuple(_notes(config, assignments, secure)),
+        experts=None if cost.experts is None else cost.experts.routing.experts,
+        min_group=min(min_group, len(assignments)),
     )
 
 
 def _assignments(
     config: Config,
     method: Parametrization,
-    cost: ModelCost,
+    whole: ModelCost,
+    costs: Mapping[str, ModelCost],
     space: SearchSpace,
     budgets: Mapping[str, Budget],
     capabilities: Mapping[str, Capabilities],
@@ -191,24 +224,28 @@ def _assignments(
     """The assignments: each client's configuration and its cost.
 
     Args:
+        whole: cost of the model; costs: by client, of the model as it holds it.
         kept: by linear, the largest rank of any client, which determines the download.
     """
-    down = space.number * method.numbers(cost, kept, config, sent=False)
     assignments = {}
     for name, chosen in configs.items():
-        client = capabilities[name]
-        up = space.number * method.numbers(cost, chosen.ranks, config, sent=True)
+        client, cost = capabilities[name], costs[name]
+        walks = bool(config.personal_experts)  # to choose, text passes through the whole model, block by block
+        held = replace(chosen, ranks={linear: rank for linear, rank in chosen.ranks.items() if linear in cost.linears})
+        received = {linear: rank for linear, rank in kept.items() if rank and linear in cost.linears}
+        down = space.number * method.numbers(cost, received, config, sent=False)
+        up = space.number * method.numbers(cost, held.ranks, config, sent=True)
         if config.precision == "fixed":
-            up = 4 * method.numbers(cost, kept, config, sent=True)
-        compute = method.compute_seconds(cost, space, budgets[name], chosen)
+            up = 4 * method.numbers(whole, kept, config, sent=True)
+        compute = method.compute_seconds(cost, space, budgets[name], held)
         sending = (8 * up / client.uplink if client.uplink else 0.0) + (8 * down / client.downlink if client.downlink else 0.0)
         assignments[name] = Assignment(
             bits=chosen.bits,
             batch=chosen.batch,
             micro=chosen.micro,
-            ranks={linear: chosen.ranks[linear] for linear in cost.linears if linear in chosen.ranks},
+            ranks={linear: chosen.ranks[linear] for linear in whole.linears if linear in chosen.ranks},
             tokens=client.tokens.get(config.length, 0),
-            memory=math.ceil(method.memory(cost, space, chosen)),
+            memory=max(math.ceil(method.memory(cost, space, held)), choosing_bytes(whole) if walks or cost is not whole else 0),
             upload=math.ceil(up),
             download=math.ceil(down),
             compute=round(compute, 6),
@@ -233,11 +270,17 @@ def _dealt(config: Config, choices: Mapping[str, ClientConfig], tokens: Mapping[
     }
 
 
-def _discloses(config: Config, method: Parametrization, secure: bool, alone: bool) -> frozenset[Disclosure]:
+def _discloses(
+    config: Config, method: Parametrization, secure: bool, alone: bool, cost: ModelCost, held: Mapping[str, int]
+) -> frozenset[Disclosure]:
     """What a client's responses reveal about its text in the whole stage."""
     disclosed = frozenset({method.DISCLOSES})
     if config.epsilon is None and (method.SUMS_LOSS or not secure):
         disclosed |= {Disclosure.LOSS}
+    if cost.experts is not None and config.epsilon is None and method.FORM != "coefficients":
+        disclosed |= {Disclosure.EXPERT_TOKENS}
+        if secure or any(number < cost.experts.routing.experts for number in held.values()):
+            disclosed |= ChooseExperts.DISCLOSES
     if config.measures_settings:
         disclosed |= {Disclosure.CURVATURE}
     if planner_of(config.planner).NEEDS_IMPORTANCE:
@@ -316,24 +359,35 @@ def _check_noise(config: Config, sigma: float) -> None:
 def worth(plan: Plan, config: Config, importance: Mapping[str, float]) -> float:
     """Σ importance·gain(rank) over clients and linears; for gain see :func:`fedgrove.stages.tune.cost.gain`."""
     return sum(
-        importance[name] * costs.gain(rank, config.ranks[-1])
+        importance[name] * modeled.gain(rank, config.ranks[-1])
         for assignment in plan.clients.values()
         for name, rank in assignment.ranks.items()
     )
 
 
 def importance_seconds(
-    assignments: Mapping[str, Assignment], config: Config, cost: ModelCost, capabilities: Mapping[str, Capabilities]
+    assignments: Mapping[str, Assignment],
+    config: Config,
+    costs: Mapping[str, ModelCost],
+    capabilities: Mapping[str, Capabilities],
 ) -> dict[str, float]:
     """Seconds of computation that each client needs to score the linears."""
     space = SearchSpace(config.bits, config.batches, config.ranks, config.importance_steps)
-    ranks = dict.fromkeys(cost.linears, RANK)
-    return {
-        name: costs.compute_seconds(
-            cost, space, Budget(speed=SPEED * capabilities[name].speed), ClientConfig(32, one.micro, 1, ranks)
-        )
-        for name, one in assignments.items()
-    }
+    seconds = {}
+    for name, one in assignments.items():
+        scored = ClientConfig(32, one.micro, 1, dict.fromkeys(costs[name].linears, RANK))
+        budget = Budget(speed=SPEED * capabilities[name].speed)
+        seconds[name] = modeled.compute_seconds(costs[name], space, budget, scored)
+    return seconds
+
+
+def _of_all(ranks: Mapping[str, int], cost: ModelCost) -> dict[str, int]:
+    """The same rank for all linears; only planners whose ranks are all the same come here."""
+    return dict.fromkeys(cost.linears, max(ranks.values()))
+
+
+def _without(ranks: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
+    return {name: rank for name, rank in ranks.items() if name not in names}
 
 
 def _budget(client: Capabilities, passes: int) -> Budget:

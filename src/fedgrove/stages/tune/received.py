@@ -23,10 +23,14 @@ from fedgrove.stages.tune.parametrizations import Trainable
 _norms: WeakKeyDictionary[Decoder, dict[str, float]] = WeakKeyDictionary()
 
 
-def parts_of(tensors: Tensors, kind: str, name: str) -> Tensors:
-    """The parts of one linear's change of a kind."""
-    start = f"{kind}/{name}/"
-    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+def by_linear(tensors: Tensors, kind: str) -> dict[str, Tensors]:
+    """The parts of the changes of a kind, for each linear that has any."""
+    found: dict[str, Tensors] = {}
+    for key, value in tensors.items():
+        name, _, part = key.partition("/")[2].rpartition("/")
+        if key.startswith(f"{kind}/"):
+            found.setdefault(name, {})[part] = value
+    return found
 
 
 def check_linears(named: Collection[str], known: Collection[str], client: LocalClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ TRAINED = {  # by disclosure
 }
 MOST_ROWS = 20  # of the chart of loss against bytes
 IMPORTANCE = "importance/"
+_EXPERT = re.compile(r"experts\.\d+\.")
 ADAPTER = Words("adapter", "an adapter", "own best", "After the same steps alone")
 
 
@@ -115,14 +117,21 @@ def _sent(num_bytes: int) -> str:
 
 
 def _ranks(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
-    """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"."""
+    """{a: 8, b: 8, c: 2} of 4 linears -> "8 in 2, 2 in 1, none in 1"; of a mixture also "4 of 8 experts"."""
     linears, values = len(plan["importance"]), list(assignment["ranks"].values())
     if assignment.get("forwards"):
         return f"{assignment['forwards']:,} forwards in {len(values)}"
+    experts = [] if plan.get("experts") is None else [_held(plan, assignment)]
     if not ranked(plan):
-        return f"{trained(plan)} in {len(values)}"
+        return ", ".join([f"{trained(plan)} in {len(values)}", *experts])
     parts = [f"{rank} in {values.count(rank)}" for rank in sorted(set(values), reverse=True)]
-    return ", ".join(parts + ([f"none in {linears - len(values)}"] if len(values) < linears else []))
+    none = [f"none in {linears - len(values)}"] if len(values) < linears else []
+    return ", ".join([*parts, *none, *experts])
+
+
+def _held(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
+    """How many experts of every block a client holds: "4 of 8 experts"."""
+    return f"{assignment['experts']} of {plan['experts']} experts"
 
 
 class Tuning:
@@ -191,9 +200,10 @@ class Tuning:
 
     def _given(self) -> Table:
         """Every client's assignment, the memory, upload and time planned for it, and its losses."""
+        mixture = [] if self._plan.get("experts") is None else [Column("holds")]
         columns = [
             Column("client"), Column("bits", "{:g}".format), Column("batch", "{:g}".format), Column("at once", "{:g}".format),
-            Column("matrices", "{:g}".format), Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
+            Column("matrices", "{:g}".format), *mixture, Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
             Column("upload a round", size), Column("time a round", "{:,.2f} s".format),
             Column("loss, first round", "{:.3f}".format), Column("loss, last round", "{:.3f}".format),
         ]  # fmt: skip
@@ -206,27 +216,31 @@ class Tuning:
             known = [loss for loss in losses if loss is not None]
             given = [*(assignment[key] for key in ("bits", "batch", "micro")), len(ranks), rank]
             planned = [assignment[key] for key in ("memory", "upload", "seconds")]
+            given[4:4] = [_held(self._plan, assignment) for _ in mixture]
             rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
         return Table(f"stage-{self.stage.number}-given", "What each client was given", columns, rows)
 
     def _importance_map(self) -> Chart:
         """Importance of each linear (rows) in each block (columns)."""
         importance: dict[str, float] = self._plan["importance"]
-        places = {name: _place(name) for name in importance}
-        blocks = sorted({block for block, _ in places.values()})
-        highest = max(importance.values()) or 1.0
+        cells_of: dict[str, dict[int, list[str]]] = {}  # by kind of matrix and block; of experts, all of a block together
+        for name in importance:
+            block, linear = _place(name)
+            cells_of.setdefault(_EXPERT.sub("experts.", linear), {}).setdefault(block, []).append(name)
+        sums = {row: {b: sum(importance[name] for name in of) for b, of in by.items()} for row, by in cells_of.items()}
+        blocks = sorted({block for by in cells_of.values() for block in by})
+        highest = max(value for by in sums.values() for value in by.values()) or 1.0
         rows = []
-        for linear in dict.fromkeys(linear for _, linear in places.values()):
-            of = {places[name][0]: name for name in importance if places[name][1] == linear}
+        for row, by_block in cells_of.items():
             cells = {
                 column: (
-                    0.05 + 0.95 * importance[of[block]] / highest,
-                    f"block {block}, {linear}: {importance[of[block]]:.2%}, {self._ranks_say(of[block])}",
+                    0.05 + 0.95 * sums[row][block] / highest,
+                    f"block {block}, {row}: {sums[row][block]:.2%}, {self._ranks_say(by_block[block])}",
                 )
                 for column, block in enumerate(blocks)
-                if block in of
+                if block in by_block
             }
-            rows.append(Row(linear, charts.cells(len(blocks), cells), f"{sum(importance[name] for name in of.values()):.1%}"))
+            rows.append(Row(row, charts.cells(len(blocks), cells), f"{sum(sums[row].values()):.1%}"))
         alt = "Importance by kind of matrix, over all blocks: " + ", ".join(f"{row.label} {row.value}" for row in rows) + "."
         return Chart("heat", alt, rows, charts.column_labels([str(block) for block in blocks]))
 
@@ -287,8 +301,8 @@ class Tuning:
     def _ranks_of(self, linear: str) -> list[int]:
         return [self._assignments[client]["ranks"].get(linear, 0) for client in self.stage.clients]
 
-    def _ranks_say(self, linear: str) -> str:
-        ranks = self._ranks_of(linear)
+    def _ranks_say(self, linears: list[str]) -> str:
+        ranks = [rank for linear in linears for rank in self._ranks_of(linear)]
         if not any(ranks):
             return "not tuned"
         return f"rank {min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"rank {max(ranks)}"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.alone import losses_of, number_of, tensors_of
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
@@ -37,7 +36,17 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
     cost = measure_cost(decoder, config.length, zeros)
     secure = job.privacy.secure_aggregation
     alone = job.evaluate.measures_alone and index == 0
-    return make_plan(index, config, cost, capabilities, even(cost), together=job.together, secure=secure, alone=alone)
+    return make_plan(
+        index,
+        config,
+        cost,
+        capabilities,
+        even(cost),
+        together=job.together,
+        secure=secure,
+        alone=alone,
+        min_group=job.privacy.min_group,
+    )
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
@@ -64,6 +73,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         stage.evaluate(done[-1])
     if len(done) < config.rounds:
         stage.send_base()
+        stage.hold_experts()
         for round_ in range(len(done), config.rounds):
             state.metrics.clear()
             stage.prepare(round_, again=round_ in config.planning_rounds)
@@ -109,11 +119,8 @@ def alone(
 
 
 def typical_memory(decoder: Decoder, length: int) -> dict[str, float]:
-    """Bytes for LoRA of rank ``TYPICAL_RANK`` on a pruned model, one window at once; empty if it cannot be tuned."""
-    try:
-        cost = measure_cost(decoder, length, masked=True)
-    except FedgroveError:  # a mixture of experts cannot be tuned
-        return {}
+    """Bytes for LoRA of rank ``TYPICAL_RANK`` on a pruned model, one window at once."""
+    cost = measure_cost(decoder, length, masked=True)
     space = SearchSpace((32, 16, 8, 4), (1,), (TYPICAL_RANK,), 1)
     rank = min(TYPICAL_RANK, *(min(shape) for shape in cost.linears.values()))
     ranks = dict.fromkeys(cost.linears, rank)

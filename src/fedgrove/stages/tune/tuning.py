@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from fedgrove.events import Phase
 from fedgrove.job.stage_config import cut_by
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import ModelCost, measure_cost
+from fedgrove.models.experts import slices
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.clock import Clock, Pace
@@ -84,6 +85,9 @@ class Tuning:
         """Writes the changes as an adapter, besides the merged model; None if there is none to write."""
         return None
 
+    def hold_experts(self) -> None:
+        """Lets clients whose memory is too small for all experts choose those that they hold."""
+
     def alone_request(self, client: str, texts: Mapping[str, int]) -> EvaluateAlone:
         """The request to one client to train without the others; only for parametrizations that are ``ALONE``.
 
@@ -108,19 +112,33 @@ class Tuning:
         for block in range(len(self.decoder)):
             weights = self.decoder.block_names(block).values()
             biases = {name.removesuffix("weight") + "bias" for name in weights}
-            names = [name for name in changed if (name in weights or name in biases) and name not in sent]
+            names = [name for name in changed if name not in sent and (name in biases or self._is_of(name, weights))]
             if not names:
                 continue
             sent.update(names)
             title, blocks = "sending the model", len(self.decoder)
             self.run.phase(Phase("send", title=title, stage=self.plan.stage, block=block, blocks=blocks))
-            request = KeepWeights(stage=self.plan.stage, part=len(self.base), cut=cut, kept_blocks=self.model.kept_blocks)
+            request = KeepWeights(
+                stage=self.plan.stage,
+                part=len(self.base),
+                cut=cut,
+                kept_blocks=self.model.kept_blocks,
+                kept_experts=self._kept_experts(),
+            )
             message = Message(request, {name: self.model.read(name) for name in names})
             for _ in self.federation.collect(dict.fromkeys(self.plan.clients, message), clock=clock):
                 pass
             self.base.append(request.sum_digest(dict(message.tensors)))
         if not self.state.states:
             self.state.clock += clock.slowest(clock.spent)
+
+    def _is_of(self, name: str, weights: Collection[str]) -> bool:
+        """Whether a tensor of the checkpoint is one of these weights, or holds some of them: fused experts."""
+        return name in weights or bool(slices(name, self.model.spec(name)[0]).keys() & set(weights))
+
+    def _kept_experts(self) -> tuple[tuple[int, tuple[int, ...]], ...] | None:
+        kept = self.model.kept_experts
+        return None if kept is None else tuple(sorted(kept.items()))
 
     def cost(self) -> ModelCost:
         """The sizes that determine the cost of training."""
@@ -134,11 +152,18 @@ class Tuning:
             "base_digest": digest_of_base(self.base),
             "cut": cut_by(self.federation.job.stages[: self.plan.stage]),
             "kept_blocks": self.decoder.checkpoint.kept_blocks,
+            "kept_experts": self._kept_experts(),
+            "held": self._held(client),
             "bits": self.plan.clients[client].bits,
             "length": self.config.length,
             "seed": self.seed,
             "personal": self.config.personal,
         }
+
+    def _held(self, client: str) -> int | None:
+        """How many experts of every block a client has in memory; None: all."""
+        number = self.plan.clients[client].experts
+        return None if number == self.plan.experts else number
 
     def _clock(self, compute: Mapping[str, float]) -> Clock:
         """The clock of one exchange with the plan's clients, by their capabilities."""

@@ -15,7 +15,9 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
     """Zeroes the weights with the lowest score |W_ij|·‖x_j‖₂ in each row; the others keep their value.
 
     From the paper: the score and the comparison within rows. Ours: the number of pruned weights differs by at most one between
-    rows, so that the matrix meets its target exactly; the published code rounds down in every row.
+    rows, so that the matrix meets its target exactly; the published code rounds down in every row. Of a weight that has zeros
+    already, as in a second round, these are pruned first, also where a row has more of them than others: else the matrix
+    would get more zeros in every round.
 
     Args:
         weight: (out, in) float32; overwritten.
@@ -31,6 +33,7 @@ def prune(weight: Tensor, inputs: InputStatistics, target: Target) -> tuple[Tens
     norms = inputs.squares.sqrt().to(weight.dtype)
     if not torch.isfinite(norms).all():
         raise ValueError("the statistics of the inputs are not finite")
-    score = weight.abs() * norms
-    mask = keep_highest([score], target)
+    zeros = weight == 0
+    score = (weight.abs() * norms).masked_fill_(zeros, -1.0)  # below weights of silent inputs
+    mask = keep_highest([score], target, zeros)
     return weight.masked_fill_(~mask, 0.0), mask

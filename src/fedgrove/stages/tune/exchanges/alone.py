@@ -17,6 +17,7 @@ from fedgrove.evaluation.held_out import mean_of
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import NonNegative
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.held import shapes_of_all
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.stages.tune.client_model import alone_folder
 from fedgrove.stages.tune.config import Config
@@ -58,9 +59,9 @@ class EvaluateAlone(MeasureAlone):
         train, method = self.train, self.train.method
         decoder, ids, labels = train.model_and_windows(client, device)
         windows, held_out = hold_out(ids, labels, train.personal)
+        check_linears({*train.ranks, *train.masked}, shapes_of_all(decoder), client)
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        check_linears({*train.ranks, *train.masked}, shapes, client)
-        masks = {name: decoder.read_matrix(name) != 0 for name in train.masked}
+        masks = {name: decoder.read_matrix(name) != 0 for name in train.masked if name in shapes}
         starts = {
             name: method.start({}, {}, shape, train.ranks.get(name, 0), name, train.seed) for name, shape in shapes.items()
         }
@@ -71,7 +72,7 @@ class EvaluateAlone(MeasureAlone):
             settings = Settings(**{**train.training.model_dump(), "learning_rate": rate})
             trainer_of(train.trainer).train(model, replace(work, seen=seen), settings)
         own = mean_of(losses(model, held_out.report)) if held_out else None
-        trained = method.detach(model, list(train.ranks), starts)
+        trained = method.detach(model, [name for name in train.ranks if name in shapes], starts)
         totals = {name: method.total(trained[name], starts[name]) for name in trained}
         plain = Decoder(decoder.checkpoint, device)
         del model, decoder, work  # there is memory for one model

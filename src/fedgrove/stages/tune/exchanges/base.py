@@ -17,10 +17,11 @@ from fedgrove.client.windows import decoder_of
 from fedgrove.job.stage_config import Agreed, Cut, StageConfig, cut_by
 from fedgrove.job.units import MAX_BLOCKS, Index
 from fedgrove.models.depth import KeptBlocks
+from fedgrove.models.expert_cut import SentExperts
 from fedgrove.models.experts import slices
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
-from fedgrove.stages.tune.client_model import DIGEST, base_folder
+from fedgrove.stages.tune.client_model import DIGEST, base_folder, kept_of
 
 
 class KeepWeights(Request):
@@ -29,7 +30,8 @@ class KeepWeights(Request):
     Attributes:
         part: index of the file in which the client stores them.
         cut: the fractions that earlier stages cut out of the client's own copy of the model; None: nothing.
-        kept_blocks: the indexes of the blocks of its own copy that the model has, by whose order names are numbered; None: all.
+        kept_blocks, kept_experts: the indexes of the blocks, and of their experts, of its own copy that the model has, by whose
+            order names are numbered; None: all.
     """
 
     KIND: ClassVar[str] = "tune/base"
@@ -37,10 +39,12 @@ class KeepWeights(Request):
     part: Annotated[Index, Field(lt=MAX_BLOCKS)]
     cut: Cut | None = None
     kept_blocks: KeptBlocks | None = None
+    kept_experts: SentExperts | None = None
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         check_kept_blocks(self.kept_blocks, self.cut, client)
-        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks)
+        kept_experts = kept_of(client, self.kept_experts, self.cut)
+        decoder = decoder_of(client, device, kept_blocks=self.kept_blocks, kept_experts=kept_experts)
         linears = set(decoder.linear_names().values())
         for name, tensor in tensors.items():
             if not _is_of_linear(name, tensor, linears) or name not in decoder.checkpoint:
@@ -60,6 +64,8 @@ class KeepWeights(Request):
             return "cut"
         if (self.kept_blocks is not None) != bool(cut and cut.depth):
             return "kept_blocks"
+        if (self.kept_experts is not None) != bool(cut and cut.experts):
+            return "kept_experts"
         return None if self.stage else "stage"  # before the first stage no weight has changed
 
 

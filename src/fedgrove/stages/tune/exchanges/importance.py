@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, NonNegative
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.held import shapes_of_all
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
 from fedgrove.stages.tune import fixed_point
@@ -34,8 +36,8 @@ class Tokens(Reply):
 class ScoreLinears(TrainingRequest):
     """Score every linear on your text, in a few training steps whose result is discarded.
 
-    The response contains ``change/importance``: (linears,) in the model's order, float64. With ``fixed``, it is int32:
-    the client's normalized scores as fixed-point numbers.
+    The response contains ``change/importance``: (linears,) in the model's order, float64; 0 for experts that the client does
+    not hold. With ``fixed``, it is int32: the client's normalized scores as fixed-point numbers.
 
     Attributes:
         steps, micro, learning_rate: of the training; batches have ``micro`` windows.
@@ -44,7 +46,7 @@ class ScoreLinears(TrainingRequest):
     KIND: ClassVar[str] = "tune/importance"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.IMPORTANCE})
     REPLY: ClassVar[type[Reply]] = Tokens
-    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "micro"})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "held", "tokens", "micro"})
 
     steps: Count
     micro: Count
@@ -56,12 +58,16 @@ class ScoreLinears(TrainingRequest):
         if tensors:
             raise client.error("the server sent tensors with a request that has none; refused")
         shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        every = list(shapes_of_all(decoder))
         settings = Settings(steps=self.steps, batch=self.micro, micro=1, learning_rate=self.learning_rate)
         batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")
-        scores = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)
+        of_held = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)
+        places = {name: place for place, name in enumerate(every)}
+        scores = torch.zeros(len(every), dtype=of_held.dtype)
+        scores[[places[name] for name in shapes]] = of_held
         if self.fixed is None:
             return Response({IMPORTANCE: scores}, Tokens(tokens=self.tokens))
-        parts = torch.tensor(list(scoring.normalized(scores, list(shapes)).values()), dtype=torch.float64)
+        parts = torch.tensor(list(scoring.normalized(scores, every).values()), dtype=torch.float64)
         return Response(fixed_point.encode({"importance": parts}, self.weight), Tokens(tokens=self.tokens))
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
@@ -110,10 +116,17 @@ class ImportanceSum:
         names: of the linears, in the model's order.
         requests: by client.
         most: the largest number of a client's tokens that counts.
+        held: by client, the linears that it has, for clients that hold some experts only.
     """
 
-    def __init__(self, names: list[str], requests: Mapping[str, ScoreLinears], most: int):
-        self._names, self._requests, self._most = names, requests, most
+    def __init__(
+        self,
+        names: list[str],
+        requests: Mapping[str, ScoreLinears],
+        most: int,
+        held: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ):
+        self._names, self._requests, self._most, self._held = names, requests, most, held
         self._scores = WeightedSum()
         self._fixed: tuple[torch.Tensor, float] | None = None
 
@@ -130,7 +143,12 @@ class ImportanceSum:
         assert isinstance(reply, Tokens)
         scores = tensors[IMPORTANCE]
         if scores.is_floating_point():
-            self._scores.add(scores, float(min(reply.tokens, self._most)))
+            weight = float(min(reply.tokens, self._most))
+            if self._held:  # then every client gets a mask, of all linears or of those that it has
+                has = self._held.get(client, self._names)
+                self._scores.add(scores, torch.tensor([name in has for name in self._names]), weight)
+            else:
+                self._scores.add(scores, weight)
             return
         total, weight = self._fixed or (torch.zeros_like(scores, dtype=torch.int64), 0.0)
         self._fixed = total + scores.long(), weight + self._requests[client].weight

@@ -24,7 +24,7 @@ from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
 from fedgrove.stages.tune.personal import Windows, best, hold_out, losses
-from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
+from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
 
 REST = "rest"  # tensors of a request: the shared change
 
@@ -64,8 +64,10 @@ class ComparePersonal(TuneRequest):
         check_linears(self.masked, shapes, client)
         largest = {REST: {name: 2 * min(shape) for name, shape in shapes.items()}}
         check_parts(tensors, method, shapes, largest, [torch.float32, torch.bfloat16], False, client)
-        named = sorted({key.split("/")[1] for key in tensors})
-        starts = {name: method.start({}, parts_of(tensors, REST, name), shapes[name], 0, name, self.seed) for name in named}
+        starts = {
+            name: method.start({}, of, shapes[name], 0, name, self.seed)
+            for name, of in sorted(by_linear(tensors, REST).items())
+        }
         check_growth(method, {name: begun.rest for name, begun in starts.items()}, decoder, client)
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
 

@@ -18,7 +18,9 @@ from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import MOST, Count, Linear, Linears, Name, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
-from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.models.expert_cut import routing_of
+from fedgrove.models.expert_sums import tokens_of_experts
+from fedgrove.models.held import shapes_of_all
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point
@@ -30,11 +32,24 @@ from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
-from fedgrove.stages.tune.received import check_growth, check_linears, check_parts, parts_of
+from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
+from fedgrove.stages.tune.routed import (
+    REACHED,
+    TOKENS,
+    WEIGHTS,
+    Counted,
+    check_fixed,
+    check_tokens,
+    counted_in,
+    of_all,
+    places_of,
+    shape_of,
+)
 from fedgrove.stages.tune.train_settings import Training, WindowNoise, check_noise
 from fedgrove.stages.tune.trainers import trainer_of
 from fedgrove.stages.tune.training import Budget, GradientMasks, NotFinite, Settings, Work
 
+OF_EXPERTS = frozenset({CHANGE + TOKENS, CHANGE + WEIGHTS, CHANGE + REACHED})
 OWN, REST = "own", "rest"  # tensors of a request: the part that a client trains, and the rest
 
 
@@ -56,7 +71,9 @@ class Train(TrainingRequest):
     Tensors of the request: ``own/<linear>/<part>`` and ``rest/<linear>/<part>``, the client's start; missing parts are
     initialized. The response contains ``change/<linear>/<part>``: the trained values or the difference that the round
     made (see :attr:`~fedgrove.stages.tune.parametrizations.Parametrization.RELATIVE`). With ``fixed``, it contains
-    int32: the difference, and ``change/loss`` unless there is noise.
+    int32: the difference, and ``change/loss`` unless there is noise. Of a mixture of experts, without noise, it also contains
+    what weighs the experts (see :mod:`fedgrove.stages.tune.routed`), (blocks with experts, experts) each: ``change/tokens``
+    int64, or with ``fixed`` ``change/weights`` and ``change/reached`` int32.
 
     Attributes:
         parametrization, trainer: names.
@@ -74,11 +91,11 @@ class Train(TrainingRequest):
 
     KIND: ClassVar[str] = "tune/train"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset(
-        {Disclosure.FACTORS, Disclosure.CHANGES, Disclosure.SCALES, Disclosure.LOSS}
+        {Disclosure.FACTORS, Disclosure.CHANGES, Disclosure.SCALES, Disclosure.LOSS, Disclosure.EXPERT_TOKENS}
     )
     REPLY: ClassVar[type[Reply]] = Trained
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
-        {"bits", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "windows.noise"}
+        {"bits", "held", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "windows.noise"}
     )
 
     parametrization: Name
@@ -104,7 +121,7 @@ class Train(TrainingRequest):
         return trainable_of(self.parametrization)
 
     def discloses(self) -> frozenset[Disclosure]:
-        return frozenset({self.method.DISCLOSES} | (set() if self.noisy else {Disclosure.LOSS}))
+        return frozenset({self.method.DISCLOSES} | (set() if self.noisy else {Disclosure.LOSS, Disclosure.EXPERT_TOKENS}))
 
     def adders(self) -> int:
         return self.fixed.noise.adders if self.fixed and self.fixed.noise else 1
@@ -128,14 +145,15 @@ class Train(TrainingRequest):
         check_noise(self.windows, self.fixed.noise if self.fixed else None, self.round, client)
         decoder, ids, labels = self.model_and_windows(client, device)
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
-        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        check_linears({*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}, shapes, client)
-        masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
-        check_parts(tensors, method, shapes, self._largest(shapes), [getattr(torch, self.dtype)], self.shared_a, client)
+        every = shapes_of_all(decoder)
+        check_linears({*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}, every, client)
+        shapes = {name: every[name] for name in decoder.linear_names()}  # without experts that the client does not hold
+        names = [name for name in self.ranks if name in shapes]
+        masks = {name: decoder.read_matrix(name) != 0 for name in self.masked if name in shapes}
+        check_parts(tensors, method, every, self._largest(every), [getattr(torch, self.dtype)], self.shared_a, client)
+        own_parts, rest = by_linear(tensors, OWN), by_linear(tensors, REST)
         starts = {
-            name: method.start(
-                parts_of(tensors, OWN, name), parts_of(tensors, REST, name), shape, self.ranks.get(name, 0), name, self.seed
-            )
+            name: method.start(own_parts.get(name, {}), rest.get(name, {}), shape, self.ranks.get(name, 0), name, self.seed)
             for name, shape in shapes.items()
         }
         if not self.noisy:  # noise protects the text whatever the weights are, and makes them grow
@@ -149,8 +167,9 @@ class Train(TrainingRequest):
             model = self._loaded(decoder, starts)
             work = self.work((ids, labels), method.attach(model, starts, how), model, client)
             try:
-                loss = trainer_of(self.trainer).train(model, work, settings)
-                trained = method.detach(model, list(self.ranks), starts)
+                with tokens_of_experts(model) as counts:
+                    loss = trainer_of(self.trainer).train(model, work, settings)
+                trained = method.detach(model, names, starts)
             except NotFinite:
                 if not self.noisy:
                     raise
@@ -161,14 +180,15 @@ class Train(TrainingRequest):
                     del model, work  # there is memory for one model
                     model = self._loaded(decoder, own_starts)
                     work = self.work((ids, labels), method.attach(model, own_starts, how), model, client)
-                    penalty = pull(model, method, own_starts, list(self.ranks), shared, self.pull)
+                    penalty = pull(model, method, own_starts, names, shared, self.pull)
                     trainer_of(self.trainer).train(model, replace(work, penalty=penalty), replace(settings, proximal=0.0))
-                    own = method.detach(model, list(self.ranks), own_starts)
+                    own = method.detach(model, names, own_starts)
                     keep_own(folder, self.round, own, own_starts)
                 total = {n: method.total(own[n], begun) if n in own else begun.rest for n, begun in own_starts.items()}
                 own_loss = mean_loss(model, held_out.choose, self.training.micro)
                 keep_best(folder, method, own_loss, total, begin=self.round == 0)
-            return Response(*self._packed(method, trained, starts, shapes, loss))
+            tokens = of_all(decoder, counts) if counts and not self.noisy else None
+            return Response(*self._packed(trained, starts, every, loss, tokens, decoder))
         except FedgroveError as error:
             raise client.error(str(error)) from error
 
@@ -179,7 +199,7 @@ class Train(TrainingRequest):
     def _attached(self, starts: Mapping[str, Start[Any]]) -> Hashable:
         """What a parametrization attaches to the model, apart from its values."""
         rest = [name for name, begun in starts.items() if any(part.numel() for part in begun.rest.parts().values())]
-        trained = [name for name, rank in self.ranks.items() if rank]
+        trained = [name for name, rank in self.ranks.items() if rank and name in starts]
         return self.parametrization, tuple(sorted(trained)), tuple(sorted(rest)), tuple(sorted(self.masked))
 
     def work(self, windows: tuple[Tensor, Tensor], masks: GradientMasks, model: nn.Module, client: LocalClient) -> Work:
@@ -219,12 +239,20 @@ class Train(TrainingRequest):
 
     def _packed(
         self,
-        method: Trainable,
         trained: Mapping[str, Any],
         starts: Mapping[str, Start[Any]],
         shapes: Mapping[str, tuple[int, int]],
         loss: float | None,
+        tokens: Tensor | None,
+        decoder: Decoder,
     ) -> tuple[Tensors, Trained]:
+        """The response.
+
+        Args:
+            shapes: of all linears of the model, also of experts that the client does not hold.
+            tokens: that reached each expert; None if they do not count.
+        """
+        method = self.method
         if self.fixed is None:
             dtype = getattr(torch, self.dtype)
             sent = {
@@ -233,7 +261,8 @@ class Train(TrainingRequest):
                 for part, value in change.parts().items()
                 if not (self.shared_a and part == "a")
             }
-            return sent, Trained(tokens=self.tokens, loss=None if self.noisy else loss)
+            of_experts = {} if tokens is None else {CHANGE + TOKENS: tokens}
+            return {**sent, **of_experts}, Trained(tokens=self.tokens, loss=None if self.noisy else loss)
         changes = {
             f"{name}/{part}": value
             for name, change in trained.items()
@@ -250,7 +279,14 @@ class Train(TrainingRequest):
             )
         if loss is not None and not mechanism:
             values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
-        numbers = fixed_point.encode(values, self.weight)
+        numbers = {}
+        if tokens is not None:
+            counted = Counted.encode(tokens, routing_of(decoder.checkpoint.config).per_token, self.weight)
+            numbers = {CHANGE + WEIGHTS: counted.weights, CHANGE + REACHED: counted.reached}
+            places = places_of(decoder, shapes)
+            for name in [name for name in values if name.rpartition("/")[0] in places]:
+                numbers |= fixed_point.encode({name: values.pop(name)}, counted.of(places[name.rpartition("/")[0]]))
+        numbers |= fixed_point.encode(values, self.weight)
         return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=self.tokens)
 
     def _fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
@@ -264,15 +300,19 @@ class Train(TrainingRequest):
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
         shapes = {name: layout.read_shape(name) for name in layout.linear_names()}
+        of_experts = None if self.noisy else shape_of(layout)
         if self.fixed is not None:
             specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self._fixed_shapes(shapes).items()}
+            if of_experts is not None:
+                specs |= dict.fromkeys((CHANGE + WEIGHTS, CHANGE + REACHED), (of_experts, torch.int32))
             return specs if self.noisy else {**specs, CHANGE + LOSS: (torch.Size([1]), torch.int32)}
         dtype = getattr(torch, self.dtype)
-        return {
+        specs = {
             f"{CHANGE}{name}/{part}": spec
             for name, rank in self.ranks.items()
             for part, spec in self.method.expected(shapes[name], rank, dtype, self.shared_a).items()
         }
+        return specs if of_experts is None else {**specs, CHANGE + TOKENS: (of_experts, torch.int64)}
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Trained)
@@ -282,11 +322,16 @@ class Train(TrainingRequest):
             raise WireError("its loss is not a finite number" if reports_loss else "it reports a loss that was not requested")
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        assert layout is not None
+        changes = {name: tensor for name, tensor in tensors.items() if name not in OF_EXPERTS}
+        if CHANGE + TOKENS in tensors:
+            settings, per_token = self.training, routing_of(layout.checkpoint.config).per_token
+            check_tokens(tensors[CHANGE + TOKENS], per_token, settings.steps * settings.batch * self.length)
         if self.fixed is None:
-            fixed_point.check_floats(tensors)
+            fixed_point.check_floats(changes)
             return
-        fixed_point.check(tensors, self.weight)
-        for name, tensor in tensors.items():
+        check_fixed(changes, counted_in(tensors), places_of(layout) if CHANGE + WEIGHTS in tensors else {}, self.weight, 1)
+        for name, tensor in changes.items():
             linear = name.removeprefix(CHANGE).rpartition("/")[0]
             rank = self.ranks.get(linear, 0) if self.method.RANKED else None
             if linear and rank is not None and tensor[:, rank:].any():
@@ -307,43 +352,3 @@ def start_tensors(starts: Mapping[str, Start[Any]], dtype: torch.dtype, shared_a
         for part, value in change.parts().items()
         if not (shared_a and part == "a")
     }
-
-
-class WholeRound(IntegerSums):
-    """The server's half if clients send fixed-point numbers: the mean of their differences.
-
-    Args:
-        requests: by client.
-    """
-
-    def __init__(self, requests: Mapping[str, Train]):
-        super().__init__(lambda sums, replies: fixed_point.check(sums, 1.0))
-        self._requests = requests
-
-    def means(self, clients: list[str]) -> dict[str, Tensor]:
-        """The weighted mean of the differences, ``<linear>/<part>`` -> float64, and of ``loss`` if it was sent.
-
-        Each column is averaged over the clients that train it. With noise, the sum is used as it is, with weight 1.
-
-        Args:
-            clients: the clients in the sum.
-        """
-        first = next(iter(self._requests.values()))
-        assert first.fixed is not None
-        noise, sums = first.fixed.noise, self.sums
-        if noise:
-            sums = noise.mechanism(1 / len(self._requests)).add_at_server(sums)
-        means = {}
-        for name, total in sums.items():
-            linear = name.rpartition("/")[0]
-            means[name] = fixed_point.mean(total, 1.0 if noise else self._weight(linear, total, clients))
-        return means
-
-    def _weight(self, linear: str, total: Tensor, clients: list[str]) -> Tensor | float:
-        weights = {client: self._requests[client].weight for client in clients}
-        if not linear or not next(iter(self._requests.values())).method.RANKED:
-            return sum(weights.values())
-        columns = torch.zeros(total.shape[1], dtype=torch.float64)
-        for client, weight in weights.items():
-            columns[: self._requests[client].ranks.get(linear, 0)] += weight
-        return columns

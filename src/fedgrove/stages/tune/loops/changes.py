@@ -12,20 +12,28 @@ from torch import Tensor
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.held_out import Losses, clients_done, log_once
 from fedgrove.events import Phase
+from fedgrove.models.cost import ModelCost
+from fedgrove.models.expert_cut import routing_of
+from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.clock import Clock
-from fedgrove.rounds.request import Message
+from fedgrove.rounds.request import CHANGE, Message
 from fedgrove.stages.tune.aggregation import Options, change_aggregation_of
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.exchanges.alone import EvaluateAlone
+from fedgrove.stages.tune.exchanges.experts import HELD, ChooseExperts, check_held
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.train import Train, WholeRound, start_tensors
+from fedgrove.stages.tune.exchanges.reduced import KeepExperts
+from fedgrove.stages.tune.exchanges.train import Train, start_tensors
 from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
+from fedgrove.stages.tune.fixed_round import FixedRound
 from fedgrove.stages.tune.float_round import Bounds, FloatRound
+from fedgrove.stages.tune.holding import NOTHING_CHOSEN, Chosen, costs_of, kept_of_own
 from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import trainable_of
-from fedgrove.stages.tune.plan import importance_seconds, make_plan, worth
+from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
 from fedgrove.stages.tune.planners import planner_of
+from fedgrove.stages.tune.routed import ExpertRules, places_of
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.train_settings import Training
 from fedgrove.stages.tune.tuning import Tuning
@@ -42,6 +50,7 @@ class Loop(Tuning):
         self.method = trainable_of(self.config.parametrization)
         self.aggregation = change_aggregation_of(self.config.aggregation)
         self.dtype = getattr(torch, self.config.dtype)
+        self.chosen = NOTHING_CHOSEN
 
     def prepare(self, round_: int, again: bool) -> None:
         """Where the planner needs the importance, measures it and plans with it."""
@@ -52,6 +61,8 @@ class Loop(Tuning):
         """Lets the clients choose their personal adapters."""
         if self.config.personal:
             self.keep_personal()
+        if self.config.personal_experts:
+            self.keep_experts()
 
     def plan_anew(self, round_: int) -> None:
         """Lets the clients score the linears, and plans again with the new importance."""
@@ -72,23 +83,90 @@ class Loop(Tuning):
         }
         messages = {client: Message(request) for client, request in requests.items()}
         cost = self.cost()
-        clock = self._clock(importance_seconds(plan.clients, config, cost, plan.capabilities))
-        total = ImportanceSum(names, requests, config.most_tokens)
+        held = {client: one.experts for client, one in plan.clients.items() if one.experts is not None}
+        costs = costs_of(cost, held, self.chosen) if held else dict.fromkeys(plan.clients, cost)
+        clock = self._clock(importance_seconds(plan.clients, config, costs, plan.capabilities))
+        total = ImportanceSum(names, requests, config.most_tokens, self.chosen.linears)
         self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
         importance = total.importance()
         if round_ > 0:
             importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
-        job = self.federation.job
-        new = make_plan(
-            plan.stage, config, cost, plan.capabilities, importance, round_, job.together, job.privacy.secure_aggregation
-        )
+        new = self._planned(cost, importance, round_)
         if round_ == 0 or worth(new, config, importance) > HYSTERESIS * worth(plan, config, importance):
-            self.state.plan = new.model_copy(update={"notes": plan.notes, "discloses": plan.discloses})
+            self.state.plan = new
         else:
             self.state.plan = plan.model_copy(update={"importance": importance})
         self.state.clock += clock.slowest(clock.spent)
         self.state.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
         self.write_plan()
+
+    def _planned(self, cost: ModelCost, importance: Mapping[str, float], round_: int) -> Plan:
+        """The plan from a round on, with what is known of the clients' experts."""
+        plan, job = self.plan, self.federation.job
+        capabilities = {client: plan.capabilities[client] for client in plan.capabilities if client not in plan.left_out}
+        new = make_plan(
+            plan.stage,
+            self.config,
+            cost,
+            capabilities,
+            importance,
+            round_,
+            job.together,
+            job.privacy.secure_aggregation,
+            min_group=job.privacy.min_group,
+            chosen=self.chosen,
+        )
+        left_out = {**plan.left_out, **new.left_out}
+        return new.model_copy(update={"notes": plan.notes, "discloses": plan.discloses, "left_out": left_out})
+
+    def hold_experts(self) -> None:
+        """Lets clients choose the experts that they hold, and plans with what the server may know of that.
+
+        In the open it learns which experts each client holds; under secure aggregation, how many clients can train an expert.
+        Experts that too few can train are trained by nobody: they would not change, or their sum would be that of one client.
+        """
+        job, plan, whole = self.federation.job, self.plan, self.plan.experts
+        secure = job.privacy.secure_aggregation
+        some = [client for client, one in plan.clients.items() if one.experts != whole]
+        if whole is None or self.config.epsilon is not None or not (some or secure):
+            return
+        self.run.phase(Phase("tune", "choosing the experts that each client holds", stage=plan.stage))
+        messages = {}
+        for client in plan.clients if secure else some:
+            common = {**self._common(client, 0), "held": None}
+            number = plan.clients[client].experts
+            assert number is not None
+            request = ChooseExperts(**common, number=number, value=self.config.expert_value, reached=secure)
+            messages[client] = Message(request)
+        sums, clock = IntegerSums(lambda held, _: check_held(held, len(messages)), keep_parts=not secure), self._clock({})
+        self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock)
+        places = places_of(self.decoder)
+        if secure:
+            counts, enough = sums.sums[HELD.removeprefix(CHANGE)], job.together(len(plan.clients))
+            self.chosen = Chosen(few=frozenset(name for name, place in places.items() if counts[place] < enough))
+        else:
+            held = {client: parts[HELD.removeprefix(CHANGE)] for client, parts in sums.parts.items()}
+            others = [name for name in self.decoder.linear_names() if name not in places]
+            linears = {
+                client: frozenset([*others, *(name for name, place in places.items() if of_client[place])])
+                for client, of_client in held.items()
+            }
+            counts = sum(held.values(), torch.zeros_like(next(iter(held.values())))) + len(plan.clients) - len(some)
+            few = frozenset(name for name, place in places.items() if counts[place] < plan.min_group)
+            self.chosen = Chosen(linears, few)
+            for client in sorted(set(some) - set(held)):
+                self.plan.left_out[client] = "it did not say which experts it holds"
+        if not self.state.states:
+            self.state.plan = self._planned(self.cost(), plan.importance, 0)
+            self.state.clock += clock.slowest(clock.spent)
+            self.write_plan()
+
+    def _rules(self) -> ExpertRules | None:
+        """How experts are weighed; None: the model has none, or noise hides how many tokens reach them."""
+        if self.plan.experts is None or self.config.epsilon is not None:
+            return None
+        per_token = routing_of(self.decoder.checkpoint.config).per_token
+        return ExpertRules(places_of(self.decoder), per_token, self.plan.min_group)
 
     def train_round(self, round_: int) -> None:
         """One round: the clients train, and the server aggregates their changes."""
@@ -113,7 +191,7 @@ class Loop(Tuning):
         assigned = {client: one.ranks for client, one in plan.clients.items()}
         bounds = Bounds(config.max_change, config.most_tokens)
         folder = self.run.path / "work" / "changes"
-        sums = FloatRound(self.method, self.aggregation, old, shapes, ranks, assigned, self.seed, bounds, folder)
+        sums = FloatRound(self.method, self.aggregation, old, shapes, ranks, assigned, self.seed, bounds, folder, self._rules())
         heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
         for client in heard:
             if client in sums.losses:
@@ -122,6 +200,8 @@ class Loop(Tuning):
         for client in sums.finish():
             self.run.message(f"{client}: its change is more than {config.max_change:g} times the median; it was scaled down")
         for name, shape in shapes.items():
+            if name in sums.unchanged:
+                continue
             rank = max(ranks[name])
             if self.method.RANKED:
                 rank = max(rank, old[name].live.rank)
@@ -138,13 +218,19 @@ class Loop(Tuning):
     def _sum_fixed(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
         """Adds the mean of the clients' differences to the state that they started from."""
         state, widest = self.state, self.plan.widest()
-        sums = WholeRound(requests)
+        sums = FixedRound(requests, self._rules())
         heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
         means = sums.means(heard)
+        of_linears: dict[str, dict[str, Tensor]] = {}
+        for key, value in means.items():
+            linear, _, part = key.rpartition("/")
+            of_linears.setdefault(linear, {})[part] = value
         for name, rank in widest.items():
             shape = self.decoder.read_shape(name)
             old = state.state_of(name, shape)
-            parts = {key.rpartition("/")[2]: value for key, value in means.items() if key.rpartition("/")[0] == name}
+            parts = of_linears.get(name)
+            if parts is None:
+                continue  # an expert that too few clients trained
             live = self.method.after_round(old, parts, rank, self.dtype, name, self.seed)
             self._step(name, shape, old, State(live, old.frozen), rank)
         state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
@@ -212,8 +298,12 @@ class Loop(Tuning):
 
     def _start(self, client: str) -> dict[str, Tensor]:
         """The tensors of a client's request: for every linear the part that it trains, and the rest."""
-        ranks = self.plan.clients[client].ranks
-        starts = {name: self.aggregation.begin(state, ranks.get(name, 0)) for name, state in self.state.states.items()}
+        ranks, has = self.plan.clients[client].ranks, self.chosen.linears.get(client)
+        starts = {
+            name: self.aggregation.begin(state, ranks.get(name, 0))
+            for name, state in self.state.states.items()
+            if has is None or name in has
+        }
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
 
     def _fixed(self, widest: dict[str, int]) -> FixedPointChanges | None:
@@ -254,6 +344,35 @@ class Loop(Tuning):
                 run.message(f"tune: client '{client}' holds out no text or took part in no round: no personal adapter")
                 continue
             log_once(run, stage, client, reply)
+
+    def keep_experts(self) -> None:
+        """Lets every client write the model of the experts that matter most to its text; nothing comes back.
+
+        The changes are those that :meth:`merge` merges, not rounded, so that what clients write has the bits of the result.
+        """
+        stage, run, job, config = self.plan.stage, self.run, self.federation.job, self.config
+        number = kept_of_own(stage, config, self.cost())
+        self.send_base()
+        run.phase(Phase("tune", "writing each client's own experts", stage=stage))
+        tensors = {
+            f"rest/{name}/{part}": value.contiguous()
+            for name, state in self.state.states.items()
+            for part, value in state.total().parts().items()
+        }
+        messages = {}
+        for client in self.plan.clients:
+            request = KeepExperts(
+                **{**self._common(client, config.rounds), "held": None},
+                parametrization=config.parametrization,
+                masked=self.masked,
+                number=number,
+                value=config.expert_value,
+                base=job.model.name,
+                title=f"{job.name}: {client}'s own experts",
+            )
+            messages[client] = Message(request, tensors)
+        for _ in self.federation.collect(messages):
+            pass
 
     def merge(self, folder: Path) -> None:
         """Writes the weights with their changes merged, one file per block, in the checkpoint's dtype."""

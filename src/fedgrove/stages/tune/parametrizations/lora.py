@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.cost import ModelCost
+from fedgrove.models.depth import parts_of
+from fedgrove.models.experts import expert_of
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.request import Disclosure, TensorSpecs
 from fedgrove.stages.tune import cost as costs
@@ -123,15 +126,23 @@ def _inject(model: nn.Module, adapter: str, ranks: Mapping[str, int], masked: bo
     """Adds peft's adapters to linears, with values yet to be set.
 
     A linear that several blocks share gets one pair, whose gradient is the sum over its uses. peft replaces it in the first of
-    these blocks only.
+    these blocks only. It gets the list of blocks: of a whole model it reads the type, and takes the experts' linears of some
+    types for names of fused tensors, which these models do not have here.
     """
     hush()
     from peft import LoraConfig, inject_adapter_in_model
 
+    parts = parts_of(next(iter(ranks)))
+    assert parts is not None, "every linear is of a block"
+    blocks = cast(Any, model.get_submodule(parts[0].rstrip(".")))
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+        setattr(blocks, flag, getattr(model, flag, False))
+    of_blocks = {name.removeprefix(parts[0]): rank for name, rank in ranks.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]  # peft compares every linear with every pattern
     config = LoraConfig(
-        r=1,
-        target_modules=list(ranks),
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
+        r=common,
+        target_modules=list(of_blocks),
+        rank_pattern={re.escape(name): rank for name, rank in of_blocks.items() if rank != common},
         init_lora_weights=False,
         fan_in_fan_out=not isinstance(_base_layer(model.get_submodule(next(iter(ranks)))), nn.Linear),
     )
@@ -142,7 +153,7 @@ def _inject(model: nn.Module, adapter: str, ranks: Mapping[str, int], masked: bo
     places = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name not in linears]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are intended
-        inject_adapter_in_model(config, model, adapter)
+        inject_adapter_in_model(config, blocks, adapter)
     first = {id(module): name for name, module in linears.items()}
     for name, module in places:
         if id(module) in first:
@@ -246,7 +257,9 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
 def write_adapter(
     out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """See :func:`fedgrove.stages.tune.peft_adapter.write_lora`."""
+    """See :func:`fedgrove.stages.tune.peft_adapter.write_lora`. Plain peft has no adapters for single experts: writes none."""
+    if any(map(expert_of, changes)):
+        return False
     return peft_adapter.write_lora(out, decoder, changes, base, title, pruned, changed)
 
 

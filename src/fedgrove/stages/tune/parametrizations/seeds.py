@@ -39,7 +39,7 @@ DEFAULTS: Mapping[str, Any] = {"learning_rate": "auto", "precision": "fixed", "s
 KEYS = frozenset({"seeds", "sampling", "perturbation"})
 UNUSED = frozenset({
     "ranks", "bits", "optimizer", "max_grad_norm", "alpha", "deadline", "upload_price", "importance_steps", "proximal",
-    "partition", "precision", "max_change",
+    "partition", "precision", "max_change", "hold_experts", "expert_value", "personal_experts",
 })  # fmt: skip
 RANKED = False
 RELATIVE = True
@@ -99,7 +99,7 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     A linear being made takes its offset besides.
     """
     sizes = [rows * columns for rows, columns in cost.linears.values()]
-    block = cost.multiplied / cost.num_blocks
+    block = max(cost.multiplied, cost.parameters) / cost.num_blocks
     kept = PER_WEIGHT * cost.parameters if in_memory(cost.parameters) else 4 * block
     states = 4 * 2 * config.batch * 2 * cost.length * cost.width
     window = 4 * cost.saved + cost.length * cost.vocabulary * 12
@@ -110,7 +110,7 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     """Seconds of a round: two forward passes for each window of each step, and the signs. One device does all of it."""
     weights = cost.multiplied + cost.width * cost.vocabulary
     forward = 2 * cost.length * weights + 4 * cost.length**2 * cost.width * cost.num_blocks
-    signs = SIGN_SECONDS * cost.multiplied * SPEED
+    signs = SIGN_SECONDS * max(cost.multiplied, cost.parameters) * SPEED
     return space.steps * (2 * config.batch * forward + signs) / budget.speed
 
 

@@ -21,14 +21,14 @@ class Problem:
     """The inputs of a planner.
 
     Attributes:
-        cost: of the model.
+        costs: by client, of the model as it holds it: of a mixture of experts, with as many experts as it has memory for.
         budgets: by client.
         bits: by client, the numbers of bits in which it can store frozen weights.
         importance: of each linear; adds up to 1.
         number: bytes of one number on the wire.
     """
 
-    cost: ModelCost
+    costs: Mapping[str, ModelCost]
     budgets: Mapping[str, Budget]
     bits: Mapping[str, tuple[int, ...]]
     importance: Mapping[str, float]
@@ -62,6 +62,10 @@ class Planner(Protocol):
     NEEDS_IMPORTANCE: bool
     NEEDS_RANKS: bool
     EQUAL_RANKS: bool
+
+    def fits(self, config: Config, problem: Problem, client: str) -> bool:
+        """Whether a client has memory for any configuration that this planner gives."""
+        ...
 
     def choose(self, config: Config, problem: Problem) -> Choice:
         """Gives each client a configuration, or leaves it out.

@@ -6,6 +6,7 @@ solved once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,28 +21,34 @@ NEEDS_RANKS = True
 EQUAL_RANKS = False
 
 
+def fits(config: Config, problem: Problem, client: str) -> bool:
+    """Whether the smallest configuration fits the memory, in any number of bits that the client can store."""
+    space = _space(config, problem)
+    bits = tuple(b for b in config.bits if b in problem.bits[client])
+    model, budget = problem.costs[client], replace(problem.budgets[client], seconds=math.inf)
+    return bool(bits) and cost.memory(model, space, cost.least(model, replace(space, bits=bits))) <= budget.memory
+
+
 def choose(config: Config, problem: Problem) -> Choice:
     """Solves :func:`fedgrove.stages.tune.cost.best` for each client."""
-    space = SearchSpace(
-        config.bits, config.batches, config.ranks, config.steps, config.ranks[-1], problem.number, config.upload_price
-    )
-    deadline = config.deadline or default_deadline(problem.cost, space, problem.budgets)
-    solved: dict[tuple[Budget, SearchSpace], ClientConfig | Infeasible] = {}
+    space = _space(config, problem)
+    deadline = config.deadline or default_deadline(problem.costs, space, problem.budgets)
+    solved: dict[tuple[Budget, SearchSpace, int], ClientConfig | Infeasible] = {}
     chosen, left_out = {}, {}
     for client, given in problem.budgets.items():
         budget = replace(given, seconds=deadline)
         bits = tuple(b for b in sorted(config.bits, reverse=True) if b in problem.bits[client])
-        client_space = replace(space, bits=bits)
-        if (budget, client_space) not in solved:
+        key = budget, replace(space, bits=bits), id(problem.costs[client])
+        if key not in solved:
             try:
                 if not bits:
                     raise Infeasible(
                         f"it supports none of bits = {list(config.bits)} (clients.bits; 8 and 4 need bitsandbytes)"
                     )
-                solved[budget, client_space] = cost.best(problem.cost, client_space, budget, problem.importance)
+                solved[key] = cost.best(problem.costs[client], key[1], budget, problem.importance)
             except Infeasible as error:
-                solved[budget, client_space] = error
-        answer = solved[budget, client_space]
+                solved[key] = error
+        answer = solved[key]
         if isinstance(answer, ClientConfig):
             chosen[client] = answer
         else:
@@ -49,7 +56,16 @@ def choose(config: Config, problem: Problem) -> Choice:
     return Choice(chosen, left_out, deadline)
 
 
-def default_deadline(model: ModelCost, space: SearchSpace, budgets: Mapping[str, Budget]) -> float:
+def default_deadline(models: Mapping[str, ModelCost], space: SearchSpace, budgets: Mapping[str, Budget]) -> float:
     """The slowest client's seconds for the smallest batch and ranks: small batches learn more in the same time."""
-    least = ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[0]))
-    return max(cost.seconds(model, space, budget, least) for budget in budgets.values())
+
+    def least(model: ModelCost) -> ClientConfig:
+        return ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[0]))
+
+    return max(cost.seconds(models[name], space, budget, least(models[name])) for name, budget in budgets.items())
+
+
+def _space(config: Config, problem: Problem) -> SearchSpace:
+    return SearchSpace(
+        config.bits, config.batches, config.ranks, config.steps, config.ranks[-1], problem.number, config.upload_price
+    )

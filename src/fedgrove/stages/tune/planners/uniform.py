@@ -13,6 +13,11 @@ NEEDS_RANKS = False
 EQUAL_RANKS = True
 
 
+def fits(config: Config, problem: Problem, client: str) -> bool:
+    """Whether any of the parametrization's configurations fits the memory, with the largest batch, one window at once."""
+    return any(_fits(config, problem, client, candidate) for candidate in _candidates(config, problem, client))
+
+
 def choose(config: Config, problem: Problem) -> Choice:
     """Chooses the first of the parametrization's configurations that fits all clients, with the largest batch.
 
@@ -21,33 +26,48 @@ def choose(config: Config, problem: Problem) -> Choice:
     Raises:
         FedgroveError: every remaining client can hold some configuration, but no configuration fits all of them.
     """
-    method = parametrization_of(config.parametrization)
-    space = SearchSpace(config.bits, config.batches, config.ranks, config.steps, 0, problem.number)
-    candidates = method.configurations(space, problem.cost, config.batches[-1])
-
-    def fits(client: str, candidate: ClientConfig) -> bool:
-        # bits that are not in the job are fixed by the parametrization, such as 32 for "full"
-        allowed = candidate.bits in problem.bits[client] or candidate.bits not in config.bits
-        return allowed and method.memory(problem.cost, space, candidate) <= problem.budgets[client].memory
-
-    left_out = {
-        client: method.shortage(problem.cost, space, budget)
-        for client, budget in problem.budgets.items()
-        if not any(fits(client, candidate) for candidate in candidates)
+    method, space = parametrization_of(config.parametrization), _space(config, problem)
+    candidates = {client: _candidates(config, problem, client) for client in problem.budgets}
+    able = {
+        client: [_fits(config, problem, client, candidate) for candidate in of_client]
+        for client, of_client in candidates.items()
     }
-    able = [client for client in problem.budgets if client not in left_out]
-    for candidate in candidates:
-        if able and all(fits(client, candidate) for client in able):
-            configs = {
-                client: widest(problem.cost, space, problem.budgets[client], candidate, method.memory) for client in able
-            }
-            return Choice(configs, left_out)
-    if able:
-        most = max(candidates, key=lambda candidate: sum(fits(client, candidate) for client in able))
-        odd = next(client for client in able if not fits(client, most))
-        raise FedgroveError(
-            f'planner "uniform": no value of bits fits all clients, and {most.bits} bits do not fit this one',
-            "allow more values in bits",
-            client=odd,
-        )
-    return Choice({}, left_out)
+    left_out = {
+        client: method.shortage(problem.costs[client], space, problem.budgets[client])
+        for client, possible in able.items()
+        if not any(possible)
+    }
+    able = {client: possible for client, possible in able.items() if client not in left_out}
+    if not able:
+        return Choice({}, left_out)
+    places = range(len(next(iter(able.values()))))  # of the candidates, which are the same for all but for the linears
+    place = next((place for place in places if all(possible[place] for possible in able.values())), None)
+    if place is not None:
+        configs = {
+            client: widest(problem.costs[client], space, problem.budgets[client], candidates[client][place], method.memory)
+            for client in able
+        }
+        return Choice(configs, left_out)
+    most = max(places, key=lambda place: sum(possible[place] for possible in able.values()))
+    odd = next(client for client, possible in able.items() if not possible[most])
+    raise FedgroveError(
+        f'planner "uniform": no value of bits fits all clients, and {candidates[odd][most].bits} bits do not fit this one',
+        "allow more values in bits",
+        client=odd,
+    )
+
+
+def _fits(config: Config, problem: Problem, client: str, candidate: ClientConfig) -> bool:
+    # bits that are not in the job are fixed by the parametrization, such as 32 for "full"
+    allowed = candidate.bits in problem.bits[client] or candidate.bits not in config.bits
+    need = parametrization_of(config.parametrization).memory(problem.costs[client], _space(config, problem), candidate)
+    return allowed and need <= problem.budgets[client].memory
+
+
+def _candidates(config: Config, problem: Problem, client: str) -> list[ClientConfig]:
+    method = parametrization_of(config.parametrization)
+    return method.configurations(_space(config, problem), problem.costs[client], config.batches[-1])
+
+
+def _space(config: Config, problem: Problem) -> SearchSpace:
+    return SearchSpace(config.bits, config.batches, config.ranks, config.steps, 0, problem.number)

@@ -1,0 +1,131 @@
+"""A model of which each block has only some of its experts in memory, and the plain model of these experts on disk.
+
+What is computed is what the whole model would compute if its routers could choose no other expert. Experts keep the numbers
+that they have in the whole model, so names of linears mean the same in both; only on disk are they numbered anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from fedgrove.files import atomic_folder
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.depth import parts_of
+from fedgrove.models.expert_cut import KeptExperts, Source, fewer_experts_config, has_row_per_expert, kept_tensors, routing_of
+from fedgrove.models.experts import expert_place, experts_in
+from fedgrove.models.files import CONFIG, INDEX, index_of, small_contents
+from fedgrove.models.stream import Checkpoint
+from fedgrove.models.tensor_files import write_safetensors
+
+
+class HeldDecoder(Decoder):
+    """A decoder without some of its experts.
+
+    Args:
+        checkpoint: of the whole model.
+        held: of each block that has experts, the numbers of those that the decoder has, ascending; as many of each block.
+        device, dtype: see :class:`~fedgrove.models.blocks.Decoder`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        held: KeptExperts,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ):
+        self.held = held
+        self._experts = routing_of(checkpoint.config).experts
+        super().__init__(checkpoint, device, dtype)
+        for index, numbers in held.items():
+            experts = experts_in(self.blocks[index])
+            assert experts is not None, "only blocks with experts hold some"
+            children = list(experts.children())
+            for name, _ in list(experts.named_children()):
+                delattr(experts, name)
+            for number, expert in zip(numbers, children, strict=True):
+                experts.add_module(str(number), expert)
+
+    def _config(self) -> PretrainedConfig:
+        config = self.checkpoint.config
+        number = len(next(iter(self.held.values())))
+        return AutoConfig.for_model(**fewer_experts_config(config.to_dict(), config, number))
+
+    def again(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HeldDecoder:
+        return HeldDecoder(self.checkpoint, self.held, device or self.device, dtype or (self.dtype if device is None else None))
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        parts = parts_of(name)
+        if parts is None or parts[1] not in self.held or not has_row_per_expert(name):
+            return super()._read(name, shape)
+        return super()._read(name, torch.Size([self._experts, *shape[1:]]))[list(self.held[parts[1]])]
+
+    def shapes_of_all(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of the whole model, in its order: experts of a block are all of the same shape."""
+        shapes: dict[str, tuple[int, int]] = {}
+        names = list(self.linear_names())
+        for name in names:
+            place = expert_place(name)
+            if place is None:
+                shapes[name] = self.read_shape(name)
+            elif place[1] == self.held[place[0]][0] and name not in shapes:  # once for all experts of a block
+                before = name.partition(f".experts.{place[1]}.")[0]
+                first = f"{before}.experts.{place[1]}."
+                leaves = {one.removeprefix(first): self.read_shape(one) for one in names if one.startswith(first)}
+                for number in range(self._experts):
+                    shapes |= {f"{before}.experts.{number}.{leaf}": shape for leaf, shape in leaves.items()}
+        return shapes
+
+
+def shapes_of_all(decoder: Decoder) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of the whole model of which a decoder may hold only some experts."""
+    if isinstance(decoder, HeldDecoder):
+        return decoder.shapes_of_all()
+    return {name: decoder.read_shape(name) for name in decoder.linear_names()}
+
+
+def write_reduced(checkpoint: Checkpoint, kept: KeptExperts, out: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Writes the plain model of some experts of a checkpoint, atomically, in its shards; an existing folder is replaced.
+
+    Unlike ``checkpoint.over(kept_experts=…)``, the checkpoint may have overlays. Memory: one tensor.
+
+    Args:
+        kept: of each block that has experts, the numbers of those that stay, ascending; as many of each block.
+        texts: text files to add, name -> content.
+    """
+    blocks = checkpoint.config.num_hidden_layers
+    smaller = fewer_experts_config(checkpoint.plain_config(), checkpoint.config, len(next(iter(kept.values()))))
+    with atomic_folder(out, replace=True) as partial:
+        for name, content in small_contents(checkpoint.path).items():
+            (partial / name).write_bytes(content)
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        (partial / CONFIG).write_text(json.dumps(smaller, indent=2) + "\n", encoding="utf-8")
+        shards, num_bytes = {}, 0
+        for shard, names in checkpoint.shards.items():
+            sources = kept_tensors(names, kept, blocks)
+            if not sources:
+                continue
+            specs = {name: _spec(checkpoint, source) for name, source in sources.items()}
+            num_bytes += sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
+            write_safetensors(partial / shard, specs, (_read(checkpoint, source) for source in sources.values()))
+            shards[shard] = list(sources)
+        index = index_of(shards, num_bytes)
+        if index is not None:
+            (partial / INDEX).write_text(index, encoding="utf-8")
+
+
+def _spec(checkpoint: Checkpoint, source: Source) -> tuple[torch.Size, torch.dtype]:
+    shape, dtype = checkpoint.spec(source.name)
+    return (shape if source.rows is None else torch.Size([len(source.rows), *shape[1:]])), dtype
+
+
+def _read(checkpoint: Checkpoint, source: Source) -> Tensor:
+    tensor = checkpoint.read(source.name)
+    return tensor if source.rows is None else tensor[list(source.rows)]
