@@ -50,7 +50,7 @@ WORDY: dict[str, Any] = {
 
 
 class Served(ThreadingHTTPServer):
-    """A completions server around a model, as vLLM ("prompt" and "vllm"), llama.cpp ("next") or one of text ("none").
+    """A completions server around a model, as vLLM ("echo" and "vllm"), llama.cpp ("next") or one of text ("none").
 
     Attributes:
         form: which.
@@ -66,7 +66,7 @@ class Served(ThreadingHTTPServer):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.words = [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]
-        self.form = "prompt"
+        self.form = "echo"
         self.asked: list[dict[str, Any]] = []
         self.seen: Mapping[str, str] = {}
         self.instead: Callable[[dict[str, Any]], Any] = lambda body: None
@@ -91,7 +91,7 @@ class Served(ThreadingHTTPServer):
         for _ in range(body["max_tokens"]):
             written.append(int(self.log_p([*ids, *written])[-1].argmax()))
         words = self.words
-        if self.form == "prompt":
+        if self.form == "echo":
             assert body["echo"]
             log_p, whole = self.log_p([*ids, *written]), [*ids, *written]
             numbers = [None, *(float(log_p[place, token]) for place, token in enumerate(whole[1:]))]
@@ -198,7 +198,7 @@ def afresh(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("talks", "plain"):
         if name in request.fixturenames:
             server = request.getfixturevalue(name)
-            server.form, server.asked, server.instead = "prompt", [], lambda body: None
+            server.form, server.asked, server.instead = "echo", [], lambda body: None
     monkeypatch.setattr(completions, "PAUSE", 0.01)
 
 
@@ -249,8 +249,8 @@ PROMPTS = torch.tensor([[5, 17, -1], [40, 41, 42], [-1, -1, -1]], dtype=torch.in
 
 
 @pytest.mark.parametrize(("form", "logprobs", "labels", "place", "requests"), [
-    ("prompt", "prompt", LABELS, "end", 3),
-    ("prompt", "prompt", (), "front", 1),
+    ("echo", "echo", LABELS, "end", 3),
+    ("echo", "echo", (), "front", 1),
     ("next", "next", LABELS, "front", 2),
     ("vllm", "next", LABELS, "end", 2),
 ])  # fmt: skip
@@ -318,10 +318,10 @@ def test_what_is_known_is_not_sent_again(small: Small, plain: Served, tmp_path: 
 
 
 @pytest.mark.parametrize(("form", "endpoint", "stage"), [
-    ("prompt", {}, {}),
+    ("echo", {}, {}),
     ("next", {"logprobs": "next", "top": 8}, {}),
     ("none", {"logprobs": "none"}, {"score": "correct"}),
-    ("prompt", {}, {"aggregation": "local", "generations": 1, "rounds": 1, "population": 3}),
+    ("echo", {}, {"aggregation": "local", "generations": 1, "rounds": 1, "population": 3}),
 ])  # fmt: skip
 def test_a_run_through_an_endpoint_finds_the_same_prompt(
     small: Small, files: Mapping[str, Path], talker: Path, talks: Served, tmp_path: Path, form: str, endpoint: Any, stage: Any

@@ -151,7 +151,7 @@ class Completions:
         tops = [(token, text, self._number(number)) for token, text, number in found]
         known = [TopToken(token, text, number) for token, text, number in tops if number is not None]
         if not known:
-            raise self._no_logprobs("of the most likely next tokens", 'set endpoint.logprobs = "prompt" or "none"')
+            raise self._no_logprobs("of the most likely next tokens", 'set endpoint.logprobs = "echo" or "none"')
         return known
 
     def text_after(self, text: str, tokens: int) -> str:
@@ -264,7 +264,7 @@ class Completions:
             return self.error(
                 "model", "has no such address or no such model (HTTP 404)", "correct endpoint.url and endpoint.model"
             )
-        hint = ' (llama.cpp has no "prompt": set endpoint.logprobs = "next")' if self._endpoint.logprobs == "prompt" else ""
+        hint = ' (llama.cpp has no "echo": set endpoint.logprobs = "next")' if self._endpoint.logprobs == "echo" else ""
         return self.error("refused", f"refuses the request (HTTP {status})", f"its own log says why{hint}")
 
     def _no_logprobs(self, of: str, remedy: str) -> EndpointError:

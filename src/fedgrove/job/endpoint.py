@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from fedgrove.job.units import Line, Table
 
-LogProbs = Literal["prompt", "next", "none"]
+LogProbs = Literal["echo", "next", "none"]
 
 
 def _address(url: str) -> str:
@@ -37,8 +37,8 @@ class Endpoint(Table):
     Attributes:
         url: its address as of OpenAI's clients, such as "http://127.0.0.1:8080/v1"; requests go to ``/completions`` below it.
         model: the name by which it knows the model; servers of one model need none.
-        logprobs: the log-probabilities that it returns. "prompt": of a prompt's own tokens (vLLM, with ``echo``); "next": of the
-            most likely next tokens (llama.cpp); "none": text only, and the stage needs ``score = "correct"``.
+        logprobs: the log-probabilities that it returns. "echo": of a prompt's own tokens (vLLM); "next": of the most likely next
+            tokens (llama.cpp, vLLM); "none": text only, and the stage needs ``score = "correct"``.
         top: with "next", how many of the most likely tokens are asked for. A label that is not among them counts as the last of
             them.
         key: the name of an environment variable with the key that it wants.
@@ -49,7 +49,7 @@ class Endpoint(Table):
 
     url: Annotated[str, Field(max_length=1000), AfterValidator(_address)]
     model: Annotated[Line, Field(min_length=1)] | None = None
-    logprobs: LogProbs = "prompt"
+    logprobs: LogProbs = "echo"
     top: Annotated[int, Field(ge=1, le=10_000)] = 20
     key: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,199}$")] | None = None
     timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0

@@ -54,7 +54,7 @@ def unfit(logprobs: LogProbs, soft: bool, score: str, labels: Sequence[str]) -> 
     if logprobs == "next" and not labels:
         return (
             "an endpoint that returns the most likely next tokens alone tells no loss of a free answer",
-            'give labels, or an endpoint with logprobs = "prompt"',
+            'give labels, or an endpoint with logprobs = "echo"',
         )
     return None
 

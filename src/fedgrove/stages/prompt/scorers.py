@@ -135,7 +135,7 @@ class AtEndpoint:
     def _scores(self, records: Records, record: int, prompt: tuple[int, ...]) -> tuple[list[float], int]:
         """The scores of one record's options under a prompt, and how many requests they took."""
         before, options = self._before(records, record, prompt), records.options(record)
-        if self._endpoint.logprobs == "prompt":
+        if self._endpoint.logprobs == "echo":
             return [self._of_prompt(before, option) for option in options], len(options)
         if self._endpoint.logprobs == "next":
             return self._of_next(before, options, records.answers[record][0])
@@ -206,7 +206,7 @@ def requests_of(logprobs: LogProbs, labels: Sequence[Sequence[int]]) -> int:
     """
     if logprobs == "next":
         return len({tuple(label[:end]) for label in labels for end in range(len(label))})
-    return max(1, len(labels)) if logprobs == "prompt" else 1
+    return max(1, len(labels)) if logprobs == "echo" else 1
 
 
 def label_in(written: str, labels: Sequence[str]) -> int | None:
