@@ -48,4 +48,5 @@ def centralized_client(clients: Sequence[LocalClient], folder: Path) -> LocalCli
         {"bits": [32, 16, 8, 4]},
         owners=owners,
         shares=first.shares,
+        endpoint=first.endpoint,
     )

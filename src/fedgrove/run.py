@@ -231,6 +231,7 @@ def local_clients(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient
     credentials: dict[str, Credentials] = {}
     if job.privacy.secure_aggregation:
         credentials = make_credentials((client.name for client in job.clients), job.privacy.min_group)
+    at_endpoint = {"endpoint": job.model.endpoint.logprobs} if job.model.endpoint else {}
     return [
         LocalClient(
             name=client.name,
@@ -239,11 +240,12 @@ def local_clients(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient
             dtype=model.dtype,
             data=client.data,
             text=client.text,
-            capabilities=client.model_dump(include=set(Capabilities.model_fields), mode="json"),
+            capabilities={**client.model_dump(include=set(Capabilities.model_fields), mode="json"), **at_endpoint},
             credentials=credentials.get(client.name),
             prompt=client.prompt,
             answer=client.answer,
             shares=job.model.shares,
+            endpoint=job.model.endpoint,
         )
         for client in job.clients
     ]

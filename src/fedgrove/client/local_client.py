@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job.endpoint import Endpoint
 from fedgrove.privacy.secagg.keys import Credentials
 
 
@@ -33,6 +34,7 @@ class LocalClient:
         shares: parameters of the model that share a stored tensor; see :mod:`fedgrove.models.shared`.
         ledger: where it records its noisy responses, and the clients of each secure sum; default: ``folder``, which a
             site removes after the run.
+        endpoint: the completions server that runs the model in stages that look for a prompt; None: the client does.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LocalClient:
     owners: tuple[LocalClient, ...] = ()
     ledger: Path | None = None
     shares: Mapping[str, str] = field(default_factory=dict)
+    endpoint: Endpoint | None = None
 
     @property
     def records(self) -> Path:

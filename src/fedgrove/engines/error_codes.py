@@ -11,6 +11,7 @@ import importlib.metadata
 import re
 from typing import Any
 
+from fedgrove.client.completions import EndpointError
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.secagg.session import OtherSurvivors
 
@@ -27,6 +28,7 @@ MESSAGES = {
     "survivors": "it is already in this sum with other clients; continue with --resume when they are back, "
     "or run the job under another name",
     "data": "{name} in its handler; its text or settings are wrong, and its own log/site.log says why",
+    "endpoint": "its endpoint does not do its part ({word}); its own log/site.log says why",
     "disk": "its disk is full; free some space there",
     "memory": "out of memory; raise limit in its site.toml, or lower samples or length",
     "killed": "its working process was killed (status {word}); out of memory? Lower samples or length",
@@ -71,6 +73,8 @@ def encode_exception(error: BaseException) -> str:
         return encode(error.code, name, error.word)
     if isinstance(error, OtherSurvivors):
         return encode("survivors", name)
+    if isinstance(error, EndpointError):
+        return encode("endpoint", name, error.word)
     if isinstance(error, FedgroveError):
         return encode("data", name)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

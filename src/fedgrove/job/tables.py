@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from fedgrove import plugins
+from fedgrove.job.endpoint import Endpoint
 from fedgrove.job.stage_config import STAGES, StageConfig, config_of
 from fedgrove.job.units import (
     MAX_CLIENTS,
@@ -50,12 +51,15 @@ class Model(Table):
         dtype: the dtype in which weights are read and written; "auto": the dtype on disk.
         shares: a table of parameters that several blocks share: the name of each -> the name of the tensor that is stored; "*"
             in a name stands for the number of every block. `fedgrove doctor` shows it. A result has it in its ``shares.json``.
+        endpoint: a completions server that runs the model for the clients in stages of kind "prompt", which then sees their
+            text. Simulation only: in a federation each site says in its own file where its text goes.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     shares: Shares = Field(default_factory=dict)
+    endpoint: Endpoint | None = None
     _name: str | None = PrivateAttr(default=None)
 
     @property
@@ -341,6 +345,10 @@ class FederatedJob(Job):
     def _keeps_text_apart(self) -> FederatedJob:
         if self.evaluate.centralized:
             raise ValueError("evaluate.centralized: in a federation no text may be put in one place; set it to false")
+        if self.model.endpoint is not None:
+            raise ValueError(
+                "model.endpoint: in a federation each site says where its text goes, as [endpoint] of its site.toml; remove it"
+            )
         return self
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fedgrove.job.endpoint import LogProbs
 from fedgrove.job.tables import MAX_STAGES
 from fedgrove.job.units import Bits, Devices, Length, Natural, Samples, Sparsity, Speed
 from fedgrove.rounds.request import Reply
@@ -24,6 +25,7 @@ class Capabilities(Reply):
         devices: number of identical devices; memory and speed are per device.
         tokens: number of tokens of its training windows, by the length of the windows.
         samples, sparsity: the client's own values; None: those of the stage.
+        endpoint: the log-probabilities that a completions server returns which runs its model; None: it runs it itself.
     """
 
     memory: Natural | None = None
@@ -35,3 +37,4 @@ class Capabilities(Reply):
     tokens: Annotated[dict[Length, Natural], Field(max_length=MAX_STAGES)] = Field(default_factory=dict)
     samples: Samples | None = None
     sparsity: Sparsity | None = None
+    endpoint: LogProbs | None = None

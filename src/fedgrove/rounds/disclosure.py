@@ -14,7 +14,7 @@ class Disclosure(Enum):
     The value is a phrase that completes "a client sends …". Plans contain the names.
     """
 
-    CAPABILITIES = "a few numbers about itself (memory, speed, links, how much text it has)"
+    CAPABILITIES = "a few numbers about itself (memory, speed, links, how much text it has, whether an endpoint runs its model)"
     MASKS = "which weights of each block it would keep"
     WEIGHTS = "the values of the weights that it would keep"
     SQUARES = "for each block the sums, over its text, of the squared inputs of each matrix"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job.endpoint import Endpoint
 from fedgrove.job.load import complaint, read_toml
 from fedgrove.job.tables import KINDS, whole_pair
 from fedgrove.job.units import BitChoices, BitsPerSecond, Bytes, Files, Name, Positive, Speed, Table, Template
@@ -148,6 +149,8 @@ class SiteFile(Table):
         device: where it computes, such as "cuda:0".
         threads: number of threads for linear algebra; default: one per core.
         result: keep the finished model here, in ``results/``.
+        endpoint: a completions server that runs the model in this site's place, in stages of kind "prompt", and so sees this
+            site's text. Nobody else can name it.
     """
 
     models: Models
@@ -166,6 +169,7 @@ class SiteFile(Table):
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     result: bool = False
+    endpoint: Endpoint | None = None
     allow: Allow = Allow()
 
     @field_validator("data", mode="before")

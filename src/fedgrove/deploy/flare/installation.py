@@ -16,6 +16,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.deploy.flare.files import Allow, SiteFile, model_folder
 from fedgrove.deploy.flare.kits import KEY, ROSTER, SIGNATURE, TRUSTED, name_of
 from fedgrove.errors import FedgroveError
+from fedgrove.job.endpoint import LogProbs
 from fedgrove.job.units import Bits, Index, Natural, Speed
 from fedgrove.privacy.secagg.keys import Credentials
 from fedgrove.rounds.request import Reply, Request, Response, Tensors
@@ -25,6 +26,7 @@ class Declared(Reply):
     """The capabilities that a site declares when it joins, as in its ``site.toml``. Nothing is measured yet.
 
     Attributes:
+        endpoint: what its endpoint returns; not where it is.
         speed: "measure": it is measured later, when the stages are planned. All other attributes and values: see
             :class:`fedgrove.rounds.capabilities.Capabilities`.
     """
@@ -34,6 +36,7 @@ class Declared(Reply):
     uplink: Natural | None = None
     downlink: Natural | None = None
     bits: Annotated[tuple[Bits, ...], Field(max_length=4)] = (32, 16, 8, 4)
+    endpoint: LogProbs | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Installation:
 
     def declared(self) -> Declared:
         """The capabilities that the site declares."""
-        return Declared.model_validate(self.settings.model_dump(mode="json", include=set(Declared.model_fields)))
+        said = self.settings.model_dump(mode="json", include=Declared.model_fields.keys() - {"endpoint"})
+        endpoint = self.settings.endpoint
+        return Declared.model_validate({**said, "endpoint": endpoint and endpoint.logprobs})
 
     def client(
         self,
@@ -107,6 +112,7 @@ class Installation:
             answer=settings.answer,
             ledger=ledger,
             shares=shares,
+            endpoint=settings.endpoint,
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from fedgrove.job.endpoint import LogProbs
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Count, File, Fraction, Length, Positive, method_of
 from fedgrove.stages.prompt.methods import PACKAGE, LocalMethod, Method, local_method_of, method_of_name
@@ -36,6 +38,25 @@ Dimension = Annotated[int, Field(ge=2, le=MOST_DIMENSIONS)]
 Records = Annotated[int, Field(ge=1, le=MOST_RECORDS)]
 Score = Literal["loss", "correct"]
 Place = Literal["end", "front"]
+
+
+def unfit(logprobs: LogProbs, soft: bool, score: str, labels: Sequence[str]) -> tuple[str, str] | None:
+    """What is wrong with a stage for a client whose model runs at an endpoint, and the remedy; None: nothing.
+
+    Args:
+        logprobs: what the endpoint returns.
+        soft: whether candidates are soft prompts.
+    """
+    if soft:
+        return "an endpoint takes text, and a soft prompt is none", 'take method = "categories", or no endpoint'
+    if logprobs == "none" and score != "correct":
+        return "an endpoint without log-probabilities tells no loss", 'set score = "correct", or see endpoint.logprobs'
+    if logprobs == "next" and not labels:
+        return (
+            "an endpoint that returns the most likely next tokens alone tells no loss of a free answer",
+            'give labels, or an endpoint with logprobs = "echo"',
+        )
+    return None
 
 
 class Config(StageConfig):
@@ -173,6 +194,11 @@ class Config(StageConfig):
                     f"clients.{number}: client '{client.name}' has no answers; give prompt and answer, such as "
                     'prompt = "{text}" and answer = " {label}"'
                 )
+
+        if job.model.endpoint is not None:
+            fault = unfit(job.model.endpoint.logprobs, self.searcher.SOFT, self.score, self.labels)
+            if fault:
+                raise ValueError(f"stages.{index}: {'; '.join(fault)}")
 
     def check_secure(self, job: Job, index: int) -> None:
         if self.searches_alone:

@@ -15,13 +15,15 @@ from fedgrove.models.walk import CHUNK
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.stages import base
-from fedgrove.stages.prompt.config import FINALISTS, Config
+from fedgrove.stages.prompt.config import FINALISTS, Config, unfit
 from fedgrove.stages.prompt.exchanges.local import SearchAlone
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prompt.methods import Task
+from fedgrove.stages.prompt.scorers import requests_of
 from fedgrove.stages.prompt.scoring import TOGETHER
 from fedgrove.stages.prompt.searching import task_of
 
+_AT_ENDPOINT = 2**24  # bytes of a client whose model an endpoint runs, about
 ENVELOPE = 900  # bytes of a response besides its numbers, about
 
 
@@ -29,12 +31,15 @@ class Assignment(base.Assignment):
     """One client's part.
 
     Attributes:
-        forwards: how many times it scores a prompt on a record, in all rounds; at an endpoint, calls.
+        forwards: how many times it scores a prompt on a record, in all rounds; with an endpoint, how many requests it sends to
+            it at most.
         download: bytes received in all rounds.
+        endpoint: whether a completions server runs its model, and so sees its text.
     """
 
     forwards: int
     download: int
+    endpoint: bool = False
 
 
 class Plan(base.Plan):
@@ -98,6 +103,20 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
     upload, download = _traffic(config, task)
     assignments = {}
     for name, client in sorted(capabilities.items()):
+        sending = 8 * upload / client.uplink if client.uplink else 0.0
+        if client.endpoint is not None:
+            fault = unfit(client.endpoint, config.searcher.SOFT, config.score, config.labels)
+            if fault:
+                raise FedgroveError(*fault, client=name)
+            assignments[name] = Assignment(
+                memory=_AT_ENDPOINT,
+                upload=upload,
+                seconds=round(sending, 1),
+                forwards=scored * requests_of(client.endpoint, labels),
+                download=download,
+                endpoint=True,
+            )
+            continue
         if client.memory is not None and memory > client.memory:
             raise FedgroveError(
                 f"scoring prompts needs {mebibytes(memory)} of memory, but the client has {mebibytes(client.memory)} "
@@ -105,7 +124,6 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
                 "lower population or length, or leave the client out",
                 client=name,
             )
-        sending = 8 * upload / client.uplink if client.uplink else 0.0
         seconds = round(operations / (SPEED * client.speed) + sending, 1)
         assignments[name] = Assignment(memory=memory, upload=upload, seconds=seconds, forwards=scored, download=download)
     return Plan(
@@ -118,7 +136,18 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
         population=config.population,
         records=config.records,
         passed=passed,
+        notes=_notes(assignments),
         discloses=base.names_of(ScorePrompts.DISCLOSES | (SearchAlone.DISCLOSES if config.searches_alone else frozenset())),
+    )
+
+
+def _notes(assignments: Mapping[str, Assignment]) -> tuple[str, ...]:
+    elsewhere = [name for name, of in assignments.items() if of.endpoint]
+    if not elsewhere:
+        return ()
+    return (
+        f"An endpoint runs the model of {', '.join(elsewhere)} and is sent the text of the records that are drawn: whoever "
+        "runs it sees that text. Its time is not in the plan.",
     )
 
 

@@ -23,9 +23,11 @@ from fedgrove.stages.prompt.config import (
     Labels,
     Place,
     Score,
+    unfit,
 )
 from fedgrove.stages.prompt.config import Records as Number
 from fedgrove.stages.prompt.records import Records, records_of
+from fedgrove.stages.prompt.scorers import AtEndpoint, OwnModel, Scorer
 from fedgrove.stages.prompt.scoring import Prompt
 from fedgrove.stages.prompt.subspace import soft_prompts
 
@@ -102,6 +104,19 @@ class PromptRequest(Request):
         if not fits:
             raise client.error("the candidate prompts that came are none of this model; refused")
         return candidates
+
+    def scorer(self, client: LocalClient, decoder: Decoder) -> Scorer:
+        """What scores this request's candidates at the client.
+
+        Raises:
+            FedgroveError: the client has an endpoint that cannot.
+        """
+        if client.endpoint is None:
+            return OwnModel(decoder, self.place, lambda candidates: self.prompts(candidates, decoder))
+        fault = unfit(client.endpoint.logprobs, self.subspace is not None, self.score, self.labels)
+        if fault:
+            raise client.error(*fault)
+        return AtEndpoint(client, decoder.checkpoint.tokenizer(), self.place, self.labels, self.digest)
 
     def prompts(self, candidates: Tensor, decoder: Decoder) -> list[Prompt]:
         """The candidates as prompts."""

@@ -16,7 +16,7 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prompt.config import Config, Population, PromptLength, Records
 from fedgrove.stages.prompt.methods import Alone, LocalMethod, Task, local_method_of
 from fedgrove.stages.prompt.requests import PromptRequest
-from fedgrove.stages.prompt.scoring import MOST_LOSS, costs, losses, ratios, score, sums
+from fedgrove.stages.prompt.scoring import MOST_LOSS, costs, losses, ratios, sums
 
 
 class Searched(Reply):
@@ -26,7 +26,7 @@ class Searched(Reply):
         records: that it searched on.
         skipped: that it drew, and whose loss was not finite under the prompt that it came to.
         cost: of that prompt, the mean over the records.
-        calls: how many scores it computed.
+        calls: how many scores it computed, or how many requests an endpoint was sent for them.
     """
 
     records: Records
@@ -74,15 +74,14 @@ class SearchAlone(PromptRequest):
         own_seed = f"{self.seed}/{self.round}/{client.name}"
         vocabulary = decoder.checkpoint.config.get_text_config().vocab_size
         spoilt = records.spoilt(self.against_overfitting, vocabulary, own_seed) if self.against_overfitting else None
-        calls = [0]
+        scorer = self.scorer(client, decoder)
 
         def scored(candidates: Tensor) -> tuple[list[float], int, int]:
             """The mean cost of candidates, over how many records, and how many were skipped."""
-            prompts = self.prompts(self.check_candidates(candidates, decoder, client), decoder)
-            calls[0] += len(prompts) * len(records) * (1 if spoilt is None else 2)
-            scores = score(decoder, records, prompts, self.place)
+            self.check_candidates(candidates, decoder, client)
+            scores = scorer(candidates, records)
             if spoilt is not None:
-                of = ratios(losses(scores, records), losses(score(decoder, spoilt, prompts, self.place), spoilt))
+                of = ratios(losses(scores, records), losses(scorer(candidates, spoilt), spoilt))
                 return of.mean(0).tolist(), len(records), 0
             found = sums(scores, records, self.score)
             if not found.records:
@@ -94,7 +93,7 @@ class SearchAlone(PromptRequest):
         (cost,), counted, skipped = scored(candidate)
         return Response(
             {CHANGE + name: tensor for name, tensor in found.items()},
-            Searched(records=counted, skipped=skipped, cost=cost, calls=calls[0]),
+            Searched(records=counted, skipped=skipped, cost=cost, calls=scorer.calls),
         )
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:

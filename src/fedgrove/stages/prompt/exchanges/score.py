@@ -13,7 +13,7 @@ from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prompt.config import FINALISTS, Config, Population
 from fedgrove.stages.prompt.requests import CANDIDATES, PromptRequest
-from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, score, sums
+from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, sums
 
 SCORES, COUNTS = CHANGE + "scores", CHANGE + "counts"
 
@@ -24,7 +24,7 @@ class ScorePrompts(PromptRequest):
     Tensors of the request: ``candidates``, (candidates, dimension) float32 or (candidates, tokens) int32. The response
     contains, in int64, ``change/scores`` (candidates,): losses in multiples of 2⁻²⁰ nats or numbers of right labels; and
     ``change/counts`` (3,): the records that are in them, those that were skipped because no loss was finite, and how many
-    scores were computed (a candidate that is there twice is computed once).
+    scores were computed (a candidate that is there twice is computed once), or how many requests an endpoint was sent for them.
 
     Attributes:
         candidates: how many.
@@ -42,9 +42,9 @@ class ScorePrompts(PromptRequest):
         if len(candidates) != self.candidates:
             raise client.error("another number of candidate prompts came than the request says; refused")
         different, places = torch.unique(candidates, dim=0, return_inverse=True)
-        scores = score(decoder, records, self.prompts(different, decoder), self.place)
-        found = sums(scores, records, self.score)
-        counts = torch.tensor([found.records, found.skipped, len(different) * len(records)])
+        scorer = self.scorer(client, decoder)
+        found = sums(scorer(different, records), records, self.score)
+        counts = torch.tensor([found.records, found.skipped, scorer.calls])
         return Response({SCORES: found.scores[places], COUNTS: counts}, Reply())
 
     def beyond(self, job: Agreed) -> str | None:
@@ -70,7 +70,10 @@ class ScorePrompts(PromptRequest):
         records, skipped, calls = tensors[COUNTS].tolist()
         if min(records, skipped) < 0 or records + skipped > clients * self.records:
             raise WireError("its numbers of records are out of range")
-        if not 0 <= calls <= (records + skipped) * self.candidates:
+        each = (
+            sum(len(label.encode()) + 1 for label in self.labels) or 1
+        )  # requests to an endpoint: a token has a byte at least
+        if not 0 <= calls <= (records + skipped) * self.candidates * each:
             raise WireError("it computed more scores than there are records and candidates")
         largest = records if self.score == "correct" else round(records * MOST_LOSS * 2**BITS)
         if bool(((tensors[SCORES] < 0) | (tensors[SCORES] > largest)).any()):
