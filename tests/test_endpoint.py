@@ -347,7 +347,10 @@ def test_a_run_through_an_endpoint_finds_the_same_prompt(
     (note,) = (note for note in plan["notes"] if "endpoint" in note)
     assert "ash, birch, cedar" in note
     assert "whoever runs it sees that text" in note
-    assert note in (out / "report.html").read_text(encoding="utf-8")
+    page, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "model/README.md"))
+    assert note in page
+    assert "whoever runs the endpoint of ash, birch and cedar was sent text of that owner" in card
+    assert not any("No text left its owner" in one or "No text and no tokens left" in one for one in (page, card, said, told))
     everything = [file for file in out.rglob("*") if file.is_file()]
     assert not [file for file in everything if CANARY.encode() in file.read_bytes()]
     assert CANARY not in said + told

@@ -19,7 +19,10 @@ APART = frozenset({Disclosure.CAPABILITIES.name, Disclosure.WINDOW_LOSSES.name})
 
 def what_left(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
     """Paragraphs about what clients sent, stage by stage, and who could see it."""
-    says = [f"No text and no tokens left a client. Before the first stage each client sent {Disclosure.CAPABILITIES.sentence}."]
+    stayed = "No text and no tokens were sent to the server" if at_endpoints(stages) else "No text and no tokens left a client"
+    says = [f"{stayed}. Before the first stage each client sent {Disclosure.CAPABILITIES.sentence}."]
+    if at_endpoints(stages):
+        says.append(f"{capitalized(where_text_went(stages))}.")
     if any(Disclosure.WINDOW_LOSSES.name in stage.plan.get("discloses", ()) for stage in stages):
         says.append(f"To measure each client's model without the others, the client sent {Disclosure.WINDOW_LOSSES.sentence}.")
     for stage in stages:
@@ -29,6 +32,19 @@ def what_left(job: Mapping[str, Any], stages: Sequence[Stage]) -> list[str]:
         limits = report_of(stage.kind).limits(stage.config)
         says[-1] += f" {limits}" if limits else ""
     return [*says, _seen(job, stages)]
+
+
+def at_endpoints(stages: Sequence[Stage]) -> list[str]:
+    """The clients whose model an endpoint ran, which was sent their text."""
+    return sorted({name for stage in stages for name, of in stage.plan.get("clients", {}).items() if of.get("endpoint")})
+
+
+def where_text_went(stages: Sequence[Stage]) -> str:
+    """Who was sent text, as a clause."""
+    names = at_endpoints(stages)
+    if not names:
+        return "no text left its owner"
+    return f"whoever runs the endpoint of {listed(names)} was sent text of that owner; beyond that no text left its owner"
 
 
 def sent_in(stage: Stage) -> str:

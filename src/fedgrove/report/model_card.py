@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgrove.report.disclosures import noisy, what_left
+from fedgrove.report.disclosures import noisy, what_left, where_text_went
 from fedgrove.report.reader import read_job, read_perplexities, read_stages
 from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import Stage
@@ -51,7 +51,7 @@ def card(run: Path, base_card: str | None, use: str) -> str:
     parts = [
         f"# {job['name']}",
         f"Made from `{file_name(job['model']['path'])}` with fedgrove by "
-        f"{plural(len(owners), 'owner')} of text together ({', '.join(owners)}); no text left its owner.",
+        f"{plural(len(owners), 'owner')} of text together ({', '.join(owners)}); {where_text_went(stages)}.",
         "## What was done",
         "\n".join(f"{number}. {_done(stage)}" for number, stage in enumerate(stages, 1)),
         *dict.fromkeys(filter(None, (report_of(stage.kind).CARD for stage in stages))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from fedgrove.report.disclosures import where_text_went
 from fedgrove.report.paired import unclear
 from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import Stage, Summary
@@ -71,7 +72,7 @@ def _did(stages: Sequence[Stage]) -> str:
 def _done(summary: Summary) -> str:
     results = [outcome.says for outcome in summary.outcomes if outcome.says]
     says = f"{plural(len(summary.clients), 'owner of text')} {_did(summary.stages)} one language model together"
-    return f"{says}{': ' if results else ''}{'; '.join(results)}. No text left its owner."
+    return f"{says}{': ' if results else ''}{'; '.join(results)}. {capitalized(where_text_went(summary.stages))}."
 
 
 def _paid(summary: Summary) -> str:
