@@ -1,0 +1,132 @@
+"""A client's own edits of a prompt: which word to try where, by what earlier tries gained. A bandit over (place, word).
+
+FedDTPT (arXiv 2411.00985) has a masked language model edit a prompt and shows it the accuracies of earlier edits; how it reads
+them is not said. Here it is defined. An arm is a word at a place. Its value is the mean gain of the tries that are like it
+(half of the likeness is the same place, half the cosine of the words), and as in UCB1 (Auer et al. 2002) the less is known of
+an arm, the more is added to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedgrove.stages.prompt.merging import cosines
+
+LIKELY, NEAR = 8, 4  # words of a place that the model expects there, and that are near the word that is there
+
+Costs = Callable[[Sequence[Sequence[int]]], list[float]]  # of prompts, as indices of words
+
+
+class Arm(NamedTuple):
+    """A word, by its index, at a place; a place behind the last word appends it."""
+
+    place: int
+    word: int
+
+
+class Lexicon(NamedTuple):
+    """A closed list of words, as a model sees them.
+
+    Attributes:
+        embeddings: (words, width).
+        expected: gives, for a prompt of m words, (m + 1, words) log p of every word at every place and behind the last.
+    """
+
+    embeddings: Tensor
+    expected: Callable[[Sequence[int]], Tensor]
+
+
+class Budget(NamedTuple):
+    """How many prompts are tried: ``population`` in each of ``generations``. ``places`` is the most words of a prompt."""
+
+    generations: int
+    population: int
+    places: int
+
+
+def edit(prompt: Sequence[int], lexicon: Lexicon, budget: Budget, costs: Costs, generator: torch.Generator) -> list[int]:
+    """The prompt after a client's edits: in each generation the best edit is made, if it costs less.
+
+    Args:
+        prompt: indices of words.
+        costs: on the client's records; lower is better.
+        generator: draws proposals. The same at every client, so that clients try the same edits, and votes meet.
+    """
+    current = list(prompt)
+    (cost,) = costs([current])
+    tries: list[tuple[Arm, float]] = []
+    seen = {tuple(current)}
+    for _ in range(budget.generations):
+        arms = [one for one in propose(current, lexicon, budget.places, generator) if _edited(current, one) not in seen]
+        chosen = choose(arms, tries, lexicon.embeddings, budget.population)
+        if not chosen:
+            break
+        edited = [_edited(current, one) for one in chosen]
+        found = costs(edited)
+        seen |= set(edited)
+        tries += [(one, cost - new) for one, new in zip(chosen, found, strict=True)]
+        best = min(range(len(found)), key=found.__getitem__)
+        if found[best] < cost:
+            current, cost = list(edited[best]), found[best]
+    return current
+
+
+def propose(prompt: Sequence[int], lexicon: Lexicon, places: int, generator: torch.Generator) -> list[Arm]:
+    """Arms: for each place words drawn from the model's distribution there, without repetition, and the nearest words.
+
+    Words of the prompt itself are not proposed. Drawn ones come first, the first of every place before the second of any.
+    """
+    expected = lexicon.expected(prompt).double()
+    uniform = torch.rand(expected.shape, generator=generator, dtype=torch.float64).clamp(min=1e-12)
+    drawn = expected - (-uniform.log()).log()  # the largest of log p + Gumbel noise are draws without replacement
+    near = cosines(lexicon.embeddings[list(prompt)], lexicon.embeddings)
+    drawn[:, list(prompt)] = near[:, list(prompt)] = -torch.inf
+    rest = drawn.shape[1] - len(set(prompt))
+    rows = len(prompt) + (len(prompt) < places)
+    ranked = [drawn[:rows].topk(min(LIKELY, rest)).indices, near.topk(min(NEAR, rest)).indices]
+    return list(dict.fromkeys(Arm(i % len(of), word) for of in ranked for i, word in enumerate(of.T.flatten().tolist())))
+
+
+def choose(arms: Sequence[Arm], tries: Sequence[tuple[Arm, float]], embeddings: Tensor, number: int) -> list[Arm]:
+    """The arms to try next, by an upper confidence bound: of equal ones the first.
+
+    With K the likeness of arms, n(a) = Σ K(a, tried) and t tries: mean(a) = Σ K(a, tried)·gain / (n(a) + 1), and the bound is
+    mean(a) + s·√(ln(t + 1) / (n(a) + 1)), where s is the root mean square of the gains. An arm that was chosen counts for the
+    next ones as if it had gained its mean (as in GP-BUCB, Desautels et al. 2014).
+
+    Args:
+        tries: earlier arms and what each gained.
+    """
+    gains = torch.tensor([gain for _, gain in tries], dtype=torch.float64)
+    scale = float(gains.square().mean().sqrt()) if tries else 0.0
+    scale = scale or 1.0  # nothing gained or lost yet
+    like = likeness(arms, [arm for arm, _ in tries], embeddings)
+    counts, sums = like.sum(1), like @ gains
+    chosen: list[int] = []
+    for number_tried in range(len(tries), len(tries) + min(number, len(arms))):
+        mean = sums / (counts + 1)
+        bound = mean + scale * (math.log(number_tried + 1) / (counts + 1)).sqrt()
+        bound[chosen] = -torch.inf
+        best = int(bound.argmax())
+        chosen.append(best)
+        like = likeness(arms, [arms[best]], embeddings)[:, 0]
+        sums, counts = sums + like * mean[best], counts + like
+    return [arms[i] for i in chosen]
+
+
+def likeness(arms: Sequence[Arm], others: Sequence[Arm], embeddings: Tensor) -> Tensor:
+    """How alike arms are, in [0, 1]: ½·(same place) + ½·max(0, cosine of the words). (arms, others) float64."""
+    if not arms or not others:
+        return torch.zeros(len(arms), len(others), dtype=torch.float64)
+    ours, theirs = torch.tensor(arms), torch.tensor(others)
+    words = cosines(embeddings[ours[:, 1]], embeddings[theirs[:, 1]]).clamp(0.0, 1.0)
+    return 0.5 * (ours[:, :1] == theirs[None, :, 0]) + 0.5 * words
+
+
+def _edited(prompt: Sequence[int], arm: Arm) -> tuple[int, ...]:
+    return (*prompt[: arm.place], arm.word, *prompt[arm.place + 1 :])
