@@ -61,9 +61,12 @@ def edit(prompt: Sequence[int], lexicon: Lexicon, budget: Budget, costs: Costs, 
     (cost,) = costs([current])
     tries: list[tuple[Arm, float]] = []
     seen = {tuple(current)}
+    embeddings, expected = lexicon.embeddings - lexicon.embeddings.mean(0), lexicon.expected(current)
     for _ in range(budget.generations):
-        arms = [one for one in propose(current, lexicon, budget.places, generator) if _edited(current, one) not in seen]
-        chosen = choose(arms, tries, lexicon.embeddings, budget.population)
+        arms = [
+            one for one in propose(current, expected, embeddings, budget.places, generator) if _edited(current, one) not in seen
+        ]
+        chosen = choose(arms, tries, embeddings, budget.population)
         if not chosen:
             break
         edited = [_edited(current, one) for one in chosen]
@@ -73,18 +76,23 @@ def edit(prompt: Sequence[int], lexicon: Lexicon, budget: Budget, costs: Costs, 
         best = min(range(len(found)), key=found.__getitem__)
         if found[best] < cost:
             current, cost = list(edited[best]), found[best]
+            expected = lexicon.expected(current)
     return current
 
 
-def propose(prompt: Sequence[int], lexicon: Lexicon, places: int, generator: torch.Generator) -> list[Arm]:
+def propose(prompt: Sequence[int], expected: Tensor, embeddings: Tensor, places: int, generator: torch.Generator) -> list[Arm]:
     """Arms: for each place words drawn from the model's distribution there, without repetition, and the nearest words.
 
     Words of the prompt itself are not proposed. Drawn ones come first, the first of every place before the second of any.
+
+    Args:
+        expected: (places, words) log p, of the prompt's places and the one behind.
+        embeddings: (words, width), without their mean, which all words of a model have in common.
+        places: the most words of a prompt.
     """
-    expected = lexicon.expected(prompt).double()
     uniform = torch.rand(expected.shape, generator=generator, dtype=torch.float64).clamp(min=1e-12)
-    drawn = expected - (-uniform.log()).log()  # the largest of log p + Gumbel noise are draws without replacement
-    near = cosines(lexicon.embeddings[list(prompt)], lexicon.embeddings)
+    drawn = expected.double() - (-uniform.log()).log()  # the largest of log p + Gumbel noise are draws without replacement
+    near = cosines(embeddings[list(prompt)], embeddings)
     drawn[:, list(prompt)] = near[:, list(prompt)] = -torch.inf
     rest = drawn.shape[1] - len(set(prompt))
     rows = len(prompt) + (len(prompt) < places)
@@ -101,6 +109,7 @@ def choose(arms: Sequence[Arm], tries: Sequence[tuple[Arm, float]], embeddings: 
 
     Args:
         tries: earlier arms and what each gained.
+        embeddings: (words, width), without their mean.
     """
     gains = torch.tensor([gain for _, gain in tries], dtype=torch.float64)
     scale = float(gains.square().mean().sqrt()) if tries else 0.0
