@@ -1,9 +1,8 @@
 """A client's own edits of a prompt: which word to try where, by what earlier tries gained. A bandit over (place, word).
 
 FedDTPT (arXiv 2411.00985) has a masked language model edit a prompt and shows it the accuracies of earlier edits; how it reads
-them is not said. Here it is defined. An arm is a word at a place. Its value is the mean gain of the tries that are like it
-(half of the likeness is the same place, half the cosine of the words), and as in UCB1 (Auer et al. 2002) the less is known of
-an arm, the more is added to it.
+them is not said. Here it is defined. An arm is a word at a place. Its value is the mean gain of the tries that are like it,
+those of similar words at that place, and as in UCB1 (Auer et al. 2002) the less is known of an arm, the more is added to it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from torch import Tensor
 from fedgrove.stages.prompt.merging import cosines
 
 LIKELY, NEAR = 8, 4  # words of a place that the model expects there, and that are near the word that is there
+PLACE = 0.25  # how alike two words are because they were tried at the same place
+EXPLORE = 0.5  # how much is added for what is not known
 
 Costs = Callable[[Sequence[Sequence[int]]], list[float]]  # of prompts, as indices of words
 
@@ -75,6 +76,7 @@ def edit(prompt: Sequence[int], lexicon: Lexicon, budget: Budget, costs: Costs, 
         tries += [(one, cost - new) for one, new in zip(chosen, found, strict=True)]
         best = min(range(len(found)), key=found.__getitem__)
         if found[best] < cost:
+            tries = _compared_with(tries, chosen[best], current, cost - found[best])
             current, cost = list(edited[best]), found[best]
             expected = lexicon.expected(current)
     return current
@@ -104,7 +106,7 @@ def choose(arms: Sequence[Arm], tries: Sequence[tuple[Arm, float]], embeddings: 
     """The arms to try next, by an upper confidence bound: of equal ones the first.
 
     With K the likeness of arms, n(a) = Σ K(a, tried) and t tries: mean(a) = Σ K(a, tried)·gain / (n(a) + 1), and the bound is
-    mean(a) + s·√(ln(t + 1) / (n(a) + 1)), where s is the root mean square of the gains. An arm that was chosen counts for the
+    mean(a) + ½ s·√(ln(t + 1) / (n(a) + 1)), where s is the root mean square of the gains. An arm that was chosen counts for the
     next ones as if it had gained its mean (as in GP-BUCB, Desautels et al. 2014).
 
     Args:
@@ -119,7 +121,7 @@ def choose(arms: Sequence[Arm], tries: Sequence[tuple[Arm, float]], embeddings: 
     chosen: list[int] = []
     for number_tried in range(len(tries), len(tries) + min(number, len(arms))):
         mean = sums / (counts + 1)
-        bound = mean + scale * (math.log(number_tried + 1) / (counts + 1)).sqrt()
+        bound = mean + EXPLORE * scale * (math.log(number_tried + 1) / (counts + 1)).sqrt()
         bound[chosen] = -torch.inf
         best = int(bound.argmax())
         chosen.append(best)
@@ -129,12 +131,20 @@ def choose(arms: Sequence[Arm], tries: Sequence[tuple[Arm, float]], embeddings: 
 
 
 def likeness(arms: Sequence[Arm], others: Sequence[Arm], embeddings: Tensor) -> Tensor:
-    """How alike arms are, in [0, 1]: ½·(same place) + ½·max(0, cosine of the words). (arms, others) float64."""
+    """How alike arms are: 0 at different places, else ¼ + ¾·max(0, cosine of the words). (arms, others) float64."""
     if not arms or not others:
         return torch.zeros(len(arms), len(others), dtype=torch.float64)
     ours, theirs = torch.tensor(arms), torch.tensor(others)
     words = cosines(embeddings[ours[:, 1]], embeddings[theirs[:, 1]]).clamp(0.0, 1.0)
-    return 0.5 * (ours[:, :1] == theirs[None, :, 0]) + 0.5 * words
+    return (ours[:, :1] == theirs[None, :, 0]) * (PLACE + (1 - PLACE) * words)
+
+
+def _compared_with(
+    tries: Sequence[tuple[Arm, float]], made: Arm, prompt: Sequence[int], gain: float
+) -> list[tuple[Arm, float]]:
+    """Tries after an edit was made: compared with the word that is there now, others at its place gained so much less."""
+    later = [(arm, value - gain if arm.place == made.place else value) for arm, value in tries]
+    return [*later, *((Arm(made.place, word), -gain) for word in prompt[made.place : made.place + 1])]
 
 
 def _edited(prompt: Sequence[int], arm: Arm) -> tuple[int, ...]:
