@@ -2,6 +2,7 @@
 
 Clients with posts of four newsgroups edit the prompt " Topic:" (after a line break), each alone, as in one round of a stage.
 Three ways to choose the tries: by feedback (as the method does), in the order in which the model proposes, and at random.
+Then the server's half: their votes, merged, beside the start and the clients' own prompts on held-out posts.
 """
 
 from __future__ import annotations
@@ -90,12 +91,22 @@ def main() -> None:
             said = {"way": way, "client": client, "before": before, "after": after, "calls": calls - 2 * len(own)}
             text = tokenizer.decode([token for word in prompt for token in state.words[word]])
             print(json.dumps({**said, "prompt": text, "seconds": round(time.process_time() - began, 1)}), flush=True)
-    is_right = right(scored([state.prompt, *(prompt for _, _, prompt in found)], held_out), held_out).double()
-    print(json.dumps({"held_out": len(held_out), "start": float(is_right[:, 0].mean())}))
     for way in args.ways:
-        columns = [1 + i for i, one in enumerate(found) if one[0] == way]
-        each = is_right[:, columns].mean(0).tolist()
-        print(json.dumps({"way": way, "held_out": each, "mean": sum(each) / len(each)}))
+        own = [prompt for of, _, prompt in found if of == way]
+        offers = tokens.merge(state, *votes_of(own, len(state.words)), lexicon.embeddings).offers
+        each = right(scored([*own, *offers], held_out), held_out).double().mean(0).tolist()
+        numbers = {"clients": each[: len(own)], "start": each[len(own)], "merged": each[len(own) + 1 :][:1]}
+        print(json.dumps({"way": way, "held_out": numbers, "without_a_word": each[len(own) + 2 :]}))
+
+
+def votes_of(prompts: Sequence[Sequence[int]], words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of votes and places of clients that came to these prompts."""
+    votes, places = torch.zeros(words, dtype=torch.int64), torch.zeros(words, dtype=torch.int64)
+    for prompt in prompts:
+        distinct = list(dict.fromkeys(prompt))
+        votes[distinct] += 1
+        places[distinct] += torch.arange(len(distinct))
+    return votes, places
 
 
 def in_memory(decoder: Decoder) -> Decoder:

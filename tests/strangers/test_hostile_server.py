@@ -75,7 +75,7 @@ VOTING = {
     "labels": ["bird", "fish"],
     "length": LENGTH,
     "rounds": 1,
-    "population": 2,
+    "population": 4,
     "generations": 1,
     "records": 4,
     "tokens": 2,
