@@ -51,6 +51,7 @@ from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import Compared, CompareHeads
 from fedgrove.stages.prompt.exchanges.local import SearchAlone, Searched
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
+from fedgrove.stages.prompt.exchanges.votes import VoteForWords
 from fedgrove.stages.prune.exchanges import block as blocks
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
@@ -160,6 +161,13 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         Compared(records=5, shared=3, personal=4, own=5),
     ),
     Exchange(ScorePrompts(**PROMPT, candidates=4), Reply()),
+    Exchange(
+        VoteForWords(
+            **{**PROMPT, "method": "tokens", "aggregation": "votes", "score": "correct", "subspace": None}, population=4,
+            generations=2, tokens=3, words=20,
+        ),
+        Reply(),
+    ),
     *(
         Exchange(
             SearchAlone(

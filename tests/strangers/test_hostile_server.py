@@ -69,6 +69,18 @@ PROMPT = {
     "aggregation": "local",
     "generations": 1,
 }
+VOTING = {
+    "kind": "prompt",
+    "method": "tokens",
+    "labels": ["bird", "fish"],
+    "length": LENGTH,
+    "rounds": 1,
+    "population": 4,
+    "generations": 1,
+    "records": 4,
+    "tokens": 2,
+    "choices": 20,
+}
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
 NOISE = {"epsilon": 8.0, "delta": 1e-3}
 OPEN = {"stages": ["head", "prompt", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
@@ -93,6 +105,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
     "seeds": (OPEN, [SEEDS]),
     "prompts": ({**OPEN, "alone": False}, [PROMPT]),
+    "votes for words": (SECURE, [VOTING]),
 }
 del JOBS["secure adapters"][1][0]["method"]
 
@@ -162,7 +175,7 @@ OTHER = {  # of fields with a list of allowed values
     "float32": "bfloat16", "bfloat16": "float32", "wanda": "magnitude", "sparsegpt": "wanda", "fedspallm": "fedprllm",
     "ridge": "prototypes", "last": "mean", "fisher": "taylor", "owl": "even", "dense": "gradients", "gradients": "dense",
     "reap": "frequency", "evolution": "categories", "local": "mean", "loss": "correct", "end": "front",
-    "outputs": "tokens", "tokens": "outputs",
+    "outputs": "tokens", "tokens": "categories", "votes": "pooled", "correct": "loss",
 }  # fmt: skip
 EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "cut": {"channels": 0.25, "heads": 0.0, "depth": 0.0, "experts": 0.0},
@@ -170,6 +183,7 @@ EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "kept_experts": [[0, [0, 1, 2, 3]]],
     "held": 4,
     "pattern": [2, 4],
+    "subspace": {"dimension": 2, "scale": 0.1, "base": [1, 2]},
     "compute_dtype": "bfloat16",
     "max_weight_growth": 2.0,
     "fixed_point": {"units": {}, "clients": 3},

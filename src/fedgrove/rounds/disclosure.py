@@ -39,6 +39,7 @@ class Disclosure(Enum):
     HELD_OUT_ACCURACIES = "how often three heads find the label of records that it held out for itself"
     PROMPT_SCORES = "for each candidate prompt one number, the sum of its records' losses or how many get the right label"
     OWN_PROMPTS = "the prompt, or the words' probabilities, that a search on its records alone came to, and its loss"
+    PROMPT_WORDS = "which words of a public list it would have in a prompt, and where"
     WINDOW_LOSSES = "the loss of its own model on each window of held-out text that the server sent"
 
     @property

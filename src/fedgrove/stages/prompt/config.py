@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from fedgrove import plugins
 from fedgrove.job.endpoint import LogProbs
 from fedgrove.job.stage_config import StageConfig
 from fedgrove.job.units import Count, File, Fraction, Length, Positive, method_of
-from fedgrove.stages.prompt.methods import PACKAGE, LocalMethod, Method, local_method_of, method_of_name
+from fedgrove.stages.prompt.methods import (
+    PACKAGE,
+    LocalMethod,
+    Method,
+    VotingMethod,
+    local_method_of,
+    method_of_name,
+    voting_method_of,
+)
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -19,8 +28,14 @@ MOST_CANDIDATES = 1024  # of a round
 MOST_TOKENS = 512  # of a prompt
 MOST_DIMENSIONS = 4096  # of the subspace of soft prompts
 MOST_RECORDS = 2**20  # of a client in a round
+MOST_WORDS = 4096  # of a list that clients vote for words of
+TOKENS = 8  # of a prompt without a start
 ALONE = ("local", "mean")  # values of the key aggregation with which clients search alone
-OF_ALONE = ("generations", "against_overfitting")  # keys that only these use
+VOTES = "votes"  # the value with which they vote for words
+DEFAULTS: dict[str, dict[str, Any]] = {  # by aggregation, where they differ
+    **{key: {"population": 5} for key in ALONE},
+    VOTES: {"population": 5, "choices": 1024, "score": "correct"},
+}
 FINALISTS = 4  # at most so many candidates are compared after the last round
 
 
@@ -67,37 +82,40 @@ class Config(StageConfig):
 
     Attributes:
         kind: what the stage does.
-        method: how candidates are made: "evolution" (soft prompts in a random subspace, by CMA-ES) or "categories" (words, by
-            policy gradient).
+        method: how candidates are made: "evolution" (soft prompts in a random subspace, by CMA-ES), "categories" (words, by
+            policy gradient) or "tokens" (words that clients edit and vote for).
         aggregation: "pooled": each round's candidates are the server's, and their scores are summed over all clients. "local":
             every client searches on its own records, as published, and the server combines what they came to. "mean": likewise,
             and the server takes the plain mean. Only "evolution" has all three; "categories" takes the mean for "local".
+            "votes", of "tokens" alone: every client edits the prompt on its own records and votes for its words; the votes are
+            summed, and of the old prompt and what the server merges the one that all clients score best stays.
         rounds: how often candidates are scored. After the last, up to four are compared once more, on more records.
-        population: candidates of a round; where clients search alone, of each of their generations. Default: 20, and 5.
+        population: candidates of a round; where clients search alone or edit, of each of their generations. Default: 20, and 5.
         records: of each client in a round, drawn anew in every round; all candidates are scored on the same ones.
         labels: all possible answers, written exactly as the answers, spaces included. The loss is then the cross entropy among
             them. Default: answers are free text, and the loss is that of an answer's tokens, their mean.
-        score: "loss", or "correct": how many records get the right label.
+        score: "loss", or "correct": how many records get the right label. Default: "loss", and "correct" for votes.
         place: of the prompt. "end": after the record's text, so that a text passes through the model once for all candidates.
             "front": before it, where peft's prompt tuning has it.
         length: tokens of a record's text with its answer; a longer text is cut off from the left.
-        tokens: of the prompt. Default: those of ``start``, else 8.
+        tokens: of the prompt; of prompts made of words, how many words at most. Default: those of ``start``, else 8.
         start: a written prompt to begin with and to compare with.
         dimension: of the random subspace. Only "evolution".
         spread: how far the first candidates are from the start: the standard deviation of their entries, relative to that of
             the model's embeddings. Only "evolution".
         words: a file of words, one a line, that prompts are made of; the server reads it, so it must not be private. Default:
-            words of the tokenizer's vocabulary. Only "categories".
-        choices: how many words each place of a prompt chooses from. Only "categories".
+            words of the tokenizer's vocabulary. Only "categories" and "tokens".
+        choices: how many words each place of a prompt chooses from. Default: 200. Votes are for up to 4,096 words, those of
+            ``start`` among them; default: 1024. Only "categories" and "tokens".
         learning_rate: of the words' logits. Only "categories".
-        generations: of a client's own search in a round. Only where clients search alone.
+        generations: of a client's own search or edits in a round. Only where clients search alone or vote.
         against_overfitting: compare a record's loss with that of the same record with this share of its tokens replaced at
             random, as FedBPT does: what counts is their ratio. 0: the loss. Only where clients search alone.
     """
 
     kind: Literal["prompt"]
     method: Annotated[str, method_of(PACKAGE)] = "evolution"
-    aggregation: Literal["pooled", "local", "mean"] = "pooled"
+    aggregation: Literal["pooled", "local", "mean", "votes"] = "pooled"
     rounds: Count = 40
     population: Population = 20
     records: Records = 32
@@ -130,12 +148,25 @@ class Config(StageConfig):
         """The module of the method, for clients that search alone."""
         return local_method_of(self.method)
 
+    @property
+    def votes(self) -> bool:
+        """Whether clients vote for words."""
+        return self.aggregation == VOTES
+
+    @property
+    def voting_searcher(self) -> VotingMethod:
+        """The module of the method, for clients that vote."""
+        return voting_method_of(self.method)
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "population" not in data:
-            return {**data, "population": 5 if data.get("aggregation") in ALONE else 20}
-        return data
+        if not isinstance(data, dict):
+            return data
+        method = data.get("method")
+        if "aggregation" not in data and method in plugins.names(PACKAGE):
+            data = {**data, "aggregation": method_of_name(method).AGGREGATIONS[0]}
+        return {**DEFAULTS.get(str(data.get("aggregation")), {}), **data}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -144,8 +175,10 @@ class Config(StageConfig):
         of_others = method.NOT_KEYS & changed
         if of_others:
             raise ValueError(f'{min(of_others)}: method = "{self.method}" does not use it; remove it')
-        if not self.searches_alone and set(OF_ALONE) & changed:
-            raise ValueError(f'{OF_ALONE[0]} and {OF_ALONE[1]} belong to aggregation = "local"; remove them')
+        if not self.searches_alone and "against_overfitting" in changed:
+            raise ValueError('against_overfitting: it belongs to aggregation = "local"; remove it')
+        if not (self.searches_alone or self.votes) and "generations" in changed:
+            raise ValueError('generations: they belong to aggregation = "local" or "votes"; remove them')
         if self.aggregation not in method.AGGREGATIONS:
             known = " or ".join(f'"{name}"' for name in method.AGGREGATIONS)
             raise ValueError(f'aggregation: method = "{self.method}" has {known}')
@@ -162,6 +195,8 @@ class Config(StageConfig):
             raise ValueError('against_overfitting: it is a ratio of losses; take score = "loss", or set it to 0')
         if self.score == "correct" and not self.labels:
             raise ValueError('score: "correct" counts right labels; give labels, or score = "loss"')
+        if self.votes and self.choices > MOST_WORDS:
+            raise ValueError(f"choices: votes are for {MOST_WORDS:,} words at most; lower it")
         return self
 
     def records_in(self, round_: int) -> int:
@@ -171,7 +206,19 @@ class Config(StageConfig):
 
     def scores_in_a_round(self) -> int:
         """How many prompts a client scores on each record of a round."""
+        if self.votes:
+            return self.population * self.generations + 1 + (self.tokens or TOKENS) + 2
         return self.population * self.generations + 1 if self.searches_alone else self.population
+
+    def candidates_in(self, round_: int) -> int:
+        """How many prompts of the server's a client is asked to score in a round, at most."""
+        if round_ == self.rounds:
+            return FINALISTS
+        return self.most_places() + 2 if self.votes else self.population
+
+    def most_places(self) -> int:
+        """Words that a prompt has at most, whatever the tokenizer: a start has at most one token more than bytes."""
+        return self.tokens or (len(self.start.encode()) + 1 if self.start else TOKENS)
 
     def number_of_rounds(self) -> int:
         return self.rounds + 1

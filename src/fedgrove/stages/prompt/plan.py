@@ -14,10 +14,12 @@ from fedgrove.models.positions import positions
 from fedgrove.models.walk import CHUNK
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.capabilities import SPEED, Capabilities
+from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.prompt.config import FINALISTS, Config, unfit
 from fedgrove.stages.prompt.exchanges.local import SearchAlone
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
+from fedgrove.stages.prompt.exchanges.votes import VoteForWords
 from fedgrove.stages.prompt.methods import Task
 from fedgrove.stages.prompt.scorers import requests_of
 from fedgrove.stages.prompt.scoring import TOGETHER
@@ -95,6 +97,7 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
     twice = 2 if config.against_overfitting else 1
     scores = twice * config.scores_in_a_round()
     times = twice * (config.generations + 1) if config.searches_alone else 1  # that a text passes before its prompts
+    times += config.generations + 1 if config.votes else 0
     passed = scores * each + (times * config.length if config.place == "end" else 0)
     scored = config.rounds * scores * config.records + FINALISTS * config.records_in(config.rounds)
     parameters = count_parameters(decoder)
@@ -137,7 +140,7 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
         records=config.records,
         passed=passed,
         notes=_notes(assignments),
-        discloses=base.names_of(ScorePrompts.DISCLOSES | (SearchAlone.DISCLOSES if config.searches_alone else frozenset())),
+        discloses=base.names_of(_discloses(config)),
     )
 
 
@@ -149,6 +152,16 @@ def _notes(assignments: Mapping[str, Assignment]) -> tuple[str, ...]:
         f"An endpoint runs the model of {', '.join(elsewhere)} and is sent the text of the records that are drawn: whoever "
         "runs it sees that text. Its time is not in the plan.",
     )
+
+
+def _discloses(config: Config) -> frozenset[Disclosure]:
+    """What all requests of a stage disclose."""
+    found = ScorePrompts.DISCLOSES
+    if config.searches_alone:
+        found |= SearchAlone.DISCLOSES
+    if config.votes:
+        found |= VoteForWords.DISCLOSES
+    return found
 
 
 def _memory(decoder: Decoder, parameters: int, tokens: int) -> int:
@@ -170,4 +183,8 @@ def _traffic(config: Config, task: Task) -> tuple[int, int]:
         specs = config.local_searcher.specs(task, config.generations).values()
         up = sum(shape.numel() * dtype.itemsize for shape, dtype in specs)
         down = sum(tensor.numel() * tensor.element_size() for tensor in config.local_searcher.share(state).values())
+    if config.votes:
+        shared = config.voting_searcher.share(state).values()
+        up = ENVELOPE + 8 * (task.tokens + 2 + 3) + 8 * len(task.words) + 8
+        down += ENVELOPE + (task.tokens + 1) * down + sum(tensor.numel() * tensor.element_size() for tensor in shared)
     return config.number_of_rounds() * (ENVELOPE + up), config.number_of_rounds() * (ENVELOPE + down)

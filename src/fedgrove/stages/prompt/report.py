@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -23,7 +23,7 @@ FILES = ("prompt.json",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A prompt for it is in `prompt/` beside it; the card there says how to use it."
 MEASURED = {"no_prompt": "no prompt", "start_prompt": "the start", "found_prompt": "the prompt found"}
-ALONE = ("local", "mean")
+ALONE, VOTES = ("local", "mean"), "votes"
 MOST_ROWS = 20  # of a chart
 
 
@@ -41,10 +41,13 @@ def recipe(config: Mapping[str, Any]) -> str:
 
 
 def limits(config: Mapping[str, Any]) -> str:
-    return (
+    says = (
         "The server chooses the candidates, and sees how each of them does on the records that were drawn: of a client with "
         "one record, that record's own loss."
     )
+    if config.get("aggregation") == VOTES:
+        says += " It also sees how many clients vote for each word; without secure aggregation, who does."
+    return says
 
 
 def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> RenderableType:
@@ -97,10 +100,17 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
     number, of_each = plural(made["rounds"], "round"), f"up to {plural(made['records'], 'record')} of its own"
     if made["aggregation"] in ALONE:
         says = f"In each of {number} every client searched alone ({made['method']}) on {of_each}, and the server combined that."
+    elif "words_of_one" in made:
+        says = (
+            f"In each of {number} every client edited the prompt on {of_each} and voted for its words; of what the server "
+            "merged, and of the old prompt, the one that was the best on records of all clients stayed."
+        )
     else:
         candidates = plural(made["population"], "candidate")
         says = f"{made['method']} proposed {candidates} in each of {number}; every client scored the same ones on {of_each}."
     parts: list[Part] = [Paragraph(says)]
+    if "words_of_one" in made:
+        parts.append(Paragraph(_agreed(made["words_of_one"])))
     if "text" in made:
         parts.append(Paragraph(f"The prompt: “{made['text']}”, at the {made['place']} of a text."))
     parts += map(Paragraph, _says(summary, stage))
@@ -128,6 +138,14 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
 
 def _show(made: Mapping[str, Any], value: float) -> str:
     return f"{value:.1%}" if made["labels"] else f"{value:.3f}"
+
+
+def _agreed(words: Sequence[str]) -> str:
+    """What the report says of words that a single client brought in."""
+    if not words:
+        return "Every word of the prompt was there at the start, or two clients or more voted for it."
+    said = ", ".join(f"“{word.strip()}”" for word in words)
+    return f"For {said} only one client voted: look at such words before the prompt is given away or sent to an endpoint."
 
 
 def _measured(summary: Summary, stage: Stage) -> dict[str, dict[str, float]]:

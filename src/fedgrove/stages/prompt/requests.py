@@ -15,6 +15,7 @@ from fedgrove.job.units import Length, Name, Positive, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.rounds.request import Part, Request
+from fedgrove.stages.prompt.candidates import are_ids
 from fedgrove.stages.prompt.config import (
     MOST_CANDIDATES,
     MOST_TOKENS,
@@ -71,13 +72,13 @@ class PromptRequest(Request):
     seed: Word
     subspace: Subspace | None = None
 
-    def drawn(self, client: LocalClient) -> Records:
-        """The records of this round.
+    def drawn(self, client: LocalClient, purpose: str = "") -> Records:
+        """The records of this round, for each purpose others.
 
         Raises:
             FedgroveError: see :func:`~fedgrove.stages.prompt.records.records_of`.
         """
-        return records_of(client, self.labels, self.length, self.records, f"{self.seed}/{self.round}")
+        return records_of(client, self.labels, self.length, self.records, f"{self.seed}/{self.round}{purpose}")
 
     def decoder(self, client: LocalClient, device: str) -> Decoder:
         """The client's model."""
@@ -99,8 +100,7 @@ class PromptRequest(Request):
         if self.subspace is not None:
             fits = bool((candidates.abs() <= LARGEST).all()) and max(self.subspace.base) < vocabulary
         else:
-            kept = candidates >= 0
-            fits = bool(((candidates >= -1) & (candidates < vocabulary)).all()) and bool((kept[:, :-1] >= kept[:, 1:]).all())
+            fits = are_ids(candidates, vocabulary)
         if not fits:
             raise client.error("the candidate prompts that came are none of this model; refused")
         return candidates

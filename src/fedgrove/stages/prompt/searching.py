@@ -11,13 +11,12 @@ from fedgrove.data.tokens import encode
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
-from fedgrove.stages.prompt.config import MOST_TOKENS, Config
+from fedgrove.stages.prompt.config import MOST_TOKENS, TOKENS, Config
 from fedgrove.stages.prompt.methods import Task
 from fedgrove.stages.prompt.records import generator_of
 from fedgrove.stages.prompt.requests import Subspace
 from fedgrove.stages.prompt.subspace import scale_of
 
-TOKENS = 8  # of a prompt without a start
 _WORD = re.compile(r" [A-Za-z]{2,}")
 
 
@@ -33,7 +32,7 @@ def task_of(config: Config, index: int, tokenizer: PreTrainedTokenizerBase, seed
     """
     start = tuple(encode(config.start, tokenizer)) if config.start else ()
     tokens = config.tokens or len(start) or TOKENS
-    most = tokens if config.tokens and config.searcher.SOFT else MOST_TOKENS
+    most = tokens if config.tokens and (config.searcher.SOFT or config.votes) else MOST_TOKENS
     if len(start) > most:
         raise FedgroveError(
             f"stages.{index}.start: it has {len(start)} tokens, but a prompt has {most} at most",

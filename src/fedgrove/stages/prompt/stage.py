@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
@@ -25,10 +26,13 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import CHANGE, Message, Tensors
 from fedgrove.stages.base import Losses, Result, calibration_seed
+from fedgrove.stages.prompt.candidates import WORDS, as_words
 from fedgrove.stages.prompt.config import Config
 from fedgrove.stages.prompt.exchanges.local import SearchAlone
 from fedgrove.stages.prompt.exchanges.score import COUNTS, SCORES, ScorePrompts
+from fedgrove.stages.prompt.exchanges.votes import CALLS, PLACES, VOTES, VoteForWords
 from fedgrove.stages.prompt.files import write_prompt
+from fedgrove.stages.prompt.lexicon import embeddings_of
 from fedgrove.stages.prompt.methods import Found
 from fedgrove.stages.prompt.plan import Plan, make_plan
 from fedgrove.stages.prompt.records import Records, read_records
@@ -89,6 +93,7 @@ class _Stage:
         self.method, self.seed = config.searcher, calibration_seed(self.job.seed, plan.stage)
         self.task = task_of(config, plan.stage, model.tokenizer(), self.seed)
         self.subspace = subspace_of(config, self.task, self.decoder)
+        self.embeddings: Tensor | None = None  # of the words that clients vote for
         self.folder = self.run_folder.path / "work" / f"stage-{plan.stage}"
         self.logged = {
             (line["round"], line["client"], line["name"]) for line in self.run_folder.metrics() if line["stage"] == plan.stage
@@ -104,8 +109,11 @@ class _Stage:
             if self.config.searches_alone:
                 state = self.config.local_searcher.merge(state, self.config.aggregation, self.found(round_, state))
                 continue
+            calls = 0
+            if self.config.votes:
+                state, calls = self.merged(round_, state)
             candidates = self.method.propose(state, round_)
-            scored = self.scored(round_, candidates)
+            scored = self.scored(round_, candidates, calls)
             failed = 0 if scored["records"] else failed + 1
             if failed == MOST_FAILED:
                 raise FedgroveError(
@@ -122,6 +130,8 @@ class _Stage:
         prompt = prompts_of(finalists[best : best + 1], self.subspace, self.seed, self.decoder)[0]
         folder = self.run_folder.path / "prompt"
         about = write_prompt(folder, self.config, self.decoder, prompt, finalists[best], self.job)
+        if self.config.votes:
+            about["words_of_one"] = self.words_of_one(state, best)
         for name, records in held_out.items():
             self.measure(name, records, prompt)
         self.run_folder.write_json(
@@ -137,13 +147,18 @@ class _Stage:
         )
         return folder
 
-    def scored(self, round_: int, candidates: Tensor) -> dict[str, Any]:
-        """The costs of candidates, pooled over the clients, with what else a round is known by."""
+    def scored(self, round_: int, candidates: Tensor, calls: int = 0) -> dict[str, Any]:
+        """The costs of candidates, pooled over the clients, with what else a round is known by.
+
+        Args:
+            calls: scores that clients computed for the round before.
+        """
         file = self.folder / f"scores-{round_}.json"
         if not file.is_file():
             write_atomically(file, json.dumps(self.ask(round_, candidates)))
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         counted = {name: found[name] for name in ("records", "skipped", "calls")}
+        counted["calls"] += calls
         if found["records"]:
             found["costs"] = costs(torch.tensor(found["scores"]), found["records"], self.config.score)
             counted |= {"best": min(found["costs"]), "mean": sum(found["costs"]) / len(found["costs"])}
@@ -164,6 +179,43 @@ class _Stage:
         total = {name: sums.sums[name.removeprefix(CHANGE)].tolist() for name in (SCORES, COUNTS)}
         records, skipped, calls = total[COUNTS]
         return {"scores": total[SCORES], "records": records, "skipped": skipped, "calls": calls}
+
+    def merged(self, round_: int, state: Any) -> tuple[Any, int]:
+        """The state with the clients' votes of a round, and how many scores they computed for these."""
+        file = self.folder / f"votes-{round_}.safetensors"
+        method = self.config.voting_searcher
+        shared = method.share(state)
+        if not file.is_file():
+            save_tensors(self.ask_for_votes(round_, shared), file)
+        stored = load_file(file)
+        if self.embeddings is None:
+            self.embeddings = embeddings_of(as_words(shared[WORDS]), self.decoder)
+        return method.merge(state, stored[VOTES], stored[PLACES], self.embeddings), int(stored[CALLS])
+
+    def ask_for_votes(self, round_: int, shared: Tensors) -> Tensors:
+        """The sums of all clients' votes."""
+        self.phase(round_, "editing")
+        keys = ("population", "generations")
+        request = VoteForWords(
+            **self._common(round_),
+            **{key: getattr(self.config, key) for key in keys},
+            tokens=self.task.tokens,
+            words=len(shared[WORDS]),
+        )
+        messages = {client: Message(request, shared) for client in self.plan.clients}
+        sums = IntegerSums(
+            lambda total, replies: request.check_sums({CHANGE + name: one for name, one in total.items()}, len(replies))
+        )
+        self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
+        return {CHANGE + name: total.long() for name, total in sums.sums.items()}
+
+    def words_of_one(self, state: Any, finalist: int) -> list[str]:
+        """The words of a finalist for which never more than one client voted."""
+        tokenizer = self.decoder.checkpoint.tokenizer()
+        words = [tokenizer.decode(list(word)) for word in self.config.voting_searcher.words_of_one(state, finalist)]
+        if words:
+            self.run_folder.message(f"prompt: only one client voted for {', '.join(map(repr, words))}")
+        return words
 
     def found(self, round_: int, state: Any) -> list[Found]:
         """What each client came to alone, in the order of their names."""

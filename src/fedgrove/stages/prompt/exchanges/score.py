@@ -11,7 +11,7 @@ from fedgrove.job.stage_config import Agreed
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.prompt.config import FINALISTS, Config, Population
+from fedgrove.stages.prompt.config import Config, Population
 from fedgrove.stages.prompt.requests import CANDIDATES, PromptRequest
 from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, sums
 
@@ -52,8 +52,7 @@ class ScorePrompts(PromptRequest):
         assert isinstance(config, Config)
         if config.searches_alone and self.round < config.rounds:
             return "round"
-        most = config.population if self.round < config.rounds else FINALISTS
-        return "candidates" if self.candidates > most else super().beyond(job)
+        return "candidates" if self.candidates > config.candidates_in(self.round) else super().beyond(job)
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         return {SCORES: (torch.Size([self.candidates]), torch.int64), COUNTS: (torch.Size([3]), torch.int64)}

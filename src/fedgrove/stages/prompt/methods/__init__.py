@@ -4,7 +4,8 @@ name in the job.
 A method is two functions of plain data: ``propose(state, round) -> candidates`` and ``tell(state, round, candidates, costs)
 -> state``. It never sees a record. A killed stage comes back to the same state by telling the stored costs once more, so both
 functions must be deterministic, and draw only from the seed of the task. A method that clients can also use alone, on their own
-records, has four functions more: see :class:`LocalMethod`.
+records, has functions more: see :class:`LocalMethod`; and so has one whose candidates are made of what clients vote for: see
+:class:`VotingMethod`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedgrove import plugins
 from fedgrove.rounds.request import Tensors, TensorSpecs
+from fedgrove.stages.prompt.editing import Lexicon
 
 PACKAGE = "stages.prompt.methods"
 
@@ -169,6 +171,45 @@ class LocalMethod(Method, Protocol):
         ...
 
 
+class VotingMethod(Method, Protocol):
+    """The contract of a method whose candidates are made of votes for words of a closed list.
+
+    In each round clients vote, ``merge`` takes the sums, and then candidates are proposed and told of as for any method.
+    """
+
+    def share(self, state: Any) -> Tensors:
+        """What clients begin with; of it ``words`` are the token ids of the list, (words, tokens) int32 with −1 behind."""
+        ...
+
+    def fits(self, tensors: Tensors, task: Task) -> bool:
+        """Whether tensors, which came from the server, can be what clients begin with. See :meth:`LocalMethod.fits`."""
+        ...
+
+    def vote(self, tensors: Tensors, alone: Alone, places: int, lexicon: Lexicon, costs: Costs) -> tuple[Tensor, Tensor]:
+        """At a client: its edits, from what the server shared.
+
+        Args:
+            places: the most words of a prompt.
+
+        Returns:
+            Votes, 1 or 0 for every word, and the places of the words that are voted for: (words,) int32 each.
+        """
+        ...
+
+    def merge(self, state: Any, votes: Tensor, places: Tensor, embeddings: Tensor) -> Any:
+        """The state of which a round's candidates are proposed.
+
+        Args:
+            votes, places: the sums over clients, (words,) integers.
+            embeddings: of the words, (words, width).
+        """
+        ...
+
+    def words_of_one(self, state: Any, finalist: int) -> list[tuple[int, ...]]:
+        """Token ids of the words of a finalist, given by its number, that are there by the vote of a single client."""
+        ...
+
+
 def method_of_name(name: str) -> Method:
     """Loads a method by name."""
     return cast(Method, plugins.load(PACKAGE, name))
@@ -177,3 +218,8 @@ def method_of_name(name: str) -> Method:
 def local_method_of(name: str) -> LocalMethod:
     """Loads a method that clients can use alone."""
     return cast(LocalMethod, plugins.load(PACKAGE, name, LocalMethod))
+
+
+def voting_method_of(name: str) -> VotingMethod:
+    """Loads a method whose candidates are made of votes."""
+    return cast(VotingMethod, plugins.load(PACKAGE, name, VotingMethod))

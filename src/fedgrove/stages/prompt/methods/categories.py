@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from fedgrove.rounds.request import Tensors, TensorSpecs
+from fedgrove.stages.prompt.candidates import WORDS, as_ids, as_words
 from fedgrove.stages.prompt.methods import Alone, Costs, Found, Task
 
 SOFT = False
 AGGREGATIONS = ("pooled", "local")
 LEAST = 2
 NOT_KEYS = frozenset({"dimension", "spread"})
-LOGITS, WORDS = "logits", "words"  # tensors that clients begin with: (places, words), and (words, tokens) ids with −1 behind
+LOGITS = "logits"  # a tensor that clients begin with, beside the words: (places, words)
 LARGEST = 2.0**10  # |logit|
 BEST = 2  # prompts of the lowest costs that are remembered
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam (Kingma & Ba 2015)
@@ -53,7 +54,7 @@ def begin(task: Task) -> State:
 
 def propose(state: State, round_: int) -> Tensor:
     """Prompts drawn from the distributions."""
-    return _ids([_prompt(state.task, row) for row in draw(state.logits, state.task.population, state.task.seed_of(round_))])
+    return as_ids([_prompt(state.task, row) for row in draw(state.logits, state.task.population, state.task.seed_of(round_))])
 
 
 def tell(state: State, round_: int, candidates: Tensor, costs: Sequence[float]) -> State:
@@ -74,7 +75,7 @@ def finalists(state: State) -> Tensor:
     """The start, the best prompts that were drawn, and the likeliest one."""
     likeliest = _prompt(state.task, state.logits.argmax(1))
     start = [state.task.start] if state.task.start else []
-    return _ids([*start, *(prompt for _, prompt in state.best), likeliest])
+    return as_ids([*start, *(prompt for _, prompt in state.best), likeliest])
 
 
 def gradient(logits: Tensor, picks: Tensor, costs: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def draw(logits: Tensor, number: int, seed: int) -> Tensor:
 
 def share(state: State) -> Tensors:
     """The logits, and the words that they are of."""
-    return {LOGITS: state.logits, WORDS: _ids(state.task.words)}
+    return {LOGITS: state.logits, WORDS: as_ids(state.task.words)}
 
 
 def fits(tensors: Tensors, task: Task) -> bool:
@@ -124,14 +125,14 @@ def fits(tensors: Tensors, task: Task) -> bool:
 
 def search(tensors: Tensors, alone: Alone, costs: Costs) -> tuple[Tensors, Tensor]:
     """A client's own steps from the server's logits: its logits at the end."""
-    words = tuple(tuple(row[row >= 0].tolist()) for row in tensors[WORDS])
+    words = as_words(tensors[WORDS])
     task = alone.task(len(tensors[LOGITS]), words=words)
     state = begin(task)
     state.logits = tensors[LOGITS]
     for generation in range(alone.generations):
         candidates = propose(state, generation)
         state = tell(state, generation, candidates, costs(candidates))
-    return {LOGITS: state.logits}, _ids([_prompt(task, state.logits.argmax(1))])
+    return {LOGITS: state.logits}, as_ids([_prompt(task, state.logits.argmax(1))])
 
 
 def specs(task: Task, generations: int) -> TensorSpecs:
@@ -148,9 +149,3 @@ def merge(state: State, aggregation: str, found: Sequence[Found]) -> State:
 
 def _prompt(task: Task, picks: Tensor) -> tuple[int, ...]:
     return tuple(token for pick in picks.tolist() for token in task.words[pick])
-
-
-def _ids(prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Token ids, (prompts, tokens) int32 with −1 behind shorter ones."""
-    longest = max(map(len, prompts))
-    return torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts], dtype=torch.int32)
