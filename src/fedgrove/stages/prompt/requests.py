@@ -118,6 +118,13 @@ class PromptRequest(Request):
             raise client.error(*fault)
         return AtEndpoint(client, decoder.checkpoint.tokenizer(), self.place, self.labels, self.digest)
 
+    def most_calls(self, records: int, prompts: int) -> int:
+        """The most scores of so many prompts on so many records, or requests to an endpoint for them.
+
+        An endpoint may be asked for each token of each label, and a token has a byte at least.
+        """
+        return records * prompts * (sum(len(label.encode()) + 1 for label in self.labels) or 1)
+
     def prompts(self, candidates: Tensor, decoder: Decoder) -> list[Prompt]:
         """The candidates as prompts."""
         return prompts_of(candidates, self.subspace, self.seed, decoder)

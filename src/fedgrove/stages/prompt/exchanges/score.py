@@ -69,10 +69,7 @@ class ScorePrompts(PromptRequest):
         records, skipped, calls = tensors[COUNTS].tolist()
         if min(records, skipped) < 0 or records + skipped > clients * self.records:
             raise WireError("its numbers of records are out of range")
-        each = (
-            sum(len(label.encode()) + 1 for label in self.labels) or 1
-        )  # requests to an endpoint: a token has a byte at least
-        if not 0 <= calls <= (records + skipped) * self.candidates * each:
+        if not 0 <= calls <= self.most_calls(records + skipped, self.candidates):
             raise WireError("it computed more scores than there are records and candidates")
         largest = records if self.score == "correct" else round(records * MOST_LOSS * 2**BITS)
         if bool(((tensors[SCORES] < 0) | (tensors[SCORES] > largest)).any()):

@@ -30,7 +30,7 @@ class VoteForWords(PromptRequest):
 
     Tensors of the request: see ``share`` of the method. The response contains ``change/votes`` (words,) int32: 1 for a word of
     the prompt; ``change/places`` (words,) int32: the word's place in it, from 0; and ``change/calls`` (1,) int64: how many
-    scores were computed. A client none of whose records has a finite loss votes for nothing.
+    scores were computed, or how many requests an endpoint was sent for them. A client none of whose records has a finite loss votes for nothing.
 
     Attributes:
         population, generations: as in the job.
@@ -58,21 +58,19 @@ class VoteForWords(PromptRequest):
         if not self.searcher.fits(tensors, task):
             raise client.error("the prompt or the list of words that came has another shape, dtype or size; refused")
         lexicon = lexicon_of(tensors[WORDS], decoder, client)
-        calls = 0
+        scorer = self.scorer(client, decoder)
         is_usable = True
 
         def scored(candidates: Tensor) -> list[float]:
-            nonlocal calls, is_usable
-            scores = score(decoder, records, self.prompts(candidates, decoder), self.place)
-            calls += len(candidates) * len(records)
-            found = sums(scores, records, self.score)
+            nonlocal is_usable
+            found = sums(scorer(candidates, records), records, self.score)
             is_usable = is_usable and found.records > 0
             return costs(found.scores, found.records, self.score) if found.records else [0.0] * len(candidates)
 
         alone = Alone(f"{self.seed}/{self.round}/edits", self.population, self.generations, 1.0)
         votes, places = self.searcher.vote(tensors, alone, self.tokens, lexicon, scored)
         votes, places = votes * is_usable, places * is_usable
-        return Response({VOTES: votes, PLACES: places, CALLS: torch.tensor([calls])}, Reply())
+        return Response({VOTES: votes, PLACES: places, CALLS: torch.tensor([scorer.calls])}, Reply())
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         of_words = (torch.Size([self.words]), torch.int32)
@@ -95,7 +93,7 @@ class VoteForWords(PromptRequest):
             raise WireError("it has more votes than a prompt has places")
         if bool(((places < 0) | (places > votes * (self.tokens - 1))).any()):
             raise WireError("its words are where a prompt has no places")
-        if not 0 <= calls <= clients * self.records * (self.generations * self.population + 1):
+        if not 0 <= calls <= self.most_calls(clients * self.records, self.generations * self.population + 1):
             raise WireError("it computed more scores than there are records and edits")
 
     def beyond(self, job: Agreed) -> str | None:
