@@ -19,7 +19,7 @@ from fedgrove.stages.prompt.config import MOST_WORDS, Config, Population, Prompt
 from fedgrove.stages.prompt.lexicon import lexicon_of
 from fedgrove.stages.prompt.methods import Alone, Task, VotingMethod, voting_method_of
 from fedgrove.stages.prompt.requests import PromptRequest
-from fedgrove.stages.prompt.scoring import costs, score, sums
+from fedgrove.stages.prompt.scoring import costs, sums
 
 VOTES, PLACES, CALLS = CHANGE + "votes", CHANGE + "places", CHANGE + "calls"
 Words = Annotated[int, Field(ge=2, le=MOST_WORDS)]
@@ -30,7 +30,8 @@ class VoteForWords(PromptRequest):
 
     Tensors of the request: see ``share`` of the method. The response contains ``change/votes`` (words,) int32: 1 for a word of
     the prompt; ``change/places`` (words,) int32: the word's place in it, from 0; and ``change/calls`` (1,) int64: how many
-    scores were computed, or how many requests an endpoint was sent for them. A client none of whose records has a finite loss votes for nothing.
+    scores were computed, or how many requests an endpoint was sent for them. A client none of whose records has a finite loss
+    votes for nothing.
 
     Attributes:
         population, generations: as in the job.
