@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from fedgrove.models.digest import digests
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.stages.prompt.config import Place, Score
+from fedgrove.stages.prompt.exchanges.local import SearchAlone, Searched
 from fedgrove.stages.prompt.exchanges.score import COUNTS, ScorePrompts
+from fedgrove.stages.prompt.methods import Task, categories
 from fedgrove.stages.prompt.records import Records, read_records
 from fedgrove.stages.prompt.requests import CANDIDATES
 from fedgrove.stages.prompt.scorers import CACHE, AtEndpoint, label_in
@@ -259,12 +262,13 @@ def test_scores_are_those_of_the_clients_own_model(
 ) -> None:
     """Labels of one token and of several, free answers, prompts of several lengths and none."""
     plain.form, decoder, of = form, Decoder(Checkpoint(small.model)), records(small, tmp_path, labels).take([1])
-    prompts = [Prompt(embed(decoder, row[row >= 0].long()), written=True) for row in PROMPTS]
+    candidates = PROMPTS if logprobs == "echo" else PROMPTS[1:]
+    prompts = [Prompt(embed(decoder, row[row >= 0].long()), written=True) for row in candidates]
     at = scorer(small, client_of(tmp_path, small.model, plain.url, logprobs=logprobs, top=4096), place, labels)
-    found = at(PROMPTS, of)
+    found = at(candidates, of)
     for one, expected in zip(found, score(decoder, of, prompts, place), strict=True):
         torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
-    assert at.calls == len(plain.asked) == 3 * requests
+    assert at.calls == len(plain.asked) == len(candidates) * requests
 
 
 def test_a_label_that_is_not_named_counts_as_the_last_and_a_tie_is_wrong(small: Small, plain: Served, tmp_path: Path) -> None:
@@ -321,9 +325,12 @@ def test_what_is_known_is_not_sent_again(small: Small, plain: Served, tmp_path: 
     ("echo", {}, {}),
     ("next", {"logprobs": "next", "top": 8}, {}),
     ("none", {"logprobs": "none"}, {"score": "correct"}),
+<<<<<<< HEAD
     ("echo", {}, {"aggregation": "local", "generations": 1, "rounds": 1, "population": 3}),
     ("echo", {}, {"method": "tokens", "choices": 12, "generations": 1, "rounds": 1, "population": 3, "tokens": None,
                   "score": "loss"}),
+=======
+>>>>>>> endpoint
 ])  # fmt: skip
 def test_a_run_through_an_endpoint_finds_the_same_prompt(
     small: Small, files: Mapping[str, Path], talker: Path, talks: Served, tmp_path: Path, form: str, endpoint: Any, stage: Any
@@ -356,6 +363,37 @@ def test_a_run_through_an_endpoint_finds_the_same_prompt(
     everything = [file for file in out.rglob("*") if file.is_file()]
     assert not [file for file in everything if CANARY.encode() in file.read_bytes()]
     assert CANARY not in said + told
+
+
+def test_a_client_that_searches_alone_comes_to_the_same(small: Small, plain: Served, tmp_path: Path) -> None:
+    records(small, tmp_path)
+    request = SearchAlone(
+        stage=0, method="categories", aggregation="local", labels=LABELS, score="loss", place="end", length=16, records=2,
+        seed="0/0", population=3, generations=1, learning_rate=0.3, against_overfitting=0.5, tokens=2, words=3,
+    )  # fmt: skip
+    sent = categories.share(categories.begin(Task("0/0", 3, 2, words=((5,), (40, 41), (17,)))))
+    there = client_of(tmp_path, small.model, plain.url)
+    found = request.respond(sent, there, "cpu")
+    own = request.respond(sent, replace(there, endpoint=None), "cpu")
+    for name, tensor in own.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=0, atol=1e-4)
+    assert isinstance(found.reply, Searched)
+    assert isinstance(own.reply, Searched)
+    assert found.reply.cost == pytest.approx(own.reply.cost, abs=1e-4)
+    assert found.reply.calls == len(plain.asked) == len({json.dumps(body) for body in plain.asked})
+
+
+def test_answers_without_a_label_are_wrong_and_the_run_says_so(
+    small: Small, files: Mapping[str, Path], talker: Path, talks: Served, tmp_path: Path
+) -> None:
+    talks.instead = lambda body: (200, {}, json.dumps({"choices": [{"text": "Well, " + ONE_TOKEN[0]}]}).encode())
+    stage = {"score": "correct", "rounds": 1, "population": 3}
+    changes = job(files, talker, {"url": talks.url, "logprobs": "none"}, **stage)
+    del changes["evaluate"]["data"]
+    code, _, told = cli("run", small.job("unlabeled", **changes), "--out", tmp_path / "run")
+    assert code == 0
+    assert json.loads((tmp_path / "run" / "prompt.json").read_text())["finalists"] == [1.0] * 4
+    assert "round 0: all candidates score alike; does an answer begin with a label" in told
 
 
 # Mistakes

@@ -163,6 +163,10 @@ class _Stage:
             found["costs"] = costs(torch.tensor(found["scores"]), found["records"], self.config.score)
             counted |= {"best": min(found["costs"]), "mean": sum(found["costs"]) / len(found["costs"])}
         self.log(round_, None, counted)
+        if found["records"] and len(set(found["scores"])) == 1 < len(torch.unique(candidates, dim=0)):
+            hint = "; does an answer begin with a label, is one among its likely tokens (endpoint.top)?"
+            at_endpoint = any(of.endpoint for of in self.plan.clients.values())
+            self.run_folder.message(f"round {round_}: all candidates score alike{hint if at_endpoint else ''}")
         if found["skipped"]:
             self.run_folder.message(f"round {round_}: the loss of {found['skipped']} records was not finite; they were skipped")
         return found
