@@ -759,7 +759,7 @@ def test_a_clock_that_is_wrong_is_seen_when_a_job_is_asked_for(
         ("data = []\n[models]", SiteFile, "data: write where this site's text is"),
         ('data = "nowhere.txt"\n[models]', SiteFile, "data.0: no such file"),
         ("data = []\n[models]\n[allow]\nsecret = 1", SiteFile, "write where this site"),
-        ('stages = ["prun"]', Allow, "stages.0: choose one of head, prune, structured, tune"),
+        ('stages = ["prun"]', Allow, "stages.0: choose one of head, prompt, prune, structured, tune"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_by_its_key(text: str, kind: type[Table], says: str, tmp_path: Path) -> None:
