@@ -325,12 +325,8 @@ def test_what_is_known_is_not_sent_again(small: Small, plain: Served, tmp_path: 
     ("echo", {}, {}),
     ("next", {"logprobs": "next", "top": 8}, {}),
     ("none", {"logprobs": "none"}, {"score": "correct"}),
-<<<<<<< HEAD
-    ("echo", {}, {"aggregation": "local", "generations": 1, "rounds": 1, "population": 3}),
     ("echo", {}, {"method": "tokens", "choices": 12, "generations": 1, "rounds": 1, "population": 3, "tokens": None,
                   "score": "loss"}),
-=======
->>>>>>> endpoint
 ])  # fmt: skip
 def test_a_run_through_an_endpoint_finds_the_same_prompt(
     small: Small, files: Mapping[str, Path], talker: Path, talks: Served, tmp_path: Path, form: str, endpoint: Any, stage: Any

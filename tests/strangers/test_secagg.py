@@ -415,7 +415,7 @@ WINDOWS = WindowNoise(epsilon=1.0, delta=0.05, noise=1.0, rounds=1, clip=1.0)
 CODE = FixedWeights(units={"x": 1.0}, clients=3)
 for summed in list(SUMMED):
     noise = OF_CLIENTS if "ClientNoise" in str(type(summed).model_fields.get("noise")) else NOISE
-    for part in ({"fixed": FIXED}, {"noise": noise}, {"windows": WINDOWS}, {"fixed_point": CODE}):
+    for part in ({"fixed": FIXED}, {"noise": noise}, {"windows": WINDOWS}, {"fixed_point": CODE}, {"held": 4}):
         if part.keys() <= type(summed).model_fields.keys():
             SUMMED.append(summed.model_copy(update=part))
 

@@ -41,7 +41,7 @@ class ChooseExperts(TuneRequest):
 
     KIND: ClassVar[str] = "tune/experts"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.EXPERTS_HELD})
-    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "held", "number"})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "number"})
 
     number: Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
     value: Literal["outputs", "tokens"]
