@@ -334,7 +334,7 @@ def ballot(words: int = 6) -> tuple[VoteForWords, dict[str, Tensor]]:
     (VOTES, [2, 0, 0, 1, 0, 0], "more votes"), (VOTES, [-1, 0, 0, 1, 1, 0], "more votes"),
     (VOTES, [1, 1, 0, 1, 1, 0], "more votes"), (PLACES, [3, 0, 0, 0, 1, 0], "no places"),
     (PLACES, [2, 0, 1, 0, 1, 0], "no places"), (PLACES, [2, 0, 0, 0, 0, 0], "a place each"),
-    (PLACES, [2, 0, 0, -1, 1, 0], "no places"), (CALLS, [57], "more scores"), (CALLS, [-1], "more scores"),
+    (PLACES, [2, 0, 0, -1, 1, 0], "no places"), (CALLS, [10**6], "more scores"), (CALLS, [-1], "more scores"),
 ])  # fmt: skip
 def test_votes_that_no_prompt_has_are_refused(name: str, values: list[int], says: str) -> None:
     request, honest = ballot()

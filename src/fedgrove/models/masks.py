@@ -196,7 +196,7 @@ def keep_highest(keys: Sequence[Tensor], target: Target, zeros: Tensor | None = 
         rows, width, pruned = num_out * num_in // m, m, torch.full((num_out * num_in // m,), m - n, device=device)
     else:
         total = target.num_pruned(num_out * num_in)
-        counts = split_evenly(total, num_out) if zeros is None else quotas(zeros.sum(1).tolist(), total)
+        counts = split_evenly(total, num_out) if zeros is None else quotas(zeros.sum(1).cpu().tolist(), total)
         rows, width, pruned = num_out, num_in, torch.tensor(counts, device=device)
     ranks = torch.arange(width, device=device)
     mask = torch.empty(rows, width, dtype=torch.bool, device=device)
