@@ -48,10 +48,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# --no-compile: most modules are never imported, and compiling all of them takes as long as unpacking them.
+# Modules are compiled on all cores, not by pip on one; some files of packages are no Python and do not compile.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 # The pages of docs/reference, made from the code and committed; then the site.
