@@ -463,8 +463,8 @@ def test_an_endpoint_that_fails_is_one_line_that_names_the_client(
 
 def test_an_endpoint_that_is_down_or_slow_is_one_line(small: Small, plain: Served, tmp_path: Path) -> None:
     assert str(failure(small, tmp_path, "http://127.0.0.1:1/v1")) == (
-        "client 'ash': its endpoint cannot be reached (Connection refused); start it, or correct endpoint.url; then continue "
-        "with --resume"
+        "client 'ash': its endpoint cannot be reached or breaks off (Connection refused); start it, or correct endpoint.url; "
+        "then continue with --resume"
     )
     assert failure(small, tmp_path, plain.url.replace("http:", "https:")).word in ("certificate", "down")
     gave_up = threading.Event()

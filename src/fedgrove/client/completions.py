@@ -217,7 +217,9 @@ class Completions:
         except (OSError, http.client.HTTPException) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
             raise self.error(
-                "down", f"cannot be reached ({why})", "start it, or correct endpoint.url; then continue with --resume"
+                "down",
+                f"cannot be reached or breaks off ({why})",
+                "start it, or correct endpoint.url; then continue with --resume",
             ) from error
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -228,6 +230,8 @@ class Completions:
 
     def _sent(self, connection: http.client.HTTPConnection, body: bytes, ends: float) -> tuple[int, bytes, float | None]:
         connection.response_class = partial(_Response, ends=ends)  # type: ignore[assignment]
+        if connection.sock is not None:  # its last answer left it with the rest of that one's time
+            connection.sock.settimeout(self._endpoint.timeout)
         try:
             connection.request("POST", f"{self._parts.path}/completions", body, self._headers)
             response = connection.getresponse()
