@@ -65,9 +65,11 @@ def check_kept_blocks(kept_blocks: Sequence[int] | None, cut: Cut | None, client
     Raises:
         FedgroveError: it has.
     """
+    if kept_blocks is None:
+        return
     own = num_blocks(checkpoint_of(client).config)
     left = own - (Cut.whole(cut.depth, own) if cut is not None else 0)
-    if kept_blocks is not None and len(kept_blocks) != left:
+    if len(kept_blocks) != left:
         raise client.error("the request is for a model of another number of blocks than the job leaves; refused")
 
 

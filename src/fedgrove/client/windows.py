@@ -1,4 +1,4 @@
-"""Windows of a client's text, cut once and stored on its disk as int32; and its copy of the model."""
+"""What is made of a client's text once and stored on its disk, such as windows as int32; and its copy of the model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from fedgrove.models.held import HeldDecoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 
+WINDOWS = "windows"  # the beginning of the names of files with windows
+
 
 def calibration_windows(client: LocalClient, samples: int, length: int, seed: str) -> Tensor:
     """Windows that a client calibrates on; for a client with ``owners``, their windows one after the other.
@@ -49,9 +51,10 @@ def calibration_windows(client: LocalClient, samples: int, length: int, seed: st
     seed = f"{seed}/{client.name}"
 
     def cut() -> dict[str, Tensor]:
-        return {"ids": packed.calibration_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed)}
+        windows = packed.calibration_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed)
+        return {"ids": windows.int()}
 
-    return _kept(client, [client.text, samples, length, seed], cut)["ids"].long()
+    return made_once(client, WINDOWS, [client.text, samples, length, seed], cut)["ids"].long()
 
 
 def held_out_windows(client: LocalClient, samples: int, length: int, seed: str, number: int) -> Tensor:
@@ -70,9 +73,9 @@ def held_out_windows(client: LocalClient, samples: int, length: int, seed: str, 
 
     def cut() -> dict[str, Tensor]:
         windows = packed.held_out_windows(client.data, client.text, _tokenizer(client.model), samples, length, seed, number)
-        return {"ids": windows}
+        return {"ids": windows.int()}
 
-    return _kept(client, [client.text, samples, length, seed, number], cut)["ids"].long()
+    return made_once(client, WINDOWS, [client.text, samples, length, seed, number], cut)["ids"].long()
 
 
 def training_windows(client: LocalClient, length: int) -> tuple[Tensor, Tensor]:
@@ -86,23 +89,47 @@ def training_windows(client: LocalClient, length: int) -> tuple[Tensor, Tensor]:
 
     def cut() -> dict[str, Tensor]:
         ids, labels = packed.training_windows(client.data, templates, _tokenizer(client.model), length)
-        return {"ids": ids, "labels": labels}
+        return {"ids": ids.int(), "labels": labels.int()}
 
-    windows = _kept(client, [templates, length], cut)
+    windows = made_once(client, WINDOWS, [templates, length], cut)
     return windows["ids"].long(), windows["labels"].long()
 
 
-def _kept(client: LocalClient, settings: list[Any], cut: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def made_once(client: LocalClient, name: str, settings: list[Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that are made of a client's text and its model once, and stored on its disk.
+
+    Args:
+        name: the beginning of the file's name.
+        settings: what else they depend on, as JSON can hold it.
+        make: makes them.
+
+    Raises:
+        FedgroveError: its text or its model cannot be read, or ``make`` raises one; names the client.
+    """
     try:
         files = [facts_of(path) for path in client.data]
         facts = json.dumps([files, settings, checkpoint_of(client).fingerprint()], sort_keys=True)
-        file = client.folder / f"windows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
+        file = client.folder / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.safetensors"
         if not file.is_file():
-            save_tensors({name: windows.int() for name, windows in cut().items()}, file)
+            save_tensors(make(), file)
     except FedgroveError as error:
         raise client.error(error.what, error.remedy) from error
-    windows: dict[str, Tensor] = load_file(file)
-    return windows
+    stored: dict[str, Tensor] = load_file(file)
+    return stored
+
+
+def templates_of_answers(client: LocalClient, what: str) -> tuple[str, str]:
+    """The templates of a client's records and of what should follow them.
+
+    Args:
+        what: what follows, such as "labels", for the error.
+
+    Raises:
+        FedgroveError: the client has none.
+    """
+    if client.prompt is None or client.answer is None:
+        raise client.error(f"its records have no {what}", "give prompt and answer in its part of the job, or in site.toml")
+    return client.prompt, client.answer
 
 
 def checkpoint_of(client: LocalClient) -> Checkpoint:

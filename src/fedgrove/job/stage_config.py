@@ -112,6 +112,37 @@ class StageConfig(Table):
             ValueError: a setting does not fit; begins with the key, such as ``stages.0.trim: …``, and gives the remedy.
         """
 
+    def check_only_stage(self, job: Job, index: int) -> None:
+        """Refuses a job with other stages, for a kind that fits something to the model as the clients have it.
+
+        Raises:
+            ValueError: there are others.
+        """
+        if len(job.stages) > 1:
+            raise ValueError(
+                f'stages.{index}.kind: "{self.kind}" fits the model that the clients have, not one that another stage changes; '
+                "make it the only stage"
+            )
+
+    def check_answers(self, job: Job, what: str, example: str) -> None:
+        """Refuses clients whose records have no template of what should follow them.
+
+        In a federation each site gives its own, and its response is the error.
+
+        Args:
+            what: what follows, such as "labels".
+            example: of the template ``answer``.
+
+        Raises:
+            ValueError: a client has none.
+        """
+        for number, client in enumerate(job.clients):
+            if client.data and client.answer is None:
+                raise ValueError(
+                    f"clients.{number}: client '{client.name}' has no {what}; give prompt and answer, such as "
+                    f'prompt = "{{text}}" and answer = "{example}"'
+                )
+
     def check_secure(self, job: Job, index: int) -> None:
         """As :meth:`check`, for a job with secure aggregation."""
 

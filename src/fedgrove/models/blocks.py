@@ -125,6 +125,14 @@ class Decoder:
         num_out, num_in = as_matrix(module, cast(Tensor, module.weight)).shape
         return num_out, num_in
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear, by its name in the model."""
+        return {name: self.read_shape(name) for name in self.linear_names()}
+
+    def shapes_of_all(self) -> dict[str, tuple[int, int]]:
+        """:meth:`linear_shapes` of the whole model, of which a decoder may have only some experts."""
+        return self.linear_shapes()
+
     def load_all(self, change: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
         """The full model with all its weights, which are frozen. Linears that share a weight become one module.
 

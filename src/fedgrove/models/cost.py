@@ -108,8 +108,8 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     Measured in float32 on a CPU wherever the decoder computes, so that a plan does not depend on the server's device. Where
     only some blocks have experts, one of either kind is measured. Routers are taken to be even.
     """
-    shapes = {name: tuple(decoder.read_shape(name)) for name in decoder.linear_names()}
-    decoder = type(decoder)(decoder.checkpoint)  # on the CPU
+    shapes = decoder.linear_shapes()
+    decoder = decoder.again("cpu")
     config = decoder.checkpoint.config.get_text_config()
     hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
     sparse = [index for index, block in enumerate(decoder.blocks) if experts_in(block) is not None]
@@ -122,7 +122,7 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     passes |= {decoder.linear_name(*places[0]): len(places) for places in decoder.shared_linears.values()}
     total = count_parameters(decoder)
     return ModelCost(
-        linears={name: (shape[0], shape[1]) for name, shape in shapes.items()},
+        linears=shapes,
         others=total - sum(rows * columns for rows, columns in shapes.values()),
         width=config.hidden_size,
         vocabulary=config.vocab_size,

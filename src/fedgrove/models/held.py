@@ -67,7 +67,7 @@ class HeldDecoder(Decoder):
         return super()._read(name, torch.Size([self._experts, *shape[1:]]))[list(self.held[parts[1]])]
 
     def shapes_of_all(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear of the whole model, in its order: experts of a block are all of the same shape."""
+        """In the whole model's order. Experts of a block are all of the same shape."""
         shapes: dict[str, tuple[int, int]] = {}
         names = list(self.linear_names())
         for name in names:
@@ -81,13 +81,6 @@ class HeldDecoder(Decoder):
                 for number in range(self._experts):
                     shapes |= {f"{before}.experts.{number}.{leaf}": shape for leaf, shape in leaves.items()}
         return shapes
-
-
-def shapes_of_all(decoder: Decoder) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of the whole model of which a decoder may hold only some experts."""
-    if isinstance(decoder, HeldDecoder):
-        return decoder.shapes_of_all()
-    return {name: decoder.read_shape(name) for name in decoder.linear_names()}
 
 
 def write_reduced(checkpoint: Checkpoint, kept: KeptExperts, out: Path, texts: Mapping[str, str] | None = None) -> None:

@@ -66,17 +66,8 @@ class Config(StageConfig):
         return frozenset({self.kind})
 
     def check(self, job: Job, index: int) -> None:
-        if len(job.stages) > 1:
-            raise ValueError(
-                f'stages.{index}.kind: "{self.kind}" fits the model that the clients have, not one that another stage changes; '
-                "make it the only stage"
-            )
-        for number, client in enumerate(job.clients):
-            if client.data and client.answer is None:  # in a federation each site says it, and its own response is the error
-                raise ValueError(
-                    f"clients.{number}: client '{client.name}' has no labels; give prompt and answer, such as "
-                    'prompt = "{text}" and answer = "{label}"'
-                )
+        self.check_only_stage(job, index)
+        self.check_answers(job, "labels", "{label}")
 
     def centralized(self, job: Job) -> Self:
         return self.model_copy(update={"personal": 0.0})

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.windows import checkpoint_of, decoder_of
+from fedgrove.client.windows import decoder_of, made_once, templates_of_answers
 from fedgrove.data.chat import as_text
-from fedgrove.data.sources import facts_of, read_fields
+from fedgrove.data.sources import read_fields
 from fedgrove.data.tokens import encode_prompt
 from fedgrove.errors import FedgroveError
-from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.head.features import pooled_states
 
 
@@ -76,20 +72,14 @@ def states_of(
     if client.owners:
         owned = [states_of(owner, labels, layers, pool, length, device) for owner in client.owners]
         return torch.cat([states for states, _ in owned]), torch.cat([classes for _, classes in owned])
-    if client.prompt is None or client.answer is None:
-        raise client.error("its records have no labels", "give prompt and answer in its part of the job, or in site.toml")
-    try:
-        settings = [client.prompt, client.answer, labels, layers, pool, length, device]
-        facts = [[facts_of(path) for path in client.data], settings, checkpoint_of(client).fingerprint()]
-        file = client.folder / f"pooled-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.safetensors"
-        if not file.is_file():
-            decoder = decoder_of(client, device)
-            tokenizer = decoder.checkpoint.tokenizer()
-            windows, classes = read_labeled(client.data, client.prompt, client.answer, labels, tokenizer, length)
-            save_tensors({"states": pooled_states(decoder, windows, layers, pool), "classes": classes}, file)
-    except FedgroveError as error:
-        raise client.error(error.what, error.remedy) from error
-    stored: dict[str, Tensor] = load_file(file)
+    prompt, answer = templates_of_answers(client, "labels")
+
+    def make() -> dict[str, Tensor]:
+        decoder = decoder_of(client, device)
+        windows, classes = read_labeled(client.data, prompt, answer, labels, decoder.checkpoint.tokenizer(), length)
+        return {"states": pooled_states(decoder, windows, layers, pool), "classes": classes}
+
+    stored = made_once(client, "pooled", [prompt, answer, labels, layers, pool, length, device], make)
     return stored["states"], stored["classes"]
 
 

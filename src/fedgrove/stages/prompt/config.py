@@ -230,18 +230,8 @@ class Config(StageConfig):
         return frozenset({self.kind})
 
     def check(self, job: Job, index: int) -> None:
-        if len(job.stages) > 1:
-            raise ValueError(
-                f'stages.{index}.kind: "{self.kind}" fits the model that the clients have, not one that another stage changes; '
-                "make it the only stage"
-            )
-        for number, client in enumerate(job.clients):
-            if client.data and client.answer is None:  # in a federation each site says it, and its own response is the error
-                raise ValueError(
-                    f"clients.{number}: client '{client.name}' has no answers; give prompt and answer, such as "
-                    'prompt = "{text}" and answer = " {label}"'
-                )
-
+        self.check_only_stage(job, index)
+        self.check_answers(job, "answers", " {label}")
         if job.model.endpoint is not None:
             fault = unfit(job.model.endpoint.logprobs, self.searcher.SOFT, self.score, self.labels)
             if fault:

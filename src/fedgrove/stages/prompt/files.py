@@ -14,6 +14,7 @@ from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.report.words import file_name
+from fedgrove.stages.prompt.candidates import as_words
 from fedgrove.stages.prompt.config import Config
 from fedgrove.stages.prompt.scoring import Prompt
 
@@ -43,7 +44,7 @@ def write_prompt(folder: Path, config: Config, decoder: Decoder, prompt: Prompt,
     with atomic_folder(folder, replace=True) as partial:
         if prompt.written:
             tokenizer = decoder.checkpoint.tokenizer()
-            ids = candidate[candidate >= 0].tolist()
+            ids = list(as_words(candidate[None])[0])
             text = tokenizer.decode(ids)
             about |= {"text": text, "ids": ids, "exact": encode(text, tokenizer) == ids}
             (partial / "prompt.txt").write_text(text, encoding="utf-8")

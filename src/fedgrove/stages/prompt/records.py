@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.client.windows import checkpoint_of
+from fedgrove.client.windows import checkpoint_of, made_once, templates_of_answers
 from fedgrove.data.chat import as_text
-from fedgrove.data.sources import facts_of, read_fields
+from fedgrove.data.sources import read_fields
 from fedgrove.data.tokens import encode, encode_prompt, prefix_ids
 from fedgrove.errors import FedgroveError
 from fedgrove.models.labels import label_ids
-from fedgrove.models.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -125,19 +122,12 @@ def records_of(client: LocalClient, labels: Sequence[str], length: int, number: 
         owned = [records_of(owner, labels, length, number, seed) for owner in client.owners]
         texts, answers = ([one for of in owned for one in getattr(of, name)] for name in ("texts", "answers"))
         return replace(owned[0], texts=texts, answers=answers)
-    if client.prompt is None or client.answer is None:
-        raise client.error("its records have no answers", "give prompt and answer in its part of the job, or in site.toml")
-    try:
-        settings = [client.prompt, client.answer, list(labels), length]
-        facts = [[facts_of(path) for path in client.data], settings, checkpoint_of(client).fingerprint()]
-        file = client.folder / f"records-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.safetensors"
-        if not file.is_file():
-            tokenizer = checkpoint_of(client).tokenizer()
-            records = read_records(client.data, client.prompt, client.answer, labels, tokenizer, length)
-            save_tensors(_packed(records), file)
-        records = _unpacked(load_file(file))
-    except FedgroveError as error:
-        raise client.error(error.what, error.remedy) from error
+    prompt, answer = templates_of_answers(client, "answers")
+
+    def make() -> dict[str, Tensor]:
+        return _packed(read_records(client.data, prompt, answer, labels, checkpoint_of(client).tokenizer(), length))
+
+    records = _unpacked(made_once(client, "records", [prompt, answer, list(labels), length], make))
     return records.take(draw(len(records), number, f"{seed}/{client.name}"))
 
 

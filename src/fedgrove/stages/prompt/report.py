@@ -16,6 +16,7 @@ from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import Outcome, Stage, Summary
 from fedgrove.report.terminal import client_table, fill, seconds
 from fedgrove.report.words import plural, size
+from fedgrove.stages.prompt.config import ALONE, VOTES
 
 DID = "scored prompts for"
 DOING = "looking for a prompt"
@@ -23,7 +24,6 @@ FILES = ("prompt.json",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A prompt for it is in `prompt/` beside it; the card there says how to use it."
 MEASURED = {"no_prompt": "no prompt", "start_prompt": "the start", "found_prompt": "the prompt found"}
-ALONE, VOTES = ("local", "mean"), "votes"
 MOST_ROWS = 20  # of a chart
 
 

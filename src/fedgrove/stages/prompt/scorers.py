@@ -23,6 +23,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.data.tokens import encode
 from fedgrove.job.endpoint import Endpoint, LogProbs
 from fedgrove.models.blocks import Decoder
+from fedgrove.stages.prompt.candidates import as_words
 from fedgrove.stages.prompt.config import Place
 from fedgrove.stages.prompt.records import Records
 from fedgrove.stages.prompt.scoring import Prompt, score
@@ -97,7 +98,7 @@ class AtEndpoint:
         return sum(number for _, number, asked_by in map(self._known.__getitem__, self._used) if asked_by == self._request)
 
     def __call__(self, candidates: Tensor, records: Records) -> list[Tensor]:
-        prompts = [tuple(row[row >= 0].tolist()) for row in candidates]
+        prompts = as_words(candidates)
         keys = [[self._key(records, i, prompt) for prompt in prompts] for i in range(len(records))]
         tasks = {
             key: partial(self._scores, records, i, prompt)

@@ -20,6 +20,8 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Tensors
 from fedgrove.stages.tune.parametrizations import Trainable
 
+OWN, REST = "own", "rest"  # kinds of tensors of a request: the part that a client trains, and the rest of the change
+
 _norms: WeakKeyDictionary[Decoder, dict[str, float]] = WeakKeyDictionary()
 
 

@@ -17,7 +17,6 @@ from fedgrove.evaluation.held_out import mean_of
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import NonNegative
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.held import shapes_of_all
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.stages.tune.client_model import alone_folder
 from fedgrove.stages.tune.config import Config
@@ -59,8 +58,8 @@ class EvaluateAlone(MeasureAlone):
         train, method = self.train, self.train.method
         decoder, ids, labels = train.model_and_windows(client, device)
         windows, held_out = hold_out(ids, labels, train.personal)
-        check_linears({*train.ranks, *train.masked}, shapes_of_all(decoder), client)
-        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
+        check_linears({*train.ranks, *train.masked}, decoder.shapes_of_all(), client)
+        shapes = decoder.linear_shapes()
         masks = {name: decoder.read_matrix(name) != 0 for name in train.masked if name in shapes}
         starts = {
             name: method.start({}, {}, shape, train.ranks.get(name, 0), name, train.seed) for name, shape in shapes.items()

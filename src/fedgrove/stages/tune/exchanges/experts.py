@@ -13,7 +13,7 @@ from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.expert_cut import MAX_EXPERTS, KeptExperts, highest_experts, routing_of
+from fedgrove.models.expert_cut import MAX_EXPERTS, KeptExperts, Routing, highest_experts, routing_of
 from fedgrove.models.expert_sums import OUTPUTS, TOKENS, blocks_with_experts
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
@@ -51,12 +51,7 @@ class ChooseExperts(TuneRequest):
         if tensors:
             raise client.error("the server sent tensors with a request that has none; refused")
         decoder, ids, labels = self.model_and_windows(client, device)
-        blocks = blocks_with_experts(decoder)
-        if not blocks:
-            raise client.error("the request is for experts, which its model does not have; refused")
-        routing = routing_of(decoder.checkpoint.config)
-        if self.number not in routing.numbers:
-            raise client.error(f"the request is for {self.number} experts, with which its model cannot work; refused")
+        blocks, routing = experts_of(decoder, self.number, client)
         (ids, _), _ = hold_out(ids, labels, self.personal)
         sums = own_sums(decoder, ids, client, self.stage, self.seed)
         held = chosen(sums, blocks, self.value, self.number, routing.groups)
@@ -108,6 +103,21 @@ def check_held(sums: Tensors, clients: int) -> None:
     for name, held in sums.items():
         if (held < 0).any() or (held > clients).any():
             raise WireError(f"{name} is out of range")
+
+
+def experts_of(decoder: Decoder, number: int, client: LocalClient) -> tuple[list[int], Routing]:
+    """The indexes of the blocks that have experts, and how their routers choose.
+
+    Raises:
+        FedgroveError: the client's model has no experts, or cannot work with ``number`` in every block.
+    """
+    blocks = blocks_with_experts(decoder)
+    if not blocks:
+        raise client.error("the request is for experts, which its model does not have; refused")
+    routing = routing_of(decoder.checkpoint.config)
+    if number not in routing.numbers:
+        raise client.error(f"the request is for {number} experts, with which its model cannot work; refused")
+    return blocks, routing
 
 
 def own_sums(decoder: Decoder, ids: Tensor, client: LocalClient, stage: int, seed: str) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, NonNegative
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.held import shapes_of_all
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.rounds.request import CHANGE, Disclosure, Message, Reply, Response, Tensors, TensorSpecs
 from fedgrove.stages.tune import fixed_point
@@ -57,8 +56,8 @@ class ScoreLinears(TrainingRequest):
         (ids, labels), _ = hold_out(ids, labels, self.personal)
         if tensors:
             raise client.error("the server sent tensors with a request that has none; refused")
-        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        every = list(shapes_of_all(decoder))
+        shapes = decoder.linear_shapes()
+        every = list(decoder.shapes_of_all())
         settings = Settings(steps=self.steps, batch=self.micro, micro=1, learning_rate=self.learning_rate)
         batches = draw(ids, labels, settings.batch, 0, f"{self.seed}/{client.name}/importance")
         of_held = scoring.importance(load(decoder, self.bits), shapes, batches, settings, self.seed)

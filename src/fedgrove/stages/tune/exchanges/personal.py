@@ -14,60 +14,47 @@ import torch
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import checkpoint_of
 from fedgrove.evaluation.held_out import Losses, Parts, error_of_difference, mean_of
-from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.units import Count, Line, Linears, Name
+from fedgrove.job.stage_config import Agreed
+from fedgrove.job.units import Count
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
+from fedgrove.stages.tune.after_rounds import AfterRounds
 from fedgrove.stages.tune.changes import Start
-from fedgrove.stages.tune.client_model import TuneRequest, best_folder
+from fedgrove.stages.tune.client_model import best_folder
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load
-from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
+from fedgrove.stages.tune.parametrizations import Attachment
 from fedgrove.stages.tune.personal import Windows, best, hold_out, losses
-from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
-
-REST = "rest"  # tensors of a request: the shared change
+from fedgrove.stages.tune.received import check_growth
 
 
-class ComparePersonal(TuneRequest):
+class ComparePersonal(AfterRounds):
     """Compare the losses of the shared change and of your own best change on your held-out text.
 
     If the client's own change is better, it is written as an adapter to ``personal/stage-N`` of the client's folder; it
     is never sent. Tensors of the request: ``rest/<linear>/<part>``, the shared change.
 
     Attributes:
-        parametrization: of the changes.
-        masked: the linears whose zeros stay zero.
         micro: windows computed at once.
-        base, title: for the card of the personal adapter.
     """
 
     KIND: ClassVar[str] = "tune/personal"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.HELD_OUT_LOSSES})
     REPLY: ClassVar[type[Reply]] = Losses
 
-    parametrization: Name
-    masked: Linears
     micro: Count
-    base: Line
-    title: Line
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        method = trainable_of(self.parametrization)
+        method = self.method
         decoder, ids, labels = self.model_and_windows(client, device)
         _, held_out = hold_out(ids, labels, self.personal)
         best_adapter = best(best_folder(client, self.stage), method)
         if held_out is None or best_adapter is None:
             return Response({}, Losses(shared=None, own=None))
         chosen_by, changes = best_adapter
-        shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
-        check_linears(self.masked, shapes, client)
-        largest = {REST: {name: 2 * min(shape) for name, shape in shapes.items()}}
-        check_parts(tensors, method, shapes, largest, [torch.float32, torch.bfloat16], False, client)
-        starts = {
-            name: method.start({}, of, shapes[name], 0, name, self.seed)
-            for name, of in sorted(by_linear(tensors, REST).items())
-        }
+        shapes = decoder.linear_shapes()
+        sent = self.shared_change(tensors, shapes, [torch.float32, torch.bfloat16], client)
+        starts = {name: method.start({}, of, shapes[name], 0, name, self.seed) for name, of in sent.items()}
         check_growth(method, {name: begun.rest for name, begun in starts.items()}, decoder, client)
         masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
 
@@ -92,18 +79,11 @@ class ComparePersonal(TuneRequest):
         error = error_of_difference(own, shared)
         return Response({}, Losses(shared=mean_of(shared), own=mean_of(own), error=error, keeps_own=keeps_own))
 
-    @classmethod
-    def rounds_in(cls, config: StageConfig) -> range:
-        """After the last round."""
-        return range(config.number_of_rounds(), config.number_of_rounds() + 1)
-
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
         if not config.personal:
             return "personal"
-        if self.parametrization != config.parametrization:
-            return "parametrization"
         return "micro" if self.micro > max(config.batches) else super().beyond(job)
 
     def check_reply(self, reply: Reply) -> None:

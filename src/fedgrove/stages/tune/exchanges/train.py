@@ -20,7 +20,6 @@ from fedgrove.job.units import MOST, Count, Linear, Linears, Name, NonNegative, 
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.expert_cut import routing_of
 from fedgrove.models.expert_sums import tokens_of_experts
-from fedgrove.models.held import shapes_of_all
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point
@@ -32,7 +31,7 @@ from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
-from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
+from fedgrove.stages.tune.received import OWN, REST, by_linear, check_growth, check_linears, check_parts
 from fedgrove.stages.tune.routed import (
     REACHED,
     TOKENS,
@@ -50,7 +49,6 @@ from fedgrove.stages.tune.trainers import trainer_of
 from fedgrove.stages.tune.training import Budget, GradientMasks, NotFinite, Settings, Work
 
 OF_EXPERTS = frozenset({CHANGE + TOKENS, CHANGE + WEIGHTS, CHANGE + REACHED})
-OWN, REST = "own", "rest"  # tensors of a request: the part that a client trains, and the rest
 
 
 class Trained(Reply):
@@ -145,7 +143,7 @@ class Train(TrainingRequest):
         check_noise(self.windows, self.fixed.noise if self.fixed else None, self.round, client)
         decoder, ids, labels = self.model_and_windows(client, device)
         (ids, labels), held_out = hold_out(ids, labels, self.personal)
-        every = shapes_of_all(decoder)
+        every = decoder.shapes_of_all()
         check_linears({*self.ranks, *self.masked, *(self.fixed.widest if self.fixed else ())}, every, client)
         shapes = {name: every[name] for name in decoder.linear_names()}  # without experts that the client does not hold
         names = [name for name in self.ranks if name in shapes]
@@ -299,7 +297,7 @@ class Train(TrainingRequest):
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
-        shapes = {name: layout.read_shape(name) for name in layout.linear_names()}
+        shapes = layout.linear_shapes()
         of_experts = None if self.noisy else shape_of(layout)
         if self.fixed is not None:
             specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self._fixed_shapes(shapes).items()}
