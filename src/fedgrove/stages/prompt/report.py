@@ -16,7 +16,6 @@ from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import Outcome, Stage, Summary
 from fedgrove.report.terminal import client_table, fill, seconds
 from fedgrove.report.words import plural, size
-from fedgrove.stages.prompt.config import ALONE, VOTES
 
 DID = "scored prompts for"
 DOING = "looking for a prompt"
@@ -24,6 +23,8 @@ FILES = ("prompt.json",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A prompt for it is in `prompt/` beside it; the card there says how to use it."
 MEASURED = {"no_prompt": "no prompt", "start_prompt": "the start", "found_prompt": "the prompt found"}
+# Values of the key aggregation, here again because a report is written without the modules that need torch.
+ALONE, VOTES = ("local", "mean"), "votes"
 MOST_ROWS = 20  # of a chart
 
 
