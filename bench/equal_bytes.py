@@ -5,8 +5,8 @@
 
 Half of the weights zero take 9/16 of the bytes (with one bit a weight that says where they are); blocks, or channels and heads,
 are cut down to as many. Four owners; the text measured is held out by each. The runs' folders stay under ``--runs``;
-kept in bench/equal_bytes.jsonl. ``--speed`` times the models of these folders, in turn, in plain transformers, and with
-``--llama``, a Python that has the package xllamacpp, in llama.cpp too.
+results are kept in bench/equal_bytes.jsonl. ``--speed`` times the models of these folders, in turn, in plain transformers, and
+with ``--llama``, a Python that has the package xllamacpp, in llama.cpp too.
 """
 
 from __future__ import annotations
