@@ -32,6 +32,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
 from small import ROOT, Small, cli, complaint, wait_until
+from test_prompt import files  # noqa: F401
+from test_prompt import job as prompt_job
 
 SECRET = "zanzibar-7413"
 TUNE = {
@@ -90,6 +92,26 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert not (federation.sites["birch"] / "results").exists(), "birch did not want it"
     for kit in federation.sites.values():
         assert not list((kit / "work").glob("demo-*")), "no hidden states are left behind"
+
+
+def test_a_prompt_is_that_of_the_in_process_engine(federation: Running, small: Small, files: dict[str, Path]) -> None:  # noqa: F811
+    changes = prompt_job(files)
+    here = small.undisturbed(**changes)
+    described = {name: (kit / "site.toml").read_text(encoding="utf-8") for name, kit in federation.sites.items()}
+    for client in changes["clients"]:
+        of_client = {key: client[key] for key in ("prompt", "answer")}
+        federation.describe(client["name"], data=[client["data"]], result=client["name"] == "ash", **of_client)
+    try:
+        del changes["clients"]
+        assert federation.run("prompt", result="sites", **changes) is None
+    finally:
+        for name, text in described.items():
+            (federation.sites[name] / "site.toml").write_text(text, encoding="utf-8")
+    fetched = federation.fetch("prompt")
+    for file in ("prompt.json", "prompt/prompt.safetensors"):
+        assert (fetched / file).read_bytes() == (here / file).read_bytes()
+    given = federation.sites["ash"] / "results" / "prompt" / "prompt" / "prompt.safetensors"
+    assert given.read_bytes() == (here / "prompt" / "prompt.safetensors").read_bytes()
 
 
 def test_a_kit_starts_as_a_service_or_in_a_container(federation: Running, tmp_path: Path) -> None:

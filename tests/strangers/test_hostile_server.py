@@ -112,6 +112,7 @@ del JOBS["secure adapters"][1][0]["method"]
 ANY = "secagg"  # the five phases around a secure sum
 FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server may choose it, and a value beyond its bound
     ("deploy/join", "clock"): ("its clock, which the site compares with its own", -1.0),
+    ("deploy/result", "folder"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "file"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "last"): ("whether the result is complete", None),
     ("head/personal", "base"): ("text of the card of the site's own head", "line\nline"),
@@ -424,7 +425,7 @@ def hostile_run(
     server.run_job(job, engine, run)
     run.close()
     for request, tensors in (
-        (DeliverResult(file="x.bin", last=True), {CONTENT: torch.zeros(3, dtype=torch.uint8)}),
+        (DeliverResult(folder="head", file="x.bin", last=True), {CONTENT: torch.zeros(3, dtype=torch.uint8)}),
         (EndRun(), {}),
     ):
         for _ in engine.request(request.KIND, {VICTIM: packed(request, tensors)}):

@@ -22,6 +22,7 @@ from fedgrove.report.words import listed, plural, size
 DID = "tuned"
 DOING = "tuning"
 FILES: tuple[str, ...] = ()
+FOLDERS: tuple[str, ...] = ("adapter",)
 TAGS: tuple[str, ...] = ()
 CARD = ""
 MOST_COLUMNS = 8  # for more clients the table shows the lowest, mean and highest rank instead of one column per client
