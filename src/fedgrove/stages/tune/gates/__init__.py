@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the stage's table names its gate, so it imports this packag
     from fedgrove.stages.tune.pool.config import Pool
 
 PACKAGE = "stages.tune.gates"
-Looks = Literal["job", "features", "losses"]
+Looks = Literal["job", "features", "members"]
 
 
 class Gate(Protocol):
@@ -117,7 +117,7 @@ class LossGate(Gate, Protocol):
 
 
 METHOD = Gate
-CONTRACTS: Mapping[Looks, Any] = {"job": JobGate, "features": FeatureGate, "losses": LossGate}
+CONTRACTS: Mapping[Looks, Any] = {"job": JobGate, "features": FeatureGate, "members": LossGate}
 
 
 def gate_of(name: str) -> Gate:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fedgrove.stages.tune.gates import Looks
 
-LOOKS: Looks = "losses"
+LOOKS: Looks = "members"
 OF_CLIENTS = True
 KEYS = frozenset({"windows"})
 

@@ -55,7 +55,7 @@ class Loop(changes.Loop):
         super().prepare(round_, again)
         if round_ < self.first:
             return
-        deals_again = self.pool.method.LOOKS == "losses"
+        deals_again = self.pool.method.LOOKS == "members"
         if not self.windows or deals_again:
             if not self.members and round_ > self.first:
                 self.members = self._read(round_ - 1)
@@ -129,7 +129,7 @@ class Loop(changes.Loop):
         looks, clients = self.pool.method.LOOKS, list(self.plan.clients)
         if looks == "features":
             windows = self._ask(self._by_features(round_))
-        elif looks == "losses" and round_ > self.first:
+        elif looks == "members" and round_ > self.first:
             windows = self._ask(self._by_loss(round_))
         else:
             every = [client.name for client in self.federation.job.clients]

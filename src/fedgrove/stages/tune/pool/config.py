@@ -105,25 +105,27 @@ def check_clients(config: Config, job: Job, index: int) -> None:
     pool, clients = config.pool, [client.name for client in job.clients]
     assert pool is not None
     at = f"stages.{index}.pool"
+    dealt: dict[str, int] = {}
+    if pool.method.LOOKS == "job":
+        try:
+            dealt = job_gate_of(pool.gate).deal(pool, clients, str(job.seed))
+        except ValueError as error:
+            raise ValueError(f"{at}.{error}") from error
     if pool.method.OF_CLIENTS and pool.members > len(clients):
         raise ValueError(
             f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
             "lower it"
         )
-    if pool.method.LOOKS != "job":
-        if job.privacy.secure_aggregation:
-            raise ValueError(
-                f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
-                'use gate = "groups"'
-            )
+    if not job.privacy.secure_aggregation:
         return
-    try:
-        dealt = job_gate_of(pool.gate).deal(pool, clients, str(job.seed))
-    except ValueError as error:
-        raise ValueError(f"{at}.{error}") from error
+    if not dealt:
+        raise ValueError(
+            f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
+            'use gate = "groups"'
+        )
     for member in range(pool.members):
         number = sum(one == member for one in dealt.values())
-        if job.privacy.secure_aggregation and number < job.together(number):
+        if number < job.together(number):
             raise ValueError(
                 f"privacy.min_group: member {member} of {at} would be trained by {number} clients, but {job.together(number)} "
                 "are needed to hide one of them in a sum; make groups larger"
