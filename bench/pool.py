@@ -42,7 +42,7 @@ STAGE = {
     "ranks": [8], "bits": [32], "learning_rate": 4e-3,
 }  # fmt: skip
 KINDS = ("medquad", "e2e", "rustbook", "shakespeare")
-METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture")
+METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "keys")
 CASES = ("kinds", "iid")
 Parts = dict[str, list[tuple[float, int]]]  # by owner, the loss of each held-out window and its predicted tokens
 

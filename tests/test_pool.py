@@ -29,7 +29,7 @@ from fedgrove.rounds.request import Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.gates import mixture
+from fedgrove.stages.tune.gates import keys, mixture
 from fedgrove.stages.tune.loops.pool import Loop
 from fedgrove.stages.tune.pool import novelty
 from fedgrove.stages.tune.pool.config import Pool
@@ -85,23 +85,26 @@ def shifted(owners: int = 8, size: int = 16, windows: int = 40) -> list[Tensor]:
     return [CODE.decode(CODE.encode(of.clamp(-CLIP, CLIP))) for of in every]
 
 
-def fit(owners: Sequence[Tensor], rounds: int, **changes: Any) -> tuple[list[float], Tensors, Tensors]:
+def fit(owners: Sequence[Tensor], rounds: int, gate: Any = mixture, **changes: Any) -> tuple[list[float], Tensors, Tensors]:
     """The likelihood before each step, the state, and the last sums."""
-    state, likelihoods = mixture.begin(pooled(**changes), owners[0].shape[1], "0/0"), []
+    state, likelihoods = gate.begin(pooled(**changes), owners[0].shape[1], "0/0"), []
     sums: Tensors = {}
     for _ in range(rounds):
-        each = [mixture.observe(of, state) for of in owners]
+        each = [gate.observe(of, state) for of in owners]
         sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
-        state, likelihood = mixture.settle(state, sums)
+        gate.check(sums, sum(map(len, owners)))
+        state, likelihood = gate.settle(state, sums)
+        assert gate.is_valid(state)
         likelihoods.append(likelihood)
     return likelihoods, state, sums
 
 
-def test_a_mixture_of_any_owners_is_that_of_the_pooled_windows() -> None:
+@pytest.mark.parametrize("gate", [mixture, keys], ids=["mixture", "keys"])
+def test_a_gate_of_any_owners_is_that_of_the_pooled_windows(gate: Any) -> None:
     owners = shifted()
     every = torch.cat(owners)
     dealt = {1: [every], 2: [every[:77], every[77:]], 8: owners, 9: list(reversed([*owners[:7], owners[7][:1], owners[7][1:]]))}
-    found = [fit(of, 6, members=3) for of in dealt.values()]
+    found = [fit(of, 6, gate, members=3) for of in dealt.values()]
     for likelihoods, state, _ in found[1:]:
         assert likelihoods == found[0][0]
         assert all(torch.equal(state[name], value) for name, value in found[0][1].items())
@@ -123,6 +126,26 @@ def test_the_likelihood_never_falls_and_is_that_of_em_in_float64() -> None:
         variances = (gamma @ x.square() / counts - means.square()).clamp_min(mixture.LEAST_VARIANCE)
         shares = counts[:, 0] / len(x)
     torch.testing.assert_close(state["means"][0], means, rtol=0, atol=1e-4)
+
+
+def test_keys_are_spherical_k_means_and_their_cosine_never_falls() -> None:
+    owners = shifted()
+    cosines, state, _ = fit(owners, 12, keys, members=3, starts=1)
+    assert all(after >= before - 1e-3 for before, after in itertools.pairwise(cosines)), "directions are rounded to 1/256"
+    x, centers = torch.nn.functional.normalize(torch.cat(owners)), keys.begin(pooled(members=3, starts=1), 16, "0/0")["keys"][0]
+    for _ in cosines:
+        nearest = (x @ centers.T).argmax(1)
+        centers = torch.nn.functional.normalize(torch.stack([x[nearest == member].sum(0) for member in range(3)]))
+    torch.testing.assert_close(state["keys"][0], centers, rtol=0, atol=2e-3)
+    assert torch.equal(keys.weights(x, state).argmax(1), (x @ centers.T).argmax(1))
+
+
+def test_a_key_without_windows_begins_again_beside_the_largest() -> None:
+    x = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.2]], dtype=torch.float64))
+    state = {"keys": torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], dtype=torch.float64)}
+    assert keys.observe(x, state)["counts"].tolist() == [[3, 0]]
+    state, _ = keys.settle(state, keys.observe(x, state))
+    assert bool((state["keys"][0] @ state["keys"][0].T > 0.9).all())
 
 
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
@@ -174,17 +197,29 @@ def test_an_owners_weights_are_its_own_and_new_text_is_surprising() -> None:
     assert 0.0 < float((like < 0.05).double().mean()) < 0.12
 
 
-def test_sums_that_no_windows_have_are_refused() -> None:
+@pytest.mark.parametrize("gate", [mixture, keys], ids=["mixture", "keys"])
+def test_sums_that_no_windows_have_are_refused(gate: Any) -> None:
     owners = shifted()
-    sums = mixture.observe(owners[0], mixture.begin(pooled(), 16, "0/0"))
-    mixture.check(sums, 40)
-    for name, value in (("counts", -1), ("sums", 2**60), ("squares", -1), ("likelihood", 2**62), ("holders", -1)):
+    sums = gate.observe(owners[0], gate.begin(pooled(), 16, "0/0"))
+    gate.check(sums, 40)
+    values = {"counts": -1, "sums": 2**60, "squares": -1, "likelihood": 2**62, "cosines": 2**62, "holders": -1}
+    for name in sums:
         wrong = {**sums, name: sums[name].clone()}
-        wrong[name].view(-1)[0] = value
+        wrong[name].view(-1)[0] = values[name]
         with pytest.raises(WireError):
-            mixture.check(wrong, 40)
+            gate.check(wrong, 40)
     with pytest.raises(WireError):
-        mixture.check(sums, 20)
+        gate.check(sums, 20)
+
+
+def test_a_state_that_singles_windows_out_is_none() -> None:
+    state = mixture.begin(pooled(), 3, "0/0")
+    assert mixture.is_valid(state)
+    assert not mixture.is_valid(state | {"variances": state["variances"] * 1e-3})
+    assert not mixture.is_valid(state | {"shares": state["shares"] * 2})
+    directions = keys.begin(pooled(), 3, "0/0")
+    assert keys.is_valid(directions)
+    assert not keys.is_valid({"keys": directions["keys"] * 2})
 
 
 def test_steps_are_divided_as_windows_are() -> None:
@@ -229,7 +264,7 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for folder in folders for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("moment", ["*/gate-0002.safetensors", "*/gate.safetensors", "*/member-0001-01.safetensors"])
+@pytest.mark.parametrize("moment", ["*/gate-0002.safetensors", "*/member-0001-01.safetensors"])
 def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str) -> None:
     whole = small.undisturbed(stages=tune(MIXTURE))
     job = small.job("killed", stages=tune(MIXTURE))
@@ -315,7 +350,7 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
 @pytest.mark.parametrize(
     ("pool", "stage", "words"),
     [
-        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, losses, mixture, random")),
+        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random")),
         ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),
         ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),
         ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),

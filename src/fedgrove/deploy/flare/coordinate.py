@@ -39,7 +39,7 @@ from fedgrove.runfolder import RunFolder
 HELD_OUT, FACTS, STATE, SAID = "texts", "federation.json", "state.json", "said.txt"
 FETCHED = (
     "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
-    SAID, "adapter", "model",
+    SAID, "adapter", "pool", "model",
 )  # fmt: skip
 _PATH = re.compile(r"(?<![\w.:/])/[^\s/:;,'\"()]+(?:/[^\s/:;,'\"()]+)*")  # an absolute path without spaces
 Connect = Callable[[list[str], str, float], Engine]  # clients, name of the working folder, seconds to fetch a request

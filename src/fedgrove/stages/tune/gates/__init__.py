@@ -8,9 +8,11 @@ predicted.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from fedgrove import plugins
@@ -56,7 +58,7 @@ class FeatureGate(Gate, Protocol):
     """A gate that is fitted to the features of all clients' windows, by sums of whole numbers.
 
     Features (windows, size) float64 have mean 0, variance 1 and no correlation over all windows, are clipped to ±16 and rounded
-    to multiples of 2⁻⁸. A state is tensors by name. During the fit it may hold several starts, which are fitted side by side.
+    to multiples of 2⁻⁸. A state is tensors by name, (starts, members, …) each. During the fit starts are fitted side by side.
     """
 
     def begin(self, pool: Pool, size: int, seed: str) -> Tensors:
@@ -69,6 +71,10 @@ class FeatureGate(Gate, Protocol):
 
     def specs(self, members: int, starts: int, size: int) -> TensorSpecs:
         """Names, shapes and dtypes of a state, for the client that gets it."""
+        ...
+
+    def is_valid(self, state: Tensors) -> bool:
+        """Whether a state that a client got, of the right shapes, can come from a fit: else it could single windows out."""
         ...
 
     def observe(self, features: Tensor, state: Tensors) -> Tensors:
@@ -114,6 +120,13 @@ class LossGate(Gate, Protocol):
             losses: of each member, the mean loss of a token.
         """
         ...
+
+
+def normal(shape: tuple[int, ...], seed: str) -> Tensor:
+    """Gaussian numbers from a seed, float64, the same on every machine."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 METHOD = Gate

@@ -11,7 +11,6 @@ Do not trust the density itself: it is overconfident in many dimensions, so weig
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from fedgrove.rounds.request import Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.tune.gates import Looks
-from fedgrove.stages.tune.pool.scale import CLIP, CODE
+from fedgrove.stages.tune.gates import Looks, normal
+from fedgrove.stages.tune.pool.scale import CLIP, CODE, TOGETHER
 
 if TYPE_CHECKING:
     from fedgrove.stages.tune.pool.config import Pool
@@ -35,7 +34,6 @@ LEAST_VARIANCE = 0.01  # of a component, where that of all windows is 1
 HOLDS = 0.01  # a client holds a component that has this part of its windows
 LOWEST = -1e6  # a log-likelihood per window that no clipped features fall below
 PRIOR_STEPS = 50
-TOGETHER = 64  # windows are computed in multiples of these: none is in the rest of a vectorized loop, which may round otherwise
 
 
 def begin(pool: Pool, size: int, seed: str) -> Tensors:
@@ -43,10 +41,8 @@ def begin(pool: Pool, size: int, seed: str) -> Tensors:
 
     All clients begin with the same, so components cannot be swapped between them.
     """
-    digest = hashlib.sha256(f"{seed}/gate".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     shape = (pool.starts, pool.members, size)
-    means = torch.randn(shape, generator=generator, dtype=torch.float64)
+    means = normal(shape, f"{seed}/gate")
     shares = torch.full(shape[:2], 1 / pool.members, dtype=torch.float64)
     return {"means": means, "variances": torch.ones(shape, dtype=torch.float64), "shares": shares}
 
@@ -55,6 +51,13 @@ def specs(members: int, starts: int, size: int) -> TensorSpecs:
     """``means`` and ``variances`` (starts, members, size), ``shares`` (starts, members), float64."""
     shape = torch.Size([starts, members, size])
     return dict.fromkeys(("means", "variances"), (shape, torch.float64)) | {"shares": (shape[:2], torch.float64)}
+
+
+def is_valid(state: Tensors) -> bool:
+    """No component is narrower than a fit makes any, and shares add up to 1."""
+    shares = state["shares"]
+    narrow = bool((state["variances"] < LEAST_VARIANCE).any())
+    return not narrow and bool((shares >= 0).all()) and bool(((shares.sum(1) - 1).abs() < 1e-6).all())
 
 
 def observe(features: Tensor, state: Tensors) -> Tensors:

@@ -23,11 +23,11 @@ FitRounds = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Pool(Table):
-    """``pool`` of ``[[stages]]`` of ``kind = "tune"``: several adapters, the members, and a gate that gives texts to them.
+    """``pool = { gate = "mixture", members = 4 }``: several adapters in a stage "tune", and a gate that gives texts to them.
 
     Attributes:
-        gate: what decides which member a text gets: "mixture", Gaussians of windows' features; "groups", what the job says of
-            the owners; "losses", the member of the lowest loss; "random", the seed.
+        gate: what decides which member a text gets: "mixture", Gaussians of windows' features; "keys", their directions;
+            "groups", what the job says of the owners; "losses", the member of the lowest loss; "random", the seed.
         members: number of adapters. With ``groups`` it is their number.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".

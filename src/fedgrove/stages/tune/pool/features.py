@@ -122,7 +122,10 @@ class FittedRequest(GateRequest):
         specs = self.method.specs(self.members, self.starts, self.size)
         for name, (shape, dtype) in specs.items():
             _need(tensors, STATE + name, shape, dtype, client)
-        return scaled(numbers, tensors[MEAN], tensors[ALONG]), {name: tensors[STATE + name] for name in specs}
+        state = {name: tensors[STATE + name] for name in specs}
+        if not self.method.is_valid(state):
+            raise client.error("the state of a gate that came is none that a fit has; refused")
+        return scaled(numbers, tensors[MEAN], tensors[ALONG]), state
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]

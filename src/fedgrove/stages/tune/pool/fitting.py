@@ -116,7 +116,7 @@ class Fit:
 
 def fields_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The sizes of a gate's state, as requests have them."""
-    starts, members = tensors[f"{STATE}shares"].shape
+    starts, members = next(value.shape[:2] for name, value in sorted(tensors.items()) if name.startswith(STATE))
     return {"members": members, "starts": starts, "size": tensors[ALONG].shape[1]}
 
 

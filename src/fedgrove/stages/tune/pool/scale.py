@@ -15,6 +15,7 @@ BITS = 8
 CODE = FixedPoint(BITS)
 CLIP = 16  # standard deviations
 PROJECTED = 256  # hidden states are projected to so many numbers before their products are summed
+TOGETHER = 64  # windows are computed in multiples of these: none is in the rest of a vectorized loop, which may round otherwise
 LEAST = 1e-6  # variance of a direction that is used, as a fraction of the largest
 
 
