@@ -220,9 +220,9 @@ def _offer(run: Path | None, out: Path, state: dict[str, Any], submitted: Path) 
     if run is None:
         return
     shutil.copyfile(submitted, out / JOB)
-    for name in [*FETCHED, *stage_files(), *stage_folders(), *(file.name for file in run.glob("plan-*.json"))]:
-        for file in [run / name] if (run / name).is_file() else sorted((run / name).rglob("*")):
-            if file.is_file():
-                target = out / file.relative_to(run)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(file, target)
+    names = [*FETCHED, *stage_files(), *stage_folders(), *(file.name for file in run.glob("plan-*.json"))]
+    offered = {file for name in names for file in (run / name, *(run / name).rglob("*")) if file.is_file()}
+    for file in offered:
+        target = out / file.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(file, target)

@@ -179,7 +179,7 @@ class Loop(Tuning):
         else:
             heard = self._sum_floats(messages, clock)
         for client in heard:
-            state.seen[client] = state.seen.get(client, 0) + self.config.steps * plan.clients[client].batch
+            state.seen[client] = state.seen.get(client, 0) + requests[client].training.steps * plan.clients[client].batch
         state.clock += clock.slowest(heard)
         state.metrics.append((None, "clock", state.clock))
 
