@@ -50,6 +50,10 @@ SEEDS = {
     "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": 16, "batches": [1], "learning_rate": 1e-3,
     "perturbation": 2**-9,
 }  # fmt: skip
+POOL = {
+    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 2, "steps": 2, "length": 16, "batches": [1],
+    "ranks": [2], "bits": [32], "pool": {"members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
+}  # fmt: skip
 
 
 def stages(small: Small) -> list[dict[str, object]]:
@@ -74,7 +78,7 @@ def federation(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Running, small: Small, tmp_path: Path) -> None:
     seen = Lines()
-    wanted = [*stages(small), SEEDS]
+    wanted = [*stages(small), SEEDS, POOL]
     assert federation.run("demo", seen, stages=wanted, evaluate__alone=True, result="sites") is None
     assert any(phase.action == "prune" for phase in seen.phases)
     alone = small.undisturbed(stages=wanted)
@@ -84,6 +88,8 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert (fetched / "adapter" / "adapter_model.safetensors").read_bytes() == (
         alone / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+    for file in ("a.safetensors", "member-0.safetensors", "gate.safetensors"):
+        assert (fetched / "pool" / file).read_bytes() == (alone / "pool" / file).read_bytes()
     assert json.loads((fetched / "pruning.json").read_text()) == json.loads((alone / "pruning.json").read_text())
 
     given = federation.sites["ash"] / "results" / "demo"
