@@ -336,6 +336,7 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
     assert status == 0, err
     rows = json.loads(out)
     assert all(sum(row["weights"]) == pytest.approx(1) and 0 < row["p"] <= 1 for row in rows)
+    assert "member 1" in cli("gate", run, "--data", small.texts["ash"], "--most", "2")[1]
     status, out, err = cli("adopt", run, "--data", small.texts["ash"], "--out", tmp_path / "mine", "--json")
     assert status == 0, err
     found = json.loads(out)
