@@ -258,6 +258,18 @@ def test_a_gate_has_the_same_bits_in_the_open_and_under_secure_aggregation(small
     assert all(torch.equal(securely[name], value) for name, value in in_the_open.items())
 
 
+def test_members_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small) -> None:
+    groups = {"gate": "groups", "common": 0.5, "groups": {"all": list(CLIENTS)}}
+    stages = tune(groups, precision="fixed", rounds=2, steps=1)
+    runs = [
+        small.undisturbed(stages=stages, privacy={"secure_aggregation": secure, "min_group": 3}, evaluate={})
+        for secure in (False, True)
+    ]
+    in_the_open, securely = (files_of(run) for run in runs)
+    for name in ("pool/member-0.safetensors", "model/model.safetensors"):
+        assert in_the_open[name] == securely[name]
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     """What a run must give bit for bit."""
     folders = [run / name for name in ("model", "adapter", "pool")]
