@@ -102,7 +102,7 @@ def run(data: Path, case: str, method: str, seed: int, **changes: Any) -> dict[s
 
 
 def newcomer(data: Path, method: str, seed: int, owner: str) -> dict[str, Any]:
-    """A pool without one owner of *kinds*, and its loss with no adapter, the shared one, the gate's mixture, the best member."""
+    """A pool without one owner of *kinds*; its loss with no adapter, the shared one, the mixture by gate, the best member."""
     with tempfile.TemporaryDirectory() as name:
         files = deal("kinds", data, Path(name) / "data", seed)
         train, held = files.pop(owner)

@@ -370,7 +370,6 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
         (GROUPS, {"aggregation": "flexlora"}, ("stages.0", "pool", 'aggregation = "ffa_lora"')),
         (GROUPS, {"method": "ia3", "aggregation": "fedavg", "ranks": None}, ("pool", 'method = "lora"')),
         (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
-        ({**MIXTURE, "prefix": 64}, {}, ("pool.prefix", "lower it")),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),
         ({**GROUPS, "groups": {"wood": ["ash", "oak"]}}, {}, ("stages.0.pool.groups.wood", "'oak' is no client")),
