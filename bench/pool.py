@@ -27,10 +27,12 @@ import tune
 from transformers.utils import logging
 
 from fedgrove import api
+from fedgrove.adopt import adopt
 from fedgrove.data.windows import training_windows
 from fedgrove.files import read_lines
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
+from fedgrove.options import By
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.personal import losses
 from fedgrove.stages.tune.pool.finished import Pool
@@ -97,6 +99,26 @@ def run(data: Path, case: str, method: str, seed: int, **changes: Any) -> dict[s
             with torch.no_grad():
                 parts[owner] = pool.losses(decoder, mixed, _windows(held))
         return {"parts": parts, "bytes": _sent(done), "windows": pool.facts["clients"], "fit": pool.facts.get("likelihoods")}
+
+
+def newcomer(data: Path, method: str, seed: int, owner: str) -> dict[str, Any]:
+    """A pool without one owner of *kinds*; its loss with no adapter, the shared one, the mixture by gate, the best member."""
+    with tempfile.TemporaryDirectory() as name:
+        files = deal("kinds", data, Path(name) / "data", seed)
+        train, held = files.pop(owner)
+        done = _train(Path(name), seed, {}, method, files, _pool(method, list(files)))
+        pool = Pool.read(done)
+        decoder, ways = pool.model(), {"gate": By.gate, "best member": By.losses} if pool.gate else {"best member": By.losses}
+        weights: dict[str, list[float]] = {"none": [], "shared": pool.shares}
+        found: dict[str, Any] = {"forwards": {}, "seconds": {}, "choice": {}, "unlike": None}
+        for way, by in ways.items():
+            got = adopt(done, [train], Path(name) / way, by=by, text="{text}")
+            found["forwards"][way], found["seconds"][way], found["choice"][way] = got.forwards, got.seconds, got.choice
+            found["unlike"] = got.unlike if got.unlike is not None else found["unlike"]
+            weights[way] = list(got.weights)
+        with torch.no_grad():
+            parts = {way: pool.losses(decoder, pool.mix(of) if of else {}, _windows(held)) for way, of in weights.items()}
+        return {**found, "losses": means(parts), "weights": weights}
 
 
 def _pool(method: str, owners: list[str]) -> dict[str, Any]:
@@ -186,12 +208,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--changes", type=json.loads, default={}, help="keys of the stage, or else of its pool, as JSON")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
+    parser.add_argument("--leave", nargs="+", default=[], help="owners of kinds who come only after the run, one at a time")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     kept = results.Kept(args.results, tune.MODEL)
     found = {}
+    for seed, method, owner in itertools.product(args.seeds, args.methods, args.leave):
+        settings = {"method": method, "seed": seed, "owner": owner}
+        print(json.dumps(settings), json.dumps(kept(functools.partial(newcomer, args.data, **settings), **settings)))
+    if args.leave:
+        return
     for case, seed, method in itertools.product(args.cases, args.seeds, args.methods):
         settings = {"case": case, "method": method, "seed": seed, **args.changes}
         found[case, seed, method] = kept(functools.partial(run, args.data, **settings), **settings)

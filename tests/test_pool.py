@@ -258,6 +258,18 @@ def test_a_gate_has_the_same_bits_in_the_open_and_under_secure_aggregation(small
     assert all(torch.equal(securely[name], value) for name, value in in_the_open.items())
 
 
+def test_members_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small) -> None:
+    groups = {"gate": "groups", "common": 0.5, "groups": {"all": list(CLIENTS)}}
+    stages = tune(groups, precision="fixed", rounds=2, steps=1)
+    runs = [
+        small.undisturbed(stages=stages, privacy={"secure_aggregation": secure, "min_group": 3}, evaluate={})
+        for secure in (False, True)
+    ]
+    in_the_open, securely = (files_of(run) for run in runs)
+    for name in ("pool/member-0.safetensors", "model/model.safetensors"):
+        assert in_the_open[name] == securely[name]
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     """What a run must give bit for bit."""
     folders = [run / name for name in ("model", "adapter", "pool")]
@@ -336,6 +348,7 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
     assert status == 0, err
     rows = json.loads(out)
     assert all(sum(row["weights"]) == pytest.approx(1) and 0 < row["p"] <= 1 for row in rows)
+    assert "member 1" in cli("gate", run, "--data", small.texts["ash"], "--most", "2")[1]
     status, out, err = cli("adopt", run, "--data", small.texts["ash"], "--out", tmp_path / "mine", "--json")
     assert status == 0, err
     found = json.loads(out)
@@ -357,7 +370,6 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
         (GROUPS, {"aggregation": "flexlora"}, ("stages.0", "pool", 'aggregation = "ffa_lora"')),
         (GROUPS, {"method": "ia3", "aggregation": "fedavg", "ranks": None}, ("pool", 'method = "lora"')),
         (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
-        ({**MIXTURE, "prefix": 64}, {}, ("pool.prefix", "lower it")),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),
         ({**GROUPS, "groups": {"wood": ["ash", "oak"]}}, {}, ("stages.0.pool.groups.wood", "'oak' is no client")),

@@ -158,6 +158,7 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/reduced", "number"): ("nothing of it leaves the site", 2**16 + 1),
     ("tune/reduced", "title"): ("text of the card of the site's own model", "line\nline"),
     ("tune/deal/features", "round"): ("asked again before the round in which a killed run goes on", 2),
+    ("tune/deal/losses", "round"): ("every round in which members are trained is asked for", 2),
     ("tune/deal/losses", "micro"): ("up to the job's largest batch", 3),
     ("tune/deal/losses", "masked"): ("which zeros stay", ["x"]),
     ("tune/gate/fit", "round"): ("every exchange of the fit is asked for", 4),

@@ -23,10 +23,10 @@ FitRounds = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Pool(Table):
-    """``pool = { gate = "mixture", members = 4 }``: several adapters in a stage "tune", and a gate that gives texts to them.
+    """``pool = { gate = "keys", members = 4 }``: several adapters in a stage "tune", and a gate that gives texts to them.
 
     Attributes:
-        gate: what decides which member a text gets: "mixture", Gaussians of windows' features; "keys", their directions;
+        gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
             "groups", what the job says of the owners; "losses", the member of the lowest loss; "random", the seed.
         members: number of adapters. With ``groups`` it is their number.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
@@ -34,19 +34,19 @@ class Pool(Table):
         blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
             look at features, as all that follow.
         size: number of features, the principal directions of all windows.
-        prefix: tokens of a window that the gate looks at, from its beginning.
+        prefix: tokens of a window that the gate looks at, from its beginning; at most all.
         starts: how many fits are made side by side; the best one is kept.
         fit_rounds: the most exchanges of a fit.
         windows: how many of its windows a client measures all members on, before every round. Only gate "losses".
     """
 
-    gate: Annotated[str, method_of("stages.tune.gates")] = "mixture"
+    gate: Annotated[str, method_of("stages.tune.gates")] = "keys"
     members: Members = 4
     common: Fraction = 0.3
     groups: Annotated[dict[Name, tuple[Name, ...]], Field(max_length=MOST_MEMBERS, default_factory=dict)]
     blocks: Blocks = (0.25, 0.5, 0.75)
     size: Size = 16
-    prefix: Length = 32
+    prefix: Length = 64
     starts: Starts = 8
     fit_rounds: FitRounds = 40
     windows: Count = 8
@@ -92,8 +92,6 @@ def check_stage(config: Config) -> None:
     for key in ("personal", "personal_experts", "epsilon"):
         if getattr(config, key):
             raise ValueError(f"pool: it has no {key} yet; leave one of them out")
-    if pool.method.LOOKS == "features" and pool.prefix > config.length:
-        raise ValueError(f"pool.prefix: {pool.prefix} tokens of windows that have {config.length}; lower it")
 
 
 def check_clients(config: Config, job: Job, index: int) -> None:

@@ -111,7 +111,8 @@ class Pool:
         if not self.gate:
             raise FedgroveError(f'gate "{self.settings.gate}" looks at no features of text', "give a run with another gate")
         layers, gate = layers_of(self.settings.blocks, len(decoder)), feature_gate_of(self.settings.gate)
-        states = pooled_states(decoder, [ids[: self.settings.prefix] for ids in texts], layers, "mean")
+        prefix = min(self.settings.prefix, self.facts["length"])
+        states = pooled_states(decoder, [ids[:prefix] for ids in texts], layers, "mean")
         numbers = numbers_of(states, self.gate, layers, self.facts["seed"])
         features = scaled(numbers, self.gate[MEAN], self.gate[ALONG])
         state = {name.removeprefix(STATE): value for name, value in self.gate.items() if name.startswith(STATE)}

@@ -64,7 +64,7 @@ class Fit:
         tuning, pool = self._tuning, self._pool
         tuning.run.phase(Phase("tune", "what features of windows are like", stage=tuning.plan.stage))
         layers = layers_of(pool.blocks, len(tuning.decoder))
-        center, scale = typical(tuning.decoder, layers, pool.prefix, tuning.seed)
+        center, scale = typical(tuning.decoder, layers, min(pool.prefix, tuning.config.length), tuning.seed)
         tensors = {CENTER: center, SCALE: scale}
         sums = self._sum(lambda common: SumFeatures(**common), tensors, 0)
         found = Moments.of(sums)

@@ -10,7 +10,7 @@ from fedgrove.rounds.request import Disclosure
 from fedgrove.stages.base import names_of
 from fedgrove.stages.tune.exchanges.deal import DealByFeatures
 from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
-from fedgrove.stages.tune.gates import job_gate_of
+from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.features import layers_of
@@ -41,7 +41,8 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
             )
         disclosed |= SumFeatures.DISCLOSES | FitGate.DISCLOSES
         number = min(PROJECTED, width(decoder, layers_of(pool.blocks, len(decoder))))
-        each = 8 * pool.starts * (2 * pool.members * (1 + pool.size) + 1)
+        sums = feature_gate_of(pool.gate).sums(pool.members, pool.starts, min(pool.size, number))
+        each = 8 * sum(shape.numel() for shape, _ in sums.values())
         notes = [
             f"To fit the gate, every client sends {(number + 1) * (number + 2) // 2 * 8:,} bytes once and {each:,} bytes up to "
             f"{pool.fit_rounds} times, before any training."
