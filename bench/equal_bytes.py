@@ -86,7 +86,7 @@ def main() -> None:
 def rows(model: Path) -> dict[str, list[dict[str, Any]]]:
     """The stages before the tuning, by row."""
     width = {"kind": "structured", "depth": 0.0, **fractions(model)}
-    prune = {"kind": "prune", "pruner": "alps", "aggregation": "pooled"}
+    prune = {"kind": "prune", "aggregation": "pooled"}
     return {
         "dense": [],
         "fewer blocks": [{"kind": "structured", "depth": CUT}],
