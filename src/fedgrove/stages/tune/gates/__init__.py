@@ -2,8 +2,8 @@
 
 A pool has several adapters, its members. What a gate looks at (``LOOKS``) decides which contract its file fulfils: at what the
 job says of the owners (:class:`JobGate`), at features of windows in the frozen model (:class:`FeatureGate`), or at the members'
-losses (:class:`LossGate`). Of a window it looks at the first tokens (``prefix``). An owner's weights come from its own text; who
-measures weights window by window has to leave these tokens out of the loss, or the gate has seen what is predicted.
+losses (:class:`LossGate`). Of a window it looks at the first tokens (``prefix``). An owner's weights come from its own text;
+who measures weights window by window has to leave these tokens out of the loss, or the gate has seen what is predicted.
 """
 
 from __future__ import annotations
