@@ -113,13 +113,13 @@ def test_a_gate_of_any_owners_is_that_of_the_pooled_windows(gate: Any) -> None:
 def test_the_likelihood_never_falls_and_is_that_of_em_in_float64() -> None:
     owners = shifted()
     likelihoods, state, _ = fit(owners, 12, members=2, starts=1)
-    assert all(after >= before - 1e-6 for before, after in itertools.pairwise(likelihoods))
+    assert all(after >= before - 1e-7 for before, after in itertools.pairwise(likelihoods)), "γ is rounded to 2⁻²⁰"
     x, begun = torch.cat(owners), mixture.begin(pooled(members=2, starts=1), 16, "0/0")
     means, variances, shares = begun["means"][0], begun["variances"][0], begun["shares"][0]
     for likelihood in likelihoods:
         normal = torch.distributions.Normal(means[:, None], variances.sqrt()[:, None])
         joint = shares.log()[:, None] + normal.log_prob(x[None]).sum(2)
-        assert likelihood == pytest.approx(float(joint.logsumexp(0).mean()), abs=1e-5)
+        assert likelihood == pytest.approx(float(joint.logsumexp(0).mean()), abs=1e-6)
         gamma = joint.softmax(0)
         counts = gamma.sum(1, keepdim=True)
         means = gamma @ x / counts

@@ -35,6 +35,7 @@ from fedgrove.stages.tune.pool.members import Member, mixture, write_members
 from fedgrove.stages.tune.state import Measurement, TuningState
 
 GATE = "gate.safetensors"
+LEAST = 0.1  # of the windows of a client's largest member: with fewer, it would hardly move a member, and yet count
 
 
 class Loop(changes.Loop):
@@ -202,8 +203,10 @@ class Loop(changes.Loop):
         return request.model_copy(update={"training": training, "member": self.member, "dealt": dealt})
 
     def _steps(self, client: str, member: int) -> int:
-        """A client's steps of a round for a member."""
-        return divide(self.config.steps, self.windows[client])[member] if client in self.windows else 0
+        """A client's steps of a round for a member; 0 for those that have few of its windows beside the one that has most."""
+        windows = self.windows.get(client, ())
+        most = max(windows, default=0)
+        return divide(self.config.steps, [number if number >= LEAST * most else 0 for number in windows])[member] if most else 0
 
     def _plan_of(self, plan: Plan, member: int) -> Plan:
         """The plan of a member's round: the clients that have steps for it, with the tokens that it gets."""
