@@ -102,7 +102,7 @@ def test_the_quick_search_fits_and_nothing_is_worth_more_than_its_bound(given: B
     if got is not None:
         assert fits(given, GRID, got)
         assert budget.value(SIZES, GRID, weight, got) == pytest.approx(found[0].value)
-        assert budget.value(SIZES, GRID, weight, got) >= best - 0.02 * abs(best)
+        assert budget.value(SIZES, GRID, weight, got) >= best - 0.02
 
 
 def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_a_model_of_seven_billion_is_solved_to_half_a_percent() -> None:
     got = budget.best(sizes, grid, given, weight)
     assert fits(given, grid, got, sizes)
     tight = budget.best(sizes, grid, given, weight, gap=1e-5)
-    assert budget.value(sizes, grid, weight, got) >= (1 - 5.1e-3) * budget.value(sizes, grid, weight, tight)
+    assert budget.value(sizes, grid, weight, got) >= budget.value(sizes, grid, weight, tight) - 1.01e-2
 
 
 MEASURE = """

@@ -20,7 +20,7 @@ from fedgrove.stages.tune.knapsack import Array, KnapsackSide, Solution, search
 from fedgrove.stages.tune.objective import NOISE, pace
 
 QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # by bits: the part of a round's gain that they cost
-STEP_PARTS = (1.0, 0.8, 0.6, 0.4, 0.2)  # of the steps that a client has time for without adapters
+STEP_PARTS = (1.0, 0.75, 0.5)  # of the steps that a client has time for without adapters
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, all float32
 Worth = Mapping[str, Sequence[float]]  # by linear, at each rank of the search space
 LOGIT = 12  # bytes per logit at the peak, besides the logit: its float32 copy or probability, and two gradients
@@ -241,7 +241,7 @@ def check_feasible(cost: ModelCost, space: SearchSpace, budget: Budget) -> None:
 
 
 def best(cost: ModelCost, space: SearchSpace, budget: Budget, worth: Worth, gap: float | None = None) -> ClientConfig:
-    """The configuration with the highest :func:`value` within a budget, up to a relative gap.
+    """The configuration with the highest :func:`value` within a budget, up to a gap.
 
     A fast search is tried first (see :mod:`fedgrove.stages.tune.knapsack`). If it cannot prove that its result is within the
     gap, a mixed-integer linear program is solved. Both assume one window at once, which takes the least memory and has the same
@@ -250,8 +250,8 @@ def best(cost: ModelCost, space: SearchSpace, budget: Budget, worth: Worth, gap:
 
     Args:
         worth: of each linear at each rank, see :meth:`fedgrove.stages.tune.objective.Gradients.worth`.
-        gap: the allowed relative distance to the optimum; default: 0.1 %, or 0.5 % for more than a thousand pairs of linear
-            and rank, because closing the last tenths takes most of the time.
+        gap: the allowed distance to the optimum, as a part of a round's gain; default: 0.2 %, or 1 % for more than a thousand
+            pairs of linear and rank, because closing the last tenths takes most of the time.
 
     Raises:
         Infeasible: no configuration fits.
@@ -272,18 +272,19 @@ def best(cost: ModelCost, space: SearchSpace, budget: Budget, worth: Worth, gap:
         for b in space.bits
     ]
     choices, paces = _paces(cost, space, budget), []
-    for batch, steps in choices:
+    for batch, steps, one in choices:
         per_use = 6.0 * cost.length * steps * each_device(batch, budget) / budget.speed
         per_number = per_use * uses + space.number / budget.uplink
-        capacity = budget.seconds - seconds(cost, space, budget, ClientConfig(space.bits[0], batch, 1, {}, steps))
-        paces.append(KnapsackSide(math.log(pace(steps, batch, space.noise)), per_number * numbers, capacity))
+        paces.append(
+            KnapsackSide(math.log(pace(steps, batch, space.noise)), per_number * numbers, budget.seconds - steps * one)
+        )
     if gap is None:
-        gap = 1e-3 if values.size <= 1000 else 5e-3
+        gap = 2e-3 if values.size <= 1000 else 1e-2
     solution = search(values, bits, paces, gap)
-    if solution is None or solution.bound - solution.value > gap * abs(solution.value):
+    if solution is None or solution.bound - solution.value > gap:
         solution = solve(values, bits, paces, gap)
     ranks = {name: space.ranks[index] for name, index in zip(names, solution.ranks, strict=True) if index >= 0}
-    batch, steps = choices[solution.batch]
+    batch, steps, _ = choices[solution.batch]
     config = ClientConfig(space.bits[solution.bits], batch, 1, ranks, steps)
     if space.max_steps:
         one = compute_seconds(cost, space, budget, replace(config, steps=1))
@@ -292,15 +293,14 @@ def best(cost: ModelCost, space: SearchSpace, budget: Budget, worth: Worth, gap:
     return widest(cost, space, budget, config)
 
 
-def _paces(cost: ModelCost, space: SearchSpace, budget: Budget) -> list[tuple[int, int]]:
-    """The batches and steps to choose from: with ``max_steps``, parts of the steps that fit without adapters."""
-    if not space.max_steps:
-        return [(batch, space.steps) for batch in space.batches]
-    choices = []
+def _paces(cost: ModelCost, space: SearchSpace, budget: Budget) -> list[tuple[int, int, float]]:
+    """Batch, steps and seconds of a step without adapters to choose from; with ``max_steps``, parts of the steps that fit."""
+    choices, window = [], compute_seconds(cost, space, budget, ClientConfig(space.bits[0], 1, 1, {}, 1))
     for batch in space.batches:
-        one = compute_seconds(cost, space, budget, ClientConfig(space.bits[0], batch, 1, {}, 1))
+        one = window * each_device(batch, budget)
         most = _most_steps(space, budget.seconds, one)
-        choices += [(batch, steps) for steps in sorted({math.ceil(part * most) for part in STEP_PARTS} - {0}, reverse=True)]
+        parts = {math.ceil(part * most) for part in STEP_PARTS} - {0} if space.max_steps else {space.steps}
+        choices += [(batch, steps, one) for steps in sorted(parts, reverse=True)]
     return choices
 
 
@@ -326,7 +326,9 @@ def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsac
     num_bits = len(bits)
     first = num_bits + len(batches)  # the variables of linear i, step k: first + i * num_steps + k
     size = first + values.size
-    objective = np.concatenate([[side.value for side in (*bits, *batches)], np.diff(values, axis=1, prepend=0.0).ravel()])
+    shift = 2.0 - max(side.value for side in batches)  # a relative gap needs a value that is not near 0
+    paces = [side.value + shift for side in batches]
+    objective = np.concatenate([[side.value for side in bits], paces, np.diff(values, axis=1, prepend=0.0).ravel()])
 
     rows: list[Array] = []
     upper: list[float] = []
@@ -361,14 +363,14 @@ def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsac
         row_of = np.repeat(np.arange(len(pairs)), 2)
         order = csr_array((np.tile([1.0, -1.0], len(pairs)), (row_of, pairs.ravel())), shape=(len(pairs), size))
         constraints.append(LinearConstraint(order, 0.0, np.inf))
-    options = {"mip_rel_gap": gap}
+    options = {"mip_rel_gap": gap / 2}
     result = milp(-objective, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options=options)
     if result.x is None:
         raise Infeasible(f"no configuration fits both memory and deadline ({result.message.split('(')[0].strip()})")
     chosen = result.x > 0.5
     ranks = chosen[first:].reshape(values.shape).sum(1) - 1
     bits_index, batch_index = int(chosen[:num_bits].argmax()), int(chosen[num_bits:first].argmax())
-    return Solution(bits_index, batch_index, ranks, -float(result.fun), -float(result.mip_dual_bound))
+    return Solution(bits_index, batch_index, ranks, -float(result.fun) - shift, -float(result.mip_dual_bound) - shift)
 
 
 def micros(batches: tuple[int, ...]) -> list[int]:
