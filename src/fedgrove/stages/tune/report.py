@@ -66,7 +66,8 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
         has += [f"{capabilities['uplink'] / 1e6:,.0f} Mbit up"] if capabilities["uplink"] else []
         at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
         fill(
-            table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}", str(assignment["steps"]),
+            table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
+            str(assignment.get("steps", "")),
             _ranks(plan, assignment), mebibytes(assignment["memory"]),
             _sent(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
@@ -172,7 +173,9 @@ class Tuning:
 
     def _says(self) -> str:
         """What happened, in a sentence or two."""
-        given = [{key: of[key] for key in ("bits", "batch", "steps", "ranks")} for of in self._assignments.values()]
+        given = [
+            {key: of[key] for key in ("bits", "batch", "steps", "ranks") if key in of} for of in self._assignments.values()
+        ]
         alike = all(one == given[0] for one in given)
         who = "all with the same settings" if alike else "each with settings that its memory, speed and uplink allow"
         clients = plural(len(given), "client")
@@ -217,7 +220,7 @@ class Tuning:
             rank = sum(ranks.values()) / len(ranks) if ranks and ranked(self._plan) else None
             losses = [self._measured.get((r, client, "loss")) for r in self._rounds]
             known = [loss for loss in losses if loss is not None]
-            given = [*(assignment[key] for key in ("bits", "batch", "micro", "steps")), len(ranks), rank]
+            given = [*(assignment.get(key) for key in ("bits", "batch", "micro", "steps")), len(ranks), rank]
             planned = [assignment[key] for key in ("memory", "upload", "seconds")]
             given[5:5] = [_held(self._plan, assignment) for _ in mixture]
             rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
