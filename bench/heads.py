@@ -28,11 +28,11 @@ from transformers.utils import logging
 
 from fedgrove.files import read_lines
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.features import Features, pooled_states, projection, typical
 from fedgrove.models.stream import Checkpoint
+from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.split import _by_dirichlet
-from fedgrove.stages.head.features import Features, pooled_states, projection, typical
 from fedgrove.stages.head.heads import Linear, head_of
-from fedgrove.stages.head.moments import Moments
 from fedgrove.stages.head.records import hold_out, read_labeled
 from fedgrove.stages.head.solving import TooFew, solve
 

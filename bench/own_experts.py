@@ -1,17 +1,21 @@
 """Half of a mixture's experts for each owner: by what they add to its text, by how often it uses them, and at random.
 
     .venv/bin/python bench/own_experts.py --data ../shared/data --write
+    .venv/bin/python bench/own_experts.py --data ../shared/data --newsgroups --write
 
-The mixture is that of bench/experts.py. Its three owners tune it together in a job in which each writes a model of half of the
-experts (``personal_experts = 0.5``). Then each owner's held-out text is measured on the whole model, on the model that it
-wrote, and on other halves of the same model. Results are kept in bench/own_experts.jsonl and not measured again.
+The mixture is that of bench/experts.py. Its three owners, or with ``--newsgroups`` owners of the posts of one newsgroup each,
+tune it together in a job in which each writes a model of half of the experts (``personal_experts = 0.5``). Then each owner's
+held-out text is measured on the whole model, on the model that it wrote, and on other halves of the same model. Results are
+kept in bench/own_experts.jsonl and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from fedgrove.run import local_clients, open_model
 from fedgrove.stages.tune.exchanges.experts import chosen, own_sums
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
+GROUPS = ("sci.space", "rec.sport.hockey", "soc.religion.christian")
 DRAWS = 3  # of experts at random
 
 
@@ -48,6 +53,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=4, help="of tuning, 4 steps of 2 windows each")
     arguments.add_argument("--noise", type=float, default=0.1, help="of the copies, as a fraction of the weights' deviation")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--newsgroups", action="store_true", help="owners with posts of one newsgroup each")
     arguments.add_argument("--windows", type=int, default=8, help="held-out windows of 256 tokens of each owner")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what the results hold")
@@ -60,14 +66,16 @@ def main() -> None:
         text = table(given, Path(folder))
     print(text)
     if given.write:
-        page.write("own-experts", text)
+        page.write("own-experts-newsgroups" if given.newsgroups else "own-experts", text)
 
 
 def table(given: Any, folder: Path) -> str:
     """Each owner's loss on its own held-out text, by seed."""
-    files = dict(owners.plain_files(given.data, folder))
+    files = dict(group_files(given.data, folder) if given.newsgroups else owners.plain_files(given.data, folder))
     kept = Kept(RESULTS, GROVE, only=given.kept)
     settings = {key: getattr(given, key) for key in ("steps", "rounds", "noise", "windows")}
+    if given.newsgroups:
+        settings["owners"] = GROUPS
     found: dict[tuple[str, str], list[float]] = {}
     for seed in given.seeds:
         losses = kept(partial(measure, given, files, folder, seed), seed=seed, **settings)
@@ -82,17 +90,29 @@ def table(given: Any, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def group_files(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The posts of each newsgroup, to train on and held out."""
+    for part, ending in (("train", ""), ("test", "-heldout")):
+        posts = [json.loads(line) for line in (data / "newsgroups" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for group in GROUPS:
+            name = f"{group}{ending}"
+            texts = [json.dumps({"text": post["text"]}) for post in posts if post["label"] == group]
+            (folder / f"{name}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+            yield name, folder / f"{name}.jsonl"
+
+
 def measure(given: Any, files: dict[str, Path], folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """By owner, the loss of the tuned model, and of halves of it."""
+    names = GROUPS if given.newsgroups else OWNERS
     model = folder / f"mixture-{seed}"
     mixture = upcycled(given.noise, seed)
-    train(mixture, [files[owner] for owner in OWNERS], given.steps, seed)
+    train(mixture, [files[owner] for owner in names], given.steps, seed)
     save(mixture, model)
     stage = {
         "kind": "tune", "method": "lora", "rounds": given.rounds, "steps": 4, "batches": [2], "ranks": [4], "bits": [32],
         "length": LENGTH, "personal_experts": 0.5,
     }  # fmt: skip
-    clients = [{"name": owner, "data": str(files[owner])} for owner in OWNERS]
+    clients = [{"name": owner, "data": str(files[owner])} for owner in names]
     job = Job.model_validate(
         {"name": "own", "seed": seed, "model": {"path": str(model)}, "clients": clients, "stages": [stage]}
     )
@@ -111,14 +131,14 @@ def measure(given: Any, files: dict[str, Path], folder: Path, seed: int) -> dict
         sums = own_sums(Decoder(tuned), training_windows(client, LENGTH)[0], client, 0, f"{seed}/0/own")
         halves[client.name] = {value: chosen(sums, blocks, value, half, 1) for value in (OUTPUTS, TOKENS)}
     result: dict[str, dict[str, float]] = {}
-    for place, owner in enumerate(OWNERS):
+    for place, owner in enumerate(names):
         windows = evaluation_windows(files[f"{owner}-heldout"], None, tokenizer, LENGTH, given.windows)
 
         def loss(decoder: Decoder, windows: list[Tensor] = windows) -> float:
             parts = negative_log_likelihoods(decoder, windows)
             return sum(nll for nll, _ in parts) / sum(count for _, count in parts)
 
-        other = halves[OWNERS[(place + 1) % len(OWNERS)]][OUTPUTS]
+        other = halves[names[(place + 1) % len(names)]][OUTPUTS]
         result[owner] = {
             "all": loss(Decoder(tuned)),
             "its own half": loss(Decoder(Checkpoint(run / "clients" / owner / "personal" / "experts-0"))),

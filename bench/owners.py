@@ -5,6 +5,8 @@
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.7 --table allocations --page allocations --write
     .venv/bin/python bench/owners.py --data ../shared/data --targets 0.3 0.5 0.6 --table mending --owners 4 --length 256
         --windows 4 --page mending --write
+    .venv/bin/python bench/owners.py --data ../shared/data --targets 0.5 0.7 --table mending --owners 4 --length 256
+        --windows 4 --rows SparseGPT --tuned --page mending-tuned --write
 
 Every result is kept in bench/owners.jsonl by the model's fingerprint and its settings, and not measured again; delete a line to
 measure it again.
@@ -103,6 +105,10 @@ MENDING: dict[str, Row] = {
     "SparseGPT, pooled": {"aggregation": "pooled"},
     "SparseGPT, pooled, mended": {"aggregation": "pooled", "mend": "dsnot"},
 }
+TUNE: Row = {
+    "kind": "tune", "method": "lora", "rounds": 3, "steps": 3, "length": 256, "batches": [2], "ranks": [16], "bits": [32],
+    "learning_rate": 4e-3, "precision": "float32",
+}  # fmt: skip
 TABLES = {"aggregations": AGGREGATIONS, "damping": AGGREGATIONS | DAMPING, "allocations": ALLOCATIONS, "mending": MENDING}
 MENDED = ", mended"
 
@@ -119,6 +125,7 @@ def main() -> None:
     arguments.add_argument("--windows", type=int, default=8, help="held-out windows of each owner")
     arguments.add_argument("--owners", type=int, default=len(OWNERS), help="how many of them")
     arguments.add_argument("--length", type=int, default=LENGTH, help="tokens of a window, to calibrate and to measure")
+    arguments.add_argument("--tuned", action="store_true", help="then tune the model: 3 rounds of 3 steps of LoRA")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument("--kept", action="store_true", help="measure nothing: the table of what bench/owners.jsonl holds")
     arguments.add_argument("--page", help="the name of the place in docs/benchmarks.md", default="owners")
@@ -133,7 +140,7 @@ def main() -> None:
         files = dict(plain_files(given.data, Path(folder)))
         kept = Kept(RESULTS, given.model, only=given.kept)
         found: dict[tuple[str, str], dict[int, Result]] = {}
-        usual = {"owners": len(OWNERS), "length": LENGTH}
+        usual = {"owners": len(OWNERS), "length": LENGTH, "tuned": False}
         settings = {key: getattr(given, key) for key, value in usual.items() if getattr(given, key) != value}
         for target in given.targets:
             for seed in given.seeds:
@@ -203,7 +210,7 @@ def models(result: Result, length: int, alone: bool = False) -> list[Examples]:
 
 def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Path], given: Any, folder: Path) -> Result:
     """Perplexity (geometric mean over the held-out texts), the sparsity that was reached, and the loss of each window."""
-    alone = name == FEDSPALLM
+    alone = name == FEDSPALLM and not given.tuned
     names = list(OWNERS)[: given.owners]
     clients: list[dict[str, Any]] = [{"name": owner, "data": str(files[owner])} for owner in names]
     samples = given.samples
@@ -217,7 +224,10 @@ def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Pa
             "seed": seed,
             "model": {"path": given.model},
             "clients": clients,
-            "stages": [{"kind": "prune", **wanted, "samples": samples, "length": given.length, **changes}],
+            "stages": [
+                {"kind": "prune", **wanted, "samples": samples, "length": given.length, **changes},
+                *([TUNE] if given.tuned else []),
+            ],
             "evaluate": {
                 "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in names],
                 "windows": given.windows,

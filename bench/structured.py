@@ -14,11 +14,12 @@ measured again; delete a line to measure it again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,11 @@ from results import Kept
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+import fedgrove.stages.structured.exchanges.scores as exchange
 import fedgrove.stages.structured.scores
 from fedgrove import api, plugins
 from fedgrove.job.tables import Job
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import width_of
 from fedgrove.report.summary import Summary
@@ -63,7 +66,10 @@ CUTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the keys that get
     "diagonal_fisher": (("channels", "heads"), {"repair": False, "score": "diagonal_fisher"}),
     "weights": (("channels", "heads"), {"repair": False, "score": "weights"}),
     "chance": (("channels", "heads"), {"repair": False, "score": "chance"}),
+    "taylor, repaired": (("channels", "heads"), {"score": "taylor"}),
     "diagonal_fisher, repaired": (("channels", "heads"), {"score": "diagonal_fisher"}),
+    "weights, repaired": (("channels", "heads"), {"score": "weights"}),
+    "chance, repaired": (("channels", "heads"), {"score": "chance"}),
     "fewer blocks": (("depth",), {}),
     "fewer blocks, contiguous": (("depth",), {"contiguous": True}),
 }
@@ -96,6 +102,7 @@ def main() -> None:
     logging.disable_progress_bar()
     fedgrove.stages.structured.scores.__path__.append(str(Path(__file__).parent / "controls"))
     plugins.load("stages.structured.scores", "weights").install()
+    remember_products()
     with tempfile.TemporaryDirectory() as folder:
         text = {"speed": speed, "quality": quality, "cuts": cuts}[given.part](given, Path(folder))
     print(text)
@@ -110,22 +117,7 @@ def speed(given: Any, folder: Path) -> str:
     if not models["cut"].is_dir():
         make_models(models["dense"], given.share, folder)
     loaded = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for name, path in models.items()}
-    prompt = torch.randint(SHAPE["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "write": []} for name in loaded}
-    with torch.no_grad():
-        for attempt in range(given.repeats + 1):  # the first warms up
-            for name, net in loaded.items():
-                began = time.perf_counter()
-                cache = net(prompt, use_cache=True).past_key_values
-                read_in = time.perf_counter()
-                token = prompt[:, -1:]
-                for _ in range(NEW):
-                    out = net(token, past_key_values=cache, use_cache=True)
-                    token = out.logits[:, -1:].argmax(-1)
-                ended = time.perf_counter()
-                if attempt:
-                    seconds[name]["read"].append(read_in - began)
-                    seconds[name]["write"].append(ended - read_in)
+    seconds = seconds_of(loaded, given.repeats)
     lines = ["| | dense | cut | ratio |", "|---|---|---|---|"]
 
     def line(what: str, form: str, dense: float, cut: float) -> None:
@@ -138,6 +130,28 @@ def speed(given: Any, folder: Path) -> str:
     for what, key, tokens in ((f"tokens/s, reading {PROMPT}", "read", PROMPT), (f"tokens/s, writing {NEW} more", "write", NEW)):
         line(what, "{:.1f}", *(tokens / statistics.median(seconds[name][key]) for name in loaded))
     return "\n".join(lines)
+
+
+def seconds_of(models: dict[str, Any], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every repeat, by model: to "read" a prompt of 256 tokens, and to "write" 32 more; models take turns."""
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    prompt = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    seconds: dict[str, dict[str, list[float]]] = {name: {"read": [], "write": []} for name in models}
+    with torch.no_grad():
+        for attempt in range(repeats + 1):  # the first warms up
+            for name, net in models.items():
+                began = time.perf_counter()
+                cache = net(prompt, use_cache=True).past_key_values
+                read_in = time.perf_counter()
+                token = prompt[:, -1:]
+                for _ in range(NEW):
+                    out = net(token, past_key_values=cache, use_cache=True)
+                    token = out.logits[:, -1:].argmax(-1)
+                ended = time.perf_counter()
+                if attempt:
+                    seconds[name]["read"].append(read_in - began)
+                    seconds[name]["write"].append(ended - read_in)
+    return seconds
 
 
 def make_models(dense: Path, share: float, folder: Path) -> None:
@@ -224,8 +238,9 @@ def cuts(given: Any, folder: Path) -> str:
                 continue
             found[row] = every
             undone = "–"
-            if row == "repaired" and "cut" in found:
-                pairs = zip(found["cut"], every, strict=True)
+            plain = "cut" if row == "repaired" else row.removesuffix(", repaired")
+            if plain != row and plain in found:
+                pairs = zip(found[plain], every, strict=True)
                 undone = ", ".join(
                     f"{(cut - repaired) / (cut - dense):.0%}" if cut > dense else "no loss"
                     for (dense, cut), (_, repaired) in pairs
@@ -234,6 +249,20 @@ def cuts(given: Any, folder: Path) -> str:
             by_seed = ", ".join(f"{loss:.3f}" for loss in after)
             lines.append(f"| {share:g} | {row} | {every[0][0]:.3f} | {by_seed} | {statistics.mean(after):.3f} | {undone} |")
     return "\n".join(lines)
+
+
+def remember_products() -> None:
+    """Keeps what the backward passes over a client's windows gave, for the other rows of the same seed."""
+    measure, kept = exchange.group_products, {}
+
+    def group_products(decoder: Decoder, ids: torch.Tensor, store: Any, of_weights: Any = None) -> Iterator[Any]:
+        score = of_weights and of_weights.__module__
+        key = str(decoder.checkpoint.path), score, hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+        if key not in kept:
+            kept[key] = list(measure(decoder, ids, store, of_weights))
+        return iter(kept[key])
+
+    exchange.group_products = group_products
 
 
 def carry_out(

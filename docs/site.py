@@ -138,6 +138,8 @@ def spell(annotation: Any) -> str:
         return " or ".join(spell(arg) for arg in args if arg is not type(None))
     if origin is tuple:
         return f"list of: {spell(args[0])}"
+    if origin is dict:
+        return f"table of: {spell(args[1])}"
     if hasattr(annotation, "__metadata__"):
         return with_metadata(args[0], annotation.__metadata__)
     if isinstance(annotation, type) and issubclass(annotation, Table):
@@ -159,7 +161,7 @@ def default(field: FieldInfo) -> str:
     """What holds where a key is left out."""
     if field.is_required():
         return "required"
-    value = field.default
+    value = field.get_default(call_default_factory=True)
     if value is None:
         return "–"
     if isinstance(value, Table):

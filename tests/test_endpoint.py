@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fedgrove import doctor
 from fedgrove.client import completions
 from fedgrove.client.local_client import LocalClient
 from fedgrove.deploy.flare.exchanges.join import JoinRun
@@ -477,6 +478,35 @@ def test_an_endpoint_that_is_down_or_slow_is_one_line(small: Small, plain: Serve
     gave_up.set()
     plain.instead = lambda body: (200, {"Content-Length": "100"}, b"[")
     assert "gave no answer in 0.1 s" in str(failure(small, tmp_path, plain.url, timeout=0.1))
+
+
+@pytest.mark.parametrize(("endpoint", "ok", "says"), [
+    ({}, True, "it returns the log-probabilities of a prompt's tokens"),
+    ({"logprobs": "next", "top": 7}, True, "it returns 7 of the 7 most likely next tokens"),
+    ({"logprobs": "none"}, True, "it returns text"),
+    ({"url": "http://127.0.0.1:1/v1"}, False, "127.0.0.1:1: its endpoint cannot be reached"),
+])  # fmt: skip
+def test_the_doctor_asks_an_endpoint_and_sends_no_text_of_a_client(
+    small: Small, plain: Served, files: Mapping[str, Path], tmp_path: Path, endpoint: dict[str, Any], ok: bool, says: str
+) -> None:
+    score = "correct" if endpoint.get("logprobs") == "none" else "loss"
+    file = small.job("asked", **job(files, small.model, {"url": plain.url, **endpoint}, score=score))
+    before, plain.form = len(plain.asked), endpoint.get("logprobs", "echo")
+    status, out, _ = cli("doctor", file, "--json")
+    (check,) = (one for one in json.loads(out) if one["name"] == "endpoint")
+    assert check["ok"] is ok
+    assert (status == 0) is ok
+    assert says in check["text"]
+    assert CANARY not in json.dumps(plain.asked[before:])
+
+
+def test_fewer_tokens_than_asked_for_are_said(small: Small, plain: Served) -> None:
+    one = {"id": 5, "token": "x", "logprob": -1.0}
+    plain.instead = lambda body: says(logprobs={"content": [{"top_logprobs": [one, {**one, "id": 6}]}]})
+    check = doctor.endpoint(Endpoint(url=plain.url, logprobs="next", top=20), Checkpoint(small.model))
+    assert check.ok
+    assert "2 of the 20" in check.text
+    assert "choose labels that are likely" in check.remedy
 
 
 def test_the_time_limit_is_one_for_the_whole_answer(

@@ -32,6 +32,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
 from small import ROOT, Small, cli, complaint, wait_until
+from test_prompt import files  # noqa: F401
+from test_prompt import job as prompt_job
 
 SECRET = "zanzibar-7413"
 TUNE = {
@@ -47,6 +49,10 @@ TUNE = {
 SEEDS = {
     "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": 16, "batches": [1], "learning_rate": 1e-3,
     "perturbation": 2**-9,
+}  # fmt: skip
+POOL = {
+    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 2, "steps": 2, "length": 16, "batches": [1],
+    "ranks": [2], "bits": [32], "pool": {"members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
 }  # fmt: skip
 
 
@@ -72,7 +78,7 @@ def federation(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Running, small: Small, tmp_path: Path) -> None:
     seen = Lines()
-    wanted = [*stages(small), SEEDS]
+    wanted = [*stages(small), SEEDS, POOL]
     assert federation.run("demo", seen, stages=wanted, evaluate__alone=True, result="sites") is None
     assert any(phase.action == "prune" for phase in seen.phases)
     alone = small.undisturbed(stages=wanted)
@@ -82,6 +88,8 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert (fetched / "adapter" / "adapter_model.safetensors").read_bytes() == (
         alone / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+    for file in ("a.safetensors", "member-0.safetensors", "gate.safetensors"):
+        assert (fetched / "pool" / file).read_bytes() == (alone / "pool" / file).read_bytes()
     assert json.loads((fetched / "pruning.json").read_text()) == json.loads((alone / "pruning.json").read_text())
 
     given = federation.sites["ash"] / "results" / "demo"
@@ -90,6 +98,26 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert not (federation.sites["birch"] / "results").exists(), "birch did not want it"
     for kit in federation.sites.values():
         assert not list((kit / "work").glob("demo-*")), "no hidden states are left behind"
+
+
+def test_a_prompt_is_that_of_the_in_process_engine(federation: Running, small: Small, files: dict[str, Path]) -> None:  # noqa: F811
+    changes = prompt_job(files)
+    here = small.undisturbed(**changes)
+    described = {name: (kit / "site.toml").read_text(encoding="utf-8") for name, kit in federation.sites.items()}
+    for client in changes["clients"]:
+        of_client = {key: client[key] for key in ("prompt", "answer")}
+        federation.describe(client["name"], data=[client["data"]], result=client["name"] == "ash", **of_client)
+    try:
+        del changes["clients"]
+        assert federation.run("prompt", result="sites", **changes) is None
+    finally:
+        for name, text in described.items():
+            (federation.sites[name] / "site.toml").write_text(text, encoding="utf-8")
+    fetched = federation.fetch("prompt")
+    for file in ("prompt.json", "prompt/prompt.safetensors"):
+        assert (fetched / file).read_bytes() == (here / file).read_bytes()
+    given = federation.sites["ash"] / "results" / "prompt" / "prompt" / "prompt.safetensors"
+    assert given.read_bytes() == (here / "prompt" / "prompt.safetensors").read_bytes()
 
 
 def test_a_kit_starts_as_a_service_or_in_a_container(federation: Running, tmp_path: Path) -> None:

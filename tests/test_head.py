@@ -23,14 +23,14 @@ from fedgrove.client.serve import serve
 from fedgrove.errors import FedgroveError
 from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.features import Features, pooled_states, projection, typical
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
+from fedgrove.rounds.aggregator.moments import BITS, CLIP, CODE, MOST_RECORDS, Moments, check
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.head.exchanges.moments import SumMoments
-from fedgrove.stages.head.features import Features, pooled_states, projection, typical
 from fedgrove.stages.head.heads import Linear, head_of
-from fedgrove.stages.head.moments import BITS, CLIP, CODE, MOST_RECORDS, Moments, check
 from fedgrove.stages.head.records import hold_out, read_labeled
 from fedgrove.stages.head.requests import CENTER, SCALE
 from fedgrove.stages.head.solving import TooFew, solve

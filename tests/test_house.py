@@ -24,7 +24,7 @@ LEVELS = [  # rooms from the lowest to the highest: a module imports those of it
     {"client", "engines.base", "input_statistics", "rounds"},
     {"engines", "evaluation", "report", "stages"},
     {"centralized", "exports"},
-    {"export", "run", "split", "tracking"},
+    {"adopt", "export", "run", "split", "tracking"},
     {"api", "doctor"},
     {"deploy"},
     {"commands", "cli"},
@@ -119,7 +119,7 @@ def test_nobody_asks_which_kind_a_stage_is_or_what_a_method_is_called() -> None:
         "stages/head/heads",
         "stages/prompt/methods",
     ]
-    folders += [f"stages/tune/{name}" for name in ("aggregation", "parametrizations", "planners", "trainers")]
+    folders += [f"stages/tune/{name}" for name in ("aggregation", "gates", "parametrizations", "planners", "trainers")]
     methods = {file.stem for folder in folders for file in (SOURCE / folder).glob("*.py")} - {"__init__"}
     kinds = {file.parent.name for file in (SOURCE / "stages").glob("*/config.py")}
     for file in SOURCE.rglob("*.py"):

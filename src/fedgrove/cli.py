@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedgrove import heap
+from fedgrove import commands, heap
 from fedgrove.deploy.flare.commands import COMMANDS
 from fedgrove.errors import FedgroveError
 from fedgrove.lazy import lazy
@@ -345,6 +345,8 @@ def report(
     print(f"Wrote {out}")
 
 
+for _command in commands.COMMANDS:
+    command(_command)
 federation = typer.Typer(
     name="federation", help="Between organisations, on NVIDIA FLARE.", no_args_is_help=True, rich_markup_mode="markdown"
 )

@@ -6,19 +6,23 @@ The functions do not raise for errors of the machine, the model or a text: they 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import urlsplit
 
 import torch
 
+from fedgrove.client.completions import Completions
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data.chat import DATE, Chat, as_text, writes_date
 from fedgrove.data.sources import DEFAULT_TEMPLATE, is_hub, read_fields
 from fedgrove.data.tally import Tally
 from fedgrove.data.tokens import encode, encode_long
 from fedgrove.errors import FedgroveError
+from fedgrove.job.endpoint import Endpoint
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.machine import Check, free_disk, free_memory, size_of
 from fedgrove.models.blocks import Decoder
@@ -71,6 +75,8 @@ def examine(job: Job, folder: Path) -> list[Check]:
         checks += text(f"held-out {held_out.name}", held_out.path, templates, path if readable else None)
     if path is None or not readable:
         return checks
+    if job.model.endpoint:
+        checks.append(endpoint(job.model.endpoint, Checkpoint(path)))
     checks.append(_room(job, Checkpoint(path, dtype, shares=job.model.shares), folder))
     if all(check.ok for check in checks):
         checks += _plans(job)
@@ -89,6 +95,8 @@ def site(client: LocalClient) -> list[Check]:
     for file in client.data:
         checks += text(client.name, file, templates, client.model if readable else None)
     if readable:
+        if client.endpoint:
+            checks.append(endpoint(client.endpoint, Checkpoint(client.model)))
         checks.append(could_hold(client.model, client.dtype, client.capabilities.get("memory"), client.shares))
     return checks
 
@@ -219,6 +227,35 @@ def text(owner: str, file: Path, templates: Mapping[str, str], model: Path | Non
     shown = first[:SAMPLE].splitlines()[:LINES]
     whole = len(first) <= SAMPLE and len(first.splitlines()) <= LINES
     return [Check(name, True, "; ".join([details, *notes]), sample="\n".join(shown) + ("" if whole else "…"))]
+
+
+def endpoint(at: Endpoint, checkpoint: Checkpoint) -> Check:
+    """Checks a completions server by one request, as a stage would ask it; the text that is sent is "Hello".
+
+    Args:
+        at: the server.
+        checkpoint: the client's own copy of the model, whose tokenizer is used.
+    """
+    tokenizer = checkpoint.tokenizer()
+    ids, host = encode("Hello", tokenizer), urlsplit(at.url).netloc
+    began, remedy = time.monotonic(), ""
+    try:
+        server = Completions(at, "")
+        if at.logprobs == "echo":
+            server.of_prompt(ids)
+            told = "it returns the log-probabilities of a prompt's tokens"
+        elif at.logprobs == "next":
+            found, wanted = len(server.of_next(ids)), min(at.top, len(tokenizer))
+            told = f"it returns {found} of the {wanted} most likely next tokens"
+            remedy = (
+                "" if found >= wanted else "labels that are not among them all count as the last; choose labels that are likely"
+            )
+        else:
+            server.text_after("Hello", 1)
+            told = "it returns text"
+    except FedgroveError as error:
+        return Check("endpoint", False, f"{host}: {error.what}", error.remedy or "")
+    return Check("endpoint", True, f"{host}: {told}; it took {time.monotonic() - began:.2f} s", remedy)
 
 
 def _some(names: Sequence[str]) -> str:

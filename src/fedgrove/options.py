@@ -40,6 +40,13 @@ class Measure(StrEnum):
     generation = "generation"
 
 
+class By(StrEnum):
+    """How ``adopt`` finds weights over the members of a pool."""
+
+    gate = "gate"
+    losses = "losses"
+
+
 class Deal(StrEnum):
     """How ``split`` distributes records."""
 

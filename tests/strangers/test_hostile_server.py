@@ -82,6 +82,9 @@ VOTING = {
     "choices": 20,
 }
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
+POOL = {"gate": "mixture", "members": 2, "common": 0.0, "size": 2, "prefix": 8, "starts": 2, "fit_rounds": 2}
+POOLED_TUNE = {**TUNE, "method": "lora", "pool": POOL}
+BY_LOSS = {**TUNE, "method": "lora", "pool": {"gate": "losses", "members": 2, "common": 0.0, "windows": 2}}
 NOISE = {"epsilon": 8.0, "delta": 1e-3}
 OPEN = {"stages": ["head", "prompt", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
 SECURE = {**OPEN, "secure": True, "alone": False}
@@ -104,6 +107,8 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "head": (OPEN, [HEAD]),
     "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
     "seeds": (OPEN, [SEEDS]),
+    "pool": ({**OPEN, "alone": False}, [POOLED_TUNE]),
+    "pool by losses": ({**OPEN, "alone": False}, [BY_LOSS]),
     "prompts": ({**OPEN, "alone": False}, [PROMPT]),
     "votes for words": (SECURE, [VOTING]),
 }
@@ -112,6 +117,7 @@ del JOBS["secure adapters"][1][0]["method"]
 ANY = "secagg"  # the five phases around a secure sum
 FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server may choose it, and a value beyond its bound
     ("deploy/join", "clock"): ("its clock, which the site compares with its own", -1.0),
+    ("deploy/result", "folder"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "file"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "last"): ("whether the result is complete", None),
     ("head/personal", "base"): ("text of the card of the site's own head", "line\nline"),
@@ -151,13 +157,22 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/reduced", "base"): ("text of the card of the site's own model", "line\nline"),
     ("tune/reduced", "number"): ("nothing of it leaves the site", 2**16 + 1),
     ("tune/reduced", "title"): ("text of the card of the site's own model", "line\nline"),
+    ("tune/deal/features", "round"): ("asked again before the round in which a killed run goes on", 2),
+    ("tune/deal/losses", "round"): ("every round in which members are trained is asked for", 2),
+    ("tune/deal/losses", "micro"): ("up to the job's largest batch", 3),
+    ("tune/deal/losses", "masked"): ("which zeros stay", ["x"]),
+    ("tune/gate/fit", "round"): ("every exchange of the fit is asked for", 4),
+    ("tune/train", "member"): ("every member of the pool is trained", 64),
     ("tune/train", "held"): ("all experts, or as many as the site chose before", 2**16 + 1),
     ("tune/train", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),
     ("tune/train", "round"): ("every round of the stage is asked for", 2),
     ("tune/train", "ranks"): ("a plan may leave linears out", {"x": 2}),
     ("tune/train", "masked"): ("which zeros stay", ["x"]),
     ("tune/train", "training.batch"): ("one of the job's batches", 3),
-    ("tune/train", "training.steps"): ("up to the job's max_steps", 17),
+    ("tune/train", "training.steps"): (
+        "up to the job's max_steps, or a part of its steps where windows are dealt to members",
+        17,
+    ),
     ("tune/train", "training.micro"): ("at most the batch", 3),
     ("tune/train", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
     ("tune/train", "fixed.widest[]"): ("columns of zeros", 3),
@@ -190,6 +205,7 @@ EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "fixed_point": {"units": {}, "clients": 3},
     "noise": {},
     "fixed": {"everything": 10**6, "widest": {}, "noise": None},
+    "member": 0,
     "windows": {"epsilon": 1.0, "delta": 1e-3, "noise": 1.0, "rounds": 2, "clip": 1.0},
 }
 NOISES: dict[str, Any] = {
@@ -425,7 +441,7 @@ def hostile_run(
     server.run_job(job, engine, run)
     run.close()
     for request, tensors in (
-        (DeliverResult(file="x.bin", last=True), {CONTENT: torch.zeros(3, dtype=torch.uint8)}),
+        (DeliverResult(folder="head", file="x.bin", last=True), {CONTENT: torch.zeros(3, dtype=torch.uint8)}),
         (EndRun(), {}),
     ):
         for _ in engine.request(request.KIND, {VICTIM: packed(request, tensors)}):

@@ -17,6 +17,7 @@ from fedgrove.report.words import capitalized, size
 DID = "changed"
 DOING = ""
 FILES: tuple[str, ...] = ()
+FOLDERS: tuple[str, ...] = ()
 TAGS: tuple[str, ...] = ()
 CARD = ""
 

@@ -107,6 +107,7 @@ class StageReport(Protocol):
         DID: what the clients did, as past tense and participle: "pruned".
         DOING: the same as a noun: "pruning", as in "after pruning"; "": the name of the kind is used.
         FILES: JSON files that the stage writes into the run folder in addition to its plan.
+        FOLDERS: folders that it writes there, beside the model: such as an adapter.
         TAGS: tags for the model card.
         CARD: what users of the result should know, for the model card; "": nothing.
     """
@@ -114,6 +115,7 @@ class StageReport(Protocol):
     DID: str
     DOING: str
     FILES: tuple[str, ...]
+    FOLDERS: tuple[str, ...]
     TAGS: tuple[str, ...]
     CARD: str
 

@@ -27,3 +27,8 @@ def report_of(kind: str) -> StageReport:
 def stage_files() -> list[str]:
     """The names of all files that stages may write into the run folder in addition to their plans, sorted."""
     return sorted({file for kind in plugins.names(STAGES, folders=True) for file in report_of(kind).FILES})
+
+
+def stage_folders() -> list[str]:
+    """The names of all folders that stages may write into the run folder beside the model, sorted."""
+    return sorted({folder for kind in plugins.names(STAGES, folders=True) for folder in report_of(kind).FOLDERS})

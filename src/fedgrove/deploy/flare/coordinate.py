@@ -30,6 +30,7 @@ from fedgrove.export import Texts, export
 from fedgrove.job.load import load_federated
 from fedgrove.job.tables import FederatedJob
 from fedgrove.models.digest import digests
+from fedgrove.report.stage_reports import stage_files, stage_folders
 from fedgrove.rounds import wire
 from fedgrove.rounds.collect import collect
 from fedgrove.rounds.request import Message
@@ -37,10 +38,7 @@ from fedgrove.run import open_model, run_job
 from fedgrove.runfolder import RunFolder
 
 HELD_OUT, FACTS, STATE, SAID = "texts", "federation.json", "state.json", "said.txt"
-FETCHED = (
-    "report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "pruning.json", "structured.json", "samples.json",
-    SAID, "adapter", "model",
-)  # fmt: skip
+FETCHED = ("report.html", "metrics.jsonl", "examples.jsonl", "ledger.jsonl", "samples.json", SAID, "model")
 _PATH = re.compile(r"(?<![\w.:/])/[^\s/:;,'\"()]+(?:/[^\s/:;,'\"()]+)*")  # an absolute path without spaces
 Connect = Callable[[list[str], str, float], Engine]  # clients, name of the working folder, seconds to fetch a request
 
@@ -191,15 +189,17 @@ def join(job: FederatedJob, engine: Engine, run: RunFolder) -> dict[str, Joined]
 
 
 def deliver(engine: Engine, run: RunFolder, sites: list[str]) -> None:
-    """Sends the finished model, packed, to the sites that want it."""
+    """Sends the finished model, packed, and what stages wrote beside it to the sites that want it."""
     packed = run.path / "work" / "packed"
     shutil.rmtree(packed, ignore_errors=True)
     export(run.path / "model", "packed", packed, Texts())
-    files = sorted(packed.iterdir())
-    for file in files:
+    beside = [(name, file) for name in stage_folders() for file in (run.path / name).glob("*") if file.is_file()]
+    files = [*sorted(beside), *((None, file) for file in sorted(packed.iterdir()))]
+    for folder, file in files:
         run.phase(Phase("deliver", title=f"sending the result to {', '.join(sites) or 'no site: none asks for it'}"))
         content = torch.from_numpy(np.fromfile(file, np.uint8))
-        message = Message(DeliverResult(file=file.name, last=file == files[-1]), {CONTENT: content})
+        last = (folder, file) == files[-1]
+        message = Message(DeliverResult(folder=folder, file=file.name, last=last), {CONTENT: content})
         for _ in collect(engine, run, dict.fromkeys(sites, message)):
             pass
     shutil.rmtree(run.path / "work", ignore_errors=True)
@@ -220,9 +220,9 @@ def _offer(run: Path | None, out: Path, state: dict[str, Any], submitted: Path) 
     if run is None:
         return
     shutil.copyfile(submitted, out / JOB)
-    for name in [*FETCHED, *(file.name for file in run.glob("plan-*.json"))]:
-        for file in [run / name] if (run / name).is_file() else sorted((run / name).rglob("*")):
-            if file.is_file():
-                target = out / file.relative_to(run)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(file, target)
+    names = [*FETCHED, *stage_files(), *stage_folders(), *(file.name for file in run.glob("plan-*.json"))]
+    offered = {file for name in names for file in (run / name, *(run / name).rglob("*")) if file.is_file()}
+    for file in offered:
+        target = out / file.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(file, target)

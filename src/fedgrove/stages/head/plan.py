@@ -8,6 +8,7 @@ from typing import Literal
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import measure_cost
+from fedgrove.models.features import width
 from fedgrove.models.preconditions import check_length
 from fedgrove.models.walk import CHUNK
 from fedgrove.quantities import mebibytes
@@ -17,7 +18,6 @@ from fedgrove.stages import base
 from fedgrove.stages.head.config import Config
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import CompareHeads
-from fedgrove.stages.head.features import width
 from fedgrove.stages.head.heads import head_of
 
 THOUSAND = 1000  # records that the time of a plan is for

@@ -16,7 +16,7 @@ from fedgrove.data.chat import as_text
 from fedgrove.data.sources import read_fields
 from fedgrove.data.tokens import encode_prompt
 from fedgrove.errors import FedgroveError
-from fedgrove.stages.head.features import pooled_states
+from fedgrove.models.features import pooled_states
 
 
 def read_labeled(

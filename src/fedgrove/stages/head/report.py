@@ -19,6 +19,7 @@ from fedgrove.report.words import plural
 DID = "made a classification head for"
 DOING = "making a head"
 FILES = ("head.json",)
+FOLDERS: tuple[str, ...] = ("head",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A classification head for its hidden states is in `head/` beside it, with a loader."
 MEASURED = "head/"

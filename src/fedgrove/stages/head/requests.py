@@ -12,11 +12,11 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Count, HeldOut, Length, Name, Word
+from fedgrove.models.features import Features, projection, width
+from fedgrove.rounds.aggregator.moments import MOST_RECORDS
 from fedgrove.rounds.request import Request, Tensors
 from fedgrove.stages.head.config import Config, Labels, Layers
-from fedgrove.stages.head.features import Features, projection, width
 from fedgrove.stages.head.heads import Head, head_of
-from fedgrove.stages.head.moments import MOST_RECORDS
 from fedgrove.stages.head.records import hold_out, states_of
 
 CENTER, SCALE = "center", "scale"  # tensors of a request, see Features

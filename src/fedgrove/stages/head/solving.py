@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.stages.head.heads import Linear, head_of
-from fedgrove.stages.head.moments import Moments
 
 
 class TooFew(FedgroveError):

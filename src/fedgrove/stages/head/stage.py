@@ -16,9 +16,11 @@ from fedgrove.evaluation.metrics import mean
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.features import Features, pooled_states, projection, typical
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments, check
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message, Tensors
@@ -26,10 +28,8 @@ from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.head.config import Config
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import BIAS, FREQUENCIES, WEIGHT, Compared, CompareHeads
-from fedgrove.stages.head.features import Features, pooled_states, projection, typical
 from fedgrove.stages.head.files import write_head
 from fedgrove.stages.head.heads import Linear
-from fedgrove.stages.head.moments import MOST_RECORDS, Moments, check
 from fedgrove.stages.head.plan import Plan, make_plan
 from fedgrove.stages.head.records import read_labeled
 from fedgrove.stages.head.requests import CENTER, SCALE

@@ -20,6 +20,7 @@ from fedgrove.report.words import plural, size
 DID = "scored prompts for"
 DOING = "looking for a prompt"
 FILES = ("prompt.json",)
+FOLDERS: tuple[str, ...] = ("prompt",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A prompt for it is in `prompt/` beside it; the card there says how to use it."
 MEASURED = {"no_prompt": "no prompt", "start_prompt": "the start", "found_prompt": "the prompt found"}

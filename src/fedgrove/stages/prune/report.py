@@ -23,6 +23,7 @@ from fedgrove.report.words import plural, ranges, shortened, size
 DID = "pruned"
 DOING = "pruning"
 FILES = ("pruning.json",)
+FOLDERS: tuple[str, ...] = ()
 TAGS = ("pruned", "sparse")
 CARD = "Pruned weights are exact zeros in dense tensors, so any program that loads the base model also loads this one."
 BLOCK, STATISTICS = "prune/block", "prune/statistics"  # kinds of request whose responses are a client's contribution to a block

@@ -18,6 +18,7 @@ from fedgrove.report.words import ratio
 DID = "structurally pruned"
 DOING = "structured pruning"
 FILES = ("structured.json",)
+FOLDERS: tuple[str, ...] = ()
 TAGS: tuple[str, ...] = ()
 CARD = (
     "It has fewer blocks than the base model, or narrower ones, or fewer experts; `config.json` has their numbers and widths."

@@ -36,7 +36,17 @@ def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | 
         "personal_pull": config.personal_pull,
     }  # fmt: skip
     differs = next((key for key in asked if asked[key] != agreed[key]), None)
+    differs = differs or _member_beyond(request, config)
     return differs or _noise_beyond(request, config, secure, clients) or _assignment_beyond(request, config)
+
+
+def _member_beyond(request: Train, config: Config) -> str | None:
+    """Whether the request trains a member of a pool that the job does not have, or in a round that trains one adapter."""
+    pool = config.pool
+    members = 0 if pool is None or request.round < pool.common_rounds(config.rounds) else pool.members
+    if (request.member is not None) != bool(members) or (request.member or 0) >= max(1, members):
+        return "member"
+    return "dealt" if request.dealt != (pool is not None and bool(members) and not pool.method.OF_CLIENTS) else None
 
 
 def _noise_beyond(request: Train, config: Config, secure: bool, clients: int) -> str | None:
@@ -65,7 +75,8 @@ def _assignment_beyond(request: Train, config: Config) -> str | None:
             return "tokens"
         if not set(widest.values()) <= ranks or any(rank > widest.get(name, 0) for name, rank in request.ranks.items()):
             return "ranks"
-    if training.steps > config.max_steps if config.max_steps else training.steps != config.steps:
+    parts = request.dealt or config.max_steps  # dealt windows get a part of the steps
+    if training.steps > (config.max_steps or config.steps) or (training.steps != config.steps and not parts):
         return "steps"
     if training.batch not in config.batches or training.micro > training.batch:
         return "batches"

@@ -138,9 +138,16 @@ class TrainingRequest(TuneRequest):
     def model_and_windows(self, client: LocalClient, device: str) -> tuple[Decoder, Tensor, Tensor]:
         """As :meth:`TuneRequest.model_and_windows`; also refuses another number of tokens than the windows have."""
         decoder, ids, labels = super().model_and_windows(client, device)
+        chosen = self.chosen_windows(client, len(ids))
+        if chosen is not None:
+            ids, labels = ids[chosen], labels[chosen]
         if self.tokens != ids.numel():
             raise client.error(f"the request is for {self.tokens} tokens, but its text has {ids.numel()}; refused")
         return decoder, ids, labels
+
+    def chosen_windows(self, client: LocalClient, windows: int) -> Tensor | None:
+        """Which of so many windows of its text the client uses, (windows,) bool; None: all."""
+        return None
 
     def check_tokens(self, claimed: int) -> None:
         """Checks that a client claims the number of tokens that it reported before.

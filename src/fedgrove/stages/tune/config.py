@@ -29,6 +29,7 @@ from fedgrove.job.units import (
 from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of, seed_aggregation_of
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Planner, planner_of
+from fedgrove.stages.tune.pool.config import Pool, check_clients, check_stage
 from fedgrove.stages.tune.seeds.offsets import MOST_DIRECTIONS
 from fedgrove.stages.tune.trainers import Trainer, trainer_of
 
@@ -108,6 +109,8 @@ class Config(StageConfig):
             "tokens", how many tokens reach it.
         personal_experts: the fraction of every block's experts, rounded up, that each client keeps in a smaller model of its
             own, which it writes on its own disk after the last round: those that matter most to its text. 0: none.
+        pool: several adapters instead of one, and a gate that gives texts to them (see :mod:`fedgrove.stages.tune.gates`). Its
+            default aggregation is "ffa_lora", so that a mixture of adapters is one adapter. Default: one adapter for all.
         eval_every: measure the held-out perplexity after every so many rounds; 0: only after the last.
     """
 
@@ -153,6 +156,7 @@ class Config(StageConfig):
     hold_experts: Literal["fit", "all"] = "fit"
     expert_value: Literal["outputs", "tokens"] = "outputs"
     personal_experts: Sparsity = 0.0
+    pool: Pool | None = None
     eval_every: CountOrZero = 0
 
     @model_validator(mode="before")
@@ -172,6 +176,8 @@ class Config(StageConfig):
                 if filled.setdefault(key, name) != name:
                     raise ValueError(f'method "{short}" means {key} = "{name}"; leave one of them out')
         parametrization = filled.setdefault("parametrization", "lora")
+        if filled.get("pool") is not None:
+            filled = {"planner": "uniform", "aggregation": "ffa_lora", **filled}
         if parametrization in plugins.names("stages.tune.parametrizations"):
             method = parametrization_of(parametrization)
             filled.setdefault("planner", "fedpipe" if method.RANKED else "uniform")
@@ -219,6 +225,8 @@ class Config(StageConfig):
             raise ValueError(f'{key} needs aggregation = "flexlora" or "fedavg"')
         if self.precision == "fixed" and not (takes.SHARED_A or what.RELATIVE):
             raise ValueError('precision "fixed": LoRA changes add up only if all clients share A; set aggregation = "ffa_lora"')
+        if self.pool is not None:
+            check_stage(self)
         if self.epsilon is not None:
             self._check_private(what, planner)
         elif self.trainer_method.PRIVATE:
@@ -347,7 +355,17 @@ class Config(StageConfig):
         return not secure and not self.trainer_method.PRIVATE
 
     def methods(self) -> set[str]:
-        return {self.planner, self.parametrization, self.trainer, self.aggregation}
+        gate = set() if self.pool is None else {self.pool.gate}
+        return {self.planner, self.parametrization, self.trainer, self.aggregation} | gate
+
+    @property
+    def loop(self) -> str:
+        """The file of :mod:`fedgrove.stages.tune.loops` that runs the stage's rounds."""
+        return parametrization_of(self.parametrization).LOOP if self.pool is None else "pool"
+
+    def check(self, job: Job, index: int) -> None:
+        if self.pool is not None:
+            check_clients(self, job, index)
 
     def check_secure(self, job: Job, index: int) -> None:
         at = f"privacy.secure_aggregation: stages.{index}"
@@ -367,6 +385,6 @@ class Config(StageConfig):
             "planner": "uniform", "max_steps": 0, "replan_off": False, "trainer": what.TRAINERS[0],
             "aggregation": what.AGGREGATION, "sampling": "even", "server_optimizer": "average", "server_lr": None,
             "precision": what.DEFAULTS.get("precision", "float32"), "epsilon": None, "personal": 0.0, "personal_pull": 0.0,
-            "proximal": 0.0, "eval_every": 0, "personal_experts": 0.0,
+            "proximal": 0.0, "eval_every": 0, "personal_experts": 0.0, "pool": None,
         }  # fmt: skip
         return self.model_copy(update=changes | more)

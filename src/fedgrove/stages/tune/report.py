@@ -22,7 +22,9 @@ from fedgrove.stages.tune.objective import GAINED, PREDICTED
 
 DID = "tuned"
 DOING = "tuning"
-FILES: tuple[str, ...] = ()
+POOL = "pool/pool.json"
+FILES: tuple[str, ...] = (POOL,)
+FOLDERS: tuple[str, ...] = ("adapter", "pool")
 TAGS: tuple[str, ...] = ()
 CARD = ""
 MOST_COLUMNS = 8  # for more clients the table shows the lowest, mean and highest rank instead of one column per client
@@ -41,7 +43,9 @@ ADAPTER = Words("adapter", "an adapter", "own best", "After the same steps alone
 
 def describe(config: Mapping[str, Any]) -> str:
     """Such as "tune lora, planner fedpipe, aggregation flexlora"."""
-    return f"tune {config.get('parametrization')}, planner {config.get('planner')}, aggregation {config.get('aggregation')}"
+    pool = config.get("pool")
+    of = f", a pool of {pool['members']} by {pool['gate']}" if pool else ""
+    return f"tune {config.get('parametrization')}, planner {config.get('planner')}, aggregation {config.get('aggregation')}{of}"
 
 
 def recipe(config: Mapping[str, Any]) -> str:
@@ -137,6 +141,24 @@ def _held(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
     return f"{assignment['experts']} of {plan['experts']} experts"
 
 
+def _pool_says(pool: Mapping[str, Any]) -> str:
+    """What the pool is, and what can be done with it."""
+    fit = pool.get("likelihoods")
+    how = f" The gate was fitted in {plural(len(fit), 'exchange')}, to {fit[-1]:.2f} nats a window." if fit else ""
+    return (
+        f"The result is the mean of {plural(pool['members'], 'adapter')}, the members of a pool, weighted by the windows that "
+        f"each was trained on (gate {pool['pool']['gate']}).{how} The members are in pool/; fedgrove adopt gives an owner a "
+        "mixture of its own."
+    )
+
+
+def _pool_table(stage: Stage, pool: Mapping[str, Any]) -> Table:
+    """How many windows of each client each member got."""
+    columns = [Column("client"), *(Column(f"member {member}", "{:,}".format) for member in range(pool["members"]))]
+    rows = [[client, *windows] for client, windows in pool["clients"].items()]
+    return Table(f"stage-{stage.number}-pool", "Windows of each client that each member is trained on", columns, rows)
+
+
 class Tuning:
     """The part of the page about one stage that fine-tunes."""
 
@@ -166,6 +188,9 @@ class Tuning:
             chart = self._loss_by_bytes(summary)
             if chart:
                 parts.append(Picture(chart, "Loss against the bytes that all clients sent and received up to a round."))
+        pool = summary.files.get(POOL)
+        if pool and pool["stage"] == self.stage.number:
+            parts += [Paragraph(_pool_says(pool)), Sheet(_pool_table(self.stage, pool))]
         personal = personal_of(summary, self.stage)
         if personal:
             parts += [*map(Paragraph, personal.lines()), Sheet(personal.table())]

@@ -24,6 +24,7 @@ from fedgrove.stages.tune.exchanges.alone import OwnLoss
 from fedgrove.stages.tune.loops import loop_of
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, even, make_plan
+from fedgrove.stages.tune.pool.plan import with_pool
 from fedgrove.stages.tune.state import TuningState
 from fedgrove.stages.tune.tuning import pruned_linears
 
@@ -36,7 +37,7 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
     cost = measure_cost(decoder, config.length, zeros)
     secure = job.privacy.secure_aggregation
     alone = job.evaluate.measures_alone and index == 0
-    return make_plan(
+    planned = make_plan(
         index,
         config,
         cost,
@@ -47,6 +48,7 @@ def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str
         alone=alone,
         min_group=job.privacy.min_group,
     )
+    return planned if config.pool is None else with_pool(planned, config.pool, decoder, job)
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
@@ -65,7 +67,7 @@ def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -
         run.message(f"tune: client '{client}' is left out: {why}")
     done = [round_ for round_ in range(config.rounds) if _file(run, plan.stage, round_).is_file()]
     state = TuningState.read(_file(run, plan.stage, done[-1])) if done else TuningState(plan)
-    loop = loop_of(parametrization_of(config.parametrization).LOOP)
+    loop = loop_of(config.loop)
     stage = loop(model, Decoder(model, federation.device), config, federation, state)
     stage.write_plan()
     if done:
@@ -106,7 +108,7 @@ def alone(
     run = federation.run
     run.phase(Phase("evaluate", "what each client would have had alone", stage=plan.stage))
     state = TuningState.read(_file(run, plan.stage, config.rounds - 1))
-    loop = loop_of(parametrization_of(config.parametrization).LOOP)
+    loop = loop_of(config.loop)
     stage = loop(model, Decoder(model, federation.device), config, federation, state)
     tensors, numbers = tensors_of(windows), number_of(windows)
     messages = {client: Message(stage.alone_request(client, numbers), tensors) for client in clients}

@@ -17,17 +17,21 @@ CONTENT = "bytes"  # the name of the tensor that is sent with the request
 
 
 class DeliverResult(SiteRequest):
-    """Take one file of the packed result; with the last one the folder ``results/NAME`` is complete.
+    """Take one file of the result; with the last one the folder ``results/NAME`` is complete.
 
     Tensor with the request: ``bytes``, (size,) uint8.
 
+    The model is packed; what stages made beside it, such as an adapter, is in folders of its own.
+
     Attributes:
+        folder: where the file belongs, in the result's folder; None: in that itself.
         file: the file's name.
         last: whether it is the last one.
     """
 
     KIND: ClassVar[str] = "deploy/result"
 
+    folder: Name | None = None
     file: Name
     last: bool
 
@@ -39,8 +43,9 @@ class DeliverResult(SiteRequest):
         if content is None or content.dtype != torch.uint8:
             raise Refusal("terms", CONTENT)
         partial = folder.with_name(f".{folder.name}.partial")  # no job's name begins with a dot
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / self.file).write_bytes(content.numpy().tobytes())
+        target = partial / self.folder / self.file if self.folder else partial / self.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content.numpy().tobytes())
         if self.last:
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)

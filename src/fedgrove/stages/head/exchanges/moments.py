@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.features import width
+from fedgrove.rounds.aggregator.moments import Moments, check, specs
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
-from fedgrove.stages.head.features import width
-from fedgrove.stages.head.moments import Moments, check, specs
 from fedgrove.stages.head.requests import HeadRequest
 
 
@@ -16,7 +16,7 @@ class SumMoments(HeadRequest):
     """Sum, over your labeled records, the features and their squares and products.
 
     The response holds int64: ``change/counts`` (labels,), ``change/sums`` (labels, features), ``change/squares`` (features,)
-    and, if the head needs them, ``change/products``; see :class:`~fedgrove.stages.head.moments.Moments`.
+    and, if the head needs them, ``change/products``; see :class:`~fedgrove.rounds.aggregator.moments.Moments`.
     """
 
     KIND: ClassVar[str] = "head/moments"

@@ -15,12 +15,12 @@ from torch import Tensor
 from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Label, Line, Positive
+from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.head.config import Config
 from fedgrove.stages.head.files import write_head
 from fedgrove.stages.head.heads import Linear
-from fedgrove.stages.head.moments import Moments
 from fedgrove.stages.head.requests import HeadRequest
 from fedgrove.stages.head.solving import TooFew, solve
 

@@ -11,7 +11,7 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from fedgrove import plugins
-from fedgrove.stages.head.moments import Moments
+from fedgrove.rounds.aggregator.moments import Moments
 
 PACKAGE = "stages.head.heads"
 

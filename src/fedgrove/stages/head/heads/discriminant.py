@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.stages.head.heads import Linear
-from fedgrove.stages.head.moments import Moments
 
 PRODUCTS = True
 

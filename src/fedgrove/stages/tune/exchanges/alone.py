@@ -89,4 +89,5 @@ class EvaluateAlone(MeasureAlone):
             return "train"
         if list(self.learning_rates) != [config.learning_rate_in(round_) for round_ in range(config.rounds)]:
             return "learning_rate"
-        return self.measuring_beyond(job) or train.beyond(job)
+        one_adapter = [stage.model_copy(update={"pool": None}) if stage is config else stage for stage in job.stages]
+        return self.measuring_beyond(job) or train.beyond(replace(job, stages=one_adapter))

@@ -31,6 +31,8 @@ from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
+from fedgrove.stages.tune.pool.config import MOST_MEMBERS
+from fedgrove.stages.tune.pool.dealing import windows_of
 from fedgrove.stages.tune.received import OWN, REST, by_linear, check_growth, check_linears, check_parts
 from fedgrove.stages.tune.routed import (
     REACHED,
@@ -85,9 +87,12 @@ class Train(TrainingRequest):
         pull: how strongly the client's own change, which it trains besides, is pulled towards the shared one; 0: it trains
             none, and its own change is the one that it sends.
         windows: the privacy budget, for trainers that add noise.
+        member: of a pool, the member that is trained; None: there is one adapter for all.
+        dealt: train only on the windows that the client dealt to this member.
     """
 
     KIND: ClassVar[str] = "tune/train"
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round", "member")
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset(
         {Disclosure.FACTORS, Disclosure.CHANGES, Disclosure.SCALES, Disclosure.LOSS, Disclosure.EXPERT_TOKENS}
     )
@@ -118,6 +123,8 @@ class Train(TrainingRequest):
     training: Training
     pull: NonNegative = 0.0
     windows: WindowNoise | None = None
+    member: Annotated[int, Field(ge=0, lt=MOST_MEMBERS)] | None = None
+    dealt: bool = False
 
     @property
     def noisy(self) -> bool:
@@ -137,6 +144,9 @@ class Train(TrainingRequest):
 
     def release(self) -> str | None:
         return f"{self.stage}/{self.round}" if self.noisy else None
+
+    def chosen_windows(self, client: LocalClient, windows: int) -> Tensor | None:
+        return windows_of(client, self.stage, self.member, windows) if self.dealt and self.member is not None else None
 
     def common_tensors(self, tensors: Tensors) -> Tensors:
         """For each part of a linear's change, what this client trains and the rest, side by side: ranks may differ."""

@@ -112,7 +112,7 @@ class Loop(Planning):
         else:
             heard = self._sum_floats(messages, clock)
         for client in heard:
-            state.seen[client] = state.seen.get(client, 0) + plan.clients[client].steps * plan.clients[client].batch
+            state.seen[client] = state.seen.get(client, 0) + requests[client].training.steps * plan.clients[client].batch
         state.clock += clock.slowest(heard)
         state.metrics.append((None, "clock", state.clock))
 

@@ -29,7 +29,7 @@ class Features:
     """How hidden states become features: fixed by the job, and the same at every client.
 
     Attributes:
-        layers: as in the job, see :class:`fedgrove.stages.head.config.Config`.
+        layers: as transformers counts ``hidden_states``: 0 are the embeddings, −1 what the model's own head reads.
         pool: "mean" or "last".
         center, scale: (hidden states,) float32, side by side for each layer: what is subtracted from them, and powers of two
             that they are then multiplied by.

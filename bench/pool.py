@@ -1,0 +1,230 @@
+"""Owners of several kinds of text: what a pool of adapters gives each of them, beside one adapter for all and one of its own.
+
+    .venv/bin/python bench/pool.py --data ../shared/data --results pool.jsonl
+
+*kinds*: eight owners, two each of MedQuAD, E2E, the Rust book and Shakespeare, with 80 % and 20 % of its text. *iid*: the same
+text dealt at random. A fifth of every owner's records is held out before anything is trained, and on that fifth it is measured.
+Every method has the same start, windows and optimizer steps. With a pool, an owner has the mixture that its own training text
+gets: by its windows of each member. The interval is a paired bootstrap over each owner's windows; a gain is negative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import personal
+import results
+import torch
+import tune
+from transformers.utils import logging
+
+from fedgrove import api
+from fedgrove.adopt import adopt
+from fedgrove.data.windows import training_windows
+from fedgrove.files import read_lines
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.options import By
+from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.personal import losses
+from fedgrove.stages.tune.pool.finished import Pool
+
+LENGTH, MEMBERS = 64, 4
+RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
+STAGE = {
+    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 6, "steps": 8, "length": LENGTH, "batches": [4],
+    "ranks": [8], "bits": [32], "learning_rate": 4e-3,
+}  # fmt: skip
+KINDS = ("medquad", "e2e", "rustbook", "shakespeare")
+METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "keys")
+CASES = ("kinds", "iid")
+Parts = dict[str, list[tuple[float, int]]]  # by owner, the loss of each held-out window and its predicted tokens
+
+
+def deal(case: str, data: Path, folder: Path, seed: int) -> dict[str, tuple[Path, Path]]:
+    """By owner, the file that it trains on and the one that it holds out."""
+    folder.mkdir()
+    texts: dict[str, list[str]] = {}
+    for kind in KINDS:
+        records = [json.dumps({"text": text}) for text in personal.records_of(kind, data)]
+        random.Random(f"{seed}/{kind}").shuffle(records)
+        records = records[:RECORDS]
+        texts[f"{kind}-large"], texts[f"{kind}-small"] = records[: RECORDS * 4 // 5], records[RECORDS * 4 // 5 :]
+    if case == "iid":
+        every = [line for lines in texts.values() for line in lines]
+        random.Random(f"{seed}/iid").shuffle(every)
+        cuts = iter(every)
+        texts = {f"owner-{number}": list(itertools.islice(cuts, len(lines))) for number, lines in enumerate(texts.values())}
+    found = {}
+    for owner, lines in texts.items():
+        number = len(lines) // 5
+        for name, part in (("held", lines[:number]), ("train", lines[number:])):
+            (folder / f"{name}-{owner}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+        found[owner] = folder / f"train-{owner}.jsonl", folder / f"held-{owner}.jsonl"
+    return found
+
+
+def run(data: Path, case: str, method: str, seed: int, **changes: Any) -> dict[str, Any]:
+    """The losses of every owner's own text, and the bytes of the ledger."""
+    with tempfile.TemporaryDirectory() as name:
+        files = deal(case, data, Path(name) / "data", seed)
+        train = functools.partial(_train, Path(name), seed, changes)
+        if method == "base":
+            return {"parts": {owner: _measure(tune.MODEL, held) for owner, (_, held) in files.items()}, "bytes": 0}
+        if method == "alone":
+            runs = {owner: train(owner, {owner: of}) for owner, of in files.items()}
+            parts = {owner: _measure(runs[owner] / "model", held) for owner, (_, held) in files.items()}
+            return {"parts": parts, "bytes": 0}
+        if method == "shared":
+            done = train("shared", files)
+            return {
+                "parts": {owner: _measure(done / "model", held) for owner, (_, held) in files.items()},
+                "bytes": _sent(done),
+            }
+        done = train(method, files, _pool(method, list(files)))
+        pool = Pool.read(done)
+        decoder = pool.model()
+        parts = {}
+        for owner, (_, held) in files.items():
+            windows = pool.facts["clients"][owner]
+            mixed = pool.mix([number / sum(windows) for number in windows])
+            with torch.no_grad():
+                parts[owner] = pool.losses(decoder, mixed, _windows(held))
+        return {"parts": parts, "bytes": _sent(done), "windows": pool.facts["clients"], "fit": pool.facts.get("likelihoods")}
+
+
+def newcomer(data: Path, method: str, seed: int, owner: str) -> dict[str, Any]:
+    """A pool without one owner of *kinds*; its loss with no adapter, the shared one, the mixture by gate, the best member."""
+    with tempfile.TemporaryDirectory() as name:
+        files = deal("kinds", data, Path(name) / "data", seed)
+        train, held = files.pop(owner)
+        done = _train(Path(name), seed, {}, method, files, _pool(method, list(files)))
+        pool = Pool.read(done)
+        decoder, ways = pool.model(), {"gate": By.gate, "best member": By.losses} if pool.gate else {"best member": By.losses}
+        weights: dict[str, list[float]] = {"none": [], "shared": pool.shares}
+        found: dict[str, Any] = {"forwards": {}, "seconds": {}, "choice": {}, "unlike": None}
+        for way, by in ways.items():
+            got = adopt(done, [train], Path(name) / way, by=by, text="{text}")
+            found["forwards"][way], found["seconds"][way], found["choice"][way] = got.forwards, got.seconds, got.choice
+            found["unlike"] = got.unlike if got.unlike is not None else found["unlike"]
+            weights[way] = list(got.weights)
+        with torch.no_grad():
+            parts = {way: pool.losses(decoder, pool.mix(of) if of else {}, _windows(held)) for way, of in weights.items()}
+        return {**found, "losses": means(parts), "weights": weights}
+
+
+def _pool(method: str, owners: list[str]) -> dict[str, Any]:
+    pool: dict[str, Any] = {"gate": method}
+    if method == "groups":
+        kinds = sorted({owner.partition("-")[0] for owner in owners})
+        pool["groups"] = {kind: [owner for owner in owners if owner.startswith(f"{kind}-")] for kind in kinds}
+    else:
+        pool["members"] = MEMBERS
+    return pool
+
+
+def _train(
+    folder: Path,
+    seed: int,
+    changes: dict[str, Any],
+    name: str,
+    files: dict[str, tuple[Path, Path]],
+    pool: dict[str, Any] | None = None,
+) -> Path:
+    stage = {**STAGE, **{key: value for key, value in changes.items() if key in STAGE}}
+    more = {key: value for key, value in changes.items() if key not in STAGE}
+    job = {
+        "name": "pool", "seed": seed, "model": {"path": str(tune.MODEL)}, "privacy": {"min_group": 2},
+        "clients": [{"name": owner, "data": str(file), "text": "{text}"} for owner, (file, _) in files.items()],
+        "stages": [stage if pool is None else {**stage, "pool": {**pool, **more}}],
+    }  # fmt: skip
+    return api.run(job, folder / f"run-{name}", quiet=True).path
+
+
+def _sent(done: Path) -> int:
+    return sum(line["bytes"] for line in read_lines(done / "ledger.jsonl") if line["direction"] == "up")
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    return Checkpoint(tune.MODEL).tokenizer()
+
+
+def _windows(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, labels = training_windows([file], {"text": "{text}"}, _tokenizer(), LENGTH)
+    return ids[:MEASURED], labels[:MEASURED]
+
+
+def _measure(model: Path, held: Path) -> list[tuple[float, int]]:
+    return losses(load(Decoder(Checkpoint(model)), 32), _windows(held))
+
+
+def means(parts: Parts) -> dict[str, float]:
+    """Each owner's loss per token."""
+    return {owner: sum(loss for loss, _ in of) / sum(count for _, count in of) for owner, of in parts.items()}
+
+
+def gain(parts: Parts, other: Parts) -> tuple[float, float, float]:
+    """The mean over owners of a loss minus another one, and its 95 % interval (2,000 draws of every owner's windows)."""
+    rng = np.random.default_rng(0)
+    drawn = []
+    for owner, of in sorted(parts.items()):
+        apart = np.array([one[0] - two[0] for one, two in zip(of, other[owner], strict=True)])
+        counts = np.array([one[1] for one in of])
+        picked = rng.integers(len(of), size=(2000, len(of)))
+        drawn.append(apart[picked].sum(1) / counts[picked].sum(1))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    ours, theirs = means(parts), means(other)
+    return sum(ours[owner] - theirs[owner] for owner in ours) / len(ours), float(low), float(high)
+
+
+def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
+    """Markdown: a row for each case, seed and method."""
+    rows = ["| text | seed | method | mean loss | worst owner | minus shared (95 %) | MB up |", "|---|---|---|---|---|---|---|"]
+    for (case, seed, method), one in found.items():
+        parts = one["parts"]
+        losses_of, shared = means(parts), found.get((case, seed, "shared"))
+        apart = "" if shared is None else "{:+.4f} ({:+.4f} to {:+.4f})".format(*gain(parts, shared["parts"]))
+        mean = sum(losses_of.values()) / len(losses_of)
+        rows.append(f"| {case} | {seed} | {method} | {mean:.4f} | {max(losses_of.values()):.4f} | {apart} | "
+                    f"{one['bytes'] / 1e6:.1f} |")  # fmt: skip
+    return "\n".join(rows).replace("-0.", "−0.")
+
+
+def main() -> None:
+    """Runs what is not in the file of results, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cases", nargs="+", default=["kinds"], choices=CASES)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--changes", type=json.loads, default={}, help="keys of the stage, or else of its pool, as JSON")
+    parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
+    parser.add_argument("--leave", nargs="+", default=[], help="owners of kinds who come only after the run, one at a time")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    kept = results.Kept(args.results, tune.MODEL)
+    found = {}
+    for seed, method, owner in itertools.product(args.seeds, args.methods, args.leave):
+        settings = {"method": method, "seed": seed, "owner": owner}
+        print(json.dumps(settings), json.dumps(kept(functools.partial(newcomer, args.data, **settings), **settings)))
+    if args.leave:
+        return
+    for case, seed, method in itertools.product(args.cases, args.seeds, args.methods):
+        settings = {"case": case, "method": method, "seed": seed, **args.changes}
+        found[case, seed, method] = kept(functools.partial(run, args.data, **settings), **settings)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Each client deals its windows to the members of a pool, and says how many each member gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.data.windows import IGNORED
+from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.units import Count, Linears, Name
+from fedgrove.models.blocks import Decoder
+from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
+from fedgrove.rounds.wire import WireError
+from fedgrove.stages.tune.changes import Start
+from fedgrove.stages.tune.client_model import TrainingRequest
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.gates import loss_gate_of
+from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
+from fedgrove.stages.tune.personal import mean_loss
+from fedgrove.stages.tune.pool.config import Members
+from fedgrove.stages.tune.pool.dealing import draw_members, keep_deal
+from fedgrove.stages.tune.pool.features import FittedRequest
+from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
+
+Windows = Annotated[int, Field(ge=0, le=2**40)]
+DEALS = frozenset({Disclosure.MEMBERS})
+
+
+class Dealt(Reply):
+    """How many of the client's windows each member gets."""
+
+    windows: Annotated[tuple[Windows, ...], Field(min_length=1, max_length=64)]
+
+    @classmethod
+    def of(cls, members: Tensor, number: int) -> Dealt:
+        """Counts the member of each window."""
+        return cls(windows=tuple(torch.bincount(members, minlength=number).tolist()))
+
+    def check(self, members: int, windows: int) -> None:
+        """Refuses numbers that are not those of so many windows.
+
+        Raises:
+            WireError: they are others.
+        """
+        if len(self.windows) != members or sum(self.windows) != windows:
+            raise WireError("it deals another number of windows than it reported before")
+
+
+class DealByFeatures(FittedRequest, TrainingRequest):
+    """Deal your windows to the members of a pool by their features, keep which go where, and say how many each member gets."""
+
+    KIND: ClassVar[str] = "tune/deal/features"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = DEALS
+    REPLY: ClassVar[type[Reply]] = Dealt
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        features, state = self.features(tensors, client, device)
+        members = draw_members(self.method.weights(features, state), f"{self.seed}/{client.name}")
+        keep_deal(client, self.stage, members)
+        return Response({}, Dealt.of(members, self.members))
+
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Dealt)
+        reply.check(self.members, self.tokens // self.length)
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return _pooled_rounds(config)
+
+    def beyond(self, job: Agreed) -> str | None:
+        return "fixed" if self.fixed is not None else super().beyond(job)
+
+
+class DealByLoss(TrainingRequest):
+    """Measure the members of a pool on some of your windows, train the best one in this round, and say which it is.
+
+    Tensors of the request: ``member-K/<linear>/<part>``, the complete change of each member.
+
+    Attributes:
+        gate: its name.
+        members: how many.
+        windows: how many windows are measured, spread evenly over the text.
+        micro: windows computed at once.
+        parametrization, masked: as in :class:`~fedgrove.stages.tune.exchanges.train.Train`.
+    """
+
+    KIND: ClassVar[str] = "tune/deal/losses"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = DEALS
+    REPLY: ClassVar[type[Reply]] = Dealt
+
+    gate: Name
+    members: Members
+    windows: Count
+    micro: Count
+    parametrization: Name
+    masked: Linears
+
+    @property
+    def trainable(self) -> Trainable:
+        """The module of the parametrization."""
+        return trainable_of(self.parametrization)
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        decoder, ids, labels = self.model_and_windows(client, device)
+        changes = self._changes(tensors, decoder, client)
+        learnt = (labels[:, 1:] != IGNORED).any(1).nonzero().squeeze(1)
+        number = min(self.windows, len(learnt))
+        at = learnt[torch.arange(number) * len(learnt) // max(1, number)]
+        measured = ids[at], labels[at]
+        losses = [mean_loss(self._with(one, decoder), measured, self.micro) if number else 0.0 for one in changes]
+        members = torch.full((len(ids),), loss_gate_of(self.gate).choose(losses))
+        return Response({}, Dealt.of(members, self.members))
+
+    def _changes(self, tensors: Tensors, decoder: Decoder, client: LocalClient) -> list[dict[str, Start[Any]]]:
+        """By member and linear, the change that came.
+
+        Raises:
+            FedgroveError: a tensor is no part of a change, or a weight would grow too much.
+        """
+        shapes, method = decoder.linear_shapes(), self.trainable
+        check_linears(self.masked, shapes, client)
+        kinds = [f"member-{member}" for member in range(self.members)]
+        largest = {kind: {name: min(shape) for name, shape in shapes.items()} for kind in kinds}
+        check_parts(tensors, method, shapes, largest, [torch.float32], False, client)
+        found = []
+        for kind in kinds:
+            parts = by_linear(tensors, kind)
+            starts = {name: method.start({}, of_name, shapes[name], 0, name, self.seed) for name, of_name in parts.items()}
+            check_growth(method, {name: start.rest for name, start in starts.items()}, decoder, client)
+            found.append(starts)
+        return found
+
+    def _with(self, changes: Mapping[str, Start[Any]], decoder: Decoder) -> Any:
+        """The model with a member."""
+        masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
+        model = load(decoder, self.bits)
+        self.trainable.attach(model, changes, Attachment({}, masks))
+        return model
+
+    def check_reply(self, reply: Reply) -> None:
+        assert isinstance(reply, Dealt)
+        reply.check(self.members, self.tokens // self.length)
+        if sum(number > 0 for number in reply.windows) != 1:
+            raise WireError("it trains more than one member")
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return _pooled_rounds(config)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        pool = config.pool
+        if pool is None:
+            return "pool"
+        for key in ("gate", "members", "windows"):
+            if getattr(self, key) != getattr(pool, key):
+                return f"pool.{key}"
+        if self.parametrization != config.parametrization:
+            return "parametrization"
+        if self.micro > max(config.batches):
+            return "micro"
+        return "fixed" if self.fixed is not None else super().beyond(job)
+
+
+def _pooled_rounds(config: StageConfig) -> range:
+    """The rounds in which members are trained."""
+    assert isinstance(config, Config)
+    return range(config.rounds if config.pool is None else config.pool.common_rounds(config.rounds), config.rounds)

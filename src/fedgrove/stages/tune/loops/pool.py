@@ -1,0 +1,258 @@
+"""Rounds of a pool: first all train one adapter, then each member of the pool is trained by the clients that have text for it.
+
+A member's round is an ordinary one of :mod:`fedgrove.stages.tune.loops.changes` with fewer clients: the same sum, aggregation
+and weights. A client divides its steps among its members as its windows are, so a pool costs it no more steps than one adapter.
+After each round the state of the stage is the mean of the members, weighted by their windows: the model for whoever has no
+weights of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedgrove.events import Phase
+from fedgrove.files import atomic_folder
+from fedgrove.models.digest import digests
+from fedgrove.rounds.request import Message
+from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.exchanges.deal import DealByFeatures, DealByLoss, Dealt
+from fedgrove.stages.tune.exchanges.gate import NOVELTY
+from fedgrove.stages.tune.exchanges.train import Train
+from fedgrove.stages.tune.gates import job_gate_of
+from fedgrove.stages.tune.gates import random as at_random
+from fedgrove.stages.tune.loops import changes
+from fedgrove.stages.tune.plan import Plan
+from fedgrove.stages.tune.pool.card import write_card
+from fedgrove.stages.tune.pool.dealing import divide
+from fedgrove.stages.tune.pool.fitting import Fit, fields_of, likelihoods_of
+from fedgrove.stages.tune.pool.members import Member, mixture, write_members
+from fedgrove.stages.tune.state import Measurement, TuningState
+
+GATE = "gate.safetensors"
+
+
+class Loop(changes.Loop):
+    """See :class:`fedgrove.stages.tune.tuning.Tuning`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.config.pool is not None
+        self.pool = self.config.pool
+        self.first = self.pool.common_rounds(self.config.rounds)
+        self.members: list[TuningState] = []
+        self.member: int | None = None  # that is trained
+        self.windows: dict[str, tuple[int, ...]] = {}  # by client, how many each member gets
+        self.fitted: dict[str, Tensor] = {}
+
+    def prepare(self, round_: int, again: bool) -> None:
+        """Before a round in which members are trained: the members, and each client's windows for them."""
+        super().prepare(round_, again)
+        if round_ < self.first:
+            return
+        deals_again = self.pool.method.LOOKS == "members"
+        if not self.windows or deals_again:
+            if not self.members and round_ > self.first:
+                self.members = self._read(round_ - 1)
+            self.windows = self._deal(round_)
+        if not self.members:
+            number = len(next(iter(self.windows.values())))
+            self.members = [self._copy() for _ in range(number)]
+
+    def train_round(self, round_: int) -> None:
+        """One round of every member that has clients, one after the other; then the mean of all."""
+        if round_ < self.first:
+            return super().train_round(round_)
+        shared = self.state
+        said: list[tuple[int, Measurement]] = []  # with the tokens that count for it
+        for number, member in enumerate(self.members):
+            member.plan, member.clock, member.metrics = self._plan_of(shared.plan, number), shared.clock, []
+            if member.plan.clients:
+                phase = Phase("tune", f"member {number + 1} of {len(self.members)}", stage=self.plan.stage, round=round_)
+                self.run.phase(phase)
+                self.state, self.member = member, number
+                try:
+                    super().train_round(round_)
+                finally:
+                    self.state, self.member = shared, None
+                tokens = {client: one.tokens for client, one in member.plan.clients.items()}
+                said += [(sum(tokens.values()) if one[0] is None else tokens[one[0]], one) for one in member.metrics]
+            shared.clock = member.clock
+        shared.metrics += _together(said, shared.clock)
+        mass = [float(sum(windows[number] for windows in self.windows.values())) for number in range(len(self.members))]
+        for name, factors in mixture([_factors(member) for member in self.members], [one / sum(mass) for one in mass]).items():
+            shape = (factors.b.shape[0], factors.a.shape[1])
+            shared.put(name, shape, State(factors, self.method.none(shape)))
+        for number, member in enumerate(self.members):
+            member.write(self._file(round_, number))
+        return None
+
+    def finish(self) -> None:
+        """Writes the pool to ``RUN/pool``: the members, the gate, a card."""
+        super().finish()
+        if self.first >= self.config.rounds:
+            self.run.message("tune: all rounds are common: there is no pool; lower pool.common")
+            return
+        members = self.members or self._read(self.config.rounds - 1)
+        folder, facts = self.run.path / "pool", self._facts(len(members))
+        with atomic_folder(folder, replace=True) as partial:
+            write_members(partial, [_factors(member) for member in members])
+            if self.pool.method.LOOKS == "features":
+                shutil.copyfile(self._work / GATE, partial / GATE)
+            write_card(partial, facts, self.federation.job)
+
+    def _facts(self, number: int) -> dict[str, Any]:
+        windows = self._dealt(self.config.rounds - 1)
+        mass = [sum(of[member] for of in windows.values()) for member in range(number)]
+        facts = {
+            "stage": self.plan.stage,
+            "members": number,
+            "windows": mass,
+            "clients": {client: list(of) for client, of in sorted(windows.items())},
+            "seed": self.seed,
+            "length": self.config.length,
+            "parametrization": self.config.parametrization,
+            "masked": list(self.masked),
+            "changed": self.model.is_changed(),
+            "digests": digests(self.model),
+            "pool": self.pool.model_dump(mode="json"),
+        }
+        return facts | ({"likelihoods": likelihoods_of(self._work)} if self.pool.method.LOOKS == "features" else {})
+
+    def _deal(self, round_: int) -> dict[str, tuple[int, ...]]:
+        """How many windows of each client each member gets in this round."""
+        looks, clients = self.pool.method.LOOKS, list(self.plan.clients)
+        if looks == "features":
+            windows = self._ask(self._by_features(round_))
+        elif looks == "members" and round_ > self.first:
+            windows = self._ask(self._by_loss(round_))
+        else:
+            every = [client.name for client in self.federation.job.clients]
+            gate = job_gate_of(self.pool.gate) if looks == "job" else at_random
+            dealt = gate.deal(self.pool, every, str(self.federation.job.seed))
+            of = {client: self.plan.clients[client].tokens // self.config.length for client in clients}
+            windows = {
+                client: tuple(of[client] if member == dealt[client] else 0 for member in range(self.pool.members))
+                for client in clients
+            }
+        self.run.write_json(f"work/stage-{self.plan.stage}/deal-{round_:04d}.json", windows)
+        return windows
+
+    def _dealt(self, round_: int) -> dict[str, tuple[int, ...]]:
+        """What :meth:`_deal` found for the latest round up to this one."""
+        files = [file for file in sorted(self._work.glob("deal-*.json")) if file.stem <= f"deal-{round_:04d}"]
+        found: dict[str, tuple[int, ...]] = json.loads(files[-1].read_text(encoding="utf-8"))
+        return found
+
+    def _by_features(self, round_: int) -> dict[str, Message]:
+        """Requests to deal windows by the fitted gate, which is fitted first."""
+        self.fitted = self.fitted or Fit(self, self.pool, self._common).run()
+        tensors = {name: value for name, value in self.fitted.items() if name != NOVELTY}
+        gate: dict[str, Any] = {"gate": self.pool.gate, "blocks": self.pool.blocks, "prefix": self.pool.prefix}
+        gate |= fields_of(tensors)
+        return {
+            client: Message(DealByFeatures(**self._common(client, round_), **gate, tokens=one.tokens), tensors)
+            for client, one in self.plan.clients.items()
+        }
+
+    def _by_loss(self, round_: int) -> dict[str, Message]:
+        """Requests to measure the members."""
+        tensors = {
+            f"member-{number}/{name}/{part}": value.float().contiguous()
+            for number, member in enumerate(self.members)
+            for name, state in member.states.items()
+            for part, value in state.total().parts().items()
+        }
+        return {
+            client: Message(
+                DealByLoss(
+                    **self._common(client, round_),
+                    gate=self.pool.gate,
+                    members=len(self.members),
+                    windows=self.pool.windows,
+                    micro=one.micro,
+                    parametrization=self.config.parametrization,
+                    masked=self.masked,
+                    tokens=one.tokens,
+                ),
+                tensors,
+            )
+            for client, one in self.plan.clients.items()
+        }
+
+    def _ask(self, messages: Mapping[str, Message]) -> dict[str, tuple[int, ...]]:
+        self.run.phase(Phase("tune", "dealing text to the members of the pool", stage=self.plan.stage))
+        windows = {}
+        for client, _, reply in self.federation.collect(messages, clock=self._clock({})):
+            assert isinstance(reply, Dealt)
+            windows[client] = reply.windows
+        return windows
+
+    def _request(self, client: str, round_: int) -> Train:
+        request = super()._request(client, round_)
+        if self.member is None:
+            return request
+        training = request.training.model_copy(update={"steps": self._steps(client, self.member)})
+        dealt = not self.pool.method.OF_CLIENTS
+        return request.model_copy(update={"training": training, "member": self.member, "dealt": dealt})
+
+    def _steps(self, client: str, member: int) -> int:
+        """A client's steps of a round for a member."""
+        return divide(self.config.steps, self.windows[client])[member] if client in self.windows else 0
+
+    def _plan_of(self, plan: Plan, member: int) -> Plan:
+        """The plan of a member's round: the clients that have steps for it, with the tokens that it gets."""
+        clients = {}
+        for client, one in plan.clients.items():
+            steps = self._steps(client, member)
+            if steps:
+                tokens = self.windows[client][member] * self.config.length
+                changed = {"tokens": tokens, "compute": one.compute * steps / self.config.steps}
+                clients[client] = one.model_copy(update=changed)
+        return plan.model_copy(update={"clients": clients})
+
+    def _copy(self) -> TuningState:
+        """A member that begins where the common adapter is."""
+        state = self.state
+        return TuningState(state.plan, dict(state.states), dict(state.optimizer), dict(state.seen), shapes=dict(state.shapes))
+
+    @property
+    def _work(self) -> Path:
+        return self.run.path / "work" / f"stage-{self.plan.stage}"
+
+    def _file(self, round_: int, member: int) -> Path:
+        return self._work / f"member-{round_:04d}-{member:02d}.safetensors"
+
+    def _read(self, round_: int) -> list[TuningState]:
+        """The members after a round."""
+        return [TuningState.read(file) for file in sorted(self._work.glob(f"member-{round_:04d}-*.safetensors"))]
+
+
+def _factors(state: TuningState) -> Member:
+    """The change of each linear; if all share A, it is one adapter."""
+    return {name: of.live for name, of in state.states.items()}
+
+
+def _together(said: list[tuple[int, Measurement]], clock: float) -> list[Measurement]:
+    """The measurements of a round from those of its members: losses by tokens, seconds added up.
+
+    Args:
+        said: each with the tokens that it is of.
+        clock: after the last member.
+    """
+    found: dict[tuple[str | None, str], list[tuple[int, float]]] = {}
+    for tokens, (client, name, value) in said:
+        found.setdefault((client, name), []).append((tokens, value))
+    together: list[Measurement] = []
+    for (client, name), values in found.items():
+        if name == "clock":
+            continue
+        total = sum(value for _, value in values)
+        mean = sum(tokens * value for tokens, value in values) / sum(tokens for tokens, _ in values)
+        together.append((client, name, mean if name == "loss" else total))
+    return [*together, (None, "clock", clock)]

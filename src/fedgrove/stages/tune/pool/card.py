@@ -1,0 +1,40 @@
+"""What a pool says of itself: ``pool.json`` for programs, a README for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedgrove.job.tables import Job
+from fedgrove.report.words import file_name
+
+FACTS = "pool.json"
+README = """---
+library_name: peft
+base_model: {base}
+---
+# {title}
+
+{members} adapters of one model, and a gate ("{gate}") that says how much of each a text gets. All adapters share A
+(`a.safetensors`); `member-K.safetensors` has the B of member K, with every scale multiplied in, so that a weighted sum of the B
+is again one adapter. Members by the windows of text that they were trained on: {windows}.
+
+For an owner who was not there, `fedgrove adopt RUN --data new.jsonl --out mine` finds weights and writes one adapter that plain
+peft loads. `fedgrove gate RUN --data texts.jsonl` shows the weights of each text.
+"""
+
+
+def write_card(folder: Path, facts: Mapping[str, Any], job: Job) -> None:
+    """Writes both files into a pool's folder."""
+    facts = {**facts, "model": job.model.name}
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    text = README.format(
+        base=file_name(job.model.name),
+        title=f"{job.name}: pool",
+        members=facts["members"],
+        gate=facts["pool"]["gate"],
+        windows=", ".join(f"{number:,}" for number in facts["windows"]),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,130 @@
+"""The table ``pool`` of a stage that tunes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from fedgrove.job.units import Count, Fraction, Length, Name, Table, method_of
+from fedgrove.stages.tune.gates import Gate, gate_of, job_gate_of
+from fedgrove.stages.tune.planners import planner_of
+
+if TYPE_CHECKING:
+    from fedgrove.job.tables import Job
+    from fedgrove.stages.tune.config import Config
+
+MOST_MEMBERS = 64
+Members = Annotated[int, Field(ge=1, le=MOST_MEMBERS)]
+Starts = Annotated[int, Field(ge=1, le=64)]
+Blocks = Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=16)]
+Size = Annotated[int, Field(ge=1, le=128)]
+FitRounds = Annotated[int, Field(ge=1, le=1000)]
+
+
+class Pool(Table):
+    """``pool = { gate = "keys", members = 4 }``: several adapters in a stage "tune", and a gate that gives texts to them.
+
+    Attributes:
+        gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
+            "groups", what the job says of the owners; "losses", the member of the lowest loss; "random", the seed.
+        members: number of adapters. With ``groups`` it is their number.
+        common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
+        groups: which clients belong together, by the group's name. Only gate "groups".
+        blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
+            look at features, as all that follow.
+        size: number of features, the principal directions of all windows.
+        prefix: tokens of a window that the gate looks at, from its beginning; at most all.
+        starts: how many fits are made side by side; the best one is kept.
+        fit_rounds: the most exchanges of a fit.
+        windows: how many of its windows a client measures all members on, before every round. Only gate "losses".
+    """
+
+    gate: Annotated[str, method_of("stages.tune.gates")] = "keys"
+    members: Members = 4
+    common: Fraction = 0.3
+    groups: Annotated[dict[Name, tuple[Name, ...]], Field(max_length=MOST_MEMBERS, default_factory=dict)]
+    blocks: Blocks = (0.25, 0.5, 0.75)
+    size: Size = 16
+    prefix: Length = 64
+    starts: Starts = 8
+    fit_rounds: FitRounds = 40
+    windows: Count = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_groups(cls, value: Any) -> Any:
+        groups = value.get("groups") if isinstance(value, dict) else None
+        return {"members": len(groups), **value} if isinstance(groups, dict) and groups else value
+
+    @model_validator(mode="after")
+    def _uses_its_keys(self) -> Self:
+        special = {"groups", "blocks", "size", "prefix", "starts", "fit_rounds", "windows"}
+        for key in sorted(special - self.method.KEYS):
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f'{key}: gate "{self.gate}" does not use it; leave it out')
+        return self
+
+    @property
+    def method(self) -> Gate:
+        """The module of the gate."""
+        return gate_of(self.gate)
+
+    def common_rounds(self, rounds: int) -> int:
+        """How many of a stage's rounds all train one adapter."""
+        return round(self.common * rounds)
+
+
+def check_stage(config: Config) -> None:
+    """Refuses keys of the stage with which a pool cannot be trained.
+
+    Raises:
+        ValueError: begins with ``pool`` and gives the remedy.
+    """
+    pool = config.pool
+    assert pool is not None
+    if not config.aggregation_method.SHARED_A:
+        raise ValueError(
+            'pool: a mixture of members is one adapter only if all share A; set method = "lora" and aggregation = "ffa_lora"'
+        )
+    if not planner_of(config.planner).EQUAL_RANKS:
+        raise ValueError(f'pool: planner "{config.planner}" plans for one adapter; set method = "lora"')
+    for key in ("personal", "personal_experts", "epsilon"):
+        if getattr(config, key):
+            raise ValueError(f"pool: it has no {key} yet; leave one of them out")
+
+
+def check_clients(config: Config, job: Job, index: int) -> None:
+    """Refuses a pool whose members the job's clients cannot train.
+
+    Raises:
+        ValueError: begins with the key, such as ``stages.0.pool.groups``, and gives the remedy.
+    """
+    pool, clients = config.pool, [client.name for client in job.clients]
+    assert pool is not None
+    at = f"stages.{index}.pool"
+    dealt: dict[str, int] = {}
+    if pool.method.LOOKS == "job":
+        try:
+            dealt = job_gate_of(pool.gate).deal(pool, clients, str(job.seed))
+        except ValueError as error:
+            raise ValueError(f"{at}.{error}") from error
+    if pool.method.OF_CLIENTS and pool.members > len(clients):
+        raise ValueError(
+            f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
+            "lower it"
+        )
+    if not job.privacy.secure_aggregation:
+        return
+    if not dealt:
+        raise ValueError(
+            f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
+            'use gate = "groups"'
+        )
+    for member in range(pool.members):
+        number = sum(one == member for one in dealt.values())
+        if number < job.together(number):
+            raise ValueError(
+                f"privacy.min_group: member {member} of {at} would be trained by {number} clients, but {job.together(number)} "
+                "are needed to hide one of them in a sum; make groups larger"
+            )

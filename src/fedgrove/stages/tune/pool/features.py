@@ -1,0 +1,145 @@
+"""The features of a client's windows, and what requests about a gate have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgrove.client.local_client import LocalClient
+from fedgrove.client.windows import made_once
+from fedgrove.job.stage_config import Agreed
+from fedgrove.job.units import Length, Name
+from fedgrove.models.features import Features, pooled_states, projection, width
+from fedgrove.rounds.request import Tensors
+from fedgrove.stages.tune.client_model import TuneRequest
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.gates import FeatureGate, feature_gate_of
+from fedgrove.stages.tune.pool.config import Blocks, Members, Size, Starts
+from fedgrove.stages.tune.pool.scale import PROJECTED, scaled
+
+CENTER, SCALE = "center", "scale"  # tensors of a request, see Features
+MEAN, ALONG = "mean", "along"  # see pool.scale
+STATE = "state/"  # prefix of the tensors of a gate's state
+HELD_OUT = 5  # every fifth window is not fitted: by these a new text is judged
+
+
+def layers_of(blocks: Sequence[float], number: int) -> tuple[int, ...]:
+    """The layers of a model of so many blocks, as :class:`~fedgrove.models.features.Features` counts them, ascending."""
+    return tuple(sorted({round(depth * number) for depth in blocks}))
+
+
+def first_tokens(ids: Tensor, prefix: int) -> list[Tensor]:
+    """What a gate sees of windows (windows, length)."""
+    return list(ids[:, :prefix])
+
+
+def is_held_out(number: int) -> Tensor:
+    """Which of so many windows are not fitted: (number,) bool."""
+    return torch.arange(number) % HELD_OUT == HELD_OUT - 1
+
+
+def numbers_of(states: Tensor, tensors: Tensors, layers: tuple[int, ...], seed: str) -> Tensor:
+    """Pooled hidden states (windows, states) -> (windows, at most ``PROJECTED``) float64."""
+    matrix = projection(states.shape[1], PROJECTED, seed)
+    return Features(layers, "mean", tensors[CENTER], tensors[SCALE], matrix).of(states)
+
+
+class GateRequest(TuneRequest):
+    """A request about the features of a client's windows.
+
+    Tensors of the request: ``center`` and ``scale``, (hidden states,) float32.
+
+    Attributes:
+        gate: its name.
+        blocks, prefix: as in the job.
+    """
+
+    gate: Name
+    blocks: Blocks
+    prefix: Length
+
+    @property
+    def method(self) -> FeatureGate:
+        """The module of the gate."""
+        return feature_gate_of(self.gate)
+
+    def numbers(self, tensors: Tensors, client: LocalClient, device: str) -> Tensor:
+        """Features of the client's windows before they are scaled, (windows, at most ``PROJECTED``) float64.
+
+        Raises:
+            FedgroveError: the request's tensors do not fit the client's model, or hidden states are not finite.
+        """
+        decoder, ids, _ = self.model_and_windows(client, device)
+        layers = layers_of(self.blocks, len(decoder))
+        number = width(decoder, layers)
+        for name in (CENTER, SCALE):
+            _need(tensors, name, torch.Size([number]), torch.float32, client)
+        if bool((tensors[SCALE] <= 0).any()):
+            raise client.error("the scale of its features is not positive; refused")
+        settings: list[Any] = [client.text, client.prompt, client.answer, self.length, self.prefix, layers, device]
+        settings += [self.stage, self.base_digest, self.kept_blocks, self.kept_experts]
+        stored = made_once(
+            client, "gate", settings, lambda: {"states": pooled_states(decoder, first_tokens(ids, self.prefix), layers, "mean")}
+        )
+        if not bool(torch.isfinite(stored["states"]).all()):
+            raise client.error("the hidden states of its windows are not finite", 'try model.dtype = "float32"')
+        return numbers_of(stored["states"], tensors, layers, self.seed)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.pool is None:
+            return "pool"
+        for key in ("gate", "blocks", "prefix"):
+            if getattr(self, key) != getattr(config.pool, key):
+                return f"pool.{key}"
+        return super().beyond(job)
+
+
+class FittedRequest(GateRequest):
+    """A request that brings a gate's state: ``state/NAME``, and the ``mean`` (numbers,) and ``along`` (numbers, features).
+
+    Attributes:
+        members, starts, size: of the state.
+    """
+
+    members: Members
+    starts: Starts
+    size: Size
+
+    def features(self, tensors: Tensors, client: LocalClient, device: str) -> tuple[Tensor, Tensors]:
+        """Features of the client's windows (windows, size), and the gate's state.
+
+        Raises:
+            FedgroveError: the request's tensors do not fit.
+        """
+        numbers = self.numbers(tensors, client, device)
+        _need(tensors, MEAN, torch.Size([numbers.shape[1]]), torch.float64, client)
+        _need(tensors, ALONG, torch.Size([numbers.shape[1], self.size]), torch.float64, client)
+        specs = self.method.specs(self.members, self.starts, self.size)
+        for name, (shape, dtype) in specs.items():
+            _need(tensors, STATE + name, shape, dtype, client)
+        state = {name: tensors[STATE + name] for name in specs}
+        if not self.method.is_valid(state):
+            raise client.error("the state of a gate that came is none that a fit has; refused")
+        return scaled(numbers, tensors[MEAN], tensors[ALONG]), state
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        pool = config.pool
+        if pool is None:
+            return "pool"
+        if self.members > pool.members:
+            return "pool.members"
+        return "pool.size" if self.size > pool.size else super().beyond(job)
+
+
+def _need(tensors: Tensors, name: str, shape: torch.Size, dtype: torch.dtype, client: LocalClient) -> None:
+    """Refuses a tensor that is missing or has another shape or dtype."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+        raise client.error(f"{name} of a gate that came is missing, or has another shape or dtype; refused")

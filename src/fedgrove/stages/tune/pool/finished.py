@@ -1,0 +1,141 @@
+"""A pool that a run wrote: reading it, the weights that its gate gives a text, and losses of its mixtures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.held_out import Parts
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.digest import digests, first_difference
+from fedgrove.models.features import pooled_states
+from fedgrove.models.files import find_model
+from fedgrove.models.stream import Checkpoint
+from fedgrove.stages.tune.changes import Start
+from fedgrove.stages.tune.exchanges.gate import NOVELTY
+from fedgrove.stages.tune.factors import Factors
+from fedgrove.stages.tune.frozen import load_again
+from fedgrove.stages.tune.gates import feature_gate_of
+from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
+from fedgrove.stages.tune.personal import Windows, losses
+from fedgrove.stages.tune.pool.card import FACTS
+from fedgrove.stages.tune.pool.config import Pool as Settings
+from fedgrove.stages.tune.pool.features import ALONG, MEAN, STATE, layers_of, numbers_of
+from fedgrove.stages.tune.pool.members import Member, mixture, read_members
+from fedgrove.stages.tune.pool.novelty import p_values
+from fedgrove.stages.tune.pool.scale import scaled
+
+GATE = "gate.safetensors"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool that a run wrote.
+
+    Attributes:
+        facts: the content of ``pool.json``.
+        settings: the table ``pool`` of the job.
+        members: their changes, by linear.
+        gate: tensors of a gate that looks at features; else empty.
+    """
+
+    facts: Mapping[str, Any]
+    settings: Settings
+    members: tuple[Member, ...]
+    gate: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, run: Path) -> Pool:
+        """Reads ``RUN/pool``.
+
+        Raises:
+            FedgroveError: there is none.
+        """
+        folder = run / "pool"
+        if not (folder / FACTS).is_file():
+            raise FedgroveError(
+                f"{run}: this run has no pool", "give a run whose stage tune has the key pool, and that has ended"
+            )
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        gate = load_file(folder / GATE) if (folder / GATE).is_file() else {}
+        return cls(facts, Settings(**facts["pool"]), tuple(read_members(folder, facts["members"])), gate)
+
+    def model(self, given: str | None = None, device: str = "cpu") -> Decoder:
+        """The model that the members change.
+
+        Args:
+            given: a directory or hub id; None: the model of the job.
+
+        Raises:
+            FedgroveError: it is another model, or earlier stages of the run changed it and none is given.
+        """
+        if given is None and self.facts["changed"]:
+            raise FedgroveError(
+                "an earlier stage of the run changed the model before the pool was trained", "give that model with --model"
+            )
+        name = given or self.facts["model"]
+        checkpoint = Checkpoint(find_model(name))
+        differs = first_difference(digests(checkpoint), self.facts["digests"])
+        if differs is not None:
+            raise FedgroveError(
+                f"{name}: it is not the model that the pool was trained on ({differs} differs)", "give that one"
+            )
+        return Decoder(checkpoint, device)
+
+    @property
+    def shares(self) -> list[float]:
+        """The part of all windows that each member was trained on."""
+        total = sum(self.facts["windows"])
+        return [number / total for number in self.facts["windows"]]
+
+    def look(self, decoder: Decoder, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the gate says of texts of one owner.
+
+        Args:
+            texts: (tokens,) token ids each; their first ``prefix`` tokens are looked at.
+
+        Returns:
+            Weights (texts, members), and p-values (texts,): the part of the federation's windows that are as unusual or more.
+
+        Raises:
+            FedgroveError: the gate looks at no text.
+        """
+        if not self.gate:
+            raise FedgroveError(f'gate "{self.settings.gate}" looks at no features of text', "give a run with another gate")
+        layers, gate = layers_of(self.settings.blocks, len(decoder)), feature_gate_of(self.settings.gate)
+        prefix = min(self.settings.prefix, self.facts["length"])
+        states = pooled_states(decoder, [ids[:prefix] for ids in texts], layers, "mean")
+        numbers = numbers_of(states, self.gate, layers, self.facts["seed"])
+        features = scaled(numbers, self.gate[MEAN], self.gate[ALONG])
+        state = {name.removeprefix(STATE): value for name, value in self.gate.items() if name.startswith(STATE)}
+        return gate.weights(features, state), p_values(gate.surprise(features, state), self.gate[NOVELTY])
+
+    def mix(self, weights: Sequence[float]) -> dict[str, Factors]:
+        """The members' mixture, one adapter; without weights that are 0."""
+        return mixture(self.members, weights)
+
+    def losses(self, decoder: Decoder, changes: Mapping[str, Factors], windows: Windows) -> Parts:
+        """The loss of each window with a change of the model, and its number of predicted tokens."""
+        method = trainable_of(self.facts["parametrization"])
+        every = {name: factors for member in self.members for name, factors in member.items()}
+        starts = {}
+        for name, factors in every.items():  # a linear that is not changed has B = 0: the same model is used again
+            found = changes.get(name, Factors(torch.zeros_like(factors.b), factors.a))
+            starts[name] = Start(method.none((factors.b.shape[0], factors.a.shape[1])), found)
+        model = load_again(decoder, 32, ("pool", tuple(sorted(every))))
+        masks = {name: decoder.read_matrix(name) != 0 for name in self.facts["masked"]}
+        method.attach(model, starts, Attachment({}, masks))
+        return losses(model, windows)
+
+    def write(self, out: Path, decoder: Decoder, changes: Mapping[str, Factors], title: str) -> None:
+        """Writes a mixture as an adapter that plain peft loads."""
+        method, masked = trainable_of(self.facts["parametrization"]), bool(self.facts["masked"])
+        method.write_adapter(out, decoder, changes, self.facts["model"], title, masked, bool(self.facts["changed"]))

@@ -1,0 +1,136 @@
+"""Fits a gate that looks at features, with all clients. Each exchange leaves a file, from which a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from fedgrove.errors import FedgroveError
+from fedgrove.events import Phase
+from fedgrove.models.features import typical
+from fedgrove.models.tensor_files import save_tensors
+from fedgrove.rounds.aggregator import moments
+from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments
+from fedgrove.rounds.request import Message, Request
+from fedgrove.stages.tune.exchanges.gate import NOVELTY, FitGate, SumFeatures
+from fedgrove.stages.tune.gates import feature_gate_of
+from fedgrove.stages.tune.pool.config import Pool
+from fedgrove.stages.tune.pool.features import ALONG, CENTER, MEAN, SCALE, STATE, layers_of
+from fedgrove.stages.tune.pool.scale import directions
+from fedgrove.stages.tune.tuning import Tuning
+
+ENOUGH = 1e-4  # nats of a window: a fit that gains less has ended
+
+
+class Fit:
+    """A gate that is fitted.
+
+    Args:
+        common: the fields that every request of the stage has, for a client and a round.
+    """
+
+    def __init__(self, tuning: Tuning, pool: Pool, common: Callable[[str, int], dict[str, Any]]):
+        self._tuning, self._pool, self._common = tuning, pool, common
+        self._gate = feature_gate_of(pool.gate)
+        self._folder = tuning.run.path / "work" / f"stage-{tuning.plan.stage}"
+
+    def run(self) -> dict[str, Tensor]:
+        """Tensors of the fitted gate: those of :func:`fields_of`'s requests, and ``novelty``, a histogram."""
+        final = self._folder / "gate.safetensors"
+        if final.is_file():
+            return _read(final)[0]
+        files = sorted(self._folder.glob("gate-*.safetensors"))
+        if not files:
+            self._begin()
+        while True:
+            tensors, facts = _read(sorted(self._folder.glob("gate-*.safetensors"))[-1])
+            if facts["done"]:
+                break
+            self._step(tensors, facts["likelihoods"])
+        round_ = len(facts["likelihoods"]) + 1
+        novelty = self._sum(lambda common: FitGate(**common, **fields_of(tensors), last=True), tensors, round_)
+        fitted = tensors | {NOVELTY: novelty[NOVELTY]}
+        save_tensors(fitted, final, {"facts": json.dumps(facts)})
+        return fitted
+
+    def _begin(self) -> None:
+        """What features are scaled by, from their sums, and the state of the first exchange."""
+        tuning, pool = self._tuning, self._pool
+        tuning.run.phase(Phase("tune", "what features of windows are like", stage=tuning.plan.stage))
+        layers = layers_of(pool.blocks, len(tuning.decoder))
+        center, scale = typical(tuning.decoder, layers, min(pool.prefix, tuning.config.length), tuning.seed)
+        tensors = {CENTER: center, SCALE: scale}
+        sums = self._sum(lambda common: SumFeatures(**common), tensors, 0)
+        found = Moments.of(sums)
+        if found.records < pool.members:
+            raise FedgroveError(
+                f"stages.{tuning.plan.stage}.pool.members: {pool.members}, but {found.records} windows are fitted",
+                "lower members or length",
+            )
+        mean, along = directions(found, pool.size)
+        state = self._gate.begin(pool, along.shape[1], tuning.seed)
+        self._write(0, tensors | {MEAN: mean, ALONG: along.contiguous()}, state, [], False)
+
+    def _step(self, tensors: dict[str, Tensor], likelihoods: list[float]) -> None:
+        tuning, pool, round_ = self._tuning, self._pool, len(likelihoods) + 1
+        tuning.run.phase(Phase("tune", "fitting the gate", stage=tuning.plan.stage, round=round_ - 1, rounds=pool.fit_rounds))
+        sums = self._sum(lambda common: FitGate(**common, **fields_of(tensors)), tensors, round_)
+        state, likelihood = self._gate.settle(_state(tensors), sums)
+        done = round_ == pool.fit_rounds or (bool(likelihoods) and likelihood - likelihoods[-1] < ENOUGH)
+        if done:
+            state = self._gate.finish(state, sums, tuning.plan.min_group)
+        self._write(round_, tensors, state, [*likelihoods, likelihood], done)
+
+    def _sum(self, request: Callable[[dict[str, Any]], Request], tensors: dict[str, Tensor], round_: int) -> dict[str, Tensor]:
+        tuning, pool = self._tuning, self._pool
+        gate = {"gate": pool.gate, "blocks": pool.blocks, "prefix": pool.prefix}
+        messages = {
+            client: Message(request({**self._common(client, round_), **gate}), tensors) for client in tuning.plan.clients
+        }
+        first = next(iter(messages.values())).request
+
+        def check(total: dict[str, Tensor], _: Any) -> None:
+            if isinstance(first, FitGate):
+                first.check_sums(total)
+            else:
+                moments.check(Moments.of(total), MOST_RECORDS)
+
+        sums = IntegerSums(check)
+        tuning.federation.aggregator.aggregate(messages, sums, layout=tuning.decoder)
+        return sums.sums
+
+    def _write(
+        self, round_: int, tensors: dict[str, Tensor], state: dict[str, Tensor], likelihoods: list[float], done: bool
+    ) -> None:
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE)}
+        kept |= {STATE + name: value.contiguous() for name, value in state.items()}
+        facts = {"likelihoods": likelihoods, "done": done}
+        save_tensors(kept, self._folder / f"gate-{round_:04d}.safetensors", {"facts": json.dumps(facts)})
+
+
+def fields_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The sizes of a gate's state, as requests have them."""
+    starts, members = next(value.shape[:2] for name, value in sorted(tensors.items()) if name.startswith(STATE))
+    return {"members": members, "starts": starts, "size": tensors[ALONG].shape[1]}
+
+
+def likelihoods_of(folder: Path) -> list[float]:
+    """The mean log-likelihood of a window in each exchange of a fit that has ended."""
+    found: list[float] = _read(folder / "gate.safetensors")[1]["likelihoods"]
+    return found
+
+
+def _state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(STATE): value for name, value in tensors.items() if name.startswith(STATE)}
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(file, framework="pt") as opened:
+        facts: dict[str, Any] = json.loads(opened.metadata()["facts"])
+        return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118

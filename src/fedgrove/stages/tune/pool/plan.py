@@ -1,0 +1,59 @@
+"""What a pool adds to a stage's plan: what it discloses besides, and what it sends."""
+
+from __future__ import annotations
+
+from fedgrove.errors import FedgroveError
+from fedgrove.job.tables import Job
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.features import width
+from fedgrove.rounds.request import Disclosure
+from fedgrove.stages.base import names_of
+from fedgrove.stages.tune.exchanges.deal import DealByFeatures
+from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
+from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
+from fedgrove.stages.tune.plan import Plan
+from fedgrove.stages.tune.pool.config import Pool
+from fedgrove.stages.tune.pool.features import layers_of
+from fedgrove.stages.tune.pool.scale import PROJECTED
+
+
+def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
+    """The plan of a stage that trains a pool.
+
+    Raises:
+        FedgroveError: the model has experts, or fewer windows than members; names the key.
+    """
+    at = f"stages.{plan.stage}.pool"
+    if plan.experts is not None:
+        raise FedgroveError(f"{at}: plain peft has no adapters for single experts", "leave pool out")
+    disclosed = {Disclosure[name] for name in plan.discloses}
+    if pool.method.LOOKS == "job":
+        notes = _alone(plan, pool, job)
+    else:
+        disclosed |= DealByFeatures.DISCLOSES
+        notes = [f"Every client gets all {pool.members} members before every round, to measure them on {pool.windows} windows."]
+    if pool.method.LOOKS == "features":
+        length = job.stages[plan.stage].training_length() or 1
+        windows = sum(one.tokens for one in plan.clients.values()) // length
+        if windows < pool.members:
+            raise FedgroveError(
+                f"{at}.members: {pool.members}, but all clients have {windows} windows", "lower members or length"
+            )
+        disclosed |= SumFeatures.DISCLOSES | FitGate.DISCLOSES
+        number = min(PROJECTED, width(decoder, layers_of(pool.blocks, len(decoder))))
+        sums = feature_gate_of(pool.gate).sums(pool.members, pool.starts, min(pool.size, number))
+        each = 8 * sum(shape.numel() for shape, _ in sums.values())
+        notes = [
+            f"To fit the gate, every client sends {(number + 1) * (number + 2) // 2 * 8:,} bytes once and {each:,} bytes up to "
+            f"{pool.fit_rounds} times, before any training."
+        ]
+    known = names_of(frozenset(disclosed))
+    return plan.model_copy(update={"discloses": known, "notes": (*plan.notes, *notes)})
+
+
+def _alone(plan: Plan, pool: Pool, job: Job) -> list[str]:
+    """A note on members that a single client trains."""
+    dealt = job_gate_of(pool.gate).deal(pool, [client.name for client in job.clients], str(job.seed))
+    members = [dealt[client] for client in plan.clients]
+    alone = [client for client in sorted(plan.clients) if members.count(dealt[client]) == 1]
+    return [f"Client '{client}' trains a member alone: whoever gets the pool gets its own adapter." for client in alone]

@@ -1,0 +1,412 @@
+"""A pool of adapters: the gate's fit is exact, members add up to one adapter, one member is the run without a pool."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fedgrove import run as server
+from fedgrove.data.windows import training_windows
+from fedgrove.engines.local import LocalEngine
+from fedgrove.job.load import load
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
+from fedgrove.privacy.secagg.keys import make_credentials
+from fedgrove.rounds.aggregator.secure import SecureAggregator
+from fedgrove.rounds.federation import Federation
+from fedgrove.rounds.request import Tensors
+from fedgrove.rounds.wire import WireError
+from fedgrove.runfolder import RunFolder
+from fedgrove.stages.tune.config import Config
+from fedgrove.stages.tune.gates import keys, mixture
+from fedgrove.stages.tune.loops.pool import Loop
+from fedgrove.stages.tune.pool import novelty
+from fedgrove.stages.tune.pool.config import Pool
+from fedgrove.stages.tune.pool.dealing import divide
+from fedgrove.stages.tune.pool.finished import Pool as FinishedPool
+from fedgrove.stages.tune.pool.fitting import Fit
+from fedgrove.stages.tune.pool.scale import CLIP, CODE
+from fedgrove.stages.tune.state import TuningState
+from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
+
+TUNE = {
+    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 3, "steps": 4, "length": 16, "batches": [2],
+    "ranks": [2], "bits": [32], "learning_rate": 0.01,
+}  # fmt: skip
+MIXTURE = {"gate": "mixture", "members": 2, "common": 0.34, "size": 3, "prefix": 8, "starts": 2, "fit_rounds": 4}
+GROUPS = {"gate": "groups", "common": 0.34, "groups": {"wood": ["ash", "birch"], "other": ["cedar"]}}
+
+
+def tune(pool: dict[str, Any] | None, **changes: Any) -> list[dict[str, Any]]:
+    return [{**TUNE, **changes, **({} if pool is None else {"pool": pool})}]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("pool", [{**GROUPS, "groups": {"all": list(CLIENTS)}}, {**MIXTURE, "members": 1},
+                                  {"gate": "losses", "members": 1, "common": 0.34, "windows": 2}],
+                         ids=lambda pool: pool["gate"])  # fmt: skip
+def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool: dict[str, Any]) -> None:
+    alone, pooled = small.undisturbed(stages=tune(None)), small.undisturbed(stages=tune(pool))
+    for name, tensor in load_file(alone / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(pooled / "model" / "model.safetensors")[name]), name
+    without, with_pool = measurements(alone), measurements(pooled)
+    assert {key: value for key, value in without.items() if key[3] != "clock"}.items() <= with_pool.items()
+
+
+# The mixture
+
+
+def pooled(name: str = "mixture", **changes: Any) -> Pool:
+    return Pool(gate=name, **{**{key: value for key, value in MIXTURE.items() if key != "gate"}, **changes})
+
+
+def shifted(owners: int = 8, size: int = 16, windows: int = 40) -> list[Tensor]:
+    """Features of owners whose means differ, on the grid of features, with mean about 0 and variance about 1."""
+    generator = torch.Generator().manual_seed(3)
+    kinds = torch.randn(2, size, generator=generator, dtype=torch.float64)
+    shifts = 0.6 * torch.randn(owners, size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(owners, windows, size, generator=generator, dtype=torch.float64)
+    every = kinds[torch.arange(windows) % 2] + shifts[:, None] + 0.5 * noise
+    every = (every - every.mean((0, 1))) / every.std((0, 1))
+    return [CODE.decode(CODE.encode(of.clamp(-CLIP, CLIP))) for of in every]
+
+
+def fit(owners: Sequence[Tensor], rounds: int, gate: Any = mixture, **changes: Any) -> tuple[list[float], Tensors, Tensors]:
+    """The likelihood before each step, the state, and the last sums."""
+    state, likelihoods = gate.begin(pooled(**changes), owners[0].shape[1], "0/0"), []
+    sums: Tensors = {}
+    for _ in range(rounds):
+        each = [gate.observe(of, state) for of in owners]
+        sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
+        gate.check(sums, sum(map(len, owners)))
+        state, likelihood = gate.settle(state, sums)
+        assert gate.is_valid(state)
+        likelihoods.append(likelihood)
+    return likelihoods, state, sums
+
+
+@pytest.mark.parametrize("gate", [mixture, keys], ids=["mixture", "keys"])
+def test_a_gate_of_any_owners_is_that_of_the_pooled_windows(gate: Any) -> None:
+    owners = shifted()
+    every = torch.cat(owners)
+    dealt = {1: [every], 2: [every[:77], every[77:]], 8: owners, 9: list(reversed([*owners[:7], owners[7][:1], owners[7][1:]]))}
+    found = [fit(of, 6, gate, members=3) for of in dealt.values()]
+    for likelihoods, state, _ in found[1:]:
+        assert likelihoods == found[0][0]
+        assert all(torch.equal(state[name], value) for name, value in found[0][1].items())
+
+
+def test_the_likelihood_never_falls_and_is_that_of_em_in_float64() -> None:
+    owners = shifted()
+    likelihoods, state, _ = fit(owners, 12, members=2, starts=1)
+    assert all(after >= before - 1e-6 for before, after in itertools.pairwise(likelihoods))
+    x, begun = torch.cat(owners), mixture.begin(pooled(members=2, starts=1), 16, "0/0")
+    means, variances, shares = begun["means"][0], begun["variances"][0], begun["shares"][0]
+    for likelihood in likelihoods:
+        normal = torch.distributions.Normal(means[:, None], variances.sqrt()[:, None])
+        joint = shares.log()[:, None] + normal.log_prob(x[None]).sum(2)
+        assert likelihood == pytest.approx(float(joint.logsumexp(0).mean()), abs=1e-5)
+        gamma = joint.softmax(0)
+        counts = gamma.sum(1, keepdim=True)
+        means = gamma @ x / counts
+        variances = (gamma @ x.square() / counts - means.square()).clamp_min(mixture.LEAST_VARIANCE)
+        shares = counts[:, 0] / len(x)
+    torch.testing.assert_close(state["means"][0], means, rtol=0, atol=1e-4)
+
+
+def test_keys_are_spherical_k_means_and_their_cosine_never_falls() -> None:
+    owners = shifted()
+    cosines, state, _ = fit(owners, 12, keys, members=3, starts=1)
+    assert all(after >= before - 1e-3 for before, after in itertools.pairwise(cosines)), "directions are rounded to 1/256"
+    x, centers = torch.nn.functional.normalize(torch.cat(owners)), keys.begin(pooled(members=3, starts=1), 16, "0/0")["keys"][0]
+    for _ in cosines:
+        nearest = (x @ centers.T).argmax(1)
+        centers = torch.nn.functional.normalize(torch.stack([x[nearest == member].sum(0) for member in range(3)]))
+    torch.testing.assert_close(state["keys"][0], centers, rtol=0, atol=2e-3)
+    assert torch.equal(keys.weights(x, state).argmax(1), (x @ centers.T).argmax(1))
+
+
+def test_a_key_without_windows_begins_again_beside_the_largest() -> None:
+    x = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.2]], dtype=torch.float64))
+    state = {"keys": torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]], dtype=torch.float64)}
+    assert keys.observe(x, state)["counts"].tolist() == [[3, 0]]
+    state, _ = keys.settle(state, keys.observe(x, state))
+    assert bool((state["keys"][0] @ state["keys"][0].T > 0.9).all())
+
+
+def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
+    """FedGMM's server: the weighted mean of the owners' own means and of their own variances (reference of its code)."""
+    owners = shifted()
+    _, state, _ = fit(owners, 12, members=2, starts=1)
+
+    def likelihood(of: Tensors) -> float:
+        each = [mixture.observe(features, of) for features in owners]
+        return sum(int(one["likelihood"]) for one in each) / sum(int(one["counts"].sum()) for one in each)
+
+    theirs = mixture.begin(pooled(members=2, starts=1), 16, "0/0")
+    for _ in range(12):
+        own = [mixture.settle(theirs, mixture.observe(features, theirs))[0] for features in owners]
+        counts = torch.stack([mixture.observe(features, theirs)["counts"].double() for features in owners])
+        part = (counts / counts.sum(0))[..., None]
+        theirs = {name: (part * torch.stack([one[name] for one in own])).sum(0) for name in ("means", "variances")}
+        theirs["shares"] = counts.sum(0) / counts.sum()
+    assert float(theirs["variances"].mean()) < 0.8 * float(state["variances"].mean())
+    assert likelihood(theirs) < likelihood(state) - 0.1
+
+
+def test_components_that_too_few_owners_hold_are_dropped() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def around(center: float) -> Tensor:
+        return CODE.decode(CODE.encode(center + 0.2 * torch.randn(30, 2, generator=generator, dtype=torch.float64)))
+
+    owners = [around(-1), around(-1), around(2)]
+    _, state, sums = fit(owners, 8, members=2, starts=4)
+    assert mixture.finish(state, sums, 1)["shares"].shape == (1, 2)
+    kept = mixture.finish(state, sums, 2)
+    assert kept["shares"].tolist() == [[1.0]]
+    torch.testing.assert_close(kept["means"][0, 0], torch.full((2,), -1.0, dtype=torch.float64), rtol=0, atol=0.2)
+
+
+def test_an_owners_weights_are_its_own_and_new_text_is_surprising() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = [CODE.decode(CODE.encode(c + 0.3 * torch.randn(60, 3, generator=generator, dtype=torch.float64))) for c in (-1, 1, 6)]
+    _, state, sums = fit(x[:2], 8, members=2, starts=4)
+    final = mixture.finish(state, sums, 1)
+    weights = torch.stack([mixture.weights(of, final).mean(0) for of in x[:2]])
+    torch.testing.assert_close(weights.max(1).values, torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert weights.argmax(1).unique().numel() == 2
+    counts = novelty.count(torch.cat([mixture.surprise(of, final) for of in x[:2]]))
+    assert counts.sum() == 120
+    like, unlike = (novelty.p_values(mixture.surprise(of, final), counts) for of in (x[0], x[2]))
+    assert bool((unlike < 0.01).all())
+    assert 0.0 < float((like < 0.05).double().mean()) < 0.12
+
+
+@pytest.mark.parametrize("gate", [mixture, keys], ids=["mixture", "keys"])
+def test_sums_that_no_windows_have_are_refused(gate: Any) -> None:
+    owners = shifted()
+    sums = gate.observe(owners[0], gate.begin(pooled(), 16, "0/0"))
+    gate.check(sums, 40)
+    values = {"counts": -1, "sums": 2**60, "squares": -1, "likelihood": 2**62, "cosines": 2**62, "holders": -1}
+    for name in sums:
+        wrong = {**sums, name: sums[name].clone()}
+        wrong[name].view(-1)[0] = values[name]
+        with pytest.raises(WireError):
+            gate.check(wrong, 40)
+    with pytest.raises(WireError):
+        gate.check(sums, 20)
+
+
+def test_a_state_that_singles_windows_out_is_none() -> None:
+    state = mixture.begin(pooled(), 3, "0/0")
+    assert mixture.is_valid(state)
+    assert not mixture.is_valid(state | {"variances": state["variances"] * 1e-3})
+    assert not mixture.is_valid(state | {"shares": state["shares"] * 2})
+    directions = keys.begin(pooled(), 3, "0/0")
+    assert keys.is_valid(directions)
+    assert not keys.is_valid({"keys": directions["keys"] * 2})
+
+
+def test_steps_are_divided_as_windows_are() -> None:
+    assert divide(8, [30, 10, 0]) == (6, 2, 0)
+    assert divide(4, [1, 1, 1]) == (2, 1, 1)
+    for steps, windows in itertools.product((1, 7, 16), ([5, 9, 1, 0], [1], [100, 1])):
+        found = divide(steps, windows)
+        assert sum(found) == steps
+        assert all(part == 0 for part, number in zip(found, windows, strict=True) if number == 0)
+
+
+# Runs
+
+
+def loop_of(small: Small, folder: Path, secure: bool) -> Loop:
+    """A stage before its first round, whose sums are computed in the open or securely."""
+    job = load(small.job("fit", stages=tune(MIXTURE)))
+    model, run = server.open_model(job.model), RunFolder(folder, job)
+    clients = server.local_clients(job, model, folder / "clients")
+    if secure:
+        credentials = make_credentials(CLIENTS)
+        clients = [replace(client, credentials=credentials[client.name]) for client in clients]
+    federation = Federation(LocalEngine(clients), run)
+    if secure:
+        object.__setattr__(federation, "aggregator", SecureAggregator(federation.engine, run))
+    (plan,) = server.make_plans(job, model, federation)
+    config = job.stages[0]
+    assert isinstance(config, Config)
+    return Loop(model, Decoder(model), config, federation, TuningState(plan))
+
+
+def test_a_gate_has_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small, tmp_path: Path) -> None:
+    loops = [loop_of(small, tmp_path / str(secure), secure) for secure in (False, True)]
+    in_the_open, securely = (Fit(loop, loop.pool, loop._common).run() for loop in loops)
+    assert in_the_open.keys() == securely.keys()
+    assert all(torch.equal(securely[name], value) for name, value in in_the_open.items())
+
+
+def test_members_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small) -> None:
+    groups = {"gate": "groups", "common": 0.5, "groups": {"all": list(CLIENTS)}}
+    stages = tune(groups, precision="fixed", rounds=2, steps=1)
+    runs = [
+        small.undisturbed(stages=stages, privacy={"secure_aggregation": secure, "min_group": 3}, evaluate={})
+        for secure in (False, True)
+    ]
+    in_the_open, securely = (files_of(run) for run in runs)
+    for name in ("pool/member-0.safetensors", "model/model.safetensors"):
+        assert in_the_open[name] == securely[name]
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """What a run must give bit for bit."""
+    folders = [run / name for name in ("model", "adapter", "pool")]
+    return {str(file.relative_to(run)): file.read_bytes() for folder in folders for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("moment", ["*/gate-0002.safetensors", "*/member-0001-01.safetensors"])
+def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str) -> None:
+    whole = small.undisturbed(stages=tune(MIXTURE))
+    job = small.job("killed", stages=tune(MIXTURE))
+    killed("run", job, "--out", tmp_path / "run", moment=Moment("os.rename", moment))
+    assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
+    assert files_of(tmp_path / "run") == files_of(whole)
+    assert {key: value for key, value in measurements(tmp_path / "run").items() if "loss" in key[3]} == {
+        key: value for key, value in measurements(whole).items() if "loss" in key[3]
+    }
+
+
+def test_members_add_up_to_the_model_for_all_and_plain_peft_loads_it(small: Small) -> None:
+    run = small.undisturbed(stages=tune(GROUPS))
+    pool = FinishedPool.read(run)
+    assert pool.facts["clients"] == {"ash": [0, 22], "birch": [0, 19], "cedar": [18, 0]}
+    decoder = pool.model()
+    of_all, adapter = pool.mix(pool.shares), load_file(run / "adapter" / "adapter_model.safetensors")
+    for name, factors in of_all.items():
+        assert factors.rank == TUNE["ranks"][0], "a mixture has the members' rank"
+        key = f"base_model.model.{name}"
+        found = adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
+        torch.testing.assert_close(found, factors.product(), rtol=1e-4, atol=1e-7)
+    ids, labels = training_windows([small.texts["ash"]], {"text": "{text}"}, decoder.checkpoint.tokenizer(), 16)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32), run / "adapter")
+    with torch.no_grad():
+        expected = plain(ids[:2], labels=labels[:2]).loss
+        parts = pool.losses(decoder, of_all, (ids[:2], labels[:2]))
+    assert sum(loss for loss, _ in parts) / sum(count for _, count in parts) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_client_trains_as_many_steps_as_without_a_pool_and_sends_no_more_than_it_uses(small: Small) -> None:
+    run, alone = small.undisturbed(stages=tune(GROUPS)), small.undisturbed(stages=tune(None))
+
+    def sent(of: Path) -> dict[str, list[int]]:
+        up = [line for line in lines(of / "ledger.jsonl") if line["direction"] == "up" and line["kind"] == "tune/train"]
+        return {client: sorted(line["bytes"] for line in up if line["client"] == client) for client in CLIENTS}
+
+    for client, sizes in sent(run).items():
+        assert len(sizes) == len(sent(alone)[client])
+        assert sum(sizes) <= 1.05 * sum(sent(alone)[client])
+
+
+def test_a_newcomer_gets_the_member_that_suits_its_text(small: Small, tmp_path: Path) -> None:
+    words = small.one_word("tree", "tree", "river")
+    groups = {"gate": "groups", "common": 0.0, "groups": {"tree": ["ash", "birch"], "river": ["cedar"]}}
+    run = small.undisturbed(stages=tune(groups, rounds=4, steps=8), **words)
+    new = small.folder / "only-river.txt"
+    status, out, err = cli("adopt", run, "--data", new, "--out", tmp_path / "mine", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["choice"] == "member 0"
+    assert found["weights"] == [1.0, 0.0]
+    assert found["losses"]["member 0"] < 0.7 * min(found["losses"]["none"], found["losses"]["member 1"])
+    assert found["forwards"] == 4 * found["windows"]
+    base = AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32)
+    ids, _ = training_windows([new], {"text": "{text}"}, Checkpoint(small.model).tokenizer(), 16)
+    with torch.no_grad():
+        before = float(base(ids[:4], labels=ids[:4]).loss)
+        after = float(PeftModel.from_pretrained(base, tmp_path / "mine")(ids[:4], labels=ids[:4]).loss)
+    assert after < 0.7 * before
+    assert cli("adopt", run, "--data", new, "--out", tmp_path / "told", "--group", "river")[0] == 0
+    assert load_file(tmp_path / "told" / "adapter_model.safetensors").keys()
+    assert "no such group" in complaint("adopt", run, "--data", new, "--out", tmp_path / "x", "--group", "sea")
+
+
+def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: Path) -> None:
+    run = small.undisturbed(stages=tune(MIXTURE))
+    status, out, err = cli("gate", run, "--data", small.texts["ash"], "--json")
+    assert status == 0, err
+    rows = json.loads(out)
+    assert all(sum(row["weights"]) == pytest.approx(1) and 0 < row["p"] <= 1 for row in rows)
+    assert "member 1" in cli("gate", run, "--data", small.texts["ash"], "--most", "2")[1]
+    status, out, err = cli("adopt", run, "--data", small.texts["ash"], "--out", tmp_path / "mine", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert set(found["losses"]) == {"none", "shared", "mixture"}
+    assert found["forwards"] == 4 * found["windows"]
+    assert 0 <= found["unlike"] <= 1
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("pool", "stage", "words"),
+    [
+        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random")),
+        ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),
+        ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),
+        ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),
+        (GROUPS, {"aggregation": "flexlora"}, ("stages.0", "pool", 'aggregation = "ffa_lora"')),
+        (GROUPS, {"method": "ia3", "aggregation": "fedavg", "ranks": None}, ("pool", 'method = "lora"')),
+        (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
+        ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
+        ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),
+        ({**GROUPS, "groups": {"wood": ["ash", "oak"]}}, {}, ("stages.0.pool.groups.wood", "'oak' is no client")),
+        ({**GROUPS, "groups": {"wood": ["ash"], "other": ["ash"]}}, {}, ("'ash' is in a group already",)),
+        ({**GROUPS, "groups": {"wood": ["ash", "birch"]}}, {}, ("client 'cedar' is in no group",)),
+    ],
+    ids=lambda value: None,
+)
+def test_a_pool_that_cannot_be_trained_is_refused(
+    small: Small, pool: dict[str, Any], stage: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    stages = [{key: value for key, value in tune(pool, **stage)[0].items() if value is not None}]
+    line = complaint("plan", small.job("bad", stages=stages))
+    assert all(word in line for word in words), line
+
+
+def test_secure_aggregation_takes_gates_that_only_look_at_the_job(small: Small) -> None:
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}}
+    line = complaint("plan", small.job("bad", stages=tune(MIXTURE, precision="fixed"), **secure))
+    assert 'use gate = "groups"' in line
+    line = complaint("plan", small.job("bad", stages=tune(GROUPS, precision="fixed"), **secure))
+    assert "privacy.min_group" in line
+    assert "make groups larger" in line
+
+
+def test_what_cannot_be_adopted_is_refused(small: Small, tmp_path: Path) -> None:
+    run, new = small.undisturbed(stages=tune(MIXTURE)), small.texts["ash"]
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "a b"}\n' * 3, encoding="utf-8")
+    line = complaint("adopt", run, "--data", few, "--out", tmp_path / "mine")
+    assert "few.jsonl" in line
+    assert "4 windows of 16 tokens" in line
+    assert "has no pool" in complaint("adopt", small.undisturbed(stages=tune(None)), "--data", new, "--out", tmp_path / "mine")
+    other = make_model(tmp_path / "other", seed=1)
+    line = complaint("adopt", run, "--data", new, "--out", tmp_path / "mine", "--model", other)
+    assert "not the model that the pool was trained on (block-0000 differs)" in line
+    tmp_path.joinpath("mine").mkdir()
+    assert "exists already" in complaint("adopt", run, "--data", new, "--out", tmp_path / "mine")
+    groups = small.undisturbed(stages=tune(GROUPS))
+    assert "looks at no features" in complaint("gate", groups, "--data", new)
