@@ -37,6 +37,12 @@ LENGTH, AT_ONCE = 48, 32  # tokens of a post, and posts computed at once
 PROMPT, ANSWER = "{text}\nTopic:", " {label}"
 RIDGE = 0.1  # of the number of posts, on standardized features
 ROUNDS = {"none": 0, "fedpipe": 12, "lora": 4, "lora-quarter": 4, "alone": 4}
+STAGES: dict[str, dict[str, Any]] = {
+    "fedpipe": {"steps": 16, "learning_rate": 4e-3},
+    "lora": {"steps": 4, "learning_rate": 4e-3},
+    "lora-quarter": {"steps": 16, "batches": [4], "learning_rate": 4e-3},
+    "alone": {"steps": 4, "learning_rate": 2e-3},
+}
 NAMES = {
     "none": "no tuning",
     "fedpipe": "FedPipe",
@@ -48,8 +54,8 @@ NAMES = {
 
 def job(method: str, files: list[Path], first: int, seed: int) -> Job:
     """The job of ``bench/tune.py``, but what is learnt is the topic, and nothing is measured on the way."""
-    rounds, steps, rate = ROUNDS[method], tune.STEPS[method], tune.RATES[method]
-    whole = tune.job("newsgroups", method, [[f] for f in files], first, files[0], seed, rounds, steps, rate)
+    stage = {"rounds": ROUNDS[method], **STAGES[method]}
+    whole = tune.job("newsgroups", method, [[f] for f in files], first, files[0], seed, **stage)
     plain = whole.model_dump(mode="json")
     for client in plain["clients"]:
         del client["text"]

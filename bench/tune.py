@@ -1,11 +1,15 @@
-"""Eight unequal clients tune one model: FedPipe beside uniform LoRA, full fine-tuning, stand-alone and centralized.
+"""Eight unequal clients tune one model: FedPipe beside the best uniform LoRA of a grid, and other baselines.
 
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
 
 A task's training text is distributed over eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the
-weakest has, speed from 1 to 6, in another order. The weakest can just hold rank 16 in every linear, one window at a time, in 16
-bits: so that is what uniform LoRA gives to all, with the product's largest batch, and once more with a quarter of that in four
-times the steps. Time is modeled from the clients' capabilities; bytes are those of the ledger, in both directions.
+weakest has, speed from 1 to 6, in another order. The weakest can just hold rank 16 in every linear, one window at a time. Time
+is modeled from the clients' capabilities; bytes are those of the ledger, in both directions.
+
+Uniform LoRA runs with every setting of ``GRID``, each for about 17 modeled seconds, twice as long as FedPipe. The planner does
+not search the grid itself: a setting's loss is known after a run with it. The best setting is the one whose lowest loss is
+lowest on the same text and seed; FedPipe is given none of this. ``--without`` leaves out one part of FedPipe, and ``--alike``
+gives all clients the memory and speed of one in the middle.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from fedgrove.models.cost import measure_cost
 from fedgrove.models.stream import Checkpoint
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
+from fedgrove.stages.tune.objective import GAINED, PREDICTED
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
@@ -43,10 +48,20 @@ CLIENTS, ALPHA = 8, 0.3
 SPEEDS = [1.0, 3.1, 5.3, 2.4, 6.0, 1.7, 4.6, 3.9]  # of the clients in the order of their memory
 LENGTH, WINDOWS = 64, 12
 RANKS, BATCHES = [2, 4, 8, 16], [1, 2, 4, 8, 16]
+BITS = 32  # where processors have no arithmetic in 16 bits, 32 are three times as fast; losses are the same
 # Rounds are of different lengths: the table compares times.
-STEPS = {"fedpipe": 16, "lora": 4, "lora-quarter": 16, "full": 4, "alone": 4, "central": 4}
-ROUNDS = {"fedpipe": 12, "lora": 4, "lora-quarter": 4, "full": 4, "alone": 4, "central": 4}
-RATES = {"fedpipe": 4e-3, "lora": 4e-3, "lora-quarter": 4e-3, "full": 5e-4, "alone": 2e-3, "central": 2e-3}
+ROUNDS = {"fedpipe": 8, "full": 4, "alone": 4, "central": 4}
+STEPS = {"fedpipe": 16, "full": 4, "alone": 4, "central": 4}
+RATES = {"fedpipe": 4e-3, "full": 5e-4, "alone": 2e-3, "central": 2e-3}
+GRID = [  # windows of a step, steps of a round, rank, schedule of the learning rate, rounds
+    (4, 16, 16, "none", 4), (4, 16, 16, "linear", 4), (1, 48, 8, "none", 6), (1, 48, 8, "linear", 6), (1, 16, 8, "none", 12),
+]  # fmt: skip
+PARTS: dict[str, dict[str, Any]] = {  # what is left out of FedPipe, by keys of the job
+    "steps": {"max_steps": 0},
+    "batches": {"batches": [1]},
+    "schedule": {"lr_schedule": "none"},
+    "ranks": {"ranks": [8]},
+}
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
@@ -103,24 +118,32 @@ def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
 
 
 def weakest_memory() -> int:
-    """Bytes that just hold rank 16 in every linear in 16 bits, one window at a time."""
+    """Bytes that just hold rank 16 in every linear, one window at a time."""
     cost = measure_cost(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
-    config = ClientConfig(16, BATCHES[-1], 1, dict.fromkeys(cost.linears, RANKS[-1]))
-    space = SearchSpace((16,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
+    config = ClientConfig(BITS, BATCHES[-1], 1, dict.fromkeys(cost.linears, RANKS[-1]))
+    space = SearchSpace((BITS,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
     return math.ceil(memory(cost, space, config))
 
 
 def job(
-    task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, rounds: int, steps: int, rate: float
+    task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, alike: bool = False, **stage: Any
 ) -> Job:
-    """A job of one method; ``files`` by client; ``first``: the number of the first client."""
+    """A job of one method.
+
+    Args:
+        files: by client.
+        first: the number of the first client.
+        alike: whether all clients have the memory and speed of one in the middle.
+        stage: keys of the stage.
+    """
     least = weakest_memory()
     links = {"uplink": UPLINK, "downlink": UPLINK}
-    limited = [{"memory": least * (i + 1), "speed": SPEEDS[i], **links} for i in range(CLIENTS)]
+    of = [CLIENTS // 2 if alike else i for i in range(CLIENTS)]
+    limited = [{"memory": least * (i + 1), "speed": SPEEDS[i], **links} for i in of]
     unlimited = [{"speed": speed, **links} for speed in SPEEDS]  # no client has the memory that full fine-tuning needs
     given = unlimited if method == "full" or len(files) == 1 else limited
     kind = method if method in ("fedpipe", "full") else "lora"
-    batch = BATCHES[-1] * CLIENTS if method == "central" else BATCHES[-1] // 4 if method == "lora-quarter" else BATCHES[-1]
+    batches = BATCHES if kind == "fedpipe" else [BATCHES[-1] * CLIENTS if method == "central" else BATCHES[-1]]
     return Job.model_validate({
         "name": "bench",
         "seed": seed,
@@ -130,17 +153,21 @@ def job(
             for i, paths in enumerate(files)
         ],
         "stages": [{
-            "kind": "tune", "method": kind, "rounds": rounds, "steps": steps, "length": LENGTH, "ranks": RANKS,
-            "batches": BATCHES if kind == "fedpipe" else [batch],
-            "bits": [16, 4], "learning_rate": rate, "eval_every": 1,
+            "kind": "tune", "method": kind, "length": LENGTH, "ranks": RANKS, "batches": batches, "bits": [BITS, 4],
+            "eval_every": 1, **stage,
         }],
         "evaluate": {"data": [{"name": task, "path": held, "text": TEXTS[task]}], "length": 256,
                      "windows": WINDOWS},
     })  # fmt: skip
 
 
-def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
-    """Runs a job; after every round: modeled seconds, bytes so far, held-out loss in nats per token."""
+def curve(wanted: Job, folder: Path) -> dict[str, Any]:
+    """Runs a job.
+
+    Returns:
+        ``points``: after every round, modeled seconds, bytes so far, held-out loss in nats per token. ``gains``: of rounds
+        whose gain was predicted, the prediction and the outcome.
+    """
     run = api.run(wanted, folder / "run", quiet=True)
     metrics, ledger = read_lines(run.path / "metrics.jsonl"), read_lines(run.path / "ledger.jsonl")
     points = []
@@ -150,13 +177,22 @@ def curve(wanted: Job, folder: Path) -> list[tuple[float, float, float]]:
         at = {line["name"].split("/")[0]: line["value"] for line in metrics if line["round"] == round_ and not line["client"]}
         sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "rounds/capabilities")
         points.append((at["clock"], sent, math.log(at["perplexity"])))
-    return points
+    measured = {(line["round"], line["name"]): line["value"] for line in metrics}
+    rounds = [round_ for round_ in range(stage.rounds) if (round_, PREDICTED) in measured]
+    gains = [(measured[round_, PREDICTED], measured[round_, GAINED]) for round_ in rounds]
+    return {"points": points, "gains": gains}
 
 
 def run_method(
-    data: Path, task: str, method: str, seed: int, rounds: int, steps: int, rate: float, validate: bool
+    data: Path, task: str, method: str, seed: int, validate: bool, alike: bool = False, without: str = "", **stage: Any
 ) -> dict[str, Any]:
-    """The curve of a method; stand-alone: the mean over its clients."""
+    """The curve of a method; stand-alone: the mean over its clients.
+
+    Args:
+        without: the part of FedPipe that is left out; empty: none.
+        stage: keys of the stage.
+    """
+    stage |= PARTS.get(without, {})
     with tempfile.TemporaryDirectory() as folder:
         lines, test = held_out(task, data, Path(folder), validate)
         files = deal(task, lines, Path(folder), seed)
@@ -164,48 +200,74 @@ def run_method(
             curves = []
             for i, file in enumerate(files):
                 (Path(folder) / f"{i}").mkdir()
-                curves.append(curve(job(task, method, [[file]], i, test, seed, rounds, steps, rate), Path(folder) / f"{i}"))
-            points = [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)]
-        else:
-            clients = [files] if method == "central" else [[file] for file in files]
-            first = CLIENTS // 2 if method == "central" else 0
-            points = curve(job(task, method, clients, first, test, seed, rounds, steps, rate), Path(folder))
-    return {"points": points}
+                of_client = job(task, method, [[file]], i, test, seed, alike, **stage)
+                curves.append(curve(of_client, Path(folder) / f"{i}")["points"])
+            return {
+                "points": [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)],
+                "gains": [],
+            }
+        clients = [files] if method == "central" else [[file] for file in files]
+        first = CLIENTS // 2 if method == "central" else 0
+        return curve(job(task, method, clients, first, test, seed, alike, **stage), Path(folder))
+
+
+def settings_of(method: str) -> list[dict[str, Any]]:
+    """The keys of the stage with which a method runs: of uniform LoRA, those of every setting of the grid."""
+    if method != "uniform":
+        schedule = "linear" if method == "fedpipe" else "none"
+        return [{"rounds": ROUNDS[method], "steps": STEPS[method], "learning_rate": RATES[method], "lr_schedule": schedule}]
+    names = ("batches", "steps", "ranks", "lr_schedule", "rounds")
+    return [
+        {**dict(zip(names, ([batch], steps, [rank], *others), strict=True)), "learning_rate": RATES["fedpipe"]}
+        for batch, steps, rank, *others in GRID
+    ]
+
+
+def named(settings: dict[str, Any]) -> str:
+    """The method in words."""
+    method = str(settings["method"])
+    if method == "fedpipe":
+        return f"FedPipe, without {settings['without']}" if settings["without"] else "FedPipe"
+    if method == "uniform":
+        falls = ", falling rate" if settings["lr_schedule"] == "linear" else ""
+        return f"uniform, {settings['steps']} steps of {settings['batches'][0]}, rank {settings['ranks'][0]}{falls}"
+    return {"full": "full fine-tuning", "alone": "stand-alone (mean)", "central": "centralized"}[method]
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: for each task and method the mean over seeds, each seed in brackets."""
-    names = {"fedpipe": "FedPipe", "lora": "uniform LoRA", "lora-quarter": "uniform LoRA, 16 small steps",
-             "full": "full fine-tuning", "alone": "stand-alone (mean)", "central": "centralized"}  # fmt: skip
+    """Markdown: for each task and setting the mean over seeds, and FedPipe beside the best uniform LoRA of the same seed."""
     rows = [
-        "| task | method | rounds | loss at the end | time | MB | to uniform's best: time, bytes | to the small steps' best |",
+        "| task | method | loss at the end | time | MB | to the best uniform's lowest loss: time, bytes | end beside that "
+        "| predictions off by, median |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(result["task"] for result in found):
         of_task = [result for result in found if result["task"] == task]
-        for method, name in names.items():
-            runs = [result for result in of_task if result["method"] == method]
-            if not runs:
-                continue
+        best: dict[int, list[float]] = {}
+        for result in of_task:
+            if result["method"] == "uniform":
+                seed = result["seed"]
+                best[seed] = min([*result["points"], *([best[seed]] if seed in best else [])], key=lambda point: point[2])
+        for name in dict.fromkeys(map(named, of_task)):
+            runs = [result for result in of_task if named(result) == name]
             seconds, sent, ends = zip(*(run["points"][-1] for run in runs), strict=True)
-            marks = [
-                reached(runs, {one["seed"]: one["points"] for one in of_task if one["method"] == mark})
-                for mark in ("lora", "lora-quarter")
-                if method == "fedpipe"
-            ] or ["", ""]
             end = f"{statistics.mean(ends):.3f} ({', '.join(f'{end:.3f}' for end in ends)})"
             costs = f"{statistics.mean(seconds):.1f} s | {statistics.mean(sent) / 1e6:.1f}"
-            rows.append(f"| {task} | {name} | {runs[0]['rounds']} | {end} | {costs} | {' | '.join(marks)} |")
+            compared = [run for run in runs if run["method"] == "fedpipe" and run["seed"] in best]
+            beside = "; ".join(f"{run['points'][-1][2] - best[run['seed']][2]:+.3f}" for run in compared)
+            offs = [abs(predicted / gained - 1) for run in runs for predicted, gained in run["gains"] if gained]
+            off = f"{statistics.median(offs):.0%}" if offs else ""
+            rows.append(f"| {task} | {name} | {end} | {costs} | {reached(compared, best)} | {beside} | {off} |")
     return "\n".join(rows)
 
 
-def reached(runs: list[dict[str, Any]], others: dict[int, list[list[float]]]) -> str:
-    """For each seed: when the other run's lowest loss was reached, as fractions of the time and bytes that the other needed."""
+def reached(runs: list[dict[str, Any]], best: dict[int, list[float]]) -> str:
+    """For each run: when it reached this loss of its seed, as fractions of the time and bytes that the other needed."""
     cells = []
     for run in runs:
-        best = min(others[run["seed"]], key=lambda point: point[2])
-        at = next((point for point in run["points"] if point[2] <= best[2]), None)
-        cells.append(f"{at[0] / best[0]:.2f}×, {at[1] / best[1]:.2f}×" if at else "never")
+        mark = best[run["seed"]]
+        at = next((point for point in run["points"] if point[2] <= mark[2]), None)
+        cells.append(f"{at[0] / mark[0]:.2f}×, {at[1] / mark[1]:.2f}×" if at else "never")
     return "; ".join(cells)
 
 
@@ -214,9 +276,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups, medquad and e2e")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TEXTS), default=sorted(TEXTS))
-    parser.add_argument("--methods", nargs="+", default=list(ROUNDS), choices=list(ROUNDS))
+    parser.add_argument("--methods", nargs="+", default=[*ROUNDS, "uniform"], choices=[*ROUNDS, "uniform"])
+    parser.add_argument(
+        "--without", nargs="+", default=[""], choices=["", *PARTS], help="parts of FedPipe to leave out, one a run"
+    )
+    parser.add_argument("--alike", action="store_true", help="all clients have the same memory and speed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to try; default: that of each method")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what the file of results holds")
     parser.add_argument("--validate", action="store_true", help="choose settings by a tenth of the training text, not the test")
@@ -226,11 +291,19 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     wanted = [
-        {"task": task, "method": method, "seed": seed, "rounds": ROUNDS[method], "steps": STEPS[method], "rate": rate,
-         "validate": args.validate}
+        {
+            "task": task,
+            "method": method,
+            "seed": seed,
+            "validate": args.validate,
+            "alike": args.alike,
+            "without": without,
+            **stage,
+        }
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
-        for rate in args.rates or [RATES[method]]
-    ]  # fmt: skip
+        for without in (args.without if method == "fedpipe" else [""])
+        for stage in settings_of(method)
+    ]
     kept = results.Kept(args.results, MODEL, only=args.kept)
     measured = [(settings, kept(functools.partial(run_method, args.data, **settings), **settings)) for settings in wanted]
     text = table([{**settings, **result} for settings, result in measured if result])

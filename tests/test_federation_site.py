@@ -158,7 +158,7 @@ TRAIN = Train(
     **TUNED, parametrization="lora", trainer="sgd", shared_a=False, ranks={"x": 2}, scales={"x": 8.0}, masked=(),
     tokens=9, seen=0, dtype="bfloat16", training=TRAINING,
 )  # fmt: skip
-IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3)
+IMPORTANCE = ScoreLinears(**TUNED, tokens=9, steps=4, micro=1, learning_rate=1e-3, ranks=(2, 4, 8, 16, 32))
 PERSONAL = ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="m", title="t")
 ALONG = {**TUNED, "stage": 0, "seed": "0/0", "bits": 32, "tokens": 9, "batch": 4, "clients": 3, "masked": ()}
 STEP = Step(
@@ -258,7 +258,8 @@ JOB = (PRUNE, TUNE, PRIVATE, SUMS)
         (SCORES, "kind"),
         (ALONE, "evaluate.alone"),
         (TRAIN, None),
-        (changed(TRAIN, training__steps=5), "steps"),
+        (changed(TRAIN, training__steps=32), None),  # max_steps is 8 times steps
+        (changed(TRAIN, training__steps=33), "steps"),
         (changed(TRAIN, round=1000), "rounds"),
         (changed(TRAIN, parametrization="full"), "parametrization"),
         (changed(TRAIN, trainer="dp_sgd"), "trainer"),

@@ -182,7 +182,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(
         KeepExperts(**TUNED, parametrization="lora", masked=(), number=4, value="outputs", base="b", title="t"), Reply()
     ),
-    Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1), importance.Tokens(tokens=99)),
+    Exchange(ScoreLinears(**TUNED, tokens=99, steps=1, micro=1, learning_rate=0.1, ranks=(2, 4)), importance.Tokens(tokens=99)),
     Exchange(
         ComparePersonal(**TUNED, parametrization="lora", masked=(), micro=1, base="b", title="t"),
         Losses(shared=1.0, own=2.0, error=0.1, keeps_own=False),

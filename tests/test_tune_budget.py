@@ -24,14 +24,20 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.stages.tune import cost as budget
 from fedgrove.stages.tune.config import Config as TuneStage
 from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, SearchSpace
-from fedgrove.stages.tune.importance import BETA, Smoothed, importance, normalized, triplet_scores
+from fedgrove.stages.tune.importance import BETA, Smoothed, measure, normalized, triplet_scores
 from fedgrove.stages.tune.knapsack import Solution, search
+from fedgrove.stages.tune.objective import Gradients
 from fedgrove.stages.tune.plan import even, make_plan
 from fedgrove.stages.tune.training import Settings
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
 SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
 GRID = SearchSpace(bits=(16, 8, 4), batches=(1, 2, 4), ranks=(2, 4, 8), steps=3, rest=8)
+
+
+def worth(importance: dict[str, float], grid: SearchSpace) -> dict[str, tuple[float, ...]]:
+    """By linear, at each rank of a grid, before anything is measured."""
+    return Gradients().worth(importance, grid.ranks)
 
 
 def every_choice(grid: SearchSpace) -> list[ClientConfig]:
@@ -64,7 +70,7 @@ def some_budgets(number: int) -> list[Budget]:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_program_finds_what_trying_everything_finds(given: Budget, masked: bool) -> None:
     sizes = ModelCost(**{**SIZES.__dict__, "masked": masked})
-    weight = {"q": 0.5, "up": 0.2, "down": 0.3}
+    weight = worth({"q": 0.5, "up": 0.2, "down": 0.3}, GRID)
     possible = [choice for choice in every_choice(GRID) if fits(given, GRID, choice, sizes)]
     if not possible:
         with pytest.raises(Infeasible):
@@ -78,7 +84,7 @@ def test_the_program_finds_what_trying_everything_finds(given: Budget, masked: b
 
 @pytest.mark.parametrize("given", some_budgets(20), ids=lambda given: f"{given.memory:.0f}-{given.seconds:.3g}")
 def test_the_quick_search_fits_and_nothing_is_worth_more_than_its_bound(given: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = {"q": 0.5, "up": 0.2, "down": 0.3}
+    weight = worth({"q": 0.5, "up": 0.2, "down": 0.3}, GRID)
     possible = [choice for choice in every_choice(GRID) if fits(given, GRID, choice)]
     found: list[Solution | None] = []
     monkeypatch.setattr(budget, "search", lambda *args: found.append(search(*args)) or found[-1])
@@ -96,7 +102,7 @@ def test_the_quick_search_fits_and_nothing_is_worth_more_than_its_bound(given: B
     if got is not None:
         assert fits(given, GRID, got)
         assert budget.value(SIZES, GRID, weight, got) == pytest.approx(found[0].value)
-        assert budget.value(SIZES, GRID, weight, got) >= best - 0.02 * abs(best)
+        assert budget.value(SIZES, GRID, weight, got) >= best - 0.02
 
 
 def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +121,13 @@ def test_clients_that_all_differ_are_configured_without_the_program(monkeypatch:
 
 def test_with_room_for_everything_everything_is_taken() -> None:
     grid = SearchSpace(GRID.bits, GRID.batches, (1, 2), GRID.steps)  # of so small ranks each is worth its bytes
-    got = budget.best(SIZES, grid, Budget(), even(SIZES))
-    assert got == ClientConfig(16, 4, 4, dict.fromkeys(SHAPES, 2))
+    got = budget.best(SIZES, grid, Budget(), worth(even(SIZES), grid))
+    assert got == ClientConfig(16, 4, 4, dict.fromkeys(SHAPES, 2), GRID.steps)
 
 
 def test_scarce_ranks_go_where_they_matter() -> None:
     room = budget.memory(SIZES, GRID, ClientConfig(4, 1, 1, {"q": 8}))
-    got = budget.best(SIZES, GRID, Budget(memory=room), {"q": 0.9, "up": 0.05, "down": 0.05})
+    got = budget.best(SIZES, GRID, Budget(memory=room), worth({"q": 0.9, "up": 0.05, "down": 0.05}, GRID))
     assert got.ranks == {"q": 8}
 
 
@@ -131,11 +137,11 @@ def test_an_impossible_budget_is_told_with_one_that_would_do(short: str) -> None
     needed = budget.memory(SIZES, GRID, least) if short == "memory" else budget.seconds(SIZES, GRID, Budget(speed=1e6), least)
     given = Budget(**{"speed": 1e6, short: 0.9 * needed})
     with pytest.raises(Infeasible) as caught:
-        budget.best(SIZES, GRID, given, even(SIZES))
+        budget.best(SIZES, GRID, given, worth(even(SIZES), GRID))
     told = f"{math.ceil(needed / 2**20):,} MiB" if short == "memory" else f"{needed:.3g} s"
     assert told in str(caught.value)
     enough = Budget(**{"speed": 1e6, short: 1.001 * needed})
-    assert budget.best(SIZES, GRID, enough, even(SIZES)).ranks
+    assert budget.best(SIZES, GRID, enough, worth(even(SIZES), GRID)).ranks
 
 
 def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +160,7 @@ def test_equal_clients_are_solved_once_and_given_the_same(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("method", ["fedpipe", "lora", "full"])
 def test_a_client_with_several_devices_shares_a_step_among_them(method: Any) -> None:
     capabilities = {f"{number}": Capabilities(devices=number, tokens={32: 100}) for number in (1, 3, 4)}
-    stage = TuneStage(kind="tune", method=method, ranks=(2, 4), batches=(4,), bits=(16,), length=32)
+    stage = TuneStage(kind="tune", method=method, ranks=(2, 4), batches=(4,), bits=(16,), length=32, max_steps=0)
     given = make_plan(0, stage, SIZES, capabilities, even(SIZES)).clients
     assert {name: assignment.micro for name, assignment in given.items()} == {"1": 4, "3": 1, "4": 1}
     assert given["3"].compute == pytest.approx(given["1"].compute / 2, rel=0.1), "the busiest of three has two of four"
@@ -184,13 +190,14 @@ def seven_billion() -> tuple[ModelCost, dict[str, float]]:
 
 def test_a_model_of_seven_billion_is_solved_to_half_a_percent() -> None:
     """The answer is close to that of the program with next to no gap, and fits."""
-    sizes, weight = seven_billion()
+    sizes, importance = seven_billion()
     grid = SearchSpace((16, 8, 4), (1, 2, 4, 8), (2, 4, 8, 16, 32), 8, 32)
+    weight = worth(importance, grid)
     given = Budget(memory=10 * 2**30, seconds=250, speed=1e13, uplink=1.25e6)
     got = budget.best(sizes, grid, given, weight)
     assert fits(given, grid, got, sizes)
     tight = budget.best(sizes, grid, given, weight, gap=1e-5)
-    assert budget.value(sizes, grid, weight, got) >= (1 - 5.1e-3) * budget.value(sizes, grid, weight, tight)
+    assert budget.value(sizes, grid, weight, got) >= budget.value(sizes, grid, weight, tight) - 1.01e-2
 
 
 MEASURE = """
@@ -317,7 +324,8 @@ def test_a_linear_that_cannot_change_the_loss_has_no_importance() -> None:
     model = Model().requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids = torch.randint(0, 50, (4, 8))
-    scores = importance(model, {"used": (16, 16), "dead": (16, 16)}, iter([(ids, ids)] * 4), Settings(4, 4, 2, 1e-2), "0")
+    shapes = {"used": (16, 16), "dead": (16, 16)}
+    scores = measure(model, shapes, iter([(ids, ids)] * 4), Settings(4, 4, 2, 1e-2), "0", (2, 4)).scores
     assert scores[0] > 0
     assert scores[1] == 0
     assert normalized(scores, ["used", "dead"]) == {"used": 1.0, "dead": 0.0}

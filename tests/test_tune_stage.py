@@ -304,7 +304,7 @@ def test_a_plan_stays_unless_another_is_worth_more(
 
     monkeypatch.setattr(ImportanceSum, "importance", importance)
     if hysteresis is not None:
-        monkeypatch.setattr("fedgrove.stages.tune.loops.changes.HYSTERESIS", hysteresis)
+        monkeypatch.setattr("fedgrove.stages.tune.planning.HYSTERESIS", hysteresis)
     stages = tune(method="fedpipe", replan_every=1, deadline=3600.0)
     clients = [{**client, "memory": int(memory)} for client in small.spec()["clients"]]
     job = small.job("planned-anew", stages=stages, clients=clients, evaluate={})

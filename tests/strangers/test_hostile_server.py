@@ -169,7 +169,10 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/train", "ranks"): ("a plan may leave linears out", {"x": 2}),
     ("tune/train", "masked"): ("which zeros stay", ["x"]),
     ("tune/train", "training.batch"): ("one of the job's batches", 3),
-    ("tune/train", "training.steps"): ("a part of the job's, where windows are dealt to members", 3),
+    ("tune/train", "training.steps"): (
+        "up to the job's max_steps, or a part of its steps where windows are dealt to members",
+        17,
+    ),
     ("tune/train", "training.micro"): ("at most the batch", 3),
     ("tune/train", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
     ("tune/train", "fixed.widest[]"): ("columns of zeros", 3),

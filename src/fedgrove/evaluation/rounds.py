@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def evaluate_round(model: Checkpoint, stage: int, round_: int, run: RunFolder, d
             phase = Phase("evaluate", stage=stage, round=round_, text=name, done=number, total=len(windows))
             measured = perplexity(decoder, texts, run.phase(phase))
             run.log(stage, round_, None, f"perplexity/{name}", measured)
+
+
+def loss_after(run: RunFolder, stage: int, round_: int) -> float | None:
+    """The mean over texts of the held-out loss after a round, in nats a token; None if it was not measured."""
+    found = [
+        math.log(line["value"])
+        for line in run.metrics()
+        if (line["stage"], line["round"], line["client"]) == (stage, round_, None) and line["name"].startswith("perplexity/")
+    ]
+    return sum(found) / len(found) if found else None
 
 
 def heldout_windows(model: Checkpoint, run: RunFolder) -> dict[str, list[Tensor]]:

@@ -27,6 +27,9 @@ class Disclosure(Enum):
     EXPERT_OUTPUTS = "for each expert of every block, the sum over these tokens of how much it adds to them"
     EXPERTS_HELD = "which experts of every block it holds, those that matter most to its text"
     IMPORTANCE = "a score for each matrix, how much tuning it would help"
+    GRADIENTS = (
+        "how far the gradients of its windows agree, one number, and how much of each matrix's gradient each rank can hold"
+    )
     FACTORS = "the factors of low-rank changes that it trained on its text"
     CHANGES = "the changes of whole matrices that it trained on its text"
     SCALES = "the changes of per-channel scales that it trained on its text"

@@ -20,9 +20,8 @@ def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | 
         clients: how many may take part.
     """
     training, fixed = request.training, request.fixed
-    steps = max(training.steps, config.steps) if request.dealt else training.steps  # dealt windows get a part of the steps
     asked = {
-        "parametrization": request.parametrization, "trainer": request.trainer, "steps": steps,
+        "parametrization": request.parametrization, "trainer": request.trainer,
         "shared_a": request.shared_a, "fixed": fixed is not None, "precision": request.dtype,
         "learning_rate": training.learning_rate, "optimizer": training.optimizer,
         "max_grad_norm": training.max_grad_norm, "proximal": training.proximal, "scales": request.scales,
@@ -30,7 +29,7 @@ def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | 
     }  # fmt: skip
     scales = {name: config.scale(rank) for name, rank in request.ranks.items()} if request.method.RANKED else {}
     agreed = {
-        "parametrization": config.parametrization, "trainer": config.trainer, "steps": config.steps,
+        "parametrization": config.parametrization, "trainer": config.trainer,
         "shared_a": config.aggregation_method.SHARED_A, "fixed": config.precision == "fixed", "precision": config.dtype,
         "learning_rate": config.learning_rate_in(request.round), "optimizer": config.optimizer,
         "max_grad_norm": config.max_grad_norm, "proximal": config.proximal, "scales": scales,
@@ -76,7 +75,10 @@ def _assignment_beyond(request: Train, config: Config) -> str | None:
             return "tokens"
         if not set(widest.values()) <= ranks or any(rank > widest.get(name, 0) for name, rank in request.ranks.items()):
             return "ranks"
+    parts = request.dealt or config.max_steps  # dealt windows get a part of the steps
+    if training.steps > (config.max_steps or config.steps) or (training.steps != config.steps and not parts):
+        return "steps"
     if training.batch not in config.batches or training.micro > training.batch:
         return "batches"
     # else the server could have a client train on the same windows again
-    return "seen" if request.seen > request.round * config.steps * max(config.batches) else None
+    return "seen" if request.seen > request.round * config.most_steps * max(config.batches) else None

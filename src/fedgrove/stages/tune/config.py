@@ -56,7 +56,10 @@ class Config(StageConfig):
             "fedavg".
         method: a short form: the name of a planner, or of a parametrization with the planner "uniform".
         rounds: how often the clients train and the server combines their changes.
-        steps: optimizer steps of each client in a round, the same for all.
+        steps: optimizer steps of each client in a round. Of "fedpipe": those of the slowest client from which the default
+            ``deadline`` follows.
+        max_steps: the most steps that "fedpipe" gives a client in a round: faster clients take more, slower ones fewer. 0: all
+            take ``steps``. Default: 8 times ``steps`` for "fedpipe".
         length: tokens in a window.
         batches: batch sizes, in windows, that a client may get. "uniform" gives the largest to all.
         ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold.
@@ -74,6 +77,8 @@ class Config(StageConfig):
             largest batch. With a higher price clients send less. Only "fedpipe" uses it.
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",
             measure what is "auto" again.
+        replan_off: also measure and plan again after a round that gained twice as much as predicted, half as much, or nothing.
+            Only "fedpipe" uses it.
         importance_steps: optimizer steps from which the importance is measured.
         proximal: FedProx's μ.
         partition: average ranks that only some clients have over those clients; false: over all clients, which is exact. Only
@@ -118,6 +123,7 @@ class Config(StageConfig):
     aggregation: Annotated[str, method_of("stages.tune.aggregation")] = "flexlora"
     rounds: Count = 10
     steps: Count = 16
+    max_steps: CountOrZero = 0
     length: Length = 512
     batches: Choices = (1, 2, 4, 8, 16)
     ranks: Choices = (2, 4, 8, 16, 32)
@@ -130,6 +136,7 @@ class Config(StageConfig):
     deadline: Positive | None = None
     upload_price: NonNegative = 0.4
     replan_every: CountOrZero = 0
+    replan_off: bool = False
     importance_steps: Count = 4
     proximal: NonNegative = 0.0
     partition: bool = True
@@ -174,6 +181,9 @@ class Config(StageConfig):
         if parametrization in plugins.names("stages.tune.parametrizations"):
             method = parametrization_of(parametrization)
             filled.setdefault("planner", "fedpipe" if method.RANKED else "uniform")
+            if filled["planner"] in plugins.names("stages.tune.planners") and planner_of(filled["planner"]).CHOOSES_STEPS:
+                steps = filled.get("steps", cls.model_fields["steps"].default)
+                filled.setdefault("max_steps", 8 * steps if isinstance(steps, int) else 0)
             aggregation = filled.setdefault("aggregation", method.AGGREGATION)
             for key, value in method.DEFAULTS.items():
                 filled.setdefault(key, value)
@@ -200,6 +210,8 @@ class Config(StageConfig):
             self._check_directions()
         if planner.NEEDS_RANKS and not what.RANKED:
             raise ValueError(f'planner "{self.planner}" chooses ranks, and "{self.parametrization}" has none; use "uniform"')
+        if self.max_steps and not planner.CHOOSES_STEPS:
+            raise ValueError(f'max_steps: planner "{self.planner}" gives all clients the same steps; leave it out')
         if takes.EQUAL_RANKS and not planner.EQUAL_RANKS:
             raise ValueError(
                 f'aggregation "{self.aggregation}" needs equal ranks: use method = "lora", or aggregation = "flexlora"'
@@ -285,7 +297,12 @@ class Config(StageConfig):
     @property
     def most_tokens(self) -> int:
         """The tokens that a client can train on in the whole stage at the largest batch: its weight counts no more."""
-        return min(MOST, self.rounds * self.steps * self.batches[-1] * self.length)
+        return min(MOST, self.rounds * self.most_steps * self.batches[-1] * self.length)
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps that a client can get in a round."""
+        return max(self.steps, self.max_steps)
 
     def scale(self, rank: int) -> float:
         """The scale of an adapter: α/r; without α in the job, 2 at the largest rank and ∝ 1/√r below it.
@@ -365,9 +382,9 @@ class Config(StageConfig):
         what, clients = parametrization_of(self.parametrization), len(job.clients)
         more = {"batches": (self.batches[-1] * clients,)} if what.BY_WINDOWS else {"steps": self.steps * clients}
         changes = {
-            "planner": "uniform", "trainer": what.TRAINERS[0], "aggregation": what.AGGREGATION, "sampling": "even",
-            "server_optimizer": "average", "server_lr": None, "precision": what.DEFAULTS.get("precision", "float32"),
-            "epsilon": None, "personal": 0.0, "personal_pull": 0.0, "proximal": 0.0, "eval_every": 0, "personal_experts": 0.0,
-            "pool": None,
+            "planner": "uniform", "max_steps": 0, "replan_off": False, "trainer": what.TRAINERS[0],
+            "aggregation": what.AGGREGATION, "sampling": "even", "server_optimizer": "average", "server_lr": None,
+            "precision": what.DEFAULTS.get("precision", "float32"), "epsilon": None, "personal": 0.0, "personal_pull": 0.0,
+            "proximal": 0.0, "eval_every": 0, "personal_experts": 0.0, "pool": None,
         }  # fmt: skip
         return self.model_copy(update=changes | more)

@@ -1,15 +1,15 @@
 """What a configuration costs a client in memory, time and bytes, and the best configuration within its budget.
 
 FedPipe (arXiv 2404.06448) chooses each client's batch size, ranks and bits with a mixed-integer linear program. The
-text of the paper was not available. From the paper: such a program over these variables. Ours: the cost model, the gain
-and the linear formulation.
+text of the paper was not available. From the paper: such a program over these variables. Ours: the cost model, steps as a
+variable, what a configuration is worth (:mod:`fedgrove.stages.tune.objective`) and the linear formulation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ import numpy as np
 from fedgrove.models.cost import ModelCost
 from fedgrove.quantities import mebibytes
 from fedgrove.stages.tune.knapsack import Array, KnapsackSide, Solution, search
+from fedgrove.stages.tune.objective import NOISE, pace
 
-QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # by bits; the largest value, all ranks and the batch maximal, is 2
+QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # by bits: the part of a round's gain that they cost
+STEP_PARTS = (1.0, 0.75, 0.5)  # of the steps that a client has time for without adapters
 PER_TUNED = 16  # bytes of a trained number: itself, its gradient and Adam's two moments, all float32
+Worth = Mapping[str, Sequence[float]]  # by linear, at each rank of the search space
 LOGIT = 12  # bytes per logit at the peak, besides the logit: its float32 copy or probability, and two gradients
 
 
@@ -32,12 +35,14 @@ class ClientConfig:
         batch: windows of an optimizer step.
         micro: windows computed at once on each device (the micro-batch).
         ranks: by linear; linears that are missing are not tuned.
+        steps: optimizer steps of a round; None: those of the search space.
     """
 
     bits: int
     batch: int
     micro: int
     ranks: Mapping[str, int]
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,11 @@ class SearchSpace:
         bits: the allowed values, in any order.
         batches, ranks: the allowed values, ascending; rank 0 is always allowed.
         steps: optimizer steps per round.
+        max_steps: the most that a client may get, and then each gets its own number; 0: all get ``steps``.
         rest: an upper bound on the rank of the change that a client computes with but does not train, in every linear.
         number: bytes of one number of a factor on the wire.
         upload_price: of sending all linears at the largest rank; ranks whose gain is below their price are not chosen.
+        noise: the noise scale in windows; see :mod:`fedgrove.stages.tune.objective`.
     """
 
     bits: tuple[int, ...]
@@ -60,6 +67,8 @@ class SearchSpace:
     rest: int = 0
     number: float = 1.27
     upload_price: float = 0.4
+    max_steps: int = 0
+    noise: float = NOISE
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
         rest = (2 * cost.length + 8 * space.rest) * cost.multiplied
     else:
         rest = 4 * cost.length * space.rest * sum(cost.uses(name) * sum(shape) for name, shape in cost.linears.items())
-    windows = space.steps * each_device(config.batch, budget)
+    windows = (config.steps or space.steps) * each_device(config.batch, budget)
     return windows * (window_operations(cost) + rest + 6 * cost.length * adapters) / budget.speed
 
 
@@ -185,23 +194,19 @@ def upload(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     return space.number * sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
 
 
-def gain(rank: float, largest: int) -> float:
-    """The value of a rank, from 0 to 1; concave, because each additional rank contributes less."""
-    return math.log2(1 + rank) / math.log2(1 + largest)
+def value(cost: ModelCost, space: SearchSpace, worth: Worth, config: ClientConfig) -> float:
+    """The objective: ln pace(steps, batch) + Σ worth(rank) − quantization price − upload price.
 
-
-def value(cost: ModelCost, space: SearchSpace, importance: Mapping[str, float], config: ClientConfig) -> float:
-    """The objective: Σ importance·gain(rank) + gain(batch) − quantization price − upload price.
-
-    The prices are ours. Without the upload price a client with a large budget would tune every linear at the largest rank,
-    important or not, and upload all of it; with a price of 1 a linear of mean importance gets a medium rank.
+    To first order the logarithm of what a round gains, so that prices are parts of a round's gain. Without the upload price
+    a client with a large budget would tune every linear at the largest rank, important or not, and upload all of it.
 
     Args:
-        importance: of each linear, non-negative, adding up to 1.
+        worth: of each linear at each rank, see :meth:`fedgrove.stages.tune.objective.Gradients.worth`.
     """
-    ranks = sum(importance[name] * gain(rank, space.ranks[-1]) for name, rank in config.ranks.items())
+    ranks = sum(worth[name][space.ranks.index(rank)] for name, rank in config.ranks.items() if rank)
     sent = sum(rank * sum(cost.linears[name]) for name, rank in config.ranks.items()) / _largest(cost, space)
-    return ranks + gain(config.batch, space.batches[-1]) - QUANTIZATION_PRICE[config.bits] - space.upload_price * sent
+    steps = math.log(pace(config.steps or space.steps, config.batch, space.noise))
+    return steps + ranks - QUANTIZATION_PRICE[config.bits] - space.upload_price * sent
 
 
 def _largest(cost: ModelCost, space: SearchSpace) -> float:
@@ -209,10 +214,10 @@ def _largest(cost: ModelCost, space: SearchSpace) -> float:
 
 
 def least(cost: ModelCost, space: SearchSpace) -> ClientConfig:
-    """The cheapest configuration: the smallest linear, rank and batch, one window at once, the bits that need least memory."""
+    """The cheapest configuration: the smallest of everything, one window at once, the bits that need least memory."""
     name = min(cost.linears, key=lambda name: (sum(cost.linears[name]), name))
     bits = min(space.bits, key=lambda bits: weight_bytes(cost, bits) + activation_bytes(cost, bits))
-    return ClientConfig(bits, space.batches[0], 1, {name: space.ranks[0]})
+    return ClientConfig(bits, space.batches[0], 1, {name: space.ranks[0]}, 1 if space.max_steps else None)
 
 
 def check_feasible(cost: ModelCost, space: SearchSpace, budget: Budget) -> None:
@@ -235,19 +240,18 @@ def check_feasible(cost: ModelCost, space: SearchSpace, budget: Budget) -> None:
         )
 
 
-def best(
-    cost: ModelCost, space: SearchSpace, budget: Budget, importance: Mapping[str, float], gap: float | None = None
-) -> ClientConfig:
-    """The configuration with the highest :func:`value` within a budget, up to a relative gap.
+def best(cost: ModelCost, space: SearchSpace, budget: Budget, worth: Worth, gap: float | None = None) -> ClientConfig:
+    """The configuration with the highest :func:`value` within a budget, up to a gap.
 
     A fast search is tried first (see :mod:`fedgrove.stages.tune.knapsack`). If it cannot prove that its result is within the
     gap, a mixed-integer linear program is solved. Both assume one window at once, which takes the least memory and has the same
-    value; :func:`widest` then uses the remaining memory.
+    value; :func:`widest` then uses the remaining memory. Of the numbers of steps only some are tried; the time that is left is
+    used for more steps afterwards.
 
     Args:
-        importance: of each linear, non-negative, adding up to 1.
-        gap: the allowed relative distance to the optimum; default: 0.1 %, or 0.5 % for more than a thousand pairs of linear
-            and rank, because closing the last tenths takes most of the time.
+        worth: of each linear at each rank, see :meth:`fedgrove.stages.tune.objective.Gradients.worth`.
+        gap: the allowed distance to the optimum, as a part of a round's gain; default: 0.2 %, or 1 % for more than a thousand
+            pairs of linear and rank, because closing the last tenths takes most of the time.
 
     Raises:
         Infeasible: no configuration fits.
@@ -257,8 +261,8 @@ def best(
     inputs, widths = np.array([(cost.linears[name][1], sum(cost.linears[name])) for name in names], dtype=float).T
     uses = np.array([[float(cost.uses(name))] for name in names])
     numbers = np.outer(widths, space.ranks)  # trained and sent
-    gains = [gain(rank, space.ranks[-1]) for rank in space.ranks]
-    values = np.outer([importance[name] for name in names], gains) - space.upload_price / _largest(cost, space) * numbers
+    prices = space.upload_price / _largest(cost, space) * numbers
+    values = np.array([worth[name] for name in names]) - prices
     bits = [
         KnapsackSide(
             -QUANTIZATION_PRICE[b],
@@ -267,19 +271,42 @@ def best(
         )
         for b in space.bits
     ]
-    batches = []
-    for batch in space.batches:
-        per_use = 6.0 * cost.length * space.steps * each_device(batch, budget) / budget.speed
+    choices, paces = _paces(cost, space, budget), []
+    for batch, steps, one in choices:
+        per_use = 6.0 * cost.length * steps * each_device(batch, budget) / budget.speed
         per_number = per_use * uses + space.number / budget.uplink
-        capacity = budget.seconds - seconds(cost, space, budget, ClientConfig(space.bits[0], batch, 1, {}))
-        batches.append(KnapsackSide(gain(batch, space.batches[-1]), per_number * numbers, capacity))
+        paces.append(
+            KnapsackSide(math.log(pace(steps, batch, space.noise)), per_number * numbers, budget.seconds - steps * one)
+        )
     if gap is None:
-        gap = 1e-3 if values.size <= 1000 else 5e-3
-    solution = search(values, bits, batches, gap)
-    if solution is None or solution.bound - solution.value > gap * abs(solution.value):
-        solution = solve(values, bits, batches, gap)
+        gap = 2e-3 if values.size <= 1000 else 1e-2
+    solution = search(values, bits, paces, gap)
+    if solution is None or solution.bound - solution.value > gap:
+        solution = solve(values, bits, paces, gap)
     ranks = {name: space.ranks[index] for name, index in zip(names, solution.ranks, strict=True) if index >= 0}
-    return widest(cost, space, budget, ClientConfig(space.bits[solution.bits], space.batches[solution.batch], 1, ranks))
+    batch, steps, _ = choices[solution.batch]
+    config = ClientConfig(space.bits[solution.bits], batch, 1, ranks, steps)
+    if space.max_steps:
+        one = compute_seconds(cost, space, budget, replace(config, steps=1))
+        left = budget.seconds - upload(cost, space, config) / budget.uplink
+        config = replace(config, steps=max(steps, _most_steps(space, left, one)))
+    return widest(cost, space, budget, config)
+
+
+def _paces(cost: ModelCost, space: SearchSpace, budget: Budget) -> list[tuple[int, int, float]]:
+    """Batch, steps and seconds of a step without adapters to choose from; with ``max_steps``, parts of the steps that fit."""
+    choices, window = [], compute_seconds(cost, space, budget, ClientConfig(space.bits[0], 1, 1, {}, 1))
+    for batch in space.batches:
+        one = window * each_device(batch, budget)
+        most = _most_steps(space, budget.seconds, one)
+        parts = {math.ceil(part * most) for part in STEP_PARTS} - {0} if space.max_steps else {space.steps}
+        choices += [(batch, steps, one) for steps in sorted(parts, reverse=True)]
+    return choices
+
+
+def _most_steps(space: SearchSpace, left: float, one: float) -> int:
+    """How many steps of so many seconds each fit into the seconds that are left."""
+    return space.max_steps if left >= space.max_steps * one else int(left / one)
 
 
 def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[KnapsackSide], gap: float) -> Solution:
@@ -299,7 +326,9 @@ def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsac
     num_bits = len(bits)
     first = num_bits + len(batches)  # the variables of linear i, step k: first + i * num_steps + k
     size = first + values.size
-    objective = np.concatenate([[side.value for side in (*bits, *batches)], np.diff(values, axis=1, prepend=0.0).ravel()])
+    shift = 2.0 - max(side.value for side in batches)  # a relative gap needs a value that is not near 0
+    paces = [side.value + shift for side in batches]
+    objective = np.concatenate([[side.value for side in bits], paces, np.diff(values, axis=1, prepend=0.0).ravel()])
 
     rows: list[Array] = []
     upper: list[float] = []
@@ -334,14 +363,14 @@ def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsac
         row_of = np.repeat(np.arange(len(pairs)), 2)
         order = csr_array((np.tile([1.0, -1.0], len(pairs)), (row_of, pairs.ravel())), shape=(len(pairs), size))
         constraints.append(LinearConstraint(order, 0.0, np.inf))
-    options = {"mip_rel_gap": gap}
+    options = {"mip_rel_gap": gap / 2}
     result = milp(-objective, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options=options)
     if result.x is None:
         raise Infeasible(f"no configuration fits both memory and deadline ({result.message.split('(')[0].strip()})")
     chosen = result.x > 0.5
     ranks = chosen[first:].reshape(values.shape).sum(1) - 1
     bits_index, batch_index = int(chosen[:num_bits].argmax()), int(chosen[num_bits:first].argmax())
-    return Solution(bits_index, batch_index, ranks, -float(result.fun), -float(result.mip_dual_bound))
+    return Solution(bits_index, batch_index, ranks, -float(result.fun) - shift, -float(result.mip_dual_bound) - shift)
 
 
 def micros(batches: tuple[int, ...]) -> list[int]:
@@ -363,4 +392,4 @@ def widest(
     """
     fits = [micro for micro in micros(space.batches) if micro <= each_device(config.batch, budget)]
     fits = [m for m in fits if need(cost, space, ClientConfig(config.bits, config.batch, m, config.ranks)) <= budget.memory]
-    return ClientConfig(config.bits, config.batch, max([config.micro, *fits]), config.ranks)
+    return replace(config, micro=max([config.micro, *fits]))

@@ -61,7 +61,7 @@ def search(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsa
 
     Args:
         values: (linears, ranks), the value of each linear at each rank; concave in the rank.
-        gap: bits and batches are skipped if they cannot improve the best value found by more than this, relative.
+        gap: bits and batches are skipped if they cannot improve the best value found by more than this.
 
     Returns:
         None if it found no feasible configuration that tunes a linear.
@@ -75,6 +75,8 @@ def search(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsa
     fractions = [{at: sizes for at, _, sizes in part} for part in sides]
     best: Solution | None = None
     for a, b in sorted(bounds, key=lambda pair: -bounds[pair]):
+        if best is not None and bounds[a, b] <= best.value + gap:
+            break  # nor can the others, whose bounds are lower
         base = bits[a].value + batches[b].value
         for bound, ranks in _fillings(values, fractions[0][a], fractions[1][b]):
             bounds[a, b] = min(bounds[a, b], base + bound)
@@ -82,7 +84,7 @@ def search(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[Knapsa
             value = base + float(values[tuned, ranks[tuned]].sum())
             if len(tuned) and (best is None or value > best.value):
                 best = Solution(a, b, ranks, value, 0.0)
-            if best is not None and bounds[a, b] <= best.value + gap * abs(best.value):
+            if best is not None and bounds[a, b] <= best.value + gap:
                 break
     return best and Solution(best.bits, best.batch, best.ranks, best.value, max(bounds.values()))
 

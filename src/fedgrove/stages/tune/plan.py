@@ -8,18 +8,16 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from fedgrove.errors import FedgroveError
 from fedgrove.models.cost import ModelCost
-from fedgrove.privacy.accounting import dp_sgd_noise_multiplier, gaussian_noise_multiplier
-from fedgrove.privacy.release import client_statement, window_statement
-from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.tune import cost as modeled
-from fedgrove.stages.tune import fixed_point
+from fedgrove.stages.tune import promises
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
@@ -34,10 +32,12 @@ from fedgrove.stages.tune.holding import (
     costs_of,
     numbers_held,
 )
-from fedgrove.stages.tune.importance import RANK
+from fedgrove.stages.tune.importance import RANK, SKETCH
+from fedgrove.stages.tune.objective import Gradients, pace
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Problem, planner_of
-from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_SUM
+
+NOT_MEASURED = Gradients()
 
 
 class Assignment(base.Assignment):
@@ -51,6 +51,7 @@ class Assignment(base.Assignment):
         tokens: of the client's text: its weight in the sum.
         download: bytes in a round; ``upload`` is also of one round.
         compute: seconds of computation in a round; ``seconds`` also contains download and upload.
+        steps: optimizer steps of a round.
         devices: number of devices that share the windows of a step.
         forwards: forward passes of one window in a round, if there is no backward pass; else 0.
         experts: of every block that has any, how many experts the client holds; None: the model has none.
@@ -63,6 +64,7 @@ class Assignment(base.Assignment):
     tokens: int
     download: int
     compute: float
+    steps: int
     devices: int = 1
     forwards: int = 0
     experts: int | None = None
@@ -79,6 +81,7 @@ class Plan(base.Plan):
         deadline: seconds that the planner allowed for a round; None: no deadline.
         total: modelled seconds of all rounds and of measuring the importance, if this plan stays in force.
         importance: of each linear; adds up to 1.
+        coherence, kept: see :class:`~fedgrove.stages.tune.objective.Gradients`.
         capabilities: by client; the assignments follow from them.
         noise: by client, the noise multiplier of DP-SGD, in units of the clipping norm; empty without DP-SGD.
         experts: of every block that has any, how many experts the model has; None: it has none.
@@ -95,6 +98,8 @@ class Plan(base.Plan):
     deadline: float | None
     total: float
     importance: dict[str, float]
+    coherence: float | None = None
+    kept: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     capabilities: dict[str, Capabilities]
     noise: dict[str, float]
     experts: int | None = None
@@ -107,6 +112,11 @@ class Plan(base.Plan):
     def tuned(self) -> list[str]:
         """The linears that at least one client tunes, in the model's order."""
         return [name for name in self.importance if any(name in s.ranks for s in self.clients.values())]
+
+    @property
+    def gradients(self) -> Gradients:
+        """What the clients measured of their gradients."""
+        return Gradients(self.coherence, self.kept)
 
     def uploads(self) -> int:
         """Bytes that all clients send in all rounds."""
@@ -130,6 +140,7 @@ def make_plan(
     alone: bool = False,
     min_group: int = 1,
     chosen: Chosen = NOTHING_CHOSEN,
+    gradients: Gradients = NOT_MEASURED,
 ) -> Plan:
     """Makes the plan of a stage: the stage's planner chooses each client's configuration.
 
@@ -145,6 +156,7 @@ def make_plan(
         alone: whether the model that each client would have without the others is measured too.
         min_group: the smallest number of clients that may change an expert.
         chosen: which experts the clients hold; before they have chosen, nothing.
+        gradients: what the clients measured of their gradients.
 
     Raises:
         FedgroveError: no client can take part (names one client and what it lacks), a rank is larger than a linear
@@ -163,7 +175,7 @@ def make_plan(
     passes = 2 if config.personal_pull else 1  # a client that also trains a change of its own has half the speed
     budgets = {name: _budget(client, passes) for name, client in sorted(capabilities.items())}
     bits = {name: client.bits for name, client in capabilities.items()}
-    problem = Problem(dict.fromkeys(budgets, cost), budgets, bits, importance, number)
+    problem = Problem(dict.fromkeys(budgets, cost), budgets, bits, importance, number, gradients)
     held = numbers_held(config, planner, cost, problem)
     costs = costs_of(cost, held, chosen) if held else problem.costs
     choice = planner.choose(config, replace(problem, costs=costs))
@@ -201,10 +213,12 @@ def make_plan(
         clients={name: one.model_copy(update={"experts": held.get(name)}) for name, one in assignments.items()},
         left_out=choice.left_out,
         importance=dict(importance),
+        coherence=gradients.coherence,
+        kept=dict(gradients.kept),
         capabilities=dict(sorted(capabilities.items())),
-        noise=_noise(config, assignments),
+        noise=promises.noise(config, assignments),
         discloses=base.names_of(_discloses(config, method, secure, alone, cost, held)),
-        notes=tuple(_notes(config, assignments, secure)),
+        notes=tuple(promises.notes(config, assignments, secure)),
         experts=None if cost.experts is None else cost.experts.routing.experts,
         min_group=min(min_group, len(assignments)),
     )
@@ -250,6 +264,7 @@ def _assignments(
             download=math.ceil(down),
             compute=round(compute, 6),
             seconds=round(compute + sending, 3),
+            steps=chosen.steps or config.steps,
             devices=client.devices,
             forwards=2 * config.steps * chosen.batch if method.FORM == "coefficients" else 0,
         )
@@ -310,59 +325,14 @@ def _together(choices: Mapping[str, ClientConfig], enough: int) -> dict[str, Cli
     }
 
 
-def _noise(config: Config, assignments: Mapping[str, Assignment]) -> dict[str, float]:
-    if config.epsilon is None or not config.trainer_method.PRIVATE:
-        return {}
-    steps = config.rounds * config.steps
-    return {
-        name: dp_sgd_noise_multiplier(config.epsilon, config.delta, min(1.0, one.batch * config.length / one.tokens), steps)
-        for name, one in assignments.items()
-    }
-
-
-def _notes(config: Config, assignments: Mapping[str, Assignment], secure: bool) -> list[str]:
-    if config.epsilon is None:
-        return []
-    clients, steps = len(assignments), config.rounds * config.steps
-    what = parametrization_of(config.parametrization).CLIPPED
-    if config.trainer_method.PRIVATE:
-        sigma = max(_noise(config, assignments).values()) * config.dp_clip
-        _check_noise(config, sigma)
-        return [window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip, what[1])]
-    sigma = gaussian_noise_multiplier(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
-    _check_noise(config, sigma * clients * config.batches[-1])
-    if sigma > fixed_point.LARGEST / 16:
-        raise FedgroveError(
-            f"epsilon: every number would get noise of {sigma:.3g}, which is too large for the fixed-point sum",
-            "raise epsilon, or lower dp_clip or rounds",
-        )
-    adders = min_survivors(clients)
-    return [client_statement(config.epsilon, config.delta, config.rounds, config.dp_clip, secure, adders, what[0])]
-
-
-def _check_noise(config: Config, sigma: float) -> None:
-    """Refuses noise that the ring of loss differences cannot hold.
-
-    Args:
-        sigma: of the noise on a sum of slopes.
-    """
-    if isinstance(config.perturbation, str):
-        return
-    if sigma * 2 * config.perturbation * 2.0**LOSS_BITS > MOST_SUM / 16:
-        raise FedgroveError(
-            f"epsilon: every loss difference would get noise of {sigma * 2 * config.perturbation:.3g}, which is too large for "
-            "its ring",
-            "raise epsilon, or lower perturbation, dp_clip, rounds or steps",
-        )
-
-
-def worth(plan: Plan, config: Config, importance: Mapping[str, float]) -> float:
-    """Σ importance·gain(rank) over clients and linears; for gain see :func:`fedgrove.stages.tune.cost.gain`."""
-    return sum(
-        importance[name] * modeled.gain(rank, config.ranks[-1])
-        for assignment in plan.clients.values()
-        for name, rank in assignment.ranks.items()
-    )
+def progress(plan: Plan, config: Config, importance: Mapping[str, float], gradients: Gradients) -> float:
+    """What a round of a plan is worth: the mean over clients, by their weight, of the objective of :mod:`.objective`."""
+    worth, total, everything = gradients.worth(importance, config.ranks), 0.0, 0.0
+    for one in plan.clients.values():
+        weight = min(one.tokens, config.most_tokens)
+        ranks = sum(worth[name][config.ranks.index(rank)] for name, rank in one.ranks.items())
+        total, everything = total + weight * pace(one.steps, one.batch, gradients.noise) * ranks, everything + weight
+    return total / everything
 
 
 def importance_seconds(
@@ -375,7 +345,7 @@ def importance_seconds(
     space = SearchSpace(config.bits, config.batches, config.ranks, config.importance_steps)
     seconds = {}
     for name, one in assignments.items():
-        scored = ClientConfig(32, one.micro, 1, dict.fromkeys(costs[name].linears, RANK))
+        scored = ClientConfig(32, one.micro, 1, dict.fromkeys(costs[name].linears, RANK + min(SKETCH, config.ranks[-1])))
         budget = Budget(speed=SPEED * capabilities[name].speed)
         seconds[name] = modeled.compute_seconds(costs[name], space, budget, scored)
     return seconds

@@ -18,6 +18,7 @@ from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import PERPLEXITY, Outcome, Stage, Summary
 from fedgrove.report.terminal import client_table, fill, megabytes, seconds
 from fedgrove.report.words import listed, plural, size
+from fedgrove.stages.tune.objective import GAINED, PREDICTED
 
 DID = "tuned"
 DOING = "tuning"
@@ -35,6 +36,7 @@ TRAINED = {  # by disclosure
 }
 MOST_ROWS = 20  # of the chart of loss against bytes
 IMPORTANCE = "importance/"
+GAINS = {PREDICTED: "gain predicted, nats a token", GAINED: "gain, nats a token"}
 _EXPERT = re.compile(r"experts\.\d+\.")
 ADAPTER = Words("adapter", "an adapter", "own best", "After the same steps alone")
 
@@ -60,7 +62,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
     deadline = f", deadline {plan['deadline']:.3g} s" if plan["deadline"] else ""
     how = f"{plan['parametrization']}, planner {plan['planner']}{deadline}"
     title = f"stage {plan['stage']}: tune {how}; each client, in a round"
-    table = client_table(title, "client", "has", "bits", "batch", "ranks", "memory", "upload", "time")
+    table = client_table(title, "client", "has", "bits", "batch", "steps", "ranks", "memory", "upload", "time")
     for client, assignment in plan["clients"].items():
         capabilities = plan["capabilities"][client]
         has = [mebibytes(capabilities["memory"])] if capabilities["memory"] else []
@@ -69,6 +71,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
         at_once = f" ({assignment['micro']} at once)" if assignment["micro"] < assignment["batch"] else ""
         fill(
             table, client, ", ".join(has), str(assignment["bits"]), f"{assignment['batch']}{at_once}",
+            str(assignment.get("steps", "")),
             _ranks(plan, assignment), mebibytes(assignment["memory"]),
             _sent(assignment["upload"]), seconds(assignment["seconds"], 1),
         )  # fmt: skip
@@ -195,7 +198,9 @@ class Tuning:
 
     def _says(self) -> str:
         """What happened, in a sentence or two."""
-        given = [{key: of[key] for key in ("bits", "batch", "ranks")} for of in self._assignments.values()]
+        given = [
+            {key: of[key] for key in ("bits", "batch", "steps", "ranks") if key in of} for of in self._assignments.values()
+        ]
         alike = all(one == given[0] for one in given)
         who = "all with the same settings" if alike else "each with settings that its memory, speed and uplink allow"
         clients = plural(len(given), "client")
@@ -228,6 +233,7 @@ class Tuning:
         mixture = [] if self._plan.get("experts") is None else [Column("holds")]
         columns = [
             Column("client"), Column("bits", "{:g}".format), Column("batch", "{:g}".format), Column("at once", "{:g}".format),
+            Column("steps", "{:g}".format),
             Column("matrices", "{:g}".format), *mixture, Column("rank, mean", "{:.1f}".format), Column("memory planned", size),
             Column("upload a round", size), Column("time a round", "{:,.2f} s".format),
             Column("loss, first round", "{:.3f}".format), Column("loss, last round", "{:.3f}".format),
@@ -239,9 +245,9 @@ class Tuning:
             rank = sum(ranks.values()) / len(ranks) if ranks and ranked(self._plan) else None
             losses = [self._measured.get((r, client, "loss")) for r in self._rounds]
             known = [loss for loss in losses if loss is not None]
-            given = [*(assignment[key] for key in ("bits", "batch", "micro")), len(ranks), rank]
+            given = [*(assignment.get(key) for key in ("bits", "batch", "micro", "steps")), len(ranks), rank]
             planned = [assignment[key] for key in ("memory", "upload", "seconds")]
-            given[4:4] = [_held(self._plan, assignment) for _ in mixture]
+            given[5:5] = [_held(self._plan, assignment) for _ in mixture]
             rows.append([client, *given, *planned, known[0] if known else None, known[-1] if known else None])
         return Table(f"stage-{self.stage.number}-given", "What each client was given", columns, rows)
 
@@ -283,7 +289,7 @@ class Tuning:
         return Table(f"stage-{self.stage.number}-importance", caption, columns, rows)
 
     def _by_round(self) -> Table:
-        """Every round: mean loss of the clients, modeled time, and held-out perplexity if it was measured."""
+        """Every round: mean loss of the clients, modeled time, held-out perplexity if it was measured, and what it gained."""
         texts = sorted({name for r, c, name in self._measured if r is not None and c is None and name.startswith(PERPLEXITY)})
         columns = [
             Column("round"),
@@ -291,7 +297,9 @@ class Tuning:
             Column("modeled seconds", "{:,.2f}".format),
         ]
         columns += [Column(f"perplexity, {text.removeprefix(PERPLEXITY)}", "{:.1f}".format) for text in texts]
-        rows = [[r, *(self._of_round(r, name) for name in ("loss", "clock", *texts))] for r in self._rounds]
+        gains = [name for name in (PREDICTED, GAINED) if any(self._of_round(r, name) is not None for r in self._rounds)]
+        columns += [Column(GAINS[name], "{:.4f}".format) for name in gains]
+        rows = [[r, *(self._of_round(r, name) for name in ("loss", "clock", *texts, *gains))] for r in self._rounds]
         return Table(f"stage-{self.stage.number}-rounds", "Round by round", columns, rows)
 
     def _loss_by_bytes(self, summary: Summary) -> Chart | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.tune.changes import State
+from fedgrove.stages.tune.objective import Progress
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState
@@ -32,6 +33,7 @@ class TuningState:
         metrics: the measurements of the latest round.
         shapes: (out, in) of every linear that has a state.
         measured: what the clients measured instead of a key "auto", by key.
+        progress: what rounds gained, where the planner learns from it.
     """
 
     plan: Plan
@@ -42,6 +44,7 @@ class TuningState:
     metrics: list[Measurement] = field(default_factory=list)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
 
     def write(self, file: Path) -> None:
         """Writes the state to one safetensors file, atomically."""
@@ -58,6 +61,7 @@ class TuningState:
             "clock": self.clock,
             "metrics": self.metrics,
             "measured": self.measured,
+            "progress": asdict(self.progress),
             "second": {name: remembered.second for name, remembered in self.optimizer.items()},
         }
         save_tensors(tensors, file, {"state": json.dumps(facts)})
@@ -83,7 +87,9 @@ class TuningState:
                 parts.setdefault((kind, name), {})[part] = opened.get_tensor(key)
         plan = Plan(**facts["plan"])
         method = parametrization_of(plan.parametrization)
+        learnt = {**facts["progress"], "rounds": [tuple(one) for one in facts["progress"]["rounds"]]}
         state = cls(plan, seen=facts["seen"], clock=facts["clock"], measured=facts["measured"])
+        state.progress = Progress(**learnt)
         state.metrics = [(client, name, value) for client, name, value in facts["metrics"]]
 
         def change(kind: str, name: str, shape: tuple[int, int]) -> Any:

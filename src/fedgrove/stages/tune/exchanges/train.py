@@ -98,7 +98,18 @@ class Train(TrainingRequest):
     )
     REPLY: ClassVar[type[Reply]] = Trained
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset(
-        {"bits", "held", "ranks", "scales", "tokens", "seen", "training.batch", "training.micro", "windows.noise"}
+        {
+            "bits",
+            "held",
+            "ranks",
+            "scales",
+            "tokens",
+            "seen",
+            "training.batch",
+            "training.micro",
+            "training.steps",
+            "windows.noise",
+        }
     )
 
     parametrization: Name

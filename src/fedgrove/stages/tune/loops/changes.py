@@ -12,7 +12,6 @@ from torch import Tensor
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.held_out import Losses, clients_done, log_once
 from fedgrove.events import Phase
-from fedgrove.models.cost import ModelCost
 from fedgrove.models.expert_cut import routing_of
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.clock import Clock
@@ -21,28 +20,22 @@ from fedgrove.stages.tune.aggregation import Options, change_aggregation_of
 from fedgrove.stages.tune.changes import State
 from fedgrove.stages.tune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.tune.exchanges.experts import HELD, ChooseExperts, check_held
-from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.reduced import KeepExperts
 from fedgrove.stages.tune.exchanges.train import Train, start_tensors
-from fedgrove.stages.tune.fixed_point import LOSS, FixedPointChanges
+from fedgrove.stages.tune.fixed_point import LOSS
 from fedgrove.stages.tune.fixed_round import FixedRound
 from fedgrove.stages.tune.float_round import Bounds, FloatRound
-from fedgrove.stages.tune.holding import NOTHING_CHOSEN, Chosen, costs_of, kept_of_own
+from fedgrove.stages.tune.holding import Chosen, kept_of_own
 from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import trainable_of
-from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, worth
-from fedgrove.stages.tune.planners import planner_of
+from fedgrove.stages.tune.planning import Planning
 from fedgrove.stages.tune.routed import ExpertRules, places_of
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.train_settings import Training
-from fedgrove.stages.tune.tuning import Tuning
-
-HYSTERESIS = 1.05  # a new plan replaces the old one only if it is worth this factor more
-KEPT_SCORE = 0.5  # weight of the old importance in the new one
 
 
-class Loop(Tuning):
+class Loop(Planning):
     """See :class:`fedgrove.stages.tune.tuning.Tuning`."""
 
     def __post_init__(self) -> None:
@@ -50,74 +43,14 @@ class Loop(Tuning):
         self.method = trainable_of(self.config.parametrization)
         self.aggregation = change_aggregation_of(self.config.aggregation)
         self.dtype = getattr(torch, self.config.dtype)
-        self.chosen = NOTHING_CHOSEN
-
-    def prepare(self, round_: int, again: bool) -> None:
-        """Where the planner needs the importance, measures it and plans with it."""
-        if again and planner_of(self.config.planner).NEEDS_IMPORTANCE:
-            self.plan_anew(round_)
 
     def finish(self) -> None:
         """Lets the clients choose their personal adapters."""
+        self.learn(self.config.rounds)
         if self.config.personal:
             self.keep_personal()
         if self.config.personal_experts:
             self.keep_experts()
-
-    def plan_anew(self, round_: int) -> None:
-        """Lets the clients score the linears, and plans again with the new importance."""
-        config, plan = self.config, self.plan
-        what = "measuring which weights are worth tuning"
-        self.run.phase(Phase("tune", what, stage=plan.stage, round=round_, rounds=config.rounds))
-        names = list(self.decoder.linear_names())
-        requests = {
-            client: ScoreLinears(
-                **self._common(client, round_),
-                tokens=assignment.tokens,
-                steps=config.importance_steps,
-                micro=assignment.micro,
-                learning_rate=config.rate,
-                fixed=self._fixed({}),
-            )
-            for client, assignment in plan.clients.items()
-        }
-        messages = {client: Message(request) for client, request in requests.items()}
-        cost = self.cost()
-        held = {client: one.experts for client, one in plan.clients.items() if one.experts is not None}
-        costs = costs_of(cost, held, self.chosen) if held else dict.fromkeys(plan.clients, cost)
-        clock = self._clock(importance_seconds(plan.clients, config, costs, plan.capabilities))
-        total = ImportanceSum(names, requests, config.most_tokens, self.chosen.linears)
-        self.federation.aggregator.aggregate(messages, total, layout=self.decoder, clock=clock)
-        importance = total.importance()
-        if round_ > 0:
-            importance = {name: KEPT_SCORE * plan.importance[name] + (1 - KEPT_SCORE) * importance[name] for name in names}
-        new = self._planned(cost, importance, round_)
-        if round_ == 0 or worth(new, config, importance) > HYSTERESIS * worth(plan, config, importance):
-            self.state.plan = new
-        else:
-            self.state.plan = plan.model_copy(update={"importance": importance})
-        self.state.clock += clock.slowest(clock.spent)
-        self.state.metrics += [(None, f"importance/{name}", importance[name]) for name in names]
-        self.write_plan()
-
-    def _planned(self, cost: ModelCost, importance: Mapping[str, float], round_: int) -> Plan:
-        """The plan from a round on, with what is known of the clients' experts."""
-        plan, job = self.plan, self.federation.job
-        capabilities = {client: plan.capabilities[client] for client in plan.capabilities if client not in plan.left_out}
-        new = make_plan(
-            plan.stage,
-            self.config,
-            cost,
-            capabilities,
-            importance,
-            round_,
-            job.together,
-            job.privacy.secure_aggregation,
-            min_group=job.privacy.min_group,
-            chosen=self.chosen,
-        )
-        left_out = {**plan.left_out, **new.left_out}
-        return new.model_copy(update={"notes": plan.notes, "discloses": plan.discloses, "left_out": left_out})
 
     def hold_experts(self) -> None:
         """Lets clients choose the experts that they hold, and plans with what the server may know of that.
@@ -157,7 +90,7 @@ class Loop(Tuning):
             for client in sorted(set(some) - set(held)):
                 self.plan.left_out[client] = "it did not say which experts it holds"
         if not self.state.states:
-            self.state.plan = self._planned(self.cost(), plan.importance, 0)
+            self.state.plan = self._planned(self.cost(), plan.importance, plan.gradients, 0)
             self.state.clock += clock.slowest(clock.spent)
             self.write_plan()
 
@@ -284,7 +217,7 @@ class Loop(Tuning):
             dtype=config.dtype,
             pull=config.personal_pull,
             training=Training(
-                steps=config.steps,
+                steps=assignment.steps,
                 batch=assignment.batch,
                 micro=assignment.micro,
                 learning_rate=config.learning_rate_in(round_),
@@ -292,7 +225,7 @@ class Loop(Tuning):
                 max_grad_norm=config.max_grad_norm,
                 proximal=config.proximal,
             ),
-            fixed=self._fixed(self.plan.widest()),
+            fixed=self.fixed_settings(self.plan.widest()),
             windows=self._window_noise(client),
         )
 
@@ -305,15 +238,6 @@ class Loop(Tuning):
             if has is None or name in has
         }
         return start_tensors(starts, self.dtype, self.aggregation.SHARED_A)
-
-    def _fixed(self, widest: dict[str, int]) -> FixedPointChanges | None:
-        """The settings of fixed-point numbers; None if responses are floats."""
-        if self.config.precision != "fixed":
-            return None
-        noise = self._client_noise()
-        clients = self.plan.clients.values()
-        everything = len(clients) if noise is not None else sum(min(one.tokens, self.config.most_tokens) for one in clients)
-        return FixedPointChanges(everything=everything, most=self.config.most_tokens, widest=widest, noise=noise)
 
     def keep_personal(self) -> None:
         """Lets every client compare the result with its own best change on its held-out text, and logs both losses."""

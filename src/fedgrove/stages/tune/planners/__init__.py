@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
 from fedgrove import plugins
 from fedgrove.models.cost import ModelCost
 from fedgrove.stages.tune.cost import Budget, ClientConfig
+from fedgrove.stages.tune.objective import Gradients
 
 if TYPE_CHECKING:  # the stage's table names its planner, so it imports this package
     from fedgrove.stages.tune.config import Config
@@ -26,6 +27,7 @@ class Problem:
         bits: by client, the numbers of bits in which it can store frozen weights.
         importance: of each linear; adds up to 1.
         number: bytes of one number on the wire.
+        gradients: what the clients measured of their gradients; by default nothing.
     """
 
     costs: Mapping[str, ModelCost]
@@ -33,6 +35,7 @@ class Problem:
     bits: Mapping[str, tuple[int, ...]]
     importance: Mapping[str, float]
     number: float
+    gradients: Gradients = field(default_factory=Gradients)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Planner(Protocol):
         NEEDS_IMPORTANCE: whether clients must score the linears first.
         NEEDS_RANKS: whether it chooses ranks, which not every parametrization has.
         EQUAL_RANKS: whether it gives all clients the same ranks.
+        CHOOSES_STEPS: whether it chooses how many steps a client takes in a round, up to ``max_steps``.
     """
 
     NEEDS_IMPORTANCE: bool
     NEEDS_RANKS: bool
     EQUAL_RANKS: bool
+    CHOOSES_STEPS: bool
 
     def fits(self, config: Config, problem: Problem, client: str) -> bool:
         """Whether a client has memory for any configuration that this planner gives."""

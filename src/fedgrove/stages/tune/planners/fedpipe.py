@@ -1,7 +1,7 @@
-"""FedPipe (arXiv 2404.06448): optimizes each client's bits, batch and ranks within its memory, time and uplink.
+"""FedPipe (arXiv 2404.06448): optimizes each client's bits, batch, steps and ranks within its memory, time and uplink.
 
-Ours: the objective and the linear formulation (see :mod:`fedgrove.stages.tune.cost`); clients with equal budgets are
-solved once.
+Ours: the objective (:mod:`fedgrove.stages.tune.objective`) and the linear formulation (:mod:`fedgrove.stages.tune.cost`);
+clients with equal budgets are solved once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedgrove.stages.tune.planners import Choice, Problem
 NEEDS_IMPORTANCE = True
 NEEDS_RANKS = True
 EQUAL_RANKS = False
+CHOOSES_STEPS = True
 
 
 def fits(config: Config, problem: Problem, client: str) -> bool:
@@ -31,7 +32,7 @@ def fits(config: Config, problem: Problem, client: str) -> bool:
 
 def choose(config: Config, problem: Problem) -> Choice:
     """Solves :func:`fedgrove.stages.tune.cost.best` for each client."""
-    space = _space(config, problem)
+    space, worth = _space(config, problem), problem.gradients.worth(problem.importance, config.ranks)
     deadline = config.deadline or default_deadline(problem.costs, space, problem.budgets)
     solved: dict[tuple[Budget, SearchSpace, int], ClientConfig | Infeasible] = {}
     chosen, left_out = {}, {}
@@ -45,7 +46,7 @@ def choose(config: Config, problem: Problem) -> Choice:
                     raise Infeasible(
                         f"it supports none of bits = {list(config.bits)} (clients.bits; 8 and 4 need bitsandbytes)"
                     )
-                solved[key] = cost.best(problem.costs[client], key[1], budget, problem.importance)
+                solved[key] = cost.best(problem.costs[client], key[1], budget, worth)
             except Infeasible as error:
                 solved[key] = error
         answer = solved[key]
@@ -67,5 +68,13 @@ def default_deadline(models: Mapping[str, ModelCost], space: SearchSpace, budget
 
 def _space(config: Config, problem: Problem) -> SearchSpace:
     return SearchSpace(
-        config.bits, config.batches, config.ranks, config.steps, config.ranks[-1], problem.number, config.upload_price
+        config.bits,
+        config.batches,
+        config.ranks,
+        config.steps,
+        config.ranks[-1],
+        problem.number,
+        config.upload_price,
+        config.max_steps,
+        problem.gradients.noise,
     )

@@ -11,6 +11,7 @@ from fedgrove.stages.tune.planners import Choice, Problem
 NEEDS_IMPORTANCE = False
 NEEDS_RANKS = False
 EQUAL_RANKS = True
+CHOOSES_STEPS = False
 
 
 def fits(config: Config, problem: Problem, client: str) -> bool:
