@@ -73,8 +73,8 @@ class Config(StageConfig):
             below it.
         deadline: seconds that a client may compute and send in a round (modeled); default: what the slowest client needs for
             the smallest batch at the smallest ranks. Only "fedpipe" uses it.
-        upload_price: the price of sending all linears at the largest rank; that rank everywhere is worth 1, and so is the
-            largest batch. With a higher price clients send less. Only "fedpipe" uses it.
+        upload_price: the price of sending all linears at the largest rank, as a part of what a round gains. With a higher price
+            clients send less. Only "fedpipe" uses it.
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",
             measure what is "auto" again.
         replan_off: also measure and plan again after a round that gained twice as much as predicted, half as much, or nothing.
