@@ -67,7 +67,9 @@ from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import alone as tune_alone
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
+from fedgrove.stages.tune.exchanges.deal import DealByFeatures, DealByLoss, Dealt
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
+from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.reduced import KeepExperts
@@ -85,6 +87,7 @@ SESSION = Session(name="s", clients=("ash", "birch", "cedar"))
 TUNED: dict[str, Any] = {
     "stage": 0, "parts": 0, "cut": None, "bits": 32, "length": LENGTH, "seed": "0/0", "personal": 0.0,
 }  # fmt: skip
+GATE: dict[str, Any] = {"gate": "mixture", "blocks": (0.5,), "prefix": 8}
 TRAINING = Training(steps=1, batch=1, micro=1, learning_rate=0.1, optimizer="adamw", max_grad_norm=1.0, proximal=0.0)
 HEX = "00" * 32
 
@@ -196,6 +199,16 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
             ),
         ),
         tune_alone.OwnLoss(own=1.0),
+    ),
+    Exchange(SumFeatures(**TUNED, **GATE), Reply()),
+    Exchange(FitGate(**TUNED, **GATE, members=2, starts=3, size=4), Reply()),
+    Exchange(FitGate(**TUNED, **GATE, members=2, starts=1, size=4, last=True), Reply()),
+    Exchange(DealByFeatures(**TUNED, **GATE, members=2, starts=1, size=4, tokens=TOKENS), Dealt(windows=(2, 0))),
+    Exchange(
+        DealByLoss(
+            **TUNED, gate="losses", members=2, windows=1, micro=1, parametrization="lora", masked=(), tokens=TOKENS,
+        ),
+        Dealt(windows=(2, 0)),
     ),
     Exchange(
         Measure(**TUNED, tokens=99, batch=1, clients=1, masked=(), perturbations=(0.1,), directions=2),
