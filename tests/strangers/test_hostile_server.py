@@ -160,7 +160,6 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/deal/features", "round"): ("asked again before the round in which a killed run goes on", 2),
     ("tune/deal/losses", "round"): ("every round in which members are trained is asked for", 2),
     ("tune/deal/losses", "micro"): ("up to the job's largest batch", 3),
-    ("tune/deal/losses", "masked"): ("which zeros stay", ["x"]),
     ("tune/gate/fit", "round"): ("every exchange of the fit is asked for", 4),
     ("tune/train", "member"): ("every member of the pool is trained", 64),
     ("tune/train", "held"): ("all experts, or as many as the site chose before", 2**16 + 1),
