@@ -58,7 +58,7 @@ class EchoController(FedgroveController):
         engine = fl_ctx.get_engine()
         setup_tensor_disk_offload(engine, True, fl_ctx.get_job_id())
         names = [client.name for client in engine.get_clients()]
-        flare = FlareEngine(self, fl_ctx, names, "bench", 60.0, lambda: bool(abort_signal.triggered))
+        flare = FlareEngine(self, fl_ctx, names, "bench", 60.0, lambda: bool(abort_signal.triggered), list)
 
         def timed(sites: list[str], size: int) -> float:
             message = os.urandom(size)

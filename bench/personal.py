@@ -20,9 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import results
 import torch
 import tune
+from results import Kept
 from transformers.utils import logging
 
 from fedgrove import api
@@ -119,7 +119,8 @@ def main() -> None:
     wanted = [
         {"case": case, "pull": pull, "seed": seed} for pull, case, seed in itertools.product(args.pulls, args.cases, args.seeds)
     ]
-    print(table(results.collect(args.results, wanted, functools.partial(run, args.data))))
+    kept = Kept(args.results, tune.MODEL)
+    print(table([{**one, **kept(functools.partial(run, args.data, **one), **one)} for one in wanted]))
 
 
 if __name__ == "__main__":
