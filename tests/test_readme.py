@@ -14,12 +14,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fedgrove.api import run
 from fedgrove.cli import app
+from fedgrove.job.load import load
 from small import Small, make_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "src" / "fedgrove" / "demo"
+POOL = {
+    "kind": "tune", "method": "lora", "rounds": 2, "steps": 1, "length": 16, "batches": [1], "ranks": [2], "bits": [32],
+    "pool": {"members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
+}  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:
@@ -75,6 +81,9 @@ def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytes
     shutil.copyfile(small.job("guides", evaluate__windows=2), "job.toml")
     posts = [{"text": f"post {i} about {i % 3}", "label": f"topic-{i % 3}"} for i in range(60)]
     Path("posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
+    text = {"text": small.texts["ash"].read_text(encoding="utf-8")}
+    for name in ("new", "texts"):
+        Path(f"{name}.jsonl").write_text(json.dumps(text) + "\n", encoding="utf-8")
     ran = set()
     for page in [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]:
         for line in "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)).splitlines():
@@ -84,10 +93,12 @@ def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytes
                 continue
             if "runs/third" in words:
                 shutil.copytree("runs/second", "runs/third")
+            if "runs/pool" in words and not Path("runs/pool").is_dir():
+                run(load(small.job("pool", stages=[POOL])), Path("runs/pool"), quiet=True)
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, f"{page.name}: {line}\n{result.output}"
             ran.add(words[1])
-    assert ran == {"doctor", "plan", "run", "report", "export", "split"}
+    assert ran == {"doctor", "plan", "run", "report", "export", "split", "adopt", "gate"}
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == Path("runs/first/model/model.safetensors").read_bytes()
 
 

@@ -222,8 +222,9 @@ def test_claimed_tokens_count_no_more_than_the_job_can_train_on(tmp_path: Path, 
     most, _ = one_round(tmp_path, method, aggregation, 1.0, tokens=2 * TOKENS)
     claimed, _ = one_round(tmp_path, method, aggregation, 1.0, tokens=2**50)
     assert difference(claimed, most) == pytest.approx(0, abs=1e-6)
-    config = Config(kind="tune", rounds=3, steps=5, batches=[2, 4], length=7)
-    assert config.most_tokens == 3 * 5 * 4 * 7
+    config = {"kind": "tune", "rounds": 3, "steps": 5, "batches": [2, 4], "length": 7}
+    assert Config(**config, max_steps=0).most_tokens == 3 * 5 * 4 * 7
+    assert Config(**config, max_steps=9).most_tokens == 3 * 9 * 4 * 7
     numbers = FixedPointChanges(everything=3 * TOKENS, most=TOKENS, widest={})
     assert numbers.weight(2**50) == numbers.weight(TOKENS) == 1 / 3
 

@@ -202,7 +202,7 @@ def test_a_request_without_tensors_takes_none(small: Small, tmp_path: Path) -> N
     client = LocalClient("ash", tmp_path, small.model, None, (small.texts["ash"],), None)
     tokens = training_windows(client, LENGTH)[0].numel()
     common = {key: TRAIN[key] for key in ("stage", "parts", "cut", "bits", "length", "seed", "personal")}
-    request = ScoreLinears(**common, tokens=tokens, steps=1, micro=1, learning_rate=0.1)
+    request = ScoreLinears(**common, tokens=tokens, steps=1, micro=1, learning_rate=0.1, ranks=(2,))
     with pytest.raises(FedgroveError, match="sent tensors with a request that has none"):
         serve(request.KIND, wire.pack(start_of("lora"), {"request": request.model_dump(mode="json")}), client, "cpu")
 
