@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedgrove.data.sources import DEFAULT_TEMPLATE, read_texts
 from fedgrove.data.tokens import encode_prompt
-from fedgrove.data.windows import IGNORED, training_windows
+from fedgrove.data.windows import spread, training_windows, with_labels
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.held_out import error_of_difference, mean_of
 from fedgrove.options import By
@@ -87,8 +87,7 @@ def adopt(
     pool = Pool.read(run)
     if out.exists():
         raise FedgroveError(f"--out {out}: it exists already", "name another folder")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder = pool.model(model, device)
+    decoder = pool.model(model, _device())
     ids, labels = _windows(pool, data, decoder.checkpoint.tokenizer(), {"text": text, "prompt": prompt, "answer": answer})
     began, forwards, unlike = time.monotonic(), 0, None
     candidates: dict[str, Sequence[float]] = {NONE: (), SHARED: pool.shares}
@@ -136,7 +135,7 @@ def look(run: Path, data: Path, *, text: str | None = None, model: str | None = 
         FedgroveError: as :func:`adopt`; or the gate looks at no text.
     """
     pool = Pool.read(run)
-    decoder = pool.model(model, "cuda" if torch.cuda.is_available() else "cpu")
+    decoder = pool.model(model, _device())
     tokenizer = decoder.checkpoint.tokenizer()
     texts = list(islice(read_texts(data, text, tokenizer), most))
     windows = [torch.tensor(encode_prompt(one, tokenizer)[: pool.settings.prefix], dtype=torch.int64) for one in texts]
@@ -177,12 +176,15 @@ def _windows(
         if "one window needs" in error.what:
             raise FedgroveError(f"{error.what}; {few}", "add text") from error
         raise
-    learnt = (labels[:, 1:] != IGNORED).any(1).nonzero().squeeze(1)
+    learnt = with_labels(labels)
     if len(learnt) < FEWEST:
         raise FedgroveError(f"{data[0]}: {len(learnt)} windows; {few}", "add text")
-    number = min(MOST, len(learnt))
-    at = learnt[torch.arange(number) * len(learnt) // number]
+    at = learnt[spread(min(MOST, len(learnt)), len(learnt))]
     return ids[at], labels[at]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _member(pool: Pool, group: str) -> int:

@@ -207,6 +207,16 @@ def evaluation_windows(
     return windows
 
 
+def spread(number: int, count: int) -> Tensor:
+    """The places of ``number`` of ``count`` windows, spread evenly from the first on: (number,) int64."""
+    return torch.arange(number) * count // max(1, number)
+
+
+def with_labels(labels: Tensor) -> Tensor:
+    """The places of the windows (windows, length) in which a token that follows another has a label: (some,) int64."""
+    return (labels[:, 1:] != IGNORED).any(1).nonzero().squeeze(1)
+
+
 def _parts(sources: Sequence[Path], template: str | None, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """The token ids of all texts, part by part. The end-of-text token follows each text, but not a single plain text."""
     for source in sources:

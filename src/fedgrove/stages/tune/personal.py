@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fedgrove.data.windows import IGNORED
+from fedgrove.data.windows import IGNORED, spread, with_labels
 from fedgrove.evaluation.held_out import Parts
 from fedgrove.job.units import MOST_HELD_OUT
 from fedgrove.models.tensor_files import save_tensors
@@ -54,9 +54,9 @@ def hold_out(ids: Tensor, labels: Tensor, share: float) -> tuple[Windows, HeldOu
     number = min(MOST_HELD_OUT, round(share * len(ids)))
     if not 0 < number < len(ids):
         return (ids, labels), None
-    at = torch.arange(number) * len(ids) // number
+    at = spread(number, len(ids))
     halves = [(ids[half], labels[half]) for half in (at[::2], at[1::2])]
-    if not all((of[:, 1:] != IGNORED).any() for _, of in halves):
+    if not all(len(with_labels(of)) for _, of in halves):
         return (ids, labels), None
     rest = torch.ones(len(ids), dtype=torch.bool).index_fill(0, at, False)
     return (ids[rest], labels[rest]), HeldOut(*halves)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.data.windows import IGNORED
+from fedgrove.data.windows import spread, with_labels
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, Linears, Name
 from fedgrove.models.blocks import Decoder
@@ -19,7 +19,7 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TrainingRequest
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.frozen import load_again
 from fedgrove.stages.tune.gates import loss_gate_of
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import mean_loss
@@ -109,11 +109,10 @@ class DealByLoss(TrainingRequest):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder, ids, labels = self.model_and_windows(client, device)
         changes = self._changes(tensors, decoder, client)
-        learnt = (labels[:, 1:] != IGNORED).any(1).nonzero().squeeze(1)
-        number = min(self.windows, len(learnt))
-        at = learnt[torch.arange(number) * len(learnt) // max(1, number)]
-        measured = ids[at], labels[at]
-        losses = [mean_loss(self._with(one, decoder), measured, self.micro) if number else 0.0 for one in changes]
+        learnt = with_labels(labels)
+        at = learnt[spread(min(self.windows, len(learnt)), len(learnt))]
+        measured, masks = (ids[at], labels[at]), {name: decoder.read_matrix(name) != 0 for name in self.masked}
+        losses = [mean_loss(self._with(one, masks, decoder), measured, self.micro) if len(at) else 0.0 for one in changes]
         members = torch.full((len(ids),), loss_gate_of(self.gate).choose(losses))
         return Response({}, Dealt.of(members, self.members))
 
@@ -136,10 +135,10 @@ class DealByLoss(TrainingRequest):
             found.append(starts)
         return found
 
-    def _with(self, changes: Mapping[str, Start[Any]], decoder: Decoder) -> Any:
-        """The model with a member."""
-        masks = {name: decoder.read_matrix(name) != 0 for name in self.masked}
-        model = load(decoder, self.bits)
+    def _with(self, changes: Mapping[str, Start[Any]], masks: Mapping[str, Tensor], decoder: Decoder) -> Any:
+        """The model with a member; members of the same shapes take turns in one model."""
+        shapes = {name: [tuple(part.shape) for part in start.rest.parts().values()] for name, start in changes.items()}
+        model = load_again(decoder, self.bits, ("members", str(sorted(shapes.items()))))
         self.trainable.attach(model, changes, Attachment({}, masks))
         return model
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedgrove.client.expert_walk import sums_of_windows
 from fedgrove.client.hidden_states import Calibration, HiddenStates
 from fedgrove.client.local_client import LocalClient
+from fedgrove.data.windows import spread
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.expert_cut import MAX_EXPERTS, KeptExperts, Routing, highest_experts, routing_of
@@ -131,7 +132,7 @@ def own_sums(decoder: Decoder, ids: Tensor, client: LocalClient, stage: int, see
         (blocks with experts, experts) float64 by name; see :func:`~fedgrove.models.expert_sums.expert_sums`.
     """
     number = min(WINDOWS, len(ids))
-    windows = ids[torch.arange(number) * len(ids) // number]
+    windows = ids[spread(number, len(ids))]
     calibration = Calibration(stage=stage, samples=number, length=ids.shape[1], seed=f"{seed}/experts"[:64])
     states = HiddenStates(client, calibration, decoder)
     with torch.no_grad():

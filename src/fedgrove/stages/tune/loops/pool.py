@@ -28,13 +28,12 @@ from fedgrove.stages.tune.gates import job_gate_of
 from fedgrove.stages.tune.gates import random as at_random
 from fedgrove.stages.tune.loops import changes
 from fedgrove.stages.tune.plan import Plan
-from fedgrove.stages.tune.pool.card import write_card
+from fedgrove.stages.tune.pool.card import GATE, write_card
 from fedgrove.stages.tune.pool.dealing import divide
 from fedgrove.stages.tune.pool.fitting import Fit, fields_of, likelihoods_of
 from fedgrove.stages.tune.pool.members import Member, mixture, write_members
 from fedgrove.stages.tune.state import Measurement, TuningState
 
-GATE = "gate.safetensors"
 LEAST = 0.1  # of the windows of a client's largest member: with fewer, it would hardly move a member, and yet count
 
 

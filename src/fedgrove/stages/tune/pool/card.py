@@ -10,7 +10,7 @@ from typing import Any
 from fedgrove.job.tables import Job
 from fedgrove.report.words import file_name
 
-FACTS = "pool.json"
+FACTS, GATE = "pool.json", "gate.safetensors"  # files of a pool
 README = """---
 library_name: peft
 base_model: {base}

@@ -26,14 +26,12 @@ from fedgrove.stages.tune.frozen import load_again
 from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
 from fedgrove.stages.tune.personal import Windows, losses
-from fedgrove.stages.tune.pool.card import FACTS
+from fedgrove.stages.tune.pool.card import FACTS, GATE
 from fedgrove.stages.tune.pool.config import Pool as Settings
 from fedgrove.stages.tune.pool.features import ALONG, MEAN, STATE, layers_of, numbers_of
 from fedgrove.stages.tune.pool.members import Member, mixture, read_members
 from fedgrove.stages.tune.pool.novelty import p_values
 from fedgrove.stages.tune.pool.scale import scaled
-
-GATE = "gate.safetensors"
 
 
 @dataclass(frozen=True)

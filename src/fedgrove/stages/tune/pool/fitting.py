@@ -20,6 +20,7 @@ from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments
 from fedgrove.rounds.request import Message, Request
 from fedgrove.stages.tune.exchanges.gate import NOVELTY, FitGate, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of
+from fedgrove.stages.tune.pool.card import GATE
 from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.features import ALONG, CENTER, MEAN, SCALE, STATE, layers_of
 from fedgrove.stages.tune.pool.scale import directions
@@ -42,7 +43,7 @@ class Fit:
 
     def run(self) -> dict[str, Tensor]:
         """Tensors of the fitted gate: those of :func:`fields_of`'s requests, and ``novelty``, a histogram."""
-        final = self._folder / "gate.safetensors"
+        final = self._folder / GATE
         if final.is_file():
             return _read(final)[0]
         files = sorted(self._folder.glob("gate-*.safetensors"))
@@ -122,7 +123,7 @@ def fields_of(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def likelihoods_of(folder: Path) -> list[float]:
     """The mean log-likelihood of a window in each exchange of a fit that has ended."""
-    found: list[float] = _read(folder / "gate.safetensors")[1]["likelihoods"]
+    found: list[float] = _read(folder / GATE)[1]["likelihoods"]
     return found
 
 
