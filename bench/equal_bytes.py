@@ -153,7 +153,7 @@ def measure(row: str, stages: list[dict[str, Any]], files: dict[str, Path], give
         },
     }  # fmt: skip
     run = folder_of(given, row)
-    summary = api.run(Job.model_validate(job), run, quiet=True).summary
+    summary = api.run(Job.model_validate(job), run, quiet=True, resume=run.is_dir()).summary
     before = summary.after[0] if stages else summary.dense
     stage = 0 if stages else None
     numbers = []

@@ -3,12 +3,13 @@
     .venv/bin/python bench/structured.py speed --write
     .venv/bin/python bench/structured.py quality --data ../shared/data --write
     .venv/bin/python bench/structured.py cuts --data ../shared/data --shares 0.15 0.25 0.4 --seeds 0 1 2
+    .venv/bin/python bench/structured.py cuts --data ../shared/data --shares 0.15 0.25 0.4 --seeds 0 --tuned
 
 ``speed`` cuts a Llama of random weights, large enough that blocks and not embeddings matter, in a job of two clients, and times
 both models in plain transformers on the CPU, in turn. ``quality`` cuts and tunes the shipped model with the eight owners of
-bench/owners.py. ``cuts`` compares, for any model (``--model``) and untuned, channels and heads cut, the same repaired, the same
-fraction of the blocks, and scores, two controls among them. The results of both are kept in bench/structured.jsonl and not
-measured again; delete a line to measure it again.
+bench/owners.py. ``cuts`` compares, for any model (``--model``), channels and heads cut, the same repaired, the same fraction of
+the blocks, and scores, two controls among them; with ``--tuned``, before and after the same short tuning. The results of both
+are kept in bench/structured.jsonl and not measured again; delete a line to measure it again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import width_of
 from fedgrove.report.summary import Summary
+from fedgrove.rounds.request import Response
+from fedgrove.stages.structured.exchanges.inputs import SumInputs
 
 GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -52,6 +55,15 @@ TUNE = {
     "kind": "tune", "method": "lora", "rounds": 3, "steps": 3, "length": 256, "batches": [2], "ranks": [16], "bits": [32],
     "learning_rate": 4e-3, "precision": "float32",
 }  # fmt: skip
+SHORT = {
+    **TUNE,
+    "rounds": 1,
+    "steps": 4,
+    "batches": [1],
+    "bits": [16],
+    "learning_rate": 1e-3,
+    "lr_schedule": "linear",
+}  # of cuts
 ROWS: dict[str, dict[str, Any] | None] = {
     "as it came": None,
     "cut together, fisher": {"score": "fisher", "repair": False},
@@ -91,6 +103,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=8, help="windows that each owner calibrates on, for cuts")
     arguments.add_argument("--length", type=int, default=512, help="tokens of these windows and of held-out ones, for cuts")
     arguments.add_argument("--rows", nargs="+", choices=CUTS, default=list(CUTS), help="for cuts")
+    arguments.add_argument("--tuned", action="store_true", help="tune each model after the cut, for cuts")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments.add_argument(
         "--kept", action="store_true", help="measure nothing: the table of what bench/structured.jsonl holds"
@@ -102,7 +115,7 @@ def main() -> None:
     logging.disable_progress_bar()
     fedgrove.stages.structured.scores.__path__.append(str(Path(__file__).parent / "controls"))
     plugins.load("stages.structured.scores", "weights").install()
-    remember_products()
+    remember()
     with tempfile.TemporaryDirectory() as folder:
         text = {"speed": speed, "quality": quality, "cuts": cuts}[given.part](given, Path(folder))
     print(text)
@@ -218,14 +231,21 @@ def cuts(given: Any, folder: Path) -> str:
         return {**dict.fromkeys(keys, 0.0), **found, **others} if found else {}
 
     def losses(share: float, seed: int, row: str) -> list[float]:
-        """The mean loss before and after the cut."""
+        """The mean loss before and after the cut, and with ``--tuned`` after the tuning."""
         stage = {"kind": "structured", "samples": given.samples, "length": given.length, **cut_of(row, share)}
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
-        summary = carry_out(str(given.model), clients, [stage], evaluate, out, seed)
-        return [math.log(summary.mean(summary.dense)), math.log(summary.mean(summary.federated))]
+        stages = [stage, SHORT] if given.tuned else [stage]
+        summary = carry_out(str(given.model), clients, stages, evaluate, out, seed)
+        perplexities = (
+            [summary.dense, summary.after[0], summary.federated] if given.tuned else [summary.dense, summary.federated]
+        )
+        return [math.log(summary.mean(one)) for one in perplexities]
 
-    lines = ["| fraction | row | loss before | after, by seed | mean | undone, by seed |", "|---|---|---|---|---|---|"]
+    head, rule = "| fraction | row | loss before | after, by seed | mean | undone, by seed |", "|---|---|---|---|---|---|"
+    lines = [head + " tuned |", rule + "---|"] if given.tuned else [head, rule]
     settings = {key: getattr(given, key) for key in ("owners", "samples", "length", "windows")}
+    if given.tuned:
+        settings["tuned"] = True
     for share in given.shares:
         found: dict[str, list[list[float]]] = {}
         for row in given.rows:
@@ -240,29 +260,44 @@ def cuts(given: Any, folder: Path) -> str:
             undone = "–"
             plain = "cut" if row == "repaired" else row.removesuffix(", repaired")
             if plain != row and plain in found:
-                pairs = zip(found[plain], every, strict=True)
                 undone = ", ".join(
-                    f"{(cut - repaired) / (cut - dense):.0%}" if cut > dense else "no loss"
-                    for (dense, cut), (_, repaired) in pairs
+                    f"{(cut[1] - repaired[1]) / (cut[1] - cut[0]):.0%}" if cut[1] > cut[0] else "no loss"
+                    for cut, repaired in zip(found[plain], every, strict=True)
                 )
-            after = [loss for _, loss in every]
-            by_seed = ", ".join(f"{loss:.3f}" for loss in after)
-            lines.append(f"| {share:g} | {row} | {every[0][0]:.3f} | {by_seed} | {statistics.mean(after):.3f} | {undone} |")
+            columns = [by_seed(every, 1), f"{statistics.mean(losses[1] for losses in every):.3f}", undone]
+            if given.tuned:
+                columns.append(by_seed(every, 2))
+            lines.append(f"| {share:g} | {row} | {every[0][0]:.3f} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def remember_products() -> None:
-    """Keeps what the backward passes over a client's windows gave, for the other rows of the same seed."""
-    measure, kept = exchange.group_products, {}
+def by_seed(losses: list[list[float]], column: int) -> str:
+    """One loss of every seed."""
+    return ", ".join(f"{one[column]:.3f}" for one in losses)
+
+
+def remember() -> None:
+    """Keeps what is measured in the dense model for the other rows of a seed: gradients, and sums of inputs for the repair."""
+    measure, products = exchange.group_products, {}
+    respond, sums = SumInputs.respond, {}
 
     def group_products(decoder: Decoder, ids: torch.Tensor, store: Any, of_weights: Any = None) -> Iterator[Any]:
         score = of_weights and of_weights.__module__
         key = str(decoder.checkpoint.path), score, hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        if key not in kept:
-            kept[key] = list(measure(decoder, ids, store, of_weights))
-        return iter(kept[key])
+        if key not in products:
+            products[key] = list(measure(decoder, ids, store, of_weights))
+        return iter(products[key])
+
+    def remembered(request: SumInputs, tensors: Any, client: Any, device: str) -> Any:
+        key = str(client.model), client.name, request.block, request.calibration.model_dump_json(), tuple(request.widths)
+        if key not in sums:
+            sums[key] = respond(request, tensors, client, device)
+        found = sums[key]
+        copies = {name: tensor.clone() for name, tensor in found.tensors.items()}  # the aggregator adds in place
+        return Response(copies, found.reply)
 
     exchange.group_products = group_products
+    SumInputs.respond = remembered  # type: ignore[method-assign]
 
 
 def carry_out(
