@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -292,6 +293,8 @@ def test_members_add_up_to_the_model_for_all_and_plain_peft_loads_it(small: Smal
     run = small.undisturbed(stages=tune(GROUPS))
     pool = FinishedPool.read(run)
     assert pool.facts["clients"] == {"ash": [0, 22], "birch": [0, 19], "cedar": [18, 0]}
+    for file in (run / "pool").iterdir():
+        assert str(small.folder).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
     decoder = pool.model()
     of_all, adapter = pool.mix(pool.shares), load_file(run / "adapter" / "adapter_model.safetensors")
     for name, factors in of_all.items():
@@ -357,6 +360,27 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
     assert 0 <= found["unlike"] <= 1
 
 
+def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Small, tmp_path: Path) -> None:
+    out = {"evaluate__new": ["cedar"], "evaluate__data": None}
+    run = small.undisturbed(stages=tune(MIXTURE), privacy={"min_group": 2}, **out)
+    found = json.loads((run / "new.json").read_text(encoding="utf-8"))["owners"]
+    assert found.keys() == {"cedar"}
+    assert {line["client"] for line in lines(run / "ledger.jsonl")} == {"ash", "birch"}, "it had no part in the run"
+    status, said, err = cli("adopt", run, "--data", small.texts["cedar"], "--out", tmp_path / "mine", "--json")
+    assert status == 0, err
+    adopted = json.loads(said)
+    for key in ("choice", "weights", "losses", "error", "unlike", "windows", "forwards"):
+        assert found["cedar"][key] == adopted[key], key
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "1 owner had no part in the run" in page
+    assert "What owners who were not there get from the pool" in page
+    whole = small.spec(stages=tune(MIXTURE), privacy={"min_group": 2}, evaluate={})
+    whole["clients"] = [client for client in whole["clients"] if client["name"] != "cedar"]
+    (tmp_path / "two.toml").write_text(tomli_w.dumps(whole), encoding="utf-8")
+    assert cli("run", tmp_path / "two.toml", "--out", tmp_path / "two")[0] == 0
+    assert files_of(tmp_path / "two") == files_of(run), "as if the job had never named it"
+
+
 # Mistakes
 
 
@@ -383,6 +407,23 @@ def test_a_pool_that_cannot_be_trained_is_refused(
 ) -> None:
     stages = [{key: value for key, value in tune(pool, **stage)[0].items() if value is not None}]
     line = complaint("plan", small.job("bad", stages=stages))
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("pool", "new", "words"),
+    [
+        (MIXTURE, ["oak"], ("evaluate.new: 'oak' is no client of the job", "ash, birch, cedar")),
+        (None, ["ash"], ("evaluate.new: no stage has a pool", "key pool")),
+        (MIXTURE, [{"name": "ash", "data": "ash.txt"}], ("the name 'ash' is given twice",)),
+        (MIXTURE, list(CLIENTS), ("clients: ",)),
+        (MIXTURE, [{"name": "gale", "data": "few.txt"}], ("few.txt", "4 windows of 16 tokens", "add text")),
+    ],
+    ids=lambda value: None,
+)
+def test_owners_who_cannot_be_kept_out_are_refused(small: Small, pool: Any, new: list[Any], words: tuple[str, ...]) -> None:
+    (small.folder / "few.txt").write_text("a few words\n", encoding="utf-8")
+    line = complaint("plan", small.job("bad", stages=tune(pool), evaluate__new=new))
     assert all(word in line for word in words), line
 
 

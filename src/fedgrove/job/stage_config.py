@@ -86,6 +86,10 @@ class StageConfig(Table):
         """What the stage cuts out of the model, whose shapes then differ from those of the clients' copies; None: nothing."""
         return None
 
+    def leaves_pool(self) -> bool:
+        """Whether the stage leaves a pool of adapters, from which owners who were not there get one."""
+        return False
+
     def makes_zeros(self) -> bool:
         """Whether the stage makes zeros that later stages have to keep."""
         return False

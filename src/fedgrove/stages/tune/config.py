@@ -363,6 +363,9 @@ class Config(StageConfig):
         """The file of :mod:`fedgrove.stages.tune.loops` that runs the stage's rounds."""
         return parametrization_of(self.parametrization).LOOP if self.pool is None else "pool"
 
+    def leaves_pool(self) -> bool:
+        return self.pool is not None
+
     def check(self, job: Job, index: int) -> None:
         if self.pool is not None:
             check_clients(self, job, index)
