@@ -30,7 +30,7 @@ from fedgrove.rounds.request import Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.gates import keys, mixture
+from fedgrove.stages.tune.gates import keys, mixture, similar
 from fedgrove.stages.tune.loops.pool import Loop
 from fedgrove.stages.tune.pool import novelty
 from fedgrove.stages.tune.pool.config import Pool
@@ -57,11 +57,13 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("pool", [{**GROUPS, "groups": {"all": list(CLIENTS)}}, {**MIXTURE, "members": 1},
-                                  {"gate": "losses", "members": 1, "common": 0.34, "windows": 2}],
-                         ids=lambda pool: pool["gate"])  # fmt: skip
-def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool: dict[str, Any]) -> None:
-    alone, pooled = small.undisturbed(stages=tune(None)), small.undisturbed(stages=tune(pool))
+@pytest.mark.parametrize(("pool", "precision"), [({**GROUPS, "groups": {"all": list(CLIENTS)}}, "float32"),
+                                                 ({**MIXTURE, "members": 1}, "float32"),
+                                                 ({**MIXTURE, "gate": "keys", "members": 1}, "fixed"),
+                                                 ({"gate": "losses", "members": 1, "common": 0.34, "windows": 2}, "float32")],
+                         ids=lambda one: one["gate"] if isinstance(one, dict) else one)  # fmt: skip
+def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool: dict[str, Any], precision: str) -> None:
+    alone, pooled = (small.undisturbed(stages=tune(of, precision=precision)) for of in (None, pool))
     for name, tensor in load_file(alone / "model" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(pooled / "model" / "model.safetensors")[name]), name
     without, with_pool = measurements(alone), measurements(pooled)
@@ -147,6 +149,20 @@ def test_a_key_without_windows_begins_again_beside_the_largest() -> None:
     assert keys.observe(x, state)["counts"].tolist() == [[3, 0]]
     state, _ = keys.settle(state, keys.observe(x, state))
     assert bool((state["keys"][0] @ state["keys"][0].T > 0.9).all())
+
+
+def test_similar_owners_go_to_one_member_with_all_their_windows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = 2 * torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1, 0]]
+    owners = [CODE.decode(CODE.encode(kind + torch.randn(30, 4, generator=generator, dtype=torch.float64))) for kind in kinds]
+    _, state, sums = fit(owners, 6, similar, members=2, starts=4)
+    assert sums["counts"].sum(1).tolist() == [5] * 4, "an owner is one point, however many windows it has"
+    final = similar.finish(state, sums, 2)
+    members = [similar.weights(of, final) for of in owners]
+    assert all(bool((of == of[0]).all()) and of.sum(1).tolist() == [1.0] * 30 for of in members)
+    found = [int(of[0].argmax()) for of in members]
+    assert found == [found[0], 1 - found[0], found[0], 1 - found[0], found[0]]
+    assert similar.finish(state, sums, 3)["keys"].shape[1] == 1, "two owners are too few"
 
 
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
@@ -271,22 +287,63 @@ def test_members_have_the_same_bits_in_the_open_and_under_secure_aggregation(sma
         assert in_the_open[name] == securely[name]
 
 
+KEYS = {**MIXTURE, "gate": "keys", "members": 3}
+FIXED = {"precision": "fixed", "rounds": 2, "steps": 4, "learning_rate": 0.05}
+
+
+@pytest.mark.parametrize("gate", ["keys", "mixture", "similar"])
+def test_members_of_windows_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small, gate: str) -> None:
+    stages = tune({**KEYS, "gate": gate}, **FIXED)
+    runs = [
+        small.undisturbed(stages=stages, privacy={"secure_aggregation": secure, "min_group": 3}, evaluate={})
+        for secure in (False, True)
+    ]
+    in_the_open, securely = (files_of(run) for run in runs)
+    assert in_the_open.keys() == securely.keys()
+    differ = {name for name, value in in_the_open.items() if securely[name] != value}
+    assert differ == {"model/README.md"}, "which says that sums were secure"
+    facts = json.loads(securely["pool/pool.json"])
+    assert facts["members"] > 1, "else nothing was dealt"
+    assert sum(facts["windows"]) == 59
+    assert facts["clients"] == {}, "nobody knows whose windows they are"
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     """What a run must give bit for bit."""
     folders = [run / name for name in ("model", "adapter", "pool")]
     return {str(file.relative_to(run)): file.read_bytes() for folder in folders for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("moment", ["*/gate-0002.safetensors", "*/member-0001-01.safetensors"])
-def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str) -> None:
-    whole = small.undisturbed(stages=tune(MIXTURE))
-    job = small.job("killed", stages=tune(MIXTURE))
+@pytest.mark.parametrize(
+    ("moment", "secure"),
+    [("*/gate-0002.safetensors", False), ("*/member-0001-01.safetensors", False), ("*/member-0001-00.safetensors", True)],
+)
+def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str, secure: bool) -> None:
+    changes: dict[str, Any] = {"stages": tune(MIXTURE)}
+    if secure:
+        changes = {"stages": tune(KEYS, **FIXED), "evaluate": {}, "privacy": {"secure_aggregation": True, "min_group": 3}}
+    whole = small.undisturbed(**changes)
+    job = small.job("killed", **changes)
     killed("run", job, "--out", tmp_path / "run", moment=Moment("os.rename", moment))
     assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
     assert files_of(tmp_path / "run") == files_of(whole)
     assert {key: value for key, value in measurements(tmp_path / "run").items() if "loss" in key[3]} == {
         key: value for key, value in measurements(whole).items() if "loss" in key[3]
     }
+
+
+def test_a_member_that_too_few_would_train_is_dropped_and_its_windows_go_to_others(small: Small) -> None:
+    clients = []
+    for name, rows in zip(CLIENTS, ((54, 4), (54, 4), (28, 28)), strict=True):  # of words of either kind
+        file = small.folder / f"two-words-{name}.txt"
+        file.write_text("".join(f"{' '.join([word] * 12)}\n" * row for word, row in zip(("tree", "river"), rows, strict=True)))
+        clients.append({"name": name, "data": str(file)})
+    more: dict[str, Any] = {"clients": clients, "evaluate": {}, "privacy": {"min_group": 3}}
+    apart, in_sums = (small.undisturbed(stages=tune(KEYS | {"members": 2}, **of), **more) for of in ({}, FIXED))
+    dealt = FinishedPool.read(apart).facts["clients"]
+    assert all(0 < min(dealt[name]) < 0.1 * max(dealt[name]) for name in ("ash", "birch")), "they would not train it"
+    facts = FinishedPool.read(in_sums).facts
+    assert facts["windows"] == [sum(map(sum, dealt.values()))]
 
 
 def test_members_add_up_to_the_model_for_all_and_plain_peft_loads_it(small: Small) -> None:
@@ -387,7 +444,7 @@ def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Sma
 @pytest.mark.parametrize(
     ("pool", "stage", "words"),
     [
-        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random")),
+        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar")),
         ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),
         ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),
         ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),
@@ -427,10 +484,11 @@ def test_owners_who_cannot_be_kept_out_are_refused(small: Small, pool: Any, new:
     assert all(word in line for word in words), line
 
 
-def test_secure_aggregation_takes_gates_that_only_look_at_the_job(small: Small) -> None:
+def test_secure_aggregation_takes_gates_whose_members_add_up_over_enough_clients(small: Small) -> None:
     secure = {"privacy": {"secure_aggregation": True, "min_group": 2}}
-    line = complaint("plan", small.job("bad", stages=tune(MIXTURE, precision="fixed"), **secure))
-    assert 'use gate = "groups"' in line
+    by_loss = {"gate": "losses", "members": 2, "windows": 2}
+    line = complaint("plan", small.job("bad", stages=tune(by_loss, precision="fixed"), **secure))
+    assert 'use gate = "keys"' in line
     line = complaint("plan", small.job("bad", stages=tune(GROUPS, precision="fixed"), **secure))
     assert "privacy.min_group" in line
     assert "make groups larger" in line

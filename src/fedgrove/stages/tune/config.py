@@ -363,6 +363,12 @@ class Config(StageConfig):
         """The file of :mod:`fedgrove.stages.tune.loops` that runs the stage's rounds."""
         return parametrization_of(self.parametrization).LOOP if self.pool is None else "pool"
 
+    @property
+    def deals_in_sums(self) -> bool:
+        """Whether it stays with each client which members its windows go to: with fixed-point numbers all members add up."""
+        pool = self.pool
+        return pool is not None and pool.method.LOOKS == "features" and pool.members > 1 and self.precision == "fixed"
+
     def leaves_pool(self) -> bool:
         return self.pool is not None
 

@@ -156,7 +156,7 @@ def _pool_says(pool: Mapping[str, Any]) -> str:
 def _pool_table(stage: Stage, pool: Mapping[str, Any]) -> Table:
     """How many windows of each client each member got."""
     columns = [Column("client"), *(Column(f"member {member}", "{:,}".format) for member in range(pool["members"]))]
-    rows = [[client, *windows] for client, windows in pool["clients"].items()]
+    rows = [[client, *windows] for client, windows in pool["clients"].items()] or [["all together", *pool["windows"]]]
     return Table(f"stage-{stage.number}-pool", "Windows of each client that each member is trained on", columns, rows)
 
 

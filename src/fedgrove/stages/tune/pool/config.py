@@ -27,7 +27,8 @@ class Pool(Table):
 
     Attributes:
         gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
-            "groups", what the job says of the owners; "losses", the member of the lowest loss; "random", the seed.
+            "similar", the mean direction of all windows of an owner; "groups", what the job says of the owners; "losses", the
+            member of the lowest loss; "random", the seed.
         members: number of adapters. With ``groups`` it is their number.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".
@@ -114,12 +115,12 @@ def check_clients(config: Config, job: Job, index: int) -> None:
             f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
             "lower it"
         )
-    if not job.privacy.secure_aggregation:
+    if not job.privacy.secure_aggregation or config.deals_in_sums:
         return
     if not dealt:
         raise ValueError(
             f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
-            'use gate = "groups"'
+            'use gate = "keys"'
         )
     for member in range(pool.members):
         number = sum(one == member for one in dealt.values())
