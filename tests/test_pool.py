@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedgrove import run as server
+from fedgrove.adopt import look
 from fedgrove.data.windows import training_windows
 from fedgrove.engines.local import LocalEngine
 from fedgrove.job.load import load
@@ -291,7 +292,7 @@ KEYS = {**MIXTURE, "gate": "keys", "members": 3}
 FIXED = {"precision": "fixed", "rounds": 2, "steps": 4, "learning_rate": 0.05}
 
 
-@pytest.mark.parametrize("gate", ["keys", "mixture", "similar"])
+@pytest.mark.parametrize("gate", ["keys", "mixture"])
 def test_members_of_windows_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small, gate: str) -> None:
     stages = tune({**KEYS, "gate": gate}, **FIXED)
     runs = [
@@ -332,14 +333,28 @@ def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, mo
     }
 
 
+def test_owners_who_are_alike_train_one_member_and_nobody_learns_which(small: Small) -> None:
+    small.one_word("tree", "river", "tree")
+    names = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
+    clients = [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in names.items()]
+    pool = {**KEYS, "gate": "similar", "members": 2}
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}, "evaluate": {}}
+    run = small.undisturbed(stages=tune(pool, **FIXED), clients=clients, **secure)
+    found = FinishedPool.read(run)
+    assert len(found.facts["windows"]) == 2
+    assert found.facts["clients"] == {}
+    members = [look(run, small.folder / f"only-{word}.txt").weights for word in ("tree", "river")]
+    assert bool((members[0].argmax(1) != int(members[1][0].argmax())).all())
+
+
 def test_a_member_that_too_few_would_train_is_dropped_and_its_windows_go_to_others(small: Small) -> None:
     clients = []
     for name, rows in zip(CLIENTS, ((54, 4), (54, 4), (28, 28)), strict=True):  # of words of either kind
         file = small.folder / f"two-words-{name}.txt"
-        file.write_text("".join(f"{' '.join([word] * 12)}\n" * row for word, row in zip(("tree", "river"), rows, strict=True)))
+        file.write_text("\n".join(" ".join([word] * 12 * row) for word, row in zip(("tree", "river"), rows, strict=True)))
         clients.append({"name": name, "data": str(file)})
     more: dict[str, Any] = {"clients": clients, "evaluate": {}, "privacy": {"min_group": 3}}
-    apart, in_sums = (small.undisturbed(stages=tune(KEYS | {"members": 2}, **of), **more) for of in ({}, FIXED))
+    apart, in_sums = (small.undisturbed(stages=tune(KEYS | {"members": 2, "size": 1}, **of), **more) for of in ({}, FIXED))
     dealt = FinishedPool.read(apart).facts["clients"]
     assert all(0 < min(dealt[name]) < 0.1 * max(dealt[name]) for name in ("ash", "birch")), "they would not train it"
     facts = FinishedPool.read(in_sums).facts

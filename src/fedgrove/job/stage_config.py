@@ -58,6 +58,10 @@ class StageConfig(Table):
         """How many rounds the stage has."""
         return 1
 
+    def highest_round(self) -> int:
+        """The highest round of any exchange; those before a training may count further than it has rounds."""
+        return self.number_of_rounds() - 1
+
     def reads_text(self) -> bool:
         """Whether clients compute anything from their text."""
         return True

@@ -348,6 +348,9 @@ class Config(StageConfig):
     def number_of_rounds(self) -> int:
         return self.rounds
 
+    def highest_round(self) -> int:
+        return max(self.rounds - 1, self.pool.fit_rounds + 1 if self.pool is not None else 0)
+
     def privacy_budget(self) -> tuple[float, float] | None:
         return None if self.epsilon is None else (self.epsilon, self.delta)
 
