@@ -21,7 +21,8 @@ from fedgrove import run as server
 from fedgrove.adopt import look
 from fedgrove.data.windows import training_windows
 from fedgrove.engines.local import LocalEngine
-from fedgrove.job.load import load
+from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load, load_federated
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import make_credentials
@@ -497,6 +498,15 @@ def test_owners_who_cannot_be_kept_out_are_refused(small: Small, pool: Any, new:
     (small.folder / "few.txt").write_text("a few words\n", encoding="utf-8")
     line = complaint("plan", small.job("bad", stages=tune(pool), evaluate__new=new))
     assert all(word in line for word in words), line
+
+
+def test_a_federation_keeps_nobody_out_whose_text_it_has_not(small: Small) -> None:
+    spec = small.spec(stages=tune(MIXTURE), evaluate={"new": ["cedar"]})
+    spec["clients"] = [{"name": name} for name in CLIENTS]
+    file = small.folder / "federated.toml"
+    file.write_text(tomli_w.dumps(spec), encoding="utf-8")
+    with pytest.raises(FedgroveError, match=r"evaluate\.new: in a federation .* `fedgrove adopt`"):
+        load_federated(file)
 
 
 def test_secure_aggregation_takes_gates_whose_members_add_up_over_enough_clients(small: Small) -> None:

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,13 @@ class Loop(changes.Loop):
             self.members = [self._copy() for _ in range(number)]
 
     def train_round(self, round_: int) -> None:
-        """One round of every member that has clients, one after the other; then the mean of all."""
-        super().train_round(round_) if round_ < self.first or self.config.deals_in_sums else self._train_apart(round_)
+        """One round of every member; then the mean of all."""
         if round_ < self.first:
-            return
+            return super().train_round(round_)
+        if self.config.deals_in_sums:
+            super().train_round(round_)
+        else:
+            self._train_apart(round_)
         shared = self.state
         mass = [float(sum(windows[number] for windows in self.windows.values())) for number in range(len(self.members))]
         for name, factors in mixture([_factors(member) for member in self.members], [one / sum(mass) for one in mass]).items():
@@ -92,9 +96,10 @@ class Loop(changes.Loop):
             shared.put(name, shape, State(factors, self.method.none(shape)))
         for number, member in enumerate(self.members):
             member.write(self._file(round_, number))
+        return None
 
     def _train_apart(self, round_: int) -> None:
-        """A round of each member with the clients that have windows for it."""
+        """A round of each member with the clients that have windows for it, one after the other."""
         shared = self.state
         said: list[tuple[int, Measurement]] = []  # with the tokens that count for it
         for number, member in enumerate(self.members):
@@ -180,30 +185,29 @@ class Loop(changes.Loop):
         return found
 
     def _deal_in_sums(self, round_: int) -> dict[str, tuple[int, ...]]:
-        """The windows of all clients together that each member gets; a member that too few would train is dropped first.
-
-        Else the sum of its changes would be that of a few. Its windows then go to other members.
-        """
-        fewest = self.federation.job.together(len(self.plan.clients))
-        windows: tuple[int, ...] = ()
-
-        def enough(tensors: Mapping[str, Tensor]) -> Tensor:
-            nonlocal windows
-            messages = self._by_features(SumDeals, round_, tensors, steps=self.config.steps)
-            of = {client: one.tokens // self.config.length for client, one in self.plan.clients.items()}
-            found = IntegerSums(lambda sums, heard: check_deals(sums, sum(of[client] for client in heard), len(heard)))
-            self.federation.aggregator.aggregate(messages, found, layout=self.decoder, clock=self._clock({}))
-            windows, trainers = tuple(found.sums[WINDOWS].tolist()), found.sums[TRAINERS]
-            stays = trainers >= fewest
-            if len(windows) > 1 and not bool(stays.all()):
-                return torch.arange(len(windows)) != int(torch.where(stays, sum(of.values()) + 1, found.sums[WINDOWS]).argmin())
-            return torch.ones_like(stays)
-
+        """How many windows of all clients together each member gets."""
         self.run.phase(Phase("tune", "dealing text to the members of the pool", stage=self.plan.stage))
-        fitted = Fit(self, self.pool, self._common).run(enough)
-        if not windows:
-            enough(fitted)
-        return {TOGETHER: windows}
+        fitted = Fit(self, self.pool, self._common).run(partial(self._of_enough_clients, round_))
+        if not self.windows:  # the gate was fitted before the run was killed
+            self._of_enough_clients(round_, fitted)
+        return self.windows
+
+    def _of_enough_clients(self, round_: int, fitted: Mapping[str, Tensor]) -> Tensor:
+        """Lets clients deal their windows, and says which members stay, (members,) bool.
+
+        All do if enough clients would train each: else the sum of a member's changes would be that of a few. If not, one of those
+        goes, and its windows go to others.
+        """
+        of = {client: one.tokens // self.config.length for client, one in self.plan.clients.items()}
+        found = IntegerSums(lambda sums, heard: check_deals(sums, sum(of[client] for client in heard), len(heard)))
+        messages = self._by_features(SumDeals, round_, fitted, steps=self.config.steps)
+        self.federation.aggregator.aggregate(messages, found, layout=self.decoder, clock=self._clock({}))
+        windows, few = found.sums[WINDOWS], found.sums[TRAINERS] < self.federation.job.together(len(of))
+        self.windows = {TOGETHER: tuple(windows.tolist())}
+        stays = torch.ones_like(few)
+        if len(few) > 1 and bool(few.any()):
+            stays[torch.where(few, windows, windows.sum() + 1).argmin()] = False
+        return stays
 
     def _by_features(
         self, kind: type[FeatureDeal], round_: int, fitted: Mapping[str, Tensor], **fields: Any
