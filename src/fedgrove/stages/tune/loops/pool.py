@@ -195,8 +195,8 @@ class Loop(changes.Loop):
     def _of_enough_clients(self, round_: int, fitted: Mapping[str, Tensor]) -> Tensor:
         """Lets clients deal their windows, and says which members stay, (members,) bool.
 
-        All do if enough clients would train each: else the sum of a member's changes would be that of a few. If not, one of those
-        goes, and its windows go to others.
+        All do if enough clients would train each: else the sum of a member's changes would be that of a few. If not, one of
+        those goes, and its windows go to others.
         """
         of = {client: one.tokens // self.config.length for client, one in self.plan.clients.items()}
         found = IntegerSums(lambda sums, heard: check_deals(sums, sum(of[client] for client in heard), len(heard)))
