@@ -115,9 +115,9 @@ def check_clients(config: Config, job: Job, index: int) -> None:
             f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
             "lower it"
         )
-    if not job.privacy.secure_aggregation or config.deals_in_sums:
+    if not job.privacy.secure_aggregation or pool.method.LOOKS == "features":
         return
-    if not dealt:
+    if pool.method.LOOKS == "members":
         raise ValueError(
             f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
             'use gate = "keys"'
