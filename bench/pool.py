@@ -56,7 +56,7 @@ STAGE = {
 }  # fmt: skip
 KINDS = ("medquad", "e2e", "rustbook", "shakespeare")
 OWNERS = tuple(f"{kind}-{size}" for kind in KINDS for size in ("large", "small"))
-METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "keys")
+METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "similar", "keys")
 CASES = ("kinds", "iid")
 Parts = dict[str, list[tuple[float, int]]]  # by owner, the loss of each held-out window and its predicted tokens
 

@@ -308,7 +308,7 @@ def test_members_of_windows_have_the_same_bits_in_the_open_and_under_secure_aggr
     assert sum(facts["windows"]) == 59
     assert facts["clients"] == {}, "nobody knows whose windows they are"
     sent = {line["kind"]: line["bytes"] for line in lines(runs[0] / "ledger.jsonl") if line["direction"] == "up"}
-    assert sent["tune/members"] == pytest.approx(3 * sent["tune/train"], rel=0.05)
+    assert 2 * sent["tune/train"] < sent["tune/members"] <= 3 * sent["tune/train"], "three adapters in one message"
 
 
 def files_of(run: Path) -> dict[str, bytes]:

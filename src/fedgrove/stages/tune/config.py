@@ -333,9 +333,8 @@ class Config(StageConfig):
     @property
     def _fixed_keys(self) -> str:
         """The keys that make clients send fixed-point numbers."""
-        if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
-            return 'precision = "fixed"'
-        return 'aggregation = "ffa_lora" and precision = "fixed"'
+        adds_up = self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE
+        return 'precision = "fixed"' if adds_up else 'aggregation = "ffa_lora" and precision = "fixed"'
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -369,8 +368,7 @@ class Config(StageConfig):
     @property
     def deals_in_sums(self) -> bool:
         """Whether it stays with each client which members its windows go to: with fixed-point numbers all members add up."""
-        pool = self.pool
-        return pool is not None and pool.method.LOOKS == "features" and pool.members > 1 and self.precision == "fixed"
+        return self.pool is not None and self.pool.deals_in_sums(self.precision)
 
     def leaves_pool(self) -> bool:
         return self.pool is not None

@@ -71,6 +71,10 @@ class Pool(Table):
         """The module of the gate."""
         return gate_of(self.gate)
 
+    def deals_in_sums(self, precision: str) -> bool:
+        """See :attr:`fedgrove.stages.tune.config.Config.deals_in_sums`."""
+        return self.method.LOOKS == "features" and self.members > 1 and precision == "fixed"
+
     def common_rounds(self, rounds: int) -> int:
         """How many of a stage's rounds all train one adapter."""
         return round(self.common * rounds)
