@@ -33,6 +33,7 @@ from results import Kept
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+import fedgrove.run
 import fedgrove.stages.structured.exchanges.scores as exchange
 import fedgrove.stages.structured.scores
 from fedgrove import api, plugins
@@ -42,6 +43,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import width_of
 from fedgrove.report.summary import Summary
 from fedgrove.rounds.request import Response
+from fedgrove.runfolder import RunFolder
 from fedgrove.stages.structured.exchanges.inputs import SumInputs
 
 GROVE = Path(api.__file__).parent / "demo" / "grove-6m"
@@ -277,9 +279,19 @@ def by_seed(losses: list[list[float]], column: int) -> str:
 
 
 def remember() -> None:
-    """Keeps what is measured in the dense model for the other rows of a seed: gradients, and sums of inputs for the repair."""
+    """Keeps what is measured in the dense model for other rows: its losses, gradients, and sums of inputs for the repair."""
     measure, products = exchange.group_products, {}
     respond, sums = SumInputs.respond, {}
+    examine, losses = fedgrove.run.evaluate, {}
+
+    def evaluate(model: Checkpoint, stage: int | None, run: RunFolder, device: str) -> None:
+        key = str(model.path), run.job.evaluate.model_dump_json()
+        if stage is None and key in losses:
+            for line in losses[key]:
+                run.log(None, None, None, line["name"], line["value"])
+            return
+        examine(model, stage, run, device)
+        losses.setdefault(key, [line for line in run.metrics() if line["stage"] is None])
 
     def group_products(decoder: Decoder, ids: torch.Tensor, store: Any, of_weights: Any = None) -> Iterator[Any]:
         score = of_weights and of_weights.__module__
@@ -296,6 +308,7 @@ def remember() -> None:
         copies = {name: tensor.clone() for name, tensor in found.tensors.items()}  # the aggregator adds in place
         return Response(copies, found.reply)
 
+    fedgrove.run.evaluate = evaluate
     exchange.group_products = group_products
     SumInputs.respond = remembered  # type: ignore[method-assign]
 

@@ -63,6 +63,7 @@ def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Itera
     return heard.lines
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_workers_give_the_same_bits(small: Small, tmp_path: Path) -> None:
     assert cli("run", small.job(), "--out", tmp_path / "run", "--workers", "2", "--quiet")[0] == 0
     assert result(tmp_path / "run") == result(small.undisturbed())

@@ -50,7 +50,7 @@ def noise_of(
 ) -> tuple[Request, Tensors, Any]:
     """An honest request of a job that a site accepted, the noise of the site's response, and the site as a client."""
     allow = {**allow, "alone": False, "epsilon": stage["epsilon"], "delta": stage["delta"], "budget": stage["epsilon"]}
-    engine = hostile_run(small, folder, "noise", allow, [stage], set(), Watched)
+    engine = hostile_run(small, folder, "noise", allow, [stage], set(), set(), Watched)
     request, tensors, _ = serve.read(kind, engine.accepted[kind, ""])
     kit = engine.kits[VICTIM]
     client = Installation(kit, read(kit / SITE, SiteFile), RUN, engine.job).client("m")

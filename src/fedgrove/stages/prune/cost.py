@@ -140,6 +140,22 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
     return Cost(int(memory), int(upload), _seconds(forward + gram + solve, upload, capabilities))
 
 
+def server_memory(block: LargestBlock, config: Config, masked: MaskedBytes | None) -> int:
+    """Bytes at the server's peak where it prunes the largest block by sums, however many clients there are.
+
+    These are the sums of all clients as whole numbers, one client's reply as bytes and as numbers, the floats of the sums and
+    what the pruner needs besides. Measured peaks of a server's process were 0.77 to 1.19 of it (docs/lab.md).
+    """
+    inputs, products = list(block.inputs.values()), products_of(block, config)
+    effort = effort_of(config.pruner)
+    largest = max(rows * columns for rows, columns in block.shapes.values())
+    sums = sum(inputs) * (3 if config.sums_moments else 1) + sum(width * (width - 1) // 2 for width in products)
+    workspace = effort.squares * max(products, default=0) ** 2 // 2
+    reply = _sum_bytes(inputs, products, masked)
+    weights = sum(rows * columns for rows, columns in block.shapes.values()) * (block.dtype.itemsize + 1)
+    return 8 * (2 * sums + workspace) + 4 * effort.matrices * largest + weights + 4 * block.numel + 2 * reply + 2**24
+
+
 def _forward(block: LargestBlock, config: Config, tokens: int) -> float:
     """Operations of the passes of a client's text through the block."""
     multiplied = sum(rows * columns * block.reached[name] for name, (rows, columns) in block.shapes.items())

@@ -20,11 +20,14 @@ from fedgrove.stages import base
 from fedgrove.stages.prune.config import Config, LayerSampling
 from fedgrove.stages.prune.cost import (
     Cost,
+    LargestBlock,
+    MaskedBytes,
     cost_of,
     largest_block,
     masked_bytes,
     mending_cost,
     products_of,
+    server_memory,
     target_of,
     upload_by_pruner,
 )
@@ -149,7 +152,7 @@ def make_plan(
         clients=assignments,
         choices=upload_by_pruner(largest, num_blocks, config, masked),
         discloses=base.names_of(_discloses(config, secure, bool(products_of(largest, config)), alone)),
-        notes=tuple(_notes(config, secure, assignments, products_of(largest, config))),
+        notes=(*_notes(config, secure, assignments, products_of(largest, config)), *_server_note(config, largest, masked)),
     )
 
 
@@ -278,6 +281,12 @@ def _notes(config: Config, secure: bool, assignments: Mapping[str, Assignment], 
         *notes,
         f"{first} With protect_first_block = true, block 0 is pruned by magnitude and no client sends its sums.",
     ]
+
+
+def _server_note(config: Config, largest: LargestBlock, masked: MaskedBytes | None) -> list[str]:
+    if config.method.SOLVED_AT == "client":
+        return []
+    return [f"To prune one block, the server needs about {mebibytes(server_memory(largest, config, masked))} of memory."]
 
 
 def _personal_note(clients: int, secure: bool) -> str:
