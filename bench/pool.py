@@ -6,16 +6,26 @@
 text dealt at random. A fifth of every owner's records is held out before anything is trained, and on that fifth it is measured.
 Every method has the same start, windows and optimizer steps. With a pool, an owner has the mixture that its own training text
 gets: by its windows of each member. The interval is a paired bootstrap over each owner's windows; a gain is negative.
+
+    .venv/bin/python bench/pool.py --data ../shared/data --results pool.jsonl --leave-out --pools pools --methods keys
+
+Each owner of *kinds* is left out once, and gets a mixture of the others' pool by `adopt`: only forward passes, besides training
+the pools, which stay in the folder ``--pools`` and are trained once. "shuffled keys": the mixture that the gate gives when its
+keys have changed places; what the gate gains has to be lost with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import random
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +37,7 @@ import tune
 from transformers.utils import logging
 
 from fedgrove import api
-from fedgrove.adopt import adopt
+from fedgrove.adopt import adopt, few_windows
 from fedgrove.data.windows import training_windows
 from fedgrove.files import read_lines
 from fedgrove.models.blocks import Decoder
@@ -35,6 +45,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.options import By
 from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.personal import losses
+from fedgrove.stages.tune.pool.features import STATE
 from fedgrove.stages.tune.pool.finished import Pool
 
 LENGTH, MEMBERS = 64, 4
@@ -44,7 +55,8 @@ STAGE = {
     "ranks": [8], "bits": [32], "learning_rate": 4e-3,
 }  # fmt: skip
 KINDS = ("medquad", "e2e", "rustbook", "shakespeare")
-METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "keys")
+OWNERS = tuple(f"{kind}-{size}" for kind in KINDS for size in ("large", "small"))
+METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "similar", "keys")
 CASES = ("kinds", "iid")
 Parts = dict[str, list[tuple[float, int]]]  # by owner, the loss of each held-out window and its predicted tokens
 
@@ -72,21 +84,22 @@ def deal(case: str, data: Path, folder: Path, seed: int) -> dict[str, tuple[Path
     return found
 
 
-def run(data: Path, case: str, method: str, seed: int, **changes: Any) -> dict[str, Any]:
+def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: Any) -> dict[str, Any]:
     """The losses of every owner's own text, and the bytes of the ledger."""
     with tempfile.TemporaryDirectory() as name:
         files = deal(case, data, Path(name) / "data", seed)
-        train = functools.partial(_train, Path(name), seed, changes)
+        train = functools.partial(_train, Path(name), model, seed, changes)
+        measure = functools.partial(_measure, tokenizer=_tokenizer(model))
         if method == "base":
-            return {"parts": {owner: _measure(tune.MODEL, held) for owner, (_, held) in files.items()}, "bytes": 0}
+            return {"parts": {owner: measure(model, held) for owner, (_, held) in files.items()}, "bytes": 0}
         if method == "alone":
             runs = {owner: train(owner, {owner: of}) for owner, of in files.items()}
-            parts = {owner: _measure(runs[owner] / "model", held) for owner, (_, held) in files.items()}
+            parts = {owner: measure(runs[owner] / "model", held) for owner, (_, held) in files.items()}
             return {"parts": parts, "bytes": 0}
         if method == "shared":
             done = train("shared", files)
             return {
-                "parts": {owner: _measure(done / "model", held) for owner, (_, held) in files.items()},
+                "parts": {owner: measure(done / "model", held) for owner, (_, held) in files.items()},
                 "bytes": _sent(done),
             }
         done = train(method, files, _pool(method, list(files)))
@@ -97,28 +110,55 @@ def run(data: Path, case: str, method: str, seed: int, **changes: Any) -> dict[s
             windows = pool.facts["clients"][owner]
             mixed = pool.mix([number / sum(windows) for number in windows])
             with torch.no_grad():
-                parts[owner] = pool.losses(decoder, mixed, _windows(held))
+                parts[owner] = pool.losses(decoder, mixed, _windows(held, _tokenizer(model)))
         return {"parts": parts, "bytes": _sent(done), "windows": pool.facts["clients"], "fit": pool.facts.get("likelihoods")}
 
 
-def newcomer(data: Path, method: str, seed: int, owner: str) -> dict[str, Any]:
-    """A pool without one owner of *kinds*; its loss with no adapter, the shared one, the mixture by gate, the best member."""
+def leave_out(data: Path, model: Path, pools: Path, method: str, seed: int, owner: str, **changes: Any) -> dict[str, Any]:
+    """What an owner of *kinds* gets from a pool of the others, which is trained if it is not there; then forward passes only.
+
+    Returns:
+        Its loss by way: without an adapter, with the shared one, with the mixture of the gate, of the gate with its keys
+        shuffled, and with the best member by losses. Of ``adopt`` by "gate" and "losses" its choice, forward passes, seconds.
+    """
     with tempfile.TemporaryDirectory() as name:
-        files = deal("kinds", data, Path(name) / "data", seed)
+        folder = Path(name)
+        files = deal("kinds", data, folder / "data", seed)
         train, held = files.pop(owner)
-        done = _train(Path(name), seed, {}, method, files, _pool(method, list(files)))
-        pool = Pool.read(done)
-        decoder, ways = pool.model(), {"gate": By.gate, "best member": By.losses} if pool.gate else {"best member": By.losses}
-        weights: dict[str, list[float]] = {"none": [], "shared": pool.shares}
-        found: dict[str, Any] = {"forwards": {}, "seconds": {}, "choice": {}, "unlike": None}
-        for way, by in ways.items():
-            got = adopt(done, [train], Path(name) / way, by=by, text="{text}")
-            found["forwards"][way], found["seconds"][way], found["choice"][way] = got.forwards, got.seconds, got.choice
-            found["unlike"] = got.unlike if got.unlike is not None else found["unlike"]
-            weights[way] = list(got.weights)
+        settings = json.dumps([results.fingerprint(model), method, seed, owner, changes], sort_keys=True)
+        kept = pools / hashlib.sha256(settings.encode()).hexdigest()[:16]
+        if not (kept / "pool").is_dir():
+            done = _train(folder, model, seed, changes, method, files, _pool(method, list(files)))
+            shutil.copytree(done / "pool", kept / "pool")
+        pool, tokenizer = Pool.read(kept), _tokenizer(model)
+        decoder = pool.model(str(model))
+        weights: dict[str, Sequence[float]] = {"none": (), "shared": pool.shares}
+        found: dict[str, Any] = {"forwards": {}, "seconds": {}, "choice": {}}
+        for by in By:
+            got = adopt(kept, [train], folder / by, by=by, text="{text}", model=str(model))
+            found["forwards"][by], found["seconds"][by], found["choice"][by] = got.forwards, got.seconds, got.choice
+            found["unlike"] = found.get("unlike", got.unlike)
+            weights[by] = got.weights if by is By.losses else _weights(pool, decoder, train)
+        weights["shuffled keys"] = _weights(_shuffled(pool), decoder, train)
         with torch.no_grad():
-            parts = {way: pool.losses(decoder, pool.mix(of) if of else {}, _windows(held)) for way, of in weights.items()}
-        return {**found, "losses": means(parts), "weights": weights}
+            parts = {
+                way: pool.losses(decoder, pool.mix(of) if of else {}, _windows(held, tokenizer)) for way, of in weights.items()
+            }
+        return {**found, "losses": means(parts), "weights": {way: list(of) for way, of in weights.items()}}
+
+
+def _weights(pool: Pool, decoder: Decoder, train: Path) -> list[float]:
+    """The mixture that the gate gives, whatever it is worth."""
+    ids, _ = few_windows([train], {"text": "{text}", "prompt": None, "answer": None}, decoder.checkpoint.tokenizer(), LENGTH)
+    with torch.no_grad():
+        found: list[float] = pool.look(decoder, list(ids))[0].mean(0).tolist()
+    return found
+
+
+def _shuffled(pool: Pool) -> Pool:
+    """The same pool, with each key at the next member."""
+    state = {name: value.roll(1, 1) for name, value in pool.gate.items() if name.startswith(STATE)}
+    return dataclasses.replace(pool, gate=pool.gate | state)
 
 
 def _pool(method: str, owners: list[str]) -> dict[str, Any]:
@@ -133,6 +173,7 @@ def _pool(method: str, owners: list[str]) -> dict[str, Any]:
 
 def _train(
     folder: Path,
+    model: Path,
     seed: int,
     changes: dict[str, Any],
     name: str,
@@ -142,7 +183,7 @@ def _train(
     stage = {**STAGE, **{key: value for key, value in changes.items() if key in STAGE}}
     more = {key: value for key, value in changes.items() if key not in STAGE}
     job = {
-        "name": "pool", "seed": seed, "model": {"path": str(tune.MODEL)}, "privacy": {"min_group": 2},
+        "name": "pool", "seed": seed, "model": {"path": str(model)}, "privacy": {"min_group": 2},
         "clients": [{"name": owner, "data": str(file), "text": "{text}"} for owner, (file, _) in files.items()],
         "stages": [stage if pool is None else {**stage, "pool": {**pool, **more}}],
     }  # fmt: skip
@@ -154,17 +195,17 @@ def _sent(done: Path) -> int:
 
 
 @functools.cache
-def _tokenizer() -> Any:
-    return Checkpoint(tune.MODEL).tokenizer()
+def _tokenizer(model: Path) -> Any:
+    return Checkpoint(model).tokenizer()
 
 
-def _windows(file: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, labels = training_windows([file], {"text": "{text}"}, _tokenizer(), LENGTH)
+def _windows(file: Path, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, labels = training_windows([file], {"text": "{text}"}, tokenizer, LENGTH)
     return ids[:MEASURED], labels[:MEASURED]
 
 
-def _measure(model: Path, held: Path) -> list[tuple[float, int]]:
-    return losses(load(Decoder(Checkpoint(model)), 32), _windows(held))
+def _measure(model: Path, held: Path, tokenizer: Any) -> list[tuple[float, int]]:
+    return losses(load(Decoder(Checkpoint(model)), 32), _windows(held, tokenizer))
 
 
 def means(parts: Parts) -> dict[str, float]:
@@ -199,6 +240,25 @@ def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
     return "\n".join(rows).replace("-0.", "−0.")
 
 
+def table_of_newcomers(method: str, seed: int, found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a row for each owner who was left out, and a line of how many are better off than with the shared adapter."""
+    ways = ("none", "shared", "gate", "shuffled keys", "losses")
+    rows = [f"| owner left out ({method}, seed {seed}) | {' | '.join(ways)} | choice | forward passes | seconds |"]
+    rows += ["|---" * (len(ways) + 4) + "|"]
+    for owner, of in found.items():
+        numbers = " | ".join(f"{of['losses'][way]:.3f}" for way in ways)
+        rows.append(
+            f"| {owner} | {numbers} | {of['choice']['gate']} | {of['forwards']['gate']} | {of['seconds']['gate']:.1f} |"
+        )
+    for way in ways[2:]:
+        gains = [of["losses"]["shared"] - of["losses"][way] for of in found.values()]
+        better = sum(gain > 0 for gain in gains)
+        rows.append(
+            f"{way}: better than shared for {better} of {len(gains)} owners, {sum(gains) / len(gains):+.3f} in the mean"
+        )
+    return "\n".join(rows).replace("-0.", "−0.")
+
+
 def main() -> None:
     """Runs what is not in the file of results, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,21 +268,32 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--changes", type=json.loads, default={}, help="keys of the stage, or else of its pool, as JSON")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
-    parser.add_argument("--leave", nargs="+", default=[], help="owners of kinds who come only after the run, one at a time")
+    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument(
+        "--leave-out",
+        nargs="*",
+        choices=OWNERS,
+        help="owners of kinds who come after the run, one at a time; none: all",
+    )
+    parser.add_argument("--pools", type=Path, help="where the pools of --leave-out are kept")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    kept = results.Kept(args.results, tune.MODEL)
+    kept = results.Kept(args.results, args.model)
     found = {}
-    for seed, method, owner in itertools.product(args.seeds, args.methods, args.leave):
-        settings = {"method": method, "seed": seed, "owner": owner}
-        print(json.dumps(settings), json.dumps(kept(functools.partial(newcomer, args.data, **settings), **settings)))
-    if args.leave:
+    if args.leave_out is not None:
+        for seed, method in itertools.product(args.seeds, args.methods):
+            of_owners = {}
+            for owner in args.leave_out or OWNERS:
+                settings = {"method": method, "seed": seed, "owner": owner, **args.changes}
+                measure = functools.partial(leave_out, args.data, args.model, args.pools, **settings)
+                of_owners[owner] = kept(measure, leave_out=True, **settings)
+            print(table_of_newcomers(method, seed, of_owners))
         return
     for case, seed, method in itertools.product(args.cases, args.seeds, args.methods):
         settings = {"case": case, "method": method, "seed": seed, **args.changes}
-        found[case, seed, method] = kept(functools.partial(run, args.data, **settings), **settings)
+        found[case, seed, method] = kept(functools.partial(run, args.data, args.model, **settings), **settings)
     print(table(found))
 
 

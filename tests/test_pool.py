@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -17,9 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedgrove import run as server
+from fedgrove.adopt import look
 from fedgrove.data.windows import training_windows
 from fedgrove.engines.local import LocalEngine
-from fedgrove.job.load import load
+from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load, load_federated
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import make_credentials
@@ -29,7 +32,7 @@ from fedgrove.rounds.request import Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.gates import keys, mixture
+from fedgrove.stages.tune.gates import keys, mixture, similar
 from fedgrove.stages.tune.loops.pool import Loop
 from fedgrove.stages.tune.pool import novelty
 from fedgrove.stages.tune.pool.config import Pool
@@ -56,11 +59,13 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("pool", [{**GROUPS, "groups": {"all": list(CLIENTS)}}, {**MIXTURE, "members": 1},
-                                  {"gate": "losses", "members": 1, "common": 0.34, "windows": 2}],
-                         ids=lambda pool: pool["gate"])  # fmt: skip
-def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool: dict[str, Any]) -> None:
-    alone, pooled = small.undisturbed(stages=tune(None)), small.undisturbed(stages=tune(pool))
+@pytest.mark.parametrize(("pool", "precision"), [({**GROUPS, "groups": {"all": list(CLIENTS)}}, "float32"),
+                                                 ({**MIXTURE, "members": 1}, "float32"),
+                                                 ({**MIXTURE, "gate": "keys", "members": 1}, "fixed"),
+                                                 ({"gate": "losses", "members": 1, "common": 0.34, "windows": 2}, "float32")],
+                         ids=lambda one: one["gate"] if isinstance(one, dict) else one)  # fmt: skip
+def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool: dict[str, Any], precision: str) -> None:
+    alone, pooled = (small.undisturbed(stages=tune(of, precision=precision)) for of in (None, pool))
     for name, tensor in load_file(alone / "model" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(pooled / "model" / "model.safetensors")[name]), name
     without, with_pool = measurements(alone), measurements(pooled)
@@ -146,6 +151,20 @@ def test_a_key_without_windows_begins_again_beside_the_largest() -> None:
     assert keys.observe(x, state)["counts"].tolist() == [[3, 0]]
     state, _ = keys.settle(state, keys.observe(x, state))
     assert bool((state["keys"][0] @ state["keys"][0].T > 0.9).all())
+
+
+def test_similar_owners_go_to_one_member_with_all_their_windows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = 2 * torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1, 0]]
+    owners = [CODE.decode(CODE.encode(kind + torch.randn(30, 4, generator=generator, dtype=torch.float64))) for kind in kinds]
+    _, state, sums = fit(owners, 6, similar, members=2, starts=4)
+    assert sums["counts"].sum(1).tolist() == [5] * 4, "an owner is one point, however many windows it has"
+    final = similar.finish(state, sums, 2)
+    members = [similar.weights(of, final) for of in owners]
+    assert all(bool((of == of[0]).all()) and of.sum(1).tolist() == [1.0] * 30 for of in members)
+    found = [int(of[0].argmax()) for of in members]
+    assert found == [found[0], 1 - found[0], found[0], 1 - found[0], found[0]]
+    assert similar.finish(state, sums, 3)["keys"].shape[1] == 1, "two owners are too few"
 
 
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
@@ -270,16 +289,44 @@ def test_members_have_the_same_bits_in_the_open_and_under_secure_aggregation(sma
         assert in_the_open[name] == securely[name]
 
 
+KEYS = {**MIXTURE, "gate": "keys", "members": 3}
+FIXED = {"precision": "fixed", "rounds": 2, "steps": 4, "learning_rate": 0.05}
+
+
+def test_members_of_windows_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small) -> None:
+    stages = tune(KEYS, **FIXED)
+    runs = [
+        small.undisturbed(stages=stages, privacy={"secure_aggregation": secure, "min_group": 3}, evaluate={})
+        for secure in (False, True)
+    ]
+    in_the_open, securely = (files_of(run) for run in runs)
+    assert in_the_open.keys() == securely.keys()
+    differ = {name for name, value in in_the_open.items() if securely[name] != value}
+    assert differ == {"model/README.md"}, "which says that sums were secure"
+    facts = json.loads(securely["pool/pool.json"])
+    assert facts["members"] == 3, "else nothing was dealt"
+    assert sum(facts["windows"]) == 59
+    assert facts["clients"] == {}, "nobody knows whose windows they are"
+    sent = {line["kind"]: line["bytes"] for line in lines(runs[0] / "ledger.jsonl") if line["direction"] == "up"}
+    assert 2 * sent["tune/train"] < sent["tune/members"] <= 3 * sent["tune/train"], "three adapters in one message"
+
+
 def files_of(run: Path) -> dict[str, bytes]:
     """What a run must give bit for bit."""
     folders = [run / name for name in ("model", "adapter", "pool")]
     return {str(file.relative_to(run)): file.read_bytes() for folder in folders for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("moment", ["*/gate-0002.safetensors", "*/member-0001-01.safetensors"])
-def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str) -> None:
-    whole = small.undisturbed(stages=tune(MIXTURE))
-    job = small.job("killed", stages=tune(MIXTURE))
+@pytest.mark.parametrize(
+    ("moment", "secure"),
+    [("*/gate-0002.safetensors", False), ("*/member-0001-01.safetensors", False), ("*/member-0001-00.safetensors", True)],
+)
+def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str, secure: bool) -> None:
+    changes: dict[str, Any] = {"stages": tune(MIXTURE)}
+    if secure:
+        changes = {"stages": tune(KEYS, **FIXED), "evaluate": {}, "privacy": {"secure_aggregation": True, "min_group": 3}}
+    whole = small.undisturbed(**changes)
+    job = small.job("killed", **changes)
     killed("run", job, "--out", tmp_path / "run", moment=Moment("os.rename", moment))
     assert cli("run", job, "--out", tmp_path / "run", "--resume")[0] == 0
     assert files_of(tmp_path / "run") == files_of(whole)
@@ -288,10 +335,40 @@ def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, mo
     }
 
 
+def test_owners_who_are_alike_train_one_member_and_nobody_learns_which(small: Small) -> None:
+    small.one_word("tree", "river", "tree")
+    names = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
+    clients = [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in names.items()]
+    pool = {**KEYS, "gate": "similar", "members": 2}
+    secure = {"privacy": {"secure_aggregation": True, "min_group": 2}, "evaluate": {}}
+    run = small.undisturbed(stages=tune(pool, **FIXED), clients=clients, **secure)
+    found = FinishedPool.read(run)
+    assert len(found.facts["windows"]) == 2
+    assert found.facts["clients"] == {}
+    members = [look(run, small.folder / f"only-{word}.txt").weights for word in ("tree", "river")]
+    assert bool((members[0].argmax(1) != int(members[1][0].argmax())).all())
+
+
+def test_a_member_that_too_few_would_train_is_dropped_and_its_windows_go_to_others(small: Small) -> None:
+    clients = []
+    for name, rows in zip(CLIENTS, ((54, 4), (54, 4), (28, 28)), strict=True):  # of words of either kind
+        file = small.folder / f"two-words-{name}.txt"
+        file.write_text("\n".join(" ".join([word] * 12 * row) for word, row in zip(("tree", "river"), rows, strict=True)))
+        clients.append({"name": name, "data": str(file)})
+    more: dict[str, Any] = {"clients": clients, "evaluate": {}, "privacy": {"min_group": 3}}
+    apart, in_sums = (small.undisturbed(stages=tune(KEYS | {"members": 2, "size": 1}, **of), **more) for of in ({}, FIXED))
+    dealt = FinishedPool.read(apart).facts["clients"]
+    assert all(0 < min(dealt[name]) < 0.1 * max(dealt[name]) for name in ("ash", "birch")), "they would not train it"
+    facts = FinishedPool.read(in_sums).facts
+    assert facts["windows"] == [sum(map(sum, dealt.values()))]
+
+
 def test_members_add_up_to_the_model_for_all_and_plain_peft_loads_it(small: Small) -> None:
     run = small.undisturbed(stages=tune(GROUPS))
     pool = FinishedPool.read(run)
     assert pool.facts["clients"] == {"ash": [0, 22], "birch": [0, 19], "cedar": [18, 0]}
+    for file in (run / "pool").iterdir():
+        assert str(small.folder).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
     decoder = pool.model()
     of_all, adapter = pool.mix(pool.shares), load_file(run / "adapter" / "adapter_model.safetensors")
     for name, factors in of_all.items():
@@ -357,13 +434,34 @@ def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: 
     assert 0 <= found["unlike"] <= 1
 
 
+def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Small, tmp_path: Path) -> None:
+    out = {"evaluate__new": ["cedar"], "evaluate__data": None}
+    run = small.undisturbed(stages=tune(MIXTURE), privacy={"min_group": 2}, **out)
+    found = json.loads((run / "new.json").read_text(encoding="utf-8"))["owners"]
+    assert found.keys() == {"cedar"}
+    assert {line["client"] for line in lines(run / "ledger.jsonl")} == {"ash", "birch"}, "it had no part in the run"
+    status, said, err = cli("adopt", run, "--data", small.texts["cedar"], "--out", tmp_path / "mine", "--json")
+    assert status == 0, err
+    adopted = json.loads(said)
+    for key in ("choice", "weights", "losses", "error", "unlike", "windows", "forwards"):
+        assert found["cedar"][key] == adopted[key], key
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "1 owner had no part in the run" in page
+    assert "What owners who were not there get from the pool" in page
+    whole = small.spec(stages=tune(MIXTURE), privacy={"min_group": 2}, evaluate={})
+    whole["clients"] = [client for client in whole["clients"] if client["name"] != "cedar"]
+    (tmp_path / "two.toml").write_text(tomli_w.dumps(whole), encoding="utf-8")
+    assert cli("run", tmp_path / "two.toml", "--out", tmp_path / "two")[0] == 0
+    assert files_of(tmp_path / "two") == files_of(run), "as if the job had never named it"
+
+
 # Mistakes
 
 
 @pytest.mark.parametrize(
     ("pool", "stage", "words"),
     [
-        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random")),
+        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar")),
         ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),
         ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),
         ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),
@@ -386,10 +484,37 @@ def test_a_pool_that_cannot_be_trained_is_refused(
     assert all(word in line for word in words), line
 
 
-def test_secure_aggregation_takes_gates_that_only_look_at_the_job(small: Small) -> None:
+@pytest.mark.parametrize(
+    ("pool", "new", "words"),
+    [
+        (MIXTURE, ["oak"], ("evaluate.new: 'oak' is no client of the job", "ash, birch, cedar")),
+        (None, ["ash"], ("evaluate.new: no stage has a pool", "key pool")),
+        (MIXTURE, [{"name": "ash", "data": "ash.txt"}], ("the name 'ash' is given twice",)),
+        (MIXTURE, list(CLIENTS), ("clients: ",)),
+        (MIXTURE, [{"name": "gale", "data": "few.txt"}], ("few.txt", "4 windows of 16 tokens", "add text")),
+    ],
+    ids=lambda value: None,
+)
+def test_owners_who_cannot_be_kept_out_are_refused(small: Small, pool: Any, new: list[Any], words: tuple[str, ...]) -> None:
+    (small.folder / "few.txt").write_text("a few words\n", encoding="utf-8")
+    line = complaint("plan", small.job("bad", stages=tune(pool), evaluate__new=new))
+    assert all(word in line for word in words), line
+
+
+def test_a_federation_keeps_nobody_out_whose_text_it_has_not(small: Small) -> None:
+    spec = small.spec(stages=tune(MIXTURE), evaluate={"new": ["cedar"]})
+    spec["clients"] = [{"name": name} for name in CLIENTS]
+    file = small.folder / "federated.toml"
+    file.write_text(tomli_w.dumps(spec), encoding="utf-8")
+    with pytest.raises(FedgroveError, match=r"evaluate\.new: in a federation .* `fedgrove adopt`"):
+        load_federated(file)
+
+
+def test_secure_aggregation_takes_gates_whose_members_add_up_over_enough_clients(small: Small) -> None:
     secure = {"privacy": {"secure_aggregation": True, "min_group": 2}}
-    line = complaint("plan", small.job("bad", stages=tune(MIXTURE, precision="fixed"), **secure))
-    assert 'use gate = "groups"' in line
+    by_loss = {"gate": "losses", "members": 2, "windows": 2}
+    line = complaint("plan", small.job("bad", stages=tune(by_loss, precision="fixed"), **secure))
+    assert 'use gate = "keys"' in line
     line = complaint("plan", small.job("bad", stages=tune(GROUPS, precision="fixed"), **secure))
     assert "privacy.min_group" in line
     assert "make groups larger" in line

@@ -191,7 +191,7 @@ def test_numbers_of_tokens_that_no_round_has_are_refused(tokens: list[list[int]]
 
 
 def test_weights_of_experts_are_bounded_by_the_clients(mixed: Small) -> None:
-    counted = Counted.encode(torch.tensor([[4, 2, 0, 2]]), 2, 0.5)
+    counted = Counted.encode(fractions(torch.tensor([[4, 2, 0, 2]]), 2), 0.5)
     assert [counted.of((0, expert)) for expert in range(4)] == [0.5, 0.25, 0.0, 0.25]
     assert counted.reached.tolist() == [[1, 1, 0, 1]]
     counted.check(0.5, 1)

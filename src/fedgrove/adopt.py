@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -21,12 +21,19 @@ from fedgrove.data.tokens import encode_prompt
 from fedgrove.data.windows import spread, training_windows, with_labels
 from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.held_out import error_of_difference, mean_of
+from fedgrove.events import Phase
+from fedgrove.job.tables import Client, Job
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
 from fedgrove.options import By
-from fedgrove.stages.tune.pool.finished import Pool
+from fedgrove.report.newcomers import NEW, NONE, SHARED
+from fedgrove.runfolder import RunFolder
+from fedgrove.stages.tune.personal import Windows
+from fedgrove.stages.tune.pool.finished import Pool, has_pool
 
 MOST = 32  # windows that are measured
 FEWEST = 4
-NONE, SHARED, MIXTURE = "none", "shared", "mixture"
+MIXTURE = "mixture"  # the candidate of a gate
 LIKE_NOTHING = 0.05  # a window with a smaller p-value is like nothing that the federation has
 
 
@@ -38,12 +45,12 @@ class Adopted:
         choice: "none", "shared", "mixture", or "member K".
         weights: over the members; empty for "none".
         losses: of each candidate, per token, on windows that it was not chosen by.
-        error: standard error of the chosen one's loss minus that of "none".
+        error: standard error of the chosen one's loss minus that of "shared"; None for "shared" itself.
         unlike: the fraction of windows that are like nothing that the federation has; None: the gate does not say.
         windows: how many windows were used.
         forwards: forward passes of one window.
         seconds: that it took, without loading the model the first time.
-        out: the adapter; None if the choice is "none".
+        out: the adapter; None if none was written.
     """
 
     choice: str
@@ -88,8 +95,28 @@ def adopt(
     if out.exists():
         raise FedgroveError(f"--out {out}: it exists already", "name another folder")
     decoder = pool.model(model, _device())
-    ids, labels = _windows(pool, data, decoder.checkpoint.tokenizer(), {"text": text, "prompt": prompt, "answer": answer})
+    tokenizer = decoder.checkpoint.tokenizer()
+    windows = few_windows(data, {"text": text, "prompt": prompt, "answer": answer}, tokenizer, pool.facts["length"])
+    found = choose(pool, decoder, windows, by, group)
+    if found.choice == NONE:
+        return found
+    pool.write(out, decoder, pool.mix(found.weights), f"{run.name}: {found.choice}", model)
+    return replace(found, out=out)
+
+
+def choose(pool: Pool, decoder: Decoder, windows: Windows, by: By | None = None, group: str | None = None) -> Adopted:
+    """The mixture that suits an owner's windows; nothing is written.
+
+    Args:
+        decoder: the model that the pool was trained on.
+        windows: (ids, labels), (windows, length) each: every other one chooses, the rest is reported.
+        by, group: as for :func:`adopt`.
+
+    Raises:
+        FedgroveError: the pool has no such group, or its gate looks at no text.
+    """
     began, forwards, unlike = time.monotonic(), 0, None
+    ids, labels = windows
     candidates: dict[str, Sequence[float]] = {NONE: (), SHARED: pool.shares}
     number = len(pool.members)
     with torch.no_grad():
@@ -108,20 +135,47 @@ def adopt(
             parts[name] = pool.losses(decoder, changes, chosen_by), pool.losses(decoder, changes, reported)
             forwards += len(ids)
     choice = min(candidates, key=lambda name: mean_of(parts[name][0]))
-    seconds = time.monotonic() - began
-    if choice != NONE:
-        pool.write(out, decoder, pool.mix(candidates[choice]), f"{run.name}: {choice}")
     return Adopted(
         choice=choice,
         weights=tuple(candidates[choice]),
         losses={name: mean_of(of[1]) for name, of in parts.items()},
-        error=error_of_difference(parts[choice][1], parts[NONE][1]) if choice != NONE else None,
+        error=error_of_difference(parts[choice][1], parts[SHARED][1]) if choice != SHARED else None,
         unlike=unlike,
         windows=len(ids),
         forwards=forwards,
-        seconds=seconds,
-        out=None if choice == NONE else out,
+        seconds=time.monotonic() - began,
+        out=None,
     )
+
+
+def check_new(job: Job, model: Checkpoint) -> None:
+    """Whether every owner of ``evaluate.new`` has enough text; before anything is trained.
+
+    Raises:
+        FedgroveError: one has not; names its file.
+    """
+    lengths = [stage.training_length() for stage in job.stages if stage.leaves_pool()]
+    for owner, length in product(job.evaluate.new, lengths):
+        few_windows(owner.data, _templates(owner), model.tokenizer(), length or 1)
+
+
+def evaluate_new(model: Checkpoint, stage: int, run: RunFolder, device: str) -> None:
+    """Writes to ``RUN/new.json`` what each owner of ``evaluate.new`` would get from the pool that a stage left.
+
+    Args:
+        model: the model before the stage.
+        device: the torch device.
+    """
+    owners = run.job.evaluate.new
+    if not owners or not has_pool(run.path):
+        return
+    pool, decoder, tokenizer = Pool.read(run.path), Decoder(model, device), model.tokenizer()
+    found = {}
+    for number, owner in enumerate(owners):
+        run.phase(Phase("evaluate", "owners who were not there", stage=stage, done=number, total=len(owners)))
+        windows = few_windows(owner.data, _templates(owner), tokenizer, pool.facts["length"])
+        found[owner.name] = {name: of for name, of in vars(choose(pool, decoder, windows)).items() if name != "out"}
+    run.write_json(NEW, {"stage": stage, "owners": found})
 
 
 def look(run: Path, data: Path, *, text: str | None = None, model: str | None = None, most: int | None = None) -> Looked:
@@ -161,11 +215,18 @@ class Looked:
     p: Tensor
 
 
-def _windows(
-    pool: Pool, data: Sequence[Path], tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str | None]
-) -> tuple[Tensor, Tensor]:
-    """At most ``MOST`` windows with something to predict, spread evenly over the text."""
-    length = pool.facts["length"]
+def few_windows(
+    data: Sequence[Path], templates: Mapping[str, str | None], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Windows:
+    """At most ``MOST`` windows with something to predict, spread evenly over an owner's text: (ids, labels).
+
+    Args:
+        templates: ``text``, or ``prompt`` and ``answer``: how a record becomes text.
+        length: tokens of a window.
+
+    Raises:
+        FedgroveError: there are fewer than ``FEWEST``; names the file.
+    """
     given = {"text": templates["text"] or DEFAULT_TEMPLATE}
     if templates["prompt"] and templates["answer"]:
         given = {"prompt": templates["prompt"], "answer": templates["answer"]}
@@ -181,6 +242,10 @@ def _windows(
         raise FedgroveError(f"{data[0]}: {len(learnt)} windows; {few}", "add text")
     at = learnt[spread(min(MOST, len(learnt)), len(learnt))]
     return ids[at], labels[at]
+
+
+def _templates(owner: Client) -> dict[str, str | None]:
+    return {"text": owner.text, "prompt": owner.prompt, "answer": owner.answer}
 
 
 def _device() -> str:

@@ -21,7 +21,7 @@ def centralized_job(job: Job) -> Job:
     Each kind of stage defines its centralized version in :meth:`fedgrove.job.stage_config.StageConfig.centralized`.
     """
     everything = Client(name=CENTRALIZED, data=tuple(file for client in job.clients for file in client.data))
-    evaluate = job.evaluate.model_copy(update={"alone": False, "centralized": False, "speed": False, "prompts": ()})
+    evaluate = job.evaluate.model_copy(update={"alone": False, "centralized": False, "speed": False, "prompts": (), "new": ()})
     return job.model_copy(
         update={
             "name": f"{job.name[:50]}-{CENTRALIZED}",

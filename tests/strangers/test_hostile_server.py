@@ -84,6 +84,7 @@ VOTING = {
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
 POOL = {"gate": "mixture", "members": 2, "common": 0.0, "size": 2, "prefix": 8, "starts": 2, "fit_rounds": 2}
 POOLED_TUNE = {**TUNE, "method": "lora", "pool": POOL}
+IN_SUMS = {**FIXED, "pool": {**POOL, "gate": "keys"}}
 BY_LOSS = {**TUNE, "method": "lora", "pool": {"gate": "losses", "members": 2, "common": 0.0, "windows": 2}}
 NOISE = {"epsilon": 8.0, "delta": 1e-3}
 OPEN = {"stages": ["head", "prompt", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
@@ -108,6 +109,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
     "seeds": (OPEN, [SEEDS]),
     "pool": ({**OPEN, "alone": False}, [POOLED_TUNE]),
+    "pool in sums": (SECURE, [IN_SUMS]),
     "pool by losses": ({**OPEN, "alone": False}, [BY_LOSS]),
     "prompts": ({**OPEN, "alone": False}, [PROMPT]),
     "votes for words": (SECURE, [VOTING]),
@@ -160,7 +162,11 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("tune/deal/features", "round"): ("asked again before the round in which a killed run goes on", 2),
     ("tune/deal/losses", "round"): ("every round in which members are trained is asked for", 2),
     ("tune/deal/losses", "micro"): ("up to the job's largest batch", 3),
+    ("tune/deal/sums", "round"): ("asked again before the round in which a killed run goes on", 2),
     ("tune/gate/fit", "round"): ("every exchange of the fit is asked for", 4),
+    ("tune/members", "round"): ("every round in which members are trained is asked for", 2),
+    ("tune/members", "fixed.everything"): ("the weights of all clients follow from it alike", 1),
+    ("tune/members", "training.micro"): ("at most the batch", 3),
     ("tune/train", "member"): ("every member of the pool is trained", 64),
     ("tune/train", "held"): ("all experts, or as many as the site chose before", 2**16 + 1),
     ("tune/train", "kept_blocks[]"): ("which blocks stay follows from the sums of all clients", 4096),

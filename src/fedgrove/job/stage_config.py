@@ -58,6 +58,10 @@ class StageConfig(Table):
         """How many rounds the stage has."""
         return 1
 
+    def highest_round(self) -> int:
+        """The highest round of any exchange; those before a training may count further than it has rounds."""
+        return self.number_of_rounds() - 1
+
     def reads_text(self) -> bool:
         """Whether clients compute anything from their text."""
         return True
@@ -85,6 +89,10 @@ class StageConfig(Table):
     def cuts(self) -> Cut | None:
         """What the stage cuts out of the model, whose shapes then differ from those of the clients' copies; None: nothing."""
         return None
+
+    def leaves_pool(self) -> bool:
+        """Whether the stage leaves a pool of adapters, from which owners who were not there get one."""
+        return False
 
     def makes_zeros(self) -> bool:
         """Whether the stage makes zeros that later stages have to keep."""

@@ -188,6 +188,8 @@ class Evaluate(Table):
         speed: also measure tokens per second, memory and bytes of the model before and after, with plain transformers.
         tasks: tasks of lm-evaluation-harness, by name, before and after. In a federation only those that the server's
             server.toml allows.
+        new: names of clients that are kept out of the run: it then shows what each would get from the pool, as by `fedgrove
+            adopt`. Or whole tables of them, as in ``clients``. Simulation only, because the server reads their text.
         tasks_from: a folder with YAML files of more tasks. Such a folder is code: its files can name Python functions, which
             lm-evaluation-harness runs. Refused in a federation.
     """
@@ -203,6 +205,7 @@ class Evaluate(Table):
     centralized: bool = False
     speed: bool = False
     tasks: tuple[str, ...] = ()
+    new: tuple[Client, ...] = ()
     tasks_from: File | None = None
 
     @field_validator("data")
@@ -266,6 +269,23 @@ class Job(Table):
     rounds: Rounds = Rounds()
     privacy: Privacy = Privacy()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_out(cls, value: Any) -> Any:
+        """Moves the clients that ``evaluate.new`` names from ``clients`` to it, so that nothing else has to know of them."""
+        evaluate = value.get("evaluate") if isinstance(value, dict) else None
+        new = evaluate.get("new") if isinstance(evaluate, dict) else None
+        if evaluate is None or not isinstance(new, list | tuple) or not isinstance(value.get("clients"), list | tuple):
+            return value
+        named = [owner for owner in new if isinstance(owner, str)]
+        tables = {client.get("name"): client for client in value["clients"] if isinstance(client, dict)}
+        for name in named:
+            if name not in tables:
+                raise ValueError(f"evaluate.new: '{name}' is no client of the job; name one of {', '.join(map(str, tables))}")
+        moved = [tables[owner] if isinstance(owner, str) else owner for owner in new]
+        rest = [client for client in value["clients"] if not (isinstance(client, dict) and client.get("name") in named)]
+        return {**value, "clients": rest, "evaluate": {**evaluate, "new": moved}}
+
     @field_validator("clients")
     @classmethod
     def _in_order(cls, clients: tuple[Client, ...]) -> tuple[Client, ...]:
@@ -284,11 +304,20 @@ class Job(Table):
                 raise ValueError(
                     f'evaluate.data.{number}.measure: no stage makes a "{text.measure}"; add one, or measure another'
                 )
+        if self.evaluate.new:
+            self._check_new()
         if self.privacy.secure_aggregation:
             self._check_secure()
         if self.rounds.quorum is not None and self.rounds.quorum > len(self.clients):
             raise ValueError(f"rounds.quorum: {self.rounds.quorum}, but there are {len(self.clients)} clients")
         return self
+
+    def _check_new(self) -> None:
+        if not any(stage.leaves_pool() for stage in self.stages):
+            raise ValueError(
+                "evaluate.new: no stage has a pool from which to give them an adapter; give a stage tune the key pool"
+            )
+        _unique([client.name for client in (*self.clients, *self.evaluate.new)])
 
     def _check_secure(self) -> None:
         if self.evaluate.alone:
@@ -334,6 +363,11 @@ class FederatedJob(Job):
     def _brings_no_code(cls, value: Any) -> Any:
         """Looks at the key before its path is looked up, so that nobody learns which paths the server has."""
         evaluate = value.get("evaluate") if isinstance(value, dict) else None
+        if isinstance(evaluate, dict) and evaluate.get("new"):
+            raise ValueError(
+                "evaluate.new: in a federation no owner's text is at the server; leave it out, and let the owner use "
+                "`fedgrove adopt`"
+            )
         if isinstance(evaluate, dict) and evaluate.get("tasks_from") is not None:
             raise ValueError(
                 "evaluate.tasks_from: a folder of tasks is code, and nobody brings code to the server of a federation; leave "

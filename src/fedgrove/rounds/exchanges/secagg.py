@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
-from fedgrove.job.stage_config import Agreed
+from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import MAX_CLIENTS, Name
 from fedgrove.privacy.secagg import client as protocol
 from fedgrove.privacy.secagg import keys
@@ -115,6 +115,10 @@ class _Phase(Request):
     def _known(self) -> Self:
         _check_known(self.session, self._named())
         return self
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return range(config.highest_round() + 1)
 
     def beyond(self, job: Agreed) -> str | None:
         return "session" if not job.secure or not set(self.session.clients) <= set(job.clients) else None

@@ -36,17 +36,8 @@ def beyond(request: Train, config: Config, secure: bool, clients: int) -> str | 
         "personal_pull": config.personal_pull,
     }  # fmt: skip
     differs = next((key for key in asked if asked[key] != agreed[key]), None)
-    differs = differs or _member_beyond(request, config)
+    differs = differs or request.members_beyond(config)
     return differs or _noise_beyond(request, config, secure, clients) or _assignment_beyond(request, config)
-
-
-def _member_beyond(request: Train, config: Config) -> str | None:
-    """Whether the request trains a member of a pool that the job does not have, or in a round that trains one adapter."""
-    pool = config.pool
-    members = 0 if pool is None or request.round < pool.common_rounds(config.rounds) else pool.members
-    if (request.member is not None) != bool(members) or (request.member or 0) >= max(1, members):
-        return "member"
-    return "dealt" if request.dealt != (pool is not None and bool(members) and not pool.method.OF_CLIENTS) else None
 
 
 def _noise_beyond(request: Train, config: Config, secure: bool, clients: int) -> str | None:

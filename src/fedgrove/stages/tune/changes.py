@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
+
+from fedgrove.models.blocks import Decoder
 
 
 class Change(Protocol):
@@ -81,3 +83,24 @@ class Start(Generic[C]):
 
     own: C
     rest: C
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a client's round of training came to.
+
+    Attributes:
+        trained: by linear, the part of the change that was trained.
+        starts: where it began.
+        shapes: of all linears of the model, also of experts that the client does not hold.
+        loss: mean training loss per token; None if it was not finite, where noise protects the text.
+        tokens: that reached each expert; None if they do not count.
+        decoder: the model.
+    """
+
+    trained: Mapping[str, Any]
+    starts: Mapping[str, Start[Any]]
+    shapes: Mapping[str, tuple[int, int]]
+    loss: float | None
+    tokens: Tensor | None
+    decoder: Decoder

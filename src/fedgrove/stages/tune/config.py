@@ -333,9 +333,8 @@ class Config(StageConfig):
     @property
     def _fixed_keys(self) -> str:
         """The keys that make clients send fixed-point numbers."""
-        if self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE:
-            return 'precision = "fixed"'
-        return 'aggregation = "ffa_lora" and precision = "fixed"'
+        adds_up = self.aggregation_method.SHARED_A or parametrization_of(self.parametrization).RELATIVE
+        return 'precision = "fixed"' if adds_up else 'aggregation = "ffa_lora" and precision = "fixed"'
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -347,6 +346,9 @@ class Config(StageConfig):
 
     def number_of_rounds(self) -> int:
         return self.rounds
+
+    def highest_round(self) -> int:
+        return max(self.rounds - 1, self.pool.fit_rounds + 1 if self.pool is not None else 0)
 
     def privacy_budget(self) -> tuple[float, float] | None:
         return None if self.epsilon is None else (self.epsilon, self.delta)
@@ -362,6 +364,14 @@ class Config(StageConfig):
     def loop(self) -> str:
         """The file of :mod:`fedgrove.stages.tune.loops` that runs the stage's rounds."""
         return parametrization_of(self.parametrization).LOOP if self.pool is None else "pool"
+
+    @property
+    def deals_in_sums(self) -> bool:
+        """Whether it stays with each client which members its windows go to: with fixed-point numbers all members add up."""
+        return self.pool is not None and self.pool.deals_in_sums(self.precision)
+
+    def leaves_pool(self) -> bool:
+        return self.pool is not None
 
     def check(self, job: Job, index: int) -> None:
         if self.pool is not None:

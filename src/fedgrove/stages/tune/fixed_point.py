@@ -96,6 +96,11 @@ def encode(values: Mapping[str, Tensor], weight: float) -> Tensors:
     return {CHANGE + name: CODE.encode(value.double() * weight) for name, value in values.items()}
 
 
+def fixed_loss(loss: float) -> Tensor:
+    """A loss as one of the values of :func:`encode`, (1,)."""
+    return torch.tensor([min(loss, LARGEST - 1.0)])
+
+
 def check(tensors: Mapping[str, Tensor], weight: float) -> None:
     """Checks that no number is larger than a client of this weight, or clients of this total weight, can send.
 

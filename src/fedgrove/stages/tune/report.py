@@ -12,6 +12,7 @@ from rich.text import Text
 from fedgrove.quantities import mebibytes
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
+from fedgrove.report.newcomers import NEW, Newcomers
 from fedgrove.report.personal import Personal, Words
 from fedgrove.report.sections import Bullets, Figure, Paragraph, Part, Picture, Section, Sheet, numbered
 from fedgrove.report.sheet import Column, Table
@@ -23,7 +24,7 @@ from fedgrove.stages.tune.objective import GAINED, PREDICTED
 DID = "tuned"
 DOING = "tuning"
 POOL = "pool/pool.json"
-FILES: tuple[str, ...] = (POOL,)
+FILES: tuple[str, ...] = (POOL, NEW)
 FOLDERS: tuple[str, ...] = ("adapter", "pool")
 TAGS: tuple[str, ...] = ()
 CARD = ""
@@ -81,11 +82,11 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
 
 
 def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
-    """The plan in force, which may differ from the plan before the run, and what adapters of one's own are worth."""
+    """The plan in force, which may differ from the plan before the run, and what adapters of the owners' own are worth."""
     if not stage.plan:
         return []
-    personal = personal_of(summary, stage)
-    return [plan_table(stage.plan, stage.config), *([Text("\n".join(personal.lines()))] if personal else [])]
+    says = [of.lines() for of in (personal_of(summary, stage), Newcomers.of(summary, stage)) if of is not None]
+    return [plan_table(stage.plan, stage.config), *(Text("\n".join(lines)) for lines in says)]
 
 
 def personal_of(summary: Summary, stage: Stage) -> Personal | None:
@@ -155,7 +156,7 @@ def _pool_says(pool: Mapping[str, Any]) -> str:
 def _pool_table(stage: Stage, pool: Mapping[str, Any]) -> Table:
     """How many windows of each client each member got."""
     columns = [Column("client"), *(Column(f"member {member}", "{:,}".format) for member in range(pool["members"]))]
-    rows = [[client, *windows] for client, windows in pool["clients"].items()]
+    rows = [[client, *windows] for client, windows in pool["clients"].items()] or [["all together", *pool["windows"]]]
     return Table(f"stage-{stage.number}-pool", "Windows of each client that each member is trained on", columns, rows)
 
 
@@ -191,9 +192,9 @@ class Tuning:
         pool = summary.files.get(POOL)
         if pool and pool["stage"] == self.stage.number:
             parts += [Paragraph(_pool_says(pool)), Sheet(_pool_table(self.stage, pool))]
-        personal = personal_of(summary, self.stage)
-        if personal:
-            parts += [*map(Paragraph, personal.lines()), Sheet(personal.table())]
+        for of in (personal_of(summary, self.stage), Newcomers.of(summary, self.stage)):
+            if of is not None:
+                parts += [*map(Paragraph, of.lines()), Sheet(of.table())]
         return Section(f"stage-{self.stage.number}", numbered(summary, self.stage, "Tuning"), parts)
 
     def _says(self) -> str:

@@ -1,9 +1,12 @@
-"""How much of a client's text trained each expert: its weight in the sum of the experts' changes.
+"""How much of a client's text trained each expert, or each member of a pool: its weight in the sum of their changes.
 
 A client trains most linears on all of its text, but an expert only on the tokens that the router sent to it. So an expert's
 change counts by these tokens: the client's weight, times the fraction of the round's tokens that reached the expert. A client
 of whose text nothing reached an expert, or that does not hold it, has weight 0 in its sum. An expert that fewer clients trained
 than ``privacy.min_group`` says keeps its weights, so that no single client rewrites it for all.
+
+The members of a pool are weighed in the same way, by the windows that a client dealt to them
+(:mod:`fedgrove.stages.tune.exchanges.members`).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class ExpertRules:
     """How the server weighs the changes of experts.
 
     Attributes:
-        places: of the linears of experts.
+        places: of the linears of experts, or of members.
         per_token: how many experts compute a token.
         min_group: an expert that fewer clients trained in a round does not change.
     """
@@ -86,6 +89,11 @@ def fractions(tokens: Tensor, per_token: int) -> Tensor:
     return torch.where(of_round > 0, tokens / of_round.clamp(min=1), 0.0)
 
 
+def places_of_members(linears: Iterable[str], members: int) -> Places:
+    """Where ``K/<linear>``, the change of a linear by member K, is in tensors (1, members)."""
+    return {f"{member}/{name}": (0, member) for name in linears for member in range(members)}
+
+
 def check_tokens(tokens: Tensor, per_token: int, most: int) -> None:
     """Refuses numbers of tokens that no round of training has.
 
@@ -116,14 +124,14 @@ class Counted:
     reached: Tensor
 
     @classmethod
-    def encode(cls, tokens: Tensor, per_token: int, weight: float) -> Counted:
+    def encode(cls, parts: Tensor, weight: float) -> Counted:
         """One client's, int32, rounded down.
 
         Args:
-            tokens: see :func:`fractions`.
+            parts: fractions of what it trained on, float64 in [0, 1].
             weight: of the client in the sum.
         """
-        weights = (fractions(tokens, per_token) * weight * 2.0**BITS).trunc().int()
+        weights = (parts * weight * 2.0**BITS).trunc().int()
         return cls(weights, (weights > 0).int())
 
     def of(self, place: tuple[int, int]) -> float:

@@ -14,7 +14,7 @@ from fedgrove.data.windows import spread, with_labels
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Count, Linears, Name
 from fedgrove.models.blocks import Decoder
-from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
+from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TrainingRequest
@@ -24,12 +24,13 @@ from fedgrove.stages.tune.gates import loss_gate_of
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import mean_loss
 from fedgrove.stages.tune.pool.config import Members
-from fedgrove.stages.tune.pool.dealing import draw_members, keep_deal
+from fedgrove.stages.tune.pool.dealing import draw_members, keep_deal, steps_of
 from fedgrove.stages.tune.pool.features import FittedRequest
 from fedgrove.stages.tune.received import by_linear, check_growth, check_linears, check_parts
 
 Windows = Annotated[int, Field(ge=0, le=2**40)]
 DEALS = frozenset({Disclosure.MEMBERS})
+WINDOWS, TRAINERS = "windows", "clients"  # tensors of a sum of deals
 
 
 class Dealt(Reply):
@@ -52,29 +53,99 @@ class Dealt(Reply):
             raise WireError("it deals another number of windows than it reported before")
 
 
-class DealByFeatures(FittedRequest, TrainingRequest):
+class FeatureDeal(FittedRequest, TrainingRequest):
+    """What requests to deal windows by their features have in common."""
+
+    IN_SUMS: ClassVar[bool]
+
+    def deal(self, tensors: Tensors, client: LocalClient, device: str) -> Dealt:
+        """Deals the client's windows to the members, and keeps which go where on its own disk.
+
+        Raises:
+            FedgroveError: the request's tensors do not fit.
+        """
+        features, state = self.features(tensors, client, device)
+        members = draw_members(self.method.weights(features, state), f"{self.seed}/{client.name}")
+        keep_deal(client, self.stage, members)
+        return Dealt.of(members, self.members)
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return pooled_rounds(config)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.deals_in_sums != self.IN_SUMS:
+            return "precision"
+        return "fixed" if self.fixed is not None else super().beyond(job)
+
+
+class DealByFeatures(FeatureDeal):
     """Deal your windows to the members of a pool by their features, keep which go where, and say how many each member gets."""
 
     KIND: ClassVar[str] = "tune/deal/features"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = DEALS
     REPLY: ClassVar[type[Reply]] = Dealt
+    IN_SUMS: ClassVar[bool] = False
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        features, state = self.features(tensors, client, device)
-        members = draw_members(self.method.weights(features, state), f"{self.seed}/{client.name}")
-        keep_deal(client, self.stage, members)
-        return Response({}, Dealt.of(members, self.members))
+        return Response({}, self.deal(tensors, client, device))
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Dealt)
         reply.check(self.members, self.tokens // self.length)
 
-    @classmethod
-    def rounds_in(cls, config: StageConfig) -> range:
-        return _pooled_rounds(config)
+
+class SumDeals(FeatureDeal):
+    """Deal your windows to the members of a pool by their features, and keep which go where; only sums over clients are used.
+
+    The response contains int64 (members,): ``change/windows``, how many each member gets, and ``change/clients``, 1 for each
+    member that the client would train.
+
+    Attributes:
+        steps: of a round.
+    """
+
+    KIND: ClassVar[str] = "tune/deal/sums"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = DEALS
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "held", "tokens"})
+    SUM_FIELDS: ClassVar[tuple[str, ...]] = ("stage", "round", "members")
+    IN_SUMS: ClassVar[bool] = True
+
+    steps: Count
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        windows = self.deal(tensors, client, device).windows
+        trains = [number > 0 for number in steps_of(self.steps, windows)]
+        return Response({CHANGE + WINDOWS: torch.tensor(windows), CHANGE + TRAINERS: torch.tensor(trains).long()}, Reply())
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        return dict.fromkeys((CHANGE + WINDOWS, CHANGE + TRAINERS), (torch.Size([self.members]), torch.int64))
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        check_deals({name.removeprefix(CHANGE): one for name, one in tensors.items()}, self.tokens // self.length, 1)
 
     def beyond(self, job: Agreed) -> str | None:
-        return "fixed" if self.fixed is not None else super().beyond(job)
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        return "steps" if self.steps != config.steps else super().beyond(job)
+
+
+def check_deals(sums: Mapping[str, Tensor], windows: int, clients: int) -> None:
+    """Refuses a sum of deals that so many clients with so many windows together cannot make.
+
+    Args:
+        sums: ``windows`` and ``clients``, (members,) each.
+
+    Raises:
+        WireError: a number is out of range.
+    """
+    dealt, trainers = sums[WINDOWS], sums[TRAINERS]
+    if bool((dealt < 0).any()) or int(dealt.sum()) != windows:
+        raise WireError("it deals another number of windows than it reported before")
+    if bool((trainers < 0).any()) or bool((trainers > clients).any()):
+        raise WireError("its numbers of clients are out of range")
 
 
 class DealByLoss(TrainingRequest):
@@ -150,7 +221,7 @@ class DealByLoss(TrainingRequest):
 
     @classmethod
     def rounds_in(cls, config: StageConfig) -> range:
-        return _pooled_rounds(config)
+        return pooled_rounds(config)
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
@@ -168,7 +239,7 @@ class DealByLoss(TrainingRequest):
         return "fixed" if self.fixed is not None else super().beyond(job)
 
 
-def _pooled_rounds(config: StageConfig) -> range:
+def pooled_rounds(config: StageConfig) -> range:
     """The rounds in which members are trained."""
     assert isinstance(config, Config)
     return range(config.rounds if config.pool is None else config.pool.common_rounds(config.rounds), config.rounds)

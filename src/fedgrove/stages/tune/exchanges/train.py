@@ -20,19 +20,20 @@ from fedgrove.job.units import MOST, Count, Linear, Linears, Name, NonNegative, 
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.expert_cut import routing_of
 from fedgrove.models.expert_sums import tokens_of_experts
+from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import fixed_point
 from fedgrove.stages.tune.agreed import beyond
-from fedgrove.stages.tune.changes import Start
+from fedgrove.stages.tune.changes import Outcome, Start
 from fedgrove.stages.tune.client_model import TrainingRequest, best_folder
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.fixed_point import LOSS
+from fedgrove.stages.tune.fixed_point import LOSS, fixed_loss
 from fedgrove.stages.tune.frozen import load, load_again
 from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import hold_out, keep_best, keep_own, mean_loss, own_before, pull
 from fedgrove.stages.tune.pool.config import MOST_MEMBERS
-from fedgrove.stages.tune.pool.dealing import windows_of
+from fedgrove.stages.tune.pool.dealing import members_of
 from fedgrove.stages.tune.received import OWN, REST, by_linear, check_growth, check_linears, check_parts
 from fedgrove.stages.tune.routed import (
     REACHED,
@@ -42,6 +43,7 @@ from fedgrove.stages.tune.routed import (
     check_fixed,
     check_tokens,
     counted_in,
+    fractions,
     of_all,
     places_of,
     shape_of,
@@ -146,7 +148,7 @@ class Train(TrainingRequest):
         return f"{self.stage}/{self.round}" if self.noisy else None
 
     def chosen_windows(self, client: LocalClient, windows: int) -> Tensor | None:
-        return windows_of(client, self.stage, self.member, windows) if self.dealt and self.member is not None else None
+        return members_of(client, self.stage, windows).eq(self.member or 0) if self.dealt else None
 
     def common_tensors(self, tensors: Tensors) -> Tensors:
         """For each part of a linear's change, what this client trains and the rest, side by side: ranks may differ."""
@@ -160,6 +162,18 @@ class Train(TrainingRequest):
         return {name: torch.cat(parts, dim=1) for name, parts in joined.items()}
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        outcome = self.train(tensors, client, device)
+        try:
+            return Response(*self._packed(outcome))
+        except OutOfRange as error:
+            raise client.error(str(error)) from error
+
+    def train(self, tensors: Tensors, client: LocalClient, device: str) -> Outcome:
+        """Trains for the round.
+
+        Raises:
+            FedgroveError: what came does not fit, or the loss is not finite.
+        """
         method = self.method
         check_noise(self.windows, self.fixed.noise if self.fixed else None, self.round, client)
         decoder, ids, labels = self.model_and_windows(client, device)
@@ -207,7 +221,7 @@ class Train(TrainingRequest):
                 own_loss = mean_loss(model, held_out.choose, self.training.micro)
                 keep_best(folder, method, own_loss, total, begin=self.round == 0)
             tokens = of_all(decoder, counts) if counts and not self.noisy else None
-            return Response(*self._packed(trained, starts, every, loss, tokens, decoder))
+            return Outcome(trained, starts, every, loss, tokens, decoder)
         except FedgroveError as error:
             raise client.error(str(error)) from error
 
@@ -256,59 +270,54 @@ class Train(TrainingRequest):
         full = {name: min(shape) + max(self.ranks.values(), default=0) for name, shape in shapes.items()}
         return {OWN: {name: self.ranks.get(name, 0) for name in shapes}, REST: full}
 
-    def _packed(
-        self,
-        trained: Mapping[str, Any],
-        starts: Mapping[str, Start[Any]],
-        shapes: Mapping[str, tuple[int, int]],
-        loss: float | None,
-        tokens: Tensor | None,
-        decoder: Decoder,
-    ) -> tuple[Tensors, Trained]:
-        """The response.
-
-        Args:
-            shapes: of all linears of the model, also of experts that the client does not hold.
-            tokens: that reached each expert; None if they do not count.
-        """
-        method = self.method
+    def _packed(self, outcome: Outcome) -> tuple[Tensors, Trained]:
+        """The response."""
+        loss, tokens = outcome.loss, outcome.tokens
         if self.fixed is None:
             dtype = getattr(torch, self.dtype)
             sent = {
                 f"{CHANGE}{name}/{part}": value.to(dtype)
-                for name, change in trained.items()
+                for name, change in outcome.trained.items()
                 for part, value in change.parts().items()
                 if not (self.shared_a and part == "a")
             }
             of_experts = {} if tokens is None else {CHANGE + TOKENS: tokens}
             return {**sent, **of_experts}, Trained(tokens=self.tokens, loss=None if self.noisy else loss)
-        changes = {
-            f"{name}/{part}": value
-            for name, change in trained.items()
-            for part, value in method.round_change(change, starts[name], self.shared_a).items()
-        }
         mechanism = self.fixed.noise.mechanism(self.weight) if self.fixed.noise else None
-        if mechanism:
-            changes = mechanism.clip(changes)
-        values: dict[str, Tensor] = {}
-        for name, shape in self._fixed_shapes(shapes).items():
-            change = changes.get(name)  # may have fewer columns than other clients', or not be trained here
-            values[name] = (
-                torch.zeros(shape) if change is None else nn.functional.pad(change, (0, shape[-1] - change.shape[-1]))
-            )
+        changes = self.changes(outcome)
+        values = self.padded(mechanism.clip(changes) if mechanism else changes, outcome.shapes)
         if loss is not None and not mechanism:
-            values[LOSS] = torch.tensor([min(loss, fixed_point.LARGEST - 1.0)])
+            values[LOSS] = fixed_loss(loss)
         numbers = {}
         if tokens is not None:
-            counted = Counted.encode(tokens, routing_of(decoder.checkpoint.config).per_token, self.weight)
+            per_token = routing_of(outcome.decoder.checkpoint.config).per_token
+            counted = Counted.encode(fractions(tokens, per_token), self.weight)
             numbers = {CHANGE + WEIGHTS: counted.weights, CHANGE + REACHED: counted.reached}
-            places = places_of(decoder, shapes)
+            places = places_of(outcome.decoder, outcome.shapes)
             for name in [name for name in values if name.rpartition("/")[0] in places]:
                 numbers |= fixed_point.encode({name: values.pop(name)}, counted.of(places[name.rpartition("/")[0]]))
         numbers |= fixed_point.encode(values, self.weight)
         return (mechanism.add_share(numbers) if mechanism else numbers), Trained(tokens=self.tokens)
 
-    def _fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
+    def changes(self, outcome: Outcome) -> Tensors:
+        """What the round changed of each linear that was trained: ``<linear>/<part>``, floats."""
+        return {
+            f"{name}/{part}": value
+            for name, change in outcome.trained.items()
+            for part, value in self.method.round_change(change, outcome.starts[name], self.shared_a).items()
+        }
+
+    def padded(self, changes: Tensors, shapes: Mapping[str, tuple[int, int]]) -> Tensors:
+        """The same of all linears of a sum: some have more columns at other clients, or are not trained here."""
+        values = {}
+        for name, shape in self.fixed_shapes(shapes).items():
+            change = changes.get(name)
+            values[name] = (
+                torch.zeros(shape) if change is None else nn.functional.pad(change, (0, shape[-1] - change.shape[-1]))
+            )
+        return values
+
+    def fixed_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Size]:
         assert self.fixed is not None
         return {
             f"{name}/{part}": shape
@@ -321,7 +330,7 @@ class Train(TrainingRequest):
         shapes = layout.linear_shapes()
         of_experts = None if self.noisy else shape_of(layout)
         if self.fixed is not None:
-            specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self._fixed_shapes(shapes).items()}
+            specs: TensorSpecs = {CHANGE + name: (shape, torch.int32) for name, shape in self.fixed_shapes(shapes).items()}
             if of_experts is not None:
                 specs |= dict.fromkeys((CHANGE + WEIGHTS, CHANGE + REACHED), (of_experts, torch.int32))
             return specs if self.noisy else {**specs, CHANGE + LOSS: (torch.Size([1]), torch.int32)}
@@ -355,6 +364,16 @@ class Train(TrainingRequest):
             rank = self.ranks.get(linear, 0) if self.method.RANKED else None
             if linear and rank is not None and tensor[:, rank:].any():
                 raise WireError(f"{name} has columns that this client does not train")
+
+    def members_beyond(self, config: Config) -> str | None:
+        """Whether it trains a member of a pool that the job does not have, or in a round that trains one adapter."""
+        pool = config.pool
+        members = 0 if pool is None or self.round < pool.common_rounds(config.rounds) else pool.members
+        if (self.member is not None) != bool(members) or (self.member or 0) >= max(1, members):
+            return "member"
+        if config.deals_in_sums and members:
+            return "member"  # the server may not know who trains it
+        return "dealt" if self.dealt != (pool is not None and bool(members) and not pool.method.OF_CLIENTS) else None
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]

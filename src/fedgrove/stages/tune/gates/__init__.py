@@ -101,6 +101,14 @@ class FeatureGate(Gate, Protocol):
         """The best start alone, without members that fewer than ``fewest`` clients hold."""
         ...
 
+    def kept(self, state: Tensors, members: Tensor) -> Tensors:
+        """The state of one start without some of its members.
+
+        Args:
+            members: those that stay, (members,) bool, at least one.
+        """
+        ...
+
     def weights(self, features: Tensor, state: Tensors) -> Tensor:
         """How much of each member one owner's windows get: (windows, members) float64, each row adds up to 1."""
         ...

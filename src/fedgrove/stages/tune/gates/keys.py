@@ -93,9 +93,14 @@ def settle(state: Tensors, sums: Tensors) -> tuple[Tensors, float]:
 def finish(state: Tensors, sums: Tensors, fewest: int) -> Tensors:
     """The best start's keys that enough clients hold, at least the one of most windows."""
     best = int(_means(sums).argmax())
-    kept = sums["holders"][best] >= fewest
-    kept[sums["counts"][best].argmax()] = True
-    return {"keys": state["keys"][best, kept][None].contiguous()}
+    members = sums["holders"][best] >= fewest
+    members[sums["counts"][best].argmax()] = True
+    return kept({"keys": state["keys"][best][None]}, members)
+
+
+def kept(state: Tensors, members: Tensor) -> Tensors:
+    """The keys of these members."""
+    return {"keys": state["keys"][:, members].contiguous()}
 
 
 def weights(features: Tensor, state: Tensors) -> Tensor:

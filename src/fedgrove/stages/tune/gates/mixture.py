@@ -116,9 +116,14 @@ def settle(state: Tensors, sums: Tensors) -> tuple[Tensors, float]:
 def finish(state: Tensors, sums: Tensors, fewest: int) -> Tensors:
     """The start of the highest likelihood, with the components that enough clients hold, at least the largest of them."""
     best = int(_likelihoods(sums).argmax())
-    kept = (sums["holders"][best] >= fewest) & (state["shares"][best] > 0)
-    kept[state["shares"][best].argmax()] = True
-    found = {name: value[best, kept][None].contiguous() for name, value in state.items()}
+    members = (sums["holders"][best] >= fewest) & (state["shares"][best] > 0)
+    members[state["shares"][best].argmax()] = True
+    return kept({name: value[best][None] for name, value in state.items()}, members)
+
+
+def kept(state: Tensors, members: Tensor) -> Tensors:
+    """Shares still add up to 1."""
+    found = {name: value[:, members].contiguous() for name, value in state.items()}
     return found | {"shares": found["shares"] / found["shares"].sum()}
 
 

@@ -150,15 +150,24 @@ class Loop(Planning):
 
     def _sum_fixed(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
         """Adds the mean of the clients' differences to the state that they started from."""
-        state, widest = self.state, self.plan.widest()
+        state = self.state
         sums = FixedRound(requests, self._rules())
         heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
         means = sums.means(heard)
+        self._take(means)
+        state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
+        if LOSS in means:
+            state.metrics.append((None, "loss", float(means[LOSS])))
+        return heard
+
+    def _take(self, means: Mapping[str, Tensor]) -> None:
+        """Adds the means of the clients' differences, ``<linear>/<part>``, to the state."""
+        state = self.state
         of_linears: dict[str, dict[str, Tensor]] = {}
         for key, value in means.items():
             linear, _, part = key.rpartition("/")
             of_linears.setdefault(linear, {})[part] = value
-        for name, rank in widest.items():
+        for name, rank in self.plan.widest().items():
             shape = self.decoder.read_shape(name)
             old = state.state_of(name, shape)
             parts = of_linears.get(name)
@@ -166,10 +175,6 @@ class Loop(Planning):
                 continue  # an expert that too few clients trained
             live = self.method.after_round(old, parts, rank, self.dtype, name, self.seed)
             self._step(name, shape, old, State(live, old.frozen), rank)
-        state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
-        if LOSS in means:
-            state.metrics.append((None, "loss", float(means[LOSS])))
-        return heard
 
     def _step(self, name: str, shape: tuple[int, int], old: State[Any], new: State[Any], rank: int) -> None:
         """Applies the server optimizer to a linear: a step from the old state towards the aggregation's result."""

@@ -2,6 +2,9 @@
 
 A member's round is an ordinary one of :mod:`fedgrove.stages.tune.loops.changes` with fewer clients: the same sum, aggregation
 and weights. A client divides its steps among its members as its windows are, so a pool costs it no more steps than one adapter.
+With fixed-point numbers all members are trained in one exchange, and which of them a client trains stays with it
+(:mod:`fedgrove.stages.tune.exchanges.members`): the server has only sums over all clients.
+
 After each round the state of the stage is the mean of the members, weighted by their windows: the model for whoever has no
 weights of its own.
 """
@@ -10,31 +13,46 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedgrove.events import Phase
 from fedgrove.files import atomic_folder
 from fedgrove.models.digest import digests
+from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.changes import State
-from fedgrove.stages.tune.exchanges.deal import DealByFeatures, DealByLoss, Dealt
+from fedgrove.stages.tune.exchanges.deal import (
+    TRAINERS,
+    WINDOWS,
+    DealByFeatures,
+    DealByLoss,
+    Dealt,
+    FeatureDeal,
+    SumDeals,
+    check_deals,
+)
 from fedgrove.stages.tune.exchanges.gate import NOVELTY
+from fedgrove.stages.tune.exchanges.members import TrainMembers
 from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.gates import job_gate_of
 from fedgrove.stages.tune.gates import random as at_random
 from fedgrove.stages.tune.loops import changes
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.card import GATE, write_card
-from fedgrove.stages.tune.pool.dealing import divide
+from fedgrove.stages.tune.pool.dealing import steps_of
 from fedgrove.stages.tune.pool.fitting import Fit, fields_of, likelihoods_of
 from fedgrove.stages.tune.pool.members import Member, mixture, write_members
+from fedgrove.stages.tune.routed import ExpertRules, places_of_members
 from fedgrove.stages.tune.state import Measurement, TuningState
 
-LEAST = 0.1  # of the windows of a client's largest member: with fewer, it would hardly move a member, and yet count
+TOGETHER = ""  # instead of a client's name, where only the sum over clients is known
 
 
 class Loop(changes.Loop):
@@ -47,8 +65,7 @@ class Loop(changes.Loop):
         self.first = self.pool.common_rounds(self.config.rounds)
         self.members: list[TuningState] = []
         self.member: int | None = None  # that is trained
-        self.windows: dict[str, tuple[int, ...]] = {}  # by client, how many each member gets
-        self.fitted: dict[str, Tensor] = {}
+        self.windows: dict[str, tuple[int, ...]] = {}  # by client or ``TOGETHER``, how many each member gets
 
     def prepare(self, round_: int, again: bool) -> None:
         """Before a round in which members are trained: the members, and each client's windows for them."""
@@ -65,25 +82,14 @@ class Loop(changes.Loop):
             self.members = [self._copy() for _ in range(number)]
 
     def train_round(self, round_: int) -> None:
-        """One round of every member that has clients, one after the other; then the mean of all."""
+        """One round of every member; then the mean of all."""
         if round_ < self.first:
             return super().train_round(round_)
+        if self.config.deals_in_sums:
+            super().train_round(round_)
+        else:
+            self._train_apart(round_)
         shared = self.state
-        said: list[tuple[int, Measurement]] = []  # with the tokens that count for it
-        for number, member in enumerate(self.members):
-            member.plan, member.clock, member.metrics = self._plan_of(shared.plan, number), shared.clock, []
-            if member.plan.clients:
-                phase = Phase("tune", f"member {number + 1} of {len(self.members)}", stage=self.plan.stage, round=round_)
-                self.run.phase(phase)
-                self.state, self.member = member, number
-                try:
-                    super().train_round(round_)
-                finally:
-                    self.state, self.member = shared, None
-                tokens = {client: one.tokens for client, one in member.plan.clients.items()}
-                said += [(sum(tokens.values()) if one[0] is None else tokens[one[0]], one) for one in member.metrics]
-            shared.clock = member.clock
-        shared.metrics += _together(said, shared.clock)
         mass = [float(sum(windows[number] for windows in self.windows.values())) for number in range(len(self.members))]
         for name, factors in mixture([_factors(member) for member in self.members], [one / sum(mass) for one in mass]).items():
             shape = (factors.b.shape[0], factors.a.shape[1])
@@ -91,6 +97,32 @@ class Loop(changes.Loop):
         for number, member in enumerate(self.members):
             member.write(self._file(round_, number))
         return None
+
+    def _train_apart(self, round_: int) -> None:
+        """A round of each member with the clients that have windows for it, one after the other."""
+        shared = self.state
+        said: list[tuple[int, Measurement]] = []  # with the tokens that count for it
+        for number, member in enumerate(self.members):
+            member.plan, member.clock, member.metrics = self._plan_of(shared.plan, number), shared.clock, []
+            if member.plan.clients:
+                phase = Phase("tune", f"member {number + 1} of {len(self.members)}", stage=self.plan.stage, round=round_)
+                self.run.phase(phase)
+                with self._as_member(number):
+                    super().train_round(round_)
+                tokens = {client: one.tokens for client, one in member.plan.clients.items()}
+                said += [(sum(tokens.values()) if one[0] is None else tokens[one[0]], one) for one in member.metrics]
+            shared.clock = member.clock
+        shared.metrics += _together(said, shared.clock)
+
+    @contextmanager
+    def _as_member(self, number: int) -> Iterator[None]:
+        """Within it the state is that of a member."""
+        shared = self.state
+        self.state, self.member = self.members[number], number
+        try:
+            yield
+        finally:
+            self.state, self.member = shared, None
 
     def finish(self) -> None:
         """Writes the pool to ``RUN/pool``: the members, the gate, a card."""
@@ -113,7 +145,7 @@ class Loop(changes.Loop):
             "stage": self.plan.stage,
             "members": number,
             "windows": mass,
-            "clients": {client: list(of) for client, of in sorted(windows.items())},
+            "clients": {client: list(of) for client, of in sorted(windows.items()) if client != TOGETHER},
             "seed": self.seed,
             "length": self.config.length,
             "parametrization": self.config.parametrization,
@@ -127,8 +159,11 @@ class Loop(changes.Loop):
     def _deal(self, round_: int) -> dict[str, tuple[int, ...]]:
         """How many windows of each client each member gets in this round."""
         looks, clients = self.pool.method.LOOKS, list(self.plan.clients)
-        if looks == "features":
-            windows = self._ask(self._by_features(round_))
+        if self.config.deals_in_sums:
+            windows = self._deal_in_sums(round_)
+        elif looks == "features":
+            fitted = Fit(self, self.pool, self._common).run()
+            windows = self._ask(self._by_features(DealByFeatures, round_, fitted))
         elif looks == "members" and round_ > self.first:
             windows = self._ask(self._by_loss(round_))
         else:
@@ -149,14 +184,40 @@ class Loop(changes.Loop):
         found: dict[str, tuple[int, ...]] = json.loads(files[-1].read_text(encoding="utf-8"))
         return found
 
-    def _by_features(self, round_: int) -> dict[str, Message]:
-        """Requests to deal windows by the fitted gate, which is fitted first."""
-        self.fitted = self.fitted or Fit(self, self.pool, self._common).run()
-        tensors = {name: value for name, value in self.fitted.items() if name != NOVELTY}
+    def _deal_in_sums(self, round_: int) -> dict[str, tuple[int, ...]]:
+        """How many windows of all clients together each member gets."""
+        self.run.phase(Phase("tune", "dealing text to the members of the pool", stage=self.plan.stage))
+        fitted = Fit(self, self.pool, self._common).run(partial(self._of_enough_clients, round_))
+        if not self.windows:  # the gate was fitted before the run was killed
+            self._of_enough_clients(round_, fitted)
+        return self.windows
+
+    def _of_enough_clients(self, round_: int, fitted: Mapping[str, Tensor]) -> Tensor:
+        """Lets clients deal their windows, and says which members stay, (members,) bool.
+
+        All do if enough clients would train each: else the sum of a member's changes would be that of a few. If not, one of
+        those goes, and its windows go to others.
+        """
+        of = {client: one.tokens // self.config.length for client, one in self.plan.clients.items()}
+        found = IntegerSums(lambda sums, heard: check_deals(sums, sum(of[client] for client in heard), len(heard)))
+        messages = self._by_features(SumDeals, round_, fitted, steps=self.config.steps)
+        self.federation.aggregator.aggregate(messages, found, layout=self.decoder, clock=self._clock({}))
+        windows, few = found.sums[WINDOWS], found.sums[TRAINERS] < self.federation.job.together(len(of))
+        self.windows = {TOGETHER: tuple(windows.tolist())}
+        stays = torch.ones_like(few)
+        if len(few) > 1 and bool(few.any()):
+            stays[torch.where(few, windows, windows.sum() + 1).argmin()] = False
+        return stays
+
+    def _by_features(
+        self, kind: type[FeatureDeal], round_: int, fitted: Mapping[str, Tensor], **fields: Any
+    ) -> dict[str, Message]:
+        """Requests to deal windows by a fitted gate."""
+        tensors = {name: value for name, value in fitted.items() if name != NOVELTY}
         gate: dict[str, Any] = {"gate": self.pool.gate, "blocks": self.pool.blocks, "prefix": self.pool.prefix}
-        gate |= fields_of(tensors)
+        gate |= fields_of(tensors) | fields
         return {
-            client: Message(DealByFeatures(**self._common(client, round_), **gate, tokens=one.tokens), tensors)
+            client: Message(kind(**self._common(client, round_), **gate, tokens=one.tokens), tensors)
             for client, one in self.plan.clients.items()
         }
 
@@ -195,17 +256,47 @@ class Loop(changes.Loop):
 
     def _request(self, client: str, round_: int) -> Train:
         request = super()._request(client, round_)
+        if self._sums_members:
+            return TrainMembers(**dict(request), members=len(self.members))
         if self.member is None:
             return request
         training = request.training.model_copy(update={"steps": self._steps(client, self.member)})
         dealt = not self.pool.method.OF_CLIENTS
         return request.model_copy(update={"training": training, "member": self.member, "dealt": dealt})
 
+    @property
+    def _sums_members(self) -> bool:
+        """Whether a round is one exchange of all members."""
+        return self.config.deals_in_sums and bool(self.members) and self.member is None
+
+    def _start(self, client: str) -> dict[str, Tensor]:
+        if not self._sums_members:
+            return super()._start(client)
+        starts: dict[str, Tensor] = {}
+        for number in range(len(self.members)):
+            with self._as_member(number):
+                starts |= {f"{number}/{name}": value for name, value in super()._start(client).items()}
+        return starts
+
+    def _rules(self) -> ExpertRules | None:
+        if not self._sums_members:
+            return super()._rules()
+        return ExpertRules(places_of_members(self.plan.widest(), len(self.members)), 1, self.plan.min_group)
+
+    def _take(self, means: Mapping[str, Tensor]) -> None:
+        if not self._sums_members:
+            return super()._take(means)
+        for number in range(len(self.members)):
+            prefix = f"{number}/"
+            of_member = {name.removeprefix(prefix): mean for name, mean in means.items() if name.startswith(prefix)}
+            with self._as_member(number):
+                super()._take(of_member)
+        return None
+
     def _steps(self, client: str, member: int) -> int:
-        """A client's steps of a round for a member; 0 for those that have few of its windows beside the one that has most."""
+        """A client's steps of a round for a member."""
         windows = self.windows.get(client, ())
-        most = max(windows, default=0)
-        return divide(self.config.steps, [number if number >= LEAST * most else 0 for number in windows])[member] if most else 0
+        return steps_of(self.config.steps, windows)[member] if any(windows) else 0
 
     def _plan_of(self, plan: Plan, member: int) -> Plan:
         """The plan of a member's round: the clients that have steps for it, with the tokens that it gets."""

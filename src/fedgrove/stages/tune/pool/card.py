@@ -28,10 +28,11 @@ peft loads. `fedgrove gate RUN --data texts.jsonl` shows the weights of each tex
 
 def write_card(folder: Path, facts: Mapping[str, Any], job: Job) -> None:
     """Writes both files into a pool's folder."""
-    facts = {**facts, "model": job.model.name}
+    base = file_name(job.model.name)  # not its folder, which may be private
+    facts = {**facts, "model": base}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     text = README.format(
-        base=file_name(job.model.name),
+        base=base,
         title=f"{job.name}: pool",
         members=facts["members"],
         gate=facts["pool"]["gate"],

@@ -27,7 +27,8 @@ class Pool(Table):
 
     Attributes:
         gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
-            "groups", what the job says of the owners; "losses", the member of the lowest loss; "random", the seed.
+            "similar", the mean direction of all windows of an owner; "groups", what the job says of the owners; "losses", the
+            member of the lowest loss; "random", the seed.
         members: number of adapters. With ``groups`` it is their number.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".
@@ -69,6 +70,10 @@ class Pool(Table):
     def method(self) -> Gate:
         """The module of the gate."""
         return gate_of(self.gate)
+
+    def deals_in_sums(self, precision: str) -> bool:
+        """See :attr:`fedgrove.stages.tune.config.Config.deals_in_sums`."""
+        return self.method.LOOKS == "features" and self.members > 1 and precision == "fixed"
 
     def common_rounds(self, rounds: int) -> int:
         """How many of a stage's rounds all train one adapter."""
@@ -114,12 +119,12 @@ def check_clients(config: Config, job: Job, index: int) -> None:
             f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
             "lower it"
         )
-    if not job.privacy.secure_aggregation:
+    if not job.privacy.secure_aggregation or pool.method.LOOKS == "features":
         return
-    if not dealt:
+    if pool.method.LOOKS == "members":
         raise ValueError(
             f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
-            'use gate = "groups"'
+            'use gate = "keys"'
         )
     for member in range(pool.members):
         number = sum(one == member for one in dealt.values())

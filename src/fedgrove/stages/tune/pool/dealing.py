@@ -13,6 +13,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.models.tensor_files import save_tensors
 
 MEMBERS = "members"
+LEAST = 0.1  # of the windows of a client's largest member: with fewer, it would hardly move a member, and yet count
 
 
 def draw_members(weights: Tensor, seed: str) -> Tensor:
@@ -43,13 +44,22 @@ def divide(steps: int, windows: Sequence[int]) -> tuple[int, ...]:
     return tuple(parts)
 
 
+def steps_of(steps: int, windows: Sequence[int]) -> tuple[int, ...]:
+    """A client's steps of a round for each member; none for those that have few of its windows beside the one that has most.
+
+    >>> steps_of(8, [30, 10, 2])
+    (6, 2, 0)
+    """
+    return divide(steps, [number if number >= LEAST * max(windows) else 0 for number in windows])
+
+
 def keep_deal(client: LocalClient, stage: int, members: Tensor) -> None:
     """Stores the member of each window on the client's own disk."""
     save_tensors({MEMBERS: members.contiguous()}, client.folder / f"deal-{stage}.safetensors")
 
 
-def windows_of(client: LocalClient, stage: int, member: int, windows: int) -> Tensor:
-    """Which windows go to a member: (windows,) bool.
+def members_of(client: LocalClient, stage: int, windows: int) -> Tensor:
+    """The member of each of so many windows: (windows,) int64.
 
     Raises:
         FedgroveError: the client has not dealt its windows, or others.
@@ -58,4 +68,4 @@ def windows_of(client: LocalClient, stage: int, member: int, windows: int) -> Te
     dealt: Tensor | None = load_file(file)[MEMBERS] if file.is_file() else None
     if dealt is None or len(dealt) != windows:
         raise client.error("its working files are gone; continue the run with --resume")
-    return dealt == member
+    return dealt

@@ -19,6 +19,7 @@ from fedgrove.models.digest import digests, first_difference
 from fedgrove.models.features import pooled_states
 from fedgrove.models.files import find_model
 from fedgrove.models.stream import Checkpoint
+from fedgrove.report.reader import read_job
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.exchanges.gate import NOVELTY
 from fedgrove.stages.tune.factors import Factors
@@ -43,12 +44,14 @@ class Pool:
         settings: the table ``pool`` of the job.
         members: their changes, by linear.
         gate: tensors of a gate that looks at features; else empty.
+        base: the table ``model`` of the run's job; empty if the pool is without its run.
     """
 
     facts: Mapping[str, Any]
     settings: Settings
     members: tuple[Member, ...]
     gate: dict[str, Tensor]
+    base: Mapping[str, Any]
 
     @classmethod
     def read(cls, run: Path) -> Pool:
@@ -58,13 +61,14 @@ class Pool:
             FedgroveError: there is none.
         """
         folder = run / "pool"
-        if not (folder / FACTS).is_file():
+        if not has_pool(run):
             raise FedgroveError(
                 f"{run}: this run has no pool", "give a run whose stage tune has the key pool, and that has ended"
             )
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         gate = load_file(folder / GATE) if (folder / GATE).is_file() else {}
-        return cls(facts, Settings(**facts["pool"]), tuple(read_members(folder, facts["members"])), gate)
+        base = read_job(run)["model"] if (run / "job.toml").is_file() else {}
+        return cls(facts, Settings(**facts["pool"]), tuple(read_members(folder, facts["members"])), gate, base)
 
     def model(self, given: str | None = None, device: str = "cpu") -> Decoder:
         """The model that the members change.
@@ -73,14 +77,16 @@ class Pool:
             given: a directory or hub id; None: the model of the job.
 
         Raises:
-            FedgroveError: it is another model, or earlier stages of the run changed it and none is given.
+            FedgroveError: it is another model, or none is given and earlier stages of the run changed it or there is no job.
         """
         if given is None and self.facts["changed"]:
             raise FedgroveError(
                 "an earlier stage of the run changed the model before the pool was trained", "give that model with --model"
             )
-        name = given or self.facts["model"]
-        checkpoint = Checkpoint(find_model(name))
+        if given is None and not self.base:
+            raise FedgroveError("the pool's folder has no job.toml beside it", f"give {self.facts['model']} with --model")
+        name = given or self.base["path"]
+        checkpoint = Checkpoint(find_model(name, None if given else self.base.get("revision")))
         differs = first_difference(digests(checkpoint), self.facts["digests"])
         if differs is not None:
             raise FedgroveError(
@@ -133,7 +139,17 @@ class Pool:
         method.attach(model, starts, Attachment({}, masks))
         return losses(model, windows)
 
-    def write(self, out: Path, decoder: Decoder, changes: Mapping[str, Factors], title: str) -> None:
-        """Writes a mixture as an adapter that plain peft loads."""
+    def write(self, out: Path, decoder: Decoder, changes: Mapping[str, Factors], title: str, given: str | None = None) -> None:
+        """Writes a mixture as an adapter that plain peft loads.
+
+        Args:
+            given: as for :meth:`model`.
+        """
         method, masked = trainable_of(self.facts["parametrization"]), bool(self.facts["masked"])
-        method.write_adapter(out, decoder, changes, self.facts["model"], title, masked, bool(self.facts["changed"]))
+        base = given or self.base["path"]
+        method.write_adapter(out, decoder, changes, base, title, masked, bool(self.facts["changed"]))
+
+
+def has_pool(run: Path) -> bool:
+    """Whether a run left a pool: none if all its rounds trained one adapter."""
+    return (run / "pool" / FACTS).is_file()

@@ -41,8 +41,12 @@ class Fit:
         self._gate = feature_gate_of(pool.gate)
         self._folder = tuning.run.path / "work" / f"stage-{tuning.plan.stage}"
 
-    def run(self) -> dict[str, Tensor]:
-        """Tensors of the fitted gate: those of :func:`fields_of`'s requests, and ``novelty``, a histogram."""
+    def run(self, enough: Callable[[dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
+        """Tensors of the fitted gate: those of :func:`fields_of`'s requests, and ``novelty``, a histogram.
+
+        Args:
+            enough: given the tensors of a gate, which members stay, (members,) bool; asked again until all do.
+        """
         final = self._folder / GATE
         if final.is_file():
             return _read(final)[0]
@@ -54,6 +58,9 @@ class Fit:
             if facts["done"]:
                 break
             self._step(tensors, facts["likelihoods"])
+        while enough is not None and not bool((stays := enough(tensors)).all()):
+            kept = self._gate.kept(_state(tensors), stays)
+            tensors = tensors | {STATE + name: value for name, value in kept.items()}
         round_ = len(facts["likelihoods"]) + 1
         novelty = self._sum(lambda common: FitGate(**common, **fields_of(tensors), last=True), tensors, round_)
         fitted = tensors | {NOVELTY: novelty[NOVELTY]}

@@ -8,6 +8,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.features import width
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages.base import names_of
+from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.deal import DealByFeatures
 from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
@@ -48,7 +49,32 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
             f"{pool.fit_rounds} times, before any training."
         ]
     known = names_of(frozenset(disclosed))
-    return plan.model_copy(update={"discloses": known, "notes": (*plan.notes, *notes)})
+    plan = plan.model_copy(update={"discloses": known, "notes": (*plan.notes, *notes)})
+    config = job.stages[plan.stage]
+    assert isinstance(config, Config)
+    return _of_all_members(plan, pool, config.rounds) if config.deals_in_sums else plan
+
+
+def _of_all_members(plan: Plan, pool: Pool, rounds: int) -> Plan:
+    """The plan if every client gets and sends all members: of a round that trains them, the longest kind."""
+    clients = {}
+    for client, one in plan.clients.items():
+        links, more = plan.capabilities[client], pool.members - 1
+        sending = sum(
+            8 * more * number / speed for number, speed in ((one.upload, links.uplink), (one.download, links.downlink)) if speed
+        )
+        clients[client] = one.model_copy(
+            update={
+                "upload": pool.members * one.upload,
+                "download": pool.members * one.download,
+                "seconds": round(one.seconds + sending, 3),
+            }
+        )
+    slower = max(one.seconds for one in clients.values()) - max(one.seconds for one in plan.clients.values())
+    first = pool.common_rounds(rounds)
+    note = f"From round {first} on every client gets and sends all {pool.members} members: which it trains stays with it."
+    total = round(plan.total + (rounds - first) * slower, 3)
+    return plan.model_copy(update={"clients": clients, "total": total, "notes": (*plan.notes, note)})
 
 
 def _alone(plan: Plan, pool: Pool, job: Job) -> list[str]:
