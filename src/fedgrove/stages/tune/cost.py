@@ -66,7 +66,7 @@ class SearchSpace:
     steps: int
     rest: int = 0
     number: float = 1.27
-    upload_price: float = 0.4
+    upload_price: float = 0.1
     max_steps: int = 0
     noise: float = NOISE
 

@@ -35,11 +35,11 @@ def corrected(plan: Plan, measured: Mapping[str, float]) -> dict[str, float]:
     for client, seconds in sorted(measured.items()):
         promised = plan.clients[client]
         if promised.compute > 0:
-            sending = promised.seconds - promised.compute
+            sending = max(0.0, promised.seconds - promised.compute)
             slowdown[client] = max(seconds - sending, 1e-3 * promised.compute) / promised.compute
     usual = statistics.median_low(slowdown.values()) if slowdown else 1.0
     return {
-        client: float(f"{min(FASTEST, max(SLOWEST, plan.capabilities[client].speed * usual / slower)):.4g}")
+        client: float(f"{min(FASTEST, max(SLOWEST, plan.capabilities[client].speed * usual / slower)):.3g}")
         for client, slower in slowdown.items()
         if not 1 / BOUND <= slower / usual <= BOUND
     }
