@@ -78,8 +78,8 @@ class Config(StageConfig):
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",
             measure what is "auto" again.
         replan_off: also measure and plan again after a round that gained twice as much as predicted, half as much, or nothing;
-            and plan again if a round takes a client twice as long as promised or half as long, beside the others, with the speed
-            that it shows (see :mod:`fedgrove.stages.tune.speeds`). Only "fedpipe" uses it.
+            and plan again if a round takes a client twice as long as promised or half as long, beside the others, with the
+            speed that it shows (see :mod:`fedgrove.stages.tune.speeds`). Only "fedpipe" uses it.
         importance_steps: optimizer steps from which the importance is measured.
         proximal: FedProx's μ.
         partition: average ranks that only some clients have over those clients; false: over all clients, which is exact. Only
