@@ -63,7 +63,7 @@ PARTS: dict[str, dict[str, Any]] = {  # what is left out of FedPipe, by keys of 
     "schedule": {"lr_schedule": "none"},
     "ranks": {"ranks": [8]},
 }
-RESULT = ("points", "gains", "windows", "steps", "rank")
+RESULT = ("points", "gains", "windows", "rank")
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
@@ -336,7 +336,7 @@ def main() -> None:
     ]
     kept = results.Kept(args.results, MODEL, only=args.kept)
     measured = [(settings, kept(functools.partial(run_method, args.data, **settings), **settings)) for settings in wanted]
-    text = table([{**settings, **result} for settings, result in measured if result])
+    text = table([{**result, **settings} for settings, result in measured if result])  # steps are in both
     print(text)
     if args.write:
         page.write("tune", text)
