@@ -38,6 +38,7 @@ from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import measure_cost
 from fedgrove.models.stream import Checkpoint
+from fedgrove.report.paired import difference_interval
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
 from fedgrove.stages.tune.objective import GAINED, PREDICTED
@@ -46,12 +47,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
 CLIENTS, ALPHA = 8, 0.3
 SPEEDS = [1.0, 3.1, 5.3, 2.4, 6.0, 1.7, 4.6, 3.9]  # of the clients in the order of their memory
-LENGTH, WINDOWS = 64, 12
+LENGTH, WINDOWS = 64, 40
 RANKS, BATCHES = [2, 4, 8, 16], [1, 2, 4, 8, 16]
 BITS = 32  # where processors have no arithmetic in 16 bits, 32 are three times as fast; losses are the same
 # Rounds are of different lengths: the table compares times.
-ROUNDS = {"fedpipe": 8, "full": 4, "alone": 4, "central": 4}
-STEPS = {"fedpipe": 16, "full": 4, "alone": 4, "central": 4}
+ROUNDS = {"fedpipe": 4, "full": 4, "alone": 4, "central": 4}
+STEPS = {"fedpipe": 32, "full": 4, "alone": 4, "central": 4}
 RATES = {"fedpipe": 4e-3, "full": 5e-4, "alone": 2e-3, "central": 2e-3}
 GRID = [  # windows of a step, steps of a round, rank, schedule of the learning rate, rounds
     (4, 16, 16, "none", 4), (4, 16, 16, "linear", 4), (1, 48, 8, "none", 6), (1, 48, 8, "linear", 6), (1, 16, 8, "none", 12),
@@ -62,6 +63,7 @@ PARTS: dict[str, dict[str, Any]] = {  # what is left out of FedPipe, by keys of 
     "schedule": {"lr_schedule": "none"},
     "ranks": {"ranks": [8]},
 }
+RESULT = ("points", "gains", "windows", "rank")
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
@@ -166,7 +168,8 @@ def curve(wanted: Job, folder: Path) -> dict[str, Any]:
 
     Returns:
         ``points``: after every round, modeled seconds, bytes so far, held-out loss in nats per token. ``gains``: of rounds
-        whose gain was predicted, the prediction and the outcome.
+        whose gain was predicted, the prediction and the outcome. ``windows``: of the last model, loss and tokens of every
+        held-out window. ``steps``, ``rank``: the plan's, by client; the rank is the mean over all linears.
     """
     run = api.run(wanted, folder / "run", quiet=True)
     metrics, ledger = read_lines(run.path / "metrics.jsonl"), read_lines(run.path / "ledger.jsonl")
@@ -180,7 +183,11 @@ def curve(wanted: Job, folder: Path) -> dict[str, Any]:
     measured = {(line["round"], line["name"]): line["value"] for line in metrics}
     rounds = [round_ for round_ in range(stage.rounds) if (round_, PREDICTED) in measured]
     gains = [(measured[round_, PREDICTED], measured[round_, GAINED]) for round_ in rounds]
-    return {"points": points, "gains": gains}
+    (windows,) = (line["parts"] for line in read_lines(run.path / "examples.jsonl") if line["stage"] == 0)
+    plan = json.loads((run.path / "plan-0-tune.json").read_text(encoding="utf-8"))
+    steps = {name: one["steps"] for name, one in plan["clients"].items()}
+    rank = {name: round(sum(one["ranks"].values()) / len(plan["importance"]), 2) for name, one in plan["clients"].items()}
+    return {"points": points, "gains": gains, "windows": windows, "steps": steps, "rank": rank}
 
 
 def run_method(
@@ -202,24 +209,27 @@ def run_method(
                 (Path(folder) / f"{i}").mkdir()
                 of_client = job(task, method, [[file]], i, test, seed, alike, **stage)
                 curves.append(curve(of_client, Path(folder) / f"{i}")["points"])
-            return {
-                "points": [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)],
-                "gains": [],
-            }
+            points = [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)]
+            return {"points": points, "gains": [], "windows": []}
         clients = [files] if method == "central" else [[file] for file in files]
         first = CLIENTS // 2 if method == "central" else 0
         return curve(job(task, method, clients, first, test, seed, alike, **stage), Path(folder))
 
 
-def settings_of(method: str) -> list[dict[str, Any]]:
-    """The keys of the stage with which a method runs: of uniform LoRA, those of every setting of the grid."""
+def settings_of(method: str, keys: dict[str, Any], settings: list[int]) -> list[dict[str, Any]]:
+    """The keys of the stage with which a method runs.
+
+    Args:
+        keys: of FedPipe, in place of those that it has otherwise.
+        settings: of uniform LoRA, the places in the grid.
+    """
     if method != "uniform":
-        schedule = "linear" if method == "fedpipe" else "none"
-        return [{"rounds": ROUNDS[method], "steps": STEPS[method], "learning_rate": RATES[method], "lr_schedule": schedule}]
+        usual = {"rounds": ROUNDS[method], "steps": STEPS[method], "learning_rate": RATES[method]}
+        return [{**usual, "lr_schedule": "linear", **keys} if method == "fedpipe" else {**usual, "lr_schedule": "none"}]
     names = ("batches", "steps", "ranks", "lr_schedule", "rounds")
     return [
         {**dict(zip(names, ([batch], steps, [rank], *others), strict=True)), "learning_rate": RATES["fedpipe"]}
-        for batch, steps, rank, *others in GRID
+        for batch, steps, rank, *others in (GRID[place] for place in settings)
     ]
 
 
@@ -227,7 +237,11 @@ def named(settings: dict[str, Any]) -> str:
     """The method in words."""
     method = str(settings["method"])
     if method == "fedpipe":
-        return f"FedPipe, without {settings['without']}" if settings["without"] else "FedPipe"
+        (usual,) = settings_of(method, {}, [])
+        of_run = ("task", "method", "seed", "validate", "alike", "without", *RESULT)
+        changed = {key: value for key, value in settings.items() if key not in of_run and usual.get(key) != value}
+        left_out = f", without {settings['without']}" if settings["without"] else ""
+        return f"FedPipe{left_out}" + "".join(f", {key} {value}" for key, value in changed.items())
     if method == "uniform":
         falls = ", falling rate" if settings["lr_schedule"] == "linear" else ""
         return f"uniform, {settings['steps']} steps of {settings['batches'][0]}, rank {settings['ranks'][0]}{falls}"
@@ -237,35 +251,47 @@ def named(settings: dict[str, Any]) -> str:
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: for each task and setting the mean over seeds, and FedPipe beside the best uniform LoRA of the same seed."""
     rows = [
-        "| task | method | loss at the end | time | MB | to the best uniform's lowest loss: time, bytes | end beside that "
-        "| predictions off by, median |",
+        "| task | method | loss at the end | time | MB | to the best uniform's lowest loss: time, bytes "
+        "| its end minus that of the best uniform (95 %) | predictions off by, median |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(result["task"] for result in found):
         of_task = [result for result in found if result["task"] == task]
-        best: dict[int, list[float]] = {}
+        best: dict[int, dict[str, Any]] = {}
         for result in of_task:
-            if result["method"] == "uniform":
-                seed = result["seed"]
-                best[seed] = min([*result["points"], *([best[seed]] if seed in best else [])], key=lambda point: point[2])
+            seed = result["seed"]
+            if result["method"] == "uniform" and (seed not in best or lowest(result)[2] < lowest(best[seed])[2]):
+                best[seed] = result
         for name in dict.fromkeys(map(named, of_task)):
             runs = [result for result in of_task if named(result) == name]
             seconds, sent, ends = zip(*(run["points"][-1] for run in runs), strict=True)
             end = f"{statistics.mean(ends):.3f} ({', '.join(f'{end:.3f}' for end in ends)})"
             costs = f"{statistics.mean(seconds):.1f} s | {statistics.mean(sent) / 1e6:.1f}"
             compared = [run for run in runs if run["method"] == "fedpipe" and run["seed"] in best]
-            beside = "; ".join(f"{run['points'][-1][2] - best[run['seed']][2]:+.3f}" for run in compared)
+            beside = "; ".join(difference(run, best[run["seed"]]) for run in compared)
             offs = [abs(predicted / gained - 1) for run in runs for predicted, gained in run["gains"] if gained]
             off = f"{statistics.median(offs):.0%}" if offs else ""
             rows.append(f"| {task} | {name} | {end} | {costs} | {reached(compared, best)} | {beside} | {off} |")
     return "\n".join(rows)
 
 
-def reached(runs: list[dict[str, Any]], best: dict[int, list[float]]) -> str:
-    """For each run: when it reached this loss of its seed, as fractions of the time and bytes that the other needed."""
+def lowest(run: dict[str, Any]) -> list[float]:
+    """The point of a run at which its loss is lowest."""
+    return min(run["points"], key=lambda point: float(point[2]))
+
+
+def difference(run: dict[str, Any], other: dict[str, Any]) -> str:
+    """The last loss of a run minus that of another one, with the interval over windows: the paired bootstrap."""
+    between = difference_interval({"": run["windows"]}, {"": other["windows"]}, "")
+    interval = f" ({between[0]:+.3f} to {between[1]:+.3f})" if between else ""
+    return f"{run['points'][-1][2] - other['points'][-1][2]:+.3f}{interval}"
+
+
+def reached(runs: list[dict[str, Any]], best: dict[int, dict[str, Any]]) -> str:
+    """For each run: when it reached the lowest loss of its seed's best, as fractions of the time and bytes of that one."""
     cells = []
     for run in runs:
-        mark = best[run["seed"]]
+        mark = lowest(best[run["seed"]])
         at = next((point for point in run["points"] if point[2] <= mark[2]), None)
         cells.append(f"{at[0] / mark[0]:.2f}×, {at[1] / mark[1]:.2f}×" if at else "never")
     return "; ".join(cells)
@@ -279,6 +305,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*ROUNDS, "uniform"], choices=[*ROUNDS, "uniform"])
     parser.add_argument(
         "--without", nargs="+", default=[""], choices=["", *PARTS], help="parts of FedPipe to leave out, one a run"
+    )
+    parser.add_argument("--keys", type=json.loads, default={}, help="keys of FedPipe's stage, as JSON: to choose settings by")
+    parser.add_argument(
+        "--settings", nargs="+", type=int, default=[*range(len(GRID))], choices=range(len(GRID)), help="places in the grid"
     )
     parser.add_argument("--alike", action="store_true", help="all clients have the same memory and speed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -302,11 +332,11 @@ def main() -> None:
         }
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
         for without in (args.without if method == "fedpipe" else [""])
-        for stage in settings_of(method)
+        for stage in settings_of(method, args.keys, args.settings)
     ]
     kept = results.Kept(args.results, MODEL, only=args.kept)
     measured = [(settings, kept(functools.partial(run_method, args.data, **settings), **settings)) for settings in wanted]
-    text = table([{**settings, **result} for settings, result in measured if result])
+    text = table([{**result, **settings} for settings, result in measured if result])  # steps are in both
     print(text)
     if args.write:
         page.write("tune", text)

@@ -9,6 +9,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def some_budgets(number: int) -> list[Budget]:
 @pytest.mark.parametrize("given", some_budgets(20), ids=lambda given: f"{given.memory:.0f}-{given.seconds:.3g}")
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_program_finds_what_trying_everything_finds(given: Budget, masked: bool) -> None:
-    sizes = ModelCost(**{**SIZES.__dict__, "masked": masked})
+    sizes = replace(SIZES, masked=masked)
     weight = worth({"q": 0.5, "up": 0.2, "down": 0.3}, GRID)
     possible = [choice for choice in every_choice(GRID) if fits(given, GRID, choice, sizes)]
     if not possible:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedgrove.job.tables import Client
 from fedgrove.models.cost import ModelCost
 from fedgrove.report.page import write_report
 from fedgrove.rounds.capabilities import Capabilities
@@ -23,6 +24,7 @@ from fedgrove.stages.tune.fixed_point import FixedPointChanges, encode
 from fedgrove.stages.tune.importance import RANK, coherence, kept_by_ranks, measure
 from fedgrove.stages.tune.objective import MOST_NOISE, NOISE, Gradients, Progress, is_off, pace
 from fedgrove.stages.tune.plan import Plan, even, make_plan, progress
+from fedgrove.stages.tune.speeds import BOUND, corrected
 from fedgrove.stages.tune.training import Settings, loss_sum
 from small import Moment, Small, cli, killed, measurements
 
@@ -32,7 +34,12 @@ STAGE: dict[str, Any] = {
     "kind": "tune", "method": "fedpipe", "rounds": 3, "steps": 2, "length": 16, "batches": [1, 4], "ranks": [2, 4],
     "bits": [32], "learning_rate": 0.01,
 }  # fmt: skip
-GAINS = [{**STAGE, "eval_every": 1, "replan_off": True}]
+SPEEDS = {"clients__0__speed": 0.001, "clients__1__speed": 0.001, "clients__2__speed": 0.003}
+GAINS: dict[str, Any] = {
+    "stages": [{**STAGE, "eval_every": 1, "replan_off": True}],
+    **SPEEDS,
+    "clients__1__claimed_speed": 0.01,
+}
 REQUEST: dict[str, Any] = {
     "stage": 0, "parts": 0, "cut": None, "bits": 32, "length": 16, "seed": "0/0", "personal": 0.0, "steps": 2, "micro": 1,
     "learning_rate": 0.1, "ranks": (2, 4),
@@ -156,6 +163,40 @@ def test_a_deadline_that_nobody_can_hold_is_told_with_one_that_would_do() -> Non
         plan_of([0.001], deadline=1e-9)
 
 
+def test_a_speed_is_corrected_by_the_slowdown_beside_the_median_client() -> None:
+    plan = plan_of([0.001, 0.002, 0.004, 0.006], steps=8)
+    promised = {client: one.seconds for client, one in plan.clients.items()}
+    sending = {client: one.seconds - one.compute for client, one in plan.clients.items()}
+    assert corrected(plan, promised) == {}
+    assert corrected(plan, {client: 30 * seconds for client, seconds in promised.items()}) == {}, "all are slower alike"
+    for factor, wanted in ((10.0, 0.0006), (0.1, 0.06), (0.99 * BOUND, None)):
+        measured = {**promised, "client-3": sending["client-3"] + factor * plan.clients["client-3"].compute}
+        found = corrected(plan, measured)
+        assert found == ({} if wanted is None else {"client-3": pytest.approx(wanted, rel=1e-3)})
+    assert corrected(plan, {"client-3": 99.0}) == {}, "nobody to compare it with"
+    assert corrected(plan, {}) == {}
+    assert corrected(plan, {**promised, "client-0": 0.0})["client-0"] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_client_that_claims_ten_times_its_speed_gets_the_plan_of_its_own_speed(small: Small) -> None:
+    run, honest = small.undisturbed(**GAINS), small.undisturbed(stages=GAINS["stages"], **SPEEDS)
+    plan, wanted = (json.loads((folder / "plan-0-tune.json").read_text()) for folder in (run, honest))
+    assert plan["capabilities"] == wanted["capabilities"]
+    assert plan["deadline"] == pytest.approx(wanted["deadline"])
+    assert plan["clients"]["birch"]["steps"] == wanted["clients"]["birch"]["steps"]
+    assert (plan["since"], wanted["since"]) == (1, 0)
+    found = measurements(run)
+    assert found[0, 0, "birch", "seconds/measured"] > 5 * plan["deadline"] >= found[0, 1, "birch", "seconds/measured"]
+    assert [key[1:3] for key in found if key[3] == "speed/corrected"] == [(1, "birch")]
+    assert not any(name == "speed/corrected" for *_, name in measurements(honest))
+    assert "birch: from round 1 on its speed was taken as 0.001" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_without_a_number_as_speed_none_can_be_claimed() -> None:
+    with pytest.raises(ValueError, match="claimed_speed: speed is measured"):
+        Client(name="ash", data=(Path(__file__),), speed="measure", claimed_speed=2.0)
+
+
 def test_a_plan_with_more_noise_takes_larger_batches() -> None:
     capabilities = {"ash": Capabilities(speed=0.05, tokens={32: 1000})}
     config = Config(kind="tune", method="fedpipe", length=32, ranks=(2, 4), bits=(16,), deadline=20.0, max_steps=4096)
@@ -193,7 +234,7 @@ def test_rounds_on_the_curve_are_predicted_and_others_are_off() -> None:
 
 
 def test_prediction_and_outcome_are_in_the_metrics_and_the_report(small: Small) -> None:
-    run = small.undisturbed(stages=GAINS)
+    run = small.undisturbed(**GAINS)
     found, rounds = measurements(run), range(STAGE["rounds"])
     losses = [
         [math.log(value) for (_, r, _, name), value in found.items() if r == round_ and name.startswith("perplexity/")]
@@ -214,7 +255,7 @@ def test_prediction_and_outcome_are_in_the_metrics_and_the_report(small: Small) 
     Moment("open", "*/metrics.jsonl", "cut", count=20),
 ])  # fmt: skip
 def test_a_killed_stage_learns_the_same_of_its_rounds(small: Small, tmp_path: Path, moment: Moment) -> None:
-    whole, job, out = small.undisturbed(stages=GAINS), small.job("gains", stages=GAINS), tmp_path / "run"
+    whole, job, out = small.undisturbed(**GAINS), small.job("gains", **GAINS), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     assert measurements(out) == measurements(whole)

@@ -243,7 +243,11 @@ def local_clients(job: Job, model: Checkpoint, folder: Path) -> list[LocalClient
             dtype=model.dtype,
             data=client.data,
             text=client.text,
-            capabilities={**client.model_dump(include=set(Capabilities.model_fields), mode="json"), **at_endpoint},
+            capabilities={
+                **client.model_dump(include=set(Capabilities.model_fields), mode="json"),
+                "speed": client.claimed_speed or client.speed,
+                **at_endpoint,
+            },
             credentials=credentials.get(client.name),
             prompt=client.prompt,
             answer=client.answer,

@@ -97,6 +97,7 @@ class Client(Table):
         memory: the most memory that the planner may use; a block that needs more is refused before the run starts;
             default: unlimited.
         speed: computing speed relative to the others; "measure" measures it once.
+        claimed_speed: for simulations, the speed that it reports, if that is not the one that it has; default: ``speed``.
         uplink: its upload speed; with sampled layers a slow client gets fewer blocks.
         downlink: its download speed.
         bits: the precisions, in bits, in which it can hold frozen weights during tuning.
@@ -112,6 +113,7 @@ class Client(Table):
     answer: Template = None
     memory: Bytes | None = None
     speed: Speed | Literal["measure"] = 1.0
+    claimed_speed: Speed | None = None
     uplink: BitsPerSecond | None = None
     downlink: BitsPerSecond | None = None
     bits: BitChoices = (32, 16, 8, 4)
@@ -120,6 +122,12 @@ class Client(Table):
     sparsity: Sparsity | None = None
 
     _whole_pair = model_validator(mode="after")(whole_pair)
+
+    @model_validator(mode="after")
+    def _has_a_speed(self) -> Client:
+        if self.claimed_speed is not None and self.speed == "measure":
+            raise ValueError("claimed_speed: speed is measured; give speed a number, or leave claimed_speed out")
+        return self
 
 
 class Text(Table):

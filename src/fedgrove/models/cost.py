@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,15 +61,25 @@ class ModelCost:
     passes: Mapping[str, float] = field(default_factory=dict)
     experts: Experts | None = None
 
-    @property
+    @cached_property  # these sums are asked for thousands of times in a plan
     def parameters(self) -> int:
         """Number of entries of all linears."""
         return sum(rows * columns for rows, columns in self.linears.values())
 
-    @property
+    @cached_property
     def multiplied(self) -> float:
         """Multiplications of all linears for a token: :attr:`parameters`, each as often as a token passes through it."""
         return sum(self.uses(name) * rows * columns for name, (rows, columns) in self.linears.items())
+
+    @cached_property
+    def widths(self) -> int:
+        """Σ (out + in) over all linears: the numbers of their factors at rank 1."""
+        return sum(map(sum, self.linears.values()))
+
+    @cached_property
+    def used_widths(self) -> float:
+        """The same, each as often as a token passes through the linear."""
+        return sum(self.uses(name) * sum(shape) for name, shape in self.linears.items())
 
     def uses(self, linear: str) -> float:
         """How many times a token passes through a linear."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,10 +29,13 @@ class Clock:
     Attributes:
         paces: by client, for all clients that get a request.
         spent: seconds so far, by client.
+        elapsed: not modelled: seconds of this machine's clock from a client's latest message to its response.
     """
 
     paces: Mapping[str, Pace]
     spent: dict[str, float] = field(default_factory=dict)
+    elapsed: dict[str, float] = field(default_factory=dict)
+    _sent: dict[str, float] = field(default_factory=dict)
 
     def spend(self, client: str, direction: Literal["up", "down"], num_bytes: int) -> dict[str, float]:
         """Adds the time of one message.
@@ -39,7 +43,11 @@ class Clock:
         Returns:
             Its seconds of ``transfer``, and for direction "up" also the seconds of ``compute`` before it is sent.
         """
-        pace = self.paces[client]
+        pace, now = self.paces[client], time.monotonic()
+        if direction == "down":
+            self._sent[client] = now
+        else:
+            self.elapsed[client] = now - self._sent.get(client, now)
         rate = pace.uplink if direction == "up" else pace.downlink
         seconds = {"transfer": 8 * num_bytes / rate if rate else 0.0}
         if direction == "up":

@@ -77,8 +77,8 @@ class Config(StageConfig):
             clients send less. Only "fedpipe" uses it.
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",
             measure what is "auto" again.
-        replan_off: also measure and plan again after a round that gained twice as much as predicted, half as much, or nothing.
-            Only "fedpipe" uses it.
+        replan_off: also measure and plan again after a round that gained twice as much as predicted, half as much, or nothing,
+            and plan again where a round shows that a client is not as fast as it says. Only "fedpipe" uses it.
         importance_steps: optimizer steps from which the importance is measured.
         proximal: FedProx's μ.
         partition: average ranks that only some clients have over those clients; false: over all clients, which is exact. Only
@@ -134,7 +134,7 @@ class Config(StageConfig):
     max_grad_norm: NonNegative = 1.0
     alpha: Positive | None = None
     deadline: Positive | None = None
-    upload_price: NonNegative = 0.4
+    upload_price: NonNegative = 0.1
     replan_every: CountOrZero = 0
     replan_off: bool = False
     importance_steps: Count = 4

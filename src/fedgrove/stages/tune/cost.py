@@ -66,7 +66,7 @@ class SearchSpace:
     steps: int
     rest: int = 0
     number: float = 1.27
-    upload_price: float = 0.4
+    upload_price: float = 0.1
     max_steps: int = 0
     noise: float = NOISE
 
@@ -112,7 +112,7 @@ def activation_bytes(cost: ModelCost, bits: int) -> float:
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     """Bytes at the peak of training, without the process itself and without what the C library keeps of freed memory."""
-    rest = 4 * space.rest * sum(map(sum, cost.linears.values()))
+    rest = 4 * space.rest * cost.widths
     total = weight_bytes(cost, config.bits) + rest + config.micro * activation_bytes(cost, config.bits)
     for name, rank in config.ranks.items():
         if rank:
@@ -168,7 +168,7 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     if cost.masked:
         rest = (2 * cost.length + 8 * space.rest) * cost.multiplied
     else:
-        rest = 4 * cost.length * space.rest * sum(cost.uses(name) * sum(shape) for name, shape in cost.linears.items())
+        rest = 4 * cost.length * space.rest * cost.used_widths
     windows = (config.steps or space.steps) * each_device(config.batch, budget)
     return windows * (window_operations(cost) + rest + 6 * cost.length * adapters) / budget.speed
 
@@ -210,7 +210,7 @@ def value(cost: ModelCost, space: SearchSpace, worth: Worth, config: ClientConfi
 
 
 def _largest(cost: ModelCost, space: SearchSpace) -> float:
-    return space.ranks[-1] * sum(map(sum, cost.linears.values()))
+    return space.ranks[-1] * cost.widths
 
 
 def least(cost: ModelCost, space: SearchSpace) -> ClientConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fedgrove.evaluation.rounds import loss_after
 from fedgrove.events import Phase
+from fedgrove.job.tables import FederatedJob
 from fedgrove.models.cost import ModelCost
+from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.exchanges.importance import ImportanceSum, ScoreLinears
 from fedgrove.stages.tune.fixed_point import FixedPointChanges
@@ -14,6 +16,7 @@ from fedgrove.stages.tune.holding import NOTHING_CHOSEN, costs_of
 from fedgrove.stages.tune.objective import GAINED, PREDICTED, Gradients, is_off
 from fedgrove.stages.tune.plan import Plan, importance_seconds, make_plan, progress
 from fedgrove.stages.tune.planners import planner_of
+from fedgrove.stages.tune.speeds import CORRECTED, MEASURED, corrected
 from fedgrove.stages.tune.tuning import Tuning
 
 HYSTERESIS = 1.05  # a new plan replaces the old one only if it is worth this factor more
@@ -32,6 +35,8 @@ class Planning(Tuning):
         if not planner_of(self.config.planner).NEEDS_IMPORTANCE:
             return
         off = self.learn(round_)
+        if self.config.replan_off:
+            self.correct_speeds(round_)
         if again or (off and self.config.replan_off):
             self.plan_anew(round_)
         worth = progress(self.plan, self.config, self.plan.importance, self.plan.gradients)
@@ -53,6 +58,32 @@ class Planning(Tuning):
         if not any((line["stage"], line["round"], line["name"]) == (self.plan.stage, before, GAINED) for line in lines):
             self.run.log(self.plan.stage, before, None, GAINED, gained)
         return predicted is not None and is_off(predicted, gained)
+
+    def keep_time(self, heard: Collection[str], clock: Clock) -> None:
+        """Remembers how long the round took each client, by the server's clock or, in a simulation, by the modelled one."""
+        if not (self.config.replan_off and planner_of(self.config.planner).NEEDS_IMPORTANCE):
+            return  # measured times are never the same twice
+        seconds = clock.elapsed if isinstance(self.federation.job, FederatedJob) else clock.spent
+        self.state.metrics += [(client, MEASURED, seconds[client]) for client in sorted(heard)]
+
+    def correct_speeds(self, round_: int) -> None:
+        """Plans again, with what is known of the linears, if the last round took a client another time than promised."""
+        plan, before = self.plan, (self.plan.stage, round_ - 1, MEASURED)
+        lines = [line for line in self.run.metrics() if (line["stage"], line["round"], line["name"]) == before]
+        speeds = corrected(plan, {line["client"]: line["value"] for line in lines if line["client"] in plan.clients})
+        if not speeds:
+            return
+        known = {
+            client: one.model_copy(update={"speed": speeds[client]}) if client in speeds else one
+            for client, one in plan.capabilities.items()
+        }
+        for client, speed in speeds.items():
+            said = plan.capabilities[client].speed
+            self.run.message(f"{client}: its rounds show a speed of {speed:g}, not {said:g}; the plan takes that from now on")
+            self.state.metrics.append((client, CORRECTED, speed))
+        self.state.plan = plan.model_copy(update={"capabilities": known})
+        self.state.plan = self._planned(self.cost(), plan.importance, plan.gradients, round_)
+        self.write_plan()
 
     def _loss_after(self, round_: int) -> float | None:
         """The mean held-out loss after a round, in nats a token; where not every round is measured, the clients' own."""

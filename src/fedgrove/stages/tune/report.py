@@ -20,6 +20,7 @@ from fedgrove.report.summary import PERPLEXITY, Outcome, Stage, Summary
 from fedgrove.report.terminal import client_table, fill, megabytes, seconds
 from fedgrove.report.words import listed, plural, size
 from fedgrove.stages.tune.objective import GAINED, PREDICTED
+from fedgrove.stages.tune.speeds import CORRECTED
 
 DID = "tuned"
 DOING = "tuning"
@@ -37,6 +38,7 @@ TRAINED = {  # by disclosure
 }
 MOST_ROWS = 20  # of the chart of loss against bytes
 IMPORTANCE = "importance/"
+SHOWN = "beside the others, the round before did not take it as long as the plan had promised."
 GAINS = {PREDICTED: "gain predicted, nats a token", GAINED: "gain, nats a token"}
 _EXPERT = re.compile(r"experts\.\d+\.")
 ADAPTER = Words("adapter", "an adapter", "own best", "After the same steps alone")
@@ -175,6 +177,13 @@ class Tuning:
         parts: list[Part] = [Paragraph(self._says())]
         if self._plan["left_out"]:
             parts.append(Bullets([f"{client} was left out: {why}" for client, why in sorted(self._plan["left_out"].items())]))
+        slower = sorted((r, client, speed) for (r, client, name), speed in self._measured.items() if name == CORRECTED)
+        if slower:
+            parts.append(
+                Bullets(
+                    [f"{client}: from round {r} on its speed was taken as {speed:g}: {SHOWN}" for r, client, speed in slower]
+                )
+            )
         parts += [Sheet(self._capabilities()), Sheet(self._given())]
         if any(name.startswith(IMPORTANCE) for _, _, name in self._measured):
             caption = (

@@ -166,9 +166,21 @@ class Tuning:
         return None if number == self.plan.experts else number
 
     def _clock(self, compute: Mapping[str, float]) -> Clock:
-        """The clock of one exchange with the plan's clients, by their capabilities."""
+        """The clock of one exchange with the plan's clients, by their capabilities and what they compute.
+
+        Of clients that are simulated with another speed than they report, it is that of the speed that they have.
+
+        Args:
+            compute: by client, seconds at the speed that the plan takes it to have.
+        """
         known = {client: self.plan.capabilities[client] for client in self.plan.clients}
-        return Clock({name: Pace(compute.get(name, 0.0), one.uplink, one.downlink) for name, one in known.items()})
+        true = {one.name: one.speed for one in self.federation.job.clients if one.claimed_speed is not None}
+        paces = {}
+        for name, one in known.items():
+            speed = true.get(name, one.speed)
+            assert not isinstance(speed, str)  # the job refuses to measure the speed of a client that claims one
+            paces[name] = Pace(compute.get(name, 0.0) * one.speed / speed, one.uplink, one.downlink)
+        return Clock(paces)
 
     def log(self, round_: int) -> None:
         """Logs the round's measurements, after the state is saved; a resumed run skips what is logged already."""

@@ -115,6 +115,7 @@ class Loop(Planning):
             state.seen[client] = state.seen.get(client, 0) + requests[client].training.steps * plan.clients[client].batch
         state.clock += clock.slowest(heard)
         state.metrics.append((None, "clock", state.clock))
+        self.keep_time(heard, clock)
 
     def _sum_floats(self, messages: Mapping[str, Message], clock: Clock) -> list[str]:
         plan, config, state = self.plan, self.config, self.state
