@@ -67,14 +67,16 @@ from fedgrove.stages.structured.exchanges.scores import ScoreGroups
 from fedgrove.stages.tune.exchanges import alone as tune_alone
 from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
-from fedgrove.stages.tune.exchanges.deal import DealByFeatures, DealByLoss, Dealt
+from fedgrove.stages.tune.exchanges.deal import WINDOWS, DealByFeatures, DealByLoss, Dealt, SumDeals
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
 from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
+from fedgrove.stages.tune.exchanges.members import TrainMembers
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
 from fedgrove.stages.tune.exchanges.reduced import KeepExperts
 from fedgrove.stages.tune.exchanges.seeds import Measure, Step, Took
 from fedgrove.stages.tune.exchanges.train import Train, Trained
+from fedgrove.stages.tune.fixed_point import FixedPointChanges
 from fedgrove.stages.tune.train_settings import Training
 from small import LENGTH, ROOT, Small, python
 
@@ -204,6 +206,15 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
     Exchange(FitGate(**TUNED, **GATE, members=2, starts=3, size=4), Reply()),
     Exchange(FitGate(**TUNED, **GATE, members=2, starts=1, size=4, last=True), Reply()),
     Exchange(DealByFeatures(**TUNED, **GATE, members=2, starts=1, size=4, tokens=TOKENS), Dealt(windows=(2, 0))),
+    Exchange(SumDeals(**TUNED, **GATE, members=2, starts=1, size=4, tokens=TOKENS, steps=2), Reply()),
+    Exchange(
+        TrainMembers(
+            **TUNED, parametrization="lora", trainer="sgd", shared_a=True, masked=(), tokens=99, seen=0, members=2,
+            ranks={f"model.layers.0.{Q}": 4}, scales={f"model.layers.0.{Q}": 1.0}, dtype="float32", training=TRAINING,
+            fixed=FixedPointChanges(everything=99, most=99, widest={f"model.layers.0.{Q}": 4}),
+        ),
+        Trained(tokens=99),
+    ),
     Exchange(
         DealByLoss(
             **TUNED, gate="losses", members=2, windows=1, micro=1, parametrization="lora", masked=(), tokens=TOKENS,
@@ -291,6 +302,8 @@ def honest(request: Request, layout: Decoder) -> dict[str, torch.Tensor]:
             tensors[name] = keep([torch.arange(tensor.numel()).view_as(tensor)], request.recipe.target(request.block))
         elif name.startswith(WEIGHT):
             tensors[name] = torch.full_like(tensor, TOKENS)
+        elif name == CHANGE + WINDOWS:
+            tensors[name] = torch.tensor([TOKENS // LENGTH, *[0] * (len(tensor) - 1)])
     return tensors
 
 

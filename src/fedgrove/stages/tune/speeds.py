@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from fedgrove.stages.tune.plan import Plan
+if TYPE_CHECKING:  # the report takes names from here, and is to work without torch
+    from fedgrove.stages.tune.plan import Plan
 
 BOUND = 2.0  # a factor: speeds that are off by less are left alone
 MEASURED, CORRECTED = "seconds/measured", "speed/corrected"  # metrics of a client
