@@ -37,7 +37,7 @@ import tune
 from transformers.utils import logging
 
 from fedgrove import api
-from fedgrove.adopt import adopt, few_windows
+from fedgrove.adopt import adopt
 from fedgrove.data.windows import training_windows
 from fedgrove.files import read_lines
 from fedgrove.models.blocks import Decoder
@@ -47,6 +47,7 @@ from fedgrove.stages.tune.frozen import load
 from fedgrove.stages.tune.personal import losses
 from fedgrove.stages.tune.pool.features import STATE
 from fedgrove.stages.tune.pool.finished import Pool
+from fedgrove.stages.tune.pool.newcomers import few_windows
 
 LENGTH, MEMBERS = 64, 4
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most

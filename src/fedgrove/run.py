@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fedgrove import adopt, heap
+from fedgrove import heap
 from fedgrove.centralized import centralized_client, centralized_job
 from fedgrove.client.local_client import LocalClient
 from fedgrove.engines.base import Engine
@@ -79,8 +79,6 @@ def make_model(job: Job, federation: Federation) -> None:
         model = stage_of(config.kind).run(model, plan, config, federation).model
         evaluate(model, plan.stage, run, federation.device)
         evaluate_alone(before, plan, config, federation)
-        if config.leaves_pool():
-            adopt.evaluate_new(before, plan.stage, run, federation.device)
     run.phase(Phase("write", title="writing the model"))
     heap.release_freed_memory()  # of the last stage
     base = model.path / "README.md"
@@ -123,7 +121,6 @@ def make_plans(job: Job, model: Checkpoint, federation: Federation) -> list[Plan
     """
     decoder = Decoder(model)
     notes_on_model = check_model(job, decoder)
-    adopt.check_new(job, model)
     capabilities = ask_capabilities(job, federation)
     needed = min(job.rounds.quorum or len(federation.clients()), len(federation.clients()))
     left_out: dict[str, str] = {}

@@ -22,7 +22,7 @@ class Newcomers:
 
     Attributes:
         stage: the stage that left the pool.
-        owners: by name, what :class:`fedgrove.adopt.Adopted` says of it.
+        owners: by name, what :class:`~fedgrove.stages.tune.pool.newcomers.Adopted` says of it.
     """
 
     stage: int

@@ -108,8 +108,6 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
 
     sums = {name: {"nothing": 0, "squares": w, "gram": w * w // 2, "moments": 3 * w}[needs] for name, w in inputs.items()}
     statistics = sum(sums.values()) + (3 * sum(distinct) if config.sums_moments else 0)
-    workspace = effort.squares * widest**2 // 2 if needs == "gram" else 0  # in float32
-    largest = max(rows * columns for rows, columns in shapes)
     together = windows_at_once(samples, config.length, config.compute_dtype) if config.method.SOLVED_AT == "client" else 1
     forward = _forward(block, config, tokens)
     gram = 2 * tokens * sum(number * block.reached[name] for name, number in sums.items())
@@ -123,12 +121,10 @@ def cost_of(block: LargestBlock, config: Config, capabilities: Capabilities, mas
     if config.method.SOLVED_AT == "server":
         upload = _sum_bytes(3 * distinct if config.sums_moments else distinct, products_of(block, config), masked)
         if not config.personal:
-            workspace = solve = 0  # the server prunes
+            solve = 0  # the server prunes
     width = 2 if config.compute_dtype == "bfloat16" else 4
     gathering = 8 * statistics + width * (block.numel + together * _window(block, config))
-    solving = (
-        8 * (statistics + workspace) + 4 * effort.matrices * largest + parameters * (block.dtype.itemsize + 1)
-    )  # weights and mask
+    solving = _solving(block, config, statistics, widest if needs == "gram" else 0)
     if config.method.SOLVED_AT == "server":
         gathering = gathering + width * block.ends
         # the client's own sums and everybody's stay; of the input that is solved, their mix, and the upper half of its matrix
@@ -147,13 +143,20 @@ def server_memory(block: LargestBlock, config: Config, masked: MaskedBytes | Non
     what the pruner needs besides. Measured peaks of a server's process were 0.77 to 1.19 of it (docs/lab.md).
     """
     inputs, products = list(block.inputs.values()), products_of(block, config)
-    effort = effort_of(config.pruner)
-    largest = max(rows * columns for rows, columns in block.shapes.values())
     sums = sum(inputs) * (3 if config.sums_moments else 1) + sum(width * (width - 1) // 2 for width in products)
-    workspace = effort.squares * max(products, default=0) ** 2 // 2
-    reply = _sum_bytes(inputs, products, masked)
-    weights = sum(rows * columns for rows, columns in block.shapes.values()) * (block.dtype.itemsize + 1)
-    return 8 * (2 * sums + workspace) + 4 * effort.matrices * largest + weights + 4 * block.numel + 2 * reply + 2**24
+    solving = _solving(block, config, sums, max(products, default=0))
+    return 8 * sums + solving + 4 * block.numel + 2 * _sum_bytes(inputs, products, masked) + 2**24
+
+
+def _solving(block: LargestBlock, config: Config, sums: int, widest: int) -> int:
+    """Bytes while a block's linears are pruned: float64 sums, the pruner's own matrices, weights and masks.
+
+    Args:
+        widest: channels of the widest input whose products the pruner has; 0: of none.
+    """
+    effort, numbers = effort_of(config.pruner), [rows * columns for rows, columns in block.shapes.values()]
+    matrices = 8 * (effort.squares * widest**2 // 2) + 4 * effort.matrices * max(numbers)
+    return 8 * sums + matrices + sum(numbers) * (block.dtype.itemsize + 1)
 
 
 def _forward(block: LargestBlock, config: Config, tokens: int) -> float:

@@ -53,7 +53,18 @@ class Dealt(Reply):
             raise WireError("it deals another number of windows than it reported before")
 
 
-class FeatureDeal(FittedRequest, TrainingRequest):
+class Deal(TrainingRequest):
+    """What requests to deal windows to the members of a pool have in common."""
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return pooled_rounds(config)
+
+    def beyond(self, job: Agreed) -> str | None:
+        return "fixed" if self.fixed is not None else super().beyond(job)
+
+
+class FeatureDeal(FittedRequest, Deal):
     """What requests to deal windows by their features have in common."""
 
     IN_SUMS: ClassVar[bool]
@@ -69,16 +80,10 @@ class FeatureDeal(FittedRequest, TrainingRequest):
         keep_deal(client, self.stage, members)
         return Dealt.of(members, self.members)
 
-    @classmethod
-    def rounds_in(cls, config: StageConfig) -> range:
-        return pooled_rounds(config)
-
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
-        if config.deals_in_sums != self.IN_SUMS:
-            return "precision"
-        return "fixed" if self.fixed is not None else super().beyond(job)
+        return "precision" if config.deals_in_sums != self.IN_SUMS else super().beyond(job)
 
 
 class DealByFeatures(FeatureDeal):
@@ -148,7 +153,7 @@ def check_deals(sums: Mapping[str, Tensor], windows: int, clients: int) -> None:
         raise WireError("its numbers of clients are out of range")
 
 
-class DealByLoss(TrainingRequest):
+class DealByLoss(Deal):
     """Measure the members of a pool on some of your windows, train the best one in this round, and say which it is.
 
     Tensors of the request: ``member-K/<linear>/<part>``, the complete change of each member.
@@ -219,10 +224,6 @@ class DealByLoss(TrainingRequest):
         if sum(number > 0 for number in reply.windows) != 1:
             raise WireError("it trains more than one member")
 
-    @classmethod
-    def rounds_in(cls, config: StageConfig) -> range:
-        return pooled_rounds(config)
-
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
@@ -236,7 +237,7 @@ class DealByLoss(TrainingRequest):
             return "parametrization"
         if self.micro > max(config.batches):
             return "micro"
-        return "fixed" if self.fixed is not None else super().beyond(job)
+        return super().beyond(job)
 
 
 def pooled_rounds(config: StageConfig) -> range:

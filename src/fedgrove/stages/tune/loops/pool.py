@@ -49,6 +49,7 @@ from fedgrove.stages.tune.pool.card import GATE, write_card
 from fedgrove.stages.tune.pool.dealing import steps_of
 from fedgrove.stages.tune.pool.fitting import Fit, fields_of, likelihoods_of
 from fedgrove.stages.tune.pool.members import Member, mixture, write_members
+from fedgrove.stages.tune.pool.newcomers import evaluate_new
 from fedgrove.stages.tune.routed import ExpertRules, places_of_members
 from fedgrove.stages.tune.state import Measurement, TuningState
 
@@ -125,7 +126,7 @@ class Loop(changes.Loop):
             self.state, self.member = shared, None
 
     def finish(self) -> None:
-        """Writes the pool to ``RUN/pool``: the members, the gate, a card."""
+        """Writes the pool to ``RUN/pool``: the members, the gate, a card; and what owners who were not there get of it."""
         super().finish()
         if self.first >= self.config.rounds:
             self.run.message("tune: all rounds are common: there is no pool; lower pool.common")
@@ -137,6 +138,7 @@ class Loop(changes.Loop):
             if self.pool.method.LOOKS == "features":
                 shutil.copyfile(self._work / GATE, partial / GATE)
             write_card(partial, facts, self.federation.job)
+        evaluate_new(self.model, self.plan.stage, self.run, self.federation.device)
 
     def _facts(self, number: int) -> dict[str, Any]:
         windows = self._dealt(self.config.rounds - 1)

@@ -15,6 +15,7 @@ from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.features import layers_of
+from fedgrove.stages.tune.pool.newcomers import check_new
 from fedgrove.stages.tune.pool.scale import PROJECTED
 
 
@@ -22,11 +23,14 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
     """The plan of a stage that trains a pool.
 
     Raises:
-        FedgroveError: the model has experts, or fewer windows than members; names the key.
+        FedgroveError: the model has experts, there are fewer windows than members, or an owner of ``evaluate.new`` has too
+            little text; names the key or the file.
     """
     at = f"stages.{plan.stage}.pool"
     if plan.experts is not None:
         raise FedgroveError(f"{at}: plain peft has no adapters for single experts", "leave pool out")
+    length = job.stages[plan.stage].training_length() or 1
+    check_new(job, length, decoder.checkpoint)
     disclosed = {Disclosure[name] for name in plan.discloses}
     if pool.method.LOOKS == "job":
         notes = _alone(plan, pool, job)
@@ -34,7 +38,6 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         disclosed |= DealByFeatures.DISCLOSES
         notes = [f"Every client gets all {pool.members} members before every round, to measure them on {pool.windows} windows."]
     if pool.method.LOOKS == "features":
-        length = job.stages[plan.stage].training_length() or 1
         windows = sum(one.tokens for one in plan.clients.values()) // length
         if windows < pool.members:
             raise FedgroveError(
