@@ -15,6 +15,7 @@ import psutil
 import pytest
 import tomli_w
 
+import forks
 from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.events import Event, Listener, Message, Phase, Responded
@@ -162,6 +163,7 @@ class Running:
 
     def start(self, **environments: dict[str, str]) -> None:
         """Starts everybody, and waits until the server has heard of all."""
+        forks.run(int)  # the processes of jobs find it running
         with environment(**environments.get("server", {})):
             node.start(self.server)
         for name in self.names:
@@ -242,7 +244,8 @@ def within(seconds: float) -> Iterator[None]:
 def environment(**changes: str) -> Iterator[None]:
     """What the kits' processes are started with."""
     before = dict(os.environ)
-    os.environ.update({"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **changes})
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("tests/forked_jobs", "src"))
+    os.environ.update({"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes})
     try:
         yield
     finally:
