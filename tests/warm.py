@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from importlib import import_module
 
-import peft  # noqa: F401
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import fedgrove.cli
-import fedgrove.report.page
-import fedgrove.run  # noqa: F401
 from small import DEMO
 
-with contextlib.suppress(ImportError):
-    import nvflare.private.fed.app.client.worker_process
-    import nvflare.private.fed.app.server.runner_process
-
-    import fedgrove.deploy.flare.controller
-    import fedgrove.deploy.flare.executor
-    import fedgrove.deploy.flare.launcher
-    import fedgrove.deploy.flare.site  # noqa: F401
+for name in ("peft", "fedgrove.cli", "fedgrove.run", "fedgrove.report.page"):
+    import_module(name)
+with contextlib.suppress(ImportError):  # of the extra fedgrove[flare]
+    for name in ("controller", "executor", "launcher", "site"):
+        import_module(f"fedgrove.deploy.flare.{name}")
+    for name in ("client.worker_process", "server.runner_process"):
+        import_module(f"nvflare.private.fed.app.{name}")
 
 torch.set_num_threads(1)  # no thread may be lost in a fork
 AutoTokenizer.from_pretrained(DEMO / "grove-6m")
