@@ -54,7 +54,7 @@ STRUCTURED = {
     "protect_ends": False,
 }
 EXPERTS = {"kind": "structured", "samples": SAMPLES, "length": LENGTH, "experts": 0.5}
-TUNE = {"kind": "tune", "length": LENGTH, "ranks": [2, 4], "batches": [1, 2], "bits": [32], "steps": 2, "rounds": 2}
+TUNE = {"kind": "tune", "length": LENGTH, "ranks": [2, 4], "batches": [1, 2], "bits": [32], "steps": 2, "rounds": 1}
 SEEDS = {"kind": "tune", "method": "seeds", "length": LENGTH, "batches": [2], "steps": 2, "rounds": 2, "learning_rate": 1e-3}
 HEAD = {"kind": "head", "labels": ["bird", "fish"], "length": LENGTH, "size": 16, "personal": 0.3}
 PROMPT = {
@@ -83,9 +83,9 @@ VOTING = {
 }
 FIXED = {**TUNE, "method": "lora", "aggregation": "ffa_lora", "precision": "fixed"}
 POOL = {"gate": "mixture", "members": 2, "common": 0.0, "size": 2, "prefix": 8, "starts": 2, "fit_rounds": 2}
-POOLED_TUNE = {**TUNE, "method": "lora", "pool": POOL}
-IN_SUMS = {**FIXED, "pool": {**POOL, "gate": "keys"}}
-BY_LOSS = {**TUNE, "method": "lora", "pool": {"gate": "losses", "members": 2, "common": 0.0, "windows": 2}}
+POOLED_TUNE = {**TUNE, "method": "lora", "rounds": 2, "pool": POOL}
+IN_SUMS = {**FIXED, "rounds": 2, "pool": {**POOL, "gate": "keys"}}
+BY_LOSS = {**TUNE, "method": "lora", "rounds": 2, "pool": {"gate": "losses", "members": 2, "common": 0.0, "windows": 2}}
 NOISE = {"epsilon": 8.0, "delta": 1e-3}
 OPEN = {"stages": ["head", "prompt", "prune", "structured", "tune"], "group": 3, "alone": True, "samples": SAMPLES}
 SECURE = {**OPEN, "secure": True, "alone": False}
@@ -98,9 +98,9 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "own models": ({**OPEN, "alone": False}, [{**POOLED, "pruner": "sparsegpt", "personal": 0.5}]),
     "secure votes": (SECURE, [PRUNE]),
     "noisy sums": ({**SECURE, **NOISY}, [{**POOLED, **NOISE}]),
-    "experts": (OPEN, [EXPERTS, {**TUNE, "method": "lora", "rounds": 1, "personal_experts": 0.5}]),
-    "few experts": ({**OPEN, "alone": False}, [{**TUNE, "method": "lora", "rounds": 1}]),
-    "structured": (OPEN, [STRUCTURED, {**TUNE, "method": "fedpipe", "personal": 0.3}]),
+    "experts": (OPEN, [EXPERTS, {**TUNE, "method": "lora", "personal_experts": 0.5}]),
+    "few experts": ({**OPEN, "alone": False}, [{**TUNE, "method": "lora"}]),
+    "structured": (OPEN, [STRUCTURED, {**TUNE, "method": "fedpipe", "rounds": 2, "personal": 0.3}]),
     "secure adapters": (SECURE, [{**FIXED, "method": "fedpipe"} | {"planner": "fedpipe"}]),
     "noisy clients": ({**SECURE, **NOISY}, [{**FIXED, **NOISE, "dp_unit": "client"}]),
     "noisy windows": ({**OPEN, **NOISY, "alone": False}, [{**TUNE, **NOISE, "method": "lora", "batches": [64]}]),
