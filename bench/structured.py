@@ -62,7 +62,6 @@ SHORT = {
     "rounds": 1,
     "steps": 4,
     "batches": [1],
-    "bits": [16],
     "learning_rate": 1e-3,
     "lr_schedule": "linear",
 }  # of cuts
@@ -247,7 +246,7 @@ def cuts(given: Any, folder: Path) -> str:
     lines = [head + " tuned |", rule + "---|"] if given.tuned else [head, rule]
     settings = {key: getattr(given, key) for key in ("owners", "samples", "length", "windows")}
     if given.tuned:
-        settings["tuned"] = True
+        settings |= {"tuned": True, "bits": SHORT["bits"]}
     for share in given.shares:
         found: dict[str, list[list[float]]] = {}
         for row in given.rows:
