@@ -39,6 +39,7 @@ CLIENTS = ("ash", "birch", "cedar")
 LENGTH = 16
 SAMPLES = 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+WORKERS_CONTEXT = "fedgrove.engines.worker.get_context"
 # Its runner would make the command anew for every call, which takes longer than some of the calls.
 typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
@@ -312,8 +313,11 @@ def process(
     env: Mapping[str, str] | None = None,
     kill_after: Callable[[], None] | None = None,
     peak: Path | None = None,
+    fork_workers: bool = False,
 ) -> tuple[int, str, str]:
     """Calls the command in a process of its own: status (negative: the signal), standard output, standard error.
+
+    The process leads a group, as what a shell starts does.
 
     Args:
         args: of the command.
@@ -321,8 +325,10 @@ def process(
         env: its environment, besides what there is.
         kill_after: the process is killed when this returns.
         peak: a file for the most memory that the process ever held, in KiB.
+        fork_workers: its worker processes import nothing either, see :func:`forked_workers`.
     """
-    return _forked(partial(_command, [str(arg) for arg in args], moment, dict(env or {}), peak), kill_after)
+    call = partial(_command, [str(arg) for arg in args], moment, dict(env or {}), peak, fork_workers)
+    return _forked(call, kill_after)
 
 
 def python(code: str, *args: object, path: Path) -> tuple[int, str, str]:
@@ -346,7 +352,7 @@ def _forked(call: Callable[[], None], kill_after: Callable[[], None] | None = No
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's worker processes cost no import either."""
-    monkeypatch.setattr("fedgrove.engines.worker.get_context", lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr(WORKERS_CONTEXT, lambda _: multiprocessing.get_context("fork"))
 
 
 def killed(*args: object, moment: Moment) -> None:
@@ -358,6 +364,7 @@ def killed(*args: object, moment: Moment) -> None:
 def _child(call: Callable[[], None], out: Path, err: Path) -> None:
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.setpgrp()
     sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(1, "w")), io.TextIOWrapper(io.FileIO(2, "w"), line_buffering=True)
     torch.set_num_threads(1)
     try:
@@ -366,8 +373,12 @@ def _child(call: Callable[[], None], out: Path, err: Path) -> None:
         sys.stdout.flush()
 
 
-def _command(args: list[str], moment: Moment | None, env: dict[str, str], peak: Path | None) -> None:
+def _command(
+    args: list[str], moment: Moment | None, env: dict[str, str], peak: Path | None, fork_workers: bool = False
+) -> None:
     os.environ.update(env)
+    if fork_workers:
+        pytest.MonkeyPatch().setattr(WORKERS_CONTEXT, lambda _: multiprocessing.get_context("fork"))
     for stream in (sys.stdout, sys.stderr):
         cast(io.TextIOWrapper, stream).reconfigure(encoding=env.get("PYTHONIOENCODING"))
     fedgrove.stages.prune.pruners.__path__.extend(

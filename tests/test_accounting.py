@@ -40,12 +40,16 @@ def test_a_step_spends_what_its_definition_says(noise: float, rate: float) -> No
     assert delta(epsilon * 0.98) > 1e-4
 
 
-def test_many_steps_without_sampling_are_one_gaussian() -> None:
+def test_many_steps_without_sampling_are_one_gaussian(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    event = accounting._event
+    monkeypatch.setattr(accounting, "_event", lambda noise, *rest: asked.append(noise) or event(noise, *rest))
     noise = accounting.gaussian_noise_multiplier(3.0, 1e-5, 16)
     assert noise == pytest.approx(4 * accounting.gaussian_noise_multiplier(3.0, 1e-5))
     assert accounting.dp_sgd_epsilon(noise, 1e-5, 1.0, 16) == pytest.approx(3.0, rel=2e-3)
     assert accounting.dp_sgd_noise_multiplier(3.0, 1e-5, 1.0, 16) == noise
     assert accounting.dp_sgd_noise_multiplier(3.0, 1e-5, 0.99, 16) == pytest.approx(noise, rel=0.02)
+    assert min(asked) == 1.0, "what less noise spends takes seconds to count"
 
 
 def test_noise_below_the_least_is_refused_without_counting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import fedgrove
 from fedgrove import api
 from fedgrove.cli import app
-from small import ROOT, Small, cli, result
+from small import DEMO, ROOT, Small, cli, make_model, result
 
 
 def test_importing_fedgrove_imports_nothing_else() -> None:
@@ -74,6 +76,10 @@ def test_the_notebook_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notebook = json.loads((ROOT / "examples" / "federation.ipynb").read_text(encoding="utf-8"))
+    shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("grove-6m"))
+    make_model(tmp_path / "demo" / "grove-6m", max_position_embeddings=128)  # in the shipped model's place it takes a fifth
+    find = importlib.resources.files
+    monkeypatch.setattr(importlib.resources, "files", lambda of: tmp_path if of == "fedgrove" else find(of))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for cell in notebook["cells"]:

@@ -185,7 +185,7 @@ def test_hidden_states_that_are_not_finite_are_named(deep: Small, tmp_path: Path
 
 
 def test_blocks_of_least_influence_go_and_the_rest_stays_to_the_bit(deep: Small) -> None:
-    run = deep.undisturbed(stages=STAGES)
+    run = deep.undisturbed(stages=STAGES, evaluate={})
     told, config = told_by(run), config_of(run)
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (3, 96), "a table that names depth cuts only that"
     kept = told["kept_blocks"]
@@ -204,9 +204,9 @@ def test_blocks_of_least_influence_go_and_the_rest_stays_to_the_bit(deep: Small)
 
 
 def test_depth_and_width_in_one_job_are_each_what_they_are_alone(deep: Small) -> None:
-    both, width = deep.undisturbed(stages=[BOTH]), deep.undisturbed(stages=[{**BOTH, "depth": 0.0}])
+    both, width = deep.undisturbed(stages=[BOTH]), deep.undisturbed(stages=[{**BOTH, "depth": 0.0}], evaluate={})
     kept = told_by(both)["kept_blocks"]
-    assert kept == told_by(deep.undisturbed(stages=STAGES))["kept_blocks"]
+    assert kept == told_by(deep.undisturbed(stages=STAGES, evaluate={}))["kept_blocks"]
     assert told_by(both)["blocks"] == [told_by(width)["blocks"][block] for block in kept]
     narrow, one = weights(width), weights(both)
     for new, old in enumerate(kept):
@@ -233,7 +233,7 @@ def test_it_does_not_matter_who_has_which_text(deep: Small, tmp_path: Path, chan
 
 
 def test_a_contiguous_cut_takes_blocks_that_follow_each_other(deep: Small) -> None:
-    told = told_by(deep.undisturbed(stages=[{**DEEP, "contiguous": True}]))
+    told = told_by(deep.undisturbed(stages=[{**DEEP, "contiguous": True}], evaluate={}))
     gone = sorted(set(range(5)) - set(told["kept_blocks"]))
     assert gone in ([1, 2], [2, 3])
     assert len(told["influence"]) == 4
@@ -259,8 +259,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(deep: Small, tmp_path: Path) -> N
 
 def test_alone_is_what_a_client_would_have_made_by_itself(deep: Small, tmp_path: Path) -> None:
     run = deep.undisturbed(stages=[BOTH])
-    only = [{"name": "birch", "data": str(deep.texts["birch"])}]
-    assert cli("run", deep.job("birch", stages=[BOTH], clients=only), "--out", tmp_path / "run")[0] == 0
+    only = {"clients": [{"name": "birch", "data": str(deep.texts["birch"])}], "evaluate__alone": False}
+    assert cli("run", deep.job("birch", stages=[BOTH], **only), "--out", tmp_path / "run")[0] == 0
     alone = measurements(run)[0, None, "birch", "perplexity/held-0"]
     assert alone == measurements(tmp_path / "run")[0, None, None, "perplexity/held-0"]
 

@@ -150,9 +150,10 @@ def test_every_command_in_the_docs_exists_with_its_options() -> None:
         lines = re.findall(r"(?m)(?:^ *|; do |/bin/|&& exec )(fedgrove [a-z].*?)(?:; done|\"\])?$", code)
         found += [(page, line) for line in [*lines, *re.findall(r"`(fedgrove [a-z][^`]*)`", text)]]
     assert len(found) > 80
+    whole = typer.main.get_command(app)
     for page, line in found:
         words = shlex.split(line.replace("submit|watch|fetch", "watch"), comments=True)[1:]
-        command = typer.main.get_command(app)
+        command = whole
         while words and isinstance(command, typer.core.TyperGroup):
             assert words[0] in command.commands, f"{page.name}: {line}"
             command = command.commands[words.pop(0)]

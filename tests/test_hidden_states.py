@@ -23,7 +23,7 @@ from fedgrove.stages.prune.fixed_weights import FixedWeights, unit_of
 from fedgrove.stages.prune.recipe import Recipe
 from small import CLIENTS, LENGTH, Small, cli, make_model
 
-BLOCKS = 4
+BLOCKS = 3
 MATRICES = 7  # of a block
 SECURE = {"privacy": {"secure_aggregation": True}, "evaluate": {}}
 OPEN: dict[str, Any] = {"evaluate": {}}
@@ -78,7 +78,7 @@ def hashes(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("aggregation", ["fedspallm", "fedprllm"])
-@pytest.mark.parametrize(("source", "rounds"), [("sequential", 1), ("sequential", 2), ("dense", 1)])
+@pytest.mark.parametrize(("source", "rounds"), [("sequential", 2), ("dense", 1)])
 def test_under_secure_aggregation_every_matrix_is_pruned_once_a_round(
     small: Small, deep: Path, tmp_path: Path, pruned: list[str], begun: list[Path], aggregation: str, source: str, rounds: int
 ) -> None:
@@ -93,14 +93,6 @@ def test_under_secure_aggregation_every_matrix_is_pruned_once_a_round(
         assert len(begun) == rounds * len(CLIENTS)
         found.append(hashes(tmp_path / name))
     assert found[0] == found[1]
-
-
-def test_three_clients_prune_the_126_matrices_of_the_shipped_model_once_a_round(
-    small: Small, grove: Path, tmp_path: Path, pruned: list[str]
-) -> None:
-    job = small.job("grove", model__path=str(grove), stages__0__rounds=2, **SECURE)
-    assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
-    assert len(pruned) == 2 * 126
 
 
 @pytest.mark.parametrize(

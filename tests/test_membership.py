@@ -20,7 +20,7 @@ from fedgrove.stages.tune.parametrizations import Attachment, lora
 from fedgrove.stages.tune.trainers import dp_sgd, sgd
 from small import Small
 
-WINDOWS, LENGTH, STEPS, BATCH, DELTA = 60, 12, 40, 12, 1e-3
+WINDOWS, LENGTH, STEPS, BATCH, DELTA = 60, 12, 24, 12, 1e-3
 
 
 def test_the_bound_is_that_of_randomized_response() -> None:

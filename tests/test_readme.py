@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -37,10 +35,10 @@ def test_commands_and_the_python_example(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_model(Path("my-model"), max_position_embeddings=512)  # the length of windows of a job that names none
-    shutil.copyfile(DEMO / "texts" / "theatre-heldout.txt", "heldout.txt")
+    Path("heldout.txt").write_text((DEMO / "texts" / "theatre-heldout.txt").read_text(encoding="utf-8")[:6000])
     records = [json.loads(line) for line in (DEMO / "texts" / "hospital.jsonl").read_text(encoding="utf-8").splitlines()]
     Path("a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    notes = ['"' + record["context"].replace('"', "'") + '"' for record in records]
+    notes = ['"' + record["context"].replace('"', "'") + '"' for record in records[:24]]
     Path("b.csv").write_text("\n".join(["note", *notes]) + "\n", encoding="utf-8")
     (job,) = blocks("toml")
     Path("job.toml").write_text(job, encoding="utf-8")
@@ -51,12 +49,8 @@ def test_commands_and_the_python_example(
         words = shlex.split(line, comments=True)
         if words[0] == "make":
             assert f"\n{words[1]}: " in (ROOT / "Makefile").read_text(encoding="utf-8")  # CI runs one, the other is its demo
-        elif words[0] == "pip":  # tests/test_package.py installs for real; here nothing may be fetched
-            offline = ["--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
-            done = subprocess.run(
-                [sys.executable, "-m", *words, *offline], cwd=ROOT, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
+        elif words[0] == "pip":
+            assert words == ["pip", "install", "."]  # tests/test_package.py does what this does, and fetches nothing
         elif words[0] == "fedgrove":
             result = runner.invoke(app, words[1:])
             assert result.exit_code == 0, f"{line}\n{result.output}"
@@ -78,7 +72,7 @@ def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytes
     """Those of the tutorial and of every how-to, in this order, on a job that is over in a second."""
     pytest.importorskip("gguf")
     monkeypatch.chdir(tmp_path)
-    shutil.copyfile(small.job("guides", evaluate__windows=2), "job.toml")
+    shutil.copyfile(small.job("guides", evaluate__windows=2, evaluate__alone=False), "job.toml")
     posts = [{"text": f"post {i} about {i % 3}", "label": f"topic-{i % 3}"} for i in range(60)]
     Path("posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
     text = {"text": small.texts["ash"].read_text(encoding="utf-8")}
@@ -94,7 +88,7 @@ def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytes
             if "runs/third" in words:
                 shutil.copytree("runs/second", "runs/third")
             if "runs/pool" in words and not Path("runs/pool").is_dir():
-                run(load(small.job("pool", stages=[POOL])), Path("runs/pool"), quiet=True)
+                run(load(small.job("pool", stages=[POOL], evaluate={})), Path("runs/pool"), quiet=True)
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, f"{page.name}: {line}\n{result.output}"
             ran.add(words[1])

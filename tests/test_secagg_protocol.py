@@ -78,15 +78,15 @@ def test_drops_in_every_phase_at_once(tmp_path: Path) -> None:
 
 
 def test_many_clients_share_masks_with_their_neighbors_only(tmp_path: Path) -> None:
-    federation = Federation(tmp_path, 80)
+    federation = Federation(tmp_path, 56)
     session = federation.session
-    assert session.degree == 8 * math.ceil(math.log2(80)) < 79
+    assert session.degree == 8 * math.ceil(math.log2(56)) < 55
     for name in federation.names:
         assert len(session.neighbors(name)) == session.degree
         assert all(name in session.neighbors(other) for other in session.neighbors(name))
     inputs = {name: {"x": torch.full((9,), i, dtype=torch.int32)} for i, name in enumerate(federation.names)}
     survivors, opened = federation.run(inputs, {"shares": federation.names[::9], "masked": federation.names[1::9]})
-    assert 80 - len(survivors) == 18
+    assert 56 - len(survivors) == 14
     assert torch.equal(opened["x"], torch.full((9,), sum(int(name[1:]) for name in survivors), dtype=torch.int32))
 
 

@@ -272,7 +272,7 @@ def test_every_block_loses_the_same_and_a_plain_configuration_says_so(small: Sma
 
 
 def test_what_was_cut_is_what_matters_least_to_all_text_together(small: Small) -> None:
-    run = small.undisturbed(stages=[{**CUT, "heads": 0.0}])
+    run = small.undisturbed(stages=[{**CUT, "heads": 0.0}], evaluate={})
     decoder = Decoder(Checkpoint(small.model))
     job = load(run / "job.toml")
     from fedgrove.data.windows import calibration_windows
@@ -287,7 +287,7 @@ def test_what_was_cut_is_what_matters_least_to_all_text_together(small: Small) -
 
 
 def test_scores_choose_and_the_models_differ(small: Small) -> None:
-    one, other = small.undisturbed(stages=STAGES), small.undisturbed(stages=[{**CUT, "score": "taylor"}])
+    one, other = small.undisturbed(stages=STAGES), small.undisturbed(stages=[{**CUT, "score": "taylor"}], evaluate={})
     assert told_by(one)["blocks"] != told_by(other)["blocks"]
 
 
@@ -367,15 +367,15 @@ def test_without_a_client_the_model_is_that_of_the_others(small: Small, tmp_path
     said = run_meddled(small, tmp_path / "run", "vanish", rounds__quorum=2, evaluate__alone=False)
     assert "birch: its process died (status -9)" in said
     others = [{"name": name, "data": str(small.texts[name])} for name in CLIENTS if name != "birch"]
-    assert cli("run", small.job("others", stages=STAGES, clients=others), "--out", tmp_path / "others")[0] == 0
+    assert cli("run", small.job("others", stages=STAGES, clients=others, evaluate={}), "--out", tmp_path / "others")[0] == 0
     assert same(tmp_path / "run", tmp_path / "others")
     assert told_by(tmp_path / "run")["sums"]["groups"]["clients"] == ["ash", "cedar"]
 
 
 def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path: Path) -> None:
     run = small.undisturbed(stages=STAGES)
-    only = [{"name": "birch", "data": str(small.texts["birch"])}]
-    assert cli("run", small.job("birch", stages=STAGES, clients=only), "--out", tmp_path / "run")[0] == 0
+    only = {"clients": [{"name": "birch", "data": str(small.texts["birch"])}], "evaluate__alone": False}
+    assert cli("run", small.job("birch", stages=STAGES, **only), "--out", tmp_path / "run")[0] == 0
     for text in ("held-0", "held-1"):
         alone = measurements(run)[0, None, "birch", f"perplexity/{text}"]
         assert alone == measurements(tmp_path / "run")[0, None, None, f"perplexity/{text}"]
@@ -383,8 +383,9 @@ def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path
 
 @pytest.mark.parametrize("method", ["full", "fedpipe"])
 def test_tuning_recovers_the_narrow_model(small: Small, method: str) -> None:
-    run = small.undisturbed(stages=[CUT, {**TUNE, "method": method}], **small.one_word())
-    narrow = small.undisturbed(stages=STAGES, **small.one_word())
+    words = {**small.one_word(), "evaluate__alone": False}
+    run = small.undisturbed(stages=[CUT, {**TUNE, "method": method}], **words)
+    narrow = small.undisturbed(stages=STAGES, **words)
     assert mean_perplexity(run, 1) < 0.5 * mean_perplexity(run, 0)
     assert mean_perplexity(run, 0) == mean_perplexity(narrow, 0)
     assert config_of(run) == config_of(narrow)

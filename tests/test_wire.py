@@ -200,8 +200,8 @@ HOSTILE = {
     "shape overflows": message(row(shape=(2**40, 2**40)), _0_0=b"1234"),
     "shape is empty and overflows": message(row(shape=(0, 2**40, 2**40)), _0_0=b""),
     "shape is empty and beyond 64 bits": message(row(shape=(0, 2**80)), _0_0=b""),
-    "shape has a million dimensions": message(row(shape=[1] * 10**6), _0_0=b"1"),
-    "shape has a million large dimensions": message(row(shape=[2**62] * 10**5), _0_0=b"1"),
+    "shape has a hundred thousand dimensions": message(row(shape=[1] * 10**5), _0_0=b"1"),
+    "shape has a hundred thousand large dimensions": message(row(shape=[2**62] * 10**5), _0_0=b"1"),
     "huge and all bits": message(row(dtype="bool", shape=(2**45,)), _0_mask=bomb(2**20)),
     "huge under its own mask": message(row(dtype="float64", shape=(2**45,)), _0_mask=bomb(2**20)),
     "zip bomb": message(row(shape=(2**27,)), _0_0=bomb(2**27)),
@@ -280,7 +280,7 @@ def test_whatever_the_header_says_the_answer_is_a_message_or_a_wire_error() -> N
     values: list[Any] = [None, True, -1, 0, 1, 8, 31, 2**31, 2**63, 2**80, 0.5, "", "x", "bool", "bfloat16", "int64"]
     values += [[], [0], [24, 30], [720], [2**40], {}, {"a": 1}, "weight/q", "change/q", "weight/k"]
     refused = read = 0
-    for _ in range(4000):
+    for _ in range(2000):
         mutant = json.loads(json.dumps(header))
         parts = dict(pieces)
         for _ in range(rng.randrange(1, 4)):
@@ -314,8 +314,8 @@ def test_whatever_the_header_says_the_answer_is_a_message_or_a_wire_error() -> N
             read += 1
             assert isinstance(info, dict)
             assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    assert refused > 1000
-    assert read > 100
+    assert refused > 500
+    assert read > 50
 
 
 def test_random_bytes_are_no_message() -> None:

@@ -1,4 +1,4 @@
-"""On the path of a federation's processes: a job's process takes its libraries from :mod:`forks` instead of importing them.
+"""On a process' path: if it is one of these modules', it takes its libraries from :mod:`forks` instead of importing them.
 
 The process is started by the real command. Its work is done by a fork, which has its arguments, environment, folder and output,
 ends when this process ends, and gives it its status.
@@ -9,11 +9,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-JOBS = ("nvflare.private.fed.app.client.worker_process", "nvflare.private.fed.app.server.runner_process")
+MODULES = (
+    "nvflare.private.fed.app.client.worker_process",
+    "nvflare.private.fed.app.server.runner_process",
+    "fedgrove.evaluation.metrics.speed",
+)
 
 if "-m" in sys.orig_argv:
     options, (module, *words) = sys.orig_argv, sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
-    if module in JOBS:
+    if module in MODULES:
         sys.path.insert(0, str(Path(__file__).parents[1]))
         import forks
 

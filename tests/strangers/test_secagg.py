@@ -369,7 +369,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Fe
     ("number", "value"),
     [
         *itertools.product([3, 4, 6, 9, 12, 16], ["random", "zero", "largest", "another's"]),
-        (60, "another's"),  # so many that nobody has shares of all
+        (50, "another's"),  # so many that nobody has shares of all
     ],
 )
 def test_wrong_shares_are_left_out_and_their_holders_named(

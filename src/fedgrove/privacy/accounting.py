@@ -70,16 +70,23 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
     """
     if rate >= 1:
         return gaussian_noise_multiplier(epsilon, delta, steps)
-    if dp_sgd_epsilon(LEAST_NOISE, delta, rate, steps) <= epsilon:
-        return LEAST_NOISE
-    from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism, pld  # an optional extra
+    require_accountant()
+    from dp_accounting import ExplicitBracketInterval, LowerEndpointAndGuess, calibrate_dp_mechanism, pld  # an optional extra
 
+    # LEAST_NOISE is asked last: the less noise there is, the longer the accountant takes, there for seconds.
+    bracket: Any
+    if dp_sgd_epsilon(1.0, delta, rate, steps) > epsilon:
+        bracket = LowerEndpointAndGuess(1.0, 2.6)
+    elif dp_sgd_epsilon(LEAST_NOISE, delta, rate, steps) > epsilon:
+        bracket = ExplicitBracketInterval(LEAST_NOISE, 1.0)
+    else:
+        return LEAST_NOISE
     noise_multiplier: float = calibrate_dp_mechanism(
         lambda: _accountant(pld),
         lambda noise: _event(noise, rate, steps),
         epsilon,
         delta,
-        LowerEndpointAndGuess(LEAST_NOISE, 1.0),
+        bracket,
         tol=2e-3,
     )
     return noise_multiplier
