@@ -48,6 +48,7 @@ def _normal_cdf(x: float) -> float:
 
 
 LEAST_NOISE = 0.2  # no job is given less; below it the accountant needs minutes
+TOLERANCE = 2e-3  # by which a noise multiplier may be larger than it has to be
 
 
 @lru_cache(maxsize=256)
@@ -70,18 +71,21 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
     """
     if rate >= 1:
         return gaussian_noise_multiplier(epsilon, delta, steps)
-    if dp_sgd_epsilon(LEAST_NOISE, delta, rate, steps) <= epsilon:
-        return LEAST_NOISE
-    from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism, pld  # an optional extra
+    require_accountant()
+    from scipy.optimize import brentq  # imported late: it takes a while
 
-    noise_multiplier: float = calibrate_dp_mechanism(
-        lambda: _accountant(pld),
-        lambda noise: _event(noise, rate, steps),
-        epsilon,
-        delta,
-        LowerEndpointAndGuess(LEAST_NOISE, 1.0),
-        tol=2e-3,
-    )
+    def excess(noise: float) -> float:  # kept, because the search asks for the ends of its interval again
+        return dp_sgd_epsilon(noise, delta, rate, steps) - epsilon
+
+    low, high, gap = LEAST_NOISE, 1.0, 1.0 - LEAST_NOISE
+    if excess(high) <= 0 and excess(low) <= 0:  # in this order, because the least noise takes longest, a second
+        return LEAST_NOISE
+    while excess(high) > 0:
+        gap *= 2
+        low, high = high, high + gap
+    noise_multiplier: float = brentq(excess, low, high, xtol=TOLERANCE)
+    while excess(noise_multiplier) > 0:
+        noise_multiplier += TOLERANCE
     return noise_multiplier
 
 
