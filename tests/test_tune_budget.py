@@ -240,7 +240,7 @@ def write_peak(folder: Path, name: str, bits: int, micro: int, file: Path) -> No
     file.write_text(str(status("VmHWM") - before))
 
 
-CASES = [("deep", 32, 4), ("wide", 16, 2), ("many words", 32, 2), ("wide", 8, 2), ("deep", 4, 2)]
+CASES = [("deep", 32, 4), ("wide", 16, 2), ("many words", 32, 2), ("wide", 8, 4), ("deep", 4, 4)]
 
 MODELS = {
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
