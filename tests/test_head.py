@@ -263,10 +263,10 @@ def test_more_classes_of_equal_shares_are_held_out_alike() -> None:
 def test_the_head_of_any_number_of_owners_is_that_of_the_pooled_records(
     small: Small, files: Mapping[str, Path], head: str, tmp_path: Path
 ) -> None:
-    apart = small.undisturbed(**job(files, head=head, layers=[1, -1], size=40))
-    pooled_job = small.job("pooled", **job(files, ("everybody",), head=head, layers=[1, -1], size=40))
-    assert cli("run", pooled_job, "--out", tmp_path / "pooled")[0] == 0
-    secure = job(files, head=head, layers=[1, -1], size=40, evaluate__alone=False, privacy={"secure_aggregation": True})
+    stage = {"head": head, "layers": [1, -1], "size": 40, "evaluate__alone": False}
+    apart = small.undisturbed(**job(files, **stage))
+    assert cli("run", small.job("pooled", **job(files, ("everybody",), **stage)), "--out", tmp_path / "pooled")[0] == 0
+    secure = job(files, **stage, privacy={"secure_aggregation": True})
     assert cli("run", small.job("secure", **secure), "--out", tmp_path / "secure")[0] == 0
     for run in (tmp_path / "pooled", tmp_path / "secure"):
         assert (run / "head" / "head.safetensors").read_bytes() == (apart / "head" / "head.safetensors").read_bytes()
@@ -323,7 +323,7 @@ def test_owners_compare_three_heads_on_their_own_records(small: Small, files: Ma
 
 def test_without_products_nothing_is_said_of_them(small: Small, files: Mapping[str, Path]) -> None:
     for head, products in (("prototypes", False), ("ridge", True)):
-        run = small.undisturbed(**job(files, head=head, layers=[1, -1], size=40))
+        run = small.undisturbed(**job(files, head=head, layers=[1, -1], size=40, evaluate__alone=False))
         discloses = json.loads((run / "plan-0-head.json").read_text())["discloses"]
         assert ("FEATURE_PRODUCTS" in discloses) == products
 
@@ -347,14 +347,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(small: Small, files: Mapping[str,
 
 def test_a_head_is_made_on_any_device(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
     wanted = load(small.job("head-there", **job(files, personal=0.25, layers=[1, -1]), model__dtype="float32"))
-    found = []
+
+    def weight(device: str, name: str) -> Tensor:
+        run = RunFolder(tmp_path / name, wanted)
+        server.run_job(wanted, server.local_engine(wanted, run.path / "clients", devices=[device]), run, device)
+        run.close()
+        return sums_of(run.path)["weight"]
+
+    here = weight("cpu", "here")
     with second_device() as device:
-        for name in ("cpu", device):
-            run = RunFolder(tmp_path / str(len(found)), wanted)
-            server.run_job(wanted, server.local_engine(wanted, run.path / "clients", devices=[name]), run, name)
-            run.close()
-            found.append(sums_of(run.path)["weight"])
-    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(weight(device, "there"), here, rtol=1e-2, atol=1e-3)
 
 
 # Mistakes

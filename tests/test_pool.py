@@ -44,7 +44,7 @@ from fedgrove.stages.tune.state import TuningState
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 
 TUNE = {
-    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 3, "steps": 4, "length": 16, "batches": [2],
+    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 2, "steps": 4, "length": 16, "batches": [2],
     "ranks": [2], "bits": [32], "learning_rate": 0.01,
 }  # fmt: skip
 MIXTURE = {"gate": "mixture", "members": 2, "common": 0.34, "size": 3, "prefix": 8, "starts": 2, "fit_rounds": 4}
@@ -399,7 +399,7 @@ def test_a_client_trains_as_many_steps_as_without_a_pool_and_sends_no_more_than_
 def test_a_newcomer_gets_the_member_that_suits_its_text(small: Small, tmp_path: Path) -> None:
     words = small.one_word("tree", "tree", "river")
     groups = {"gate": "groups", "common": 0.0, "groups": {"tree": ["ash", "birch"], "river": ["cedar"]}}
-    run = small.undisturbed(stages=tune(groups, rounds=4, steps=8), **words)
+    run = small.undisturbed(stages=tune(groups, steps=6, learning_rate=0.03), **words)
     new = small.folder / "only-river.txt"
     status, out, err = cli("adopt", run, "--data", new, "--out", tmp_path / "mine", "--json")
     assert status == 0, err

@@ -276,9 +276,7 @@ def test_own_directions_depend_on_client_and_round_and_prefer_large_slopes() -> 
 
 
 def test_a_stage_lowers_the_loss_and_the_model_loads_anywhere(small: Small) -> None:
-    run = small.undisturbed(
-        stages=[{**SEEDS, "rounds": 4, "steps": 8, "batches": [1], "learning_rate": "auto"}], **small.one_word()
-    )
+    run = small.undisturbed(stages=[{**SEEDS, "steps": 8, "batches": [1], "learning_rate": "auto"}], **small.one_word())
     assert mean_perplexity(run, 0) < 0.8 * mean_perplexity(run, None)
     AutoModelForCausalLM.from_pretrained(run / "model")
     before, after = load_file(small.model / "model.safetensors"), weights(run)
@@ -288,7 +286,7 @@ def test_a_stage_lowers_the_loss_and_the_model_loads_anywhere(small: Small) -> N
     found = measurements(run)
     assert found[0, 0, None, "measured/perturbation"] == 2**-9
     assert found[0, 0, None, "measured/learning_rate"] > 0
-    assert found[0, 3, None, "loss"] < found[0, 0, None, "loss"]
+    assert found[0, 1, None, "loss"] < found[0, 0, None, "loss"]
     plan = json.loads((run / "plan-0-tune.json").read_text())
     assert plan["discloses"] == ["LOSS_DIFFERENCES", "CURVATURE", "LOSS"]
     assert {one["forwards"] for one in plan["clients"].values()} == {16}
@@ -371,14 +369,14 @@ def test_the_secure_sum_gives_the_bits_of_the_open_one(small: Small, tmp_path: P
 
 
 def test_a_round_sends_four_bytes_a_direction(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for change, expected in (({"steps": 20}, 80), ({"aggregation": "own"}, 16384)):
+    for change, expected in (({"steps": 6}, 24), ({"aggregation": "own"}, 16384)):
         Recorder.seen = []
         path = tmp_path / str(expected)
         run(small, path, engine=Recorder, stages=[{**SEEDS, "rounds": 1, "batches": [1], **change}], **FLOAT)
         sent = [wire.unpack(answer)[0] for _, kind, answer in Recorder.seen if kind == Step.KIND]
         assert [tensor.numel() * tensor.element_size() for one in sent for tensor in one.values()] == [expected] * 3
         assert {one["upload"] for one in json.loads((path / "plan-0-tune.json").read_text())["clients"].values()} == {expected}
-        if expected == 80:
+        if expected == 24:
             lines = [json.loads(line) for line in (path / "ledger.jsonl").read_text().splitlines()]
             assert all(line["bytes"] < 4096 for line in lines)
 
@@ -386,7 +384,7 @@ def test_a_round_sends_four_bytes_a_direction(small: Small, tmp_path: Path, monk
 def test_zeros_of_a_pruned_model_stay(small: Small) -> None:
     changes = {**small.one_word(), "evaluate__alone": False}
     pruned = weights(small.undisturbed(stages=[PRUNE], **changes))
-    run = small.undisturbed(stages=[PRUNE, {**SEEDS, "learning_rate": 4e-3}], **changes)
+    run = small.undisturbed(stages=[PRUNE, {**SEEDS, "rounds": 1, "learning_rate": 8e-3}], **changes)
     after = weights(run)
     for row in json.loads((run / "pruning.json").read_text())["tensors"]:
         assert torch.equal(pruned[row["name"]] == 0, after[row["name"]] == 0)

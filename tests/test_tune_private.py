@@ -224,7 +224,7 @@ def test_a_client_that_is_given_too_little_noise_is_named_and_trains_nothing(sma
 @pytest.mark.parametrize(
     ("change", "privacy", "says"),
     [
-        ({"dp_unit": "window"}, {}, "privacy of one window of 16 tokens of one client"),
+        ({"dp_unit": "window", "epsilon": 1.0}, {}, "privacy of one window of 16 tokens of one client"),
         ({**WHOLE, "dp_unit": "client"}, {}, "but not towards the server"),
         ({**WHOLE, "dp_unit": "client"}, SECURE, "at least 2 clients add their part"),
     ],

@@ -139,8 +139,8 @@ def test_a_frozen_base_may_have_fewer_bits_and_the_result_has_its_own_precision(
 def test_after_pruning_the_zeros_stay_and_perplexity_falls(small: Small, change: dict[str, Any]) -> None:
     if change.get("bits") == [4]:
         pytest.importorskip("bitsandbytes")
-    pruned = weights(small.undisturbed(stages=[PRUNE], **small.one_word()))
-    run = small.undisturbed(stages=[PRUNE, {**TUNE, **change}], **small.one_word())
+    pruned = weights(small.undisturbed(stages=[PRUNE], **small.one_word(), evaluate__alone=False))
+    run = small.undisturbed(stages=[PRUNE, {**TUNE, **change}], **small.one_word(), evaluate__alone=False)
     after = weights(run)
     for row in json.loads((run / "pruning.json").read_text())["tensors"]:
         assert torch.equal(pruned[row["name"]] == 0, after[row["name"]] == 0)
@@ -249,6 +249,8 @@ def test_two_stages_tune_on_windows_of_different_lengths(small: Small, tmp_path:
     assert {(s, c) for (s, r, c, name) in measurements(run) if name == "loss" and c} == {
         (stage, client) for stage in (0, 1) for client in CLIENTS
     }
+    if method == "fedpipe":  # which tunes as "lora" does
+        return
     first = small.undisturbed(stages=stages[:1], evaluate={})
     changed = {name for name, tensor in weights(run).items() if not torch.equal(tensor, weights(first)[name])}
     assert changed, "the second stage went on from the first"
@@ -258,14 +260,14 @@ def test_two_stages_tune_on_windows_of_different_lengths(small: Small, tmp_path:
     Moment("os.rename", "*/changes-0001.safetensors"),
     Moment("os.rename", "*/changes-0001.safetensors", "cut"),
     Moment("open", "*/metrics.jsonl", "cut", count=9),
-    Moment("open", "*/ledger.jsonl", count=58),  # the second round, when one client has answered
+    Moment("open", "*/ledger.jsonl", count=52),  # the second round, when one client has answered
     Moment("os.rename", "*/stage-1/round-2/block-0001.safetensors"),
     Moment("os.rename", "*/adapter"),
 ])  # fmt: skip
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
     stages = [PRUNE, {**TUNE, "method": "fedpipe", "replan_every": 1, "eval_every": 1, "ranks": [2, 4]}]
-    whole = small.undisturbed(stages=stages)
-    job, out = small.job("resumed", stages=stages), tmp_path / "run"
+    whole = small.undisturbed(stages=stages, evaluate__alone=False)
+    job, out = small.job("resumed", stages=stages, evaluate__alone=False), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
     if moment.path == "*/ledger.jsonl":
         last = lines(out / "ledger.jsonl")[-1]
@@ -305,7 +307,7 @@ def test_a_plan_stays_unless_another_is_worth_more(
     monkeypatch.setattr(ImportanceSum, "importance", importance)
     if hysteresis is not None:
         monkeypatch.setattr("fedgrove.stages.tune.planning.HYSTERESIS", hysteresis)
-    stages = tune(method="fedpipe", replan_every=1, deadline=3600.0)
+    stages = tune(method="fedpipe", replan_every=1, deadline=3600.0, max_steps=4)
     clients = [{**client, "memory": int(memory)} for client in small.spec()["clients"]]
     job = small.job("planned-anew", stages=stages, clients=clients, evaluate={})
     assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
@@ -320,10 +322,9 @@ def test_a_plan_stays_unless_another_is_worth_more(
 
 @pytest.mark.usefixtures("forked_workers")
 def test_worker_processes_and_the_order_of_clients_change_no_bit(small: Small, tmp_path: Path) -> None:
-    stages = tune(method="fedpipe", ranks=[2, 4])
-    whole = small.undisturbed(stages=stages)
-    spec = small.spec(stages=stages)
-    job = small.job("order", stages=stages, clients=spec["clients"][::-1])
+    changes = {"stages": tune(method="fedpipe", ranks=[2, 4]), "model__dtype": "float32", **small.one_word()}
+    whole = small.undisturbed(**changes)
+    job = small.job("order", **{**changes, "clients": changes["clients"][::-1]})
     assert cli("run", job, "--out", tmp_path / "run", "--workers", 2, "--quiet")[0] == 0
     assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(whole).items())
 
@@ -358,10 +359,11 @@ def test_a_loss_that_is_not_finite_is_told_on_the_client(small: Small) -> None:
 
 def test_clients_are_given_what_they_can_hold_and_the_rest_are_named(small: Small) -> None:
     room = {"deadline": 3600.0, "upload_price": 0.0}  # but for memory nothing is short, whatever turns out to be important
-    job = small.spec(stages=tune(method="fedpipe", ranks=[2, 4, 8], batches=[1, 2, 4, 8], **room))
+    few = {"rounds": 1, "max_steps": 4}
+    job = small.spec(stages=tune(method="fedpipe", ranks=[2, 4, 8], batches=[1, 2, 4, 8], **room, **few))
     memories = {"ash": "2200KiB", "birch": "64MiB", "cedar": "1MiB"}
     clients = [{**client, "memory": memories[client["name"]]} for client in job["clients"]]
-    run = small.undisturbed(stages=job["stages"], clients=clients)
+    run = small.undisturbed(stages=job["stages"], clients=clients, evaluate={})
     plan = json.loads((run / "plan-0-tune.json").read_text())
     assert set(plan["clients"]) == {"ash", "birch"}
     assert "MiB of memory, but it has 1 MiB" in plan["left_out"]["cedar"]
@@ -400,13 +402,14 @@ def test_a_record_without_the_answers_field_is_named(small: Small, tmp_path: Pat
     assert all(word in line for word in words), line
 
 
-PERSONAL = {**TUNE, "steps": 12, "personal": 0.3, "server_lr": 1e-3}  # the shared adapter stays about where it begins
+PERSONAL = {**TUNE, "steps": 6, "personal": 0.3, "server_lr": 1e-3}  # the shared adapter stays about where it begins
 
 
 @pytest.mark.parametrize("first", [TUNE, PRUNE], ids=["dense", "pruned"])
 def test_a_client_keeps_its_own_adapter_where_that_is_better_on_its_own_text(small: Small, first: dict[str, Any]) -> None:
     """Every client learns its text, and the server takes next to nothing of that: so its own adapter is better by far."""
-    run = small.undisturbed(stages=[first, PERSONAL] if first is PRUNE else [PERSONAL], **small.one_word())
+    stages = [PRUNE, PERSONAL] if first is PRUNE else [PERSONAL]
+    run = small.undisturbed(stages=stages, **small.one_word(), evaluate__alone=False)
     number = 1 if first is PRUNE else 0
     losses = measurements(run)
     for client in CLIENTS:
@@ -524,7 +527,8 @@ def test_an_own_adapter_is_pulled_towards_the_shared_one(small: Small) -> None:
         plan = json.loads((run / "plan-0-tune.json").read_text())
     assert losses[1e-9] < 0.5
     assert 0.8 < losses[1e6] < 1.25
-    plain = json.loads((small.undisturbed(stages=[PERSONAL], **small.one_word()) / "plan-0-tune.json").read_text())
+    own = small.undisturbed(stages=[PERSONAL], **small.one_word(), evaluate__alone=False)
+    plain = json.loads((own / "plan-0-tune.json").read_text())
     assert plan["clients"]["ash"]["compute"] == pytest.approx(2 * plain["clients"]["ash"]["compute"], rel=0.01)
 
 
@@ -533,7 +537,7 @@ def test_an_own_adapter_that_nothing_pulls_is_trained_as_the_one_that_is_sent(sm
     own = []
     for strength in (0.0, 1e-30):
         stage = {**PERSONAL, "rounds": 1, "steps": 3, "precision": "float32", "personal_pull": strength}
-        run = small.undisturbed(stages=[stage])
+        run = small.undisturbed(stages=[stage], evaluate={})
         own.append([measurements(run)[0, None, client, "personal/own"] for client in CLIENTS])
     assert own[0] == pytest.approx(own[1], rel=1e-6)
 
@@ -655,7 +659,7 @@ def test_the_proximal_term_pulls_back_to_where_the_round_began(small: Small) -> 
 
 
 def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None:
-    run = small.undisturbed(stages=[PRUNE, TUNE])
+    run = small.undisturbed(stages=[PRUNE, TUNE], **small.one_word(), evaluate__alone=False)
     kinds = [(line["kind"], line["direction"]) for line in lines(run / "ledger.jsonl") if line["stage"] == 1]
     assert kinds.count(("tune/train", "up")) == kinds.count(("tune/train", "down")) == 2 * len(CLIENTS)
     assert kinds.count(("tune/base", "down")) == 2 * len(CLIENTS), "the pruned blocks travel once"
@@ -728,7 +732,7 @@ def test_the_report_draws_what_matters_and_tells_what_each_client_was_given(smal
 
 
 def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small, tmp_path: Path) -> None:
-    run = small.undisturbed(stages=[PERSONAL], **small.one_word())
+    run = small.undisturbed(stages=[PERSONAL], **small.one_word(), evaluate__alone=False)
     rows = lines(run / "metrics.jsonl")
     for row in rows:
         if (row["client"], row["name"]) == ("cedar", "personal/keeps"):

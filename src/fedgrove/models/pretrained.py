@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -111,20 +112,33 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Models built here have parameters on the meta device. Their buffers are real: no checkpoint holds all of them."""
+    """Models built here have parameters on the meta device. Their buffers are real: no checkpoint holds all of them.
+
+    To fill parameters that have no values takes most of the time, so here it is left out, by torch and by transformers.
+    """
     with init_empty_weights(include_buffers=False):
         register = nn.Module.register_parameter
+        fillers = {name: fill for name, fill in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
 
         def register_filled(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
             register(module, name, param)
-            if param is not None:  # transformers would draw random values, which takes most of the time, for nothing
+            if param is not None:
                 cast(Any, module._parameters[name])._is_hf_initialized = True
 
         nn.Module.register_parameter = cast(Any, register_filled)  # type: ignore[method-assign]
+        for name, fill in fillers.items():
+            setattr(nn.init, name, partial(_fill_real, fill))
         try:
             yield
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+            for name, fill in fillers.items():
+                setattr(nn.init, name, fill)
+
+
+def _fill_real(fill: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Modules that are first imported where no weights are made keep this function; all others it fills as ever."""
+    return tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
 
 
 def hollow_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
