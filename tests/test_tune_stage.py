@@ -322,9 +322,9 @@ def test_a_plan_stays_unless_another_is_worth_more(
 
 @pytest.mark.usefixtures("forked_workers")
 def test_worker_processes_and_the_order_of_clients_change_no_bit(small: Small, tmp_path: Path) -> None:
-    changes = {"stages": tune(method="fedpipe", ranks=[2, 4]), "model__dtype": "float32", **small.one_word()}
-    whole = small.undisturbed(**changes)
-    job = small.job("order", **{**changes, "clients": changes["clients"][::-1]})
+    stages = tune(method="fedpipe", ranks=[2, 4], rounds=1)
+    whole = small.undisturbed(stages=stages)
+    job = small.job("order", stages=stages, clients=small.spec(stages=stages)["clients"][::-1])
     assert cli("run", job, "--out", tmp_path / "run", "--workers", 2, "--quiet")[0] == 0
     assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(whole).items())
 
