@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedgrove.evaluation.metrics import Parts
@@ -199,7 +200,11 @@ class Summary:
 
     def windows(self, stage: int | None, client: str | None = None) -> dict[str, Parts]:
         """By text, (loss, tokens) of each window, of the model after a stage or of a client's model alone."""
-        return _of_texts(self.examples.get((stage, client), {}))
+        return self._windows.get((stage, client), {})
+
+    @cached_property  # it is asked for once for every text, and then for every client
+    def _windows(self) -> dict[tuple[int | None, str | None], dict[str, Parts]]:
+        return {model: _of_texts(examples) for model, examples in self.examples.items()}
 
     def sent(self, direction: str, *, overhead: bool = False) -> dict[str, int]:
         """Bytes "up" or "down" by client: of the stages, or of the ``overhead`` (capabilities and measurement)."""
