@@ -20,12 +20,15 @@ from fedgrove.job.load import load
 from fedgrove.job.tables import Job
 from fedgrove.run import local_engine, run_job
 from fedgrove.runfolder import RunFolder
-from small import LENGTH, Small
+from small import LENGTH, Small, make_model
 
 PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH, "compute_dtype": "float32"}
 SUMS = {**PRUNE, "aggregation": "pooled"}
 CUT = {"kind": "structured", "heads": 0.0, "samples": 3, "length": LENGTH}
-TUNE = {"kind": "tune", "planner": "uniform", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "bits": [32]}
+TUNE = {
+    "kind": "tune", "planner": "uniform", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "bits": [32],
+    "ranks": [2, 16],
+}  # fmt: skip
 LORA = {**TUNE, "parametrization": "lora"}
 SEEDS = {
     "kind": "tune", "method": "seeds", "rounds": 1, "steps": 1, "length": LENGTH, "batches": [1], "learning_rate": 1e-3,
@@ -68,11 +71,18 @@ NOISY: dict[str, dict[str, Any]] = {  # no two runs are alike
 DEVICES = ["emulated", *(["cuda:0"] if os.environ.get("FEDGROVE_TEST_GPU") else [])]
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A federation whose model is half as wide: some pruners go column by column, and every step passes through Python."""
+    folder = tmp_path_factory.mktemp("narrow")
+    return Small(folder, make_model(folder / "model", hidden_size=32, intermediate_size=48))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", JOBS)
-def test_the_model_is_that_of_a_cpu(name: str, device: str, small: Small, tmp_path: Path) -> None:
+def test_the_model_is_that_of_a_cpu(name: str, device: str, narrow: Small, tmp_path: Path) -> None:
     """Rounding may differ, so a tenth of the entries may: of two close scores another may win, and what follows differs."""
-    job = job_of(small, f"elsewhere-{name}", JOBS[name])
+    job = job_of(narrow, f"elsewhere-{name}", JOBS[name])
     here, there = model(job, tmp_path / "here", "cpu"), model(job, tmp_path / "there", device)
     assert here.keys() == there.keys()
     for key, tensor in here.items():
@@ -83,8 +93,8 @@ def test_the_model_is_that_of_a_cpu(name: str, device: str, small: Small, tmp_pa
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NOISY)
-def test_noise_is_added_on_any_device(name: str, device: str, small: Small, tmp_path: Path) -> None:
-    job = job_of(small, f"noisy-{name}", NOISY[name])
+def test_noise_is_added_on_any_device(name: str, device: str, narrow: Small, tmp_path: Path) -> None:
+    job = job_of(narrow, f"noisy-{name}", NOISY[name])
     assert all(torch.isfinite(tensor).all() for tensor in model(job, tmp_path / "there", device).values())
 
 

@@ -423,17 +423,9 @@ def test_no_order_of_clients_and_no_way_through_memory_matters(
 @pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
 @pytest.mark.parametrize("unit", ["window", "client"])
 def test_it_trains_with_noise_and_says_nothing_else(small: Small, tmp_path: Path, unit: str, secure: bool) -> None:
+    stage = {**SEEDS, "epsilon": 8.0, "dp_unit": unit, "rounds": 1, "delta": 1e-3}
     if unit == "window":
         pytest.importorskip("dp_accounting")
-    stage = {
-        **SEEDS,
-        "epsilon": 8.0,
-        "dp_unit": unit,
-        "rounds": 1,
-        "delta": 1e-3,
-        "batches": [64],
-    }  # all windows: an accountant of samples is slow
-    if unit == "window":
         stage["batches"] = [64]  # all windows: an accountant of samples is slow
     path = run(small, tmp_path / "run", stages=[stage], **({"privacy": SECURE} if secure else {}), **FLOAT)
     plan = json.loads((path / "plan-0-tune.json").read_text())
