@@ -19,7 +19,7 @@ import forks
 from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.events import Event, Listener, Message, Phase, Responded
-from small import CLIENTS, ROOT, Small, cli, wait_until
+from small import CLIENTS, FORKED_JOBS, Small, cli, wait_until
 
 OPERATOR = "ops@example.org"
 MODEL = "small-model"
@@ -244,8 +244,7 @@ def within(seconds: float) -> Iterator[None]:
 def environment(**changes: str) -> Iterator[None]:
     """What the kits' processes are started with."""
     before = dict(os.environ)
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("tests/forked_jobs", "src"))
-    os.environ.update({"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes})
+    os.environ.update({"PYTHONPATH": FORKED_JOBS, "OMP_NUM_THREADS": "1", **changes})
     try:
         yield
     finally:

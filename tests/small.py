@@ -39,7 +39,7 @@ CLIENTS = ("ash", "birch", "cedar")
 LENGTH = 16
 SAMPLES = 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-WORKERS_CONTEXT = "fedgrove.engines.worker.get_context"
+FORKED_JOBS = os.pathsep.join(str(ROOT / folder) for folder in ("tests/forked_jobs", "src"))  # PYTHONPATH, see sitecustomize.py
 # Its runner would make the command anew for every call, which takes longer than some of the calls.
 typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
@@ -352,7 +352,11 @@ def _forked(call: Callable[[], None], kill_after: Callable[[], None] | None = No
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's worker processes cost no import either."""
-    monkeypatch.setattr(WORKERS_CONTEXT, lambda _: multiprocessing.get_context("fork"))
+    _fork_workers(monkeypatch)
+
+
+def _fork_workers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fedgrove.engines.worker.get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 def killed(*args: object, moment: Moment) -> None:
@@ -378,7 +382,7 @@ def _command(
 ) -> None:
     os.environ.update(env)
     if fork_workers:
-        pytest.MonkeyPatch().setattr(WORKERS_CONTEXT, lambda _: multiprocessing.get_context("fork"))
+        _fork_workers(pytest.MonkeyPatch())
     for stream in (sys.stdout, sys.stderr):
         cast(io.TextIOWrapper, stream).reconfigure(encoding=env.get("PYTHONIOENCODING"))
     fedgrove.stages.prune.pruners.__path__.extend(

@@ -16,7 +16,7 @@ MODULES = (
 )
 
 if "-m" in sys.orig_argv:
-    options, (module, *words) = sys.orig_argv, sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
+    module, *words = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
     if module in MODULES:
         sys.path.insert(0, str(Path(__file__).parents[1]))
         import forks

@@ -76,7 +76,7 @@ def dp_sgd_noise_multiplier(epsilon: float, delta: float, rate: float, steps: in
     # LEAST_NOISE is asked last: the less noise there is, the longer the accountant takes, there for seconds.
     bracket: Any
     if dp_sgd_epsilon(1.0, delta, rate, steps) > epsilon:
-        bracket = LowerEndpointAndGuess(1.0, 2.6)
+        bracket = LowerEndpointAndGuess(1.0, 2.6)  # another second end gives other last bits of the noise
     elif dp_sgd_epsilon(LEAST_NOISE, delta, rate, steps) > epsilon:
         bracket = ExplicitBracketInterval(LEAST_NOISE, 1.0)
     else:
