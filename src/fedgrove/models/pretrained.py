@@ -10,14 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,6 +27,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from fedgrove.errors import FedgroveError, first_line
 from fedgrove.models.depth import num_blocks
@@ -116,29 +116,8 @@ def without_weights() -> Iterator[None]:
 
     To fill parameters that have no values takes most of the time, so here it is left out, by torch and by transformers.
     """
-    with init_empty_weights(include_buffers=False):
-        register = nn.Module.register_parameter
-        fillers = {name: fill for name, fill in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
-
-        def register_filled(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-            register(module, name, param)
-            if param is not None:
-                cast(Any, module._parameters[name])._is_hf_initialized = True
-
-        nn.Module.register_parameter = cast(Any, register_filled)  # type: ignore[method-assign]
-        for name, fill in fillers.items():
-            setattr(nn.init, name, partial(_fill_real, fill))
-        try:
-            yield
-        finally:
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
-            for name, fill in fillers.items():
-                setattr(nn.init, name, fill)
-
-
-def _fill_real(fill: Callable[..., Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Modules that are first imported where no weights are made keep this function; all others it fills as ever."""
-    return tensor if tensor.is_meta else fill(tensor, *args, **kwargs)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield
 
 
 def hollow_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
