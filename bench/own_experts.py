@@ -5,14 +5,15 @@
 
 The mixture is that of bench/experts.py. Its three owners, or with ``--newsgroups`` owners of the posts of one newsgroup each,
 tune it together in a job in which each writes a model of half of the experts (``personal_experts = 0.5``). Then each owner's
-held-out text is measured on the whole model, on the model that it wrote, and on other halves of the same model. Results are
-kept in bench/own_experts.jsonl and not measured again.
+held-out text is measured on the whole model, on the model that it wrote, and on other halves of the same model. The losses of
+all windows are kept in bench/own_experts.jsonl and not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -38,12 +39,16 @@ from fedgrove.models.expert_sums import OUTPUTS, TOKENS, blocks_with_experts
 from fedgrove.models.held import HeldDecoder
 from fedgrove.models.perplexity import negative_log_likelihoods
 from fedgrove.models.stream import Checkpoint
+from fedgrove.report.paired import Examples, ratio_interval
 from fedgrove.run import local_clients, open_model
 from fedgrove.stages.tune.exchanges.experts import chosen, own_sums
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 GROUPS = ("sci.space", "rec.sport.hockey", "soc.religion.christian")
 DRAWS = 3  # of experts at random
+RANDOM = f"half at random, mean of {DRAWS}"
+
+Losses = list[float]  # of each held-out window, the mean over its tokens
 
 
 def main() -> None:
@@ -76,18 +81,41 @@ def table(given: Any, folder: Path) -> str:
     settings = {key: getattr(given, key) for key in ("steps", "rounds", "noise", "windows")}
     if given.newsgroups:
         settings["owners"] = GROUPS
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[str, dict[str, list[Losses]]] = {}
     for seed in given.seeds:
-        losses = kept(partial(measure, given, files, folder, seed), seed=seed, **settings)
-        for owner, rows in (losses or {}).items():
-            for row, loss in rows.items():
-                found.setdefault((owner, row), []).append(loss)
-    lines = ["| owner | experts | loss on its own text, by seed | mean | over the whole model |", "|---|---|---|---|---|"]
-    for (owner, row), every in found.items():
-        whole = statistics.mean(found[owner, "all"])
-        mean = statistics.mean(every)
-        lines.append(f"| {owner} | {row} | {', '.join(f'{one:.3f}' for one in every)} | {mean:.3f} | {mean / whole - 1:+.1%} |")
+        measured: dict[str, dict[str, Losses]] = kept(partial(measure, given, files, folder, seed), seed=seed, **settings) or {}
+        for owner, rows in measured.items():
+            for row, losses in rows.items():
+                found.setdefault(owner, {}).setdefault(row, []).append(losses)
+    lines = [
+        "| owner | experts | loss on its own text, by seed | mean | over the whole model | less than at random (95 %) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for owner, by_row in found.items():
+        whole = mean_of(by_row["all"])
+        for row, every in by_row.items():
+            mean = mean_of(every)
+            by_seed = ", ".join(f"{statistics.mean(one):.3f}" for one in every)
+            less = "–" if row in ("all", RANDOM) else saved(every, by_row[RANDOM])
+            lines.append(f"| {owner} | {row} | {by_seed} | {mean:.3f} | {mean / whole - 1:+.1%} | {less} |")
     return "\n".join(lines)
+
+
+def mean_of(every: list[Losses]) -> float:
+    """The mean over seeds and windows."""
+    return statistics.mean(map(statistics.mean, every))
+
+
+def saved(every: list[Losses], random: list[Losses]) -> str:
+    """How much lower the loss is than with experts at random, with the interval over windows: the paired bootstrap."""
+    between = ratio_interval(examples(random), examples(every), [""])
+    interval = f" ({math.log(between[0]):.3f} to {math.log(between[1]):.3f})" if between else ""
+    return f"{mean_of(random) - mean_of(every):.3f}{interval}"
+
+
+def examples(every: list[Losses]) -> list[Examples]:
+    """(loss, tokens) of each window, of each seed's model."""
+    return [{"": [(loss * LENGTH, LENGTH) for loss in losses]} for losses in every]
 
 
 def group_files(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -101,8 +129,8 @@ def group_files(data: Path, folder: Path) -> Iterator[tuple[str, Path]]:
             yield name, folder / f"{name}.jsonl"
 
 
-def measure(given: Any, files: dict[str, Path], folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """By owner, the loss of the tuned model, and of halves of it."""
+def measure(given: Any, files: dict[str, Path], folder: Path, seed: int) -> dict[str, dict[str, Losses]]:
+    """By owner, the losses of the tuned model, and of halves of it."""
     names = GROUPS if given.newsgroups else OWNERS
     model = folder / f"mixture-{seed}"
     mixture = upcycled(given.noise, seed)
@@ -130,21 +158,21 @@ def measure(given: Any, files: dict[str, Path], folder: Path, seed: int) -> dict
     for client in local_clients(job, open_model(job.model), folder / f"again-{seed}"):
         sums = own_sums(Decoder(tuned), training_windows(client, LENGTH)[0], client, 0, f"{seed}/0/own")
         halves[client.name] = {value: chosen(sums, blocks, value, half, 1) for value in (OUTPUTS, TOKENS)}
-    result: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, Losses]] = {}
     for place, owner in enumerate(names):
         windows = evaluation_windows(files[f"{owner}-heldout"], None, tokenizer, LENGTH, given.windows)
 
-        def loss(decoder: Decoder, windows: list[Tensor] = windows) -> float:
-            parts = negative_log_likelihoods(decoder, windows)
-            return sum(nll for nll, _ in parts) / sum(count for _, count in parts)
+        def losses(decoder: Decoder, windows: list[Tensor] = windows) -> Losses:
+            return [round(nll / count, 5) for nll, count in negative_log_likelihoods(decoder, windows)]
 
         other = halves[names[(place + 1) % len(names)]][OUTPUTS]
+        drawings = [losses(HeldDecoder(tuned, drawn())) for _ in range(DRAWS)]
         result[owner] = {
-            "all": loss(Decoder(tuned)),
-            "its own half": loss(Decoder(Checkpoint(run / "clients" / owner / "personal" / "experts-0"))),
-            "its own half, by tokens": loss(HeldDecoder(tuned, halves[owner][TOKENS])),
-            "another owner's half": loss(HeldDecoder(tuned, other)),
-            f"half at random, mean of {DRAWS}": statistics.mean(loss(HeldDecoder(tuned, drawn())) for _ in range(DRAWS)),
+            "all": losses(Decoder(tuned)),
+            "its own half": losses(Decoder(Checkpoint(run / "clients" / owner / "personal" / "experts-0"))),
+            "its own half, by tokens": losses(HeldDecoder(tuned, halves[owner][TOKENS])),
+            "another owner's half": losses(HeldDecoder(tuned, other)),
+            RANDOM: [statistics.mean(at) for at in zip(*drawings, strict=True)],
         }
     return result
 

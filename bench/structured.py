@@ -41,6 +41,7 @@ from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.width import width_of
+from fedgrove.report.paired import Examples, ratio_interval
 from fedgrove.report.summary import Summary
 from fedgrove.rounds.request import Response
 from fedgrove.runfolder import RunFolder
@@ -231,8 +232,8 @@ def cuts(given: Any, folder: Path) -> str:
         found = {key: share for key in keys if share * numbers[key] >= 1}
         return {**dict.fromkeys(keys, 0.0), **found, **others} if found else {}
 
-    def losses(share: float, seed: int, row: str) -> list[float]:
-        """The mean loss before and after the cut, and with ``--tuned`` after the tuning."""
+    def losses(share: float, seed: int, row: str) -> dict[str, Any]:
+        """The mean loss before and after the cut, and with ``--tuned`` after the tuning; and each window's after the cut."""
         stage = {"kind": "structured", "samples": given.samples, "length": given.length, **cut_of(row, share)}
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
         stages = [stage, SHORT] if given.tuned else [stage]
@@ -240,15 +241,19 @@ def cuts(given: Any, folder: Path) -> str:
         perplexities = (
             [summary.dense, summary.after[0], summary.federated] if given.tuned else [summary.dense, summary.federated]
         )
-        return [math.log(summary.mean(one)) for one in perplexities]
+        windows = {text: [round(loss, 2) for loss, _ in parts] for text, parts in summary.windows(0, None).items()}
+        return {"losses": [math.log(summary.mean(one)) for one in perplexities], "windows": windows}
 
-    head, rule = "| fraction | row | loss before | after, by seed | mean | undone, by seed |", "|---|---|---|---|---|---|"
+    head, rule = (
+        "| fraction | row | loss before | after, by seed | mean | over fisher | undone, by seed |",
+        "|---|" + "---|" * 6,
+    )
     lines = [head + " tuned |", rule + "---|"] if given.tuned else [head, rule]
     settings = {key: getattr(given, key) for key in ("owners", "samples", "length", "windows")}
     if given.tuned:
         settings |= {"tuned": True, "bits": SHORT["bits"]}
     for share in given.shares:
-        found: dict[str, list[list[float]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         for row in given.rows:
             if not cut_of(row, share):
                 continue
@@ -258,23 +263,42 @@ def cuts(given: Any, folder: Path) -> str:
             if None in every:
                 continue
             found[row] = every
-            undone = "–"
-            plain = "cut" if row == "repaired" else row.removesuffix(", repaired")
-            if plain != row and plain in found:
-                undone = ", ".join(
-                    f"{(cut[1] - repaired[1]) / (cut[1] - cut[0]):.0%}" if cut[1] > cut[0] else "no loss"
-                    for cut, repaired in zip(found[plain], every, strict=True)
-                )
-            columns = [by_seed(every, 1), f"{statistics.mean(losses[1] for losses in every):.3f}", undone]
+            cut, repaired = found.get(row.removesuffix(", repaired") if row != "repaired" else "cut"), every
+            undone = ", ".join(map(undone_of, cut, repaired)) if cut and cut is not repaired else "–"
+            fisher = found.get("repaired" if row.endswith("repaired") else "cut")
+            over = over_base(every, fisher, given.length) if fisher and fisher is not every else "–"
+            columns = [by_seed(every, 1), f"{statistics.mean(one['losses'][1] for one in every):.3f}", over, undone]
             if given.tuned:
                 columns.append(by_seed(every, 2))
-            lines.append(f"| {share:g} | {row} | {every[0][0]:.3f} | {' | '.join(columns)} |")
+            lines.append(f"| {share:g} | {row} | {every[0]['losses'][0]:.3f} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def by_seed(losses: list[list[float]], column: int) -> str:
+def undone_of(cut: dict[str, Any], repaired: dict[str, Any]) -> str:
+    """How much of what a cut cost its repair took back."""
+    before, after, mended = cut["losses"][0], cut["losses"][1], repaired["losses"][1]
+    return f"{(after - mended) / (after - before):.0%}" if after > before else "no loss"
+
+
+def over_base(every: list[dict[str, Any]], base: list[dict[str, Any]], length: int) -> str:
+    """The mean loss less that of the base row, with its 95 % interval over held-out windows if these were kept."""
+    less = statistics.mean(one["losses"][1] for one in every) - statistics.mean(one["losses"][1] for one in base)
+    between = ratio_interval(examples(every, length), examples(base, length), list(every[0].get("windows", ())))
+    return f"{less:+.3f}" + (f" [{math.log(between[0]):+.3f}, {math.log(between[1]):+.3f}]" if between else "")
+
+
+def examples(results: list[dict[str, Any]], length: int) -> list[Examples]:
+    """(loss, tokens) of each held-out window, by owner, of each result that has them."""
+    return [
+        {text: [(loss, length - 1) for loss in losses] for text, losses in one["windows"].items()}
+        for one in results
+        if "windows" in one
+    ]
+
+
+def by_seed(results: list[dict[str, Any]], column: int) -> str:
     """One loss of every seed."""
-    return ", ".join(f"{one[column]:.3f}" for one in losses)
+    return ", ".join(f"{one['losses'][column]:.3f}" for one in results)
 
 
 def remember() -> None:

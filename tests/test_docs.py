@@ -161,6 +161,18 @@ def test_every_command_in_the_docs_exists_with_its_options() -> None:
         assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options, f"{page.name}: {line}"
 
 
+def test_every_benchmark_in_the_docs_exists_with_its_options() -> None:
+    wrong = []
+    for page in (*ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.py")):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, options in re.findall(r"bench/(\w+\.py)((?:[^\n`]|\n +--)*)", text):
+            script = ROOT / "bench" / name
+            known = script.read_text(encoding="utf-8") if script.is_file() else ""
+            used = re.findall(r"(?<!\S)--[a-z-]+", options)
+            wrong += [f"{page.name}: {name} {option}" for option in used or [""] if f'"{option}' not in known]
+    assert wrong == []
+
+
 def test_the_jobs_in_the_docs_hold_only_keys_that_exist() -> None:
     known = set().union(*(set(table.model_fields) | table.SHORT_FORMS.keys() for table in tables()))
 
