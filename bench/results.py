@@ -30,7 +30,7 @@ class Kept:
 
     def __call__(self, measure: Callable[[], Any], **settings: Any) -> Any:
         """The result with these settings, measured if it does not exist yet; None if it does not and may not be measured."""
-        same = {"model": self._model, **settings}
+        same = json.loads(json.dumps({"model": self._model, **settings}))  # as it is in the file: a tuple is a list there
         for line in self._lines:
             if {key: value for key, value in line.items() if key != "result"} == same:
                 return line["result"]
