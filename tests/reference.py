@@ -88,7 +88,8 @@ def wanda(
 def dsnot(weight: Tensor, windows: Tensor, mask: Tensor, group: int | None = None, swaps: int = 50) -> Tensor:
     """DSnoT row by row, from the activations (windows, tokens, in) themselves: the mended mask.
 
-    Ours, as in the pruner: E[x] over tokens, and a row ends with the first swap that does not help.
+    Ours, as in the pruner: E[x] over tokens, and a row ends with the first swap after which |ε| is not smaller, or the squared
+    error with what it adds to the variance of the output counted four times.
     """
     mean = windows.double().mean((0, 1)).tolist()
     variance = windows.double().var(1, correction=0).mean(0).tolist()
@@ -115,7 +116,8 @@ def dsnot(weight: Tensor, windows: Tensor, mask: Tensor, group: int | None = Non
                 break
             gone = min(out, key=lambda j: (cost[j], j))
             after = error - effect[back] + effect[gone]
-            if abs(after) >= abs(error):
+            added = 4 * row[gone] ** 2 * variance[gone] - row[back] ** 2 * variance[back]
+            if abs(after) >= abs(error) or after**2 + added >= error**2:
                 break
             result[i, back], result[i, gone] = True, False
             touched |= {back, gone}

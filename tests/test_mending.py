@@ -41,6 +41,15 @@ def test_a_weight_comes_back_for_the_cheapest_that_may_go() -> None:
     assert kept.tolist() == [[False, True, False, True]]
 
 
+def test_a_swap_that_costs_more_variance_than_it_earns_is_not_made() -> None:
+    """As above, but ε = 11 falls to −2 at the cost of the third channel's variance: 4·25·Var − 16 against 121 − 4."""
+    before = torch.tensor([[3.0, 4.0, -5.0, -6.0]])
+    mask = torch.tensor([[False, False, True, True]])
+    for apart, kept in ((1.1, [False, True, False, True]), (1.2, [False, False, True, True])):  # Var = apart²
+        inputs = moments([0.0, 2.0], [1.0, 3.0], [1 - apart, 1 + apart], [-1.0, 3.0])
+        assert dsnot.mend(before, before * mask, mask.clone(), inputs, Target(0.5))[1].tolist() == [kept]
+
+
 def test_weights_that_changed_count_as_they_are_now() -> None:
     """The kept weight makes up for the pruned one, so ε is 0 and nothing is swapped; if it does not, the row is mended."""
     inputs = moments([0.0, 2.0], [0.0, 2.0], [0.0, 2.0])
@@ -70,6 +79,8 @@ def test_no_row_gets_worse_and_no_count_changes(target: Target, start: str) -> N
     assert (mended_error <= error * (1 + 1e-9)).all()
     if start != "sparsegpt":  # which has restored the mean outputs itself
         assert mended_error.mean() < error.mean()
+        spread = [((before - weight).double().square() * inputs.variances).sum(1) for weight in (after, mended)]
+        assert (mended_error.square() + spread[1] <= (error.square() + spread[0]) * (1 + 1e-9)).all()
 
 
 def test_inputs_without_a_token_leave_a_mask_as_it_is() -> None:
@@ -90,7 +101,8 @@ def test_votes_of_four_owners_are_mended_to_the_bits_of_the_pooled_text(
     everything = [record for records in reversed(owners.values()) for record in records]
     assert hashes(apart) == hashes(prune(small, tmp_path / "pooled", {"pool": everything}, **votes, mend="dsnot"))
     unmended = prune(small, tmp_path / "unmended", owners, **votes)
-    assert all(apart[name][0] != row[0] and apart[name][1:] == row[1:] for name, row in unmended.items())
+    assert any(apart[name][0] != row[0] for name, row in unmended.items())
+    assert all(apart[name][1:] == row[1:] for name, row in unmended.items())
 
 
 def test_the_same_mask_is_mended_alike_wherever_it_was_made(
