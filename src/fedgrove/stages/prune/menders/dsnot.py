@@ -25,8 +25,10 @@ def mend(before: Tensor, after: Tensor, mask: Tensor, inputs: InputStatistics, t
     depends), and instead of using a threshold, a row stops at the first swap that does not pay: |ε| has to fall, and the
     squared error with it. That is ε² + Σ_pruned w_ij²·Var[x_j] if channels are independent. They are not, so what a swap adds
     to the sum counts :data:`MARGIN` times, and what it takes from it once. The paper looks at |ε| only: in rows of which
-    little is left, 50 swaps then prune weights that matter more than the mean does. Swaps preserve the number of kept weights
-    in a row and in a group, and no weight is swapped twice. The mask may be anybody's, and kept weights may have changed, as SparseGPT's and the clients' means have: then ε = Σ (w_ij − ŵ_ij)·E[x_j]
+    little is left, 50 swaps then prune weights that matter more than the mean does.
+
+    Swaps preserve the number of kept weights in a row and in a group, and no weight is swapped twice. The mask may be
+    anybody's, and kept weights may have changed, as SparseGPT's and the clients' means have: then ε = Σ (w_ij − ŵ_ij)·E[x_j]
     over the whole row, a restored weight gets its value from before the pruning, and a pruned one loses its present value.
 
     Args:
@@ -60,9 +62,7 @@ def mend(before: Tensor, after: Tensor, mask: Tensor, inputs: InputStatistics, t
     return value.masked_fill_(~mask, 0.0), mask
 
 
-def _swap(
-    mask: Tensor, error: Tensor, effect: Tensor, spread: Tensor, gain: Tensor, score: Tensor, group: int | None
-) -> None:
+def _swap(mask: Tensor, error: Tensor, effect: Tensor, spread: Tensor, gain: Tensor, score: Tensor, group: int | None) -> None:
     """Improves a mask in place.
 
     Args:
