@@ -71,6 +71,7 @@ def test_ports_are_tried(small: Small) -> None:
         assert status == 2
         assert "in use by another program" in found["ports"]["text"]
         assert found[f"reach 127.0.0.1:{port}"]["ok"]
+    assert cli("doctor", "--listen", "99999")[0] == 2
     _, found = checks("--connect", f"127.0.0.1:{port}", "--connect", "here")
     assert "outgoing" in found[f"reach 127.0.0.1:{port}"]["remedy"]
     assert "HOST:PORT" in found["reach here"]["text"]

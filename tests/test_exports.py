@@ -31,6 +31,7 @@ from fedgrove import plugins
 from fedgrove.errors import FedgroveError
 from fedgrove.export import Texts, export
 from fedgrove.exports import Source
+from fedgrove.job.load import load
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
@@ -320,6 +321,14 @@ def test_a_source_that_is_a_model_directory_is_measured_itself(small: Small, tmp
     assert told["perplexity"] == told["of_perplexity"]
     assert math.isfinite(told["perplexity"]["held"])
     assert exporting.held_out(Source(small.model)) == Texts()
+
+
+def test_held_out_folders_are_measured_as_files_are(small: Small, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(small.texts["held-0"].read_bytes())
+    made = load(small.job("folder", evaluate={"data": [str(tmp_path / "texts"), str(small.texts["held-0"])]}))
+    (tmp_path / "job.toml").write_text(made.dumps())
+    assert [name for name, *_ in exporting.held_out(Source(small.model, tmp_path)).files] == ["texts", "held-0"]
 
 
 def test_a_run_that_measured_answers_is_exported_and_measured_by_its_other_texts(small: Small, tmp_path: Path) -> None:

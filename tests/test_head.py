@@ -321,6 +321,12 @@ def test_owners_compare_three_heads_on_their_own_records(small: Small, files: Ma
     assert "head/" in (run / "model" / "README.md").read_text()
 
 
+def test_owners_who_hold_nothing_out_are_named(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
+    status, said, _ = cli("run", small.job("few", **job(files, personal=0.01)), "--out", tmp_path / "run", "--quiet")
+    assert status == 0
+    assert "No comparison by ash, birch and cedar: too little text to hold out 0.01 of it" in " ".join(said.split())
+
+
 def test_without_products_nothing_is_said_of_them(small: Small, files: Mapping[str, Path]) -> None:
     for head, products in (("prototypes", False), ("ridge", True)):
         run = small.undisturbed(**job(files, head=head, layers=[1, -1], size=40, evaluate__alone=False))

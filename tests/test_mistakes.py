@@ -15,6 +15,7 @@ import torch
 
 from fedgrove import run as server
 from fedgrove.engines.local import LocalEngine
+from fedgrove.job.load import load
 from fedgrove.job.tables import Job
 from fedgrove.rounds import wire
 from fedgrove.stages.prune.exchanges.block import PruneBlock
@@ -54,7 +55,18 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"stages__0__aggregation": "vote"}, ("stages.0.aggregation", "fedavg, fedprllm, fedspallm, pooled")),
         ({"stages__0__kind": "prun"}, ("stages.0.kind", "prune")),
         ({"stages__0__shrink": 0.5, "stages__0__aggregation": "fedavg"}, ("stages.0", "shrink", "fedspallm")),
-        ({"stages__0__sample": 3}, ("stages.0.sample", "no such key")),
+        ({"stages__0__sample": 3}, ("stages.0.sample", "no such key", "did you mean samples?")),
+        ({"stages__0__Sparsity": 0.5}, ("stages.0.Sparsity", "did you mean sparsity?")),
+        ({"stages__0__channels": 0.5}, ("stages.0.channels", 'it belongs to kind = "structured"')),
+        ({"stages__0__layers": {"sample": 0.5, "covers": 2}}, ("stages.0.layers.covers", "did you mean cover?")),
+        ({"stages__0__layers": "some"}, ("stages.0.layers", "'all', or write a table, not 'some'")),
+        ({"stages__0__owl_m": 3.0}, ("owl_m", "without allocation", "leave it out")),
+        ({"stages__0__delta": 1e-3}, ("delta", "without epsilon", "leave it out")),
+        ({"stages__0": {"kind": "structured", "contiguous": True}}, ("contiguous", "without depth", "leave it out")),
+        ({"stages__0": {"kind": "structured", "depth": 0.5, "score": "taylor"}}, ("score", "without channels or heads")),
+        ({"stages__0": {"kind": "tune", "method": "lora", "deadline": 5.0}}, ("deadline", 'planner "uniform"', "leave it out")),
+        ({"stages__0": {"kind": "tune", "dp_clip": 0.5}}, ("dp_clip", "without epsilon; set epsilon as well")),
+        ({"stages__0": {"kind": "head", "labels": ["a", "b"], "head": "rigde"}}, ("stages.0.head", "ridge")),
         ({"stages__0__rounds": 0}, ("stages.0.rounds", "greater than or equal to 1")),
         (
             {"stages__0__layers": {"sample": 0.5, "cover": 4}, "evaluate__alone": False},
@@ -64,6 +76,13 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"clients": []}, ("clients", "at least 1")),
         ({"stages": []}, ("stages", "at least 1")),
         ({"clients__1__name": "ash"}, ("clients", "'ash' is given twice")),
+        ({"clients__1__name": "Ash"}, ("clients", "given twice, in whatever case; rename one")),
+        ({"clients__0__data": ""}, ("clients.0.data", "it is empty; name a file or a folder")),
+        ({"clients__0__data": 3}, ("clients.0.data", "write a path, in quotes, not 3")),
+        ({"clients__0__memory": "."}, ("clients.0.memory", "8GiB")),
+        ({"clients__0__speed": "fast"}, ("clients.0.speed", "a number", "'measure', not 'fast'")),
+        ({"clients__0__prompt": "{note", "clients__0__answer": "{text}"}, ("clients.0.prompt", "{note is never closed")),
+        ({"evaluate__data": "held-0.txt"}, ("evaluate.data", "write a list, in brackets, not 'held-0.txt'")),
         ({"clients__1__name": "../ash"}, ("clients.1.name", "../ash")),
         ({"clients__1__memory": "8 apples"}, ("clients.1.memory", "8GiB")),
         ({"clients__1__uplink": "fast"}, ("clients.1.uplink", "20Mbit")),
@@ -90,6 +109,7 @@ def test_a_bad_value_names_its_key(small: Small, tmp_path: Path, changes: dict[s
         ("stages.1.sparsity=0.5", ("--set stages.1.sparsity", "'1'")),
         ("stagse.0.sparsity=0.5", ("--set stagse.0.sparsity", "'stagse'")),
         ("stages.x=0.5", ("--set stages.x", "'x'")),
+        ("stages.²=0.5", ("--set stages.²", "'²'")),
         ("stages.0.sparsity=much", ("stages.0.sparsity", "much")),
         ("stages.0.sparsity.x=1", ("--set stages.0.sparsity.x",)),
         ("seed=1\nname='x'", ("seed",)),
@@ -257,6 +277,8 @@ def test_an_out_that_cannot_be_used_is_named(small: Small, tmp_path: Path) -> No
     file.write_text("mine")
     assert f"--out {file}: this is a file; name a folder" in complaint("run", job, "--out", file)
     assert "file" in complaint("run", job, "--out", file / "below")
+    assert "--out /dev/null: nothing can be written there" in complaint("run", job, "--out", "/dev/null")
+    assert f"{file}: this is a file; name a folder" in complaint("init", file)
     assert f"--out {tmp_path}: the folder is not empty" in complaint("run", job, "--out", tmp_path)
     assert "the folder is not empty" in complaint("run", job, "--out", tmp_path, "--resume")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -274,12 +296,11 @@ def test_another_job_does_not_resume_a_run(small: Small) -> None:
     done = small.undisturbed()
     before = result(done)
     line = complaint("run", small.job(), "--out", done, "--resume", "--set", "stages.0.sparsity=0.6")
-    assert f"--resume: the job differs from {done / 'job.toml'}" in line
+    assert f"--resume: the job differs from {done / 'job.toml'} in stages.0.sparsity; run that one" in line
     assert result(done) == before
 
 
 def test_two_processes_do_not_share_a_run_folder(small: Small, tmp_path: Path) -> None:
-    from fedgrove.job.load import load
     from fedgrove.runfolder import RunFolder
 
     job = small.job()
@@ -313,6 +334,33 @@ def test_commands_on_what_is_not_there_say_so(small: Small, tmp_path: Path, monk
     assert "exists already" in complaint("export", small.model, "--to", "hf", "--out", tmp_path)
     tmp_path.joinpath("empty").mkdir()
     assert "has no config.json" in complaint("export", tmp_path / "empty", "--to", "packed")
+
+
+def test_an_option_that_has_no_effect_is_refused(small: Small, tmp_path: Path) -> None:
+    run, text = small.undisturbed(), small.texts["held-0"]
+    for option in (("--length", 16), ("--text", "{note}")):
+        assert f"{option[0]}: it belongs to --data" in complaint("export", run, "--to", "hf", "--out", tmp_path / "x", *option)
+    line = complaint("export", run, "--to", "hf", "--out", tmp_path / "x", "--data", text, "--no-measure")
+    assert "--no-measure: nothing would be measured" in line
+    assert "--out: the page of one run is RUN/report.html" in complaint("report", run, "--out", tmp_path / "page.html")
+    pair = ("--prompt", "{a}", "--answer", "{b}")
+    assert "--prompt: --measure perplexity does not use it" in complaint("evaluate", run, "--data", text, *pair)
+    line = complaint("evaluate", run, "--data", text, *pair, "--measure", "accuracy", "--text", "{note}")
+    assert "--text: --measure accuracy does not use it" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_held_out_text_bears_the_name_of_its_file_as_far_as_a_name_goes(small: Small, tmp_path: Path) -> None:
+    names = {"Ärzte an Bord.txt": "Arzte-an-Bord", "本.txt": "text", "-a-.txt": "a"}
+    for file in names:
+        (tmp_path / file).write_text("a tree")
+    job = load(small.job("named", evaluate__data=[str(tmp_path / file) for file in names]))
+    assert [text.name for text in job.evaluate.data] == list(names.values())
+
+
+def test_a_template_on_the_command_line_is_checked_as_one_in_a_job(small: Small) -> None:
+    line = complaint("evaluate", small.model, "--data", small.texts["held-0"], "--text", "{note")
+    assert line == "text '{note': the field {note is never closed; write {{ for a brace of the text"
 
 
 # What happens in a round

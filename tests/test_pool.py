@@ -420,7 +420,7 @@ def test_a_newcomer_gets_the_member_that_suits_its_text(small: Small, tmp_path: 
 
 
 def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: Path) -> None:
-    run = small.undisturbed(stages=tune(MIXTURE))
+    run = small.undisturbed(stages=tune(MIXTURE), model__dtype="float32")  # on the disk it is bfloat16
     status, out, err = cli("gate", run, "--data", small.texts["ash"], "--json")
     assert status == 0, err
     rows = json.loads(out)
@@ -531,6 +531,8 @@ def test_what_cannot_be_adopted_is_refused(small: Small, tmp_path: Path) -> None
     other = make_model(tmp_path / "other", seed=1)
     line = complaint("adopt", run, "--data", new, "--out", tmp_path / "mine", "--model", other)
     assert "not the model that the pool was trained on (block-0000 differs)" in line
+    line = complaint("adopt", run, "--data", new, "--out", tmp_path / "mine", "--prompt", "{text}")
+    assert "--prompt and --answer: give both" in line
     tmp_path.joinpath("mine").mkdir()
     assert "exists already" in complaint("adopt", run, "--data", new, "--out", tmp_path / "mine")
     groups = small.undisturbed(stages=tune(GROUPS))

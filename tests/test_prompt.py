@@ -19,20 +19,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedgrove.api import with_prompt
 from fedgrove.client.local_client import LocalClient
+from fedgrove.data.tokens import encode
 from fedgrove.errors import FedgroveError
+from fedgrove.job.load import load
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.models.labels import score_labels
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
-from fedgrove.stages.prompt.config import Place
+from fedgrove.stages.prompt.config import Config, Place
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prompt.methods import Found, Task, categories, evolution
 from fedgrove.stages.prompt.methods.evolution import FULL
 from fedgrove.stages.prompt.records import Records, read_records
 from fedgrove.stages.prompt.requests import Subspace
 from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, Prompt, costs, score, sums
+from fedgrove.stages.prompt.searching import task_of
 from fedgrove.stages.prompt.subspace import soft_prompts
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_report import Page
@@ -447,6 +450,20 @@ def test_words_are_a_line_of_text(small: Small, files: Mapping[str, Path]) -> No
 
 
 # Mistakes
+
+
+def test_a_file_of_words_that_cannot_be_read_is_named(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_bytes(b"caf\xe9\n")
+    line = complaint("plan", small.job("words", **job(files, **WORDY, words=str(words))))
+    assert line == f"{words}: not UTF-8 text (byte 3); convert it"
+    line = complaint("plan", small.job("words", **job(files, **WORDY, words=str(tmp_path))))
+    assert f"stages.0.words: {tmp_path} cannot be read" in line
+    words.write_bytes(b"\xef\xbb\xbftree\nriver\n")
+    config = load(small.job("words", **job(files, **WORDY, words=str(words)))).stages[0]
+    assert isinstance(config, Config)
+    tokenizer = Checkpoint(small.model).tokenizer()
+    assert task_of(config, 0, tokenizer, "0/0").words == tuple(tuple(encode(word, tokenizer)) for word in (" tree", " river"))
 
 
 @pytest.mark.parametrize(("stage", "says"), [

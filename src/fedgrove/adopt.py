@@ -50,6 +50,8 @@ def adopt(
         FedgroveError: the run has no pool, the model is another one, or there is too little text; in one line.
     """
     pool = Pool.read(run)
+    if (prompt is None) != (answer is None):
+        raise FedgroveError("--prompt and --answer: give both, or neither")
     if out.exists():
         raise FedgroveError(f"--out {out}: it exists already", "name another folder")
     decoder = pool.model(model, _device())

@@ -182,6 +182,15 @@ def evaluate(
         raise FedgroveError("nothing to measure: give --data, --speed or --task")
     if measure != "perplexity" and (prompt is None or answer is None):
         raise FedgroveError(f"--measure {measure}: give --prompt '{{question}} ' --answer '{{answer}}'")
+    options = {"--text": text, "--prompt": prompt, "--answer": answer, "--label": labels or None}
+    allowed = {
+        "perplexity": {"--text"},
+        "accuracy": {"--prompt", "--answer", "--label"},
+        "generation": {"--prompt", "--answer"},
+    }
+    for option, value in options.items():
+        if value is not None and option not in allowed[measure]:
+            raise FedgroveError(f"{option}: --measure {measure} does not use it", "leave it out, or choose another measure")
     metrics: dict[str, dict[str, float]] = {}
     path = Path(model)
     folder = find_model(str(find_result(path)) if path.is_dir() else str(model))

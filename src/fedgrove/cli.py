@@ -118,6 +118,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="[DIR]")] = Path()) -> N
     Example: fedgrove init my-job
     """
     file = folder / "job.toml"
+    if folder.is_file():
+        raise FedgroveError(f"{folder}: this is a file", "name a folder")
     if file.exists():
         raise FedgroveError(f"{file} exists already", "edit it, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +209,9 @@ def plan(
 def doctor(
     job: Annotated[Path | None, typer.Argument(metavar="[JOB.toml]")] = None,
     out: Annotated[Path | None, typer.Option(help="Where runs are written; default: runs.")] = None,
-    listen: Annotated[list[int] | None, typer.Option(help="A port on which a server would listen here.")] = None,
+    listen: Annotated[
+        list[int] | None, typer.Option(min=1, max=65535, help="A port on which a server would listen here.")
+    ] = None,
     connect: Annotated[list[str] | None, typer.Option(help="HOST:PORT to which a client would connect.")] = None,
     set_: Set = None,
     as_json: AsJson = False,
@@ -293,11 +297,11 @@ def evaluate(
 @command
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, a model directory or a packed model.")],
-    to: Annotated[str, typer.Option(help="hf, packed, adapter, gguf, onnx, int8 or nf4.")],
+    to: Annotated[str, typer.Option(help="hf, packed, shared, adapter, gguf, onnx, int8 or nf4.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/FORM.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Text to measure on; default: the run's held-out texts.")] = None,
     text: Annotated[str | None, typer.Option(help="How a record becomes text: '{question} {answer}'.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window, with --data.")] = 512,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window of --data; default: 512.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="The most windows of each text.")] = None,
     measure: Annotated[bool, typer.Option(help="Reload what was written and measure its perplexity.")] = True,
     quiet: Quiet = False,
@@ -314,10 +318,15 @@ def export(
     """
     if not source.is_dir():
         raise FedgroveError(f"{source}: no such folder")
+    for option, value in (("--text", text), ("--length", length)):
+        if value is not None and not data:
+            raise FedgroveError(f"{option}: it belongs to --data; a run's own texts are measured as in the run", "leave it out")
+    if data and not measure:
+        raise FedgroveError("--no-measure: nothing would be measured on --data", "leave one of them out")
     api.hush()
     texts = None
     if data:
-        texts = exporting.Texts(tuple((str(file), file, text) for file in data), length, windows)
+        texts = exporting.Texts(tuple((str(file), file, text) for file in data), length or 512, windows)
     elif not measure:
         texts = exporting.Texts()
     elif windows:
@@ -331,16 +340,19 @@ def export(
 @command
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several to compare.")],
-    out: Annotated[Path, typer.Option(help="The page that compares several runs.")] = Path("compare.html"),
+    out: Annotated[Path | None, typer.Option(help="The page that compares several runs; default: compare.html.")] = None,
 ) -> None:
     """Writes RUN/report.html again, from the run folder alone; for several runs, one page that compares them.
 
     Example: fedgrove report runs/first runs/second --out compare.html
     """
     if len(runs) == 1:
+        if out is not None:
+            raise FedgroveError("--out: the page of one run is RUN/report.html", "leave it out, or name several runs")
         print(f"Wrote {run_page.write_report(runs[0])}")
         return
 
+    out = out or Path("compare.html")
     Console().print(compare.comparison_table(compare.write_comparison(runs, out)))
     print(f"Wrote {out}")
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fedgrove import plugins
+from fedgrove.data.sources import is_hub
 from fedgrove.data.windows import evaluation_windows
 from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener, Phase
@@ -88,6 +89,9 @@ def export(
         FedgroveError: the source is none of these, ``out`` exists, or an exact format has another perplexity than the
             model (the export is removed then).
     """
+    forms = plugins.names("exports")
+    if to not in forms:
+        raise FedgroveError(f"--to {to}: there is no such format", f"choose one of {', '.join(forms)}")
     form = plugins.load("exports", to)
     out = out or source / getattr(form, "FOLDER", to)
     if out.exists():
@@ -151,7 +155,7 @@ def held_out(source: Source) -> Texts:
         for line in read_lines(source.run / "metrics.jsonl")
         if line["stage"] == last and line["round"] is None and line["client"] is None and line["name"].startswith("perplexity/")
     }
-    there = tuple(text for text in files if text[1].is_file())
+    there = tuple(text for text in files if is_hub(text[1]) or text[1].exists())
     return Texts(there, wanted.get("length", 512), wanted.get("windows"), tuple(known.items()))
 
 

@@ -150,7 +150,7 @@ def _is_free(port: int) -> bool:
 def _reaches(address: str) -> Check:
     host, _, port = address.rpartition(":")
     name = f"reach {address}"
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         return Check(name, False, "this is not HOST:PORT", "write for instance server.example.org:8002")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=5):

@@ -82,7 +82,7 @@ def make_model(job: Job, federation: Federation) -> None:
     run.phase(Phase("write", title="writing the model"))
     heap.release_freed_memory()  # of the last stage
     base = model.path / "README.md"
-    base_card = base.read_text(encoding="utf-8") if base.is_file() else None
+    base_card = base.read_text(encoding="utf-8", errors="replace") if base.is_file() else None
     is_whole = all(map(model.has_copy, model.shares))
     use = (hf if is_whole else shared).USE.replace("FOLDER", "model")
     model.write(run.path / "model", {"README.md": card(run.path, base_card, use)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -66,14 +67,19 @@ class RunFolder:
             raise FedgroveError(f"{shown}: a run is there already", f"continue it with --resume or {another}")
         if not started and not void:
             raise FedgroveError(f"{shown}: the folder is not empty and holds no run", another)
-        if started and _what(job_file.read_text(encoding="utf-8")) != _what(job.dumps()):
-            raise FedgroveError(f"--resume: the job differs from {of}", f"run that one, or {another}")
-        self.path.mkdir(parents=True, exist_ok=True)
+        differs = _difference(_what(job_file.read_text(encoding="utf-8")), _what(job.dumps())) if started else None
+        if differs is not None:
+            raise FedgroveError(f"--resume: the job differs from {of} in {differs}", f"run that one, or {another}")
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise FedgroveError(f"{shown}: another process is running there", f"wait for it or {another}") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise FedgroveError(f"{shown}: nothing can be written there ({error.strerror})", another) from error
         self.write_text("job.toml", job.dumps())
         if void:
             for name in beside:
@@ -191,6 +197,20 @@ def _void(folder: Path, beside: Collection[str]) -> bool:
 def _what(job: str) -> dict[str, Any]:
     """The part of a job that must not change when a run is continued: all tables except ``rounds``."""
     return {key: value for key, value in tomllib.loads(job).items() if key != "rounds"}
+
+
+def _difference(one: Any, other: Any, at: str = "") -> str | None:
+    """The first key, such as ``stages.0.sparsity``, in which two jobs differ; None: they are equal."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else at
+    for key in {**one, **other}:
+        where = f"{at}.{key}" if at else str(key)
+        differs = _difference(one[key], other[key], where) if key in one and key in other else where
+        if differs is not None:
+            return differs
+    return None
 
 
 def unfinished(run: Path) -> FedgroveError:

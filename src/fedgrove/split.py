@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from fedgrove.data.template import MISSING, look_up, template_fields
 from fedgrove.data.values import as_json, holds_bytes, text_of
 from fedgrove.errors import FedgroveError
 from fedgrove.files import atomic_folder
+from fedgrove.job.units import as_name
 
 Way = Literal["iid", "dirichlet", "field", "size"]
 HELD_OUT = "heldout"
@@ -139,7 +139,7 @@ def split(
     indices = {name: sorted(set(part) - set(own[name])) for name, part in dealt.items()}
     own = {name: part for name, part in own.items() if part}
 
-    title = _plain(out.name) or "split"
+    title = as_name(out.name) or "split"
     options = {
         "source": source.name,
         "by": by,
@@ -226,7 +226,7 @@ def _by_field(
         min(assigned, key=lambda group: sum(counts[label] for label in group)).append(value)
     names = [f"client-{i + 1}" for i in range(clients)]
     if all(len(group) == 1 for group in assigned):
-        plain = [_plain(group[0]) for group in assigned]
+        plain = [as_name(group[0]) for group in assigned]
         if all(plain) and len(set(map(str.lower, plain))) == len(plain) and HELD_OUT not in plain:
             names = plain
     return [[i for i in order if labels[i] in group] for group in assigned], names
@@ -245,11 +245,6 @@ def _hold_out(part: Sequence[int], labels: Sequence[str], fraction: float, rng: 
         order.sort(key=lambda i: labels[i])  # stable: the order within a label stays random
     first = rng.random()  # without it a label's share would always be rounded the same way
     return sorted(order[math.floor((first + i) * len(part) / number)] for i in range(number))
-
-
-def _plain(value: str) -> str:
-    """The value reduced to the characters allowed in a name; may become empty."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", value).strip("-._")[:64]
 
 
 def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:

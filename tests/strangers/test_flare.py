@@ -400,7 +400,7 @@ def test_a_federated_run_that_is_there_is_called_by_its_name(small: Small, tmp_p
     error, _ = coordinated(small, tmp_path, 1)
     assert error == "name = 'small': a run is there already; continue it with --resume or give the job another name"
     error, _ = coordinated(small, tmp_path, 2, resume=True, seed=7)
-    assert error == "--resume: the job differs from that of name = 'small'; run that one, or give the job another name"
+    assert error == "--resume: the job differs from that of name = 'small' in seed; run that one, or give the job another name"
     (folder / "job.toml").unlink()
     error, _ = coordinated(small, tmp_path, 3)
     assert error == "name = 'small': the folder is not empty and holds no run; give the job another name"

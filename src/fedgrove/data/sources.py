@@ -63,9 +63,17 @@ def read_fields(path: Path, templates: Mapping[str, str], tally: Tally | None = 
         templates: the job's key -> the template. A plain text file is read by the key ``text`` alone. A template that is one
             field with a list of messages gives a :class:`Chat`.
         tally: counts what was read, passed over and replaced.
+
+    Raises:
+        FedgroveError: as :func:`read_texts`; or a template is none, and the error names its key.
     """
     tally = tally or Tally()
-    fields = {key: template_fields(template) for key, template in templates.items()}
+    fields = {}
+    for key, template in templates.items():
+        try:
+            fields[key] = template_fields(template)
+        except ValueError as error:
+            raise FedgroveError(f"{key} {template!r}: {error}") from error
     wanted = list(dict.fromkeys(name for names in fields.values() for name in names))
     for where, record in read_records(path, wanted, tally):
         if isinstance(record, str):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job.stage_config import config_of
 from fedgrove.job.tables import KINDS, FederatedJob, Job
+from fedgrove.job.units import Table
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Job:
@@ -123,7 +127,7 @@ def _validate(raw: Mapping[str, Any], kind: type[Kind], folder: Path, where: str
     try:
         return kind.model_validate(raw, context={"folder": folder.resolve(), "elsewhere": elsewhere})
     except ValidationError as error:
-        raise FedgroveError(f"{where}: {complaint(error)}") from error
+        raise FedgroveError(f"{where}: {complaint(error, kind)}") from error
 
 
 def _find_model(raw: dict[str, Any], folder: Path) -> None:
@@ -149,26 +153,84 @@ def _name_owners(raw: dict[str, Any], path: Path, sites: Sequence[str]) -> None:
             )
 
 
-# pydantic adds the union's member to a key's path
-_ALTERNATIVE = re.compile(rf"literal\[.*|constrained-\w+|[A-Z]\w*|{'|'.join(KINDS)}")
+# pydantic adds the union's member to a key's path, and says that a key is wrong instead of its value
+_ALTERNATIVE = re.compile(r"literal\[.*|constrained-\w+|\[key\]")
+_PLAIN = {  # what pydantic says in words of Python
+    "tuple_type": "write a list, in brackets",
+    "dict_type": "write a table",
+    "model_type": "write a table",
+    "model_attributes_type": "write a table",
+    "string_type": "write text, in quotes",
+    "path_type": "write a path, in quotes",
+    "missing": "this key is required",
+}
 
 
-def complaint(error: ValidationError) -> str:
-    """The first error of a file as one line: the key, and what is wrong or allowed."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
-    what = first["msg"].removeprefix("Value error, ")
+def complaint(error: ValidationError, table: type[Table]) -> str:
+    """The first error of a file as one line: the key, and what is wrong or allowed.
+
+    Of a value that fits no member of a union, the error in the key farthest down is the one that its writer can mend.
+
+    Args:
+        table: what the file should be.
+    """
+    errors = error.errors()
+    first, at = errors[0], _keys(errors[0]["loc"])
+    same = [one for one in errors if _keys(one["loc"])[: len(at)] == at]
+    deepest = max(len(_keys(one["loc"])) for one in same)
+    if deepest > len(at):
+        first = next(one for one in same if len(_keys(one["loc"])) == deepest)
+        at, same = _keys(first["loc"]), [first]
+    where = ".".join(at)
+    what = ", or ".join(dict.fromkeys(_PLAIN.get(one["type"], one["msg"]) for one in same))
+    what = what.removeprefix("Value error, ").replace(", or Input should be ", ", or ")
     if first["type"] == "extra_forbidden":
-        what = "no such key"
+        what = f"no such key; {_instead(table, first['loc'])}"
     elif first["type"].startswith("union_tag"):  # the kind of a stage is missing or unknown
         where, what = f"{where}.kind", f"choose one of {', '.join(KINDS)}"
-    elif first["type"] == "missing":
-        what = "this key is required"
-    elif first["type"] not in ("value_error", "string_pattern_mismatch") and isinstance(first["input"], str | int | float):
-        what += f", not {first['input']!r}"
+    elif first["type"] in ("too_short", "too_long"):
+        bound, facts = ("at least", "min_length") if first["type"] == "too_short" else ("at most", "max_length"), first["ctx"]
+        what = f"give {bound[0]} {facts[bound[1]]}, not {facts['actual_length']}"
     elif first["type"] == "string_pattern_mismatch":
         what = f"{first['input']!r} is not of the form {first['ctx']['pattern']}"
+    elif first["type"] not in ("value_error", "missing") and isinstance(first["input"], str | int | float):
+        what += f", not {first['input']!r}"
     return f"{where}: {what}" if where else what
+
+
+def _keys(loc: Sequence[str | int]) -> list[str]:
+    """The keys of an error's place, without the members of unions."""
+    tag = 2 if loc[:1] == ("stages",) else -1  # the kind of a stage, which may also be the name of a key
+    tables = {table.__name__ for table in Table.__subclasses__()}
+    return [
+        str(part)
+        for place, part in enumerate(loc)
+        if place != tag and part not in tables and not _ALTERNATIVE.fullmatch(str(part))
+    ]
+
+
+def _instead(table: type[Table], loc: Sequence[str | int]) -> str:
+    """What to do about a key that a table does not have."""
+    *path, key = loc
+    tables = [table]
+    if path[:1] == ["stages"] and len(path) > 2:
+        tables = [config_of(str(path[2]))]
+        kinds = [kind for kind in KINDS if len(path) == 3 and key in config_of(kind).model_fields]
+        if kinds:
+            return f"it belongs to kind = {' or '.join(json.dumps(kind) for kind in kinds)}"
+        path = path[3:]
+    for part in path:
+        below = [one.model_fields[part].annotation for one in tables if part in one.model_fields]
+        tables = [found for annotation in below for found in _tables_in(annotation)] or tables
+    near = difflib.get_close_matches(str(key), [name for one in tables for name in (*one.model_fields, *one.SHORT_FORMS)], 1)
+    return f"did you mean {near[0]}?" if near else "remove it"
+
+
+def _tables_in(annotation: Any) -> list[type[Table]]:
+    """The tables that a key may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return [annotation]
+    return [table for part in get_args(annotation) for table in _tables_in(part)]
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
@@ -182,13 +244,13 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     place: Any = raw
     *path, last = key.strip().split(".")
     for step in path:
-        if isinstance(place, list) and step.isdigit() and int(step) < len(place):
+        if isinstance(place, list) and step.isdecimal() and int(step) < len(place):
             place = place[int(step)]
         elif isinstance(place, dict) and (step in place or step in Job.model_fields):
             place = place.setdefault(step, {})
         else:
             raise FedgroveError(f"--set {key}: the job has no {step!r} there")
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+    if isinstance(place, list) and last.isdecimal() and int(last) < len(place):
         place[int(last)] = parsed
     elif isinstance(place, dict):
         place[last] = parsed

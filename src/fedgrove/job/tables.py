@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -32,6 +31,7 @@ from fedgrove.job.units import (
     Speed,
     Table,
     Template,
+    as_name,
 )
 
 MAX_STAGES = 64
@@ -170,7 +170,7 @@ class Text(Table):
 
 def _as_text(value: Any) -> Any:
     if isinstance(value, str | Path):
-        return {"name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(value).stem), "path": value}
+        return {"name": as_name(Path(value).stem) or "text", "path": value}
     return value
 
 
@@ -395,6 +395,6 @@ class FederatedJob(Job):
 
 
 def _unique(names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the name {name!r} is given twice")
+    for name in names:  # folders bear these names, and on some systems "A" and "a" are one folder
+        if [other.lower() for other in names].count(name.lower()) > 1:
+            raise ValueError(f"the name {name!r} is given twice, in whatever case; rename one")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -44,8 +45,8 @@ def quantity(unit: str, example: str) -> Any:
     def parse(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        match = re.fullmatch(rf"\s*([\d.]+)\s*([KMGT]i?)?(?:{unit})?\s*", value)
-        if not match or match[1].count(".") > 1:
+        match = re.fullmatch(rf"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]i?)?(?:{unit})?\s*", value)
+        if not match:
             raise ValueError(f"write a quantity such as {example}")
         number = float(match[1]) * _FACTORS[match[2] or ""]
         return round(number) if math.isfinite(number) else MOST + 1
@@ -62,6 +63,18 @@ def method_of(package: str) -> Any:
         return name
 
     return AfterValidator(check)
+
+
+def as_name(text: str) -> str:
+    """A text reduced to what a :data:`Name` may be, without accents; may become empty."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:64]
+
+
+def _named(value: Any) -> Any:
+    if value == "":  # which is the folder of the file, with everything in it
+        raise ValueError("it is empty; name a file or a folder")
+    return value
 
 
 def _existing(path: Path, info: ValidationInfo) -> Path:
@@ -113,7 +126,7 @@ Index = Annotated[int, Field(ge=0, le=2**20, strict=True)]  # of a stage, a roun
 Positive = Annotated[float, Field(gt=0, le=MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-File = Annotated[Path, AfterValidator(_existing)]
+File = Annotated[Path, BeforeValidator(_named), AfterValidator(_existing)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Template = Annotated[str | None, AfterValidator(_template)]

@@ -81,7 +81,7 @@ def card_of_form(model: Path, form: str, use: str, folder: str, relation: str = 
         library: the library that loads the export; None: that of the model's card.
     """
     file = model / "README.md"
-    card = _read(file.read_text(encoding="utf-8") if file.is_file() else f"# {model.name}\n")
+    card = _read(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else f"# {model.name}\n")
     about: Any = card.data
     base = str(about.get("base_model") or file_name(str(model.resolve())))
     about.base_model_relation = relation

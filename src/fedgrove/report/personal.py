@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,19 @@ from fedgrove.report.summary import Stage, Summary
 from fedgrove.report.words import listed, plural
 
 Z = 1.96  # standard errors on each side of a 95 % interval
+
+
+def without_comparison(stage: Stage, compared: Collection[str]) -> list[str]:
+    """A line on the clients that the stage's key ``personal`` did nothing for; no line if there are none.
+
+    Args:
+        compared: the clients that compared results on text that they held out.
+    """
+    rest = [client for client in stage.clients if client not in compared]
+    share = stage.config.get("personal", 0.0)
+    if not share or not rest:
+        return []
+    return [f"No comparison by {listed(rest)}: too little text to hold out {share:g} of it (key personal), or no response."]
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def read(path: Path, kind: type[File]) -> File:
     try:
         return kind.model_validate(raw, context={"folder": path.parent.resolve()})
     except ValidationError as error:
-        raise FedgroveError(f"{path}: {complaint(error)}") from error
+        raise FedgroveError(f"{path}: {complaint(error, kind)}") from error
 
 
 def model_folder(models: Models, name: str, kit: Path) -> Path:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fedgrove.quantities import mebibytes
 from fedgrove.report.owners import OverOwners, over_owners
+from fedgrove.report.personal import without_comparison
 from fedgrove.report.sections import Figure, Paragraph, Part, Section, Sheet, numbered
 from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import Outcome, Stage, Summary
@@ -159,4 +160,4 @@ def _personal_says(summary: Summary, stage: Stage) -> list[str]:
         if values:
             over: OverOwners = over_owners(values, {client: compared[client]["records"] for client in values}, True)
             says.append(f"On records that owners held out, {name}: {over.says('{:.1%}'.format, 'records')}.")
-    return says
+    return says + without_comparison(stage, compared)

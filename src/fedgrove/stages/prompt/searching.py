@@ -62,7 +62,14 @@ def _random(seed: str, below: int, number: int) -> tuple[int, ...]:
 def _words(config: Config, index: int, tokenizer: PreTrainedTokenizerBase, seed: str) -> tuple[tuple[int, ...], ...]:
     """Token ids of the words that a prompt may have, each with a space before it, in the order of the file or drawn."""
     if config.words is not None:
-        lines = [line.strip() for line in config.words.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in config.words.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise FedgroveError(f"{config.words}: not UTF-8 text (byte {error.start})", "convert it") from error
+        except OSError as error:
+            raise FedgroveError(
+                f"stages.{index}.words: {config.words} cannot be read ({error.strerror})", "name a file of words, one a line"
+            ) from error
         words = [tuple(encode(f" {line}", tokenizer)) for line in dict.fromkeys(filter(None, lines))]
         if len(words) < 2:
             raise FedgroveError(f"{config.words}: {len(words)} words, but a choice needs two", "add words, one a line")

@@ -141,6 +141,12 @@ class Config(StageConfig):
             if getattr(self, key) != type(self).model_fields[key].default:
                 owners = [f'"{name}"' for name in aggregation_names() if key in aggregation_of(name).READS]
                 raise ValueError(f"{key} belongs to aggregation = {' or '.join(owners)}; leave it out")
+        needs = {"delta": "epsilon"} if self.epsilon is None else {}
+        if not self.measures_blocks:
+            needs |= {"owl_m": "allocation", "owl_lambda": "allocation"}
+        for key, other in needs.items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: it has no effect without {other}; set {other} as well, or leave it out")
         if self.trim and self.layers != "all":
             raise ValueError('trim needs layers = "all", because trimming gives all clients the same weight')
         if self.damping is not None and self.solver.NEEDS != "gram":
@@ -384,6 +390,6 @@ class Config(StageConfig):
             "rounds": self.rounds if self.layers == "all" else 1,
             "layers": "all",
             "source": self.calibration_source,
-            **{key: type(self).model_fields[key].default for key in AGGREGATION_KEYS},
+            **{key: type(self).model_fields[key].default for key in (*AGGREGATION_KEYS, "delta")},
         }
         return self.model_copy(update=changes)

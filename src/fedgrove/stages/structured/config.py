@@ -63,6 +63,12 @@ class Config(StageConfig):
     def _cuts_something(self) -> Self:
         if self.channels == self.heads == self.depth == self.experts == 0:
             raise ValueError("channels, heads, depth and experts are all 0, so nothing is cut; raise one")
+        needs = {"contiguous": "depth", "protect_ends": "depth", "expert_score": "experts"}
+        if not self.narrows:
+            needs["score"] = "channels or heads"
+        for key, cut in needs.items():
+            if getattr(self, key) != type(self).model_fields[key].default and not getattr(self, cut, 0):
+                raise ValueError(f"{key}: it has no effect without {cut}; set {cut} as well, or leave it out")
         if self.experts and (self.narrows or self.depth):
             raise ValueError("experts: they are not cut together with channels, heads or depth; set these to 0")
         return self

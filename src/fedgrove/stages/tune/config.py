@@ -32,13 +32,13 @@ from fedgrove.stages.tune.planners import Planner, planner_of
 from fedgrove.stages.tune.pool.config import Pool, check_clients, check_stage
 from fedgrove.stages.tune.seeds.offsets import MOST_DIRECTIONS
 from fedgrove.stages.tune.trainers import Trainer, trainer_of
+from fedgrove.stages.tune.unused import OF_FEDPIPE, OF_PRIVACY, check_unused
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
 
 
 AUTO = "auto"  # of a key that clients measure
-OF_SEEDS = frozenset({"seeds", "sampling", "perturbation"})  # keys of parametrizations without gradients
 
 
 class Config(StageConfig):
@@ -205,7 +205,9 @@ class Config(StageConfig):
             )
         if what.FORM not in self.trainer_method.TAKES:
             raise ValueError(f'trainer "{self.trainer}" does not train parametrization "{self.parametrization}"; leave it out')
-        self._check_keys(what)
+        check_unused(self)
+        if self.learning_rate == AUTO and "perturbation" not in what.KEYS:
+            raise ValueError(f'learning_rate: parametrization "{self.parametrization}" cannot measure it; set a number')
         if what.FORM == "coefficients":
             self._check_directions()
         if planner.NEEDS_RANKS and not what.RANKED:
@@ -232,14 +234,6 @@ class Config(StageConfig):
         elif self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" adds noise: set epsilon as well')
         return self
-
-    def _check_keys(self, what: Parametrization) -> None:
-        """Refuses keys that have no effect with this parametrization."""
-        for key in sorted(what.UNUSED | (OF_SEEDS - what.KEYS)):
-            if getattr(self, key) != what.DEFAULTS.get(key, type(self).model_fields[key].default):
-                raise ValueError(f'{key}: it has no effect with parametrization "{self.parametrization}"; leave it out')
-        if self.learning_rate == AUTO and "perturbation" not in what.KEYS:
-            raise ValueError(f'learning_rate: parametrization "{self.parametrization}" cannot measure it; set a number')
 
     def _check_directions(self) -> None:
         takes = seed_aggregation_of(self.aggregation)
@@ -392,9 +386,10 @@ class Config(StageConfig):
         what, clients = parametrization_of(self.parametrization), len(job.clients)
         more = {"batches": (self.batches[-1] * clients,)} if what.BY_WINDOWS else {"steps": self.steps * clients}
         changes = {
-            "planner": "uniform", "max_steps": 0, "replan_off": False, "trainer": what.TRAINERS[0],
+            "planner": "uniform", "max_steps": 0, "trainer": what.TRAINERS[0],
             "aggregation": what.AGGREGATION, "sampling": "even", "server_optimizer": "average", "server_lr": None,
             "precision": what.DEFAULTS.get("precision", "float32"), "epsilon": None, "personal": 0.0, "personal_pull": 0.0,
             "proximal": 0.0, "eval_every": 0, "personal_experts": 0.0, "pool": None,
+            **{key: type(self).model_fields[key].default for key in OF_FEDPIPE | OF_PRIVACY},
         }  # fmt: skip
         return self.model_copy(update=changes | more)

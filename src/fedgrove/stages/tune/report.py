@@ -13,7 +13,7 @@ from fedgrove.quantities import mebibytes
 from fedgrove.report import charts
 from fedgrove.report.charts import Chart, Row, Scale
 from fedgrove.report.newcomers import NEW, Newcomers
-from fedgrove.report.personal import Personal, Words
+from fedgrove.report.personal import Personal, Words, without_comparison
 from fedgrove.report.sections import Bullets, Figure, Paragraph, Part, Picture, Section, Sheet, numbered
 from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import PERPLEXITY, Outcome, Stage, Summary
@@ -87,7 +87,10 @@ def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
     """The plan in force, which may differ from the plan before the run, and what adapters of the owners' own are worth."""
     if not stage.plan:
         return []
-    says = [of.lines() for of in (personal_of(summary, stage), Newcomers.of(summary, stage)) if of is not None]
+    personal, new = personal_of(summary, stage), Newcomers.of(summary, stage)
+    says = [of.lines() for of in (personal, new) if of is not None]
+    without = without_comparison(stage, personal.losses if personal is not None else ())
+    says += [without] if without else []
     return [plan_table(stage.plan, stage.config), *(Text("\n".join(lines)) for lines in says)]
 
 
@@ -201,7 +204,9 @@ class Tuning:
         pool = summary.files.get(POOL)
         if pool and pool["stage"] == self.stage.number:
             parts += [Paragraph(_pool_says(pool)), Sheet(_pool_table(self.stage, pool))]
-        for of in (personal_of(summary, self.stage), Newcomers.of(summary, self.stage)):
+        personal = personal_of(summary, self.stage)
+        parts += map(Paragraph, without_comparison(self.stage, personal.losses if personal is not None else ()))
+        for of in (personal, Newcomers.of(summary, self.stage)):
             if of is not None:
                 parts += [*map(Paragraph, of.lines()), Sheet(of.table())]
         return Section(f"stage-{self.stage.number}", numbered(summary, self.stage, "Tuning"), parts)

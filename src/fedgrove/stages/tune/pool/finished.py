@@ -86,7 +86,12 @@ class Pool:
         if given is None and not self.base:
             raise FedgroveError("the pool's folder has no job.toml beside it", f"give {self.facts['model']} with --model")
         name = given or self.base["path"]
-        checkpoint = Checkpoint(find_model(name, None if given else self.base.get("revision")))
+        dtype = self.base.get("dtype", "auto")  # the pool was trained on these, whatever is on the disk
+        checkpoint = Checkpoint(
+            find_model(name, None if given else self.base.get("revision")),
+            None if dtype == "auto" else getattr(torch, dtype),
+            shares=self.base.get("shares", {}),
+        )
         differs = first_difference(digests(checkpoint), self.facts["digests"])
         if differs is not None:
             raise FedgroveError(
