@@ -186,7 +186,7 @@ class Running:
 
     def job(self, name: str, **changes: Any) -> Path:
         """Writes a job for the federation."""
-        spec = {**self.small.spec(**{"clients": None, "model__path": MODEL, "evaluate__alone": False, **changes}), "name": name}
+        spec = {**self.small.spec(**{"clients": None, "model__path": MODEL, **changes}), "name": name}
         file = self.folder / f"{name}.toml"
         self.write(file, **spec)
         return file

@@ -132,7 +132,6 @@ class Small:
                 "data": [str(self.texts["held-0"]), str(self.texts["held-1"])],
                 "length": 32,
                 "windows": 2,
-                "alone": True,
             },
         }
         for key, value in changes.items():
@@ -144,9 +143,6 @@ class Small:
                 place.pop(last)
             else:
                 place[last] = value
-        first = (job["stages"] or [{}])[0]
-        if first.get("kind") == "tune" and not {"evaluate", "evaluate__alone"} & changes.keys():
-            job["evaluate"]["alone"] = False  # training alone takes as long as the stage itself
         return job
 
     def job(self, name: str = "job", **changes: Any) -> Path:

@@ -21,7 +21,7 @@ from small import CLIENTS, LENGTH, SAMPLES, Moment, Small, cli, complaint, kille
 from test_architectures import plain
 from test_statistics import owners  # noqa: F401 (a fixture)
 
-OWL = {"stages__0__allocation": "owl", "stages__0__owl_m": 2.0, "stages__0__owl_lambda": 0.1, "evaluate__alone": False}
+OWL = {"stages__0__allocation": "owl", "stages__0__owl_m": 2.0, "stages__0__owl_lambda": 0.1}
 
 
 def published(scores: list[list[Tensor]], sparsity: float, m: float, spread: float) -> tuple[list[float], list[float]]:

@@ -32,8 +32,8 @@ def test_the_error_is_there_under_its_short_name() -> None:
 
 
 def test_a_run_from_python_is_the_run_of_the_command(small: Small, tmp_path: Path) -> None:
-    ended = api.run(small.spec(), tmp_path / "run", quiet=True)
-    assert result(ended.path) == {**result(small.undisturbed()), "job.toml": result(ended.path)["job.toml"]}
+    ended = api.run(small.spec(evaluate__alone=True), tmp_path / "run", quiet=True)
+    assert result(ended.path) == {**result(small.undisturbed(evaluate__alone=True)), "job.toml": result(ended.path)["job.toml"]}
     assert ended.sparsity == 0.5
     assert set(ended.perplexity) == {"dense", "alone", "federated"}
     assert ended.report.is_file()

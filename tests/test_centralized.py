@@ -66,7 +66,7 @@ def test_it_has_every_window_of_everybody_and_no_other(small: Small, tmp_path: P
 
 def test_a_tuned_federation_is_compared_with_as_many_steps_in_one_place(small: Small) -> None:
     stage = {"kind": "tune", "rounds": 1, "steps": 2, "length": 16, "batches": [1], "ranks": [2], "bits": [32]}
-    run = small.undisturbed(stages=[small.spec()["stages"][0], stage], evaluate__centralized=True, evaluate__alone=False)
+    run = small.undisturbed(stages=[small.spec()["stages"][0], stage], evaluate__centralized=True)
     wanted = centralized_job(load(run / "job.toml")).stages[1]
     assert isinstance(wanted, TuneStage)
     assert (wanted.planner, wanted.parametrization, wanted.steps) == ("uniform", "lora", 2 * len(CLIENTS))

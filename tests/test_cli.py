@@ -85,7 +85,7 @@ def test_pruning_json_tells_of_every_stage_and_round(small: Small, tmp_path: Pat
         {**small.spec()["stages"][0], "rounds": 2, "layers": {"sample": 0.5, "cover": 1}},
         {**small.spec()["stages"][0], "sparsity": 0.6, "pruner": "magnitude"},
     ]
-    job = small.job("twice", stages=stages, evaluate__alone=False, evaluate__prompts=["The forest"])
+    job = small.job("twice", stages=stages, evaluate__prompts=["The forest"])
     assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
     told = json.loads((tmp_path / "run" / "pruning.json").read_text())
     plans = [json.loads((tmp_path / "run" / f"plan-{stage}-prune.json").read_text())["clients"] for stage in (0, 1)]
@@ -122,7 +122,7 @@ def test_the_ledger_counts_the_bytes_of_real_messages(small: Small, tmp_path: Pa
 
     monkeypatch.setattr(fedgrove.rounds.collect, "wire", Counted())
     monkeypatch.setattr(fedgrove.client.serve, "wire", Counted())
-    assert cli("run", small.job(), "--out", tmp_path / "run")[0] == 0
+    assert cli("run", small.job(evaluate__alone=True), "--out", tmp_path / "run")[0] == 0
     ledger = lines(tmp_path / "run" / "ledger.jsonl")
     assert [line["bytes"] for line in ledger] == sent
     assert len(ledger) == 2 * len(CLIENTS) * (1 + 2 + 1), "capabilities, two blocks and an evaluation; each goes down and up"
@@ -136,7 +136,7 @@ def test_the_ledger_counts_the_bytes_of_real_messages(small: Small, tmp_path: Pa
 
 
 def test_json_is_one_document_and_nothing_else(small: Small, tmp_path: Path) -> None:
-    job = small.job()
+    job = small.job(evaluate__alone=True)
     status, out, err = cli("run", job, "--out", tmp_path / "run", "--json")
     document = json.loads(out)
     assert status == 0
@@ -261,7 +261,7 @@ def test_evaluate_agrees_with_plain_transformers_on_the_shipped_model(grove: Pat
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"stages__0__layers": {"sample": 0.5, "cover": 1}, "stages__0__rounds": 2, "evaluate__alone": False}],
+    [{}, {"stages__0__layers": {"sample": 0.5, "cover": 1}, "stages__0__rounds": 2}],
     ids=["all", "sampled"],
 )
 def test_the_order_of_clients_changes_nothing(small: Small, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -278,7 +278,7 @@ def test_the_order_of_clients_changes_nothing(small: Small, tmp_path: Path, chan
 )
 def test_one_client_alone_gets_exactly_what_its_pruner_gives(small: Small, tmp_path: Path, pruner: str, target: Target) -> None:
     """Against plain transformers: the whole model in memory, hooks on its linears, the pruner called directly."""
-    wanted: dict[str, Any] = {"clients": small.spec()["clients"][:1], "stages__0__pruner": pruner, "evaluate__alone": False}
+    wanted: dict[str, Any] = {"clients": small.spec()["clients"][:1], "stages__0__pruner": pruner}
     wanted["stages__0__sparsity"] = None if target.pattern else target.sparsity
     if target.pattern:
         wanted["stages__0__pattern"] = "2:4"

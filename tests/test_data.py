@@ -229,7 +229,7 @@ def test_a_job_may_name_folders_and_the_hub(small: Small, tmp_path: Path) -> Non
     from fedgrove.job.load import load
 
     data = [str(tmp_path), "hub:owner/name:train"]
-    job = load(small.job("sources", clients=[{"name": "ash", "data": data}], evaluate__alone=False))
+    job = load(small.job("sources", clients=[{"name": "ash", "data": data}]))
     assert [str(path) for path in job.clients[0].data] == data
 
 

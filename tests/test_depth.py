@@ -241,7 +241,7 @@ def test_a_contiguous_cut_takes_blocks_that_follow_each_other(deep: Small) -> No
 
 
 def test_secure_aggregation_changes_no_bit(deep: Small, tmp_path: Path) -> None:
-    job = deep.job("secure", stages=[BOTH], evaluate__alone=False, privacy={"secure_aggregation": True})
+    job = deep.job("secure", stages=[BOTH], privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     one, other = weights(tmp_path / "run"), weights(deep.undisturbed(stages=[BOTH]))
     assert all(torch.equal(one[name], other[name]) for name in other)
@@ -258,8 +258,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(deep: Small, tmp_path: Path) -> N
 
 
 def test_alone_is_what_a_client_would_have_made_by_itself(deep: Small, tmp_path: Path) -> None:
-    run = deep.undisturbed(stages=[BOTH])
-    only = {"clients": [{"name": "birch", "data": str(deep.texts["birch"])}], "evaluate__alone": False}
+    run = deep.undisturbed(stages=[BOTH], evaluate__alone=True)
+    only = {"clients": [{"name": "birch", "data": str(deep.texts["birch"])}]}
     assert cli("run", deep.job("birch", stages=[BOTH], **only), "--out", tmp_path / "run")[0] == 0
     alone = measurements(run)[0, None, "birch", "perplexity/held-0"]
     assert alone == measurements(tmp_path / "run")[0, None, None, "perplexity/held-0"]
@@ -271,7 +271,7 @@ def test_clients_tune_the_shorter_model(deep: Small, tmp_path: Path, stage: dict
         "kind": "tune", "method": "lora", "rounds": 2, "steps": 3, "length": LENGTH, "batches": [4], "ranks": [4], "bits": [32],
         "learning_rate": 0.01, "personal": 0.2,
     }  # fmt: skip
-    job = deep.job("tuned", stages=[stage, tune], evaluate__alone=False, **deep.one_word())
+    job = deep.job("tuned", stages=[stage, tune], **deep.one_word())
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     found = measurements(tmp_path / "run")
     name = next(name for (s, r, c, name) in found if s == 1 and r is None and c is None and "perpl" in name)
@@ -340,7 +340,7 @@ def test_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
 def test_a_cut_that_leaves_nothing_or_takes_nothing_is_refused(
     deep: Small, tmp_path: Path, changes: dict[str, Any], said: tuple[str, ...]
 ) -> None:
-    job = deep.job("refused", stages=[{**DEEP, **changes}], evaluate__alone=False)
+    job = deep.job("refused", stages=[{**DEEP, **changes}])
     line = complaint("run", job, "--out", tmp_path / "run")
     for part in said:
         assert part in line

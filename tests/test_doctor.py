@@ -35,7 +35,7 @@ def test_the_first_record_is_shown_as_the_model_will_see_it(small: Small, tmp_pa
     lines = [{"q": "Why?", "a": ""}, *({"q": "Who?", "a": f"The ash, for the {i}th time."} for i in range(60))]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     owner = {"name": "ash", "data": str(file), "prompt": "Q: {q}\n", "answer": "A: {a}"}
-    _, found = checks(small.job("shown", clients=[owner], evaluate__alone=False))
+    _, found = checks(small.job("shown", clients=[owner]))
     assert found["ash: notes.jsonl"]["sample"] == "Q: Why?\nA: "
     assert found["ash: notes.jsonl"]["text"].startswith("61 records, ")
 

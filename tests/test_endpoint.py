@@ -464,8 +464,8 @@ def test_an_endpoint_that_fails_is_one_line_that_names_the_client(
 
 def test_an_endpoint_that_is_down_or_slow_is_one_line(small: Small, plain: Served, tmp_path: Path) -> None:
     assert str(failure(small, tmp_path, "http://127.0.0.1:1/v1")) == (
-        "client 'ash': its endpoint cannot be reached or breaks off (Connection refused); start it, or correct endpoint.url; "
-        "then continue with --resume"
+        "client 'ash': its endpoint cannot be reached or breaks off (Connection refused); "
+        "start it and continue with --resume, or correct endpoint.url"
     )
     assert failure(small, tmp_path, plain.url.replace("http:", "https:")).word in ("certificate", "down")
     gave_up = threading.Event()
@@ -497,6 +497,7 @@ def test_the_doctor_asks_an_endpoint_and_sends_no_text_of_a_client(
     assert check["ok"] is ok
     assert (status == 0) is ok
     assert says in check["text"]
+    assert check["remedy"] == ("" if ok else "start it, or correct endpoint.url")
     assert CANARY not in json.dumps(plain.asked[before:])
 
 

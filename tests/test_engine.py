@@ -27,7 +27,7 @@ from small import CLIENTS, LENGTH, SAMPLES, Heard, Small, alive, cli, complaint,
 
 Reply = tuple[str, bytes | None, str | None]
 BIRCH = (SAMPLES + 1) * LENGTH  # the calibration tokens of birch, where it is asked for a window more
-ODD = {"stages__0__pruner": "faulty", "clients__1__samples": SAMPLES + 1, "evaluate__alone": False}
+ODD = {"stages__0__pruner": "faulty", "clients__1__samples": SAMPLES + 1}
 
 
 def model_of(run: Path) -> dict[str, str]:
@@ -65,9 +65,10 @@ def run_with(small: Small, out: Path, change: Callable[[str, list[Reply]], Itera
 
 @pytest.mark.usefixtures("forked_workers")
 def test_workers_give_the_same_bits(small: Small, tmp_path: Path) -> None:
-    assert cli("run", small.job(), "--out", tmp_path / "run", "--workers", "2", "--quiet")[0] == 0
-    assert result(tmp_path / "run") == result(small.undisturbed())
-    ledger = [sorted(map(str, lines(run / "ledger.jsonl"))) for run in (tmp_path / "run", small.undisturbed())]
+    undisturbed = small.undisturbed(evaluate__alone=True)
+    assert cli("run", small.job(evaluate__alone=True), "--out", tmp_path / "run", "--workers", "2", "--quiet")[0] == 0
+    assert result(tmp_path / "run") == result(undisturbed)
+    ledger = [sorted(map(str, lines(run / "ledger.jsonl"))) for run in (tmp_path / "run", undisturbed)]
     assert ledger[0] == ledger[1]
 
 

@@ -346,7 +346,7 @@ def test_what_a_client_sends_is_what_the_plan_says(mixed: Small) -> None:
 
 
 def test_secure_aggregation_changes_no_bit(mixed: Small, tmp_path: Path) -> None:
-    job = mixed.job("secure", stages=STAGES, evaluate__alone=False, privacy={"secure_aggregation": True})
+    job = mixed.job("secure", stages=STAGES, privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     one, other = tensors_of(tmp_path / "run" / "model"), tensors_of(mixed.undisturbed(stages=STAGES) / "model")
     assert all(same_bits(one[name], other[name]) for name in other)
@@ -365,9 +365,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(mixed: Small, tmp_path: Path) -> 
 
 
 def test_alone_is_what_a_client_would_have_made_by_itself(mixed: Small, tmp_path: Path) -> None:
-    run = mixed.undisturbed(stages=STAGES)
+    run = mixed.undisturbed(stages=STAGES, evaluate__alone=True)
     only = [{"name": "birch", "data": str(mixed.texts["birch"])}]
-    assert cli("run", mixed.job("birch", stages=STAGES, clients=only, evaluate__alone=False), "--out", tmp_path / "run")[0] == 0
+    assert cli("run", mixed.job("birch", stages=STAGES, clients=only), "--out", tmp_path / "run")[0] == 0
     alone = measurements(run)[0, None, "birch", "perplexity/held-0"]
     assert alone == measurements(tmp_path / "run")[0, None, None, "perplexity/held-0"]
 

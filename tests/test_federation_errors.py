@@ -390,7 +390,7 @@ def test_what_is_learnt_leaves_a_site_under_a_mask_with_noise_and_without_its_lo
 def in_process(grown: Small) -> Path:
     """The same job in one process."""
     clients = [{"name": site["name"], "data": str(grown.texts.get(site["name"], grown.texts["ash"]))} for site in FOUR]
-    return grown.undisturbed(clients=clients, evaluate__alone=False)
+    return grown.undisturbed(clients=clients)
 
 
 ODD = {

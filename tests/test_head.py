@@ -263,7 +263,7 @@ def test_more_classes_of_equal_shares_are_held_out_alike() -> None:
 def test_the_head_of_any_number_of_owners_is_that_of_the_pooled_records(
     small: Small, files: Mapping[str, Path], head: str, tmp_path: Path
 ) -> None:
-    stage = {"head": head, "layers": [1, -1], "size": 40, "evaluate__alone": False}
+    stage = {"head": head, "layers": [1, -1], "size": 40}
     apart = small.undisturbed(**job(files, **stage))
     assert cli("run", small.job("pooled", **job(files, ("everybody",), **stage)), "--out", tmp_path / "pooled")[0] == 0
     secure = job(files, **stage, privacy={"secure_aggregation": True})
@@ -329,7 +329,7 @@ def test_owners_who_hold_nothing_out_are_named(small: Small, files: Mapping[str,
 
 def test_without_products_nothing_is_said_of_them(small: Small, files: Mapping[str, Path]) -> None:
     for head, products in (("prototypes", False), ("ridge", True)):
-        run = small.undisturbed(**job(files, head=head, layers=[1, -1], size=40, evaluate__alone=False))
+        run = small.undisturbed(**job(files, head=head, layers=[1, -1], size=40))
         discloses = json.loads((run / "plan-0-head.json").read_text())["discloses"]
         assert ("FEATURE_PRODUCTS" in discloses) == products
 
@@ -369,14 +369,14 @@ def test_a_head_is_made_on_any_device(small: Small, files: Mapping[str, Path], t
 
 
 def test_a_client_that_dies_leaves_the_sums_of_the_others(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
-    changes = job(files, evaluate__alone=False)
+    changes = job(files)
     wanted = load(small.job("dies", **changes, rounds={"quorum": 2}))
     heard = Heard()
     run = RunFolder(tmp_path / "run", wanted, listener=heard)
     server.run_job(wanted, Meddling(server.local_engine(wanted, run.path / "clients"), SumMoments.KIND), run)
     run.close()
     assert "birch: its process died (status -9)" in heard.lines
-    two = small.job("two", **job(files, ("ash", "cedar"), evaluate__alone=False))
+    two = small.job("two", **job(files, ("ash", "cedar")))
     assert cli("run", two, "--out", tmp_path / "two")[0] == 0
     assert torch.equal(sums_of(tmp_path / "run")["weight"], sums_of(tmp_path / "two")["weight"])
     assert json.loads((tmp_path / "run" / "head.json").read_text())["clients"] == ["ash", "cedar"]
@@ -391,7 +391,7 @@ def test_a_client_that_dies_leaves_the_sums_of_the_others(small: Small, files: M
     ({"head": "discriminant", "layers": [0, 1]},
      'head: 60 records, but "discriminant" of 3 labels on 128 features needs 131; lower size, add records'),
     ({"head": "forest"}, "choose one of discriminant, prototypes, ridge"),
-    ({"privacy": {"secure_aggregation": True}, "evaluate__alone": False, "personal": 0.2}, "stages.0.personal"),
+    ({"privacy": {"secure_aggregation": True}, "personal": 0.2}, "stages.0.personal"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_one_line(
     small: Small, files: Mapping[str, Path], tmp_path: Path, stage: dict[str, Any], says: str

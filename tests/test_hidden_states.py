@@ -121,7 +121,8 @@ def test_a_client_runs_through_the_model_no_more_often_than_it_must(
 
 
 def test_what_a_client_has_alone_was_pruned_already(small: Small, deep: Path, tmp_path: Path, pruned: list[str]) -> None:
-    assert cli("run", small.job("alone", model__path=str(deep)), "--out", tmp_path / "run", "--quiet")[0] == 0
+    job = small.job("alone", model__path=str(deep), evaluate__alone=True)
+    assert cli("run", job, "--out", tmp_path / "run", "--quiet")[0] == 0
     assert len(pruned) == len(CLIENTS) * BLOCKS * MATRICES
 
 

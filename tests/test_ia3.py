@@ -97,7 +97,7 @@ def test_a_frozen_base_may_have_fewer_bits(small: Small, bits: int) -> None:
 
 
 def test_zeros_of_a_pruned_model_stay(small: Small) -> None:
-    changes = {**small.one_word(), "evaluate__alone": False}
+    changes = small.one_word()
     pruned = weights(small.undisturbed(stages=[PRUNE], **changes))
     run = small.undisturbed(stages=[PRUNE, {**IA3, "rounds": 3, "steps": 4}], **changes)
     after = weights(run)
@@ -209,8 +209,8 @@ def test_momentum_goes_on_and_a_rate_takes_part_of_the_way(form: str) -> None:
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, method: str, moment: Moment) -> None:
     """Also what a server optimizer remembers."""
     stages = [PRUNE, {**IA3, "method": method, "rounds": 3, "server_optimizer": "adam", "server_lr": 0.01, "eval_every": 1}]
-    whole = small.undisturbed(stages=stages, evaluate__alone=False)
-    job, out = small.job("resumed", stages=stages, evaluate__alone=False), tmp_path / "run"
+    whole = small.undisturbed(stages=stages)
+    job, out = small.job("resumed", stages=stages), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())

@@ -19,7 +19,7 @@ from small import Small
 
 
 def test_defaults_are_filled_in_and_the_written_job_is_the_same_job(small: Small, tmp_path: Path) -> None:
-    job = load(small.job(stages__0__layers={"sample": 0.5}, evaluate__alone=False))
+    job = load(small.job(stages__0__layers={"sample": 0.5}))
     assert job.seed == 0
     assert job.stages[0].aggregation == "fedspallm"
     assert job.stages[0].layers == LayerSampling(sample=0.5, cover=2)

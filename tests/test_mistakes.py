@@ -68,11 +68,8 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"stages__0": {"kind": "tune", "dp_clip": 0.5}}, ("dp_clip", "without epsilon; set epsilon as well")),
         ({"stages__0": {"kind": "head", "labels": ["a", "b"], "head": "rigde"}}, ("stages.0.head", "ridge")),
         ({"stages__0__rounds": 0}, ("stages.0.rounds", "greater than or equal to 1")),
-        (
-            {"stages__0__layers": {"sample": 0.5, "cover": 4}, "evaluate__alone": False},
-            ("stages.0.layers.cover", "there are 3"),
-        ),
-        ({"stages__0__layers": {"sample": 0.5}}, ("evaluate.alone", "set it to false")),
+        ({"stages__0__layers": {"sample": 0.5, "cover": 4}}, ("stages.0.layers.cover", "there are 3")),
+        ({"stages__0__layers": {"sample": 0.5}, "evaluate__alone": True}, ("evaluate.alone", "set it to false")),
         ({"clients": []}, ("clients", "at least 1")),
         ({"stages": []}, ("stages", "at least 1")),
         ({"clients__1__name": "ash"}, ("clients", "'ash' is given twice")),
@@ -381,7 +378,7 @@ FULL = {
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("moment", FULL.values(), ids=FULL.keys())
 def test_a_full_disk_is_named_and_the_run_resumes(small: Small, tmp_path: Path, moment: Moment) -> None:
-    changes = {} if "/alone/" in moment.path else {"evaluate__alone": False}
+    changes = {"evaluate__alone": "/alone/" in moment.path}
     out, job = tmp_path / "run", small.job(**changes)
     line = one_line(*process("run", job, "--out", out, "--quiet", moment=moment))
     assert "disk is full" in line or "No space left on device" in line
@@ -403,12 +400,12 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("moment", INTERRUPTED.values(), ids=INTERRUPTED.keys())
 def test_an_interrupted_run_says_so_and_resumes(small: Small, tmp_path: Path, moment: Moment) -> None:
-    out, job = tmp_path / "run", small.job(evaluate__alone=False)
+    out, job = tmp_path / "run", small.job()
     line = one_line(*process("run", job, "--out", out, "--quiet", moment=moment), status=130)
     assert line == "interrupted; a run continues with --resume"
     assert not (out / "model").exists()
     assert cli("run", job, "--out", out, "--resume")[0] == 0
-    assert result(out) == result(small.undisturbed(evaluate__alone=False))
+    assert result(out) == result(small.undisturbed())
 
 
 def test_ctrl_c_at_a_terminal_ends_the_run_and_its_workers(small: Small, tmp_path: Path, faulty: Tell) -> None:
@@ -431,7 +428,7 @@ def test_ctrl_c_at_a_terminal_ends_the_run_and_its_workers(small: Small, tmp_pat
 
 
 def test_a_client_that_raises_is_named(small: Small, tmp_path: Path, faulty: Tell) -> None:
-    odd = {"stages__0__pruner": "faulty", "clients__1__samples": SAMPLES + 1, "evaluate__alone": False}
+    odd = {"stages__0__pruner": "faulty", "clients__1__samples": SAMPLES + 1}
     out, job = tmp_path / "run", small.job(**odd)
     faulty("raise", (SAMPLES + 1) * LENGTH)
     line = complaint("run", job, "--out", out)
@@ -531,11 +528,11 @@ def test_damaged_bytes_are_refused(
 def check_refused_and_resumed(
     small: Small, out: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], what: str
 ) -> None:
-    job = small.job(evaluate__alone=False)
+    job = small.job()
     with tampered(monkeypatch, change):
         line = complaint("run", job, "--out", out)
     assert line.startswith(f"client 'birch': its response was refused: {what}")
     assert not (out / "model").exists()
     assert [file.name for file in (out / "work").rglob("*.safetensors")] == ["block-0000.safetensors"]
     assert cli("run", job, "--out", out, "--resume")[0] == 0
-    assert result(out) == result(small.undisturbed(evaluate__alone=False))
+    assert result(out) == result(small.undisturbed())

@@ -172,7 +172,7 @@ def test_a_run_tells_its_phases_and_every_client_that_it_requests_from(small: Sm
 
     heard, clients, measured = Heard(), Clients(), Measurements()
     measured.names = []
-    job = load(small.job())
+    job = load(small.job(evaluate__alone=True))
     run = RunFolder(tmp_path / "run", job, listener=Several([heard, clients, measured]))
     server.run_job(job, server.local_engine(job, run.path / "clients"), run)
     run.close()

@@ -81,7 +81,7 @@ def job(files: Mapping[str, Path], owners: tuple[str, ...] = CLIENTS, **changes:
     return {
         "clients": clients,
         "stages": [{key: value for key, value in {**PROMPT, **stage}.items() if value is not None}],
-         "evaluate__data": data, "evaluate__alone": False, **changes,
+         "evaluate__data": data, **changes,
     }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytes
     """Those of the tutorial and of every how-to, in this order, on a job that is over in a second."""
     pytest.importorskip("gguf")
     monkeypatch.chdir(tmp_path)
-    shutil.copyfile(small.job("guides", evaluate__windows=2, evaluate__alone=False), "job.toml")
+    shutil.copyfile(small.job("guides", evaluate__windows=2), "job.toml")
     posts = [{"text": f"post {i} about {i % 3}", "label": f"topic-{i % 3}"} for i in range(60)]
     Path("posts.jsonl").write_text("".join(json.dumps(post) + "\n" for post in posts))
     text = {"text": small.texts["ash"].read_text(encoding="utf-8")}

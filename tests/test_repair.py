@@ -224,7 +224,7 @@ def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
 
 
 def test_secure_aggregation_changes_no_bit(small: Small, tmp_path: Path) -> None:
-    job = small.job("secure", stages=STAGES, evaluate__alone=False, privacy={"secure_aggregation": True})
+    job = small.job("secure", stages=STAGES, privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     assert same(tmp_path / "run", small.undisturbed(stages=STAGES))
 
@@ -248,8 +248,8 @@ def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path
     if depth:
         small = Small(tmp_path, make_model(tmp_path / "deep", num_hidden_layers=5))
         stages = [{**CUT, "depth": depth}]
-    run = small.undisturbed(stages=stages)
-    only = {"clients": [{"name": "birch", "data": str(small.texts["birch"])}], "evaluate__alone": False}
+    run = small.undisturbed(stages=stages, evaluate__alone=True)
+    only = {"clients": [{"name": "birch", "data": str(small.texts["birch"])}]}
     assert cli("run", small.job("birch", stages=stages, **only), "--out", tmp_path / "run")[0] == 0
     for text in ("held-0", "held-1"):
         alone = measurements(run)[0, None, "birch", f"perplexity/{text}"]
@@ -260,7 +260,7 @@ def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path
 def test_a_client_that_dies_between_scores_and_repair(small: Small, tmp_path: Path, quorum: int | None) -> None:
     heard = Heard()
     rounds = {"quorum": quorum} if quorum else {}
-    wanted = load(small.job("dying", stages=STAGES, evaluate__alone=False, rounds=rounds))
+    wanted = load(small.job("dying", stages=STAGES, rounds=rounds))
     run = RunFolder(tmp_path / "run", wanted, listener=heard)
     engine = Meddling(server.local_engine(wanted, tmp_path / "run" / "clients"), SumInputs.KIND)
     try:
@@ -312,7 +312,7 @@ def test_plan_page_and_card_speak_of_the_repair(small: Small) -> None:
 
 
 def test_too_few_windows_are_refused_with_the_number_that_it_takes(small: Small, tmp_path: Path) -> None:
-    job = small.job("few", stages=[{**CUT, "samples": 1}], evaluate__alone=False)
+    job = small.job("few", stages=[{**CUT, "samples": 1}])
     line = complaint("run", job, "--out", tmp_path / "run")
     assert "stages.0.repair: all clients together have 3 windows of 16 tokens" in line
     assert "a linear of 96 inputs takes 6 or more" in line

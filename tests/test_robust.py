@@ -92,7 +92,7 @@ def test_one_poisoned_client_of_eight_moves_no_trimmed_weight_past_the_honest() 
     [
         ({"stages__0__aggregation": "fedavg"}, 'trim belongs to aggregation = "fedspallm"'),
         ({"stages__0__trim": 2}, "set it to 1 at most"),
-        ({"privacy__secure_aggregation": True, "evaluate__alone": False}, "the server does not see single values"),
+        ({"privacy__secure_aggregation": True}, "the server does not see single values"),
     ],
 )
 def test_trimming_that_cannot_be_is_refused(small: Small, changes: dict[str, Any], says: str) -> None:

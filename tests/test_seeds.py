@@ -382,7 +382,7 @@ def test_a_round_sends_four_bytes_a_direction(small: Small, tmp_path: Path, monk
 
 
 def test_zeros_of_a_pruned_model_stay(small: Small) -> None:
-    changes = {**small.one_word(), "evaluate__alone": False}
+    changes = small.one_word()
     pruned = weights(small.undisturbed(stages=[PRUNE], **changes))
     run = small.undisturbed(stages=[PRUNE, {**SEEDS, "rounds": 1, "learning_rate": 8e-3}], **changes)
     after = weights(run)
@@ -399,8 +399,8 @@ def test_zeros_of_a_pruned_model_stay(small: Small) -> None:
 ])  # fmt: skip
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
     stages = [PRUNE, {**SEEDS, "steps": 1, "learning_rate": "auto", "replan_every": 1, "eval_every": 1}]
-    whole = small.undisturbed(stages=stages, evaluate__alone=False)
-    job, out = small.job("resumed", stages=stages, evaluate__alone=False), tmp_path / "run"
+    whole = small.undisturbed(stages=stages)
+    job, out = small.job("resumed", stages=stages), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     assert result(out) == result(whole) | {"job.toml": result(out)["job.toml"]}
@@ -410,7 +410,7 @@ def test_no_order_of_clients_and_no_way_through_memory_matters(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = [PRUNE, {**SEEDS, "steps": 1, "learning_rate": "auto", "replan_every": 1, "eval_every": 1}]
-    whole = small.undisturbed(stages=stages, evaluate__alone=False)
+    whole = small.undisturbed(stages=stages)
     monkeypatch.setattr(two_sided, "IN_MEMORY", 0)
     clients = [{"name": name, "data": str(small.texts[name])} for name in reversed(CLIENTS)]
     other = run(small, tmp_path / "other", stages=stages, clients=clients)

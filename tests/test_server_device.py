@@ -22,7 +22,7 @@ def test_every_stage_and_measurement_gets_the_device(
 ) -> None:
     """``cpu:0`` is the CPU under another name, which nobody asks for by accident."""
     prune = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 2, "length": LENGTH, "aggregation": aggregation}
-    changes: dict[str, Any] = {"stages": [prune, {**TUNE, "eval_every": 1}], "evaluate__alone": False}
+    changes: dict[str, Any] = {"stages": [prune, {**TUNE, "eval_every": 1}]}
     job = load(small.job(f"device-{aggregation}", **changes))
     loaded: list[str] = []
     original = Decoder.loaded

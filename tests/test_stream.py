@@ -18,7 +18,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.export import export, folder_bytes
 from fedgrove.exports import packed as packing
 from fedgrove.exports.packed import FILES, LAYOUT
-from fedgrove.models import stream
+from fedgrove.models import plain
 from fedgrove.models.files import INDEX, find_model
 from fedgrove.models.masks import Target
 from fedgrove.models.stream import Checkpoint
@@ -221,7 +221,7 @@ def test_nothing_is_written_over_and_nothing_half_written_stays(
         raise OSError(28, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "write_safetensors", full)
+        patch.setattr(plain, "write_safetensors", full)
         with pytest.raises(OSError, match="No space left"):
             Checkpoint(grove).write(out)
     assert not out.exists()

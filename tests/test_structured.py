@@ -55,10 +55,11 @@ def same(one: Path, other: Path) -> bool:
 
 def goes_on_to_the_same_bits(small: Small, folder: Path, moment: Moment, stages: list[dict[str, Any]]) -> None:
     """Kills a run, and resumes it: model, measurements and record are those of a run that nothing disturbed."""
-    job, run = small.job("killed", stages=stages), folder / "run"
+    changes = {"stages": stages, "evaluate__alone": "/alone/" in moment.path}
+    job, run = small.job("killed", **changes), folder / "run"
     killed("run", job, "--out", run, "--quiet", moment=moment)
     assert cli("run", job, "--out", run, "--resume")[0] == 0
-    undisturbed = small.undisturbed(stages=stages)
+    undisturbed = small.undisturbed(**changes)
     assert same(run, undisturbed)
     assert measurements(run) == measurements(undisturbed)
     assert told_by(run) == told_by(undisturbed)
@@ -304,7 +305,7 @@ def test_owners_get_the_model_that_one_owner_of_all_their_text_would_get(
 
 
 def test_secure_aggregation_changes_no_bit_and_shows_no_client(small: Small, tmp_path: Path) -> None:
-    job = small.job("secure", stages=STAGES, evaluate__alone=False, privacy={"secure_aggregation": True})
+    job = small.job("secure", stages=STAGES, privacy={"secure_aggregation": True})
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     assert same(tmp_path / "run", small.undisturbed(stages=STAGES))
 
@@ -364,7 +365,7 @@ def test_an_answer_that_is_none_is_refused(small: Small, tmp_path: Path, does: s
 
 
 def test_without_a_client_the_model_is_that_of_the_others(small: Small, tmp_path: Path) -> None:
-    said = run_meddled(small, tmp_path / "run", "vanish", rounds__quorum=2, evaluate__alone=False)
+    said = run_meddled(small, tmp_path / "run", "vanish", rounds__quorum=2)
     assert "birch: its process died (status -9)" in said
     others = [{"name": name, "data": str(small.texts[name])} for name in CLIENTS if name != "birch"]
     assert cli("run", small.job("others", stages=STAGES, clients=others, evaluate={}), "--out", tmp_path / "others")[0] == 0
@@ -373,8 +374,8 @@ def test_without_a_client_the_model_is_that_of_the_others(small: Small, tmp_path
 
 
 def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path: Path) -> None:
-    run = small.undisturbed(stages=STAGES)
-    only = {"clients": [{"name": "birch", "data": str(small.texts["birch"])}], "evaluate__alone": False}
+    run = small.undisturbed(stages=STAGES, evaluate__alone=True)
+    only = {"clients": [{"name": "birch", "data": str(small.texts["birch"])}]}
     assert cli("run", small.job("birch", stages=STAGES, **only), "--out", tmp_path / "run")[0] == 0
     for text in ("held-0", "held-1"):
         alone = measurements(run)[0, None, "birch", f"perplexity/{text}"]
@@ -383,7 +384,7 @@ def test_alone_is_what_a_client_would_have_made_by_itself(small: Small, tmp_path
 
 @pytest.mark.parametrize("method", ["full", "fedpipe"])
 def test_tuning_recovers_the_narrow_model(small: Small, method: str) -> None:
-    words = {**small.one_word(), "evaluate__alone": False}
+    words = small.one_word()
     run = small.undisturbed(stages=[CUT, {**TUNE, "method": method}], **words)
     narrow = small.undisturbed(stages=STAGES, **words)
     assert mean_perplexity(run, 1) < 0.5 * mean_perplexity(run, 0)
@@ -395,7 +396,7 @@ def test_tuning_recovers_the_narrow_model(small: Small, method: str) -> None:
 
 def test_clients_tune_the_narrow_model_with_its_biases(small: Small, tmp_path: Path, grove: Path) -> None:
     folder = save("qwen2", tmp_path / "model", grove, torch.float32)
-    spec = {**small.one_word(), "model": {"path": str(folder)}, "evaluate__alone": False}
+    spec = {**small.one_word(), "model": {"path": str(folder)}}
     job = small.job("biases", stages=[{**CUT, "heads": 0.5}, TUNE], **spec)
     assert cli("run", job, "--out", tmp_path / "run")[0] == 0
     assert mean_perplexity(tmp_path / "run", 1) < 0.5 * mean_perplexity(tmp_path / "run", 0)
@@ -405,7 +406,7 @@ def test_clients_tune_the_narrow_model_with_its_biases(small: Small, tmp_path: P
 
 
 def test_page_card_and_table_speak_of_a_smaller_model(small: Small) -> None:
-    run = small.undisturbed(stages=STAGES)
+    run = small.undisturbed(stages=STAGES, evaluate__alone=True)
     page = (run / "report.html").read_text()
     assert "Fewer or narrower blocks" in page
     assert "24 of 96 channels and 2 of 4 heads out of every block" in page
@@ -451,7 +452,7 @@ def test_the_plan_says_what_goes_and_what_it_takes(small: Small) -> None:
 def test_what_cannot_be_is_said_in_one_line(
     small: Small, tmp_path: Path, changes: dict[str, Any], said: tuple[str, ...]
 ) -> None:
-    line = complaint("run", small.job("refused", **{"evaluate__alone": False, **changes}), "--out", tmp_path / "run")
+    line = complaint("run", small.job("refused", **changes), "--out", tmp_path / "run")
     for part in said:
         assert part in line
 

@@ -29,10 +29,10 @@ from fedgrove.stages.tune import cost as budget
 from fedgrove.stages.tune import frozen, training
 from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.config import Config as TuneStage
-from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, SearchSpace
+from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.factors import Factors, fill
 from fedgrove.stages.tune.importance import BETA, Smoothed, measure, normalized, triplet_scores
-from fedgrove.stages.tune.knapsack import Solution, search
+from fedgrove.stages.tune.knapsack import Infeasible, Solution, search
 from fedgrove.stages.tune.objective import Gradients
 from fedgrove.stages.tune.parametrizations import Attachment, lora
 from fedgrove.stages.tune.plan import even, make_plan
@@ -217,30 +217,39 @@ def status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").open() if line.startswith(key))
 
 
-def tune(model: Path, bits: int, micro: int, length: int) -> None:
+def tune(model: Path, bits: int, micro: int, length: int, masked: bool) -> None:
     decoder = Decoder(Checkpoint(model))
     shapes = {name: decoder.read_shape(name) for name in decoder.linear_names()}
     loaded = frozen.load(decoder, bits)
     starts = {name: Start(fill(Factors.none(*s), 8, name, "0"), Factors.none(*s)) for name, s in shapes.items()}
-    lora.attach(loaded, starts, Attachment(dict.fromkeys(starts, 2.0), {}))
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()} if masked else {}
+    lora.attach(loaded, starts, Attachment(dict.fromkeys(starts, 2.0), masks))
     ids = torch.randint(0, 900, (micro, length))
     settings = Settings(2, micro, micro, 1e-3, max_grad_norm=1.0)
     sgd.train_on(loaded, training.draw(ids, ids, micro, 0, "0"), settings)
 
 
-def write_peak(folder: Path, name: str, bits: int, micro: int, file: Path) -> None:
+def write_peak(folder: Path, name: str, bits: int, micro: int, masked: bool, file: Path) -> None:
     """By how much training one model makes this process grow: to be called in a process of its own."""
     for setting in (MMAP_THRESHOLD, TRIM_THRESHOLD):  # what is freed is given back
         ctypes.CDLL(None).mallopt(setting, 65536)
-    tune(folder / "tiny", bits, 1, 16)  # what the program itself takes is not what is asked
+    tune(folder / "tiny", bits, 1, 16, masked)  # what the program itself takes is not what is asked
     heap.release_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    tune(folder / name, bits, micro, 128)
+    tune(folder / name, bits, micro, 128, masked)
     file.write_text(str(status("VmHWM") - before))
 
 
-CASES = [("deep", 32, 4), ("wide", 16, 2), ("many words", 32, 2), ("wide", 8, 4), ("deep", 4, 4)]
+CASES = [
+    ("deep", 32, 4, False),
+    ("wide", 16, 1, True),
+    ("wide", 16, 2, False),
+    ("many words", 32, 2, False),
+    ("wide", 8, 1, False),
+    ("wide", 8, 4, False),
+    ("deep", 4, 4, False),
+]
 
 MODELS = {
     "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
@@ -261,14 +270,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize(("name", "bits", "micro"), CASES)
-def test_the_peak_of_memory_is_predicted_within_a_fifth(models: Path, tmp_path: Path, name: str, bits: int, micro: int) -> None:
+@pytest.mark.parametrize(("name", "bits", "micro", "masked"), CASES)
+def test_the_peak_of_memory_is_predicted_within_a_fifth(
+    models: Path, tmp_path: Path, name: str, bits: int, micro: int, masked: bool
+) -> None:
     if bits < 16:
         pytest.importorskip("bitsandbytes")
-    sizes = measure_cost(Decoder(Checkpoint(models / name)), 128, masked=False)
+    sizes = measure_cost(Decoder(Checkpoint(models / name)), 128, masked)
     choice = ClientConfig(bits, micro, micro, dict.fromkeys(sizes.linears, 8))
     predicted = budget.memory(sizes, SearchSpace((bits,), (micro,), (8,), 1), choice)
-    assert forks.run(partial(write_peak, models, name, bits, micro, tmp_path / "peak")) == 0
+    assert forks.run(partial(write_peak, models, name, bits, micro, masked, tmp_path / "peak")) == 0
     assert predicted == pytest.approx(int((tmp_path / "peak").read_text()), rel=0.2)
 
 

@@ -57,7 +57,7 @@ class Recorder(LocalEngine):
 
 
 def run(small: Small, out: Path, engine: type[LocalEngine] = LocalEngine, **changes: Any) -> Path:
-    job = load(small.job(out.name, **{"evaluate__alone": False, **changes}))
+    job = load(small.job(out.name, **changes))
     begun = RunFolder(out, job)
     server.run_job(job, engine(clients_of(job, out / "clients")), begun)
     begun.close()
@@ -115,7 +115,7 @@ def test_whole_numbers_are_as_good_as_floats(small: Small) -> None:
 
 
 def test_a_pruned_model_is_tuned_unseen_and_keeps_its_zeros(small: Small) -> None:
-    done = small.undisturbed(stages=[PRUNE, WHOLE], evaluate__alone=False, privacy=SECURE)
+    done = small.undisturbed(stages=[PRUNE, WHOLE], privacy=SECURE)
     for row in json.loads((done / "pruning.json").read_text())["tensors"]:
         assert int((weights(done)[row["name"]] == 0).sum()) == row["pruned"]
 
@@ -158,7 +158,7 @@ def test_a_client_of_lower_rank_computes_with_the_rows_of_the_shared_factor(
     ],
 )
 def test_what_cannot_be_promised_is_refused(small: Small, changes: dict[str, Any], says: str) -> None:
-    assert says in complaint("plan", small.job("refused", **{"evaluate__alone": False, **changes}))
+    assert says in complaint("plan", small.job("refused", **changes))
 
 
 def test_without_the_accountant_there_is_one_line(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_what_is_promised_is_said_and_no_loss_leaves(
     status, told, _ = cli("plan", small.job("said", **spec))
     assert status == 0
     assert says in " ".join(told.split())
-    out = run(small, tmp_path / "said", Engine, **{**spec, "evaluate__alone": False})
+    out = run(small, tmp_path / "said", Engine, **spec)
     (note,) = json.loads((out / "plan-0-tune.json").read_text())["notes"]
     assert says in note
     page = html.unescape((out / "report.html").read_text())

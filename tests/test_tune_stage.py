@@ -139,8 +139,8 @@ def test_a_frozen_base_may_have_fewer_bits_and_the_result_has_its_own_precision(
 def test_after_pruning_the_zeros_stay_and_perplexity_falls(small: Small, change: dict[str, Any]) -> None:
     if change.get("bits") == [4]:
         pytest.importorskip("bitsandbytes")
-    pruned = weights(small.undisturbed(stages=[PRUNE], **small.one_word(), evaluate__alone=False))
-    run = small.undisturbed(stages=[PRUNE, {**TUNE, **change}], **small.one_word(), evaluate__alone=False)
+    pruned = weights(small.undisturbed(stages=[PRUNE], **small.one_word()))
+    run = small.undisturbed(stages=[PRUNE, {**TUNE, **change}], **small.one_word())
     after = weights(run)
     for row in json.loads((run / "pruning.json").read_text())["tensors"]:
         assert torch.equal(pruned[row["name"]] == 0, after[row["name"]] == 0)
@@ -264,8 +264,8 @@ def test_two_stages_tune_on_windows_of_different_lengths(small: Small, tmp_path:
 ])  # fmt: skip
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
     stages = [PRUNE, {**TUNE, "method": "fedpipe", "replan_every": 1, "eval_every": 1, "ranks": [2, 4]}]
-    whole = small.undisturbed(stages=stages, evaluate__alone=False)
-    job, out = small.job("resumed", stages=stages, evaluate__alone=False), tmp_path / "run"
+    whole = small.undisturbed(stages=stages)
+    job, out = small.job("resumed", stages=stages), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
     if moment.path == "*/ledger.jsonl":
         last = lines(out / "ledger.jsonl")[-1]
@@ -407,7 +407,7 @@ PERSONAL = {**TUNE, "steps": 6, "personal": 0.3, "server_lr": 1e-3}  # the share
 def test_a_client_keeps_its_own_adapter_where_that_is_better_on_its_own_text(small: Small, first: dict[str, Any]) -> None:
     """Every client learns its text, and the server takes next to nothing of that: so its own adapter is better by far."""
     stages = [PRUNE, PERSONAL] if first is PRUNE else [PERSONAL]
-    run = small.undisturbed(stages=stages, **small.one_word(), evaluate__alone=False)
+    run = small.undisturbed(stages=stages, **small.one_word())
     number = 1 if first is PRUNE else 0
     losses = measurements(run)
     for client in CLIENTS:
@@ -525,7 +525,7 @@ def test_an_own_adapter_is_pulled_towards_the_shared_one(small: Small) -> None:
         plan = json.loads((run / "plan-0-tune.json").read_text())
     assert losses[1e-9] < 0.5
     assert 0.8 < losses[1e6] < 1.25
-    own = small.undisturbed(stages=[PERSONAL], **small.one_word(), evaluate__alone=False)
+    own = small.undisturbed(stages=[PERSONAL], **small.one_word())
     plain = json.loads((own / "plan-0-tune.json").read_text())
     assert plan["clients"]["ash"]["compute"] == pytest.approx(2 * plain["clients"]["ash"]["compute"], rel=0.01)
 
@@ -657,7 +657,7 @@ def test_the_proximal_term_pulls_back_to_where_the_round_began(small: Small) -> 
 
 
 def test_the_ledger_holds_every_message_and_the_clock_runs(small: Small) -> None:
-    run = small.undisturbed(stages=[PRUNE, TUNE], **small.one_word(), evaluate__alone=False)
+    run = small.undisturbed(stages=[PRUNE, TUNE], **small.one_word())
     kinds = [(line["kind"], line["direction"]) for line in lines(run / "ledger.jsonl") if line["stage"] == 1]
     assert kinds.count(("tune/train", "up")) == kinds.count(("tune/train", "down")) == 2 * len(CLIENTS)
     assert kinds.count(("tune/base", "down")) == 2 * len(CLIENTS), "the pruned blocks travel once"
@@ -730,7 +730,7 @@ def test_the_report_draws_what_matters_and_tells_what_each_client_was_given(smal
 
 
 def test_the_report_lists_who_gained_by_an_adapter_of_its_own(small: Small, tmp_path: Path) -> None:
-    run = small.undisturbed(stages=[PERSONAL], **small.one_word(), evaluate__alone=False)
+    run = small.undisturbed(stages=[PERSONAL], **small.one_word())
     rows = lines(run / "metrics.jsonl")
     for row in rows:
         if (row["client"], row["name"]) == ("cedar", "personal/keeps"):

@@ -26,7 +26,7 @@ from fedgrove.job.endpoint import Endpoint
 from fedgrove.job.tables import KINDS, Job
 from fedgrove.machine import Check, free_disk, free_memory, size_of
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.preconditions import check_finite, check_parameters, check_vocabulary, find_equal
+from fedgrove.models.preconditions import check_parameters, check_vocabulary, find_equal
 from fedgrove.models.shared import as_table
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.federation import Federation
@@ -141,11 +141,11 @@ def model(path: Path, dtype: torch.dtype | None = None, shares: Mapping[str, str
         checkpoint = Checkpoint(path, dtype, shares=shares)
         decoder = Decoder(checkpoint)
         notes = check_parameters(decoder)
-        check_finite(checkpoint)
+        equal = find_equal(checkpoint)
         numel = sum(checkpoint.spec(name)[0].numel() for name in checkpoint.names())
         kind = type(decoder.model).__name__
         about = f"{kind}, {numel / 1e6:,.0f} million weights in {len(decoder)} blocks, {size_of(checkpoint.num_bytes())}"
-        checks = [Check("model readable", True, "; ".join([about, *notes])), *_equal_tensors(checkpoint, len(decoder))]
+        checks = [Check("model readable", True, "; ".join([about, *notes])), *_equal_tensors(equal, len(decoder))]
     except FedgroveError as error:
         return [_refused("model readable", error)]
     try:
@@ -160,9 +160,8 @@ def model(path: Path, dtype: torch.dtype | None = None, shares: Mapping[str, str
     return [*checks, Check("tokenizer", tokens > 0, details, "" if tokens else "copy the tokenizer's files again")]
 
 
-def _equal_tensors(checkpoint: Checkpoint, num_blocks: int) -> list[Check]:
-    """Offers to declare as shared what is equal in several blocks."""
-    equal = find_equal(checkpoint)
+def _equal_tensors(equal: Mapping[str, str], num_blocks: int) -> list[Check]:
+    """Offers to declare as shared what is equal in several blocks; see :func:`~fedgrove.models.preconditions.find_equal`."""
     if not equal:
         return []
     kinds = len(set(equal.values()))

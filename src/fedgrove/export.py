@@ -20,11 +20,12 @@ from fedgrove.errors import FedgroveError
 from fedgrove.events import Listener, Phase
 from fedgrove.exports import NOT_KEPT, Source
 from fedgrove.exports.packed import is_packed
-from fedgrove.files import atomic_folder, read_lines, write_atomically
+from fedgrove.files import atomic_folder, write_atomically
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity, perplexity_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.model_card import card_of_form
+from fedgrove.report.reader import read_perplexities
 from fedgrove.runfolder import unfinished
 
 NEAR = 0.01  # largest relative difference between the perplexities of an exact format and of the model (other rounding)
@@ -150,11 +151,7 @@ def held_out(source: Source) -> Texts:
     texts = [text for text in wanted.get("data", []) if text.get("measure", "perplexity") == "perplexity"]
     files = [(text["name"], Path(text["path"]), text.get("text")) for text in texts]
     last = len(job["stages"]) - 1
-    known = {
-        line["name"].removeprefix("perplexity/"): line["value"]
-        for line in read_lines(source.run / "metrics.jsonl")
-        if line["stage"] == last and line["round"] is None and line["client"] is None and line["name"].startswith("perplexity/")
-    }
+    known = read_perplexities(source.run).get((last, None), {})
     there = tuple(text for text in files if is_hub(text[1]) or text[1].exists())
     return Texts(there, wanted.get("length", 512), wanted.get("windows"), tuple(known.items()))
 

@@ -65,13 +65,14 @@ class Completions:
     Args:
         endpoint: where it is.
         client: the client's name, for errors.
+        start: what to do where the endpoint is down; in a run also how to go on with that.
 
     Raises:
         EndpointError: the environment variable of its key is not set.
     """
 
-    def __init__(self, endpoint: Endpoint, client: str):
-        self._endpoint, self._client = endpoint, client
+    def __init__(self, endpoint: Endpoint, client: str, start: str = "start it"):
+        self._endpoint, self._client, self._start = endpoint, client, start
         self._parts = urlsplit(endpoint.url)
         self._context = ssl.create_default_context() if self._parts.scheme == "https" else None
         self._headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
@@ -219,7 +220,7 @@ class Completions:
             raise self.error(
                 "down",
                 f"cannot be reached or breaks off ({why})",
-                "start it, or correct endpoint.url; then continue with --resume",
+                f"{self._start}, or correct endpoint.url",
             ) from error
 
     def _connection(self) -> http.client.HTTPConnection:

@@ -133,20 +133,19 @@ class Decoder:
         """:meth:`linear_shapes` of the whole model, of which a decoder may have only some experts."""
         return self.linear_shapes()
 
-    def load_all(self, change: Callable[[nn.Module], None] = lambda module: None) -> nn.Module:
+    def load_all(self, change: Callable[[nn.Module], None] = lambda block: None, dtype: torch.dtype | None = None) -> nn.Module:
         """The full model with all its weights, which are frozen. Linears that share a weight become one module.
 
         Args:
-            change: called with each block when it is loaded, for example to quantize it before the next one is loaded, and
-                finally with the model.
+            change: called with each block when it is loaded, for example to quantize it before the next one is loaded.
+            dtype: of the parameters; None: the decoder's. Buffers keep the decoder's.
         """
-        self._fill_ends(head=True)
+        self._fill_ends(head=True, dtype=dtype)
         for index, block in enumerate(self.blocks):
-            self._fill(block, f"{self.prefix}.{index}.")
+            self._fill(block, f"{self.prefix}.{index}.", dtype=dtype)
             change(block)
             for name in self.block_names(index) if self.shared_linears else ():
                 block.set_submodule(name, self.model.get_submodule(self.linear_name(index, name)))
-        change(self.model)
         return self.model
 
     @contextmanager
@@ -311,7 +310,7 @@ class Decoder:
             for block in self.blocks:
                 del block.forward
 
-    def _fill_ends(self, head: bool) -> None:
+    def _fill_ends(self, head: bool, dtype: torch.dtype | None = None) -> None:
         """Loads the modules outside the blocks that are not loaded yet; the head only if ``head``."""
         output = cast(Any, self.model).get_output_embeddings()
         for name in self._ends:
@@ -321,7 +320,7 @@ class Decoder:
             if (head or module is not output) and unloaded:
                 prefix = f"{name}." if name else ""
                 self._unloaded_ends |= {prefix + leaf: value for leaf, value in parameters.items()}
-                self._fill(module, prefix, recurse=False)
+                self._fill(module, prefix, recurse=False, dtype=dtype)
         self._tie()
 
     def _tie(self) -> None:
@@ -335,12 +334,14 @@ class Decoder:
                         self._unloaded_ends.setdefault(name, value)
                     self._put(self.model, name, loaded[0])
 
-    def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
+    def _fill(self, module: nn.Module, prefix: str, recurse: bool = True, dtype: torch.dtype | None = None) -> None:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             stored = self.stored_name(self.source(prefix + name))
             if stored not in self.checkpoint:
                 raise FedgroveError(f"model: {self.checkpoint.path} lacks the tensor {stored}; the copy is incomplete")
-            self._put(module, name, nn.Parameter(self._read(stored, parameter.shape), requires_grad=False))
+            value = self._read(stored, parameter.shape)
+            value = value.to(dtype if value.is_floating_point() else None)
+            self._put(module, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             stored = self.stored_name(prefix + name)
             # Old checkpoints also hold causal masks, which models no longer save, in dtypes that no longer fit.

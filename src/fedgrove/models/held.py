@@ -6,7 +6,6 @@ that they have in the whole model, so names of linears mean the same in both; on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.depth import parts_of
 from fedgrove.models.expert_cut import KeptExperts, Source, fewer_experts_config, has_row_per_expert, kept_tensors, routing_of
 from fedgrove.models.experts import expert_place, experts_in
-from fedgrove.models.files import CONFIG, INDEX, index_of, small_contents
+from fedgrove.models.plain import write_plain
 from fedgrove.models.stream import Checkpoint
-from fedgrove.models.tensor_files import write_safetensors
 
 
 class HeldDecoder(Decoder):
@@ -94,24 +92,11 @@ def write_reduced(checkpoint: Checkpoint, kept: KeptExperts, out: Path, texts: M
     """
     blocks = checkpoint.config.num_hidden_layers
     smaller = fewer_experts_config(checkpoint.plain_config(), checkpoint.config, len(next(iter(kept.values()))))
+    shards = {shard: kept_tensors(names, kept, blocks) for shard, names in checkpoint.shards.items()}
+    specs = {shard: {name: _spec(checkpoint, one) for name, one in sources.items()} for shard, sources in shards.items()}
+    every = {name: source for sources in shards.values() for name, source in sources.items()}
     with atomic_folder(out, replace=True) as partial:
-        for name, content in small_contents(checkpoint.path).items():
-            (partial / name).write_bytes(content)
-        for name, text in (texts or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        (partial / CONFIG).write_text(json.dumps(smaller, indent=2) + "\n", encoding="utf-8")
-        shards, num_bytes = {}, 0
-        for shard, names in checkpoint.shards.items():
-            sources = kept_tensors(names, kept, blocks)
-            if not sources:
-                continue
-            specs = {name: _spec(checkpoint, source) for name, source in sources.items()}
-            num_bytes += sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
-            write_safetensors(partial / shard, specs, (_read(checkpoint, source) for source in sources.values()))
-            shards[shard] = list(sources)
-        index = index_of(shards, num_bytes)
-        if index is not None:
-            (partial / INDEX).write_text(index, encoding="utf-8")
+        write_plain(partial, checkpoint.path, specs, lambda name: _read(checkpoint, every[name]), smaller, texts or {})
 
 
 def _spec(checkpoint: Checkpoint, source: Source) -> tuple[torch.Size, torch.dtype]:

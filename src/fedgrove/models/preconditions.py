@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.errors import FedgroveError
@@ -153,36 +154,43 @@ def check_finite(checkpoint: Checkpoint) -> None:
     Raises:
         FedgroveError: names the tensor and its file.
     """
-    for name in checkpoint.names():
-        tensor = checkpoint.read(name)
-        if not tensor.is_floating_point() or torch.isfinite(tensor).all():
-            continue
-        file = checkpoint.file_of(name)
-        if torch.isfinite(checkpoint.as_stored().read(name)).all():
-            dtype = str(checkpoint.dtype).removeprefix("torch.")
-            raise FedgroveError(f"model.dtype: {name} in {file} is too large for {dtype}", 'set it to "auto"')
-        raise FedgroveError(f"model: {file}: {name} holds NaN or infinity", "copy the model again")
+    for _ in _finite(checkpoint, checkpoint.names()):
+        pass
 
 
 def find_equal(checkpoint: Checkpoint) -> dict[str, str]:
     """Matrices of blocks that are equal, bit for bit, and are not declared as shared: name -> the first of the same bits.
 
-    Reads every matrix once. A matrix whose entries are all equal, such as one of zeros, counts as equal to none.
+    A matrix whose entries are all equal, such as one of zeros, counts as equal to none. Reads all weights once, as
+    :func:`check_finite` does.
+
+    Raises:
+        FedgroveError: as :func:`check_finite`.
     """
     first: dict[tuple[str, ...], str] = {}
     equal = {}
-    for name in sorted(checkpoint.names(), key=place_of):
-        shape, dtype = checkpoint.spec(name)
-        if parts_of(name) is None or len(shape) < 2 or checkpoint.shared_name(name) != name:
+    for name, tensor in _finite(checkpoint, sorted(checkpoint.names(), key=place_of)):
+        if parts_of(name) is None or tensor.dim() < 2 or checkpoint.shared_name(name) != name:
             continue
-        tensor = checkpoint.read(name)
         if bool((tensor == tensor.flatten()[0]).all()):
             continue
-        key = (hashlib.sha256(raw_bytes(tensor)).hexdigest(), str(shape), str(dtype))
+        key = (hashlib.sha256(raw_bytes(tensor)).hexdigest(), str(tensor.shape), str(tensor.dtype))
         if key in first:
             equal[name] = first[key]
         first.setdefault(key, name)
     return equal
+
+
+def _finite(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            file = checkpoint.file_of(name)
+            if torch.isfinite(checkpoint.as_stored().read(name)).all():
+                dtype = str(checkpoint.dtype).removeprefix("torch.")
+                raise FedgroveError(f"model.dtype: {name} in {file} is too large for {dtype}", 'set it to "auto"')
+            raise FedgroveError(f"model: {file}: {name} holds NaN or infinity", "copy the model again")
+        yield name, tensor
 
 
 def check_for_others(checkpoint: Checkpoint) -> None:

@@ -23,11 +23,12 @@ from fedgrove.files import atomic_folder
 from fedgrove.models.depth import num_blocks, place_of, renumbered, shorter_config
 from fedgrove.models.expert_cut import KeptExperts, fewer_experts_config, kept_tensors
 from fedgrove.models.experts import slices
-from fedgrove.models.files import CONFIG, INDEX, index_of, read_json, small_contents, weight_files, without_code
+from fedgrove.models.files import CONFIG, read_json, weight_files, without_code
+from fedgrove.models.plain import write_plain
 from fedgrove.models.pretrained import read_config, read_tokenizer
 from fedgrove.models.quantized import refuse_quantized
 from fedgrove.models.shared import SHARES, read_shares, resolve_shares, shares_of_kept
-from fedgrove.models.tensor_files import TORCH_DTYPES, header, write_safetensors
+from fedgrove.models.tensor_files import TORCH_DTYPES, header
 from fedgrove.models.width import Width, narrower_config
 
 ROWS = 4096  # of two tensors that are compared at once
@@ -343,27 +344,11 @@ class Checkpoint:
             copies: of shared tensors: "stored", those that the files have; "once"; or "each", one for every parameter, which
                 is what other programs load.
         """
-        for small, content in small_contents(self.path).items():
-            if small != SHARES:
-                (folder / small).write_bytes(content)
-        if self.shares:
-            (folder / SHARES).write_text(json.dumps(self.shares, indent=2) + "\n", encoding="utf-8")
-        for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        shards = {shard: self._copied(names, copies) for shard, names in self.shards.items()}
-        num_bytes = 0
-        for shard, names in shards.items():
-            if not names:  # all blocks in it are gone
-                continue
-            specs = {name: self.spec(name) for name in names}
-            num_bytes += sum(shape.numel() * dtype.itemsize for shape, dtype in specs.values())
-            write_safetensors(folder / shard, specs, (self.read(name) for name in names))
-        index = index_of(shards, num_bytes)
-        if index is not None:
-            (folder / INDEX).write_text(index, encoding="utf-8")
-        config = self.plain_config()
-        if config != without_code(self._raw_config()):
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        shards = {
+            shard: {name: self.spec(name) for name in self._copied(names, copies)} for shard, names in self.shards.items()
+        }
+        shares = {SHARES: json.dumps(self.shares, indent=2) + "\n"} if self.shares else {}
+        write_plain(folder, self.path, shards, self.read, self.plain_config(), {**shares, **(texts or {})})
 
     def plain_config(self) -> dict[str, Any]:
         """The config.json of the model as :meth:`write` writes it."""

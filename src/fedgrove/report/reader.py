@@ -8,7 +8,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
@@ -19,11 +19,19 @@ from fedgrove.report.stage_reports import report_of
 from fedgrove.report.summary import CENTRALIZED, PERPLEXITY, Stage, Summary, Traffic
 
 
+class Measurement(NamedTuple):
+    """What is measured; the fields are those of ``metrics.jsonl``, see :class:`fedgrove.events.Measured`."""
+
+    stage: int | None
+    round: int | None
+    client: str | None
+    name: str
+
+
 def read(run: Path) -> Summary:
     """Reads a run folder.
 
-    If a measurement occurs several times (in a resumed run), the last one is used. Unknown metrics are ignored, and
-    messages of unknown kinds are only summed.
+    Unknown metrics are ignored, and messages of unknown kinds are only summed.
 
     Raises:
         FedgroveError: the folder is no run folder, or the run has not ended.
@@ -39,8 +47,9 @@ def read(run: Path) -> Summary:
     files = _files(run, stages)
     traffic = _traffic(run)
     metrics = read_lines(run / "metrics.jsonl")
+    values = _last(metrics)
 
-    measured = _perplexities(metrics)
+    measured = _perplexities(values)
     dense = measured.get((None, None), {})
     after = {stage: of for (stage, client), of in sorted(measured.items(), key=str) if stage is not None and client is None}
     last = after.get(len(stages) - 1, {})
@@ -56,9 +65,9 @@ def read(run: Path) -> Summary:
     inner = run / CENTRALIZED
     ended = (inner / "model").is_dir()  # it may still be running
     one_owner = {
-        line["name"]: line["value"]
-        for line in (read_lines(inner / "metrics.jsonl") if ended else ())
-        if (line["stage"], line["round"], line["client"]) == (len(stages) - 1, None, None)
+        what.name: value
+        for what, value in (_last(read_lines(inner / "metrics.jsonl")) if ended else {}).items()
+        if what[:3] == (len(stages) - 1, None, None)
     }
     centralized = {name.removeprefix(PERPLEXITY): value for name, value in one_owner.items() if name.startswith(PERPLEXITY)}
 
@@ -83,9 +92,7 @@ def read(run: Path) -> Summary:
         exports=read_exports(run),
         samples=read_json(run / "samples.json")["samples"] if (run / "samples.json").is_file() else [],
         rounds_measured={
-            (line["stage"], line["round"], line["client"], line["name"]): line["value"]
-            for line in metrics
-            if line["round"] is not None or not line["name"].startswith(PERPLEXITY)
+            what: value for what, value in values.items() if what.round is not None or not what.name.startswith(PERPLEXITY)
         },
         traffic=traffic,
         dtype=dtype,
@@ -109,8 +116,8 @@ def read_stages(run: Path, job: Mapping[str, Any]) -> list[Stage]:
 
 
 def read_perplexities(run: Path) -> dict[tuple[int | None, str | None], dict[str, float]]:
-    """Perplexity after whole stages, by (stage, client) and text; the last line of a measurement is used."""
-    return _perplexities(read_lines(run / "metrics.jsonl"))
+    """Perplexity after whole stages, by (stage, client) and text."""
+    return _perplexities(_last(read_lines(run / "metrics.jsonl")))
 
 
 def read_exports(folder: Path) -> list[dict[str, Any]]:
@@ -134,12 +141,16 @@ def _files(run: Path, stages: Sequence[Stage]) -> dict[str, Any]:
     return {name: read_json(run / name) for name in sorted(names) if (run / name).is_file()}
 
 
-def _perplexities(metrics: Sequence[dict[str, Any]]) -> dict[tuple[int | None, str | None], dict[str, float]]:
+def _last(metrics: Sequence[Mapping[str, Any]]) -> dict[Measurement, float]:
+    """What was measured. A resumed run may hold a measurement several times; the last one counts."""
+    return {Measurement(*(line[field] for field in Measurement._fields)): line["value"] for line in metrics}
+
+
+def _perplexities(measured: Mapping[Measurement, float]) -> dict[tuple[int | None, str | None], dict[str, float]]:
     values: dict[tuple[int | None, str | None], dict[str, float]] = {}
-    for line in metrics:
-        if line["name"].startswith(PERPLEXITY) and line["round"] is None:
-            of_model = values.setdefault((line["stage"], line["client"]), {})
-            of_model[line["name"].removeprefix(PERPLEXITY)] = line["value"]
+    for what, value in measured.items():
+        if what.name.startswith(PERPLEXITY) and what.round is None:
+            values.setdefault((what.stage, what.client), {})[what.name.removeprefix(PERPLEXITY)] = value
     return values
 
 

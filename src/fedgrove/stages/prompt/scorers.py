@@ -86,7 +86,7 @@ class AtEndpoint:
     ):
         assert client.endpoint is not None
         self._endpoint: Endpoint = client.endpoint
-        self._server = Completions(client.endpoint, client.name)
+        self._server = Completions(client.endpoint, client.name, "start it and continue with --resume")
         self._tokenizer, self._place, self._labels, self._request = tokenizer, place, labels, request
         self._file = client.folder / CACHE
         self._used: set[str] = set()

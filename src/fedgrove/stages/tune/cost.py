@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fedgrove.models.cost import ModelCost
 from fedgrove.quantities import mebibytes
-from fedgrove.stages.tune.knapsack import Array, KnapsackSide, Solution, search
+from fedgrove.stages.tune.knapsack import Infeasible, KnapsackSide, search, solve
 from fedgrove.stages.tune.objective import NOISE, pace
 
 QUANTIZATION_PRICE = {32: 0.0, 16: 0.0, 8: 0.02, 4: 0.1}  # by bits: the part of a round's gain that they cost
@@ -90,16 +91,26 @@ class Budget:
     devices: int = 1
 
 
-class Infeasible(Exception):
-    """No configuration fits; the message says which budget is too small and what would be needed."""
-
-
 def weight_bytes(cost: ModelCost, bits: int) -> float:
     """Bytes of the frozen model, including scales: one per row for int8, one per 64 weights for NF4."""
     other = 4 if bits == 32 else 2
     scales = {8: sum(4 * rows for rows, _ in cost.linears.values()), 4: cost.parameters / 16}.get(bits, 0)
     masks = cost.parameters if cost.masked else 0
     return cost.parameters * bits / 8 + scales + masks + cost.others * other
+
+
+def working_bytes(cost: ModelCost, bits: int, masked: bool) -> float:
+    """Bytes that a backward pass takes for a moment for one linear, of the largest one.
+
+    A quantized weight is written out in bfloat16. On a CPU int8 also takes two float32 copies of it, to multiply it by its
+    rows' scales. Where the product of the factors is masked, there are in float32 the weight's gradient, the product, and a
+    copy of the mask or of the weight.
+
+    Args:
+        masked: whether the product of the factors is masked.
+    """
+    largest = max((rows * columns for rows, columns in cost.linears.values()), default=0)
+    return largest * (12 if masked else {8: 2 + 4 + 4, 4: 2}.get(bits, 0))
 
 
 def activation_bytes(cost: ModelCost, bits: int) -> float:
@@ -113,7 +124,8 @@ def activation_bytes(cost: ModelCost, bits: int) -> float:
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     """Bytes at the peak of training, without the process itself and without what the C library keeps of freed memory."""
     rest = 4 * space.rest * cost.widths
-    total = weight_bytes(cost, config.bits) + rest + config.micro * activation_bytes(cost, config.bits)
+    total = weight_bytes(cost, config.bits) + rest + working_bytes(cost, config.bits, cost.masked)
+    total += config.micro * activation_bytes(cost, config.bits)
     for name, rank in config.ranks.items():
         if rank:
             rows, columns = cost.linears[name]
@@ -216,8 +228,8 @@ def _largest(cost: ModelCost, space: SearchSpace) -> float:
 def least(cost: ModelCost, space: SearchSpace) -> ClientConfig:
     """The cheapest configuration: the smallest of everything, one window at once, the bits that need least memory."""
     name = min(cost.linears, key=lambda name: (sum(cost.linears[name]), name))
-    bits = min(space.bits, key=lambda bits: weight_bytes(cost, bits) + activation_bytes(cost, bits))
-    return ClientConfig(bits, space.batches[0], 1, {name: space.ranks[0]}, 1 if space.max_steps else None)
+    config = ClientConfig(0, space.batches[0], 1, {name: space.ranks[0]}, 1 if space.max_steps else None)
+    return min((replace(config, bits=bits) for bits in space.bits), key=partial(memory, cost, space))
 
 
 def check_feasible(cost: ModelCost, space: SearchSpace, budget: Budget) -> None:
@@ -307,70 +319,6 @@ def _paces(cost: ModelCost, space: SearchSpace, budget: Budget) -> list[tuple[in
 def _most_steps(space: SearchSpace, left: float, one: float) -> int:
     """How many steps of so many seconds each fit into the seconds that are left."""
     return space.max_steps if left >= space.max_steps * one else int(left / one)
-
-
-def solve(values: Array, bits: Sequence[KnapsackSide], batches: Sequence[KnapsackSide], gap: float) -> Solution:
-    """The same as :func:`fedgrove.stages.tune.knapsack.search`, as a mixed-integer linear program solved by HiGHS.
-
-    There is one binary variable per number of bits and per batch, exactly one of each being 1, and one per linear and step to
-    the next rank; a step requires the one below it. The bytes depend on the bits and the seconds on the batch, which would
-    be products of variables; instead each number of bits and each batch has its own constraint, which is slack unless it is
-    chosen.
-
-    Raises:
-        Infeasible: no configuration fits.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # takes 0.3 s and 20 MB, which other stages do not need
-    from scipy.sparse import csr_array
-
-    num_bits = len(bits)
-    first = num_bits + len(batches)  # the variables of linear i, step k: first + i * num_steps + k
-    size = first + values.size
-    shift = 2.0 - max(side.value for side in batches)  # a relative gap needs a value that is not near 0
-    paces = [side.value + shift for side in batches]
-    objective = np.concatenate([[side.value for side in bits], paces, np.diff(values, axis=1, prepend=0.0).ravel()])
-
-    rows: list[Array] = []
-    upper: list[float] = []
-    lower: list[float] = []
-
-    def row(variables: slice, coefficient: float, steps: Array | float, low: float, high: float) -> None:
-        coefficients = np.zeros(size)
-        coefficients[variables], coefficients[first:] = coefficient, steps
-        rows.append(coefficients)
-        lower.append(low)
-        upper.append(high)
-
-    row(slice(0, num_bits), 1.0, 0.0, 1.0, 1.0)
-    row(slice(num_bits, first), 1.0, 0.0, 1.0, 1.0)
-    for index, side in enumerate((*bits, *batches)):
-        if side.capacity < 0:
-            row(slice(index, index + 1), 1.0, 0.0, 0.0, 0.0)
-            continue
-        steps = np.diff(side.sizes, axis=1, prepend=0.0).ravel()
-        slack = float(steps.sum()) - side.capacity
-        if slack > 0:
-            scale = max(side.capacity, float(steps.max()))
-            row(slice(index, index + 1), slack / scale, steps / scale, -np.inf, (side.capacity + slack) / scale)
-    first_steps = np.zeros(values.shape)
-    first_steps[:, 0] = 1.0
-    row(slice(0), 0.0, first_steps.ravel(), 1.0, np.inf)  # at least one linear is tuned
-
-    constraints = [LinearConstraint(csr_array(np.array(rows)), lower, upper)]
-    variables = np.arange(first, size).reshape(values.shape)
-    pairs = np.stack([variables[:, :-1].ravel(), variables[:, 1:].ravel()], 1)
-    if len(pairs):
-        row_of = np.repeat(np.arange(len(pairs)), 2)
-        order = csr_array((np.tile([1.0, -1.0], len(pairs)), (row_of, pairs.ravel())), shape=(len(pairs), size))
-        constraints.append(LinearConstraint(order, 0.0, np.inf))
-    options = {"mip_rel_gap": gap / 2}
-    result = milp(-objective, constraints=constraints, integrality=np.ones(size), bounds=Bounds(0, 1), options=options)
-    if result.x is None:
-        raise Infeasible(f"no configuration fits both memory and deadline ({result.message.split('(')[0].strip()})")
-    chosen = result.x > 0.5
-    ranks = chosen[first:].reshape(values.shape).sum(1) - 1
-    bits_index, batch_index = int(chosen[:num_bits].argmax()), int(chosen[num_bits:first].argmax())
-    return Solution(bits_index, batch_index, ranks, -float(result.fun) - shift, -float(result.mip_dual_bound) - shift)
 
 
 def micros(batches: tuple[int, ...]) -> list[int]:

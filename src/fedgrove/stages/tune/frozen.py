@@ -52,16 +52,11 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
     if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
         raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or remove it from bits")
 
-    def change(part: nn.Module) -> None:
-        for parameter in part.parameters():
-            if parameter.is_floating_point() and not parameter.is_meta:
-                parameter.data = parameter.data.to(dtype)
-        if bits < 16 and part is not decoder.model:
-            for name, module in linears(part).items():
-                owner, _, leaf = name.rpartition(".")
-                setattr(part.get_submodule(owner), leaf, _quantized(module, bits, dtype, decoder.device))
+    def quantize(block: nn.Module) -> None:
+        for name, module in linears(block).items():
+            block.set_submodule(name, _quantized(module, bits, dtype, decoder.device))
 
-    model = decoder.load_all(change)
+    model = decoder.load_all(quantize, dtype) if bits < 16 else decoder.load_all(dtype=dtype)
     for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):  # peft chooses its adapter classes by these flags
         setattr(model, flag, flag == f"is_loaded_in_{bits}bit")
     return model.requires_grad_(False)

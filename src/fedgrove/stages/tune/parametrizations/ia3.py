@@ -185,7 +185,8 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     scales = sum(rows for rows, _ in cost.linears.values())
     outputs = sum(cost.uses(name) * rows for name, (rows, _) in cost.linears.items())
     window = costs.activation_bytes(cost, config.bits) + 4 * cost.length * outputs
-    return costs.weight_bytes(cost, config.bits) + costs.PER_TUNED * scales + config.micro * window
+    frozen = costs.weight_bytes(cost, config.bits) + costs.working_bytes(cost, config.bits, masked=False)
+    return frozen + costs.PER_TUNED * scales + config.micro * window
 
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
@@ -200,8 +201,8 @@ def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: boo
 
 
 def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-    """Even a micro-batch of one window in the fewest bits needs too much memory."""
-    need = memory(cost, space, ClientConfig(min(space.bits), space.batches[-1], 1, {}))
+    """Even a micro-batch of one window in the bits that take least needs too much memory."""
+    need = min(memory(cost, space, ClientConfig(bits, space.batches[-1], 1, {})) for bits in space.bits)
     return (
         f"training the scales needs {mebibytes(need, enough=True)} of memory, but it has {mebibytes(budget.memory)} "
         "(clients.memory); lower length, or allow fewer bits"

@@ -246,10 +246,11 @@ def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: boo
 
 
 def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
-    """Even the smallest rank in the fewest bits needs too much memory."""
-    least = ClientConfig(min(space.bits), space.batches[-1], 1, dict.fromkeys(cost.linears, space.ranks[0]))
+    """Even the smallest rank in the bits that take least needs too much memory."""
+    ranks = dict.fromkeys(cost.linears, space.ranks[0])
+    need = min(memory(cost, space, ClientConfig(bits, space.batches[-1], 1, ranks)) for bits in space.bits)
     return (
-        f"rank {space.ranks[0]} in every linear needs {mebibytes(memory(cost, space, least), enough=True)} of memory, but it "
+        f"rank {space.ranks[0]} in every linear needs {mebibytes(need, enough=True)} of memory, but it "
         f"has {mebibytes(budget.memory)} (clients.memory); lower length, or allow fewer bits"
     )
 

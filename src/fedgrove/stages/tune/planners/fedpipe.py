@@ -13,7 +13,8 @@ from dataclasses import replace
 from fedgrove.models.cost import ModelCost
 from fedgrove.stages.tune import cost
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.cost import Budget, ClientConfig, Infeasible, SearchSpace
+from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
+from fedgrove.stages.tune.knapsack import Infeasible
 from fedgrove.stages.tune.planners import Choice, Problem
 
 NEEDS_IMPORTANCE = True
