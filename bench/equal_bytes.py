@@ -85,7 +85,7 @@ def main() -> None:
 
 def rows(model: Path) -> dict[str, list[dict[str, Any]]]:
     """The stages before the tuning, by row."""
-    width = {"kind": "structured", "depth": 0.0, **fractions(model)}
+    width = {"kind": "structured", "depth": 0.0, "score": "fisher", **fractions(model)}
     prune = {"kind": "prune", "aggregation": "pooled"}
     return {
         "dense": [],

@@ -74,8 +74,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "cut together, fisher, repaired": {"score": "fisher"},
 }
 CUTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # the keys that get the fraction, and others
-    "cut": (("channels", "heads"), {"repair": False}),
-    "repaired": (("channels", "heads"), {}),
+    "cut": (("channels", "heads"), {"repair": False, "score": "fisher"}),
+    "repaired": (("channels", "heads"), {"score": "fisher"}),
     "taylor": (("channels", "heads"), {"repair": False, "score": "taylor"}),
     "diagonal_fisher": (("channels", "heads"), {"repair": False, "score": "diagonal_fisher"}),
     "weights": (("channels", "heads"), {"repair": False, "score": "weights"}),

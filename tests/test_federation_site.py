@@ -87,7 +87,7 @@ def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
         ({"methods": ("wanda", "fedspallm")}, terms(PRUNE), None),
         ({"methods": ("wanda", "fedspallm")}, terms(PRIVATE), "allow.methods"),
         ({"methods": ("wanda", "fedspallm")}, terms({**PRUNE, "allocation": "owl"}), "allow.methods"),
-        ({"methods": ("fisher",)}, terms(STRUCTURED), None),
+        ({"methods": ("diagonal_fisher",)}, terms(STRUCTURED), None),
         ({"methods": ("taylor",)}, terms(STRUCTURED), "allow.methods"),
         ({"methods": ("fedpipe", "lora", "sgd", "flexlora")}, terms(TUNE), None),
         ({"methods": ("uniform", "lora", "sgd", "flexlora")}, terms(TUNE), "allow.methods"),
@@ -143,7 +143,7 @@ SUM = SumInputs(
     limit=largest_per_client(3),
 )
 GRADIENTS = Calibration(stage=0, samples=16, length=512, seed="0/0", through="gradients")
-SCORES = ScoreGroups(stage=0, score="fisher", limit=2**62 // 3, calibration=GRADIENTS)
+SCORES = ScoreGroups(stage=0, score="diagonal_fisher", limit=2**62 // 3, calibration=GRADIENTS)
 INFLUENCE = ScoreBlocks(stage=0, span=1, calibration=GRADIENTS.model_copy(update={"through": "dense"}))
 EXPERTS = ScoreExperts(stage=0, score="reap", limit=2**62 // 3, calibration=INFLUENCE.calibration)
 REPAIR = RepairInputs(

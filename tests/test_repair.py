@@ -302,7 +302,7 @@ def test_plan_page_and_card_speak_of_the_repair(small: Small) -> None:
     page = (run / "report.html").read_text()
     assert "solved for anew" in page
     assert Disclosure.PRODUCTS.sentence in page
-    assert "50% of the heads, score fisher, repaired" in (run / "model" / "README.md").read_text()
+    assert "50% of the heads, score diagonal_fisher, repaired" in (run / "model" / "README.md").read_text()
     plans = json.loads(cli("plan", small.job("plan", stages=STAGES), "--json")[1])
     share = plans[0]["clients"]["ash"]
     sent = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]

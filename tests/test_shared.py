@@ -48,7 +48,15 @@ POOLED = {
     "kind": "prune", "pruner": "sparsegpt", "aggregation": "pooled", "sparsity": 0.5, "samples": SAMPLES, "length": LENGTH,
 }  # fmt: skip
 VOTED = {**POOLED, "aggregation": "fedspallm", "source": "dense"}
-NARROW = {"kind": "structured", "channels": 0.25, "heads": 0.5, "repair": False, "samples": SAMPLES, "length": LENGTH}
+NARROW = {
+    "kind": "structured",
+    "channels": 0.25,
+    "heads": 0.5,
+    "repair": False,
+    "score": "fisher",
+    "samples": SAMPLES,
+    "length": LENGTH,
+}
 TUNE = {"kind": "tune", "method": "lora", "ranks": [4], "rounds": 1, "steps": 2, "batches": [1], "length": LENGTH}
 
 

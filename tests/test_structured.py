@@ -273,7 +273,7 @@ def test_every_block_loses_the_same_and_a_plain_configuration_says_so(small: Sma
 
 
 def test_what_was_cut_is_what_matters_least_to_all_text_together(small: Small) -> None:
-    run = small.undisturbed(stages=[{**CUT, "heads": 0.0}], evaluate={})
+    run = small.undisturbed(stages=[{**CUT, "heads": 0.0, "score": "fisher"}], evaluate={})
     decoder = Decoder(Checkpoint(small.model))
     job = load(run / "job.toml")
     from fedgrove.data.windows import calibration_windows
