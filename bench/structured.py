@@ -110,6 +110,7 @@ def main() -> None:
     arguments.add_argument(
         "--kept", action="store_true", help="measure nothing: the table of what bench/structured.jsonl holds"
     )
+    arguments.add_argument("--page", help="the name of the place in docs/benchmarks.md; default: structured-PART")
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -122,7 +123,7 @@ def main() -> None:
         text = {"speed": speed, "quality": quality, "cuts": cuts}[given.part](given, Path(folder))
     print(text)
     if given.write:
-        page.write(f"structured-{given.part}", text)
+        page.write(given.page or f"structured-{given.part}", text)
 
 
 def speed(given: Any, folder: Path) -> str:
