@@ -205,7 +205,12 @@ def models(result: Result, length: int, alone: bool = False) -> list[Examples]:
     if "losses" not in result:
         return [{}]  # measured before losses were kept
     chosen = result["losses_alone"].values() if alone else [result["losses"]]
-    return [{text: [(loss, length - 1) for loss in losses] for text, losses in model.items()} for model in chosen]
+    return [examples(model, length) for model in chosen]
+
+
+def examples(losses: Mapping[str, Sequence[float]], length: int) -> Examples:
+    """(loss, tokens) of each held-out window of one model, by owner, from the losses alone."""
+    return {text: [(loss, length - 1) for loss in of_text] for text, of_text in losses.items()}
 
 
 def measure(name: str, changes: Row, target: str, seed: int, files: dict[str, Path], given: Any, folder: Path) -> Result:

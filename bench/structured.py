@@ -242,8 +242,8 @@ def cuts(given: Any, folder: Path) -> str:
         perplexities = (
             [summary.dense, summary.after[0], summary.federated] if given.tuned else [summary.dense, summary.federated]
         )
-        windows = {text: [round(loss, 2) for loss, _ in parts] for text, parts in summary.windows(0, None).items()}
-        return {"losses": [math.log(summary.mean(one)) for one in perplexities], "windows": windows}
+        every = [math.log(summary.mean(one)) for one in perplexities]
+        return {"losses": every, "windows": owners.losses(summary, 0, None)}
 
     head, rule = (
         "| fraction | row | loss before | after, by seed | mean | over fisher | undone, by seed |",
@@ -290,11 +290,7 @@ def over_base(every: list[dict[str, Any]], base: list[dict[str, Any]], length: i
 
 def examples(results: list[dict[str, Any]], length: int) -> list[Examples]:
     """(loss, tokens) of each held-out window, by owner, of each result that has them."""
-    return [
-        {text: [(loss, length - 1) for loss in losses] for text, losses in one["windows"].items()}
-        for one in results
-        if "windows" in one
-    ]
+    return [owners.examples(one["windows"], length) for one in results if "windows" in one]
 
 
 def by_seed(results: list[dict[str, Any]], column: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -45,6 +45,19 @@ class StageConfig(Table):
     """
 
     kind: str
+
+    def refuse_without(self, needs: Mapping[str, str]) -> None:
+        """Refuses keys that differ from their defaults and have no effect: whoever sets one expects an effect.
+
+        Args:
+            needs: key -> the other key without which it has none, and which is not set.
+
+        Raises:
+            ValueError: begins with the key and gives the remedy.
+        """
+        for key, other in needs.items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: it has no effect without {other}; set {other} as well, or leave it out")
 
     def calibration_windows(self) -> tuple[int, int] | None:
         """(windows of each client, tokens of a window) for calibration; None: the stage does not calibrate."""

@@ -144,9 +144,7 @@ class Config(StageConfig):
         needs = {"delta": "epsilon"} if self.epsilon is None else {}
         if not self.measures_blocks:
             needs |= {"owl_m": "allocation", "owl_lambda": "allocation"}
-        for key, other in needs.items():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: it has no effect without {other}; set {other} as well, or leave it out")
+        self.refuse_without(needs)
         if self.trim and self.layers != "all":
             raise ValueError('trim needs layers = "all", because trimming gives all clients the same weight')
         if self.damping is not None and self.solver.NEEDS != "gram":

@@ -67,9 +67,7 @@ class Config(StageConfig):
         needs = {"contiguous": "depth", "protect_ends": "depth", "expert_score": "experts"}
         if not self.narrows:
             needs["score"] = "channels or heads"
-        for key, cut in needs.items():
-            if getattr(self, key) != type(self).model_fields[key].default and not getattr(self, cut, 0):
-                raise ValueError(f"{key}: it has no effect without {cut}; set {cut} as well, or leave it out")
+        self.refuse_without({key: cut for key, cut in needs.items() if not getattr(self, cut, 0)})
         if self.experts and (self.narrows or self.depth):
             raise ValueError("experts: they are not cut together with channels, heads or depth; set these to 0")
         return self

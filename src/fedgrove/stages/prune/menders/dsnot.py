@@ -9,7 +9,7 @@ from fedgrove.input_statistics.statistics import InputStatistics
 from fedgrove.models.masks import Target
 
 MAX_SWAPS = 50  # per row; from the paper
-MARGIN = 4.0  # how many times a swap has to earn the variance that it takes away
+MARGIN = 4.0  # how many times over a swap has to earn the variance that it adds to the error
 ENTRIES_AT_ONCE = 2**20  # sorted together; rows are independent
 
 
