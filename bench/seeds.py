@@ -1,6 +1,7 @@
-"""Parametrization "seeds" beside LoRA: held-out loss by forward passes and bytes, on the shipped model.
+"""Parametrization "seeds" beside LoRA: held-out loss by forward passes and bytes, on the shipped model or another one.
 
     .venv/bin/python bench/seeds.py --data ../shared/data --tasks e2e medquad --results seeds.jsonl
+    .venv/bin/python bench/seeds.py --data ../shared/data --seeds 0 --results seeds.jsonl --model SMOLLM2
 
 Four clients have a task's training text, distributed by label (Dirichlet 0.3, as in bench/tune.py). All methods process as many
 windows of 64 tokens: a LoRA step counts as three forward passes, as the backward pass is twice the work. "lora, few bytes" is
@@ -9,7 +10,7 @@ Bytes are those of the ledger, in both directions, of all clients together. One 
 
     .venv/bin/python bench/seeds.py --model FOLDER --memory --data ../shared/data
 
-``--memory`` measures another model instead: the peak memory of a round of "seeds" and of measuring perplexity, each in its own
+``--memory`` measures this instead: the peak memory of a round of "seeds" and of measuring perplexity, each in its own
 process, in one dtype and on equal windows, and seconds a step.
 """
 
@@ -63,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run_method(data: Path, task: str, method: str, seed: int, scale: float | None) -> dict[str, Any]:
+def run_method(data: Path, model: Path, task: str, method: str, seed: int, scale: float | None) -> dict[str, Any]:
     """Held-out loss before and after every round, with the bytes so far.
 
     Args:
@@ -72,20 +73,21 @@ def run_method(data: Path, task: str, method: str, seed: int, scale: float | Non
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines, test = tune.held_out(task, data, folder, validate=False)
-        files = tune.deal(task, lines, folder, seed)
+        files = tune.deal(task, lines, folder, seed, CLIENTS)
+        measured = functools.partial(run, model=model, task=task, files=files, test=test, seed=seed)
         stage = {"kind": "tune", "eval_every": 1, **METHODS[method]}
         if scale is not None:
-            first = run(folder / "first", task, files, test, {**stage, "rounds": 1, "steps": 1}, seed)
+            first = measured(folder / "first", stage={**stage, "rounds": 1, "steps": 1})
             stage["learning_rate"] = scale * first["rate"]
             stage["perturbation"] = first["perturbation"]
-        return run(folder / "run", task, files, test, stage, seed)
+        return measured(folder / "run", stage=stage)
 
 
-def run(out: Path, task: str, files: list[Path], test: Path, stage: dict[str, Any], seed: int) -> dict[str, Any]:
+def run(out: Path, model: Path, task: str, files: list[Path], test: Path, stage: dict[str, Any], seed: int) -> dict[str, Any]:
     """Runs a job, and reads its losses and bytes."""
     text = tune.TEXTS[task]
     wanted = Job.model_validate({
-        "name": "bench", "seed": seed, "model": {"path": str(tune.MODEL)},
+        "name": "bench", "seed": seed, "model": {"path": str(model)},
         "clients": [{"name": f"client-{i}", "data": file, "text": text} for i, file in enumerate(files)],
         "stages": [stage],
         "evaluate": {"data": [{"name": task, "path": test, "text": text}], "length": 256, "windows": HELD_OUT},
@@ -195,14 +197,15 @@ def main() -> None:
         settings = (args.steps, args.rate, args.perturbation, args.held)
         print(json.dumps({"seeds": _peak(stepped, args.model, args.data, 128, *settings)}))
         return
-    tune.CLIENTS = CLIENTS
     wanted = [
         {"task": task, "method": method, "seed": seed, "scale": scale}
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
         for scale in args.scales or [None]
     ]
-    kept = results.Kept(args.results, tune.MODEL, only=args.kept)
-    measured = [(settings, kept(functools.partial(run_method, args.data, **settings), **settings)) for settings in wanted]
+    kept = results.Kept(args.results, args.model, only=args.kept)
+    measured = [
+        (settings, kept(functools.partial(run_method, args.data, args.model, **settings), **settings)) for settings in wanted
+    ]
     print(table([{**settings, **result} for settings, result in measured if result]))
 
 

@@ -1,10 +1,12 @@
 """Eight unequal clients tune one model: FedPipe beside the best uniform LoRA of a grid, and other baselines.
 
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
+    .venv/bin/python bench/tune.py --data ../shared/data --tasks e2e medquad --methods fedpipe uniform --seeds 0
+        --model SMOLLM2 --clients 4 --rate 1e-3 --page tune-smollm2 --write
 
-A task's training text is distributed over eight clients by label (Dirichlet 0.3). Memory goes from 1 to 8 times what the
-weakest has, speed from 1 to 6, in another order. The weakest can just hold rank 16 in every linear, one window at a time. Time
-is modeled from the clients' capabilities; bytes are those of the ledger, in both directions.
+A task's training text is distributed over eight clients, or four, by label (Dirichlet 0.3). Memory goes from 1 to 8 times what
+the weakest has, speed from 1 to 6, in another order. The weakest can just hold rank 16 in every linear, one window at a time.
+Time is modeled from the clients' capabilities; bytes are those of the ledger, in both directions.
 
 Uniform LoRA runs with every setting of ``GRID``, each for about 17 modeled seconds, twice as long as FedPipe. The planner does
 not search the grid itself: a setting's loss is known after a run with it. The best setting is the one whose lowest loss is
@@ -47,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
 CLIENTS, ALPHA = 8, 0.3
 SPEEDS = [1.0, 3.1, 5.3, 2.4, 6.0, 1.7, 4.6, 3.9]  # of the clients in the order of their memory
+CARDS = {8: range(8), 4: (0, 2, 4, 7)}  # by the number of clients, which of these memories and speeds they have
 LENGTH, WINDOWS = 64, 40
 RANKS, BATCHES = [2, 4, 8, 16], [1, 2, 4, 8, 16]
 BITS = 32  # where processors have no arithmetic in 16 bits, 32 are three times as fast; losses are the same
@@ -98,17 +101,17 @@ def held_out(task: str, data: Path, folder: Path, validate: bool) -> tuple[list[
     return lines, file
 
 
-def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
+def deal(task: str, lines: list[str], folder: Path, seed: int, clients: int = CLIENTS) -> list[Path]:
     """Writes each client's file: every label is distributed by its own proportions, drawn from Dirichlet(0.3)."""
     by_label: dict[str, list[str]] = {}
     for line in lines:
         by_label.setdefault(label(task, json.loads(line)), []).append(line)
     rng = np.random.default_rng(seed)
-    dealt: list[list[str]] = [[] for _ in range(CLIENTS)]
+    dealt: list[list[str]] = [[] for _ in range(clients)]
     for name in sorted(by_label):
         lines = by_label[name]
         random.Random(f"{seed}/{name}").shuffle(lines)
-        cuts = (np.cumsum(rng.dirichlet([ALPHA] * CLIENTS))[:-1] * len(lines)).astype(int)
+        cuts = (np.cumsum(rng.dirichlet([ALPHA] * clients))[:-1] * len(lines)).astype(int)
         for part, (start, end) in zip(dealt, itertools.pairwise([0, *cuts, len(lines)]), strict=True):
             part += lines[start:end]
     files = []
@@ -119,16 +122,25 @@ def deal(task: str, lines: list[str], folder: Path, seed: int) -> list[Path]:
     return files
 
 
-def weakest_memory() -> int:
+def weakest_memory(model: Path) -> int:
     """Bytes that just hold rank 16 in every linear, one window at a time."""
-    cost = measure_cost(Decoder(Checkpoint(MODEL)), LENGTH, masked=False)
+    cost = measure_cost(Decoder(Checkpoint(model)), LENGTH, masked=False)
     config = ClientConfig(BITS, BATCHES[-1], 1, dict.fromkeys(cost.linears, RANKS[-1]))
     space = SearchSpace((BITS,), tuple(BATCHES), tuple(RANKS), 1, RANKS[-1])
     return math.ceil(memory(cost, space, config))
 
 
 def job(
-    task: str, method: str, files: list[list[Path]], first: int, held: Path, seed: int, alike: bool = False, **stage: Any
+    task: str,
+    method: str,
+    files: list[list[Path]],
+    first: int,
+    held: Path,
+    seed: int,
+    alike: bool = False,
+    model: Path = MODEL,
+    clients: int = CLIENTS,
+    **stage: Any,
 ) -> Job:
     """A job of one method.
 
@@ -136,20 +148,22 @@ def job(
         files: by client.
         first: the number of the first client.
         alike: whether all clients have the memory and speed of one in the middle.
+        model: the folder of the model.
+        clients: the number of clients of the federation.
         stage: keys of the stage.
     """
-    least = weakest_memory()
+    least = weakest_memory(model)
     links = {"uplink": UPLINK, "downlink": UPLINK}
-    of = [CLIENTS // 2 if alike else i for i in range(CLIENTS)]
-    limited = [{"memory": least * (i + 1), "speed": SPEEDS[i], **links} for i in of]
+    cards = [CARDS[clients][clients // 2 if alike else i] for i in range(clients)]
+    limited = [{"memory": least * (card + 1), "speed": SPEEDS[card], **links} for card in cards]
     unlimited = [{"speed": speed, **links} for speed in SPEEDS]  # no client has the memory that full fine-tuning needs
     given = unlimited if method == "full" or len(files) == 1 else limited
     kind = method if method in ("fedpipe", "full") else "lora"
-    batches = BATCHES if kind == "fedpipe" else [BATCHES[-1] * CLIENTS if method == "central" else BATCHES[-1]]
+    batches = BATCHES if kind == "fedpipe" else [BATCHES[-1] * clients if method == "central" else BATCHES[-1]]
     return Job.model_validate({
         "name": "bench",
         "seed": seed,
-        "model": {"path": str(MODEL)},
+        "model": {"path": str(model)},
         "clients": [
             {"name": f"client-{first + i}", "data": paths, "text": TEXTS[task], **given[first + i]}
             for i, paths in enumerate(files)
@@ -191,44 +205,57 @@ def curve(wanted: Job, folder: Path) -> dict[str, Any]:
 
 
 def run_method(
-    data: Path, task: str, method: str, seed: int, validate: bool, alike: bool = False, without: str = "", **stage: Any
+    data: Path,
+    model: Path,
+    task: str,
+    method: str,
+    seed: int,
+    validate: bool,
+    alike: bool = False,
+    without: str = "",
+    clients: int = CLIENTS,
+    **stage: Any,
 ) -> dict[str, Any]:
     """The curve of a method; stand-alone: the mean over its clients.
 
     Args:
         without: the part of FedPipe that is left out; empty: none.
+        clients: their number.
         stage: keys of the stage.
     """
     stage |= PARTS.get(without, {})
     with tempfile.TemporaryDirectory() as folder:
         lines, test = held_out(task, data, Path(folder), validate)
-        files = deal(task, lines, Path(folder), seed)
+        files = deal(task, lines, Path(folder), seed, clients)
+        same: dict[str, Any] = {"alike": alike, "model": model, "clients": clients, **stage}
         if method == "alone":
             curves = []
             for i, file in enumerate(files):
                 (Path(folder) / f"{i}").mkdir()
-                of_client = job(task, method, [[file]], i, test, seed, alike, **stage)
+                of_client = job(task, method, [[file]], i, test, seed, **same)
                 curves.append(curve(of_client, Path(folder) / f"{i}")["points"])
             points = [tuple(map(statistics.mean, zip(*at, strict=True))) for at in zip(*curves, strict=True)]
             return {"points": points, "gains": [], "windows": []}
-        clients = [files] if method == "central" else [[file] for file in files]
-        first = CLIENTS // 2 if method == "central" else 0
-        return curve(job(task, method, clients, first, test, seed, alike, **stage), Path(folder))
+        by_client = [files] if method == "central" else [[file] for file in files]
+        first = clients // 2 if method == "central" else 0
+        return curve(job(task, method, by_client, first, test, seed, **same), Path(folder))
 
 
-def settings_of(method: str, keys: dict[str, Any], settings: list[int]) -> list[dict[str, Any]]:
+def settings_of(method: str, keys: dict[str, Any], settings: list[int], rate: float = RATES["fedpipe"]) -> list[dict[str, Any]]:
     """The keys of the stage with which a method runs.
 
     Args:
         keys: of FedPipe, in place of those that it has otherwise.
         settings: of uniform LoRA, the places in the grid.
+        rate: the learning rate of FedPipe and uniform LoRA.
     """
     if method != "uniform":
-        usual = {"rounds": ROUNDS[method], "steps": STEPS[method], "learning_rate": RATES[method]}
+        rates = {**RATES, "fedpipe": rate}
+        usual = {"rounds": ROUNDS[method], "steps": STEPS[method], "learning_rate": rates[method]}
         return [{**usual, "lr_schedule": "linear", **keys} if method == "fedpipe" else {**usual, "lr_schedule": "none"}]
     names = ("batches", "steps", "ranks", "lr_schedule", "rounds")
     return [
-        {**dict(zip(names, ([batch], steps, [rank], *others), strict=True)), "learning_rate": RATES["fedpipe"]}
+        {**dict(zip(names, ([batch], steps, [rank], *others), strict=True)), "learning_rate": rate}
         for batch, steps, rank, *others in (GRID[place] for place in settings)
     ]
 
@@ -238,7 +265,7 @@ def named(settings: dict[str, Any]) -> str:
     method = str(settings["method"])
     if method == "fedpipe":
         (usual,) = settings_of(method, {}, [])
-        of_run = ("task", "method", "seed", "validate", "alike", "without", *RESULT)
+        of_run = ("task", "method", "seed", "validate", "alike", "without", "clients", "learning_rate", *RESULT)
         changed = {key: value for key, value in settings.items() if key not in of_run and usual.get(key) != value}
         left_out = f", without {settings['without']}" if settings["without"] else ""
         return f"FedPipe{left_out}" + "".join(f", {key} {value}" for key, value in changed.items())
@@ -310,11 +337,15 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", type=int, default=[*range(len(GRID))], choices=range(len(GRID)), help="places in the grid"
     )
+    parser.add_argument("--rate", type=float, default=RATES["fedpipe"], help="the learning rate of FedPipe and uniform LoRA")
+    parser.add_argument("--model", type=Path, default=MODEL, help="a folder; the shipped model if left out")
+    parser.add_argument("--clients", type=int, choices=CARDS, default=CLIENTS)
     parser.add_argument("--alike", action="store_true", help="all clients have the same memory and speed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what the file of results holds")
     parser.add_argument("--validate", action="store_true", help="choose settings by a tenth of the training text, not the test")
+    parser.add_argument("--page", help="the name of the place in docs/benchmarks.md", default="tune")
     parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -328,18 +359,21 @@ def main() -> None:
             "validate": args.validate,
             "alike": args.alike,
             "without": without,
+            **({"clients": args.clients} if args.clients != CLIENTS else {}),
             **stage,
         }
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
         for without in (args.without if method == "fedpipe" else [""])
-        for stage in settings_of(method, args.keys, args.settings)
+        for stage in settings_of(method, args.keys, args.settings, args.rate)
     ]
-    kept = results.Kept(args.results, MODEL, only=args.kept)
-    measured = [(settings, kept(functools.partial(run_method, args.data, **settings), **settings)) for settings in wanted]
+    kept = results.Kept(args.results, args.model, only=args.kept)
+    measured = [
+        (settings, kept(functools.partial(run_method, args.data, args.model, **settings), **settings)) for settings in wanted
+    ]
     text = table([{**result, **settings} for settings, result in measured if result])  # steps are in both
     print(text)
     if args.write:
-        page.write("tune", text)
+        page.write(args.page, text)
 
 
 if __name__ == "__main__":

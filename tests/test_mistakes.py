@@ -47,6 +47,8 @@ def refused(small: Small, tmp_path: Path, *words: str, name: str = "bad", **chan
         ({"evaluate__data": ["nowhere.txt"]}, ("evaluate.data.0.path", "no such file")),
         ({"stages__0__sparsity": 1.2}, ("stages.0.sparsity", "less than 1", "1.2")),
         ({"stages__0__sparsity": float("nan")}, ("stages.0.sparsity",)),
+        ({"stages__0__sparsity": "0.5"}, ("stages.0.sparsity", "write a number, not '0.5'")),
+        ({"stages__0__samples": True}, ("stages.0.samples", "write a whole number, not True")),
         ({"stages__0__pattern": "2:4"}, ("stages.0", "one of sparsity", "pattern")),
         ({"stages__0__sparsity": None}, ("stages.0", "one of sparsity", "pattern")),
         ({"stages__0__sparsity": None, "stages__0__pattern": "4:2"}, ("stages.0", "0 < N < M")),

@@ -161,6 +161,8 @@ _PLAIN = {  # what pydantic says in words of Python
     "model_type": "write a table",
     "model_attributes_type": "write a table",
     "string_type": "write text, in quotes",
+    "int_type": "write a whole number",
+    "float_type": "write a number",
     "path_type": "write a path, in quotes",
     "missing": "this key is required",
 }

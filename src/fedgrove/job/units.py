@@ -113,30 +113,31 @@ def _template(value: str | None) -> str | None:
     return value
 
 
-Natural = Annotated[int, Field(ge=1, le=MOST)]
-Bytes = Annotated[int, Field(gt=0, le=MOST), quantity("B", '"8GiB"')]
-BitsPerSecond = Annotated[int, Field(gt=0, le=MOST), quantity("bit(?:/s)?", '"20Mbit"')]
-Speed = Annotated[float, Field(ge=1e-6, le=1e6)]  # relative to other clients
-Devices = Annotated[int, Field(ge=1, le=64)]
-Samples = Annotated[int, Field(ge=1, le=2**30)]  # windows of a client
-Length = Annotated[int, Field(gt=1, le=2**20)]  # tokens of a window
-Count = Annotated[int, Field(ge=1, le=2**20)]  # rounds, steps, clients, batch sizes, ranks
-CountOrZero = Annotated[int, Field(ge=0, le=2**20)]
+# Strict: true is no number, and "3" is none either
+Natural = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+Bytes = Annotated[int, Field(gt=0, le=MOST, strict=True), quantity("B", '"8GiB"')]
+BitsPerSecond = Annotated[int, Field(gt=0, le=MOST, strict=True), quantity("bit(?:/s)?", '"20Mbit"')]
+Speed = Annotated[float, Field(ge=1e-6, le=1e6, strict=True)]  # relative to other clients
+Devices = Annotated[int, Field(ge=1, le=64, strict=True)]
+Samples = Annotated[int, Field(ge=1, le=2**30, strict=True)]  # windows of a client
+Length = Annotated[int, Field(gt=1, le=2**20, strict=True)]  # tokens of a window
+Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # rounds, steps, clients, batch sizes, ranks
+CountOrZero = Annotated[int, Field(ge=0, le=2**20, strict=True)]
 Index = Annotated[int, Field(ge=0, le=2**20, strict=True)]  # of a stage, a round or a block, from 0
-Positive = Annotated[float, Field(gt=0, le=MOST)]
-NonNegative = Annotated[float, Field(ge=0, le=MOST)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=MOST, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, le=MOST, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 File = Annotated[Path, BeforeValidator(_named), AfterValidator(_existing)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Template = Annotated[str | None, AfterValidator(_template)]
-Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Sparsity = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Bits = Literal[32, 16, 8, 4]
 BitChoices = Annotated[tuple[Bits, ...], Field(min_length=1, max_length=16)]
 Choices = Annotated[tuple[Count, ...], Field(min_length=1, max_length=64), AfterValidator(_ascending)]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Clip = Annotated[float, Field(gt=0, le=16)]
-HeldOut = Annotated[float, Field(ge=0, le=0.5)]
+Clip = Annotated[float, Field(gt=0, le=16, strict=True)]
+HeldOut = Annotated[float, Field(ge=0, le=0.5, strict=True)]
 MOST_HELD_OUT = 64  # windows, whatever the fraction: measuring their loss must not cost more than what is measured
 Word = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]  # a seed, or a run's name
 Line = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
@@ -144,5 +145,5 @@ Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_prin
 Linear = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")]  # a linear's name
 Shares = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*-]{1,255}$")], Linear], Field(max_length=2**18)]
 Linears = Annotated[tuple[Linear, ...], Field(max_length=2**18)]
-Epsilon = Annotated[float, Field(gt=0, le=50)]
-Delta = Annotated[float, Field(gt=0, lt=0.1)]
+Epsilon = Annotated[float, Field(gt=0, le=50, strict=True)]
+Delta = Annotated[float, Field(gt=0, lt=0.1, strict=True)]

@@ -158,7 +158,8 @@ def find_model(path: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HFValidationError, OSError) as error:
         raise FedgroveError(
-            f"model.path: {path} is neither a directory here nor an accessible model on the hub ({type(error).__name__})"
+            f"model.path: {path} is neither a directory here nor an accessible model on the hub ({type(error).__name__})",
+            "name a folder with config.json and .safetensors files, or a model of the hub that this machine can reach",
         ) from error
 
 

@@ -297,6 +297,8 @@ def blocks_left(index: int, config: Config, number: int, without_experts: Collec
                 f"those that have no experts stay{', and the first and the last (protect_ends)' if config.protect_ends else ''}"
             )
         remedy = f"give {min(most, number - 1) / number:.2g} or less" if most > 0 else "set it to 0"
+        if config.protect_ends and not without_experts and gone <= number - 1:
+            remedy += ", or protect_ends = false"
         raise FedgroveError(f"stages.{index}.depth: {config.depth:g} of {number} blocks are {gone}, but {says}", remedy)
     return number - gone
 
