@@ -34,7 +34,9 @@ class Capabilities(Reply):
     downlink: Natural | None = None
     bits: Annotated[tuple[Bits, ...], Field(max_length=4)] = (32, 16, 8, 4)
     devices: Devices = 1
-    tokens: Annotated[dict[Annotated[Length, Field(strict=False)], Natural], Field(max_length=MAX_STAGES)] = Field(default_factory=dict)
+    tokens: Annotated[dict[Annotated[Length, Field(strict=False)], Natural], Field(max_length=MAX_STAGES)] = Field(
+        default_factory=dict  # keys of JSON are text
+    )
     samples: Samples | None = None
     sparsity: Sparsity | None = None
     endpoint: LogProbs | None = None
