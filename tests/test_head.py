@@ -412,6 +412,15 @@ def test_records_of_one_label_only_make_no_head(small: Small, files: Mapping[str
     assert json.loads((tmp_path / "run" / "head" / "head.json").read_text())["labels"] == ["fish", "tree"]
 
 
+def test_a_wrong_label_of_a_held_out_text_is_found_before_anybody_is_asked(
+    small: Small, files: Mapping[str, Path], tmp_path: Path
+) -> None:
+    test = _write(tmp_path / "test.jsonl", [record("fish", 1), {"text": "the", "label": "stone"}])
+    line = complaint("run", small.job("held-out-label", **job({**files, "test": test})), "--out", tmp_path / "run")
+    assert line.startswith(f"{test}: the label 'stone' is none of")
+    assert {sent["kind"] for sent in lines(tmp_path / "run" / "ledger.jsonl")} == {"rounds/capabilities"}
+
+
 def test_an_owner_without_labels_is_named(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
     changes = job(files)
     changes["clients"][1] = {"name": "birch", "data": str(files["birch"])}

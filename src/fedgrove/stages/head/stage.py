@@ -90,6 +90,7 @@ class _Stage:
         """Runs the stage; returns the folder of the head."""
         for client, why in sorted(self.plan.left_out.items()):
             self.run_folder.message(f"head: client '{client}' is left out: {why}")
+        held_out = self.held_out()  # before the sums, to find errors in texts early
         if not self.file.is_file():
             self.collect()
         with safe_open(self.file, framework="pt") as opened:
@@ -103,7 +104,7 @@ class _Stage:
         labels = [config.labels[i] for i in classes.tolist()]
         frequencies = moments.frequencies()[classes]
         write_head(folder, config, shared, labels, frequencies, self.job.model.name, f"{self.job.name}: head")
-        answers = self.read_answers()
+        answers = self.answers(held_out)
         for name in answers:
             self.measure(name, answers, None, shared, classes)
         for client in clients if self.job.evaluate.alone else ():
@@ -157,19 +158,24 @@ class _Stage:
         except TooFew:
             return Linear(torch.zeros(1, self.plan.states).double(), torch.zeros(1).double()), moments.counts.argmax()[None]
 
-    def read_answers(self) -> Answers:
-        """The hidden states and labels of the held-out texts that the head is measured on."""
-        config, answers, tokenizer = self.config, {}, self.decoder.checkpoint.tokenizer()
+    def held_out(self) -> dict[str, tuple[list[Tensor], Tensor]]:
+        """The windows and labels of the held-out texts that the head is measured on."""
+        config, found, tokenizer = self.config, {}, self.decoder.checkpoint.tokenizer()
         for text in self.job.evaluate.data:
             if text.measure == MEASURE:
                 assert text.prompt is not None
                 assert text.answer is not None
-                on_progress = self.run_folder.phase(Phase("evaluate", "the head", stage=self.plan.stage, text=text.name))
-                windows, truth = read_labeled(
-                    [text.path], text.prompt, text.answer, config.labels, tokenizer, config.length, self.job.evaluate.records
-                )
-                answers[text.name] = pooled_states(self.decoder, windows, config.layers, config.pool, on_progress), truth
-        return answers
+                labels, most = config.labels, self.job.evaluate.records
+                found[text.name] = read_labeled([text.path], text.prompt, text.answer, labels, tokenizer, config.length, most)
+        return found
+
+    def answers(self, held_out: Mapping[str, tuple[list[Tensor], Tensor]]) -> Answers:
+        """The hidden states and labels of the held-out texts."""
+        found = {}
+        for name, (windows, truth) in held_out.items():
+            on_progress = self.run_folder.phase(Phase("evaluate", "the head", stage=self.plan.stage, text=name))
+            found[name] = pooled_states(self.decoder, windows, self.config.layers, self.config.pool, on_progress), truth
+        return found
 
     def measure(self, text: str, answers: Answers, client: str | None, linear: Linear, classes: Tensor) -> None:
         """Logs a head's accuracy on a text, unless it is logged already."""
