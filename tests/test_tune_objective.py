@@ -233,6 +233,17 @@ def test_rounds_on_the_curve_are_predicted_and_others_are_off() -> None:
     assert [is_off(predicted, gained) for predicted, gained in ((-0.1, -0.1), (-0.1, 0.1), (0.0, 0.0))] == [True] * 3
 
 
+def test_a_round_at_a_quarter_of_the_rate_is_half_as_much_progress() -> None:
+    slow, short = Progress(), Progress()
+    for loss in (3.0, 2.0):
+        for known in (slow, short):
+            known.begin(10.0)
+            known.add(loss)
+    slow.begin(10.0, 0.25)
+    short.begin(5.0)
+    assert slow.predicted == short.predicted
+
+
 def test_prediction_and_outcome_are_in_the_metrics_and_the_report(small: Small) -> None:
     run = small.undisturbed(**GAINS)
     found, rounds = measurements(run), range(STAGE["rounds"])

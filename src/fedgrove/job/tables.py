@@ -103,7 +103,7 @@ class Client(Table):
         bits: the precisions, in bits, in which it can hold frozen weights during tuning.
         devices: the number of accelerators that share its work.
         samples: its number of calibration windows; default: the stage's.
-        sparsity: its own sparsity, higher than the stage's; the result has the stage's sparsity.
+        sparsity: its own sparsity; the result has the stage's.
     """
 
     name: Name

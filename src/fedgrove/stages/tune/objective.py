@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 DRIFT = 512.0  # steps in one round after which a further one is worth a quarter
+SETTLING = 0.5  # the power of the learning rate to which a round gains: at a lower rate the weights also scatter less
 RECENT = 3  # rounds from which the next one's gain is predicted
 OFF = 2.0  # a factor: the plan is made anew after a round that gained so many times more or less than predicted
 NOISE = 16.0  # windows, before it is measured
@@ -73,9 +74,9 @@ class Progress:
     """What rounds gained, in nats a token, and so what the next one should.
 
     The loss falls with the logarithm of the progress so far: a round from c to c + p gains A·ln((c + p)/c), and A is what the
-    last ``RECENT`` rounds gained. A falling learning rate makes a round's progress smaller in proportion. Ours: the simplest
-    curve that is steep first and flat then. Nothing is predicted of the first two rounds, since the loss before the first is
-    not known.
+    last ``RECENT`` rounds gained. At a lower learning rate a round's progress is smaller, by the rate to the power of
+    ``SETTLING``. Ours: the simplest curve that is steep first and flat then, and a power that was chosen on validation text.
+    Nothing is predicted of the first two rounds, since the loss before the first is not known.
 
     Attributes:
         done: the sum of all rounds' progress.
@@ -91,8 +92,14 @@ class Progress:
     coming: float | None = None
     predicted: float | None = None
 
-    def begin(self, progress: float) -> None:
-        """Predicts what a round of this progress will gain."""
+    def begin(self, progress: float, rate: float = 1.0) -> None:
+        """Predicts what a round will gain.
+
+        Args:
+            progress: at the first learning rate.
+            rate: the learning rate of the round, as a part of the first.
+        """
+        progress *= rate**SETTLING
         self.coming, self.predicted = progress, self.predict(progress)
 
     def predict(self, progress: float) -> float | None:

@@ -40,7 +40,7 @@ class Planning(Tuning):
         if again or (off and self.config.replan_off):
             self.plan_anew(round_)
         worth = progress(self.plan, self.config, self.plan.importance, self.plan.gradients)
-        self.state.progress.begin(worth * self.config.schedule_in(round_))
+        self.state.progress.begin(worth, self.config.schedule_in(round_))
         if self.state.progress.predicted is not None:
             self.state.metrics.append((None, PREDICTED, self.state.progress.predicted))
 
