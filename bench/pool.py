@@ -182,6 +182,7 @@ def _train(
     pool: dict[str, Any] | None = None,
 ) -> Path:
     stage = {**STAGE, **{key: value for key, value in changes.items() if key in STAGE}}
+    stage = {key: value for key, value in stage.items() if value is not None}  # such as ranks of (IA)³, which has none
     more = {key: value for key, value in changes.items() if key not in STAGE}
     job = {
         "name": "pool", "seed": seed, "model": {"path": str(model)}, "privacy": {"min_group": 2},

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from fedgrove.client.windows import training_windows
 from fedgrove.engines.local import LocalEngine
@@ -85,7 +87,11 @@ def test_it_tunes_and_the_result_loads_anywhere(small: Small) -> None:
             rows = original.read(name).double()
             factors = (tensor.double() * rows).sum(1) / rows.square().sum(1)
             torch.testing.assert_close(tensor.double(), factors[:, None] * rows, rtol=2**-7, atol=1e-3)
-    assert not (run / "adapter").exists(), "the scales are part of the model"
+    tuned, plain = (AutoModelForCausalLM.from_pretrained(of, dtype=torch.float32) for of in (run / "model", small.model))
+    ids = torch.arange(40)[None] + 300
+    expected = logits(tuned, ids)
+    got = logits(PeftModel.from_pretrained(plain, str(run / "adapter")), ids)
+    assert (got - expected).norm() < 0.02 * expected.norm(), "but for the rounding of the merged weights to bfloat16"
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

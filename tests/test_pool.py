@@ -42,17 +42,20 @@ from fedgrove.stages.tune.pool.fitting import Fit
 from fedgrove.stages.tune.pool.scale import CLIP, CODE
 from fedgrove.stages.tune.state import TuningState
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
+from test_architectures import save
 
 TUNE = {
     "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 2, "steps": 4, "length": 16, "batches": [2],
     "ranks": [2], "bits": [32], "learning_rate": 0.01,
 }  # fmt: skip
+SCALES = {"method": "ia3", "aggregation": "fedavg", "ranks": None, "learning_rate": 0.05}
 MIXTURE = {"gate": "mixture", "members": 2, "common": 0.34, "size": 3, "prefix": 8, "starts": 2, "fit_rounds": 4}
 GROUPS = {"gate": "groups", "common": 0.34, "groups": {"wood": ["ash", "birch"], "other": ["cedar"]}}
 
 
 def tune(pool: dict[str, Any] | None, **changes: Any) -> list[dict[str, Any]]:
-    return [{**TUNE, **changes, **({} if pool is None else {"pool": pool})}]
+    stage = {**TUNE, **changes, **({} if pool is None else {"pool": pool})}
+    return [{key: value for key, value in stage.items() if value is not None}]
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -62,10 +65,12 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("pool", "precision"), [({**GROUPS, "groups": {"all": list(CLIENTS)}}, "float32"),
                                                  ({**MIXTURE, "members": 1}, "float32"),
                                                  ({**MIXTURE, "gate": "keys", "members": 1}, "fixed"),
-                                                 ({"gate": "losses", "members": 1, "common": 0.34, "windows": 2}, "float32")],
+                                                 ({"gate": "losses", "members": 1, "common": 0.34, "windows": 2}, "float32"),
+                                                 ({"gate": "losses", "members": 1, "common": 0.34, "windows": 2}, "ia3")],
                          ids=lambda one: one["gate"] if isinstance(one, dict) else one)  # fmt: skip
 def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool: dict[str, Any], precision: str) -> None:
-    alone, pooled = (small.undisturbed(stages=tune(of, precision=precision)) for of in (None, pool))
+    stage = SCALES if precision == "ia3" else {"precision": precision}
+    alone, pooled = (small.undisturbed(stages=tune(of, **stage)) for of in (None, pool))
     for name, tensor in load_file(alone / "model" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(pooled / "model" / "model.safetensors")[name]), name
     without, with_pool = measurements(alone), measurements(pooled)
@@ -293,8 +298,11 @@ KEYS = {**MIXTURE, "gate": "keys", "members": 3}
 FIXED = {"precision": "fixed", "rounds": 2, "steps": 4, "learning_rate": 0.05}
 
 
-def test_members_of_windows_have_the_same_bits_in_the_open_and_under_secure_aggregation(small: Small) -> None:
-    stages = tune(KEYS, **FIXED)
+@pytest.mark.parametrize("stage", [{}, SCALES], ids=["lora", "ia3"])
+def test_members_of_windows_have_the_same_bits_in_the_open_and_under_secure_aggregation(
+    small: Small, stage: dict[str, Any]
+) -> None:
+    stages = tune(KEYS, **FIXED | stage)
     runs = [
         small.undisturbed(stages=stages, privacy={"secure_aggregation": secure, "min_group": 3}, evaluate={})
         for secure in (False, True)
@@ -363,19 +371,24 @@ def test_a_member_that_too_few_would_train_is_dropped_and_its_windows_go_to_othe
     assert facts["windows"] == [sum(map(sum, dealt.values()))]
 
 
-def test_members_add_up_to_the_model_for_all_and_plain_peft_loads_it(small: Small) -> None:
-    run = small.undisturbed(stages=tune(GROUPS))
+@pytest.mark.parametrize("stage", [{}, SCALES], ids=["lora", "ia3"])
+def test_members_add_up_to_the_model_for_all_and_plain_peft_loads_it(small: Small, stage: dict[str, Any]) -> None:
+    run = small.undisturbed(stages=tune(GROUPS, **stage), model__dtype="float32")
     pool = FinishedPool.read(run)
     assert pool.facts["clients"] == {"ash": [0, 22], "birch": [0, 19], "cedar": [18, 0]}
     for file in (run / "pool").iterdir():
         assert str(small.folder).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
     decoder = pool.model()
     of_all, adapter = pool.mix(pool.shares), load_file(run / "adapter" / "adapter_model.safetensors")
-    for name, factors in of_all.items():
-        assert factors.rank == TUNE["ranks"][0], "a mixture has the members' rank"
+    assert len(of_all) == len(decoder.linear_names())
+    for name, change in of_all.items():
         key = f"base_model.model.{name}"
+        if stage:
+            torch.testing.assert_close(adapter[f"{key}.ia3_l"][:, 0], (1 + change.s).float(), rtol=1e-6, atol=0)
+            continue
+        assert change.rank == TUNE["ranks"][0], "a mixture has the members' rank"
         found = adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
-        torch.testing.assert_close(found, factors.product(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found, change.product(), rtol=1e-4, atol=1e-7)
     ids, labels = training_windows([small.texts["ash"]], {"text": "{text}"}, decoder.checkpoint.tokenizer(), 16)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32), run / "adapter")
     with torch.no_grad():
@@ -466,7 +479,7 @@ def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Sma
         ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),
         ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),
         (GROUPS, {"aggregation": "flexlora"}, ("stages.0", "pool", 'aggregation = "ffa_lora"')),
-        (GROUPS, {"method": "ia3", "aggregation": "fedavg", "ranks": None}, ("pool", 'method = "lora"')),
+        (GROUPS, {**SCALES, "method": "full"}, ("pool", 'set method = "lora" or "ia3"')),
         (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),
@@ -479,9 +492,14 @@ def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Sma
 def test_a_pool_that_cannot_be_trained_is_refused(
     small: Small, pool: dict[str, Any], stage: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    stages = [{key: value for key, value in tune(pool, **stage)[0].items() if value is not None}]
-    line = complaint("plan", small.job("bad", stages=stages))
+    line = complaint("plan", small.job("bad", stages=tune(pool, **stage)))
     assert all(word in line for word in words), line
+
+
+def test_scales_beside_biases_make_no_pool(small: Small, tmp_path: Path, grove: Path) -> None:
+    biased = Small(tmp_path, save("qwen2", tmp_path / "model", grove, torch.float32))
+    line = complaint("plan", biased.job("biased", stages=tune(GROUPS, **SCALES), evaluate={}))
+    assert 'stages.0.pool: the model\'s linears have biases, which plain peft would scale too; set method = "lora"' in line
 
 
 @pytest.mark.parametrize(

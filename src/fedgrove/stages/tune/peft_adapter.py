@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fedgrove.files import atomic_folder
@@ -15,6 +15,11 @@ from fedgrove.models.tensor_files import save_tensors
 from fedgrove.report.words import file_name
 from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.frozen import hush
+
+if TYPE_CHECKING:  # whoever reads a job need not wait for peft
+    from peft import PeftConfig
+
+T = TypeVar("T")
 
 
 def write_lora(
@@ -42,36 +47,77 @@ def write_lora(
     compressed = {name: factors for name, factors in compressed.items() if factors.rank}
     if not compressed:
         return False
-    each = {  # plain peft knows nothing of linears that blocks share: each has the same factors
-        f"{decoder.prefix}.{block}.{linear}": compressed[name]
+    each = _of_every_use(compressed, decoder)
+    pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in each.items()}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=1,
+        lora_alpha=1,
+        target_modules=sorted(each),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(compressed))), nn.Linear),
+        inference_mode=True,
+    )
+    tensors = {}
+    for name, factors in each.items():
+        tensors[f"{name}.lora_A.weight"] = factors.a
+        tensors[f"{name}.lora_B.weight"] = factors.b
+    _write(out, config, tensors, _card(base, title, pruned, changed))
+    return True
+
+
+def write_ia3(out: Path, decoder: Decoder, scales: Mapping[str, Tensor], base: str, title: str, changed: bool) -> bool:
+    """Writes (IA)³ scales as an adapter that plain peft loads: every linear's output is multiplied by 1 + s, float32.
+
+    Linears without biases only: peft scales these too. Zeros of a pruned model stay zeros under it.
+
+    Args:
+        scales: by linear, (out,) each; of linears that share a weight, the first.
+        out, base, title, changed: as in :func:`write_lora`.
+
+    Returns:
+        False if there are no scales; then nothing is written.
+    """
+    hush()
+    from peft import IA3Config
+
+    if not scales:
+        return False
+    each = _of_every_use(scales, decoder)
+    config = IA3Config(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        target_modules=sorted(each),
+        feedforward_modules=[],
+        inference_mode=True,
+    )
+    tensors = {f"{name}.ia3_l": 1 + scale[:, None] for name, scale in each.items()}
+    _write(out, config, tensors, _card(base, title, False, changed))
+    return True
+
+
+def _of_every_use(changes: Mapping[str, T], decoder: Decoder) -> dict[str, T]:
+    """Plain peft knows nothing of linears that blocks share: each has the same change."""
+    return {
+        f"{decoder.prefix}.{block}.{linear}": changes[name]
         for block in range(len(decoder))
         for linear in decoder.block_names(block)
-        if (name := decoder.linear_name(block, linear)) in compressed
+        if (name := decoder.linear_name(block, linear)) in changes
     }
+
+
+def _write(out: Path, config: PeftConfig, tensors: Mapping[str, Tensor], card: str) -> None:
+    """Writes an adapter's folder; tensors by the name of the linear."""
     with atomic_folder(out, replace=True) as partial:
-        pattern = {f"^{name.replace('.', chr(92) + '.')}$": factors.rank for name, factors in each.items()}
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base,
-            r=1,
-            lora_alpha=1,
-            target_modules=sorted(each),
-            rank_pattern=pattern,
-            alpha_pattern=dict(pattern),
-            fan_in_fan_out=not isinstance(decoder.model.get_submodule(next(iter(compressed))), nn.Linear),
-            inference_mode=True,
-        )
         config.save_pretrained(str(partial))
-        tensors: dict[str, Tensor] = {}
-        for name, factors in each.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a.to(torch.float32)
-            tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b.to(torch.float32)
-        save_tensors(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
-        (partial / "README.md").write_text(_card(base, title, pruned, changed), encoding="utf-8")
+        named = {f"base_model.model.{name}": value.float().contiguous() for name, value in tensors.items()}
+        save_tensors(named, partial / "adapter_model.safetensors", {"format": "pt"})
+        (partial / "README.md").write_text(card, encoding="utf-8")
         settings = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
         settings["target_modules"] = sorted(settings["target_modules"])  # peft writes a set: its order is random
         (partial / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return True
 
 
 def _card(base: str, title: str, pruned: bool, changed: bool) -> str:

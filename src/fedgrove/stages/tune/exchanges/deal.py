@@ -16,7 +16,6 @@ from fedgrove.job.units import Count, Linears, Name
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
-from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.client_model import TrainingRequest
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load_again
@@ -192,7 +191,7 @@ class DealByLoss(Deal):
         members = torch.full((len(ids),), loss_gate_of(self.gate).choose(losses))
         return Response({}, Dealt.of(members, self.members))
 
-    def _changes(self, tensors: Tensors, decoder: Decoder, client: LocalClient) -> list[dict[str, Start[Any]]]:
+    def _changes(self, tensors: Tensors, decoder: Decoder, client: LocalClient) -> list[dict[str, Any]]:
         """By member and linear, the change that came.
 
         Raises:
@@ -205,17 +204,17 @@ class DealByLoss(Deal):
         check_parts(tensors, method, shapes, largest, [torch.float32], False, client)
         found = []
         for kind in kinds:
-            parts = by_linear(tensors, kind)
-            starts = {name: method.start({}, of_name, shapes[name], 0, name, self.seed) for name, of_name in parts.items()}
-            check_growth(method, {name: start.rest for name, start in starts.items()}, decoder, client)
-            found.append(starts)
+            changes = {name: method.change_of(parts) for name, parts in by_linear(tensors, kind).items()}
+            check_growth(method, changes, decoder, client)
+            found.append(changes)
         return found
 
-    def _with(self, changes: Mapping[str, Start[Any]], masks: Mapping[str, Tensor], decoder: Decoder) -> Any:
+    def _with(self, changes: Mapping[str, Any], masks: Mapping[str, Tensor], decoder: Decoder) -> Any:
         """The model with a member; members of the same shapes take turns in one model."""
-        shapes = {name: [tuple(part.shape) for part in start.rest.parts().values()] for name, start in changes.items()}
+        shapes = {name: [tuple(part.shape) for part in change.parts().values()] for name, change in changes.items()}
         model = load_again(decoder, self.bits, ("members", str(sorted(shapes.items()))))
-        self.trainable.attach(model, changes, Attachment({}, masks))
+        starts = {name: self.trainable.applied(change, decoder.read_shape(name)) for name, change in changes.items()}
+        self.trainable.attach(model, starts, Attachment({}, masks))
         return model
 
     def check_reply(self, reply: Reply) -> None:

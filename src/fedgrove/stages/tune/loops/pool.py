@@ -92,9 +92,10 @@ class Loop(changes.Loop):
             self._train_apart(round_)
         shared = self.state
         mass = [float(sum(windows[number] for windows in self.windows.values())) for number in range(len(self.members))]
-        for name, factors in mixture([_factors(member) for member in self.members], [one / sum(mass) for one in mass]).items():
-            shape = (factors.b.shape[0], factors.a.shape[1])
-            shared.put(name, shape, State(factors, self.method.none(shape)))
+        shares = [one / sum(mass) for one in mass]
+        for name, change in mixture(self.method, [_changes(member) for member in self.members], shares).items():
+            shape = self.decoder.read_shape(name)
+            shared.put(name, shape, State(change, self.method.none(shape)))
         for number, member in enumerate(self.members):
             member.write(self._file(round_, number))
         return None
@@ -134,7 +135,7 @@ class Loop(changes.Loop):
         members = self.members or self._read(self.config.rounds - 1)
         folder, facts = self.run.path / "pool", self._facts(len(members))
         with atomic_folder(folder, replace=True) as partial:
-            write_members(partial, [_factors(member) for member in members])
+            write_members(self.method, partial, [_changes(member) for member in members])
             if self.pool.method.LOOKS == "features":
                 shutil.copyfile(self._work / GATE, partial / GATE)
             write_card(partial, facts, self.federation.job)
@@ -328,8 +329,8 @@ class Loop(changes.Loop):
         return [TuningState.read(file) for file in sorted(self._work.glob(f"member-{round_:04d}-*.safetensors"))]
 
 
-def _factors(state: TuningState) -> Member:
-    """The change of each linear; if all share A, it is one adapter."""
+def _changes(state: TuningState) -> Member:
+    """The change of each linear: all of it is trained, as no client trains a part."""
     return {name: of.live for name, of in state.states.items()}
 
 

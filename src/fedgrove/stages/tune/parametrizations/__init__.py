@@ -124,7 +124,13 @@ class Parametrization(Protocol):
 
 
 class Trainable(Parametrization, Protocol):
-    """The contract of a parametrization that clients train linear by linear, by gradients."""
+    """The contract of a parametrization that clients train linear by linear, by gradients.
+
+    Attributes:
+        IN_COMMON: the parts of a change that all members of a pool have in common.
+    """
+
+    IN_COMMON: tuple[str, ...]
 
     def start(
         self, own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
@@ -166,6 +172,18 @@ class Trainable(Parametrization, Protocol):
         """
         ...
 
+    def applied(self, change: Any, shape: tuple[int, int]) -> Start[Any]:
+        """A complete change of a weight (out, in) that is only measured, as :meth:`attach` takes it."""
+        ...
+
+    def mixture(self, changes: Sequence[Any], weights: Sequence[float]) -> Any:
+        """Σ weight · change, exactly, of changes of one linear.
+
+        Raises:
+            ValueError: that is no change of the same form, as the parts of ``IN_COMMON`` differ.
+        """
+        ...
+
     def total(self, trained: Any, start: Start[Any]) -> Any:
         """The complete change of the weight at the client after training, including the part that was not trained."""
         ...
@@ -192,6 +210,10 @@ class Trainable(Parametrization, Protocol):
         """The weight (out, in) plus its change, rounded once to the weight's dtype; zeros stay zero if ``masked``."""
         ...
 
+    def fits_peft(self, decoder: Decoder) -> bool:
+        """Whether plain peft has adapters for what is trained of this model."""
+        ...
+
     def write_adapter(
         self, out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
     ) -> bool:
@@ -204,7 +226,7 @@ class Trainable(Parametrization, Protocol):
             changed: earlier stages changed the model, so the adapter does not fit the model that the job names.
 
         Returns:
-            Whether an adapter was written; always False for parametrizations that peft adapters cannot represent.
+            Whether an adapter was written: not if plain peft has none (see :meth:`fits_peft`), or if nothing changes.
         """
         ...
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import ModelCost
+from fedgrove.models.experts import expert_of
 from fedgrove.quantities import mebibytes
 from fedgrove.rounds.request import Disclosure, TensorSpecs
 from fedgrove.stages.tune import cost as costs
+from fedgrove.stages.tune import peft_adapter
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.changes import Start, State
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
@@ -49,6 +51,7 @@ BY_WINDOWS = False
 ALONE = True
 SUMS_LOSS = True
 CLIPPED = ("change", "gradient")
+IN_COMMON: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,16 @@ def received(parts: Mapping[str, Tensor], own: Scales, rank: int, name: str, see
     return Scales.of(parts)
 
 
+def applied(change: Scales, shape: tuple[int, int]) -> Start[Scales]:
+    """The scales, which are attached as those that are trained."""
+    return start(change.parts(), {}, shape, 1, "", "")
+
+
+def mixture(changes: Sequence[Scales], weights: Sequence[float]) -> Scales:
+    """Σ weight·s: diag(1 + s)·W is linear in s."""
+    return none((0, 0)).plus(*(change.scaled(weight) for change, weight in zip(changes, weights, strict=True)))
+
+
 def total(trained: Scales, start: Start[Scales]) -> Scales:
     """The scales so far plus the difference that this round made."""
     return start.own.plus(trained)
@@ -209,8 +222,16 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
     )
 
 
+def fits_peft(decoder: Decoder) -> bool:
+    """Plain peft also scales the bias of a linear, and has no adapters for single experts."""
+    stored = decoder.linear_names()
+    biases = (f"{name.removesuffix('weight')}bias" for name in stored.values())
+    return not any(map(expert_of, stored)) and not any(map(decoder.checkpoint.__contains__, biases))
+
+
 def write_adapter(
-    out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
+    out: Path, decoder: Decoder, changes: Mapping[str, Scales], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """Writes nothing: the scales are merged into the model."""
-    return False
+    """See :func:`fedgrove.stages.tune.peft_adapter.write_ia3`."""
+    scales = {name: change.s for name, change in changes.items() if change.s is not None}
+    return fits_peft(decoder) and peft_adapter.write_ia3(out, decoder, scales, base, title, changed)

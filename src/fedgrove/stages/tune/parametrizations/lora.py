@@ -53,6 +53,7 @@ BY_WINDOWS = False
 ALONE = True
 SUMS_LOSS = True
 CLIPPED = ("change", "gradient")
+IN_COMMON = ("a",)
 
 OWN, REST = "own", "rest"  # the adapter that is trained, and the frozen one that is only added
 
@@ -181,6 +182,22 @@ def received(parts: Mapping[str, Tensor], own: Factors, rank: int, name: str, se
     return Factors(parts["b"], parts["a"] if "a" in parts else fill(own, rank, name, seed).a)
 
 
+def applied(change: Factors, shape: tuple[int, int]) -> Start[Factors]:
+    """The factors as the part that is not trained."""
+    return Start(none(shape), change)
+
+
+def mixture(changes: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """(Σ weight·B)·A: a change of the same rank."""
+    first, *others = changes
+    if not all(torch.equal(other.a, first.a) for other in others):
+        raise ValueError("the changes have not one A")
+    b = first.b * weights[0]
+    for other, weight in zip(others, weights[1:], strict=True):
+        b = b + other.b * weight
+    return Factors(b, first.a)
+
+
 def total(trained: Factors, start: Start[Factors]) -> Factors:
     """The trained factors plus the rest."""
     return trained.plus(start.rest)
@@ -255,11 +272,16 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
     )
 
 
+def fits_peft(decoder: Decoder) -> bool:
+    """Plain peft has no adapters for single experts."""
+    return not any(map(expert_of, decoder.linear_names()))
+
+
 def write_adapter(
     out: Path, decoder: Decoder, changes: Mapping[str, Factors], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """See :func:`fedgrove.stages.tune.peft_adapter.write_lora`. Plain peft has no adapters for single experts: writes none."""
-    if any(map(expert_of, changes)):
+    """See :func:`fedgrove.stages.tune.peft_adapter.write_lora`."""
+    if not fits_peft(decoder):
         return False
     return peft_adapter.write_lora(out, decoder, changes, base, title, pruned, changed)
 

@@ -17,9 +17,11 @@ base_model: {base}
 ---
 # {title}
 
-{members} adapters of one model, and a gate ("{gate}") that says how much of each a text gets. All adapters share A
-(`a.safetensors`); `member-K.safetensors` has the B of member K, with every scale multiplied in, so that a weighted sum of the B
-is again one adapter. Members by the windows of text that they were trained on: {windows}.
+{members} adapters of one model, and a gate ("{gate}") that says how much of each a text gets. `member-K.safetensors` has what
+member K has for itself, so that a weighted sum of members is again one adapter: of LoRA the B, with every scale multiplied in,
+while all share the A in `common.safetensors`; of (IA)³ all scales, as the difference from one.
+
+Members by the windows of text that they were trained on: {windows}.
 
 For an owner who was not there, `fedgrove adopt RUN --data new.jsonl --out mine` finds weights and writes one adapter that plain
 peft loads. `fedgrove gate RUN --data texts.jsonl` shows the weights of each text.

@@ -20,12 +20,10 @@ from fedgrove.models.features import pooled_states
 from fedgrove.models.files import find_model
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.reader import read_job
-from fedgrove.stages.tune.changes import Start
 from fedgrove.stages.tune.exchanges.gate import NOVELTY
-from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.frozen import load_again
 from fedgrove.stages.tune.gates import feature_gate_of
-from fedgrove.stages.tune.parametrizations import Attachment, trainable_of
+from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
 from fedgrove.stages.tune.personal import Windows, losses
 from fedgrove.stages.tune.pool.card import FACTS, GATE
 from fedgrove.stages.tune.pool.config import Pool as Settings
@@ -68,7 +66,8 @@ class Pool:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         gate = load_file(folder / GATE) if (folder / GATE).is_file() else {}
         base = read_job(run)["model"] if (run / "job.toml").is_file() else {}
-        return cls(facts, Settings(**facts["pool"]), tuple(read_members(folder, facts["members"])), gate, base)
+        members = read_members(trainable_of(facts["parametrization"]), folder, facts["members"])
+        return cls(facts, Settings(**facts["pool"]), tuple(members), gate, base)
 
     def model(self, given: str | None = None, device: str = "cpu") -> Decoder:
         """The model that the members change.
@@ -100,6 +99,11 @@ class Pool:
         return Decoder(checkpoint, device)
 
     @property
+    def method(self) -> Trainable:
+        """The module of the parametrization."""
+        return trainable_of(self.facts["parametrization"])
+
+    @property
     def shares(self) -> list[float]:
         """The part of all windows that each member was trained on."""
         total = sum(self.facts["windows"])
@@ -127,32 +131,30 @@ class Pool:
         state = {name.removeprefix(STATE): value for name, value in self.gate.items() if name.startswith(STATE)}
         return gate.weights(features, state), p_values(gate.surprise(features, state), self.gate[NOVELTY])
 
-    def mix(self, weights: Sequence[float]) -> dict[str, Factors]:
+    def mix(self, weights: Sequence[float]) -> dict[str, Any]:
         """The members' mixture, one adapter; without weights that are 0."""
-        return mixture(self.members, weights)
+        return mixture(self.method, self.members, weights)
 
-    def losses(self, decoder: Decoder, changes: Mapping[str, Factors], windows: Windows) -> Parts:
+    def losses(self, decoder: Decoder, changes: Member, windows: Windows) -> Parts:
         """The loss of each window with a change of the model, and its number of predicted tokens."""
-        method = trainable_of(self.facts["parametrization"])
-        every = {name: factors for member in self.members for name, factors in member.items()}
+        method = self.method
+        every = {name: change for member in self.members for name, change in member.items()}
         starts = {}
-        for name, factors in every.items():  # a linear that is not changed has B = 0: the same model is used again
-            found = changes.get(name, Factors(torch.zeros_like(factors.b), factors.a))
-            starts[name] = Start(method.none((factors.b.shape[0], factors.a.shape[1])), found)
+        for name, change in every.items():  # a linear that is not changed gets a change of 0: the same model is used again
+            starts[name] = method.applied(changes.get(name, change.scaled(0.0)), decoder.read_shape(name))
         model = load_again(decoder, 32, ("pool", tuple(sorted(every))))
         masks = {name: decoder.read_matrix(name) != 0 for name in self.facts["masked"]}
         method.attach(model, starts, Attachment({}, masks))
         return losses(model, windows)
 
-    def write(self, out: Path, decoder: Decoder, changes: Mapping[str, Factors], title: str, given: str | None = None) -> None:
+    def write(self, out: Path, decoder: Decoder, changes: Member, title: str, given: str | None = None) -> None:
         """Writes a mixture as an adapter that plain peft loads.
 
         Args:
             given: as for :meth:`model`.
         """
-        method, masked = trainable_of(self.facts["parametrization"]), bool(self.facts["masked"])
-        base = given or self.base["path"]
-        method.write_adapter(out, decoder, changes, base, title, masked, bool(self.facts["changed"]))
+        masked, base = bool(self.facts["masked"]), given or self.base["path"]
+        self.method.write_adapter(out, decoder, changes, base, title, masked, bool(self.facts["changed"]))
 
 
 def has_pool(run: Path) -> bool:

@@ -1,51 +1,64 @@
-"""The members of a pool and their mixtures. All have the same A, so a weighted sum of members is one adapter of their rank."""
+"""The members of a pool and their mixtures. A weighted sum of members is one change of the same form."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.factors import Factors
+from fedgrove.stages.tune.parametrizations import Trainable
 
-Member = Mapping[str, Factors]  # by linear; without linears that it does not change
+Member = Mapping[str, Any]  # by linear, its change; without linears that it does not change
+COMMON = "common.safetensors"  # what all members have in common, such as the A of LoRA
 
 
-def mixture(members: Sequence[Member], weights: Sequence[float]) -> dict[str, Factors]:
-    """Σ weight·member, exactly: (Σ weight·B)·A.
+def mixture(method: Trainable, members: Sequence[Member], weights: Sequence[float]) -> dict[str, Any]:
+    """Σ weight·member, exactly.
 
     Raises:
         ValueError: two members have not the same A of a linear.
     """
-    mixed: dict[str, Factors] = {}
+    parts: dict[str, list[tuple[Any, float]]] = {}
     for member, weight in zip(members, weights, strict=True):
-        for name, factors in member.items():
-            if not weight or not factors.rank:
-                continue
-            before = mixed.get(name)
-            if before is not None and not torch.equal(before.a, factors.a):
-                raise ValueError(f"{name}: the members have not one A")
-            mixed[name] = Factors(factors.b * weight if before is None else before.b + factors.b * weight, factors.a)
+        for name, change in member.items():
+            if weight and any(part.numel() for part in change.parts().values()):
+                parts.setdefault(name, []).append((change, weight))
+    mixed = {}
+    for name, of_name in parts.items():
+        try:
+            mixed[name] = method.mixture(*zip(*of_name, strict=True))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return mixed
 
 
-def write_members(folder: Path, members: Sequence[Member]) -> None:
-    """Writes ``a.safetensors`` and for each member ``member-K.safetensors`` with its B, float32, by linear."""
-    shared: dict[str, Tensor] = {}
+def write_members(method: Trainable, folder: Path, members: Sequence[Member]) -> None:
+    """Writes for each member ``member-K.safetensors``, float32, ``<linear>/<part>``; the parts in common once, beside them."""
+    common: dict[str, Tensor] = {}
     for number, member in enumerate(members):
-        shared |= {name: factors.a.float().contiguous() for name, factors in member.items()}
-        save_tensors(
-            {name: factors.b.float().contiguous() for name, factors in member.items()}, folder / f"member-{number}.safetensors"
-        )
-    save_tensors(shared, folder / "a.safetensors")
+        own: dict[str, Tensor] = {}
+        for name, change in member.items():
+            for part, value in change.parts().items():
+                (common if part in method.IN_COMMON else own)[f"{name}/{part}"] = value.float().contiguous()
+        save_tensors(own, folder / f"member-{number}.safetensors")
+    if common:
+        save_tensors(common, folder / COMMON)
 
 
-def read_members(folder: Path, number: int) -> list[dict[str, Factors]]:
+def read_members(method: Trainable, folder: Path, number: int) -> list[dict[str, Any]]:
     """Reads what :func:`write_members` wrote."""
-    shared = load_file(folder / "a.safetensors")
-    files = [load_file(folder / f"member-{member}.safetensors") for member in range(number)]
-    return [{name: Factors(b, shared[name]) for name, b in file.items()} for file in files]
+    common = _by_linear(load_file(folder / COMMON)) if method.IN_COMMON else {}
+    members = [_by_linear(load_file(folder / f"member-{member}.safetensors")) for member in range(number)]
+    return [{name: method.change_of({**common.get(name, {}), **parts}) for name, parts in one.items()} for one in members]
+
+
+def _by_linear(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, part = key.rpartition("/")
+        found.setdefault(name, {})[part] = value
+    return found

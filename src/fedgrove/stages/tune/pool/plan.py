@@ -12,6 +12,7 @@ from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.deal import DealByFeatures
 from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
+from fedgrove.stages.tune.parametrizations import trainable_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.features import layers_of
@@ -27,8 +28,12 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
             little text; names the key or the file.
     """
     at = f"stages.{plan.stage}.pool"
+    config = job.stages[plan.stage]
+    assert isinstance(config, Config)
     if plan.experts is not None:
         raise FedgroveError(f"{at}: plain peft has no adapters for single experts", "leave pool out")
+    if not trainable_of(config.parametrization).fits_peft(decoder):
+        raise FedgroveError(f"{at}: the model's linears have biases, which plain peft would scale too", 'set method = "lora"')
     length = job.stages[plan.stage].training_length() or 1
     check_new(job, length, decoder.checkpoint)
     disclosed = {Disclosure[name] for name in plan.discloses}
@@ -53,8 +58,6 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         ]
     known = names_of(frozenset(disclosed))
     plan = plan.model_copy(update={"discloses": known, "notes": (*plan.notes, *notes)})
-    config = job.stages[plan.stage]
-    assert isinstance(config, Config)
     return _of_all_members(plan, pool, config.rounds) if config.deals_in_sums else plan
 
 
