@@ -52,8 +52,8 @@ from fedgrove.stages.tune.pool.newcomers import few_windows
 LENGTH, MEMBERS = 64, 4
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
 STAGE = {
-    "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 6, "steps": 8, "length": LENGTH, "batches": [4],
-    "ranks": [8], "bits": [32], "learning_rate": 4e-3,
+    "kind": "tune", "planner": "uniform", "parametrization": "lora", "aggregation": "ffa_lora", "rounds": 6, "steps": 8,
+    "length": LENGTH, "batches": [4], "ranks": [8], "bits": [32], "learning_rate": 4e-3,
 }  # fmt: skip
 KINDS = ("medquad", "e2e", "rustbook", "shakespeare")
 OWNERS = tuple(f"{kind}-{size}" for kind in KINDS for size in ("large", "small"))

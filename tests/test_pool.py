@@ -48,7 +48,7 @@ TUNE = {
     "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 2, "steps": 4, "length": 16, "batches": [2],
     "ranks": [2], "bits": [32], "learning_rate": 0.01,
 }  # fmt: skip
-SCALES = {"method": "ia3", "aggregation": "fedavg", "ranks": None, "learning_rate": 0.05}
+SCALES = {"method": "ia3", "aggregation": None, "ranks": None, "learning_rate": 0.05}
 MIXTURE = {"gate": "mixture", "members": 2, "common": 0.34, "size": 3, "prefix": 8, "starts": 2, "fit_rounds": 4}
 GROUPS = {"gate": "groups", "common": 0.34, "groups": {"wood": ["ash", "birch"], "other": ["cedar"]}}
 
@@ -480,6 +480,7 @@ def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Sma
         ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),
         (GROUPS, {"aggregation": "flexlora"}, ("stages.0", "pool", 'aggregation = "ffa_lora"')),
         (GROUPS, {**SCALES, "method": "full"}, ("pool", 'set method = "lora" or "ia3"')),
+        (GROUPS, {**SCALES, "method": "seeds", "bits": None}, ("pool", 'set method = "lora" or "ia3"')),
         (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),

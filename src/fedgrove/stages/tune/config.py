@@ -109,8 +109,9 @@ class Config(StageConfig):
             "tokens", how many tokens reach it.
         personal_experts: the fraction of every block's experts, rounded up, that each client keeps in a smaller model of its
             own, which it writes on its own disk after the last round: those that matter most to its text. 0: none.
-        pool: several adapters instead of one, and a gate that gives texts to them (see :mod:`fedgrove.stages.tune.gates`). Its
-            default aggregation is "ffa_lora", so that a mixture of adapters is one adapter. Default: one adapter for all.
+        pool: several adapters instead of one, and a gate that gives texts to them (see :mod:`fedgrove.stages.tune.gates`).
+            With LoRA, aggregation is then "ffa_lora" by default: a mixture of adapters is one adapter. Default: one adapter
+            for all.
         eval_every: measure the held-out perplexity after every so many rounds; 0: only after the last.
     """
 
@@ -176,10 +177,10 @@ class Config(StageConfig):
                 if filled.setdefault(key, name) != name:
                     raise ValueError(f'method "{short}" means {key} = "{name}"; leave one of them out')
         parametrization = filled.setdefault("parametrization", "lora")
-        if filled.get("pool") is not None:
-            filled = {"planner": "uniform", "aggregation": "ffa_lora", **filled}
         if parametrization in plugins.names("stages.tune.parametrizations"):
             method = parametrization_of(parametrization)
+            if filled.get("pool") is not None:
+                filled = {"planner": "uniform", **({"aggregation": "ffa_lora"} if method.RANKED else {}), **filled}
             filled.setdefault("planner", "fedpipe" if method.RANKED else "uniform")
             if filled["planner"] in plugins.names("stages.tune.planners") and planner_of(filled["planner"]).CHOOSES_STEPS:
                 steps = filled.get("steps", cls.model_fields["steps"].default)

@@ -150,12 +150,12 @@ def received(parts: Mapping[str, Tensor], own: Scales, rank: int, name: str, see
 
 def applied(change: Scales, shape: tuple[int, int]) -> Start[Scales]:
     """The scales, which are attached as those that are trained."""
-    return start(change.parts(), {}, shape, 1, "", "")
+    return Start(Scales(torch.zeros(shape[0]) if change.s is None else change.s.float()), none(shape))
 
 
 def mixture(changes: Sequence[Scales], weights: Sequence[float]) -> Scales:
     """Σ weight·s: diag(1 + s)·W is linear in s."""
-    return none((0, 0)).plus(*(change.scaled(weight) for change, weight in zip(changes, weights, strict=True)))
+    return Scales().plus(*(change.scaled(weight) for change, weight in zip(changes, weights, strict=True)))
 
 
 def total(trained: Scales, start: Start[Scales]) -> Scales:
