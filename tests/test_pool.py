@@ -409,6 +409,16 @@ def test_a_client_trains_as_many_steps_as_without_a_pool_and_sends_no_more_than_
         assert sum(sizes) <= 1.05 * sum(sent(alone)[client])
 
 
+@pytest.mark.parametrize(("precision", "each"), [("bfloat16", 1.395), ("fixed", 4.0)])
+def test_the_one_a_of_all_travels_in_no_direction_and_is_not_planned(small: Small, precision: str, each: float) -> None:
+    run = small.undisturbed(stages=tune(None, precision=precision))
+    decoder, rank = Decoder(Checkpoint(small.model)), TUNE["ranks"][0]
+    rows = sum(decoder.read_shape(name)[0] for name in decoder.linear_names())
+    for one in json.loads((run / "plan-0-tune.json").read_text())["clients"].values():
+        assert one["upload"] == pytest.approx(each * rank * rows, rel=0.01)
+        assert one["download"] == pytest.approx((1.395 if precision == "bfloat16" else 3.395) * rank * rows, rel=0.01)
+
+
 def test_a_newcomer_gets_the_member_that_suits_its_text(small: Small, tmp_path: Path) -> None:
     words = small.one_word("tree", "tree", "river")
     groups = {"gate": "groups", "common": 0.0, "groups": {"tree": ["ash", "birch"], "river": ["cedar"]}}

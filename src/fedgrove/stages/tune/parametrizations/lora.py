@@ -257,8 +257,8 @@ compute_seconds = costs.compute_seconds
 
 
 def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: bool) -> int:
-    """Σ rank·(out + in) over the linears; Σ rank·out for fixed-point numbers if A is shared."""
-    shared_a = sent and config.precision == "fixed" and config.aggregation_method.SHARED_A
+    """Σ rank·(out + in) over the linears; Σ rank·out if all clients share A, which does not travel."""
+    shared_a = config.aggregation_method.SHARED_A
     return sum(rank * (cost.linears[name][0] if shared_a else sum(cost.linears[name])) for name, rank in ranks.items())
 
 
