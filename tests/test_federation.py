@@ -88,7 +88,7 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert (fetched / "adapter" / "adapter_model.safetensors").read_bytes() == (
         alone / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
-    for file in ("a.safetensors", "member-0.safetensors", "gate.safetensors"):
+    for file in ("common.safetensors", "member-0.safetensors", "gate.safetensors"):
         assert (fetched / "pool" / file).read_bytes() == (alone / "pool" / file).read_bytes()
     assert json.loads((fetched / "pruning.json").read_text()) == json.loads((alone / "pruning.json").read_text())
 
