@@ -1,8 +1,8 @@
 """Eight unequal clients tune one model: FedPipe beside the best uniform LoRA of a grid, and other baselines.
 
     .venv/bin/python bench/tune.py --data ../shared/data --tasks newsgroups --write
-    .venv/bin/python bench/tune.py --data ../shared/data --tasks e2e medquad --methods fedpipe uniform --seeds 0
-        --model SMOLLM2 --clients 4 --rate 1e-3 --page tune-smollm2 --write
+    .venv/bin/python bench/tune.py --data ../shared/data --tasks medquad --methods fedpipe uniform --settings 3 --seeds 0
+        --model SMOLLM2 --clients 4 --rate 2e-3 --page tune-smollm2 --write
 
 A task's training text is distributed over eight clients, or four, by label (Dirichlet 0.3). Memory goes from 1 to 8 times what
 the weakest has, speed from 1 to 6, in another order. The weakest can just hold rank 16 in every linear, one window at a time.

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.labeled import labeled
 from fedgrove.evaluation.metrics import mean
 from fedgrove.events import Phase
 from fedgrove.job.tables import Job
@@ -160,14 +161,11 @@ class _Stage:
 
     def held_out(self) -> dict[str, tuple[list[Tensor], Tensor]]:
         """The windows and labels of the held-out texts that the head is measured on."""
-        config, found, tokenizer = self.config, {}, self.decoder.checkpoint.tokenizer()
-        for text in self.job.evaluate.data:
-            if text.measure == MEASURE:
-                assert text.prompt is not None
-                assert text.answer is not None
-                labels, most = config.labels, self.job.evaluate.records
-                found[text.name] = read_labeled([text.path], text.prompt, text.answer, labels, tokenizer, config.length, most)
-        return found
+        config, most, tokenizer = self.config, self.job.evaluate.records, self.decoder.checkpoint.tokenizer()
+        return {
+            text.name: read_labeled([text.path], prompt, answer, config.labels, tokenizer, config.length, most)
+            for text, prompt, answer in labeled(self.job.evaluate, MEASURE)
+        }
 
     def answers(self, held_out: Mapping[str, tuple[list[Tensor], Tensor]]) -> Answers:
         """The hidden states and labels of the held-out texts."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
+from fedgrove.evaluation.labeled import labeled
 from fedgrove.evaluation.metrics import mean
 from fedgrove.events import Phase
 from fedgrove.files import write_atomically
@@ -281,14 +282,11 @@ class _Stage:
 
     def held_out(self) -> dict[str, Records]:
         """The records of the held-out texts that prompts are measured on."""
-        found, tokenizer, most = {}, self.decoder.checkpoint.tokenizer(), self.job.evaluate.records
-        for text in self.job.evaluate.data:
-            if text.measure == MEASURE:
-                assert text.prompt is not None
-                assert text.answer is not None
-                labels, length = self.config.labels, self.config.length
-                found[text.name] = read_records([text.path], text.prompt, text.answer, labels, tokenizer, length, most)
-        return found
+        config, most, tokenizer = self.config, self.job.evaluate.records, self.decoder.checkpoint.tokenizer()
+        return {
+            text.name: read_records([text.path], prompt, answer, config.labels, tokenizer, config.length, most)
+            for text, prompt, answer in labeled(self.job.evaluate, MEASURE)
+        }
 
     def measure(self, text: str, records: Records, prompt: Prompt) -> None:
         """Logs how good no prompt, the start and the prompt that was found are on a held-out text, unless they are logged."""

@@ -25,12 +25,17 @@ OWN, REST = "own", "rest"  # kinds of tensors of a request: the part that a clie
 _norms: WeakKeyDictionary[Decoder, dict[str, float]] = WeakKeyDictionary()
 
 
-def by_linear(tensors: Tensors, kind: str) -> dict[str, Tensors]:
-    """The parts of the changes of a kind, for each linear that has any."""
+def by_linear(tensors: Mapping[str, Tensor], kind: str = "") -> dict[str, Tensors]:
+    """The parts of the changes of a kind, for each linear that has any.
+
+    Args:
+        tensors: ``<kind>/<linear>/<part>``, or without a kind ``<linear>/<part>``.
+    """
     found: dict[str, Tensors] = {}
+    prefix = f"{kind}/" if kind else ""
     for key, value in tensors.items():
-        name, _, part = key.partition("/")[2].rpartition("/")
-        if key.startswith(f"{kind}/"):
+        if key.startswith(prefix):
+            name, _, part = key.removeprefix(prefix).rpartition("/")
             found.setdefault(name, {})[part] = value
     return found
 

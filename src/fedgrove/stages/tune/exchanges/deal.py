@@ -20,7 +20,7 @@ from fedgrove.stages.tune.client_model import TrainingRequest
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.frozen import load_again
 from fedgrove.stages.tune.gates import loss_gate_of
-from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
+from fedgrove.stages.tune.parametrizations import Attachment, Mixable, mixable_of
 from fedgrove.stages.tune.personal import mean_loss
 from fedgrove.stages.tune.pool.config import Members
 from fedgrove.stages.tune.pool.dealing import draw_members, keep_deal, steps_of
@@ -177,9 +177,9 @@ class DealByLoss(Deal):
     masked: Linears
 
     @property
-    def trainable(self) -> Trainable:
+    def method(self) -> Mixable:
         """The module of the parametrization."""
-        return trainable_of(self.parametrization)
+        return mixable_of(self.parametrization)
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         decoder, ids, labels = self.model_and_windows(client, device)
@@ -197,7 +197,7 @@ class DealByLoss(Deal):
         Raises:
             FedgroveError: a tensor is no part of a change, or a weight would grow too much.
         """
-        shapes, method = decoder.linear_shapes(), self.trainable
+        shapes, method = decoder.linear_shapes(), self.method
         check_linears(self.masked, shapes, client)
         kinds = [f"member-{member}" for member in range(self.members)]
         largest = {kind: {name: min(shape) for name, shape in shapes.items()} for kind in kinds}
@@ -213,8 +213,8 @@ class DealByLoss(Deal):
         """The model with a member; members of the same shapes take turns in one model."""
         shapes = {name: [tuple(part.shape) for part in change.parts().values()] for name, change in changes.items()}
         model = load_again(decoder, self.bits, ("members", str(sorted(shapes.items()))))
-        starts = {name: self.trainable.applied(change, decoder.read_shape(name)) for name, change in changes.items()}
-        self.trainable.attach(model, starts, Attachment({}, masks))
+        starts = {name: self.method.applied(change, decoder.read_shape(name)) for name, change in changes.items()}
+        self.method.attach(model, starts, Attachment({}, masks))
         return model
 
     def check_reply(self, reply: Reply) -> None:

@@ -30,6 +30,7 @@ from fedgrove.stages.tune.holding import Chosen, kept_of_own
 from fedgrove.stages.tune.merging import write_merged
 from fedgrove.stages.tune.parametrizations import trainable_of
 from fedgrove.stages.tune.planning import Planning
+from fedgrove.stages.tune.received import by_linear
 from fedgrove.stages.tune.routed import ExpertRules, places_of
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.train_settings import Training
@@ -163,11 +164,7 @@ class Loop(Planning):
 
     def _take(self, means: Mapping[str, Tensor]) -> None:
         """Adds the means of the clients' differences, ``<linear>/<part>``, to the state."""
-        state = self.state
-        of_linears: dict[str, dict[str, Tensor]] = {}
-        for key, value in means.items():
-            linear, _, part = key.rpartition("/")
-            of_linears.setdefault(linear, {})[part] = value
+        state, of_linears = self.state, by_linear(means)
         for name, rank in self.plan.widest().items():
             shape = self.decoder.read_shape(name)
             old = state.state_of(name, shape)

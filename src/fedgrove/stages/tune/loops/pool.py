@@ -44,6 +44,7 @@ from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.gates import job_gate_of
 from fedgrove.stages.tune.gates import random as at_random
 from fedgrove.stages.tune.loops import changes
+from fedgrove.stages.tune.parametrizations import Mixable, mixable_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.card import GATE, write_card
 from fedgrove.stages.tune.pool.dealing import steps_of
@@ -59,8 +60,11 @@ TOGETHER = ""  # instead of a client's name, where only the sum over clients is 
 class Loop(changes.Loop):
     """See :class:`fedgrove.stages.tune.tuning.Tuning`."""
 
+    method: Mixable
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.method = mixable_of(self.config.parametrization)
         assert self.config.pool is not None
         self.pool = self.config.pool
         self.first = self.pool.common_rounds(self.config.rounds)

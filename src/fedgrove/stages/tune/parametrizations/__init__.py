@@ -124,13 +124,7 @@ class Parametrization(Protocol):
 
 
 class Trainable(Parametrization, Protocol):
-    """The contract of a parametrization that clients train linear by linear, by gradients.
-
-    Attributes:
-        IN_COMMON: the parts of a change that all members of a pool have in common.
-    """
-
-    IN_COMMON: tuple[str, ...]
+    """The contract of a parametrization that clients train linear by linear, by gradients."""
 
     def start(
         self, own: Mapping[str, Tensor], rest: Mapping[str, Tensor], shape: tuple[int, int], rank: int, name: str, seed: str
@@ -172,18 +166,6 @@ class Trainable(Parametrization, Protocol):
         """
         ...
 
-    def applied(self, change: Any, shape: tuple[int, int]) -> Start[Any]:
-        """A complete change of a weight (out, in) that is only measured, as :meth:`attach` takes it."""
-        ...
-
-    def mixture(self, changes: Sequence[Any], weights: Sequence[float]) -> Any:
-        """Σ weight · change, exactly, of changes of one linear.
-
-        Raises:
-            ValueError: that is no change of the same form, as the parts of ``IN_COMMON`` differ.
-        """
-        ...
-
     def total(self, trained: Any, start: Start[Any]) -> Any:
         """The complete change of the weight at the client after training, including the part that was not trained."""
         ...
@@ -210,10 +192,6 @@ class Trainable(Parametrization, Protocol):
         """The weight (out, in) plus its change, rounded once to the weight's dtype; zeros stay zero if ``masked``."""
         ...
 
-    def fits_peft(self, decoder: Decoder) -> bool:
-        """Whether plain peft has adapters for what is trained of this model."""
-        ...
-
     def write_adapter(
         self, out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
     ) -> bool:
@@ -226,8 +204,34 @@ class Trainable(Parametrization, Protocol):
             changed: earlier stages changed the model, so the adapter does not fit the model that the job names.
 
         Returns:
-            Whether an adapter was written: not if plain peft has none (see :meth:`fits_peft`), or if nothing changes.
+            Whether an adapter was written: not if plain peft has none, or if nothing changes.
         """
+        ...
+
+
+class Mixable(Trainable, Protocol):
+    """The contract of a parametrization whose changes can be members of a pool.
+
+    Attributes:
+        IN_COMMON: the parts of a change that all members have in common.
+    """
+
+    IN_COMMON: tuple[str, ...]
+
+    def applied(self, change: Any, shape: tuple[int, int]) -> Start[Any]:
+        """A complete change of a weight (out, in) that is only measured, as :meth:`attach` takes it."""
+        ...
+
+    def mixture(self, changes: Sequence[Any], weights: Sequence[float]) -> Any:
+        """Σ weight · change, exactly, of changes of one linear.
+
+        Raises:
+            ValueError: that is no change of the same form, as the parts of ``IN_COMMON`` differ.
+        """
+        ...
+
+    def fits_peft(self, decoder: Decoder) -> bool:
+        """Whether plain peft has adapters for what is trained of this model."""
         ...
 
 
@@ -245,3 +249,8 @@ def parametrization_of(name: str) -> Parametrization:
 def trainable_of(name: str) -> Trainable:
     """Loads a parametrization that clients train linear by linear."""
     return cast(Trainable, plugins.load(PACKAGE, name, Trainable))
+
+
+def mixable_of(name: str) -> Mixable:
+    """Loads a parametrization of which a pool can have members."""
+    return cast(Mixable, plugins.load(PACKAGE, name, Mixable))

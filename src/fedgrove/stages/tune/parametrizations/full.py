@@ -42,7 +42,6 @@ BY_WINDOWS = False
 ALONE = True
 SUMS_LOSS = True
 CLIPPED = ("change", "gradient")
-IN_COMMON: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,16 +136,6 @@ def received(parts: Mapping[str, Tensor], own: Dense, rank: int, name: str, seed
     return Dense.of(parts)
 
 
-def applied(change: Dense, shape: tuple[int, int]) -> Start[Dense]:
-    """The change so far."""
-    return Start(change, none(shape))
-
-
-def mixture(changes: Sequence[Dense], weights: Sequence[float]) -> Dense:
-    """Σ weight · change."""
-    return Dense().plus(*(change.scaled(weight) for change, weight in zip(changes, weights, strict=True)))
-
-
 def total(trained: Dense, start: Start[Dense]) -> Dense:
     """The change so far plus the difference that this round made."""
     return start.own.plus(trained)
@@ -202,13 +191,8 @@ def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
     )
 
 
-def fits_peft(decoder: Decoder) -> bool:
-    """A dense change of all weights is no adapter."""
-    return False
-
-
 def write_adapter(
     out: Path, decoder: Decoder, changes: Mapping[str, Any], base: str, title: str, pruned: bool, changed: bool
 ) -> bool:
-    """Writes nothing; see :func:`fits_peft`."""
+    """Writes nothing: a dense change of all weights cannot be stored as an adapter."""
     return False

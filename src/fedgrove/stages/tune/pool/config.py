@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fedgrove.job.units import Count, Fraction, Length, Name, Table, method_of
 from fedgrove.stages.tune.gates import Gate, gate_of, job_gate_of
-from fedgrove.stages.tune.parametrizations import parametrization_of, trainable_of
+from fedgrove.stages.tune.parametrizations import mixable_of, parametrization_of
 from fedgrove.stages.tune.planners import planner_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def check_stage(config: Config) -> None:
     assert pool is not None
     if not parametrization_of(config.parametrization).FROZEN:
         raise ValueError('pool: every member would be a whole model; set method = "lora" or "ia3"')
-    if trainable_of(config.parametrization).IN_COMMON and not config.aggregation_method.SHARED_A:
+    if mixable_of(config.parametrization).IN_COMMON and not config.aggregation_method.SHARED_A:
         raise ValueError('pool: a mixture of members is one adapter only if all share A; set aggregation = "ffa_lora"')
     if not planner_of(config.planner).EQUAL_RANKS:
         raise ValueError(f'pool: planner "{config.planner}" plans for one adapter; set method = "lora"')

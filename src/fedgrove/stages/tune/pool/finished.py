@@ -23,7 +23,7 @@ from fedgrove.report.reader import read_job
 from fedgrove.stages.tune.exchanges.gate import NOVELTY
 from fedgrove.stages.tune.frozen import load_again
 from fedgrove.stages.tune.gates import feature_gate_of
-from fedgrove.stages.tune.parametrizations import Attachment, Trainable, trainable_of
+from fedgrove.stages.tune.parametrizations import Attachment, Mixable, mixable_of
 from fedgrove.stages.tune.personal import Windows, losses
 from fedgrove.stages.tune.pool.card import FACTS, GATE
 from fedgrove.stages.tune.pool.config import Pool as Settings
@@ -66,7 +66,7 @@ class Pool:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         gate = load_file(folder / GATE) if (folder / GATE).is_file() else {}
         base = read_job(run)["model"] if (run / "job.toml").is_file() else {}
-        members = read_members(trainable_of(facts["parametrization"]), folder, facts["members"])
+        members = read_members(mixable_of(facts["parametrization"]), folder, facts["members"])
         return cls(facts, Settings(**facts["pool"]), tuple(members), gate, base)
 
     def model(self, given: str | None = None, device: str = "cpu") -> Decoder:
@@ -99,9 +99,9 @@ class Pool:
         return Decoder(checkpoint, device)
 
     @property
-    def method(self) -> Trainable:
+    def method(self) -> Mixable:
         """The module of the parametrization."""
-        return trainable_of(self.facts["parametrization"])
+        return mixable_of(self.facts["parametrization"])
 
     @property
     def shares(self) -> list[float]:

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.parametrizations import Trainable
+from fedgrove.stages.tune.parametrizations import Mixable
+from fedgrove.stages.tune.received import by_linear
 
 Member = Mapping[str, Any]  # by linear, its change; without linears that it does not change
 COMMON = "common.safetensors"  # what all members have in common, such as the A of LoRA
 
 
-def mixture(method: Trainable, members: Sequence[Member], weights: Sequence[float]) -> dict[str, Any]:
+def mixture(method: Mixable, members: Sequence[Member], weights: Sequence[float]) -> dict[str, Any]:
     """Σ weight·member, exactly.
 
     Raises:
@@ -36,7 +37,7 @@ def mixture(method: Trainable, members: Sequence[Member], weights: Sequence[floa
     return mixed
 
 
-def write_members(method: Trainable, folder: Path, members: Sequence[Member]) -> None:
+def write_members(method: Mixable, folder: Path, members: Sequence[Member]) -> None:
     """Writes for each member ``member-K.safetensors``, float32, ``<linear>/<part>``; the parts in common once, beside them."""
     common: dict[str, Tensor] = {}
     for number, member in enumerate(members):
@@ -49,16 +50,8 @@ def write_members(method: Trainable, folder: Path, members: Sequence[Member]) ->
         save_tensors(common, folder / COMMON)
 
 
-def read_members(method: Trainable, folder: Path, number: int) -> list[dict[str, Any]]:
+def read_members(method: Mixable, folder: Path, number: int) -> list[dict[str, Any]]:
     """Reads what :func:`write_members` wrote."""
-    common = _by_linear(load_file(folder / COMMON)) if method.IN_COMMON else {}
-    members = [_by_linear(load_file(folder / f"member-{member}.safetensors")) for member in range(number)]
+    common = by_linear(load_file(folder / COMMON)) if method.IN_COMMON else {}
+    members = [by_linear(load_file(folder / f"member-{member}.safetensors")) for member in range(number)]
     return [{name: method.change_of({**common.get(name, {}), **parts}) for name, parts in one.items()} for one in members]
-
-
-def _by_linear(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, part = key.rpartition("/")
-        found.setdefault(name, {})[part] = value
-    return found

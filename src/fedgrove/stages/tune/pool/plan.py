@@ -12,7 +12,7 @@ from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.deal import DealByFeatures
 from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
-from fedgrove.stages.tune.parametrizations import trainable_of
+from fedgrove.stages.tune.parametrizations import mixable_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.features import layers_of
@@ -32,7 +32,7 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
     assert isinstance(config, Config)
     if plan.experts is not None:
         raise FedgroveError(f"{at}: plain peft has no adapters for single experts", "leave pool out")
-    if not trainable_of(config.parametrization).fits_peft(decoder):
+    if not mixable_of(config.parametrization).fits_peft(decoder):
         raise FedgroveError(f"{at}: the model's linears have biases, which plain peft would scale too", 'set method = "lora"')
     length = job.stages[plan.stage].training_length() or 1
     check_new(job, length, decoder.checkpoint)
