@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Where it is set, every process of the tests would compile again what another one has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test pytest check gpu-test fuzz fuzz-minute federation-test federation-errors lint docs site clean
 
 demo: .venv/installed
