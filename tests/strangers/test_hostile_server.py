@@ -40,6 +40,7 @@ from fedgrove.runfolder import RunFolder
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from small import CLIENTS, LENGTH, SAMPLES, Small
 from test_expert_cut import mixture
+from test_wire import forge, take_apart
 
 RUN, VICTIM = "run", "ash"
 PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": SAMPLES, "length": LENGTH}
@@ -345,20 +346,27 @@ class Hostile:
         self.kinds.add(kind)
         shutil.rmtree(self.kits[VICTIM].with_name("copy"), ignore_errors=True)
         request, tensors, _ = serve.read(kind, message)
-        info = wire.unpack(message)[1]
-        plain = info["request"]
+        header, pieces = take_apart(message)  # to pack the tensors again takes longer than a refusal
+        plain = header["info"]["request"]
+
+        def send(name: str, moved: Any) -> bool:
+            return self._send(kind, name, moved, tensors, header, pieces)
+
         for name, path, value in moves(request, plain, kind):
             key = listed(kind, name)
             beyond = FREE[key][1] if key in FREE else None
             if beyond is not None and (kind, name) not in self.bounds:
                 self.bounds.add((kind, name))
-                self._send(kind, f"{name} = {beyond}", put(plain, path, beyond), tensors, info)
+                send(f"{name} = {beyond}", put(plain, path, beyond))
             tried = key in self.accepted or key in self.free
-            if not tried and self._send(kind, name, put(plain, path, value), tensors, info):
+            if not tried and send(name, put(plain, path, value)):
                 self.accepted.setdefault(key, value)
 
-    def _send(self, kind: str, name: str, plain: Any, tensors: Tensors, info: Mapping[str, Any]) -> bool:
+    def _send(
+        self, kind: str, name: str, plain: Any, tensors: Tensors, header: Mapping[str, Any], pieces: dict[str, bytes]
+    ) -> bool:
         """Whether a copy of the site, which has answered no other moved request, answers this one."""
+        info = header["info"]
         try:
             request = parse(kind, plain)
         except (wire.WireError, FedgroveError):
@@ -374,7 +382,7 @@ class Hostile:
         copy = self.kits[VICTIM].with_name("copy")
         if not copy.is_dir():
             shutil.copytree(self.kits[VICTIM], copy)
-        message = wire.pack(tensors, {"request": plain, "masking": masking})
+        message = forge({**header, "info": {"request": plain, "masking": masking}}, pieces)
         response, error = respond(copy, RUN, kind, message, self.job)
         if response is not None:
             shutil.rmtree(copy)
