@@ -26,10 +26,13 @@ def names(package: str, folders: bool = False) -> list[str]:
         folders: list the subpackages instead of the files.
     """
     path = importlib.import_module(f"fedgrove.{package}").__path__
-    return list(_names(tuple(path), tuple(Path(folder).stat().st_mtime_ns for folder in path), folders))
+    return list(_names(tuple(path), tuple(_folder(folder).stat().st_mtime_ns for folder in path), folders))
 
 
-@cache  # a method is looked up for every message and every matrix
+_folder = cache(Path)  # a method is looked up for every message and every matrix, and to take a path apart takes longer
+
+
+@cache  # likewise
 def _names(path: tuple[str, ...], changed: tuple[int, ...], folders: bool) -> list[str]:
     """The names in these folders, which were changed at these times."""
     return sorted(module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders)
@@ -60,7 +63,7 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     return module
 
 
-@cache  # like the names
+@cache  # likewise
 def _lacking(module: ModuleType, protocol: Any) -> str | None:
     """The first attribute, function or parameters of a protocol that a file lacks; None: it has all of them."""
     bases = [base for base in reversed(protocol.__mro__) if base is not object]
