@@ -144,12 +144,10 @@ def test_a_kit_starts_as_a_service_or_in_a_container(federation: Running, tmp_pa
 def test_a_kit_whose_process_number_is_taken_does_not_seem_to_run(federation: Running, tmp_path: Path) -> None:
     """In a container the process that starts has the number of the one that ran before."""
     shutil.copytree(federation.sites["ash"] / "startup", tmp_path / "startup")
-    code = (
-        "import os, sys; from pathlib import Path; from fedgrove.deploy.flare import node; kit = Path(sys.argv[1]);"
-        "(kit / node.PID).write_text(str(os.getpid())); assert node.running(kit) is None"
-    )
-    with environment():
-        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    with subprocess.Popen([sys.executable, "-c", "input()", tmp_path], stdin=subprocess.PIPE) as starting:
+        (tmp_path / node.PID).write_text(str(starting.pid))
+        assert node.running(tmp_path) is None
+        starting.communicate(b"\n")
 
 
 def test_a_stranger_gets_no_connection(federation: Running, tmp_path: Path) -> None:

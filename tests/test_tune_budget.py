@@ -8,7 +8,7 @@ import json
 import math
 import random
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def fits(given: Budget, grid: SearchSpace, choice: ClientConfig, sizes: ModelCos
     return budget.memory(sizes, grid, choice) <= given.memory and budget.seconds(sizes, grid, given, choice) <= given.seconds
 
 
+@cache
 def some_budgets(number: int) -> list[Budget]:
     rng = random.Random(0)
     choices = every_choice(GRID)
