@@ -176,8 +176,9 @@ def test_messages_that_are_none_are_named(tmp_path: Path, messages: Any, line: s
         max_size=3,
     )
 )
-def test_any_list_of_objects_is_a_conversation_or_one_line(tmp_path: Path, small: Small, messages: Any) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(small.model)
+def test_any_list_of_objects_is_a_conversation_or_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, messages: Any
+) -> None:
     tokenizer.chat_template = TEMPLATES["plain"][0]
     try:
         texts = list(read_texts(chat_file(tmp_path, messages), "{messages}", tokenizer))
