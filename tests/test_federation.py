@@ -288,7 +288,7 @@ def test_a_site_whose_process_ends_at_once_is_one_missing_client(federation: Run
     federation.wait_for(("birch", "cedar"), since=now)
     seen = Lines()
     clients = [{"name": name} for name in federation.names]
-    assert federation.run("two", seen, clients=clients, rounds={"quorum": 2}) is None
+    assert federation.run("two", seen, clients=clients, rounds={"quorum": 2}, evaluate={}) is None
     assert seen.messages[:1] == [f"cedar: {ENDED}"]
     records = json.loads((federation.fetch("two") / "pruning.json").read_text(encoding="utf-8"))["tensors"]
     assert {tuple(record["clients"]) for record in records} == {("ash", "birch")}
