@@ -253,8 +253,8 @@ CASES = [
 ]
 
 MODELS = {
-    "deep": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
-    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16},
+    "deep": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4},
+    "wide": {"hidden_size": 768, "intermediate_size": 2112, "num_hidden_layers": 2, "num_attention_heads": 12},
     "many words": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "num_attention_heads": 8},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
