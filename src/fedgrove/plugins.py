@@ -26,13 +26,10 @@ def names(package: str, folders: bool = False) -> list[str]:
         folders: list the subpackages instead of the files.
     """
     path = importlib.import_module(f"fedgrove.{package}").__path__
-    return list(_names(tuple(path), tuple(_folder(folder).stat().st_mtime_ns for folder in path), folders))
+    return list(_names(tuple(path), tuple(Path(folder).stat().st_mtime_ns for folder in path), folders))
 
 
-_folder = cache(Path)  # a method is looked up for every message and every matrix, and to take a path apart takes longer
-
-
-@cache  # likewise
+@cache  # a job is checked against them at every key that names a method
 def _names(path: tuple[str, ...], changed: tuple[int, ...], folders: bool) -> list[str]:
     """The names in these folders, which were changed at these times."""
     return sorted(module.name for module in pkgutil.iter_modules(path) if module.ispkg == folders)
@@ -51,6 +48,12 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     Raises:
         FedgroveError: there is no such method, or its file lacks part of the protocol.
     """
+    return _load(package, tuple(importlib.import_module(f"fedgrove.{package}").__path__), name, protocol)
+
+
+@cache  # a method is looked up for every message and every matrix
+def _load(package: str, path: tuple[str, ...], name: str, protocol: Any) -> ModuleType:
+    """:func:`load` of a package whose folders these are."""
     if name not in names(package):
         raise FedgroveError(f"{package}: there is no {name!r} here", f"choose one of {', '.join(names(package))}")
     module = importlib.import_module(f"fedgrove.{package}.{name}")
@@ -63,7 +66,6 @@ def load(package: str, name: str, protocol: Any = None) -> ModuleType:
     return module
 
 
-@cache  # likewise
 def _lacking(module: ModuleType, protocol: Any) -> str | None:
     """The first attribute, function or parameters of a protocol that a file lacks; None: it has all of them."""
     bases = [base for base in reversed(protocol.__mro__) if base is not object]

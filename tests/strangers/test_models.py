@@ -464,7 +464,7 @@ def test_a_fingerprint_does_not_see_what_is_not_the_model(tmp_path: Path) -> Non
 
 def test_a_padding_token_without_a_row_is_no_fault(small: Small) -> None:
     decoder = Decoder(Checkpoint(small.model))
-    tokenizer = decoder.checkpoint.tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(small.model)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert max(tokenizer.get_vocab().values()) == 4096
     check_vocabulary(tokenizer, decoder)

@@ -116,16 +116,20 @@ def small_contents(folder: Path) -> dict[str, bytes]:
         FedgroveError: a file is a link to a file outside of the folder.
     """
     contents = {}
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and _is_copied(file.name):
-            if not _lies_in(folder, file):
-                raise FedgroveError(f"model: {file} is a link to a file outside of the folder", "copy the file there")
-            contents[file.name] = file.read_bytes()
-            if file.name in (CONFIG, "tokenizer_config.json"):
-                raw = read_json(file)
-                if without_code(raw) != raw:
-                    contents[file.name] = (json.dumps(without_code(raw), indent=2) + "\n").encode()
+    for file in small_files(folder):
+        if not _lies_in(folder, file):
+            raise FedgroveError(f"model: {file} is a link to a file outside of the folder", "copy the file there")
+        contents[file.name] = file.read_bytes()
+        if file.name in (CONFIG, "tokenizer_config.json"):
+            raw = read_json(file)
+            if without_code(raw) != raw:
+                contents[file.name] = (json.dumps(without_code(raw), indent=2) + "\n").encode()
     return contents
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files of a model that are neither weights nor index, sorted by name."""
+    return sorted(file for file in folder.iterdir() if _is_copied(file.name) and file.is_file())
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ here all of it becomes one line that names the file.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from fedgrove.models.files import (
     loads_as_it_is,
     read_json,
     small_contents,
+    small_files,
     weight_files,
 )
 from fedgrove.models.shared import read_shares, resolve_shares
@@ -54,6 +56,7 @@ _SWITCHES = {
     "gradient_checkpointing": False, "output_attentions": False, "output_hidden_states": False, "output_router_logits": False,
     "return_dict": True,
 }  # fmt: skip
+CHAT_TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer's templates besides its first
 _BIDIRECTIONAL = ("bert-generation", "xlnet")  # encoders that transformers does not list as masked language models
 
 T = TypeVar("T")
@@ -92,11 +95,30 @@ def _switched(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model directory.
+    """The tokenizer in a model directory; whoever calls it must not change it.
+
+    The latest stays in memory and is given again as long as the files' contents are the same: to read one takes a second where
+    the vocabulary is large, and a run needs it in several places.
 
     Raises:
         FedgroveError: there is none, its files are damaged, or it needs code of its own.
     """
+    try:
+        files = [*small_files(folder), *sorted(folder.glob(f"{CHAT_TEMPLATES}/*"))]
+        key = tuple((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in files)
+    except OSError:  # transformers says what is wrong
+        return _read_tokenizer(folder)
+    if key not in _latest:
+        tokenizer = _read_tokenizer(folder)
+        _latest.clear()
+        _latest[key] = tokenizer
+    return _latest[key]
+
+
+_latest: dict[tuple[tuple[str, bytes], ...], PreTrainedTokenizerBase] = {}
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     file = folder / "tokenizer_config.json"
     raw = read_json(file) if file.is_file() else {}
     try:

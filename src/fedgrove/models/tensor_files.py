@@ -81,7 +81,11 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def header(file: Path) -> dict[str, Any]:
     """Names, dtypes and shapes of a safetensors file, in file order."""
-    return _headers(file, file.stat().st_mtime_ns if file.is_file() else 0)
+    try:
+        modified = file.stat().st_mtime_ns
+    except OSError:  # opening it says what is wrong
+        modified = 0
+    return _headers(file, modified)
 
 
 @lru_cache(maxsize=4096)
