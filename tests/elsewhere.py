@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "lazy:0"
@@ -26,6 +25,7 @@ class Elsewhere(Tensor):
     """A tensor of the second device."""
 
     inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # else every function of torch passes through Python first
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Elsewhere:
@@ -42,24 +42,31 @@ class Elsewhere(Tensor):
 
 
 class _Machine(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; what keeps the compiler away would take a third of every operation's time."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(function, args, kwargs or {})
 
 
-class _Numbers(TorchFunctionMode):
-    """``torch.tensor`` makes its tensor where no mode of dispatch sees it."""
+def _made_there(function: Any) -> Any:
+    """``torch.tensor`` and its like, which make their tensor where no mode of dispatch sees it."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
-            return function(*args, **{**kwargs, "device": None}).to(kwargs["device"])
-        return function(*args, **kwargs)
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        tensor = function(*args, **kwargs)
+        return tensor if device is None else tensor.to(device)
+
+    return made
 
 
 @contextmanager
 def second_device() -> Iterator[str]:
     """Gives the name of the device; it exists in this thread until the end of the block."""
-    with pytest.MonkeyPatch.context() as patch, _Numbers(), _Machine():
+    with pytest.MonkeyPatch.context() as patch, _Machine():
+        for name in ("tensor", "as_tensor", "asarray"):
+            patch.setattr(torch, name, _made_there(getattr(torch, name)))
         patch.setattr(torch, "lazy", SimpleNamespace(device_count=lambda: 1), raising=False)
         patch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # some builds of torch know no autocast of this device
         yield DEVICE
