@@ -51,7 +51,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "sums, masked": {"stages": [{**SUMS, "pruner": "sparsegpt"}], "privacy": SECURE},
     "sums, owl": {"stages": [{**SUMS, "allocation": "owl"}]},
     "structured": {"stages": [CUT]},
-    "fedpipe": {"stages": [{**TUNE, "planner": "fedpipe"}]},
+    "fedpipe": {"stages": [{**TUNE, "planner": "fedpipe", "importance_steps": 2}]},
     "lora": {"stages": [{**LORA, "rounds": 2}]},
     "lora, masked": {"stages": [{**LORA, "precision": "fixed", "aggregation": "ffa_lora"}], "privacy": SECURE},
     "full": {"stages": [{**TUNE, "parametrization": "full"}]},

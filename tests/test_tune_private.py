@@ -38,7 +38,7 @@ from test_tune_stage import PRUNE, TUNE, client_of, clients_of, mean_perplexity,
 
 WHOLE = {**TUNE, "aggregation": "ffa_lora", "precision": "fixed"}
 SECURE = {"secure_aggregation": True}
-FEDPIPE = {"method": "fedpipe", "ranks": [2, 4, 8], "batches": [1, 2], "deadline": 0.02}
+FEDPIPE = {"method": "fedpipe", "ranks": [2, 4, 8], "batches": [1, 2], "deadline": 0.02, "importance_steps": 2}
 UNEQUAL = [{"name": name, "speed": speed} for name, speed in zip(CLIENTS, (1.0, 4.0, 8.0), strict=True)]
 
 

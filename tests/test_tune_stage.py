@@ -49,11 +49,12 @@ TUNE = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 2, "length": 16, "batches": [4], "ranks": [4], "bits": [32],
     "learning_rate": 0.01,
 }  # fmt: skip
+FEDPIPE = {"method": "fedpipe", "importance_steps": 2}  # from the second on, all that is measured counts
 PRUNE = {"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": 3, "length": 16}
 
 
 def tune(**changes: Any) -> list[dict[str, Any]]:
-    return [{**TUNE, **changes}]
+    return [{**TUNE, **(FEDPIPE if changes.get("method") == "fedpipe" else {}), **changes}]
 
 
 def mean_perplexity(run: Path, stage: int | None) -> float:
@@ -234,7 +235,7 @@ def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small)
 @pytest.mark.parametrize("method", ["lora", "fedpipe", "full"])
 def test_two_stages_tune_on_windows_of_different_lengths(small: Small, tmp_path: Path, method: str) -> None:
     """A client has another number of tokens for each length, by which it weighs; both are known before the first stage."""
-    stages = [{**TUNE, "method": method, "length": length, "rounds": 1} for length in (16, 20)]
+    stages = [stage for length in (16, 20) for stage in tune(method=method, length=length, rounds=1)]
     run = small.undisturbed(stages=stages, evaluate={})
     job = load(run / "job.toml")
     tokens = []
@@ -263,7 +264,7 @@ def test_two_stages_tune_on_windows_of_different_lengths(small: Small, tmp_path:
     Moment("os.rename", "*/adapter"),
 ])  # fmt: skip
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
-    stages = [PRUNE, {**TUNE, "method": "fedpipe", "replan_every": 1, "eval_every": 1, "ranks": [2, 4]}]
+    stages = [PRUNE, *tune(method="fedpipe", replan_every=1, eval_every=1, ranks=[2, 4])]
     whole = small.undisturbed(stages=stages)
     job, out = small.job("resumed", stages=stages), tmp_path / "run"
     killed("run", job, "--out", out, "--quiet", moment=moment)
@@ -400,7 +401,13 @@ def test_a_record_without_the_answers_field_is_named(small: Small, tmp_path: Pat
     assert all(word in line for word in words), line
 
 
-PERSONAL = {**TUNE, "steps": 6, "personal": 0.3, "server_lr": 1e-3}  # the shared adapter stays about where it begins
+PERSONAL = {
+    **TUNE,
+    "rounds": 1,
+    "steps": 8,
+    "personal": 0.3,
+    "server_lr": 1e-3,
+}  # the shared adapter stays about where it begins
 
 
 @pytest.mark.parametrize("first", [TUNE, PRUNE], ids=["dense", "pruned"])
