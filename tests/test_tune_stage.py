@@ -401,13 +401,8 @@ def test_a_record_without_the_answers_field_is_named(small: Small, tmp_path: Pat
     assert all(word in line for word in words), line
 
 
-PERSONAL = {
-    **TUNE,
-    "rounds": 1,
-    "steps": 8,
-    "personal": 0.3,
-    "server_lr": 1e-3,
-}  # the shared adapter stays about where it begins
+# The shared adapter stays about where it begins.
+PERSONAL = {**TUNE, "rounds": 1, "steps": 8, "personal": 0.3, "server_lr": 1e-3}
 
 
 @pytest.mark.parametrize("first", [TUNE, PRUNE], ids=["dense", "pruned"])
