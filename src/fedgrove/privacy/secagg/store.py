@@ -6,7 +6,7 @@ import contextlib
 import json
 import secrets
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedgrove.files import write_atomically
@@ -62,7 +62,7 @@ class SessionState:
 
     def dumps(self) -> str:
         """The state as JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self), default=vars)  # asdict would copy all shares first
 
 
 class SessionStore:
@@ -105,9 +105,10 @@ class SessionStore:
         else:
             raise SecureError("secure aggregation: this client did not begin this session, or it is over; refused")
         yield state
-        if state.dumps() != before:
+        after = state.dumps()
+        if after != before:
             # fsync: before a response is sent, its record must survive a power failure
-            write_atomically(path, state.dumps(), mode=0o600, fsync=True)
+            write_atomically(path, after, mode=0o600, fsync=True)
 
     def agree_on_survivors(self, sum_name: str, client: str, survivors: list[str]) -> None:
         """Records with which clients this client's input is summed; called before it signs their list.
