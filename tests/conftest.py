@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
 from importlib.resources import files
@@ -28,6 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
     forks.open_session()
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         config.pluginmanager.import_plugin("small")
+    gc.disable()  # what tests are made of lives to the end; to look through it again and again takes seconds
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is collected again, but not sought in what was there before."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

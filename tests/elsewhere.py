@@ -42,11 +42,6 @@ class Elsewhere(Tensor):
 
 
 class _Machine(TorchDispatchMode):
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; what keeps the compiler away would take a third of every operation's time."""
-        return False
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(function, args, kwargs or {})
 
