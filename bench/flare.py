@@ -82,10 +82,14 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
+    import forks
+
+    forks.open_session()
     with tempfile.TemporaryDirectory() as folder:
         tiny, large = echoes(Path(folder) / "echo")
         print("seconds:", tiny, large, flush=True)
         peaks, size = memory(Path(folder) / "memory", given.blocks, given.width)
+    forks.close_session()
     rows = [
         "| | measured | aim |",
         "|---|---|---|",

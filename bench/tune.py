@@ -25,8 +25,10 @@ import random
 import re
 import statistics
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import page
@@ -43,7 +45,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.report.paired import difference_interval
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import ClientConfig, SearchSpace, memory
-from fedgrove.stages.tune.objective import GAINED, PREDICTED
+from fedgrove.stages.tune.objective import GAINED, NOISE, PREDICTED, Gradients
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "src" / "fedgrove" / "demo" / "grove-6m"
@@ -69,6 +71,15 @@ PARTS: dict[str, dict[str, Any]] = {  # what is left out of FedPipe, by keys of 
 RESULT = ("points", "gains", "windows", "rank")
 UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
+
+
+def guessed(_: Gradients, importance: Mapping[str, float], ranks: Sequence[int]) -> dict[str, tuple[float, ...]]:
+    """What linears are worth if nobody has measured them: all the same, and a rank what is guessed before the first round."""
+    return Gradients().worth(dict.fromkeys(importance, 1 / len(importance)), ranks)
+
+
+# Likewise, what the clients measure and the planner then does not know: of Gradients, what it has instead.
+UNKNOWN: dict[str, tuple[str, Any]] = {"noise": ("noise", NOISE), "importance": ("worth", guessed)}
 
 
 def label(task: str, record: dict[str, Any]) -> str:
@@ -224,7 +235,8 @@ def run_method(
         stage: keys of the stage.
     """
     stage |= PARTS.get(without, {})
-    with tempfile.TemporaryDirectory() as folder:
+    name, value = UNKNOWN.get(without, ("noise", Gradients.noise))
+    with mock.patch.object(Gradients, name, value), tempfile.TemporaryDirectory() as folder:
         lines, test = held_out(task, data, Path(folder), validate)
         files = deal(task, lines, Path(folder), seed, clients)
         same: dict[str, Any] = {"alike": alike, "model": model, "clients": clients, **stage}
@@ -331,7 +343,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=sorted(TEXTS), default=sorted(TEXTS))
     parser.add_argument("--methods", nargs="+", default=[*ROUNDS, "uniform"], choices=[*ROUNDS, "uniform"])
     parser.add_argument(
-        "--without", nargs="+", default=[""], choices=["", *PARTS], help="parts of FedPipe to leave out, one a run"
+        "--without", nargs="+", default=[""], choices=["", *PARTS, *UNKNOWN], help="parts of FedPipe to leave out, one a run"
     )
     parser.add_argument("--keys", type=json.loads, default={}, help="keys of FedPipe's stage, as JSON: to choose settings by")
     parser.add_argument(
