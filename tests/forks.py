@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import pickle
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ VARIABLE = "FEDGROVE_TEST_FORKS"  # the server's socket; its name is the number 
 ENVIRONMENT: dict[str, str] = {}  # the server's: that of this process before a test changed it
 NUMBER = struct.Struct("<i")
 LONGEST = 300.0  # seconds of a command
+MOST_FILES = 64  # that a process is given
 
 
 def open_session() -> None:
@@ -47,15 +49,17 @@ def close_session() -> None:
         shutil.rmtree(address.parent, ignore_errors=True)
 
 
-def run(call: Callable[[], None], kill_after: Callable[[], None] | None = None) -> int:
+def run(call: Callable[[], None], kill_after: Callable[[], None] | None = None, given: Sequence[int] = ()) -> int:
     """Runs a call in a process of its own; gives the status with which it ends, negative: the signal.
 
     Args:
         call: can be pickled.
         kill_after: the process is killed when this returns.
+        given: open files of this process, which have the same numbers in that one.
     """
     with _connected() as server:
-        server.sendall(pickle.dumps(call))
+        socket.send_fds(server, [NUMBER.pack(len(given))], given)
+        server.sendall(pickle.dumps((given, call)))
         server.shutdown(socket.SHUT_WR)
         number = _read(server)
         if kill_after:
@@ -66,15 +70,36 @@ def run(call: Callable[[], None], kill_after: Callable[[], None] | None = None) 
 
 def module(name: str, words: list[str], environment: dict[str, str], folder: str, waiting: int) -> None:
     """Does what ``python -m`` does, for a process that waits: with its environment, in its folder, with its output."""
+    _stand_in(environment, folder, waiting)
+    sys.argv = [name, *words]
+    sys.modules.pop(name, None)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def spawned(code: str, environment: dict[str, str], folder: str, waiting: int) -> None:
+    """Likewise what ``python -c`` does with the code that multiprocessing starts a process with."""
+    _stand_in(environment, folder, waiting)
+    sys.argv = ["-c", "--multiprocessing-fork"]
+    exec(code, {})
+
+
+def _stand_in(environment: dict[str, str], folder: str, waiting: int) -> None:
     for stream in (1, 2):
         os.dup2(os.open(f"/proc/{waiting}/fd/{stream}", os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:0] = ["", *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    sys.argv = [name, *words]
-    sys.modules.pop(name, None)
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _take(given: Sequence[int], received: Sequence[int]) -> None:
+    """Gives received files the numbers that they had where they come from."""
+    apart = [fcntl.fcntl(number, fcntl.F_DUPFD, max(given) + 1) for number in received]
+    for number in received:
+        os.close(number)
+    for number, wanted in zip(apart, given, strict=True):
+        os.dup2(number, wanted)
+        os.close(number)
 
 
 def _read(connection: socket.socket) -> int:
@@ -143,12 +168,17 @@ def _answer(connection: socket.socket) -> None:
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.setblocking(True)
+    _, received, _, _ = socket.recv_fds(connection, NUMBER.size, MOST_FILES)
     with connection.makefile("rb") as stream:
-        call = pickle.load(stream)
+        given, call = pickle.load(stream)
     number = os.fork()
     if not number:
         connection.close()
+        if given:
+            _take(given, received)
         os._exit(_status(call))
+    for file in received:
+        os.close(file)
     connection.sendall(NUMBER.pack(number))
     ends = select.poll()
     ends.register(os.pidfd_open(number), select.POLLIN)
