@@ -51,11 +51,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Modules are compiled on all cores, not by pip on one; some files of packages are no Python and do not compile.
+# Modules are compiled on all cores, not by pip on one, but for the hundreds of architectures of transformers, of which few are
+# used; some files of packages are no Python and do not compile.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib src || true
+	$(BIN)/python -m compileall -qq -j 0 -x transformers/models .venv/lib src || true
 	touch $@
 
 # The pages of docs/reference, made from the code and committed; then the site.

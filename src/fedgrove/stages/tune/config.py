@@ -72,7 +72,7 @@ class Config(StageConfig):
         alpha: LoRA's α: an adapter is scaled by α/r. Default: the scale is 2 at the largest of ``ranks``, and ∝ 1/√r
             below it.
         deadline: seconds that a client may compute and send in a round (modeled); default: what the slowest client needs for
-            the smallest batch at the smallest ranks. Only "fedpipe" uses it.
+            ``steps`` of the smallest batch at the largest rank. Only "fedpipe" uses it.
         upload_price: the price of sending all linears at the largest rank, as a part of what a round gains. With a higher price
             clients send less. Only "fedpipe" uses it.
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",

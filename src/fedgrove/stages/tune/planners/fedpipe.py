@@ -59,12 +59,16 @@ def choose(config: Config, problem: Problem) -> Choice:
 
 
 def default_deadline(models: Mapping[str, ModelCost], space: SearchSpace, budgets: Mapping[str, Budget]) -> float:
-    """The slowest client's seconds for the smallest batch and ranks: small batches learn more in the same time."""
+    """The slowest client's seconds for ``steps`` of the smallest batch, all linears at the largest rank.
 
-    def least(model: ModelCost) -> ClientConfig:
-        return ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[0]))
+    A round is then no longer than one of uniform LoRA, and its clients have time for any rank: with the time for the smallest
+    ranks only, clients that are all alike would be left those, and sending would take as long as training. Ours.
+    """
 
-    return max(cost.seconds(models[name], space, budget, least(models[name])) for name, budget in budgets.items())
+    def largest(model: ModelCost) -> ClientConfig:
+        return ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[-1]))
+
+    return max(cost.seconds(models[name], space, budget, largest(models[name])) for name, budget in budgets.items())
 
 
 def _space(config: Config, problem: Problem) -> SearchSpace:
