@@ -55,7 +55,7 @@ class SearchSpace:
         batches, ranks: the allowed values, ascending; rank 0 is always allowed.
         steps: optimizer steps per round.
         max_steps: the most that a client may get, and then each gets its own number; 0: all get ``steps``.
-        rest: an upper bound on the rank of the change that a client computes with but does not train, in every linear.
+        rest: an upper bound on the rank of the change that a client computes with, in every linear, trained or not.
         number: bytes of one number of a factor on the wire.
         upload_price: of sending all linears at the largest rank; ranks whose gain is below their price are not chosen.
         noise: the noise scale in windows; see :mod:`fedgrove.stages.tune.objective`.
@@ -171,10 +171,10 @@ def window_operations(cost: ModelCost) -> float:
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:
     """Seconds of computation in a round of LoRA.
 
-    The factors that are not trained take four operations per number and token, those that are six. On a pruned model the
-    product of the factors that are not trained is added to the weight instead (eight operations per weight and rank in both
-    passes), and the weight's gradient takes two operations per weight and token; a quantized weight, to which nothing
-    can be added, takes four more, which are not counted.
+    Per number and token, factors that are trained take six operations and those that are not take four; of a linear's ``rest``
+    terms a client trains the first. On a pruned model the product of the factors that are not trained is added to the weight
+    instead (eight operations per weight and rank in both passes), and the weight's gradient takes two operations per weight
+    and token; a quantized weight, to which nothing can be added, takes four more, which are not counted.
     """
     adapters = sum(cost.uses(name) * rank * sum(cost.linears[name]) for name, rank in config.ranks.items())
     if cost.masked:
@@ -182,7 +182,13 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     else:
         rest = 4 * cost.length * space.rest * cost.used_widths
     windows = (config.steps or space.steps) * each_device(config.batch, budget)
-    return windows * (window_operations(cost) + rest + 6 * cost.length * adapters) / budget.speed
+    return windows * (window_operations(cost) + rest + _for_each_trained(cost, space) * adapters) / budget.speed
+
+
+def _for_each_trained(cost: ModelCost, space: SearchSpace) -> float:
+    """Operations of a window for each number of the factors that is trained, on top of those if nothing is."""
+    instead = 4 if space.rest and not cost.masked else 0  # it is then no longer one of the rest
+    return (6.0 - instead) * cost.length
 
 
 def each_device(batch: int, budget: Budget) -> int:
@@ -285,7 +291,7 @@ def best(cost: ModelCost, space: SearchSpace, budget: Budget, worth: Worth, gap:
     ]
     choices, paces = _paces(cost, space, budget), []
     for batch, steps, one in choices:
-        per_use = 6.0 * cost.length * steps * each_device(batch, budget) / budget.speed
+        per_use = _for_each_trained(cost, space) * steps * each_device(batch, budget) / budget.speed
         per_number = per_use * uses + space.number / budget.uplink
         paces.append(
             KnapsackSide(math.log(pace(steps, batch, space.noise)), per_number * numbers, budget.seconds - steps * one)

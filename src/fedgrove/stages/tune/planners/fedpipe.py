@@ -68,7 +68,8 @@ def default_deadline(models: Mapping[str, ModelCost], space: SearchSpace, budget
     def largest(model: ModelCost) -> ClientConfig:
         return ClientConfig(space.bits[0], space.batches[0], 1, dict.fromkeys(model.linears, space.ranks[-1]))
 
-    return max(cost.seconds(models[name], space, budget, largest(models[name])) for name, budget in budgets.items())
+    longest = max(cost.seconds(models[name], space, budget, largest(models[name])) for name, budget in budgets.items())
+    return longest * (1 + 1e-9)  # so that what takes exactly as long fits
 
 
 def _space(config: Config, problem: Problem) -> SearchSpace:
