@@ -35,7 +35,7 @@ ROUNDS = 20
 LARGE, LARGE_ROUNDS = 500 * 10**6, 2
 
 
-def echo(kit: Path, run: str, kind: str, message: bytes) -> Reply:
+def echo(kit: Path, run: str, kind: str, message: bytes, job: Path) -> Reply:
     """Sends back what came."""
     return message, None
 
@@ -82,14 +82,10 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
-    import forks
-
-    forks.open_session()
     with tempfile.TemporaryDirectory() as folder:
         tiny, large = echoes(Path(folder) / "echo")
         print("seconds:", tiny, large, flush=True)
         peaks, size = memory(Path(folder) / "memory", given.blocks, given.width)
-    forks.close_session()
     rows = [
         "| | measured | aim |",
         "|---|---|---|",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from transformers.utils import logging
 from fedgrove.deploy.flare.node import running
 from fedgrove.events import Event, Measured, Phase
 
+CLIENTS = 4
 CORES = 0.06  # of one core, what a client of speed 1 gets
 WORKER = "multiprocessing.spawn"  # in the command line of the process that computes for a site
 TURN = 0.01  # seconds after which it is looked again who has had too much
@@ -94,17 +94,16 @@ def _used(process: psutil.Process) -> float:
 
 
 def points(
-    data: Path, folder: Path, task: str, seed: int, method: str, stage: dict[str, Any], clients: int = 4
+    data: Path, folder: Path, task: str, seed: int, method: str, stage: dict[str, Any]
 ) -> list[tuple[float, float, float]]:
     """Runs a method over FLARE; after every round: real seconds, modeled seconds, held-out loss in nats a token."""
-    import forks
     from federated import MODEL, Lines, Running
     from small import Small
 
-    forks.open_session()
     lines, held = tune.held_out(task, data, folder, validate=False)
-    files = tune.deal(task, lines, folder, seed, clients)
-    job = tune.job(task, method, [[file] for file in files], 0, held, seed, clients=clients, **stage)
+    files = tune.deal(task, lines, folder, seed, CLIENTS)
+    job = tune.job(task, method, [[file] for file in files], 0, held, seed, clients=CLIENTS, **stage)
+    (folder / "small").mkdir()
     small = Small(folder / "small")
     small.model = tune.MODEL
     names = [client.name for client in job.clients]
@@ -142,7 +141,6 @@ def points(
     finally:
         slowed.close()
         federation.close()
-        forks.close_session()
     return found
 
 
@@ -157,12 +155,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     sys.path.insert(0, str(tune.ROOT / "tests"))
-    os.environ["OMP_NUM_THREADS"] = "1"
     rows = ["| task | method | after each round: seconds (modeled), loss |", "|---|---|---|"]
     for method in ("fedpipe", "uniform"):
         (stage,) = tune.settings_of(method, {}, [args.setting])
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "small").mkdir()
             found = points(args.data.resolve(), Path(folder), args.task, args.seed, method, stage)
         after = "; ".join(f"{seconds:.0f} s ({modeled:.1f} s), {loss:.3f}" for seconds, modeled, loss in found)
         rows.append(f"| {args.task} | {tune.named({**stage, 'method': method, 'without': ''})} | {after} |")
