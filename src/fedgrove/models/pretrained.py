@@ -108,11 +108,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         key = tuple((file.name, hashlib.sha256(file.read_bytes()).digest()) for file in files)
     except OSError:  # transformers says what is wrong
         return _read_tokenizer(folder)
-    if key not in _latest:
+    tokenizer = _latest.get(key)
+    if tokenizer is None:
         tokenizer = _read_tokenizer(folder)
         _latest.clear()
         _latest[key] = tokenizer
-    return _latest[key]
+    return tokenizer
 
 
 _latest: dict[tuple[tuple[str, bytes], ...], PreTrainedTokenizerBase] = {}
