@@ -115,6 +115,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "prompts": ({**OPEN, "alone": False}, [PROMPT]),
     "votes for words": (SECURE, [VOTING]),
 }
+
 ANY = "secagg"  # the five phases around a secure sum
 FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server may choose it, and a value beyond its bound
     ("deploy/join", "clock"): ("its clock, which the site compares with its own", -1.0),
