@@ -73,9 +73,12 @@ UPLINK = "10Mbit"
 TEXTS = {"newsgroups": "{text}", "medquad": "{question}\n{answer}", "e2e": "{mr}\n{ref}"}
 
 
+WORTH = Gradients.worth  # which "guessed" takes the place of
+
+
 def guessed(_: Gradients, importance: Mapping[str, float], ranks: Sequence[int]) -> dict[str, tuple[float, ...]]:
     """What linears are worth if nobody has measured them: all the same, and a rank what is guessed before the first round."""
-    return Gradients().worth(dict.fromkeys(importance, 1 / len(importance)), ranks)
+    return WORTH(Gradients(), dict.fromkeys(importance, 1 / len(importance)), ranks)
 
 
 # Likewise, what the clients measure and the planner then does not know: of Gradients, what it has instead.

@@ -129,7 +129,7 @@ class Small:
             "clients": [{"name": name, "data": str(self.texts[name])} for name in CLIENTS],
             "stages": [{"kind": "prune", "pruner": "wanda", "sparsity": 0.5, "samples": SAMPLES, "length": LENGTH}],
             "evaluate": {
-                "data": [str(self.texts["held-0"]), str(self.texts["held-1"])],
+                "data": [str(self.texts["held-0"])],
                 "length": 32,
                 "windows": 2,
             },
@@ -166,6 +166,10 @@ class Small:
         data = [str(self.folder / f"only-{word}.txt") for word in words]
         clients = [{"name": name, "data": file} for name, file in zip(CLIENTS, data, strict=True)]
         return {"clients": clients, "evaluate__data": data[:1]}
+
+    def two_texts(self) -> dict[str, Any]:
+        """The change of a job after which it is measured on two texts, not on one."""
+        return {"evaluate__data": [str(self.texts["held-0"]), str(self.texts["held-1"])]}
 
     def apart_and_pooled(self, folder: Path, owners: Mapping[str, list[str]], **changes: Any) -> tuple[Path, Path]:
         """The runs of owners each with their records, and of one owner with all of them in another order."""

@@ -75,7 +75,7 @@ def exported(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Callable
     @cache
     def of(form: str) -> tuple[Path, Path]:
         of_one_block = {"model__path": str(make_model(folder / "one-block", num_hidden_layers=1))}
-        run = small.undisturbed(**(of_one_block if form == "onnx" else {}))
+        run = small.undisturbed(**small.two_texts(), **(of_one_block if form == "onnx" else {}))
         return run, export(run, form, folder / form)
 
     return of

@@ -177,7 +177,7 @@ def test_a_run_tells_its_phases_and_every_client_that_it_requests_from(small: Sm
     server.run_job(job, server.local_engine(job, run.path / "clients"), run)
     run.close()
     assert clients.requested == list(CLIENTS)
-    assert "evaluate: the dense model on held-1" in heard.lines
+    assert "evaluate: the dense model on held-0" in heard.lines
     assert "writing the model" in heard.lines
     assert measured.names.count("perplexity/held-0") == 2 + len(CLIENTS)
 

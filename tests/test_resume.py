@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, measurements, result
 
-ALONE = {"evaluate__alone": True}  # what each client would have had by itself is killed and resumed, too
 TWO_ROUNDS = {"stages__0__rounds": 2}
 SAMPLED = {"stages__0__layers": {"sample": 0.5, "cover": 1}, "stages__0__rounds": 2}
 
@@ -35,6 +35,11 @@ AFTER_THE_MODEL = {
 }
 
 
+def alone(small: Small) -> dict[str, Any]:
+    """Two texts, and what each client would have had by itself, are measured: a kill can come between the measurements."""
+    return {"evaluate__alone": True, **small.two_texts()}
+
+
 def check_killed_and_resumed(small: Small, out: Path, *moments: Moment, **changes: object) -> None:
     job = small.job(**changes)
     for moment in moments:
@@ -56,23 +61,23 @@ def resume(job: Path, out: Path) -> None:
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
 def test_a_killed_run_resumes_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
     out = tmp_path / "run"
-    killed("run", small.job(**ALONE), "--out", out, moment=moment)
+    killed("run", small.job(**alone(small)), "--out", out, moment=moment)
     assert not (out / "model").exists()
-    check_killed_and_resumed(small, out, **ALONE)
+    check_killed_and_resumed(small, out, **alone(small))
 
 
 @pytest.mark.parametrize("moment", AFTER_THE_MODEL.values(), ids=AFTER_THE_MODEL.keys())
 def test_a_run_killed_after_its_model_was_written_only_tidies_up(small: Small, tmp_path: Path, moment: Moment) -> None:
     out = tmp_path / "run"
-    killed("run", small.job(**ALONE), "--out", out, moment=moment)
+    killed("run", small.job(**alone(small)), "--out", out, moment=moment)
     ledger = (out / "ledger.jsonl").read_bytes()
-    check_killed_and_resumed(small, out, **ALONE)
+    check_killed_and_resumed(small, out, **alone(small))
     assert (out / "ledger.jsonl").read_bytes() == ledger, "clients were asked again"
 
 
 def test_a_finished_run_asks_nobody_again(small: Small, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = small.job(**ALONE)
+    job = small.job(**alone(small))
     resume(job, out)  # nothing is there yet: it begins
     before = {file: file.stat().st_mtime_ns for file in (out / "model").iterdir()} | {"ledger": lines(out / "ledger.jsonl")}
     resume(job, out)
@@ -90,7 +95,7 @@ def test_the_second_round_survives_several_kills(small: Small, tmp_path: Path) -
         Moment("os.rename", "*/round-1/block-0000.safetensors", "cut"),
         Moment("os.rename", "*/round-1/block-0001.safetensors"),
         **TWO_ROUNDS,
-        **ALONE,
+        **alone(small),
     )
 
 
@@ -121,9 +126,9 @@ def test_a_second_stage_survives_a_kill(small: Small, tmp_path: Path) -> None:
 )
 def test_a_client_that_lost_its_folder_in_round_one_gives_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
     out = tmp_path / "run"
-    killed("run", small.job(**ALONE), "--out", out, moment=moment)
+    killed("run", small.job(**alone(small)), "--out", out, moment=moment)
     shutil.rmtree(out / "clients" / "birch")
-    check_killed_and_resumed(small, out, **ALONE)
+    check_killed_and_resumed(small, out, **alone(small))
 
 
 def test_a_client_that_lost_its_folder_in_round_two_is_named_and_the_others_may_go_on(small: Small, tmp_path: Path) -> None:
@@ -142,7 +147,7 @@ def test_a_client_that_lost_its_folder_in_round_two_is_named_and_the_others_may_
 
 
 def test_the_undisturbed_run_measured_everything_once(small: Small) -> None:
-    measured = measurements(small.undisturbed(**ALONE))
+    measured = measurements(small.undisturbed(**alone(small)))
     wanted = {(None, None, None), (0, None, None), *((0, None, client) for client in CLIENTS)}
     ends = {(*key, f"perplexity{end}") for key in wanted for end in ("", ".low", ".high") if not end or key[2] is None}
     assert set(measured) == {(*key, f"{name}/{text}") for *key, name in ends for text in ("held-0", "held-1")}
