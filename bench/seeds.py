@@ -8,6 +8,11 @@ windows of 64 tokens: a LoRA step counts as three forward passes, as the backwar
 LoRA of rank 1 with one A for all, whose rounds are the smallest that LoRA has: one round, with the steps of all rounds.
 Bytes are those of the ledger, in both directions, of all clients together. One thread.
 
+    .venv/bin/python bench/seeds.py --data ../shared/data --long --results seeds.jsonl
+
+``--long``: eight clients, fifty rounds of twenty steps of eight windows of 128 tokens, and only answers are learnt (E2E: the
+sentence, MedQuAD: the answer). Measured is the loss of held-out answers. Here LoRA has one round of as few bytes as it can.
+
     .venv/bin/python bench/seeds.py --model FOLDER --memory --data ../shared/data
 
 ``--memory`` measures this instead: the peak memory of a round of "seeds" and of measuring perplexity, each in its own
@@ -26,12 +31,14 @@ import resource
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import results
 import torch
 import tune
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from fedgrove import api, heap
@@ -46,36 +53,72 @@ from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
 from fedgrove.stages.tune.trainers import zeroth_order
 from fedgrove.stages.tune.training import Work
 
-CLIENTS, LENGTH, BATCH, STEPS, ROUNDS = 4, 64, 2, 20, 6
+STEPS = 20  # of a round
 HELD_OUT = 16  # windows of 256 tokens that are measured
-SEEDS = {"method": "seeds", "rounds": ROUNDS, "steps": STEPS, "batches": [BATCH], "length": LENGTH}
-# A LoRA step of BATCH windows takes 3·BATCH forward passes' time; seeds take 2·BATCH.
-LORA_STEPS = round(STEPS * 2 / 3)
-LORA = {"method": "lora", "bits": [32], "batches": [BATCH], "length": LENGTH, "learning_rate": 4e-3}
-METHODS: dict[str, dict[str, Any]] = {
-    "common": SEEDS,
-    "common, K 64": {**SEEDS, "seeds": 64},
-    "own, K 4096": {**SEEDS, "aggregation": "own"},
-    "own, pro, K 4096": {**SEEDS, "aggregation": "own", "sampling": "pro"},
-    "lora": {**LORA, "rounds": ROUNDS, "steps": LORA_STEPS, "ranks": [4]},
-    "lora, few bytes": {
-        **LORA, "rounds": 1, "steps": LORA_STEPS * ROUNDS, "ranks": [1], "aggregation": "ffa_lora", "precision": "bfloat16"
-    },
-}  # fmt: skip
+ANSWERS = 200  # that are measured instead
+TEMPLATES = {"e2e": ("{mr}\n", "{ref}"), "medquad": ("{question}\n", "{answer}")}
 
 
-def run_method(data: Path, model: Path, task: str, method: str, seed: int, scale: float | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Size:
+    """How long a trial is.
+
+    Attributes:
+        clients, length, rounds: of the job.
+        batch: windows that a client takes in a step, in the mean.
+        eval_every: rounds between measurements.
+        answers: whether only answers are learnt and measured.
+    """
+
+    clients: int
+    length: int
+    batch: int
+    rounds: int
+    eval_every: int
+    answers: bool
+
+
+SHORT, LONG = Size(4, 64, 2, 6, 1, False), Size(8, 128, 1, 50, 50, True)
+
+
+def methods(size: Size) -> dict[str, dict[str, Any]]:
+    """The stage of every method."""
+    seeds = {"method": "seeds", "rounds": size.rounds, "steps": STEPS, "batches": [size.batch], "length": size.length}
+    # A LoRA step takes the time of three forward passes of its windows, and one along a direction that of two.
+    steps = round(STEPS * 2 / 3)
+    lora = {"method": "lora", "bits": [32], "batches": [size.batch], "length": size.length, "learning_rate": 4e-3}
+    return {
+        "common": seeds,
+        "common, K 64": {**seeds, "seeds": 64},
+        "own, K 4096": {**seeds, "aggregation": "own"},
+        "own, pro, K 4096": {**seeds, "aggregation": "own", "sampling": "pro"},
+        "lora": {**lora, "rounds": size.rounds, "steps": steps, "ranks": [4]},
+        "lora, few bytes": {
+            **lora, "rounds": 1, "steps": steps * min(size.rounds, 6), "ranks": [1], "aggregation": "ffa_lora",
+            "precision": "bfloat16",
+        },
+    }  # fmt: skip
+
+
+METHODS = tuple(methods(SHORT))
+
+
+def run_method(
+    data: Path, model: Path, task: str, method: str, seed: int, scale: float | None, long: bool = False
+) -> dict[str, Any]:
     """Held-out loss before and after every round, with the bytes so far.
 
     Args:
         scale: multiplies the measured learning rate of "seeds"; None: as it is.
+        long: the size of the trial.
     """
+    size = LONG if long else SHORT
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines, test = tune.held_out(task, data, folder, validate=False)
-        files = tune.deal(task, lines, folder, seed, CLIENTS)
-        measured = functools.partial(run, model=model, task=task, files=files, test=test, seed=seed)
-        stage = {"kind": "tune", "eval_every": 1, **METHODS[method]}
+        files = tune.deal(task, lines, folder, seed, size.clients)
+        measured = functools.partial(run, model=model, task=task, files=files, test=test, seed=seed, size=size)
+        stage = {"kind": "tune", "eval_every": size.eval_every, **methods(size)[method]}
         if scale is not None:
             first = measured(folder / "first", stage={**stage, "rounds": 1, "steps": 1})
             stage["learning_rate"] = scale * first["rate"]
@@ -83,12 +126,15 @@ def run_method(data: Path, model: Path, task: str, method: str, seed: int, scale
         return measured(folder / "run", stage=stage)
 
 
-def run(out: Path, model: Path, task: str, files: list[Path], test: Path, stage: dict[str, Any], seed: int) -> dict[str, Any]:
+def run(
+    out: Path, model: Path, task: str, files: list[Path], test: Path, stage: dict[str, Any], seed: int, size: Size
+) -> dict[str, Any]:
     """Runs a job, and reads its losses and bytes."""
-    text = tune.TEXTS[task]
+    text, (prompt, answer) = tune.TEXTS[task], TEMPLATES[task]
+    templates = {"prompt": prompt, "answer": answer} if size.answers else {"text": text}
     wanted = Job.model_validate({
         "name": "bench", "seed": seed, "model": {"path": str(model)},
-        "clients": [{"name": f"client-{i}", "data": file, "text": text} for i, file in enumerate(files)],
+        "clients": [{"name": f"client-{i}", "data": file, **templates} for i, file in enumerate(files)],
         "stages": [stage],
         "evaluate": {"data": [{"name": task, "path": test, "text": text}], "length": 256, "windows": HELD_OUT},
     })  # fmt: skip
@@ -102,10 +148,32 @@ def run(out: Path, model: Path, task: str, files: list[Path], test: Path, stage:
     for round_ in range(wanted.stages[0].number_of_rounds()):
         sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "rounds/capabilities")
         points.append((sent, math.log(found[round_, 0, name])))
+    before, answers = math.log(found[None, None, name]), {}
+    if size.answers:
+        losses = [answer_losses(folder, task, test) for folder in (model, path / "model")]
+        before, points = losses[0].mean().item(), [(points[-1][0], losses[1].mean().item())]
+        change = losses[1] - losses[0]
+        answers = {"change": change.mean().item(), "interval": 1.96 * change.std().item() / math.sqrt(len(change))}
     return {
-        "before": math.log(found[None, None, name]), "points": points, "seconds": seconds,
+        "before": before, "points": points, "seconds": seconds, **answers,
         "rate": found.get((0, 0, "measured/learning_rate")), "perturbation": found.get((0, 0, "measured/perturbation")),
     }  # fmt: skip
+
+
+def answer_losses(model: Path, task: str, test: Path) -> torch.Tensor:
+    """The mean loss per token of each of the first answers of a file."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompt, answer = TEMPLATES[task]
+    losses: list[torch.Tensor] = []
+    for record in read_lines(test)[:ANSWERS]:
+        begin, end = (tokenizer(part.format(**record), add_special_tokens=False)["input_ids"] for part in (prompt, answer))
+        ids = torch.tensor([[*begin, *end]])[:, :512]
+        with torch.no_grad():
+            logits = plain(ids).logits[0, len(begin) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, len(begin) :]))
+    by_answer: torch.Tensor = torch.stack(losses)
+    return by_answer
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -176,8 +244,9 @@ def main() -> None:
     """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with medquad and e2e")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(tune.TEXTS), default=["e2e", "medquad"])
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TEMPLATES), default=sorted(TEMPLATES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--long", action="store_true", help="eight clients, a thousand steps, only answers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scales", nargs="+", type=float, help="multiples of the measured learning rate to try")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
@@ -198,7 +267,7 @@ def main() -> None:
         print(json.dumps({"seeds": _peak(stepped, args.model, args.data, 128, *settings)}))
         return
     wanted = [
-        {"task": task, "method": method, "seed": seed, "scale": scale}
+        {"task": task, "method": method, "seed": seed, "scale": scale, "long": args.long}
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
         for scale in args.scales or [None]
     ]
