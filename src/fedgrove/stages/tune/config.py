@@ -26,6 +26,7 @@ from fedgrove.job.units import (
     Sparsity,
     method_of,
 )
+from fedgrove.stages.tune.aggregation import PACKAGE as AGGREGATIONS
 from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of, seed_aggregation_of
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Planner, planner_of
@@ -64,8 +65,8 @@ class Config(StageConfig):
         batches: batch sizes, in windows, that a client may get. "uniform" gives the largest to all.
         ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold.
         bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4.
-        learning_rate: of the clients' optimizer. "auto", the default of "seeds" and only for it: 1/2 divided by the trace of
-            the curvature, which the clients measure before the first round and after every ``replan_every`` rounds.
+        learning_rate: of the clients' optimizer. Default: 1e-3; with "ffa_lora" 1e-2. "auto", the default of "seeds" and only
+            for it: 1/2 divided by the trace of the curvature, measured before the first round and after every ``replan_every``.
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
         optimizer: the clients'; its state is reset in every round.
         max_grad_norm: clips a client's gradient to this norm; 0: no clipping.
@@ -186,12 +187,11 @@ class Config(StageConfig):
                 steps = filled.get("steps", cls.model_fields["steps"].default)
                 filled.setdefault("max_steps", 8 * steps if isinstance(steps, int) else 0)
             aggregation = filled.setdefault("aggregation", method.AGGREGATION)
-            for key, value in method.DEFAULTS.items():
+            of_aggregation = aggregation_of(aggregation).DEFAULTS if aggregation in plugins.names(AGGREGATIONS) else {}
+            for key, value in (*method.DEFAULTS.items(), *of_aggregation.items()):
                 filled.setdefault(key, value)
             windows = filled.get("epsilon") is not None and filled.get("dp_unit", "window") == "window"
             filled.setdefault("trainer", method.TRAINERS[windows])
-            if method.FORM == "coefficients" and aggregation in plugins.names("stages.tune.aggregation"):
-                filled.setdefault("seeds", getattr(aggregation_of(aggregation), "SEEDS", 0))
         return filled
 
     @model_validator(mode="after")
@@ -199,7 +199,7 @@ class Config(StageConfig):
         what, takes = parametrization_of(self.parametrization), self.aggregation_method
         planner = planner_of(self.planner)
         if what.FORM not in takes.TAKES:
-            fitting = [name for name in plugins.names("stages.tune.aggregation") if what.FORM in aggregation_of(name).TAKES]
+            fitting = [name for name in plugins.names(AGGREGATIONS) if what.FORM in aggregation_of(name).TAKES]
             raise ValueError(
                 f'aggregation "{self.aggregation}" does not take what parametrization "{self.parametrization}" trains; '
                 f"use one of {', '.join(fitting)}"
@@ -239,9 +239,8 @@ class Config(StageConfig):
     def _check_directions(self) -> None:
         takes = seed_aggregation_of(self.aggregation)
         if takes.BOUNDED and not self.seeds:
-            raise ValueError(
-                f'seeds: aggregation "{self.aggregation}" draws from a number of them; set it, such as {takes.SEEDS}'
-            )
+            some = takes.DEFAULTS["seeds"]
+            raise ValueError(f'seeds: aggregation "{self.aggregation}" draws from a number of them; set it, such as {some}')
         if not self.seeds and self.rounds * self.steps > MOST_DIRECTIONS:
             raise ValueError(
                 f"seeds: {self.rounds} rounds of {self.steps} steps take more than {MOST_DIRECTIONS} directions, "

@@ -7,7 +7,7 @@ of it (its start and the rest), whatever its rank, so that all clients train the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -62,12 +62,14 @@ class Aggregation(Protocol):
         EQUAL_RANKS: whether all clients must have the same ranks.
         SHARED_A: whether all clients share one A, which is neither trained nor sent.
         SERVER_OPTIMIZERS: whether a server optimizer can be applied to its result.
+        DEFAULTS: values of the stage's keys that have another default with it.
     """
 
     TAKES: frozenset[Form]
     EQUAL_RANKS: bool
     SHARED_A: bool
     SERVER_OPTIMIZERS: bool
+    DEFAULTS: Mapping[str, Any]
 
 
 class ChangeAggregation(Aggregation, Protocol):
@@ -94,12 +96,10 @@ class SeedAggregation(Aggregation, Protocol):
     """The contract of an aggregation of steps along random directions: which directions a client goes, and what is summed.
 
     Attributes:
-        SEEDS: the default number of directions; 0: new ones in every round.
         BOUNDED: whether it needs a number of directions above 0.
         SAMPLINGS: the values of the key ``sampling`` that it takes, the default first.
     """
 
-    SEEDS: int
     BOUNDED: bool
     SAMPLINGS: tuple[str, ...]
 

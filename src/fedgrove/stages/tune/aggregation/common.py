@@ -8,6 +8,9 @@ of a fixed number, as in FedKSeed. Precedents: DeComFL (arXiv 2405.15861), FeedS
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from fedgrove.stages.tune.aggregation import Drawing, Form
@@ -16,7 +19,7 @@ TAKES: frozenset[Form] = frozenset({"coefficients"})
 EQUAL_RANKS = False
 SHARED_A = False
 SERVER_OPTIMIZERS = False
-SEEDS = 0
+DEFAULTS: Mapping[str, Any] = {"seeds": 0}
 BOUNDED = False
 SAMPLINGS = ("even",)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from fedgrove.rounds.aggregator.weighted_sum import WeightedSum
 from fedgrove.stages.tune.aggregation import Form, Options
@@ -13,6 +13,7 @@ TAKES: frozenset[Form] = frozenset({"tensors"})
 EQUAL_RANKS = False
 SHARED_A = False
 SERVER_OPTIMIZERS = True
+DEFAULTS: Mapping[str, Any] = {}
 
 C = TypeVar("C", bound=Change)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedgrove.errors import FedgroveError
 from fedgrove.stages.tune.aggregation import Form, Options, fedit
@@ -14,6 +15,7 @@ TAKES: frozenset[Form] = frozenset({"factors"})
 EQUAL_RANKS = True
 SHARED_A = False
 SERVER_OPTIMIZERS = False
+DEFAULTS: Mapping[str, Any] = {}
 
 __all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ TAKES: frozenset[Form] = frozenset({"factors"})
 EQUAL_RANKS = False
 SHARED_A = False
 SERVER_OPTIMIZERS = False
+DEFAULTS: Mapping[str, Any] = {}
 
 __all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 

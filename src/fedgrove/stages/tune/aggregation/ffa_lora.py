@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,8 +17,9 @@ TAKES: frozenset[Form] = frozenset({"factors"})
 EQUAL_RANKS = False
 SHARED_A = True
 SERVER_OPTIMIZERS = False
+DEFAULTS: Mapping[str, Any] = {"learning_rate": 1e-2}  # a random A that does not grow needs larger steps of B
 
-__all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
+__all__ = ["DEFAULTS", "EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 
 Sum = tuple[WeightedSum, list[Factors], int]  # the sum of B, the factors of the largest rank (for the shared A), the rank
 

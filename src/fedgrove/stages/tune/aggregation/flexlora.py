@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedgrove.stages.tune.aggregation import Form, Options
 from fedgrove.stages.tune.aggregation import leading as begin
@@ -14,6 +15,7 @@ TAKES: frozenset[Form] = frozenset({"factors"})
 EQUAL_RANKS = False
 SHARED_A = False
 SERVER_OPTIMIZERS = True
+DEFAULTS: Mapping[str, Any] = {}
 
 __all__ = ["EQUAL_RANKS", "SERVER_OPTIMIZERS", "SHARED_A", "TAKES", "add", "begin", "finish", "sums"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedgrove.stages.tune.aggregation import Form, Options
 from fedgrove.stages.tune.changes import Start, State
@@ -12,6 +13,7 @@ TAKES: frozenset[Form] = frozenset({"factors"})
 EQUAL_RANKS = False
 SHARED_A = False
 SERVER_OPTIMIZERS = False
+DEFAULTS: Mapping[str, Any] = {}
 
 
 def begin(state: State[Factors], rank: int) -> Start[Factors]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ TAKES: frozenset[Form] = frozenset({"coefficients"})
 EQUAL_RANKS = False
 SHARED_A = False
 SERVER_OPTIMIZERS = False
-SEEDS = 4096
+DEFAULTS: Mapping[str, Any] = {"seeds": 4096}
 BOUNDED = True
 SAMPLINGS = ("even", "pro")
 SCALE = 2**20  # chances are integers, so that every machine draws alike
