@@ -338,16 +338,17 @@ def clients_of(small: Small, folder: Path, **changes: Any) -> list[LocalClient]:
 
 
 def test_the_sum_over_clients_is_that_of_one_owner_of_all_text(small: Small, tmp_path: Path) -> None:
-    """In a step that takes all windows, bit for bit; clients of unequal size."""
+    """In steps that take all windows, bit for bit; clients of unequal size."""
     changes = {**FLOAT, "clients__0__data": [str(small.texts["ash"]), str(small.texts["held-0"])]}
     clients = clients_of(small, tmp_path, **changes)
     owner = LocalClient("owner", tmp_path / "owner", small.model, torch.float32, (), None, owners=tuple(clients))
     sent = []
     for client in (owner, *clients):
         ids, _ = training_windows(client, LENGTH)
-        response = step_request(tokens=ids.numel(), batch=len(ids)).respond(start(1), client, "cpu")
-        sent.append(int(response.tensors[DIFFERENCES]))
-    assert sent[0] == sum(sent[1:]) != 0
+        response = step_request(tokens=ids.numel(), batch=len(ids), steps=3).respond(start(3), client, "cpu")
+        sent.append(response.tensors[DIFFERENCES].long())
+    assert sent[0].equal(torch.stack(sent[1:]).sum(0))
+    assert bool(sent[0].all())
     assert len({len(training_windows(client, LENGTH)[0]) for client in clients}) > 1
 
 

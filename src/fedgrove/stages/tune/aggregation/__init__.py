@@ -97,10 +97,12 @@ class SeedAggregation(Aggregation, Protocol):
 
     Attributes:
         BOUNDED: whether it needs a number of directions above 0.
+        LOCAL_STEPS: whether a client goes along each direction by its own slope before it tries the next one.
         SAMPLINGS: the values of the key ``sampling`` that it takes, the default first.
     """
 
     BOUNDED: bool
+    LOCAL_STEPS: bool
     SAMPLINGS: tuple[str, ...]
 
     def draw(self, drawing: Drawing) -> list[int]:

@@ -26,6 +26,7 @@ SHARED_A = False
 SERVER_OPTIMIZERS = False
 DEFAULTS: Mapping[str, Any] = {"seeds": 4096}
 BOUNDED = True
+LOCAL_STEPS = True
 SAMPLINGS = ("even", "pro")
 SCALE = 2**20  # chances are integers, so that every machine draws alike
 

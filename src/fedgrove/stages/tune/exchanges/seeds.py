@@ -185,7 +185,8 @@ class Step(AlongDirections):
         model, ids, labels = self.model(tensors, client, device)
         budget = training.Budget(**self.windows.model_dump()) if self.windows else None
         work = training.Work(ids, labels, self.seen, f"{self.seed}/{client.name}", budget=budget)
-        steps = Steps(tuple(directions), self.batch, self.learning_rate, self.perturbation, limit_for(self.clients))
+        limit, local = limit_for(self.clients), self.method.LOCAL_STEPS
+        steps = Steps(tuple(directions), self.batch, self.learning_rate, self.perturbation, limit, local)
         try:
             try:
                 taken: Taken = trainer_of(self.trainer).train(model, work, steps)

@@ -30,6 +30,7 @@ class Steps:
         learning_rate: η.
         perturbation: ε.
         limit: the largest |Σ of loss differences| that is sent for one step, in units of 2⁻²⁴.
+        local: whether the model moves along each direction before the next one is tried; else it stays where it is.
     """
 
     directions: tuple[int, ...]
@@ -37,10 +38,11 @@ class Steps:
     learning_rate: float
     perturbation: float
     limit: int
+    local: bool = True
 
     def coefficient(self, total: int) -> int:
-        """The step after a sum of loss differences."""
-        return coefficient(total, self.batch, self.perturbation, self.learning_rate)
+        """The client's own step after a sum of loss differences."""
+        return coefficient(total, self.batch, self.perturbation, self.learning_rate) if self.local else 0
 
     def limited(self, total: int) -> int:
         """A sum of loss differences, cut to ±``limit``."""

@@ -22,12 +22,12 @@ TAKES: frozenset[Form] = frozenset({"coefficients"})
 
 
 def train(model: TwoSided, work: Work, settings: Steps) -> Taken:
-    """Moves the model along each direction in turn, by slopes with noise.
+    """Finds the slope along each direction in turn, with noise, and goes along it if ``settings.local``.
 
     A window whose loss is not finite adds 0. No loss is disclosed.
 
     Args:
-        model: at the start of the round; left where the steps lead.
+        model: at the start of the round; left where its own steps lead.
         work: all windows of the client, and the budget; ``seen`` and ``seed`` are ignored.
         settings: of the round; ``batch`` is the expected number of windows of a step.
 

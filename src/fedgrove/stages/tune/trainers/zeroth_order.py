@@ -19,10 +19,10 @@ MOST_SKIPPED = 3  # steps in a row
 
 
 def train(model: TwoSided, work: Work, settings: Steps) -> Taken:
-    """Moves the model along each direction in turn.
+    """Finds the slope along each direction in turn, and goes along it if ``settings.local``.
 
     Args:
-        model: at the start of the round; left where the steps lead.
+        model: at the start of the round; left where its own steps lead.
         work: all windows of the client; ``masks``, ``devices`` and ``budget`` are ignored.
         settings: of the round.
 
