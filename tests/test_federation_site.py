@@ -71,7 +71,7 @@ STRUCTURED = {"kind": "structured", "samples": 16, "length": 512}
 ADAPTERS = {"kind": "tune", "method": "lora", "rounds": 2, "steps": 4, "length": 512, "epsilon": 4.0}
 SEEDS = {"kind": "tune", "method": "seeds", "rounds": 2, "steps": 4, "batches": [4], "length": 512}
 BY_HAND = {**SEEDS, "learning_rate": 1e-3, "perturbation": 2**-9}
-WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client"}
+WHOLE = {**ADAPTERS, "aggregation": "ffa_lora", "precision": "fixed", "dp_unit": "client", "learning_rate": 1e-3}
 
 
 def terms(*stages: dict[str, Any], **changes: Any) -> Terms:

@@ -15,7 +15,7 @@ def test_every_measurement_is_handed_on(small: Small, tmp_path: Path, kind: str,
     pytest.importorskip(kind)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "run"
-    assert cli("run", small.job(), "--out", run, "--quiet", "--track", kind)[0] == 0
+    assert cli("run", small.job(**small.two_texts()), "--out", run, "--quiet", "--track", kind)[0] == 0
     wanted = {
         "/".join(["dense" if stage is None else f"stage-{stage}", *([client] if client else []), name]): value
         for (stage, _, client, name), value in measurements(run).items()
