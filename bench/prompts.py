@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import page
 import results
 import torch
 from transformers.utils import logging
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a try")
     parser.add_argument("--test", type=int, help="fewer held-out records, for a try")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     parser.add_argument("--set", nargs="*", default=[], help="keys of the stage, such as spread=0.1, for a try")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -169,7 +171,10 @@ def main() -> None:
             seed=seed,
             test=args.test,
         )
-    print("\n".join(table(found)))
+    text = "\n".join(table(found))
+    print(text)
+    if args.write:
+        page.write("prompts", text)
 
 
 if __name__ == "__main__":

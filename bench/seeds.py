@@ -6,8 +6,8 @@
 Four clients have a task's training text, distributed by label (Dirichlet 0.3, as in bench/tune.py). All methods process as many
 windows of 64 tokens: a LoRA step counts as three forward passes, as the backward pass is twice the work. "lora, few bytes" is
 LoRA of rank 1 with one A for all, whose rounds are the smallest that LoRA has: one round, with the steps of all rounds, at the
-best of three rates on the held-out text.
-Bytes are those of the ledger, in both directions, of all clients together. One thread.
+best of three rates on the held-out text. Bytes are those of the ledger, in both directions, of all clients together. In the
+task *kinds* each client has another kind of text, and the loss is the mean over held-out text of all kinds. One thread.
 
     .venv/bin/python bench/seeds.py --data ../shared/data --long --results seeds.jsonl
 
@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import random
 import resource
 import statistics
 import tempfile
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import page
 import results
 import torch
 import tune
@@ -58,6 +60,9 @@ STEPS = 20  # of a round
 HELD_OUT = 16  # windows of 256 tokens that are measured
 ANSWERS = 200  # that are measured instead
 TEMPLATES = {"e2e": ("{mr}\n", "{ref}"), "medquad": ("{question}\n", "{answer}")}
+KINDS = {**tune.TEXTS, "pubmedqa": "{question}\n{context}"}
+CHARACTERS = 400_000  # of each kind
+TASKS = ("e2e", "kinds", "medquad", "newsgroups")
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,48 @@ def methods(size: Size) -> dict[str, dict[str, Any]]:
 METHODS = tuple(methods(SHORT))
 
 
+@dataclass(frozen=True)
+class Task:
+    """What the clients of a task have, and what is measured.
+
+    Attributes:
+        clients: the keys of each client's table, besides its name.
+        measured: the file and the template of each held-out text, by name.
+    """
+
+    clients: list[dict[str, Any]]
+    measured: dict[str, tuple[Path, str]]
+
+
+def task_of(task: str, data: Path, folder: Path, seed: int, size: Size) -> Task:
+    """Deals a task's training text to the clients."""
+    if task == "kinds":
+        return kinds(data, folder, seed)
+    lines, test = tune.held_out(task, data, folder, validate=False)
+    files = tune.deal(task, lines, folder, seed, size.clients)
+    text = tune.TEXTS[task]
+    templates = dict(zip(("prompt", "answer"), TEMPLATES[task], strict=True)) if size.answers else {"text": text}
+    return Task([{"data": file, **templates} for file in files], {task: (test, text)})
+
+
+def kinds(data: Path, folder: Path, seed: int) -> Task:
+    """One kind of text for each client, the same amount of each."""
+    clients, measured = [], {}
+    for kind, template in sorted(KINDS.items()):
+        texts = {}
+        for part in ("train", "test"):
+            records = read_lines(data / kind / f"{part}.jsonl")
+            random.Random(f"{seed}/{kind}" if part == "train" else part).shuffle(records)
+            texts[part] = [template.format(**record) for record in records]
+        sizes = itertools.accumulate(map(len, texts["train"]))
+        texts["train"] = [text for text, end in zip(texts["train"], sizes, strict=True) if end <= CHARACTERS]
+        for part, found in texts.items():
+            (folder / f"{part}-{kind}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+        clients.append({"data": folder / f"train-{kind}.jsonl", "text": "{text}"})
+        measured[kind] = folder / f"test-{kind}.jsonl", "{text}"
+    return Task(clients, measured)
+
+
 def run_method(
     data: Path, model: Path, task: str, method: str, seed: int, scale: float | None, long: bool = False
 ) -> dict[str, Any]:
@@ -116,44 +163,45 @@ def run_method(
     size = LONG if long else SHORT
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines, test = tune.held_out(task, data, folder, validate=False)
-        files = tune.deal(task, lines, folder, seed, size.clients)
-        measured = functools.partial(run, model=model, task=task, files=files, test=test, seed=seed, size=size)
+        measured = functools.partial(run, model=model, task=task_of(task, data, folder, seed, size), seed=seed, size=size)
         stage = {"kind": "tune", "eval_every": size.eval_every, **methods(size)[method]}
         if scale is not None:
-            first = measured(folder / "first", stage={**stage, "rounds": 1, "steps": 1})
+            first = measured(folder / "first", stage={**stage, "rounds": 1, "steps": 1, "eval_every": 1})
             stage["learning_rate"] = scale * first["rate"]
             stage["perturbation"] = first["perturbation"]
         return measured(folder / "run", stage=stage)
 
 
-def run(
-    out: Path, model: Path, task: str, files: list[Path], test: Path, stage: dict[str, Any], seed: int, size: Size
-) -> dict[str, Any]:
-    """Runs a job, and reads its losses and bytes."""
-    text, (prompt, answer) = tune.TEXTS[task], TEMPLATES[task]
-    templates = {"prompt": prompt, "answer": answer} if size.answers else {"text": text}
+def run(out: Path, model: Path, task: Task, stage: dict[str, Any], seed: int, size: Size) -> dict[str, Any]:
+    """Runs a job, and reads its losses, means over the held-out texts, and bytes."""
     wanted = Job.model_validate({
         "name": "bench", "seed": seed, "model": {"path": str(model)},
-        "clients": [{"name": f"client-{i}", "data": file, **templates} for i, file in enumerate(files)],
+        "clients": [{"name": f"client-{i}", **client} for i, client in enumerate(task.clients)],
         "stages": [stage],
-        "evaluate": {"data": [{"name": task, "path": test, "text": text}], "length": 256, "windows": HELD_OUT},
+        "evaluate": {
+            "data": [{"name": name, "path": path, "text": text} for name, (path, text) in task.measured.items()],
+            "length": 256, "windows": HELD_OUT,
+        },
     })  # fmt: skip
     begun = time.monotonic()
     path = api.run(wanted, out, quiet=True).path
     seconds = time.monotonic() - begun
     metrics, ledger = read_lines(path / "metrics.jsonl"), read_lines(path / "ledger.jsonl")
     found = {(line["round"], line["stage"], line["name"]): line["value"] for line in metrics if line["client"] is None}
-    name = f"perplexity/{task}"
+
+    def loss(round_: int | None, stage: int | None) -> float:
+        return statistics.mean(math.log(found[round_, stage, f"perplexity/{name}"]) for name in task.measured)
+
     points = []
-    for round_ in range(wanted.stages[0].number_of_rounds()):
+    for round_ in sorted({round_ for round_, _, name in found if round_ is not None and name.startswith("perplexity/")}):
         sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "rounds/capabilities")
-        points.append((sent, math.log(found[round_, 0, name])))
-    before, answers = math.log(found[None, None, name]), {}
+        points.append((sent, loss(round_, 0)))
+    before, answers = loss(None, None), {}
     if size.answers:
-        losses = [answer_losses(folder, task, test) for folder in (model, path / "model")]
-        before, points = losses[0].mean().item(), [(points[-1][0], losses[1].mean().item())]
-        change = losses[1] - losses[0]
+        ((name, (file, _)),) = task.measured.items()
+        both = [answer_losses(folder, name, file) for folder in (model, path / "model")]
+        before, points = both[0].mean().item(), [(points[-1][0], both[1].mean().item())]
+        change = both[1] - both[0]
         answers = {"change": change.mean().item(), "interval": 1.96 * change.std().item() / math.sqrt(len(change))}
     return {
         "before": before, "points": points, "seconds": seconds, **answers,
@@ -178,19 +226,24 @@ def answer_losses(model: Path, task: str, test: Path) -> torch.Tensor:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: for each task and method the mean over seeds, each seed in brackets."""
+    """Markdown: for each task and method the mean over seeds, each seed in brackets; of answers also each seed's change."""
     rows = [
-        "| task | method | loss before | loss after (each seed) | bytes, all clients | measured η |",
-        "|---|---|---|---|---|---|",
+        "| task | method | loss before | loss after (each seed) | change of each seed (95 %) | bytes, all clients | measured η "
+        "| minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task, method, scale in dict.fromkeys((one["task"], one["method"], one["scale"]) for one in found):
         runs = [one for one in found if (one["task"], one["method"], one["scale"]) == (task, method, scale)]
         ends = [one["points"][-1][1] for one in runs]
         sent = statistics.mean(one["points"][-1][0] for one in runs)
         rates = ", ".join(f"{one['rate']:.1e}" for one in runs if one["rate"])
+        changes = ", ".join(f"{one['change']:+.3f} ± {one['interval']:.3f}" for one in runs if "change" in one)
         name = method if scale is None else f"{method}, η × {scale:g}"
+        before = statistics.mean(one["before"] for one in runs)
         after = f"{statistics.mean(ends):.3f} ({', '.join(f'{end:.3f}' for end in ends)})"
-        rows.append(f"| {task} | {name} | {runs[0]['before']:.3f} | {after} | {sent / 1000:,.0f} kB | {rates} |")
+        minutes = statistics.mean(one["seconds"] for one in runs) / 60
+        cells = [task, name, f"{before:.3f}", after, changes, f"{sent / 1000:,.0f} kB", rates, f"{minutes:.0f}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -244,13 +297,14 @@ def stepped(model: Path, data: Path, length: int, steps: int, rate: float, epsil
 def main() -> None:
     """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with medquad and e2e")
-    parser.add_argument("--tasks", nargs="+", choices=sorted(TEMPLATES), default=sorted(TEMPLATES))
+    parser.add_argument("--data", type=Path, required=True, help="the folder with medquad, e2e and the others")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=sorted(TEMPLATES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--long", action="store_true", help="eight clients, a thousand steps, only answers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scales", nargs="+", type=float, help="multiples of the measured learning rate to try")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what the file of results holds")
     parser.add_argument("--memory", action="store_true", help="measure memory and seconds of --model instead")
     parser.add_argument("--model", type=Path, default=tune.MODEL)
@@ -276,7 +330,10 @@ def main() -> None:
     measured = [
         (settings, kept(functools.partial(run_method, args.data, args.model, **settings), **settings)) for settings in wanted
     ]
-    print(table([{**settings, **result} for settings, result in measured if result]))
+    text = table([{**settings, **result} for settings, result in measured if result])
+    print(text)
+    if args.write:
+        page.write("seeds-long" if args.long else "seeds", text)
 
 
 if __name__ == "__main__":

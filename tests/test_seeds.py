@@ -200,6 +200,16 @@ def test_the_largest_perturbation_within_a_percent_is_chosen() -> None:
     assert steps.choose_perturbation(sizes[:2], differences[:2]) == 0.4  # none is close: the one that comes closest
 
 
+def test_a_window_whose_slope_is_far_from_the_others_counts_as_five_of_them() -> None:
+    epsilon, slopes = 2.0**-9, torch.tensor([2.0, -1.0, 3.0, 400.0, -2.0], dtype=torch.float64)
+    differences = (slopes * 2 * epsilon * 2.0**24).long()
+    most = steps.slope_limit(torch.tensor([int(differences[:3].abs().sum())]), 3, epsilon)
+    assert most == pytest.approx(5 * 2.0, rel=1e-6)
+    clipped = Steps((0,), 5, 1e-3, epsilon, 2**30, most).clipped(differences)
+    assert steps.slope(int(clipped.sum()), 5, epsilon) == pytest.approx((2 - 1 + 3 + 10 - 2) / 5, rel=1e-6)
+    assert Steps((0,), 5, 1e-3, epsilon, 2**30).clipped(differences).equal(differences)
+
+
 # Training
 
 
@@ -286,6 +296,7 @@ def test_a_stage_lowers_the_loss_and_the_model_loads_anywhere(small: Small) -> N
     found = measurements(run)
     assert found[0, 0, None, "measured/perturbation"] == 2**-9
     assert found[0, 0, None, "measured/learning_rate"] > 0
+    assert found[0, 0, None, "measured/max_slope"] > 0
     assert found[0, 1, None, "loss"] < found[0, 0, None, "loss"]
     plan = json.loads((run / "plan-0-tune.json").read_text())
     assert plan["discloses"] == ["LOSS_DIFFERENCES", "CURVATURE", "LOSS"]
@@ -337,16 +348,19 @@ def clients_of(small: Small, folder: Path, **changes: Any) -> list[LocalClient]:
     return [client_of(job, folder, name) for name in CLIENTS]
 
 
-def test_the_sum_over_clients_is_that_of_one_owner_of_all_text(small: Small, tmp_path: Path) -> None:
-    """In steps that take all windows, bit for bit; clients of unequal size."""
+@pytest.mark.parametrize("max_slope", [0.0, 0.02])
+def test_the_sum_over_clients_is_that_of_one_owner_of_all_text(small: Small, tmp_path: Path, max_slope: float) -> None:
+    """In steps that take all windows, bit for bit; clients of unequal size. Also if most windows' slopes are clipped."""
     changes = {**FLOAT, "clients__0__data": [str(small.texts["ash"]), str(small.texts["held-0"])]}
     clients = clients_of(small, tmp_path, **changes)
     owner = LocalClient("owner", tmp_path / "owner", small.model, torch.float32, (), None, owners=tuple(clients))
     sent = []
     for client in (owner, *clients):
         ids, _ = training_windows(client, LENGTH)
-        response = step_request(tokens=ids.numel(), batch=len(ids), steps=3).respond(start(3), client, "cpu")
-        sent.append(response.tensors[DIFFERENCES].long())
+        request = step_request(tokens=ids.numel(), batch=len(ids), steps=3, max_slope=max_slope)
+        sent.append(request.respond(start(3), client, "cpu").tensors[DIFFERENCES].long())
+        if max_slope:
+            assert 0 < sent[-1].abs().max() <= len(ids) * max_slope * 2 * request.perturbation * 2**24
     assert sent[0].equal(torch.stack(sent[1:]).sum(0))
     assert bool(sent[0].all())
     assert len({len(training_windows(client, LENGTH)[0]) for client in clients}) > 1

@@ -66,7 +66,8 @@ class Config(StageConfig):
         ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold.
         bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4.
         learning_rate: of the clients' optimizer. Default: 1e-3; with "ffa_lora" 1e-2. "auto", the default of "seeds" and only
-            for it: 1/4 divided by the trace of the curvature, measured before the first round and after every ``replan_every``.
+            for it: 1/4 divided by the trace of the curvature, and slopes of windows that are far from the others are clipped;
+            both are measured before the first round and after every ``replan_every``.
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
         optimizer: the clients'; its state is reset in every round.
         max_grad_norm: clips a client's gradient to this norm; 0: no clipping.

@@ -3,9 +3,8 @@
 If every client draws its own directions, as published, the clients' slopes do not cancel where their gradients do. With common
 directions, the sum of the clients' loss differences is the loss difference of the pooled text. All of a round's slopes are
 found where the round starts, so a round has the bits of one owner of all the text: with steps of its own, each client would
-leave the others by the noise of its few windows, and with the measured learning rate the loss rises. Each round takes new
-directions, so the model is not confined to the span of a fixed number, as in FedKSeed. Precedents: DeComFL (arXiv
-2405.15861), FeedSign (arXiv 2501.17610).
+leave the others by the noise of its few windows. Each round takes new directions, so the model is not confined to the span of
+a fixed number, as in FedKSeed. Precedents: DeComFL (arXiv 2405.15861), FeedSign (arXiv 2501.17610).
 """
 
 from __future__ import annotations

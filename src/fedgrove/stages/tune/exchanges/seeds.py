@@ -32,7 +32,7 @@ from fedgrove.stages.tune.train_settings import WindowNoise, check_noise
 from fedgrove.stages.tune.trainers import trainer_of
 
 COEFFICIENTS, CHANCES = "coefficients", "chances"  # tensors of a request
-DIFFERENCES, CURVES = f"{CHANGE}differences", f"{CHANGE}curves"  # tensors of a response
+DIFFERENCES, CURVES, SIZES = f"{CHANGE}differences", f"{CHANGE}curves", f"{CHANGE}sizes"  # tensors of a response
 MEASURED = 8  # directions along which the curvature is measured: its standard error is about a tenth
 PERTURBATIONS = tuple(2.0**-k for k in range(6, 13))  # that "auto" chooses from
 PROBES = 2**40  # the first direction that is measured along: no step goes along it
@@ -119,6 +119,7 @@ class Step(AlongDirections):
         steps: of the round.
         seen: how many windows this client trained on in earlier rounds.
         learning_rate, perturbation: of the steps.
+        max_slope: the largest |slope| of one window, if it was measured; 0: no limit.
         says_loss: whether the reply says the loss.
         windows: the privacy budget, for trainers that add noise.
         noise: the noise that protects a client.
@@ -136,6 +137,7 @@ class Step(AlongDirections):
     seen: Annotated[int, Field(ge=0, le=MOST)]
     learning_rate: NonNegative
     perturbation: Positive
+    max_slope: NonNegative = 0.0
     says_loss: bool
     windows: WindowNoise | None = None
     noise: ClientNoise | None = None
@@ -186,7 +188,7 @@ class Step(AlongDirections):
         budget = training.Budget(**self.windows.model_dump()) if self.windows else None
         work = training.Work(ids, labels, self.seen, f"{self.seed}/{client.name}", budget=budget)
         limit, local = limit_for(self.clients), self.method.LOCAL_STEPS
-        steps = Steps(tuple(directions), self.batch, self.learning_rate, self.perturbation, limit, local)
+        steps = Steps(tuple(directions), self.batch, self.learning_rate, self.perturbation, limit, self.max_slope, local)
         try:
             try:
                 taken: Taken = trainer_of(self.trainer).train(model, work, steps)
@@ -249,7 +251,8 @@ class Step(AlongDirections):
             "says_loss": config.epsilon is None and not job.secure,
         }  # fmt: skip
         if config.learning_rate != AUTO:
-            asked["learning_rate"], agreed["learning_rate"] = self.learning_rate, config.learning_rate_in(self.round)
+            asked |= {"learning_rate": self.learning_rate, "max_slope": self.max_slope}
+            agreed |= {"learning_rate": config.learning_rate_in(self.round), "max_slope": 0.0}
         if self.perturbation not in perturbations_of(config):
             return "perturbation"
         differs = next((key for key in asked if asked[key] != agreed[key]), None)
@@ -272,8 +275,9 @@ class Step(AlongDirections):
 class Measure(AlongDirections):
     """Measure along a few directions, at several distances, how your loss differs and curves.
 
-    The response contains ``change/differences`` and ``change/curves``, (perturbations, directions) int64: sums over windows
-    of L₊ − L₋ and of L₊ + L₋ − 2 L₀ in multiples of 2⁻²⁴, where losses that are not finite count as 0.
+    The response contains ``change/differences``, ``change/sizes`` and ``change/curves``, (perturbations, directions) int64:
+    sums over windows of L₊ − L₋, of |L₊ − L₋| and of L₊ + L₋ − 2 L₀ in multiples of 2⁻²⁴, where losses that are not finite
+    count as 0.
 
     Attributes:
         perturbations: distances.
@@ -293,7 +297,7 @@ class Measure(AlongDirections):
         batch = next(training.draw(ids, labels, self.batch, 0, f"{self.seed}/{client.name}/measure"))
         sides = [0.0, *(sign * one for one in self.perturbations for sign in (1, -1))]
         shape = len(self.perturbations), self.directions
-        differences, curves = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        sums = {name: torch.zeros(shape, dtype=torch.int64) for name in (DIFFERENCES, SIZES, CURVES)}
         for probe in range(self.directions):
             found = model.losses(*batch, PROBES + probe, sides)
             finite = torch.isfinite(found)
@@ -301,14 +305,15 @@ class Measure(AlongDirections):
                 whole(found.nan_to_num(0.0, 0.0, 0.0))[rows] for rows in (slice(1), slice(1, None, 2), slice(2, None, 2))
             )
             counts = finite[:1] & finite[1::2] & finite[2::2]
-            differences[:, probe] = ((above - below) * counts).sum(1)
-            curves[:, probe] = ((above + below - 2 * center) * counts).sum(1)
+            sums[DIFFERENCES][:, probe] = ((above - below) * counts).sum(1)
+            sums[SIZES][:, probe] = ((above - below).abs() * counts).sum(1)
+            sums[CURVES][:, probe] = ((above + below - 2 * center) * counts).sum(1)
         model.flush()
-        return Response({DIFFERENCES: differences, CURVES: curves}, Reply())
+        return Response(sums, Reply())
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         shape = torch.Size([len(self.perturbations), self.directions])
-        return dict.fromkeys((DIFFERENCES, CURVES), (shape, torch.int64))
+        return dict.fromkeys((DIFFERENCES, SIZES, CURVES), (shape, torch.int64))
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         most = int(self.batch * 4 * MOST_LOSS * 2**LOSS_BITS)

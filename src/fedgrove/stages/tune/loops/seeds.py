@@ -23,6 +23,7 @@ from fedgrove.stages.tune.exchanges.seeds import (
     CURVES,
     DIFFERENCES,
     MEASURED,
+    SIZES,
     Measure,
     Step,
     Took,
@@ -30,7 +31,7 @@ from fedgrove.stages.tune.exchanges.seeds import (
 )
 from fedgrove.stages.tune.parametrizations.seeds import Coefficients, none
 from fedgrove.stages.tune.seeds.offsets import LARGEST, Offsets, merged
-from fedgrove.stages.tune.seeds.steps import choose_perturbation, coefficient, curvature
+from fedgrove.stages.tune.seeds.steps import choose_perturbation, coefficient, curvature, slope_limit
 from fedgrove.stages.tune.tuning import Tuning
 
 NAME = "all"  # of the one state that all linears share
@@ -64,13 +65,13 @@ class Loop(Tuning):
         sums, clock = IntegerSums(), self._clock(seconds)
         messages = {client: Message(request, tensors) for client, request in requests.items()}
         heard = self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock)
-        differences, curves = (sums.sums[name.removeprefix(CHANGE)] for name in (DIFFERENCES, CURVES))
+        differences, sizes, curves = (sums.sums[name.removeprefix(CHANGE)] for name in (DIFFERENCES, SIZES, CURVES))
         self._refuse_no_difference(differences, perturbations[0])
         chosen = choose_perturbation(perturbations, differences) if len(perturbations) > 1 else perturbations[0]
         measured = {"perturbation": chosen}
         if config.learning_rate == AUTO:
-            windows = sum(requests[client].batch for client in heard)
-            trace = curvature(curves[perturbations.index(chosen)], windows, chosen)
+            windows, row = sum(requests[client].batch for client in heard), perturbations.index(chosen)
+            trace = curvature(curves[row], windows, chosen)
             if not trace > 0:
                 raise FedgroveError(
                     f"stage {self.plan.stage}: learning_rate cannot be measured, because the loss does not curve upwards "
@@ -78,6 +79,7 @@ class Loop(Tuning):
                     "set learning_rate, such as 1e-4",
                 )
             measured["learning_rate"] = STABLE / trace
+            measured["max_slope"] = slope_limit(sizes[row], windows, chosen)
         self.state.measured = measured
         self.state.clock += clock.slowest(heard)
         self.state.metrics += [(None, f"measured/{key}", value) for key, value in sorted(measured.items())]
@@ -171,6 +173,7 @@ class Loop(Tuning):
             seen=self.state.seen.get(client, 0),
             learning_rate=measured["learning_rate"] * config.schedule_in(round_) if auto else config.learning_rate_in(round_),
             perturbation=measured["perturbation"] if isinstance(config.perturbation, str) else config.perturbation,
+            max_slope=measured["max_slope"] if auto else 0.0,
             says_loss=config.epsilon is None and not self.federation.job.privacy.secure_aggregation,
             windows=self._window_noise(client),
             noise=self._client_noise(),

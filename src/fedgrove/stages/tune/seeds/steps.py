@@ -17,6 +17,7 @@ from fedgrove.stages.tune.seeds.offsets import LARGEST, UNIT
 
 LOSS_BITS = 24  # after the binary point of a loss
 MOST_LOSS = 64.0  # nats per token: a larger loss counts as this
+LIMIT = 5  # mean |slopes|: four standard deviations of a normal distribution
 MOST_SUM = 2**31 - 1  # of the numbers that all clients send for one direction
 
 
@@ -30,6 +31,7 @@ class Steps:
         learning_rate: η.
         perturbation: ε.
         limit: the largest |Σ of loss differences| that is sent for one step, in units of 2⁻²⁴.
+        max_slope: the largest |slope| of one window; larger ones count as this. 0: no limit.
         local: whether the model moves along each direction before the next one is tried; else it stays where it is.
     """
 
@@ -38,11 +40,19 @@ class Steps:
     learning_rate: float
     perturbation: float
     limit: int
+    max_slope: float = 0.0
     local: bool = True
 
     def coefficient(self, total: int) -> int:
         """The client's own step after a sum of loss differences."""
         return coefficient(total, self.batch, self.perturbation, self.learning_rate) if self.local else 0
+
+    def clipped(self, differences: Tensor) -> Tensor:
+        """The windows' loss differences in units of 2⁻²⁴, int64, each within that of ``max_slope``."""
+        if not self.max_slope:
+            return differences
+        most = int(min(self.max_slope * 2 * self.perturbation, MOST_LOSS) * 2.0**LOSS_BITS)
+        return differences.clamp(-most, most)
 
     def limited(self, total: int) -> int:
         """A sum of loss differences, cut to ±``limit``."""
@@ -77,6 +87,16 @@ def whole(losses: Tensor) -> Tensor:
 def slope(total: int, windows: int, perturbation: float) -> float:
     """g, from a sum of loss differences over so many windows."""
     return total * 2.0**-LOSS_BITS / (2 * perturbation * windows)
+
+
+def slope_limit(sizes: Tensor, windows: int, perturbation: float) -> float:
+    """The largest |slope| of a window that counts as it is: so many times the mean that a few windows cannot make a step.
+
+    Args:
+        sizes: (directions,) sums of |L₊ − L₋| in units of 2⁻²⁴, over all clients.
+        windows: of all clients.
+    """
+    return LIMIT * slope(sum(sizes.tolist()), windows * len(sizes), perturbation)
 
 
 def coefficient(total: int, windows: int, perturbation: float, learning_rate: float) -> int:

@@ -46,7 +46,7 @@ def train(model: TwoSided, work: Work, settings: Steps) -> Taken:
             continue
         in_a_row = 0
         above, below = whole(found)
-        difference = settings.limited(int((above - below).sum()))
+        difference = settings.limited(int(settings.clipped(above - below).sum()))
         model.move(direction, settings.coefficient(difference))
         differences.append(difference)
         losses.append(float(found.mean()))
