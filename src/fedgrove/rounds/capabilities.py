@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ class Capabilities(Reply):
         devices: number of identical devices; memory and speed are per device.
         tokens: number of tokens of its training windows, by the length of the windows.
         samples, sparsity: the client's own values; None: those of the stage.
+        labels: of its records, how many have a label: those of owners with the template ``answer``.
         endpoint: the log-probabilities that a completions server returns which runs its model; None: it runs it itself.
     """
 
@@ -39,4 +40,5 @@ class Capabilities(Reply):
     )
     samples: Samples | None = None
     sparsity: Sparsity | None = None
+    labels: Literal["all", "some", "none"] = "all"
     endpoint: LogProbs | None = None

@@ -65,6 +65,11 @@ class Moments:
         """From :meth:`tensors`."""
         return cls(tensors["counts"], tensors["sums"], tensors["squares"], tensors.get("products"))
 
+    def plus(self, other: Moments) -> Moments:
+        """The sums over the records of both."""
+        mine, others = self.tensors(), other.tensors()
+        return Moments.of({name: tensor + others[name] for name, tensor in mine.items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """By name."""
         found = {"counts": self.counts, "sums": self.sums, "squares": self.squares}

@@ -48,6 +48,8 @@ class DescribeYourself(Request):
             calibration_windows(client, windows.samples, windows.length, windows.seed)
         said = dict(client.capabilities)
         said["tokens"] = {length: training_windows(client, length)[0].numel() for length in self.lengths}
+        labeled = [owner.answer is not None for owner in client.owners or (client,)]
+        said["labels"] = "all" if all(labeled) else "some" if any(labeled) else "none"
         if importlib.util.find_spec("bitsandbytes") is None and "bits" in said:
             said["bits"] = [bits for bits in said["bits"] if bits >= 16]
         if said.get("speed") == "measure":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedgrove.job.tables import Job
 
 MAX_LAYERS = 16
+MAX_GUESSES = 32
 Layer = Annotated[int, Field(ge=-MAX_BLOCKS - 1, le=MAX_BLOCKS)]
 Layers = Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS)]
 Labels = Annotated[tuple[Label, ...], Field(min_length=2, max_length=1000)]
@@ -38,6 +39,8 @@ class Config(StageConfig):
         ridge: added to the variance of every feature, as a fraction of it.
         personal: the fraction of its records that each client holds out, to compare three heads on them: that of all, the same
             with the frequencies of the client's own labels, which it keeps, and one from its own records alone. 0: none.
+        guesses: how many times the clients whose records have no labels (no ``answer``) add the records whose labels the head
+            guesses most clearly. 0: every client needs labels.
     """
 
     kind: Literal["head"]
@@ -49,6 +52,7 @@ class Config(StageConfig):
     size: Count | None = None
     ridge: Positive = 0.1
     personal: HeldOut = 0.0
+    guesses: Annotated[int, Field(ge=0, le=MAX_GUESSES)] = 0
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
@@ -67,7 +71,8 @@ class Config(StageConfig):
 
     def check(self, job: Job, index: int) -> None:
         self.check_only_stage(job, index)
-        self.check_answers(job, "labels", "{label}")
+        if not self.guesses:
+            self.check_answers(job, "labels", "{label}")
 
     def centralized(self, job: Job) -> Self:
         return self.model_copy(update={"personal": 0.0})

@@ -16,8 +16,10 @@ from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.head.config import Config
+from fedgrove.stages.head.exchanges.guesses import KeepHead
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import CompareHeads
+from fedgrove.stages.head.halves import HALVES
 from fedgrove.stages.head.heads import head_of
 
 THOUSAND = 1000  # records that the time of a plan is for
@@ -32,6 +34,7 @@ class Plan(base.Plan):
         features: of a record; fewer than hidden states if they are projected.
         blocks: how many blocks a record passes through.
         num_blocks: of the model.
+        unlabeled: the clients that guess labels.
     """
 
     kind: Literal["head"] = "head"
@@ -41,20 +44,32 @@ class Plan(base.Plan):
     features: int
     blocks: int
     num_blocks: int
+    unlabeled: tuple[str, ...]
 
 
-def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities]) -> Plan:
+def make_plan(
+    index: int,
+    config: Config,
+    decoder: Decoder,
+    capabilities: Mapping[str, Capabilities],
+    secure: bool = False,
+) -> Plan:
     """Plans the stage. How many records a client has is not known to the server, so its time is for 1,000 of them.
 
     Args:
         index: the stage's place in the job.
         decoder: the model.
         capabilities: the clients' capabilities, by name.
+        secure: whether only sums are seen.
 
     Raises:
-        FedgroveError: the model has no such layer or too few positions, or a client has too little memory; names the key or
-            the client.
+        FedgroveError: labels are to be guessed, but every client has labels or none has; the model has no such layer or too few
+            positions; or a client has too little memory. It names the key or the client.
     """
+    unlabeled = [name for name, client in sorted(capabilities.items()) if client.labels != "all"]
+    if config.guesses and (not unlabeled or all(client.labels == "none" for client in capabilities.values())):
+        every, remedy = ("no", "give one of them prompt and answer") if unlabeled else ("every", "set it to 0")
+        raise FedgroveError(f"stages.{index}.guesses: {every} client has labels (answer), so none are guessed", remedy)
     num_blocks = len(decoder)
     beyond = [layer for layer in config.layers if not -num_blocks - 1 <= layer <= num_blocks]
     if beyond:
@@ -84,10 +99,16 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
                 "lower size, or leave the client out",
                 client=name,
             )
-        sending = 64 * numbers / client.uplink if client.uplink else 0.0
+        exchanges = 1 + config.guesses if name in unlabeled else 1
+        upload = 8 * numbers * exchanges * (HALVES if config.guesses else 1)
+        sending = 8 * upload / client.uplink if client.uplink else 0.0
         seconds = round(operations / (SPEED * client.speed) + sending, 1)
-        assignments[name] = base.Assignment(memory=memory, upload=8 * numbers, seconds=seconds)
+        assignments[name] = base.Assignment(memory=memory, upload=upload, seconds=seconds)
     disclosed = SumMoments.DISCLOSES if products else SumMoments.DISCLOSES - {Disclosure.FEATURE_PRODUCTS}
+    if config.personal:
+        disclosed |= CompareHeads.DISCLOSES
+    if config.guesses and not secure:
+        disclosed |= KeepHead.DISCLOSES
     return Plan(
         stage=index,
         clients=assignments,
@@ -96,6 +117,7 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
         features=features,
         blocks=blocks,
         num_blocks=num_blocks,
-        discloses=base.names_of(disclosed | CompareHeads.DISCLOSES if config.personal else disclosed),
+        unlabeled=tuple(unlabeled) if config.guesses else (),
+        discloses=base.names_of(disclosed),
         notes=() if note is None else (note,),
     )

@@ -15,7 +15,7 @@ from fedgrove.report.sections import Figure, Paragraph, Part, Section, Sheet, nu
 from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import Outcome, Stage, Summary
 from fedgrove.report.terminal import client_table, fill, megabytes, seconds
-from fedgrove.report.words import plural
+from fedgrove.report.words import listed, plural
 
 DID = "made a classification head for"
 DOING = "making a head"
@@ -23,7 +23,7 @@ FILES = ("head.json",)
 FOLDERS: tuple[str, ...] = ("head",)
 TAGS: tuple[str, ...] = ()
 CARD = "The model is the base model. A classification head for its hidden states is in `head/` beside it, with a loader."
-MEASURED = "head/"
+MEASURED, LABELED = "head/", "labeled/"
 PERSONAL = {"shared": "the head of all", "personal": "its own form of it", "own": "from its own records alone"}
 
 
@@ -54,7 +54,7 @@ def plan_table(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Renderable
 
 def result_tables(summary: Summary, stage: Stage) -> list[RenderableType]:
     """How often the head is right."""
-    return [Text("\n".join([*_says(summary, stage), *_personal_says(summary, stage)]))]
+    return [Text("\n".join([*_says(summary, stage), *_guesses_say(summary, stage), *_personal_says(summary, stage)]))]
 
 
 def outcome(stage: Stage, files: Mapping[str, Any]) -> Outcome:
@@ -79,10 +79,11 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         return []
     says = (
         f"A linear classifier ({made['head']}) on the hidden states of the frozen model, from {made['records']:,} records of "
-        f"{plural(len(made['clients']), 'owner')}: {_features(stage.plan)}. It is the head that the pooled records give. A "
-        "program that loads it is in head/README.md."
+        f"{plural(len(made['clients']) - len(made['unlabeled']), 'owner')}: {_features(stage.plan)}. It is the head that the "
+        "pooled records give. A program that loads it is in head/README.md."
     )
-    parts: list[Part] = [Paragraph(says), *map(Paragraph, [*_says(summary, stage), *_personal_says(summary, stage)])]
+    told = [*_says(summary, stage), *_guesses_say(summary, stage), *_personal_says(summary, stage)]
+    parts: list[Part] = [Paragraph(says), *map(Paragraph, told)]
     accuracies, percent = _accuracies(summary, stage), "{:.1%}".format
     if accuracies:
         columns = [Column("held-out text"), Column("records", "{:,}".format), Column("head of all", percent)]
@@ -100,7 +101,10 @@ def sections(summary: Summary, stage: Stage) -> list[Section]:
         caption = "How often three heads find the label of records that each client held out"
         parts.append(Sheet(Table(f"stage-{stage.number}-own-heads", caption, columns, rows)))
     columns = [Column("label"), Column("records", "{:,}".format)]
-    counts = Table(f"stage-{stage.number}-labels", "Records of each label", columns, [[*row] for row in made["counts"].items()])
+    if made["unlabeled"]:
+        columns.append(Column("guessed", "{:,}".format))
+    rows = [[label, number, made["guessed"][label]][: len(columns)] for label, number in made["counts"].items()]
+    counts = Table(f"stage-{stage.number}-labels", "Records of each label", columns, rows)
     return [
         Section(
             f"stage-{stage.number}", numbered(summary, stage, "A classification head"), [*parts, Sheet(counts, folded=True)]
@@ -137,6 +141,37 @@ def _says(summary: Summary, stage: Stage) -> list[str]:
         if None in of:
             alone = _alone(of, "{:.1%}".format)
             says.append(f"The head finds the label of {of[None]:.1%} of {text}{f'; {alone}' if alone else ''}.")
+    return says
+
+
+def _guesses_say(summary: Summary, stage: Stage) -> list[str]:
+    """Who guessed labels, what that is worth on each held-out text, and which head these clients keep."""
+    made = summary.files.get("head.json") or {}
+    if not made.get("unlabeled"):
+        return []
+    measured = summary.rounds_measured
+    unlabeled = made["unlabeled"]
+    says = [
+        f"{listed(unlabeled)} {'have' if len(unlabeled) > 1 else 'has'} no labels: {sum(made['guessed'].values()):,} of their "
+        f"records were added with guessed ones, in {plural(made['guesses'], 'exchange')}."
+    ]
+    for text, of in _accuracies(summary, stage).items():
+        before = measured.get((stage.number, None, None, f"{LABELED}{text}"))
+        if before is not None and None in of:
+            says.append(f"Without guesses, the head finds the label of {before:.1%} of {text}.")
+    agreed = {
+        client: [measured.get((stage.number, None, client, f"guesses/{when}")) for when in ("before", "after")]
+        for client in unlabeled
+    }
+    told = {client: (before, after) for client, (before, after) in agreed.items() if before is not None and after is not None}
+    if told:
+        each = ", ".join(f"{before:.1%} and {after:.1%} of {client}'s" for client, (before, after) in told.items())
+        keep = [client for client, (before, after) in told.items() if after > before]
+        kept = f"{listed(keep)} {'keep' if len(keep) > 1 else 'keeps'} it" if keep else "none of them keeps it"
+        says.append(
+            f"Before and after guesses, the heads of two halves of the records agree on {each} records. Where they agree more "
+            f"often after, an owner keeps the head with guesses, and else that from labels alone: {kept}."
+        )
     return says
 
 

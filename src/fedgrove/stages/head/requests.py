@@ -15,9 +15,9 @@ from fedgrove.job.units import Count, HeldOut, Length, Name, Word
 from fedgrove.models.features import Features, projection, width
 from fedgrove.rounds.aggregator.moments import MOST_RECORDS
 from fedgrove.rounds.request import Request, Tensors
-from fedgrove.stages.head.config import Config, Labels, Layers
+from fedgrove.stages.head.config import MAX_GUESSES, Config, Labels, Layers
 from fedgrove.stages.head.heads import Head, head_of
-from fedgrove.stages.head.records import hold_out, states_of
+from fedgrove.stages.head.records import NO_LABEL, hold_out, states_of
 
 CENTER, SCALE = "center", "scale"  # tensors of a request, see Features
 
@@ -27,7 +27,7 @@ class Records(NamedTuple):
 
     Attributes:
         states: (records, hidden states) float32.
-        classes: (records,) int64, the index of each label.
+        classes: (records,) int64, the index of each label, or ``NO_LABEL``.
         held_out: (records,) bool.
         features: how states become features.
     """
@@ -48,6 +48,7 @@ class HeadRequest(Request):
         labels, layers, pool, length, size: as in the job.
         seed: of the stage, for the projection.
         personal: the fraction of its records that the client holds out.
+        guesses: as in the job; 0: a client without labels is an error.
         limit: the most records that may be summed.
     """
 
@@ -59,6 +60,7 @@ class HeadRequest(Request):
     size: Count | None
     seed: Word
     personal: HeldOut
+    guesses: Annotated[int, Field(ge=0, le=MAX_GUESSES)] = 0
     limit: Annotated[int, Field(ge=1, le=MOST_RECORDS)]
 
     @property
@@ -82,18 +84,17 @@ class HeadRequest(Request):
         center, scale = tensors[CENTER], tensors[SCALE]
         if bool((scale <= 0).any()):
             raise client.error("the scale of its features is not positive; refused")
-        states, classes = states_of(client, self.labels, self.layers, self.pool, self.length, device)
+        states, classes = states_of(client, self.labels, self.layers, self.pool, self.length, device, self.guesses > 0)
         if not bool(torch.isfinite(states).all()):
             raise client.error("the hidden states of its records are not finite", 'try model.dtype = "float32"')
         matrix = projection(number, self.size, self.seed)
-        return Records(
-            states, classes, hold_out(classes, self.personal), Features(self.layers, self.pool, center, scale, matrix)
-        )
+        held_out = hold_out(classes, self.personal) & (classes != NO_LABEL)
+        return Records(states, classes, held_out, Features(self.layers, self.pool, center, scale, matrix))
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
-        for key in ("head", "labels", "layers", "pool", "length", "size", "personal"):
+        for key in ("head", "labels", "layers", "pool", "length", "size", "personal", "guesses"):
             if getattr(self, key) != getattr(config, key):
                 return key
         if self.seed != job.seed_of(self.stage):

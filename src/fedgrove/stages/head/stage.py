@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.errors import FedgroveError
@@ -24,12 +25,21 @@ from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments, check
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.federation import Federation
-from fedgrove.rounds.request import Message, Tensors
+from fedgrove.rounds.request import Message, Reply, Tensors
 from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.head.config import Config
+from fedgrove.stages.head.exchanges.guesses import (
+    AFTER,
+    BEFORE,
+    KeepHead,
+    Kept,
+    SumGuesses,
+    head_tensors,
+)
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import BIAS, FREQUENCIES, WEIGHT, Compared, CompareHeads
 from fedgrove.stages.head.files import write_head
+from fedgrove.stages.head.halves import added, parts_of
 from fedgrove.stages.head.heads import Linear
 from fedgrove.stages.head.plan import Plan, make_plan
 from fedgrove.stages.head.records import read_labeled
@@ -37,12 +47,13 @@ from fedgrove.stages.head.requests import CENTER, SCALE
 from fedgrove.stages.head.solving import TooFew, solve
 
 MEASURE = "head"  # of held-out texts, and of their metrics: head/<text>
+LABELED = "labeled"  # of the same for the head without guesses: labeled/<text>
 Answers = dict[str, tuple[Tensor, Tensor]]  # by text, hidden states (records, hidden states) and labels (records,)
 
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.head.plan.make_plan`."""
-    return make_plan(index, config, decoder, capabilities)
+    return make_plan(index, config, decoder, capabilities, job.privacy.secure_aggregation)
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
@@ -100,30 +111,43 @@ class _Stage:
         config, folder = self.config, self.run_folder.path / "head"
         matrix = projection(self.plan.states, config.size, self.seed)
         features = Features(config.layers, config.pool, stored[CENTER], stored[SCALE], matrix)
-        moments = _moments(stored, "sums/")
-        shared, classes = self.solve(moments, features)
+        unlabeled = [client for client in self.plan.unlabeled if client in clients]
+        labeled = _parts(stored, "sums/")
+        known, moments = labeled, added(labeled)
+        if config.guesses and unlabeled:
+            known = self.guess(stored, labeled, unlabeled, features)
+        shared, classes = self.solve(added(known), features)
         labels = [config.labels[i] for i in classes.tolist()]
-        frequencies = moments.frequencies()[classes]
+        frequencies = added(known).frequencies()[classes]
         write_head(folder, config, shared, labels, frequencies, self.job.model.name, f"{self.job.name}: head")
         answers = self.answers(held_out)
         for name in answers:
             self.measure(name, answers, None, shared, classes)
+            if known is not labeled:
+                self.measure(name, answers, None, *self.solve(moments, features), LABELED)
         for client in clients if self.job.evaluate.alone else ():
-            own = _moments(stored, f"of/{client}/")
+            own = added(_parts(stored, f"of/{client}/"))
+            if not own.records:
+                continue
             linear, own_classes = self.solve_alone(own, features)
             for name in answers:
                 self.measure(name, answers, client, linear, own_classes)
         if config.personal:
-            self.compare(clients, stored, shared, classes, frequencies)
+            self.compare([one for one in clients if one not in unlabeled], stored, shared, classes, frequencies)
+        if known is not labeled:
+            self.keep(stored, unlabeled, (labeled, known), features)
         counts = {label: int(count) for label, count in zip(config.labels, moments.counts, strict=True)}
+        guessed = (added(known).counts - moments.counts).tolist()
         self.run_folder.write_json(
             "head.json",
             {
                 "stage": self.plan.stage,
                 **config.model_dump(mode="json"),
                 "clients": clients,
+                "unlabeled": unlabeled,
                 "records": moments.records,
                 "counts": counts,
+                "guessed": dict(zip(config.labels, guessed, strict=True)),
                 "features": self.plan.features,
                 "texts": {name: len(truth) for name, (_, truth) in answers.items()},
             },
@@ -138,13 +162,76 @@ class _Stage:
         tensors = {CENTER: center, SCALE: scale}
         run.phase(Phase("head", "summing over labeled records", stage=self.plan.stage))
         messages = {client: Message(SumMoments(**self._common()), tensors) for client in self.plan.clients}
-        sums = IntegerSums(lambda total, _: check(Moments.of(total), MOST_RECORDS), keep_parts=self.job.evaluate.alone)
+        sums = IntegerSums(_check, keep_parts=self.job.evaluate.alone)
         replies = self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
-        solve(Moments.of(sums.sums), config.head, config.ridge, config.labels)
+        for part in parts_of(sums.sums):
+            solve(part, config.head, config.ridge, config.labels)
         stored = tensors | {f"sums/{name}": value for name, value in sums.sums.items()}
         for client, parts in sums.parts.items():
             stored |= {f"of/{client}/{name}": value for name, value in parts.items()}
         save_tensors(stored, self.file, {"clients": json.dumps(sorted(replies))})
+
+    def guess(self, stored: Tensors, labeled: list[Moments], unlabeled: Sequence[str], features: Features) -> list[Moments]:
+        """The sums of both halves, with the guesses of the last exchange. Each exchange is a file, like the sums of labels."""
+        known, run = labeled, self.run_folder
+        for exchange in range(1, self.config.guesses + 1):
+            file = self.file.with_name(f"guesses-{exchange}.safetensors")
+            if not file.is_file():
+                phase = Phase("head", "guessing labels", stage=self.plan.stage, round=exchange - 1, rounds=self.config.guesses)
+                run.phase(phase)
+                heads = [self.solve(half, features) for half in known]
+                tensors = {name: stored[name] for name in (CENTER, SCALE)}
+                for half, (head, _) in enumerate(heads):
+                    tensors |= head_tensors(str(half), head)
+                classes = self._labels(heads[0][1]), self._labels(heads[1][1])
+                request = SumGuesses(**self._common(), exchange=exchange, classes=classes)
+                sums = IntegerSums(_check)
+                messages = {client: Message(request, tensors) for client in unlabeled}
+                self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
+                save_tensors(sums.sums, file)
+            guessed = parts_of(load_file(file))
+            known = [of.plus(more) for of, more in zip(labeled, guessed, strict=True)]
+        return known
+
+    def keep(
+        self, stored: Tensors, unlabeled: Sequence[str], sums: tuple[list[Moments], list[Moments]], features: Features
+    ) -> None:
+        """Lets every client without labels keep the head that its records speak for; logs how often halves agree on them."""
+        run, stage, secure = self.run_folder, self.plan.stage, self.job.privacy.secure_aggregation
+        done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "guesses/after")}
+        tensors = {name: stored[name] for name in (CENTER, SCALE)}
+        classes: dict[str, tuple[str, ...]] = {}
+        for when, parts in zip((BEFORE, AFTER), sums, strict=True):
+            for prefix, of in ((when, added(parts)), (f"{when}/0", parts[0]), (f"{when}/1", parts[1])):
+                head, found = self.solve(of, features)
+                tensors |= head_tensors(prefix, head)
+                classes[prefix] = self._labels(found)
+                if prefix == when:
+                    tensors[f"{when}/{FREQUENCIES}"] = of.frequencies()[found]
+        messages = {}
+        for client in unlabeled:
+            if client not in done:
+                request = KeepHead(
+                    **self._common(),
+                    classes=(classes[BEFORE], classes[AFTER]),
+                    before=(classes[f"{BEFORE}/0"], classes[f"{BEFORE}/1"]),
+                    after=(classes[f"{AFTER}/0"], classes[f"{AFTER}/1"]),
+                    says=not secure,
+                    base=self.job.model.name,
+                    title=f"{self.job.name}: {client}'s own head",
+                )
+                messages[client] = Message(request, tensors)
+        if not messages:
+            return
+        run.phase(Phase("head", "choosing heads by the clients' records", stage=stage))
+        for client, _, reply in self.federation.collect(messages):
+            assert isinstance(reply, Kept)
+            if reply.records is not None and reply.before is not None and reply.after is not None:
+                run.log(stage, None, client, "guesses/before", reply.before / reply.records)
+                run.log(stage, None, client, "guesses/after", reply.after / reply.records)  # last: it marks the client as done
+
+    def _labels(self, classes: Tensor) -> tuple[str, ...]:
+        return tuple(self.config.labels[i] for i in classes.tolist())
 
     def solve(self, moments: Moments, features: Features) -> tuple[Linear, Tensor]:
         """The head of hidden states, rounded to float32, and its classes."""
@@ -175,18 +262,20 @@ class _Stage:
             found[name] = pooled_states(self.decoder, windows, self.config.layers, self.config.pool, on_progress), truth
         return found
 
-    def measure(self, text: str, answers: Answers, client: str | None, linear: Linear, classes: Tensor) -> None:
+    def measure(
+        self, text: str, answers: Answers, client: str | None, linear: Linear, classes: Tensor, named: str = MEASURE
+    ) -> None:
         """Logs a head's accuracy on a text, unless it is logged already."""
-        run, stage, name = self.run_folder, self.plan.stage, f"{MEASURE}/{text}"
+        run, stage, name = self.run_folder, self.plan.stage, f"{named}/{text}"
         if any((line["stage"], line["client"], line["name"]) == (stage, client, name) for line in run.metrics()):
             return
         states, truth = answers[text]
         found = classes[(states.double() @ linear.weight.T + linear.bias).argmax(1)]
         measured = mean((found == truth).double().tolist())
         run.keep(stage, client, name, measured.parts)
-        numbers = measured.plain(MEASURE)
-        for key in sorted(numbers, key=lambda key: key == MEASURE):  # the measurement last: it marks all as done
-            if client is None or key == MEASURE:
+        numbers = measured.plain(named)
+        for key in sorted(numbers, key=lambda key: key == named):  # the measurement last: it marks all as done
+            if client is None or key == named:
                 run.log(stage, None, client, f"{key}/{text}", numbers[key])
 
     def compare(self, clients: Sequence[str], stored: Tensors, shared: Linear, classes: Tensor, frequencies: Tensor) -> None:
@@ -195,7 +284,7 @@ class _Stage:
         done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "personal/shared")}
         tensors = {CENTER: stored[CENTER], SCALE: stored[SCALE], WEIGHT: shared.weight.float(), BIAS: shared.bias.float()}
         tensors[FREQUENCIES] = frequencies
-        labels = tuple(self.config.labels[i] for i in classes.tolist())
+        labels = self._labels(classes)
         messages = {}
         for client in clients:
             if client not in done:
@@ -223,9 +312,16 @@ class _Stage:
 
     def _common(self) -> dict[str, Any]:
         config = self.config
-        fields = {key: getattr(config, key) for key in ("head", "labels", "layers", "pool", "length", "size", "personal")}
+        fields = {
+            key: getattr(config, key) for key in ("head", "labels", "layers", "pool", "length", "size", "personal", "guesses")
+        }
         return {"stage": self.plan.stage, **fields, "seed": self.seed, "limit": MOST_RECORDS // len(self.plan.clients)}
 
 
-def _moments(stored: Mapping[str, Tensor], prefix: str) -> Moments:
-    return Moments.of({name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)})
+def _parts(stored: Mapping[str, Tensor], prefix: str) -> list[Moments]:
+    return parts_of({name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)})
+
+
+def _check(sums: Tensors, replies: Mapping[str, Reply]) -> None:
+    for part in parts_of(sums):
+        check(part, MOST_RECORDS)
