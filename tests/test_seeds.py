@@ -24,14 +24,14 @@ from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds import wire
 from fedgrove.stages.tune import training
 from fedgrove.stages.tune.aggregation import Drawing, common, own
-from fedgrove.stages.tune.exchanges.seeds import COEFFICIENTS, DIFFERENCES, Step, Took
+from fedgrove.stages.tune.exchanges.seeds import COEFFICIENTS, DIFFERENCES, Measure, Step, Took
 from fedgrove.stages.tune.fixed_point import ClientNoise
 from fedgrove.stages.tune.seeds import offsets, steps, two_sided
 from fedgrove.stages.tune.seeds.offsets import LARGEST, UNIT, Offsets
 from fedgrove.stages.tune.seeds.steps import Steps
 from fedgrove.stages.tune.seeds.two_sided import TwoSided
 from fedgrove.stages.tune.trainers import dp_zeroth_order, zeroth_order
-from small import CLIENTS, LENGTH, Moment, Small, cli, complaint, killed, measurements, result
+from small import CLIENTS, LENGTH, Moment, Small, cli, complaint, killed, lines, measurements, result
 from test_tune_private import SECURE, Recorder, run
 from test_tune_stage import PRUNE, client_of, mean_perplexity, weights
 
@@ -177,7 +177,7 @@ def test_a_slope_is_the_gradient_along_the_direction(small: Small, tmp_path: Pat
     parameters = [model.get_parameter(name) for name in names]
     loss = sum(model(input_ids=i[None], labels=w[None]).loss for i, w in zip(ids, labels, strict=True)) / len(ids)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
-    length = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    length = math.sqrt(sum(float(gradient.detach().square().sum()) for gradient in gradients))
     sided = two_sided_of(small, tmp_path)
     curves = []
     for direction in range(directions):
@@ -185,7 +185,7 @@ def test_a_slope_is_the_gradient_along_the_direction(small: Small, tmp_path: Pat
         signs = [noise.direction_like(key, direction, p).float() for key, p in zip(keys, parameters, strict=True)]
         slope = sum((gradient * z).sum() for gradient, z in zip(gradients, signs, strict=True))
         center, above, below = steps.whole(sided.losses(ids, labels, direction, (0.0, epsilon, -epsilon)))
-        assert steps.slope(int((above - below).sum()), len(ids), epsilon) == pytest.approx(float(slope), abs=0.01 * length)
+        assert steps.slope(int((above - below).sum()), len(ids), epsilon) == pytest.approx(float(slope.detach()), abs=0.01 * length)
         second = torch.autograd.grad(slope, parameters, retain_graph=True)
         curves.append(sum(float((h * z).sum()) for h, z in zip(second, signs, strict=True)))
         total = (above + below - 2 * center).sum()[None]
@@ -419,6 +419,17 @@ def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, m
     killed("run", job, "--out", out, "--quiet", moment=moment)
     assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
     assert result(out) == result(whole) | {"job.toml": result(out)["job.toml"]}
+
+
+def test_the_curvature_is_measured_again_and_the_perturbation_is_not(small: Small) -> None:
+    stages = [PRUNE, {**SEEDS, "steps": 1, "learning_rate": "auto", "perturbation": "auto", "replan_every": 1, "eval_every": 1}]
+    run = small.undisturbed(stages=stages)
+    found = measurements(run)
+    assert found[1, 0, None, "measured/learning_rate"] != found[1, 1, None, "measured/learning_rate"]
+    assert found[1, 0, None, "measured/perturbation"] == found[1, 1, None, "measured/perturbation"]
+    sent = [line for line in lines(run / "ledger.jsonl") if line["kind"] == Measure.KIND and line["direction"] == "up"]
+    first, again = (max(line["bytes"] for line in sent if line["round"] == round_) for round_ in (0, 1))
+    assert again < first
 
 
 def test_no_order_of_clients_and_no_way_through_memory_matters(

@@ -78,7 +78,7 @@ class Config(StageConfig):
         upload_price: the price of sending all linears at the largest rank, as a part of what a round gains. With a higher price
             clients send less. Only "fedpipe" uses it.
         replan_every: measure the importance and plan again every so many rounds; 0: only before the first. With "seeds",
-            measure what is "auto" again.
+            measure the curvature again, of which ``learning_rate = "auto"`` is made; its default is 5 then.
         replan_off: also measure and plan again after a round that gained twice as much as predicted, half as much, or nothing,
             and plan again where a round shows that a client is not as fast as it says. Only "fedpipe" uses it.
         importance_steps: optimizer steps from which the importance is measured.

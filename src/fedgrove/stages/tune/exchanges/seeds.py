@@ -334,7 +334,8 @@ class Measure(AlongDirections):
             return "epsilon"
         if not config.measures_settings:
             return "learning_rate"
-        if self.perturbations != perturbations_of(config):
+        agreed = perturbations_of(config)
+        if self.perturbations not in ([(one,) for one in agreed] if self.round else [agreed]):
             return "perturbations"
         return "directions" if self.directions != MEASURED else super().beyond(job)
 

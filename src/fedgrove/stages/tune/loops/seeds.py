@@ -48,13 +48,13 @@ class Loop(Tuning):
         self.aggregation = seed_aggregation_of(self.config.aggregation)
 
     def prepare(self, round_: int, again: bool) -> None:
-        """Measures what the job calls "auto"."""
+        """Measures what the job calls "auto": the perturbation once, the curvature repeatedly: it grows."""
         config = self.config
-        if not again or not config.measures_settings:
+        if not again or not config.measures_settings or (round_ and config.learning_rate != AUTO):
             return
         what = "measuring the curvature"
         self.run.phase(Phase("tune", what, stage=self.plan.stage, round=round_, rounds=config.rounds))
-        perturbations = perturbations_of(config)
+        perturbations = (self.state.measured["perturbation"],) if round_ else perturbations_of(config)
         requests = {
             client: Measure(**self._along(client, round_), perturbations=perturbations, directions=MEASURED)
             for client in sorted(self.plan.clients)

@@ -35,7 +35,9 @@ LOOP = "seeds"
 DISCLOSES = Disclosure.LOSS_DIFFERENCES
 AGGREGATION = "common"
 TRAINERS = ("zeroth_order", "dp_zeroth_order")
-DEFAULTS: Mapping[str, Any] = {"learning_rate": "auto", "precision": "fixed", "steps": 20, "batches": (4,), "length": 128}
+DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": "auto", "precision": "fixed", "steps": 20, "batches": (4,), "length": 128, "replan_every": 5,
+}  # fmt: skip
 KEYS = frozenset({"seeds", "sampling", "perturbation"})
 UNUSED = frozenset({
     "ranks", "bits", "optimizer", "max_grad_norm", "alpha", "deadline", "upload_price", "importance_steps", "proximal",
