@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,6 +33,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
 from small import ROOT, Small, cli, complaint, wait_until
+from test_head import files as labeled  # noqa: F401
+from test_head import guessing
 from test_prompt import files  # noqa: F401
 from test_prompt import job as prompt_job
 
@@ -100,24 +103,45 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
         assert not list((kit / "work").glob("demo-*")), "no hidden states are left behind"
 
 
+def run_with_answers(federation: Running, name: str, changes: dict[str, Any]) -> Path:
+    """Runs a job whose sites say in their own files which records are theirs; the fetched run folder."""
+    described = {name: (kit / "site.toml").read_text(encoding="utf-8") for name, kit in federation.sites.items()}
+    for client in changes["clients"]:
+        of_client = {key: client[key] for key in ("prompt", "answer") if key in client}
+        federation.describe(client["name"], data=[client["data"]], result=client["name"] == "ash", **of_client)
+    try:
+        assert (
+            federation.run(name, result="sites", **{key: value for key, value in changes.items() if key != "clients"}) is None
+        )
+    finally:
+        for site, text in described.items():
+            (federation.sites[site] / "site.toml").write_text(text, encoding="utf-8")
+    return federation.fetch(name)
+
+
 def test_a_prompt_is_that_of_the_in_process_engine(federation: Running, small: Small, files: dict[str, Path]) -> None:  # noqa: F811
     changes = prompt_job(files)
     here = small.undisturbed(**changes)
-    described = {name: (kit / "site.toml").read_text(encoding="utf-8") for name, kit in federation.sites.items()}
-    for client in changes["clients"]:
-        of_client = {key: client[key] for key in ("prompt", "answer")}
-        federation.describe(client["name"], data=[client["data"]], result=client["name"] == "ash", **of_client)
-    try:
-        del changes["clients"]
-        assert federation.run("prompt", result="sites", **changes) is None
-    finally:
-        for name, text in described.items():
-            (federation.sites[name] / "site.toml").write_text(text, encoding="utf-8")
-    fetched = federation.fetch("prompt")
+    fetched = run_with_answers(federation, "prompt", changes)
     for file in ("prompt.json", "prompt/prompt.safetensors"):
         assert (fetched / file).read_bytes() == (here / file).read_bytes()
     given = federation.sites["ash"] / "results" / "prompt" / "prompt" / "prompt.safetensors"
     assert given.read_bytes() == (here / "prompt" / "prompt.safetensors").read_bytes()
+
+
+def test_a_head_is_that_of_the_in_process_engine_and_sites_say_whether_they_have_labels(
+    federation: Running,
+    small: Small,
+    labeled: dict[str, Path],  # noqa: F811
+) -> None:
+    changes = guessing(labeled)
+    here = small.undisturbed(**changes)
+    fetched = run_with_answers(federation, "head", changes)
+    for file in ("head.json", "head/head.safetensors"):
+        assert (fetched / file).read_bytes() == (here / file).read_bytes()
+    kept = federation.sites["birch"] / "personal" / "head" / "stage-0" / "head.safetensors"
+    assert kept.read_bytes() == (here / "clients" / "birch" / "personal" / "stage-0" / "head.safetensors").read_bytes()
+    assert not (federation.sites["ash"] / "personal" / "head").exists()
 
 
 def test_a_kit_starts_as_a_service_or_in_a_container(federation: Running, tmp_path: Path) -> None:
