@@ -428,6 +428,7 @@ def test_an_owner_without_labels_is_named(small: Small, files: Mapping[str, Path
     changes["clients"][1] = {"name": "birch", "data": str(files["birch"])}
     line = complaint("plan", small.job("no-labels", **changes))
     assert "clients.1: client 'birch' has no labels; give prompt and answer" in line
+    assert line.endswith("or have labels guessed (stages.guesses)")
     client = LocalClient("birch", tmp_path, small.model, None, (files["birch"],), None)
     request = SumMoments(stage=0, **fields())
     tensors = {CENTER: torch.zeros(64), SCALE: torch.ones(64)}

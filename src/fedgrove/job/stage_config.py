@@ -145,7 +145,7 @@ class StageConfig(Table):
                 "make it the only stage"
             )
 
-    def check_answers(self, job: Job, what: str, example: str) -> None:
+    def check_answers(self, job: Job, what: str, example: str, otherwise: str = "") -> None:
         """Refuses clients whose records have no template of what should follow them.
 
         In a federation each site gives its own, and its response is the error.
@@ -153,6 +153,7 @@ class StageConfig(Table):
         Args:
             what: what follows, such as "labels".
             example: of the template ``answer``.
+            otherwise: another remedy, with what comes before it.
 
         Raises:
             ValueError: a client has none.
@@ -161,7 +162,7 @@ class StageConfig(Table):
             if client.data and client.answer is None:
                 raise ValueError(
                     f"clients.{number}: client '{client.name}' has no {what}; give prompt and answer, such as "
-                    f'prompt = "{{text}}" and answer = "{example}"'
+                    f'prompt = "{{text}}" and answer = "{example}"{otherwise}'
                 )
 
     def check_secure(self, job: Job, index: int) -> None:

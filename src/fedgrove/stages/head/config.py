@@ -72,7 +72,7 @@ class Config(StageConfig):
     def check(self, job: Job, index: int) -> None:
         self.check_only_stage(job, index)
         if not self.guesses:
-            self.check_answers(job, "labels", "{label}")
+            self.check_answers(job, "labels", "{label}", ", or have labels guessed (stages.guesses)")
 
     def centralized(self, job: Job) -> Self:
         return self.model_copy(update={"personal": 0.0})
