@@ -7,8 +7,7 @@ answers of one web site. One site's are labeled, those of the others are not. La
 of the labeled records, made of the others. Hidden states are computed once, by the product's functions, and stored; sums, heads
 and guesses are the product's, too. Accuracy on the owners' own records, mean over owners:
 
-- "labels alone": the head of the labeled site;
-- "with guesses": after four exchanges; "kept": what each owner keeps, by how often the heads of two halves agree;
+- "labels alone": the head of the labeled site; "with guesses": after four exchanges;
 - "shuffled": the same, but every owner's chosen guesses change places: a control;
 - "labeled owners": the head of everybody's labels.
 
@@ -33,7 +32,7 @@ from transformers.utils import logging
 
 from fedgrove.files import read_lines
 from fedgrove.rounds.aggregator.moments import Moments
-from fedgrove.stages.head.halves import HALVES, added, guess, half_of
+from fedgrove.stages.head.exchanges.guesses import guess
 from fedgrove.stages.head.heads import Linear, head_of
 from fedgrove.stages.head.solving import solve
 
@@ -67,47 +66,25 @@ class Problem:
         return solve(moments, self.head, self.ridge, self.labels)
 
 
-def said(head: Head, features: Tensor) -> Tensor:
-    """The labels that a head finds."""
-    linear, classes = head
-    return classes[(features @ linear.weight.T + linear.bias).argmax(1)]
-
-
 def accuracy(head: Head, records: Records) -> float:
     """In percent."""
-    return 100 * float((said(head, records[0]) == records[1]).double().mean())
+    (linear, classes), (features, truth) = head, records
+    return 100 * float((classes[(features @ linear.weight.T + linear.bias).argmax(1)] == truth).double().mean())
 
 
-def guessed(problem: Problem, shuffle: bool) -> tuple[Head, Head, dict[str, tuple[float, float]]]:
-    """The head before guesses and after them; by owner, how often the heads of two halves agree, before and after."""
-    features, truth = problem.labeled
-    halves = half_of(len(truth))
-    labeled = known = [problem.sums(features[halves == half], truth[halves == half]) for half in range(HALVES)]
+def guessed(problem: Problem, shuffle: bool) -> Head:
+    """The head after guesses."""
+    labeled = known = problem.sums(*problem.labeled)
     generator = torch.Generator().manual_seed(0)
-    agreed: list[dict[str, float]] = []
-    for exchange in range(EXCHANGES + 1):
-        both = [problem.solve(part) for part in known]
-        if exchange in (0, EXCHANGES):
-            agreed.append({
-                name: float((said(both[0], of) == said(both[1], of)).double().mean())
-                for name, (of, _) in problem.owners.items()
-            })  # fmt: skip
-        if exchange == EXCHANGES:
-            break
-        guesses = []
-        for half in range(HALVES):
-            parts = []
-            for own, _ in problem.owners.values():
-                mine = own[half_of(len(own)) == half]
-                found, chosen = guess(*both[HALVES - 1 - half], mine)
-                labels = found[chosen]
-                parts.append(
-                    problem.sums(mine[chosen], labels[torch.randperm(len(labels), generator=generator)] if shuffle else labels)
-                )
-            guesses.append(added(parts))
-        known = [one.plus(more) for one, more in zip(labeled, guesses, strict=True)]
-    between = {name: (agreed[0][name], agreed[1][name]) for name in problem.owners}
-    return problem.solve(added(labeled)), problem.solve(added(known)), between
+    for _ in range(EXCHANGES):
+        head, known = problem.solve(known), labeled
+        for features, _ in problem.owners.values():
+            found, chosen = guess(*head, features)
+            labels = found[chosen]
+            if shuffle:
+                labels = labels[torch.randperm(len(labels), generator=generator)]
+            known = known.plus(problem.sums(features[chosen], labels))
+    return problem.solve(known)
 
 
 def problem_of(posts: heads.Posts, records: list[dict[str, str]], site: str, head: str) -> tuple[Problem, int]:
@@ -141,20 +118,18 @@ def problem_of(posts: heads.Posts, records: list[dict[str, str]], site: str, hea
 
 def measured(problem: Problem) -> list[str]:
     """The cells of a row, from "labels alone" on."""
-    before, after, agreed = guessed(problem, shuffle=False)
-    _, shuffled, _ = guessed(problem, shuffle=True)
-    every = problem.solve(added([problem.sums(*problem.labeled), *(problem.sums(*of) for of in problem.owners.values())]))
-    by = {
-        name: [
-            accuracy(head, of)
-            for head in (before, after, after if agreed[name][1] > agreed[name][0] else before, shuffled, every)
-        ]
-        for name, of in problem.owners.items()
-    }
-    means = [statistics.mean(column) for column in zip(*by.values(), strict=True)]
-    worst = min(by, key=lambda name: by[name][2] - by[name][0])
-    change = f"{by[worst][2] - by[worst][0]:+.1f} ({worst}, {len(problem.owners[worst][1])} records)"
-    return [*(f"{mean:.1f}" for mean in means[:3]), change, *(f"{mean:.1f}" for mean in means[3:])]
+    every = problem.sums(*problem.labeled)
+    for of in problem.owners.values():
+        every = every.plus(problem.sums(*of))
+    made = [
+        problem.solve(problem.sums(*problem.labeled)), guessed(problem, shuffle=False), guessed(problem, shuffle=True),
+        problem.solve(every),
+    ]  # fmt: skip
+    by = {name: [accuracy(head, of) for head in made] for name, of in problem.owners.items()}
+    means = [f"{statistics.mean(column):.1f}" for column in zip(*by.values(), strict=True)]
+    changes = {name: of[1] - of[0] for name, of in by.items()}
+    worst = min(changes, key=changes.__getitem__)
+    return [*means[:2], f"{changes[worst]:+.1f} ({worst}, {len(problem.owners[worst][1])} records)", *means[2:]]
 
 
 def same_site(problem: Problem) -> str:
@@ -162,11 +137,10 @@ def same_site(problem: Problem) -> str:
     features, truth = problem.labeled
     order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))
     kept, lost = order[::2], order[1::2]
-    one = Problem(
-        problem.labels, (features[kept], truth[kept]), {"": (features[lost], truth[lost])}, problem.head, problem.ridge
-    )
-    before, after, _ = guessed(one, shuffle=False)
-    return f"{accuracy(before, one.owners['']):.1f}, {accuracy(after, one.owners['']):.1f}"
+    owners = {"": (features[lost], truth[lost])}
+    one = Problem(problem.labels, (features[kept], truth[kept]), owners, problem.head, problem.ridge)
+    before, after = one.solve(one.sums(*one.labeled)), guessed(one, shuffle=False)
+    return f"{accuracy(before, owners['']):.1f}, {accuracy(after, owners['']):.1f}"
 
 
 def main() -> None:
@@ -189,9 +163,9 @@ def main() -> None:
     posts = heads.Posts(args.model, file, sorted({one["label"] for one in every}), stored, None)
     records = read_lines(stored.with_suffix(".jsonl"))
     rows = [
-        "| labeled | labels | owners | labels alone | with guesses | kept | its worst change | shuffled | labeled owners "
+        "| labeled | labels | owners | labels alone | with guesses | the worst change | shuffled | labeled owners "
         "| same site: before, after |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for site in SITES:
         problem, layer = problem_of(posts, records, site, args.head)

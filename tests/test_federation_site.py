@@ -44,7 +44,7 @@ from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.exchanges.capabilities import DescribeYourself, Windows
 from fedgrove.rounds.exchanges.secagg import Keys
 from fedgrove.rounds.request import Request, Tensors, request_types
-from fedgrove.stages.head.exchanges.guesses import KeepHead, SumGuesses
+from fedgrove.stages.head.exchanges.guesses import SumGuesses
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.exchanges.alone import EvaluateAlone
 from fedgrove.stages.prune.exchanges.block import PruneBlock
@@ -406,38 +406,28 @@ def test_noise_of_clients_under_secure_aggregation_is_that_of_the_job(changes: d
 
 
 HEAD = {"kind": "head", "labels": ["bird", "fish"], "length": 8, "guesses": 2}
-BOTH = ("bird", "fish"), ("bird", "fish")
 OF_HEADS: dict[str, Any] = {
     "stage": 0, "head": "ridge", "labels": ("bird", "fish"), "layers": (-1,), "pool": "mean", "length": 8, "size": None,
     "seed": "0/0", "personal": 0.0, "guesses": 2, "limit": 2**30,
 }  # fmt: skip
-GUESS = SumGuesses(**OF_HEADS, exchange=2, classes=BOTH)
-KEEP = KeepHead(**OF_HEADS, classes=BOTH, before=BOTH, after=BOTH, says=True, base="m", title="t")
+GUESS = SumGuesses(**OF_HEADS, exchange=2, classes=("bird", "fish"))
 
 
 @pytest.mark.parametrize(
-    ("request_", "secure", "word"),
+    ("request_", "word"),
     [
-        (GUESS, False, None),
-        (changed(GUESS, exchange=3), False, "guesses"),
-        (changed(GUESS, guesses=0), False, "guesses"),
-        (changed(GUESS, classes=(("bird", "stone"), ("bird", "fish"))), False, "labels"),
-        (changed(GUESS, length=9), False, "length"),
-        (changed(GUESS, limit=5), False, "limit"),
-        (KEEP, False, None),
-        (KEEP, True, "says"),
-        (changed(KEEP, says=False), True, None),
-        (changed(KEEP, before=(("bird", "bird"), ("bird", "fish"))), False, "labels"),
+        (GUESS, None),
+        (changed(GUESS, exchange=3), "guesses"),
+        (changed(GUESS, guesses=0), "guesses"),
+        (changed(GUESS, classes=("bird", "stone")), "labels"),
+        (changed(GUESS, classes=("bird", "bird")), "labels"),
+        (changed(GUESS, length=9), "length"),
+        (changed(GUESS, limit=5), "limit"),
     ],
 )
-def test_labels_are_guessed_as_the_job_says(request_: Request, secure: bool, word: str | None) -> None:
-    assert refusal(Allow(), terms(HEAD, secure=secure), request_) == (None if word is None else ("terms", word))
-
-
-def test_a_job_that_guesses_nothing_asks_for_no_guesses() -> None:
-    none = terms({**HEAD, "guesses": 0})
-    assert refusal(Allow(), none, GUESS) == ("terms", "guesses")
-    assert refusal(Allow(), none, KEEP) == ("terms", "guesses")
+def test_labels_are_guessed_as_the_job_says(request_: Request, word: str | None) -> None:
+    assert refusal(Allow(), terms(HEAD), request_) == (None if word is None else ("terms", word))
+    assert refusal(Allow(), terms({**HEAD, "guesses": 0}), request_) == ("terms", "guesses")
 
 
 def test_what_a_client_has_alone_is_told_only_where_the_job_says_so() -> None:

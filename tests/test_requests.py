@@ -47,7 +47,7 @@ from fedgrove.rounds.request import (
 )
 from fedgrove.rounds.wire import WireError
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.head.exchanges.guesses import KeepHead, Kept, SumGuesses
+from fedgrove.stages.head.exchanges.guesses import SumGuesses
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import Compared, CompareHeads
 from fedgrove.stages.prompt.exchanges.local import SearchAlone, Searched
@@ -108,8 +108,6 @@ HEAD: dict[str, Any] = {
     "seed": "0/0", "personal": 0.2, "limit": 2**20,
 }  # fmt: skip
 
-BOTH = ("bird", "fish"), ("bird", "fish")
-
 PROMPT: dict[str, Any] = {
     "stage": 0, "method": "evolution", "aggregation": "pooled", "labels": (" bird", " fish"), "score": "loss", "place": "end",
     "length": LENGTH, "records": 2**10, "seed": "0/0", "subspace": {"dimension": 4, "scale": 0.1, "base": (1, 2)},
@@ -168,11 +166,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         CompareHeads(**HEAD, classes=("bird", "fish"), ridge=0.1, base="b", title="t"),
         Compared(records=5, shared=3, personal=4, own=5),
     ),
-    Exchange(SumGuesses(**HEAD, guesses=3, exchange=2, classes=BOTH), Reply()),
-    Exchange(
-        KeepHead(**HEAD, guesses=3, classes=BOTH, before=BOTH, after=BOTH, says=True, base="b", title="t"),
-        Kept(records=9, before=5, after=7),
-    ),
+    Exchange(SumGuesses(**HEAD, guesses=3, exchange=2, classes=("bird", "fish")), Reply()),
     Exchange(ScorePrompts(**PROMPT, candidates=4), Reply()),
     Exchange(
         VoteForWords(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -107,6 +107,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "noisy windows": ({**OPEN, **NOISY, "alone": False}, [{**TUNE, **NOISE, "method": "lora", "batches": [64]}]),
     "full": (OPEN, [PRUNE, {**TUNE, "method": "full"}]),
     "head": (OPEN, [HEAD]),
+    "guessed labels": ({**OPEN, "alone": False}, [{**HEAD, "personal": 0.0, "guesses": 1}]),
     "alone": (OPEN, [{**TUNE, "method": "lora", "personal": 0.3, "personal_pull": 0.1}]),
     "seeds": (OPEN, [SEEDS]),
     "pool": ({**OPEN, "alone": False}, [POOLED_TUNE]),
@@ -122,6 +123,7 @@ FREE: dict[tuple[str, str], tuple[str, Any]] = {  # kind and field: why a server
     ("deploy/result", "folder"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "file"): ("a name in the folder of the job's result", "../x"),
     ("deploy/result", "last"): ("whether the result is complete", None),
+    ("head/guesses", "classes"): ("the labels that have records", ["x"]),
     ("head/personal", "base"): ("text of the card of the site's own head", "line\nline"),
     ("head/personal", "classes"): ("the labels that have records", ["x"]),
     ("head/personal", "title"): ("text of the card of the site's own head", "line\nline"),
@@ -282,7 +284,7 @@ def listed(kind: str, name: str) -> tuple[str, str]:
 
 
 def make_kits(
-    small: Small, folder: Path, allow: Mapping[str, Any], labeled: bool = False, memory: str | None = None
+    small: Small, folder: Path, allow: Mapping[str, Any], labeled: Collection[str] = (), memory: str | None = None
 ) -> dict[str, Path]:
     """Sites with everything that ``fedgrove federation kits`` puts there and the owner writes, but certificates."""
     kits = {}
@@ -291,7 +293,7 @@ def make_kits(
         (kit / "startup").mkdir(parents=True)
         (kit / "startup" / "fed_client.json").write_text(json.dumps({"client": {"fqsn": name}}))
         settings = {"data": str(small.texts[name]), "threads": 1, "result": True, "models": {"m": str(small.model)}}
-        if labeled:
+        if name in labeled:
             rows = [{"text": f"{word} {i} of {name}", "label": word} for i in range(6) for word in HEAD["labels"]]
             (kit / "labeled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             settings |= {"data": str(kit / "labeled.jsonl"), "prompt": "{text}", "answer": "{label}"}
@@ -434,13 +436,16 @@ def hostile_run(
     """Runs a job with real sites, which are attacked at every kind of request; not again where no stage matters."""
     secure = bool(allow.get("secure"))
     memory = "3.1 MB" if name == "few-experts" else None  # for half of the mixture's
-    kits = make_kits(small, folder, allow, labeled="labels" in stages[0], memory=memory)
+    labeled = set(CLIENTS) if "labels" in stages[0] else set()
+    if stages[0].get("guesses"):
+        labeled -= {VICTIM}
+    kits = make_kits(small, folder, allow, labeled, memory)
     privacy = {"secure_aggregation": secure, "min_group": 3}
     alone = bool(allow["alone"]) and len(stages) == 1
     evaluate = {"data": [str(small.texts["held-0"])], "length": 32, "windows": 2, "alone": alone} if alone else {"alone": False}
     spec = small.spec(stages=stages, privacy=privacy, evaluate=evaluate)
-    if "labels" in stages[0]:
-        spec["clients"] = [{**client, "prompt": "{text}", "answer": "{label}"} for client in spec["clients"]]
+    answers = {"prompt": "{text}", "answer": "{label}"}
+    spec["clients"] = [client | (answers if client["name"] in labeled else {}) for client in spec["clients"]]
     local = folder / "local.toml"
     local.write_text(tomli_w.dumps({**spec, "name": name}), encoding="utf-8")
     signed = folder / "job.toml"

@@ -46,7 +46,6 @@ class Disclosure(Enum):
     LABEL_SUMS = "for each label the number of its records and the sums of their features, and the sums of squared features"
     FEATURE_PRODUCTS = "the sums, over its records, of the products of each pair of features"
     HELD_OUT_ACCURACIES = "how often three heads find the label of records that it held out for itself"
-    AGREEMENTS = "on how many of its records without labels two heads say the same, before and after guesses were added"
     PROMPT_SCORES = "for each candidate prompt one number, the sum of its records' losses or how many get the right label"
     OWN_PROMPTS = "the prompt, or the words' probabilities, that a search on its records alone came to, and its loss"
     PROMPT_WORDS = "which words of a public list it would have in a prompt, and where"

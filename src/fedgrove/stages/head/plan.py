@@ -16,10 +16,8 @@ from fedgrove.rounds.capabilities import SPEED, Capabilities
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.head.config import Config
-from fedgrove.stages.head.exchanges.guesses import KeepHead
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import CompareHeads
-from fedgrove.stages.head.halves import HALVES
 from fedgrove.stages.head.heads import head_of
 
 THOUSAND = 1000  # records that the time of a plan is for
@@ -52,7 +50,6 @@ def make_plan(
     config: Config,
     decoder: Decoder,
     capabilities: Mapping[str, Capabilities],
-    secure: bool = False,
 ) -> Plan:
     """Plans the stage. How many records a client has is not known to the server, so its time is for 1,000 of them.
 
@@ -60,7 +57,6 @@ def make_plan(
         index: the stage's place in the job.
         decoder: the model.
         capabilities: the clients' capabilities, by name.
-        secure: whether only sums are seen.
 
     Raises:
         FedgroveError: labels are to be guessed, but every client has labels or none has; the model has no such layer or too few
@@ -100,15 +96,13 @@ def make_plan(
                 client=name,
             )
         exchanges = 1 + config.guesses if name in unlabeled else 1
-        upload = 8 * numbers * exchanges * (HALVES if config.guesses else 1)
+        upload = 8 * numbers * exchanges
         sending = 8 * upload / client.uplink if client.uplink else 0.0
         seconds = round(operations / (SPEED * client.speed) + sending, 1)
         assignments[name] = base.Assignment(memory=memory, upload=upload, seconds=seconds)
     disclosed = SumMoments.DISCLOSES if products else SumMoments.DISCLOSES - {Disclosure.FEATURE_PRODUCTS}
     if config.personal:
         disclosed |= CompareHeads.DISCLOSES
-    if config.guesses and not secure:
-        disclosed |= KeepHead.DISCLOSES
     return Plan(
         stage=index,
         clients=assignments,

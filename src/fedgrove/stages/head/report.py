@@ -145,7 +145,7 @@ def _says(summary: Summary, stage: Stage) -> list[str]:
 
 
 def _guesses_say(summary: Summary, stage: Stage) -> list[str]:
-    """Who guessed labels, what that is worth on each held-out text, and which head these clients keep."""
+    """Who guessed labels, and what that is worth on each held-out text."""
     made = summary.files.get("head.json") or {}
     if not made.get("unlabeled"):
         return []
@@ -159,19 +159,6 @@ def _guesses_say(summary: Summary, stage: Stage) -> list[str]:
         before = measured.get((stage.number, None, None, f"{LABELED}{text}"))
         if before is not None and None in of:
             says.append(f"Without guesses, the head finds the label of {before:.1%} of {text}.")
-    agreed = {
-        client: [measured.get((stage.number, None, client, f"guesses/{when}")) for when in ("before", "after")]
-        for client in unlabeled
-    }
-    told = {client: (before, after) for client, (before, after) in agreed.items() if before is not None and after is not None}
-    if told:
-        each = ", ".join(f"{before:.1%} and {after:.1%} of {client}'s" for client, (before, after) in told.items())
-        keep = [client for client, (before, after) in told.items() if after > before]
-        kept = f"{listed(keep)} {'keep' if len(keep) > 1 else 'keeps'} it" if keep else "none of them keeps it"
-        says.append(
-            f"Before and after guesses, the heads of two halves of the records agree on {each} records. Where they agree more "
-            f"often after, an owner keeps the head with guesses, and else that from labels alone: {kept}."
-        )
     return says
 
 

@@ -28,18 +28,10 @@ from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Message, Reply, Tensors
 from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.head.config import Config
-from fedgrove.stages.head.exchanges.guesses import (
-    AFTER,
-    BEFORE,
-    KeepHead,
-    Kept,
-    SumGuesses,
-    head_tensors,
-)
+from fedgrove.stages.head.exchanges.guesses import SumGuesses
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.exchanges.personal import BIAS, FREQUENCIES, WEIGHT, Compared, CompareHeads
 from fedgrove.stages.head.files import write_head
-from fedgrove.stages.head.halves import added, parts_of
 from fedgrove.stages.head.heads import Linear
 from fedgrove.stages.head.plan import Plan, make_plan
 from fedgrove.stages.head.records import read_labeled
@@ -53,7 +45,7 @@ Answers = dict[str, tuple[Tensor, Tensor]]  # by text, hidden states (records, h
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.head.plan.make_plan`."""
-    return make_plan(index, config, decoder, capabilities, job.privacy.secure_aggregation)
+    return make_plan(index, config, decoder, capabilities)
 
 
 def run(model: Checkpoint, plan: Plan, config: Config, federation: Federation) -> Result:
@@ -112,21 +104,20 @@ class _Stage:
         matrix = projection(self.plan.states, config.size, self.seed)
         features = Features(config.layers, config.pool, stored[CENTER], stored[SCALE], matrix)
         unlabeled = [client for client in self.plan.unlabeled if client in clients]
-        labeled = _parts(stored, "sums/")
-        known, moments = labeled, added(labeled)
-        if config.guesses and unlabeled:
-            known = self.guess(stored, labeled, unlabeled, features)
-        shared, classes = self.solve(added(known), features)
+        labeled = _moments(stored, "sums/")
+        guesses = bool(config.guesses and unlabeled)
+        known = self.guess(stored, labeled, unlabeled, features) if guesses else labeled
+        shared, classes = self.solve(known, features)
         labels = [config.labels[i] for i in classes.tolist()]
-        frequencies = added(known).frequencies()[classes]
+        frequencies = known.frequencies()[classes]
         write_head(folder, config, shared, labels, frequencies, self.job.model.name, f"{self.job.name}: head")
         answers = self.answers(held_out)
         for name in answers:
             self.measure(name, answers, None, shared, classes)
-            if known is not labeled:
-                self.measure(name, answers, None, *self.solve(moments, features), LABELED)
+            if guesses:
+                self.measure(name, answers, None, *self.solve(labeled, features), LABELED)
         for client in clients if self.job.evaluate.alone else ():
-            own = added(_parts(stored, f"of/{client}/"))
+            own = _moments(stored, f"of/{client}/")
             if not own.records:
                 continue
             linear, own_classes = self.solve_alone(own, features)
@@ -134,10 +125,8 @@ class _Stage:
                 self.measure(name, answers, client, linear, own_classes)
         if config.personal:
             self.compare([one for one in clients if one not in unlabeled], stored, shared, classes, frequencies)
-        if known is not labeled:
-            self.keep(stored, unlabeled, (labeled, known), features)
-        counts = {label: int(count) for label, count in zip(config.labels, moments.counts, strict=True)}
-        guessed = (added(known).counts - moments.counts).tolist()
+        counts = {label: int(count) for label, count in zip(config.labels, labeled.counts, strict=True)}
+        guessed = (known.counts - labeled.counts).tolist()
         self.run_folder.write_json(
             "head.json",
             {
@@ -145,7 +134,7 @@ class _Stage:
                 **config.model_dump(mode="json"),
                 "clients": clients,
                 "unlabeled": unlabeled,
-                "records": moments.records,
+                "records": labeled.records,
                 "counts": counts,
                 "guessed": dict(zip(config.labels, guessed, strict=True)),
                 "features": self.plan.features,
@@ -164,71 +153,31 @@ class _Stage:
         messages = {client: Message(SumMoments(**self._common()), tensors) for client in self.plan.clients}
         sums = IntegerSums(_check, keep_parts=self.job.evaluate.alone)
         replies = self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
-        for part in parts_of(sums.sums):
-            solve(part, config.head, config.ridge, config.labels)
+        solve(Moments.of(sums.sums), config.head, config.ridge, config.labels)
         stored = tensors | {f"sums/{name}": value for name, value in sums.sums.items()}
         for client, parts in sums.parts.items():
             stored |= {f"of/{client}/{name}": value for name, value in parts.items()}
         save_tensors(stored, self.file, {"clients": json.dumps(sorted(replies))})
 
-    def guess(self, stored: Tensors, labeled: list[Moments], unlabeled: Sequence[str], features: Features) -> list[Moments]:
-        """The sums of both halves, with the guesses of the last exchange. Each exchange is a file, like the sums of labels."""
-        known, run = labeled, self.run_folder
+    def guess(self, stored: Tensors, labeled: Moments, unlabeled: Sequence[str], features: Features) -> Moments:
+        """The sums of labels and of the last exchange's guesses. Each exchange is a file, like the sums of labels."""
+        known, stage = labeled, self.plan.stage
         for exchange in range(1, self.config.guesses + 1):
             file = self.file.with_name(f"guesses-{exchange}.safetensors")
             if not file.is_file():
-                phase = Phase("head", "guessing labels", stage=self.plan.stage, round=exchange - 1, rounds=self.config.guesses)
-                run.phase(phase)
-                heads = [self.solve(half, features) for half in known]
-                tensors = {name: stored[name] for name in (CENTER, SCALE)}
-                for half, (head, _) in enumerate(heads):
-                    tensors |= head_tensors(str(half), head)
-                classes = self._labels(heads[0][1]), self._labels(heads[1][1])
-                request = SumGuesses(**self._common(), exchange=exchange, classes=classes)
+                self.run_folder.phase(
+                    Phase("head", "guessing labels", stage=stage, round=exchange - 1, rounds=self.config.guesses)
+                )
+                head, classes = self.solve(known, features)
+                tensors = {CENTER: stored[CENTER], SCALE: stored[SCALE]}
+                tensors |= {WEIGHT: head.weight.float(), BIAS: head.bias.float()}
+                request = SumGuesses(**self._common(), exchange=exchange, classes=self._labels(classes))
                 sums = IntegerSums(_check)
                 messages = {client: Message(request, tensors) for client in unlabeled}
                 self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
                 save_tensors(sums.sums, file)
-            guessed = parts_of(load_file(file))
-            known = [of.plus(more) for of, more in zip(labeled, guessed, strict=True)]
+            known = labeled.plus(Moments.of(load_file(file)))
         return known
-
-    def keep(
-        self, stored: Tensors, unlabeled: Sequence[str], sums: tuple[list[Moments], list[Moments]], features: Features
-    ) -> None:
-        """Lets every client without labels keep the head that its records speak for; logs how often halves agree on them."""
-        run, stage, secure = self.run_folder, self.plan.stage, self.job.privacy.secure_aggregation
-        done = {line["client"] for line in run.metrics() if (line["stage"], line["name"]) == (stage, "guesses/after")}
-        tensors = {name: stored[name] for name in (CENTER, SCALE)}
-        classes: dict[str, tuple[str, ...]] = {}
-        for when, parts in zip((BEFORE, AFTER), sums, strict=True):
-            for prefix, of in ((when, added(parts)), (f"{when}/0", parts[0]), (f"{when}/1", parts[1])):
-                head, found = self.solve(of, features)
-                tensors |= head_tensors(prefix, head)
-                classes[prefix] = self._labels(found)
-                if prefix == when:
-                    tensors[f"{when}/{FREQUENCIES}"] = of.frequencies()[found]
-        messages = {}
-        for client in unlabeled:
-            if client not in done:
-                request = KeepHead(
-                    **self._common(),
-                    classes=(classes[BEFORE], classes[AFTER]),
-                    before=(classes[f"{BEFORE}/0"], classes[f"{BEFORE}/1"]),
-                    after=(classes[f"{AFTER}/0"], classes[f"{AFTER}/1"]),
-                    says=not secure,
-                    base=self.job.model.name,
-                    title=f"{self.job.name}: {client}'s own head",
-                )
-                messages[client] = Message(request, tensors)
-        if not messages:
-            return
-        run.phase(Phase("head", "choosing heads by the clients' records", stage=stage))
-        for client, _, reply in self.federation.collect(messages):
-            assert isinstance(reply, Kept)
-            if reply.records is not None and reply.before is not None and reply.after is not None:
-                run.log(stage, None, client, "guesses/before", reply.before / reply.records)
-                run.log(stage, None, client, "guesses/after", reply.after / reply.records)  # last: it marks the client as done
 
     def _labels(self, classes: Tensor) -> tuple[str, ...]:
         return tuple(self.config.labels[i] for i in classes.tolist())
@@ -318,10 +267,9 @@ class _Stage:
         return {"stage": self.plan.stage, **fields, "seed": self.seed, "limit": MOST_RECORDS // len(self.plan.clients)}
 
 
-def _parts(stored: Mapping[str, Tensor], prefix: str) -> list[Moments]:
-    return parts_of({name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)})
+def _moments(stored: Mapping[str, Tensor], prefix: str) -> Moments:
+    return Moments.of({name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)})
 
 
 def _check(sums: Tensors, replies: Mapping[str, Reply]) -> None:
-    for part in parts_of(sums):
-        check(part, MOST_RECORDS)
+    check(Moments.of(sums), MOST_RECORDS)

@@ -11,7 +11,6 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.features import width
 from fedgrove.rounds.aggregator.moments import Moments, check, specs
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
-from fedgrove.stages.head.halves import HALVES, half_of, named, parts_of
 from fedgrove.stages.head.records import NO_LABEL
 from fedgrove.stages.head.requests import HeadRequest
 
@@ -20,8 +19,7 @@ class SumMoments(HeadRequest):
     """Sum, over your labeled records, the features and their squares and products.
 
     The response holds int64: ``change/counts`` (labels,), ``change/sums`` (labels, features), ``change/squares`` (features,)
-    and, if the head needs them, ``change/products``; see :class:`~fedgrove.rounds.aggregator.moments.Moments`. If labels are
-    to be guessed, there are two of each, ``change/0/counts`` and ``change/1/counts``, for two halves of the records.
+    and, if the head needs them, ``change/products``; see :class:`~fedgrove.rounds.aggregator.moments.Moments`.
     """
 
     KIND: ClassVar[str] = "head/moments"
@@ -37,22 +35,19 @@ class SumMoments(HeadRequest):
         kept = ~records.held_out & (records.classes != NO_LABEL)
         if int(kept.sum()) > self.limit:
             raise client.error(f"it has {int(kept.sum())} records, but at most {self.limit} can be summed")
-        masks = [kept & (half_of(len(kept)) == half) for half in range(HALVES)] if self.guesses else [kept]
-        parts = [self.sums(records.features.of(records.states[mask]), records.classes[mask]) for mask in masks]
-        return Response({CHANGE + name: tensor for name, tensor in named(parts).items()}, Reply())
+        return self.sums(records.features.of(records.states[kept]), records.classes[kept])
 
-    def sums(self, features: Tensor, classes: Tensor) -> Moments:
-        """The sums over records with these features and labels."""
-        return Moments.over(features, classes, len(self.labels), self.method.PRODUCTS)
+    def sums(self, features: Tensor, classes: Tensor) -> Response:
+        """The response for records with these features and labels."""
+        moments = Moments.over(features, classes, len(self.labels), self.method.PRODUCTS)
+        return Response({CHANGE + name: tensor for name, tensor in moments.tensors().items()}, Reply())
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
         number = width(layout, self.layers)
         number = number if self.size is None else min(number, self.size)
         of = specs(len(self.labels), number, self.method.PRODUCTS)
-        halves = [f"{half}/" for half in range(HALVES)] if self.guesses else [""]
-        return {CHANGE + half + name: spec for half in halves for name, spec in of.items()}
+        return {CHANGE + name: spec for name, spec in of.items()}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        for part in parts_of({name.removeprefix(CHANGE): tensor for name, tensor in tensors.items()}):
-            check(part, self.limit)
+        check(Moments.of({name.removeprefix(CHANGE): tensor for name, tensor in tensors.items()}), self.limit)
