@@ -42,14 +42,23 @@ MODEL = Path(api.__file__).parent / "demo" / "grove-6m"
 CLIENTS, WINDOWS, LENGTH, DELTA = 2, 64, 32, 1e-3
 TUNE = {
     "kind": "tune", "method": "lora", "rounds": 4, "steps": 10, "length": LENGTH, "batches": [16], "ranks": [16],
-    "bits": [32], "learning_rate": 1e-2, "delta": DELTA, "dp_clip": 0.5,
+    "bits": [32], "learning_rate": 1e-2,
 }  # fmt: skip
+# Steps without a backward pass. Without noise their rate and perturbation are measured; with noise both have to be given.
+SEEDS = {
+    "kind": "tune", "method": "seeds", "rounds": 10, "steps": 20, "length": LENGTH, "batches": [16],
+}  # fmt: skip
+NOISE: dict[str, dict[str, Any]] = {  # by method, besides epsilon
+    "lora": {"delta": DELTA, "dp_clip": 0.5},
+    "seeds": {"delta": DELTA, "dp_clip": 10.0, "learning_rate": 1e-4, "perturbation": 2**-8},
+}
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--epsilons", type=float, nargs="*", default=[0.5, 2.0, 8.0])
+    arguments.add_argument("--method", choices=("lora", "seeds"), default="lora")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument(
         "--kept", action="store_true", help="measure nothing: the table of what bench/membership.jsonl holds"
@@ -65,22 +74,28 @@ def main() -> None:
     ]
     for epsilon in (None, *given.epsilons):
         label = "no privacy" if epsilon is None else f"ε = {epsilon:g}, δ = {DELTA:g}, a window"
-        results = [kept(partial(measure, given.data, epsilon, seed), row=label, seed=seed) for seed in given.seeds]
+        stage = {"lora": TUNE, "seeds": SEEDS}[given.method]
+        if epsilon:
+            stage = {**stage, **NOISE[given.method], "epsilon": epsilon}
+        if given.method == "seeds":
+            label = f"`seeds`, {label}"
+        results = [kept(partial(measure, given.data, stage, seed), row=label, seed=seed) for seed in given.seeds]
         if found := [result for result in results if result]:
             rows.append(row(label, found, epsilon))
             print(rows[-1], flush=True)
     if given.write:
-        page.write("membership", "\n".join(rows))
+        page.write("membership" if given.method == "lora" else "membership-seeds", "\n".join(rows))
 
 
-def measure(data: Path, epsilon: float | None, seed: int) -> dict[str, float]:
+def measure(data: Path, stage: dict[str, Any], seed: int) -> dict[str, float]:
     """What one tuned model tells about the windows that it learnt from."""
     with tempfile.TemporaryDirectory() as folder:
         files, inside, outside = deal(data, Path(folder), seed)
         before = [losses(MODEL, windows) for windows in (inside, outside)]
-        model = tuned(files, epsilon, Path(folder), seed)
+        model = tuned(files, stage, Path(folder), seed)
         after = [losses(model, windows) for windows in (inside, outside)]
     return {
+        "before": float(before[1].mean().exp()),
         "learnt": float(after[0].mean().exp()),
         "others": float(after[1].mean().exp()),
         "loss": advantage(*after),
@@ -112,8 +127,7 @@ def deal(data: Path, folder: Path, seed: int) -> tuple[list[Path], Tensor, Tenso
     return files[:CLIENTS], torch.cat(dealt[:CLIENTS])[:number], torch.cat(dealt[CLIENTS:])[:number]
 
 
-def tuned(files: list[Path], epsilon: float | None, out: Path, seed: int) -> Path:
-    stage: dict[str, Any] = {**TUNE, **({"epsilon": epsilon} if epsilon else {})}
+def tuned(files: list[Path], stage: dict[str, Any], out: Path, seed: int) -> Path:
     clients = [{"name": file.stem, "data": str(file)} for file in files]
     job = Job.model_validate(
         {
