@@ -192,15 +192,16 @@ def run(out: Path, model: Path, task: Task, stage: dict[str, Any], seed: int, si
     def loss(round_: int | None, stage: int | None) -> float:
         return statistics.mean(math.log(found[round_, stage, f"perplexity/{name}"]) for name in task.measured)
 
-    points = []
-    for round_ in sorted({round_ for round_, _, name in found if round_ is not None and name.startswith("perplexity/")}):
-        sent = sum(line["bytes"] for line in ledger if line["round"] <= round_ and line["kind"] != "rounds/capabilities")
-        points.append((sent, loss(round_, 0)))
+    def sent(last: float) -> int:
+        return sum(line["bytes"] for line in ledger if line["round"] <= last and line["kind"] != "rounds/capabilities")
+
+    rounds = sorted({round_ for round_, _, name in found if round_ is not None and name.startswith("perplexity/")})
+    points = [(sent(round_), loss(round_, 0)) for round_ in rounds]
     before, answers = loss(None, None), {}
     if size.answers:
         ((name, (file, _)),) = task.measured.items()
         both = [answer_losses(folder, name, file) for folder in (model, path / "model")]
-        before, points = both[0].mean().item(), [(points[-1][0], both[1].mean().item())]
+        before, points = both[0].mean().item(), [(sent(math.inf), both[1].mean().item())]
         change = both[1] - both[0]
         answers = {"change": change.mean().item(), "interval": 1.96 * change.std().item() / math.sqrt(len(change))}
     return {

@@ -431,6 +431,10 @@ def test_the_curvature_is_measured_again_and_the_perturbation_is_not(small: Smal
     sent = [line for line in lines(run / "ledger.jsonl") if line["kind"] == Measure.KIND and line["direction"] == "up"]
     first, again = (max(line["bytes"] for line in sent if line["round"] == round_) for round_ in (0, 1))
     assert again < first
+    plan = json.loads((run / "plan-1-tune.json").read_text())
+    client = max(plan["clients"].values(), key=lambda one: one["compute"])
+    sides = 8 * (1 + 2 * 7) + 8 * (1 + 2)
+    assert plan["total"] == pytest.approx(2 * client["seconds"] + client["compute"] * sides / 2, abs=0.01)
 
 
 def test_no_order_of_clients_and_no_way_through_memory_matters(

@@ -23,6 +23,7 @@ from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
+from fedgrove.stages.tune.exchanges.seeds import measuring_passes, measuring_rounds, perturbations_of
 from fedgrove.stages.tune.holding import (
     NOTHING_CHOSEN,
     Chosen,
@@ -201,6 +202,9 @@ def make_plan(
     measured = 0.0
     if planner.NEEDS_IMPORTANCE:
         measured = len(config.planning_rounds) * max(importance_seconds(assignments, config, costs, capabilities).values())
+    elif config.measures_settings:
+        sides = measuring_passes(len(perturbations_of(config))) + measuring_passes(1) * (len(measuring_rounds(config)) - 1)
+        measured = sides / (2 * config.steps) * max(one.compute for one in assignments.values())
     return Plan(
         stage=index,
         planner=config.planner,

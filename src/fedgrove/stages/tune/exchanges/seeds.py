@@ -332,7 +332,7 @@ class Measure(AlongDirections):
         assert isinstance(config, Config)
         if config.epsilon is not None:
             return "epsilon"
-        if not config.measures_settings:
+        if self.round not in measuring_rounds(config):
             return "learning_rate"
         agreed = perturbations_of(config)
         if self.perturbations not in ([(one,) for one in agreed] if self.round else [agreed]):
@@ -343,3 +343,15 @@ class Measure(AlongDirections):
 def perturbations_of(config: Config) -> tuple[float, ...]:
     """The distances that :class:`Measure` asks for."""
     return PERTURBATIONS if isinstance(config.perturbation, str) else (config.perturbation,)
+
+
+def measuring_rounds(config: Config) -> range:
+    """The rounds before which clients measure: the perturbation once, the curvature before every planning round."""
+    if not config.measures_settings:
+        return range(0)
+    return config.planning_rounds if config.learning_rate == AUTO else range(1)
+
+
+def measuring_passes(perturbations: int) -> int:
+    """How often a step's windows pass through the model when they are measured at so many perturbations."""
+    return (1 + 2 * perturbations) * MEASURED

@@ -27,6 +27,8 @@ from fedgrove.stages.tune.exchanges.seeds import (
     Measure,
     Step,
     Took,
+    measuring_passes,
+    measuring_rounds,
     perturbations_of,
 )
 from fedgrove.stages.tune.parametrizations.seeds import Coefficients, none
@@ -50,7 +52,7 @@ class Loop(Tuning):
     def prepare(self, round_: int, again: bool) -> None:
         """Measures what the job calls "auto": the perturbation once, the curvature repeatedly: it grows."""
         config = self.config
-        if not again or not config.measures_settings or (round_ and config.learning_rate != AUTO):
+        if not again or round_ not in measuring_rounds(config):
             return
         what = "measuring the curvature"
         self.run.phase(Phase("tune", what, stage=self.plan.stage, round=round_, rounds=config.rounds))
@@ -60,8 +62,8 @@ class Loop(Tuning):
             for client in sorted(self.plan.clients)
         }
         tensors = {COEFFICIENTS: self._coefficients(round_).c}
-        sides = (1 + 2 * len(perturbations)) * MEASURED
-        seconds = {name: one.compute * sides / (2 * config.steps) for name, one in self.plan.clients.items()}
+        share = measuring_passes(len(perturbations)) / (2 * config.steps)  # of a round
+        seconds = {name: one.compute * share for name, one in self.plan.clients.items()}
         sums, clock = IntegerSums(), self._clock(seconds)
         messages = {client: Message(request, tensors) for client, request in requests.items()}
         heard = self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock)
