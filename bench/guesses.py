@@ -68,8 +68,7 @@ class Problem:
 
 def accuracy(head: Head, records: Records) -> float:
     """In percent."""
-    (linear, classes), (features, truth) = head, records
-    return 100 * float((classes[(features @ linear.weight.T + linear.bias).argmax(1)] == truth).double().mean())
+    return 100 * heads.right(*head, *records)
 
 
 def guessed(problem: Problem, shuffle: bool) -> Head:
@@ -106,23 +105,20 @@ def problem_of(posts: heads.Posts, records: list[dict[str, str]], site: str, hea
             trial = Problem(labels, (features, truth), {}, head, ridge)
             found = accuracy(trial.solve(trial.sums(features[~test], truth[~test])), (features[test], truth[test]))
             best = max(best, (found, -layer, ridge))
-    _, layer, ridge = best[0], -best[1], best[2]
-    owners = {}
-    for source in sorted({one["source"] for one in records} - {site}):
-        which = rows(source)
-        if len(which) >= FEWEST:
-            owners[source] = taken(which, layer)
-    owners = {name: of for name, of in owners.items() if len(set(of[1].tolist())) > 1}
+    layer, ridge = -best[1], best[2]
+    others = {source: rows(source) for source in sorted({one["source"] for one in records} - {site})}
+    owners = {source: taken(which, layer) for source, which in others.items() if len(which) >= FEWEST}
+    owners = {source: of for source, of in owners.items() if len(set(of[1].tolist())) > 1}
     return Problem(labels, taken(rows(site), layer), owners, head, ridge), layer
 
 
 def measured(problem: Problem) -> list[str]:
     """The cells of a row, from "labels alone" on."""
-    every = problem.sums(*problem.labeled)
+    labeled = every = problem.sums(*problem.labeled)
     for of in problem.owners.values():
         every = every.plus(problem.sums(*of))
     made = [
-        problem.solve(problem.sums(*problem.labeled)), guessed(problem, shuffle=False), guessed(problem, shuffle=True),
+        problem.solve(labeled), guessed(problem, shuffle=False), guessed(problem, shuffle=True),
         problem.solve(every),
     ]  # fmt: skip
     by = {name: [accuracy(head, of) for head in made] for name, of in problem.owners.items()}

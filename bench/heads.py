@@ -12,6 +12,7 @@ of labels, and that of the owner's posts alone.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -107,8 +108,7 @@ def compare(
         owners.append((index[~held_out], index[held_out]))
     method, number = head_of(head), len(labels)
     moments = [Moments.over(features[kept], truth[kept], number, method.PRODUCTS) for kept, _ in owners]
-    tensors = [one.tensors() for one in moments]
-    total = Moments.of({name: torch.stack([one[name] for one in tensors]).sum(0) for name in tensors[0]})
+    total = functools.reduce(Moments.plus, moments)
     shared, classes = solve(total, head, ridge, labels)
     frequencies = total.frequencies()[classes]
     found: dict[str, Any] = {"shared": right(shared, classes, *test), "alone": [], "owners": []}

@@ -145,7 +145,9 @@ def kinds(data: Path, folder: Path, seed: int) -> Task:
         sizes = itertools.accumulate(map(len, texts["train"]))
         texts["train"] = [text for text, end in zip(texts["train"], sizes, strict=True) if end <= CHARACTERS]
         for part, found in texts.items():
-            (folder / f"{part}-{kind}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
+            (folder / f"{part}-{kind}.jsonl").write_text(
+                "".join(json.dumps({"text": text}) + "\n" for text in found), encoding="utf-8"
+            )
         clients.append({"data": folder / f"train-{kind}.jsonl", "text": "{text}"})
         measured[kind] = folder / f"test-{kind}.jsonl", "{text}"
     return Task(clients, measured)

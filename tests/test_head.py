@@ -29,11 +29,11 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.aggregator.moments import BITS, CLIP, CODE, MOST_RECORDS, Moments, check
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.runfolder import RunFolder
-from fedgrove.stages.head.exchanges.guesses import BIAS, WEIGHT, SumGuesses, guess
+from fedgrove.stages.head.exchanges.guesses import SumGuesses, guess
 from fedgrove.stages.head.exchanges.moments import SumMoments
 from fedgrove.stages.head.heads import Linear, head_of
 from fedgrove.stages.head.records import hold_out, read_labeled
-from fedgrove.stages.head.requests import CENTER, SCALE
+from fedgrove.stages.head.requests import BIAS, CENTER, SCALE, WEIGHT
 from fedgrove.stages.head.solving import TooFew, solve
 from small import CLIENTS, Heard, Meddling, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_report import Page

@@ -45,12 +45,7 @@ class Plan(base.Plan):
     unlabeled: tuple[str, ...]
 
 
-def make_plan(
-    index: int,
-    config: Config,
-    decoder: Decoder,
-    capabilities: Mapping[str, Capabilities],
-) -> Plan:
+def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities]) -> Plan:
     """Plans the stage. How many records a client has is not known to the server, so its time is for 1,000 of them.
 
     Args:

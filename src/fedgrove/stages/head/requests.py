@@ -11,15 +11,17 @@ from torch import Tensor
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.stage_config import Agreed
-from fedgrove.job.units import Count, HeldOut, Length, Name, Word
+from fedgrove.job.units import Count, HeldOut, Label, Length, Name, Word
 from fedgrove.models.features import Features, projection, width
 from fedgrove.rounds.aggregator.moments import MOST_RECORDS
 from fedgrove.rounds.request import Request, Tensors
 from fedgrove.stages.head.config import MAX_GUESSES, Config, Labels, Layers
-from fedgrove.stages.head.heads import Head, head_of
+from fedgrove.stages.head.heads import Head, Linear, head_of
 from fedgrove.stages.head.records import NO_LABEL, hold_out, states_of
 
 CENTER, SCALE = "center", "scale"  # tensors of a request, see Features
+WEIGHT, BIAS = "weight", "bias"  # tensors of a request that brings a head, of hidden states
+OF_JOB = ("head", "labels", "layers", "pool", "length", "size", "personal", "guesses")  # fields of a request: as in the job
 
 
 class Records(NamedTuple):
@@ -94,10 +96,40 @@ class HeadRequest(Request):
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
-        for key in ("head", "labels", "layers", "pool", "length", "size", "personal", "guesses"):
+        for key in OF_JOB:
             if getattr(self, key) != getattr(config, key):
                 return key
         if self.seed != job.seed_of(self.stage):
             return "seed"
         # a client that has more records than it may sum fails, and the server sees that: a chosen limit would be a question
         return None if self.limit in {MOST_RECORDS // number for number in range(1, len(job.clients) + 1)} else "limit"
+
+
+class HeadIn(HeadRequest):
+    """A request that brings a head of hidden states: ``weight`` (classes, hidden states) and ``bias`` (classes,) float32.
+
+    Attributes:
+        classes: the labels of the head: those that have records.
+    """
+
+    classes: Annotated[tuple[Label, ...], Field(min_length=2, max_length=1000)]
+
+    def head_in(self, tensors: Tensors, states: int, client: LocalClient) -> tuple[Linear, Tensor]:
+        """The head, float64, and the indices of its labels.
+
+        Raises:
+            FedgroveError: a tensor is missing, or has another shape or dtype.
+        """
+        for name, shape in ((WEIGHT, (len(self.classes), states)), (BIAS, (len(self.classes),))):
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != shape or tensor.dtype != torch.float32:
+                raise client.error("the head that came has another shape or dtype; refused")
+        places = torch.tensor([self.labels.index(label) for label in self.classes])
+        return Linear(tensors[WEIGHT].double(), tensors[BIAS].double()), places
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if not set(self.classes) <= set(config.labels) or len(set(self.classes)) < len(self.classes):
+            return "labels"
+        return super().beyond(job)

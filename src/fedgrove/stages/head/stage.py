@@ -30,12 +30,12 @@ from fedgrove.stages.base import Losses, Result
 from fedgrove.stages.head.config import Config
 from fedgrove.stages.head.exchanges.guesses import SumGuesses
 from fedgrove.stages.head.exchanges.moments import SumMoments
-from fedgrove.stages.head.exchanges.personal import BIAS, FREQUENCIES, WEIGHT, Compared, CompareHeads
+from fedgrove.stages.head.exchanges.personal import FREQUENCIES, Compared, CompareHeads
 from fedgrove.stages.head.files import write_head
 from fedgrove.stages.head.heads import Linear
 from fedgrove.stages.head.plan import Plan, make_plan
 from fedgrove.stages.head.records import read_labeled
-from fedgrove.stages.head.requests import CENTER, SCALE
+from fedgrove.stages.head.requests import BIAS, CENTER, OF_JOB, SCALE, WEIGHT
 from fedgrove.stages.head.solving import TooFew, solve
 
 MEASURE = "head"  # of held-out texts, and of their metrics: head/<text>
@@ -105,17 +105,17 @@ class _Stage:
         features = Features(config.layers, config.pool, stored[CENTER], stored[SCALE], matrix)
         unlabeled = [client for client in self.plan.unlabeled if client in clients]
         labeled = _moments(stored, "sums/")
-        guesses = bool(config.guesses and unlabeled)
-        known = self.guess(stored, labeled, unlabeled, features) if guesses else labeled
+        known = self.guess(stored, labeled, unlabeled, features) if unlabeled else labeled
         shared, classes = self.solve(known, features)
-        labels = [config.labels[i] for i in classes.tolist()]
         frequencies = known.frequencies()[classes]
-        write_head(folder, config, shared, labels, frequencies, self.job.model.name, f"{self.job.name}: head")
+        write_head(folder, config, shared, self._labels(classes), frequencies, self.job.model.name, f"{self.job.name}: head")
         answers = self.answers(held_out)
         for name in answers:
             self.measure(name, answers, None, shared, classes)
-            if guesses:
-                self.measure(name, answers, None, *self.solve(labeled, features), LABELED)
+        if unlabeled:
+            without = self.solve(labeled, features)
+            for name in answers:
+                self.measure(name, answers, None, *without, LABELED)
         for client in clients if self.job.evaluate.alone else ():
             own = _moments(stored, f"of/{client}/")
             if not own.records:
@@ -261,9 +261,7 @@ class _Stage:
 
     def _common(self) -> dict[str, Any]:
         config = self.config
-        fields = {
-            key: getattr(config, key) for key in ("head", "labels", "layers", "pool", "length", "size", "personal", "guesses")
-        }
+        fields = {key: getattr(config, key) for key in OF_JOB}
         return {"stage": self.plan.stage, **fields, "seed": self.seed, "limit": MOST_RECORDS // len(self.plan.clients)}
 
 

@@ -23,7 +23,7 @@ from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.seeds import measuring_passes, measuring_rounds, perturbations_of
+from fedgrove.stages.tune.exchanges.seeds import measuring_rounds, measuring_share, perturbations_of
 from fedgrove.stages.tune.holding import (
     NOTHING_CHOSEN,
     Chosen,
@@ -203,8 +203,9 @@ def make_plan(
     if planner.NEEDS_IMPORTANCE:
         measured = len(config.planning_rounds) * max(importance_seconds(assignments, config, costs, capabilities).values())
     elif config.measures_settings:
-        sides = measuring_passes(len(perturbations_of(config))) + measuring_passes(1) * (len(measuring_rounds(config)) - 1)
-        measured = sides / (2 * config.steps) * max(one.compute for one in assignments.values())
+        again = len(measuring_rounds(config)) - 1
+        share = measuring_share(len(perturbations_of(config)), config.steps) + again * measuring_share(1, config.steps)
+        measured = share * max(one.compute for one in assignments.values())
     return Plan(
         stage=index,
         planner=config.planner,

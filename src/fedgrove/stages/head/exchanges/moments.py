@@ -33,9 +33,13 @@ class SumMoments(HeadRequest):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         records = self.records(tensors, client, device)
         kept = ~records.held_out & (records.classes != NO_LABEL)
-        if int(kept.sum()) > self.limit:
-            raise client.error(f"it has {int(kept.sum())} records, but at most {self.limit} can be summed")
+        self.check_number(int(kept.sum()), client)
         return self.sums(records.features.of(records.states[kept]), records.classes[kept])
+
+    def check_number(self, records: int, client: LocalClient) -> None:
+        """Refuses more records than may be summed."""
+        if records > self.limit:
+            raise client.error(f"it has {records} records, but at most {self.limit} can be summed")
 
     def sums(self, features: Tensor, classes: Tensor) -> Response:
         """The response for records with these features and labels."""

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed
-from fedgrove.job.units import Label, Line, Positive
+from fedgrove.job.units import Line, Positive
 from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.rounds.request import Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.head.config import Config
 from fedgrove.stages.head.files import write_head
 from fedgrove.stages.head.heads import Linear
-from fedgrove.stages.head.requests import HeadRequest
+from fedgrove.stages.head.requests import HeadIn
 from fedgrove.stages.head.solving import TooFew, solve
 
-WEIGHT, BIAS, FREQUENCIES = "weight", "bias", "frequencies"  # tensors of a request: the head of all, of hidden states
+FREQUENCIES = "frequencies"  # a tensor of a request, besides the head of all
 
 Correct = Annotated[int, Field(ge=0, le=2**40)]
 
@@ -44,15 +44,13 @@ class Compared(Reply):
     own: Correct | None = None
 
 
-class CompareHeads(HeadRequest):
+class CompareHeads(HeadIn):
     """Compare the head of all, its form for your own labels, and a head from your own records, on records that you held out.
 
     The form for the client's own labels is written to ``personal/stage-N`` of its folder; it is never sent. Tensors of the
-    request, besides those of :class:`~fedgrove.stages.head.requests.HeadRequest`: ``weight`` (classes, hidden states) and
-    ``bias`` (classes,) float32, and ``frequencies`` (classes,) float64.
+    request, besides those of :class:`~fedgrove.stages.head.requests.HeadIn`: ``frequencies`` (classes,) float64.
 
     Attributes:
-        classes: the labels of the head: those that have records.
         ridge: for the head from the client's own records.
         base, title: for the card of the client's head.
     """
@@ -61,18 +59,17 @@ class CompareHeads(HeadRequest):
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.HELD_OUT_ACCURACIES})
     REPLY: ClassVar[type[Reply]] = Compared
 
-    classes: Annotated[tuple[Label, ...], Field(min_length=2, max_length=1000)]
     ridge: Positive
     base: Line
     title: Line
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         records = self.records(tensors, client, device)
-        shared, frequencies = self._shared(tensors, records.states.shape[1], client)
+        shared, places = self.head_in(tensors, records.states.shape[1], client)
+        frequencies = self._frequencies(tensors, client)
         kept, held_out = ~records.held_out, records.held_out
         of = records.features.of(records.states[kept])
         moments = Moments.over(of, records.classes[kept], len(self.labels), self.method.PRODUCTS)
-        places = torch.tensor([self.labels.index(label) for label in self.classes])
         counts = moments.counts[places].double()
         own_frequencies = (counts + frequencies) / (counts.sum() + 1)  # as if one record were the federation's
         personal = self.method.reweigh(shared, frequencies, own_frequencies)
@@ -104,22 +101,18 @@ class CompareHeads(HeadRequest):
         found = [correct(linear, places) for linear in (shared, personal)]
         return Response({}, Compared(records=len(truth), shared=found[0], personal=found[1], own=own))
 
-    def _shared(self, tensors: Tensors, states: int, client: LocalClient) -> tuple[Linear, Tensor]:
-        """The head of all and the frequencies of its labels, as they came.
+    def _frequencies(self, tensors: Tensors, client: LocalClient) -> Tensor:
+        """The frequencies of the head's labels, as they came.
 
         Raises:
-            FedgroveError: a tensor is missing, or has another shape or dtype, or a frequency is not positive.
+            FedgroveError: they are missing, have another shape or dtype, or one is not positive.
         """
-        number = len(self.classes)
-        specs = {WEIGHT: ((number, states), torch.float32), BIAS: ((number,), torch.float32)}
-        specs[FREQUENCIES] = ((number,), torch.float64)
-        for name, (shape, dtype) in specs.items():
-            tensor = tensors.get(name)
-            if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-                raise client.error(f"the {name} of the head that came has another shape or dtype; refused")
-        if bool((tensors[FREQUENCIES] <= 0).any()):
+        frequencies = tensors.get(FREQUENCIES)
+        if frequencies is None or frequencies.shape != (len(self.classes),) or frequencies.dtype != torch.float64:
+            raise client.error("the frequencies of the labels that came have another shape or dtype; refused")
+        if bool((frequencies <= 0).any()):
             raise client.error("the frequencies of the labels that came are not positive; refused")
-        return Linear(tensors[WEIGHT].double(), tensors[BIAS].double()), tensors[FREQUENCIES]
+        return frequencies
 
     def check_reply(self, reply: Reply) -> None:
         assert isinstance(reply, Compared)
@@ -131,6 +124,4 @@ class CompareHeads(HeadRequest):
         assert isinstance(config, Config)
         if not config.personal:
             return "personal"
-        if not set(self.classes) <= set(config.labels) or len(set(self.classes)) < len(self.classes):
-            return "labels"
         return "ridge" if self.ridge != config.ridge else super().beyond(job)

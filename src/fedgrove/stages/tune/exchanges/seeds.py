@@ -352,6 +352,6 @@ def measuring_rounds(config: Config) -> range:
     return config.planning_rounds if config.learning_rate == AUTO else range(1)
 
 
-def measuring_passes(perturbations: int) -> int:
-    """How often a step's windows pass through the model when they are measured at so many perturbations."""
-    return (1 + 2 * perturbations) * MEASURED
+def measuring_share(perturbations: int, steps: int) -> float:
+    """What it takes to measure at so many perturbations, as a part of what a round of so many steps computes."""
+    return (1 + 2 * perturbations) * MEASURED / (2 * steps)

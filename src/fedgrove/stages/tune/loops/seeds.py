@@ -27,8 +27,8 @@ from fedgrove.stages.tune.exchanges.seeds import (
     Measure,
     Step,
     Took,
-    measuring_passes,
     measuring_rounds,
+    measuring_share,
     perturbations_of,
 )
 from fedgrove.stages.tune.parametrizations.seeds import Coefficients, none
@@ -37,8 +37,8 @@ from fedgrove.stages.tune.seeds.steps import choose_perturbation, coefficient, c
 from fedgrove.stages.tune.tuning import Tuning
 
 NAME = "all"  # of the one state that all linears share
-# Of the steepest descent along one direction, 1/trace. At half of it the loss rose again on the answers of E2E: windows are a
-# sample, and the model comes to where the curvature is larger.
+# Of the rate that is best without noise, 1/trace. Slopes of a sample of windows have noise, which costs the square of the rate:
+# at 1/2 the loss of E2E's answers rose.
 STABLE = 0.25
 
 
@@ -62,7 +62,7 @@ class Loop(Tuning):
             for client in sorted(self.plan.clients)
         }
         tensors = {COEFFICIENTS: self._coefficients(round_).c}
-        share = measuring_passes(len(perturbations)) / (2 * config.steps)  # of a round
+        share = measuring_share(len(perturbations), config.steps)
         seconds = {name: one.compute * share for name, one in self.plan.clients.items()}
         sums, clock = IntegerSums(), self._clock(seconds)
         messages = {client: Message(request, tensors) for client, request in requests.items()}
