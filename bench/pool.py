@@ -11,7 +11,8 @@ gets: by its windows of each member. The interval is a paired bootstrap over eac
 
 Each owner of *kinds* is left out once, and gets a mixture of the others' pool by `adopt`: only forward passes, besides training
 the pools, which stay in the folder ``--pools`` and are trained once. "shuffled keys": the mixture that the gate gives when its
-keys have changed places; what the gate gains has to be lost with it.
+keys have changed places; what the gate gains has to be lost with it. With ``--in-pairs`` two owners of different kinds are left
+out at a time, so that half as many pools are trained.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ STAGE = {
 }  # fmt: skip
 KINDS = ("medquad", "e2e", "rustbook", "shakespeare")
 OWNERS = tuple(f"{kind}-{size}" for kind in KINDS for size in ("large", "small"))
+PAIRS = (
+    {"medquad-large", "e2e-small"}, {"medquad-small", "e2e-large"},
+    {"rustbook-large", "shakespeare-small"}, {"rustbook-small", "shakespeare-large"},
+)  # fmt: skip
 METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "similar", "keys")
 CASES = ("kinds", "iid")
 Parts = dict[str, list[tuple[float, int]]]  # by owner, the loss of each held-out window and its predicted tokens
@@ -115,8 +120,13 @@ def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: A
         return {"parts": parts, "bytes": _sent(done), "windows": pool.facts["clients"], "fit": pool.facts.get("likelihoods")}
 
 
-def leave_out(data: Path, model: Path, pools: Path, method: str, seed: int, owner: str, **changes: Any) -> dict[str, Any]:
+def leave_out(
+    data: Path, model: Path, pools: Path, method: str, seed: int, owner: str, in_pairs: bool = False, **changes: Any
+) -> dict[str, Any]:
     """What an owner of *kinds* gets from a pool of the others, which is trained if it is not there; then forward passes only.
+
+    Args:
+        in_pairs: the pool was trained without the other owner of its pair, either.
 
     Returns:
         Its loss by way: without an adapter, with the shared one, with the mixture of the gate, of the gate with its keys
@@ -125,8 +135,10 @@ def leave_out(data: Path, model: Path, pools: Path, method: str, seed: int, owne
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = deal("kinds", data, folder / "data", seed)
-        train, held = files.pop(owner)
-        settings = json.dumps([results.fingerprint(model), method, seed, owner, changes], sort_keys=True)
+        train, held = files[owner]
+        out = next(pair for pair in PAIRS if owner in pair) if in_pairs else {owner}
+        files = {name: of for name, of in files.items() if name not in out}
+        settings = json.dumps([results.fingerprint(model), method, seed, sorted(out), changes], sort_keys=True)
         kept = pools / hashlib.sha256(settings.encode()).hexdigest()[:16]
         if not (kept / "pool").is_dir():
             done = _train(folder, model, seed, changes, method, files, _pool(method, list(files)))
@@ -277,6 +289,7 @@ def main() -> None:
         choices=OWNERS,
         help="owners of kinds who come after the run, one at a time; none: all",
     )
+    parser.add_argument("--in-pairs", action="store_true", help="with --leave-out: two owners of different kinds at a time")
     parser.add_argument("--pools", type=Path, help="where the pools of --leave-out are kept")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -288,7 +301,7 @@ def main() -> None:
         for seed, method in itertools.product(args.seeds, args.methods):
             of_owners = {}
             for owner in args.leave_out or OWNERS:
-                settings = {"method": method, "seed": seed, "owner": owner, **args.changes}
+                settings = {"method": method, "seed": seed, "owner": owner, "in_pairs": args.in_pairs, **args.changes}
                 measure = functools.partial(leave_out, args.data, args.model, args.pools, **settings)
                 of_owners[owner] = kept(measure, leave_out=True, **settings)
             print(table_of_newcomers(method, seed, of_owners))
