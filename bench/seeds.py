@@ -45,6 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from fedgrove import api, heap
+from fedgrove.errors import FedgroveError
 from fedgrove.files import read_lines
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
@@ -95,6 +96,8 @@ def methods(size: Size) -> dict[str, dict[str, Any]]:
     lora = {"method": "lora", "bits": [32], "batches": [size.batch], "length": size.length, "learning_rate": 4e-3}
     return {
         "common": seeds,
+        "common, rounds of 5": {**seeds, **_shorter(size, 5)},
+        "common, rounds of 1": {**seeds, **_shorter(size, 1)},
         "common, K 64": {**seeds, "seeds": 64},
         "own, K 4096": {**seeds, "aggregation": "own"},
         "own, pro, K 4096": {**seeds, "aggregation": "own", "sampling": "pro"},
@@ -104,6 +107,12 @@ def methods(size: Size) -> dict[str, dict[str, Any]]:
             "precision": "bfloat16", "learning_rate": 4e-2,
         },
     }  # fmt: skip
+
+
+def _shorter(size: Size, steps: int) -> dict[str, int]:
+    """As many steps in more rounds; planned again, and measured, after as many steps as before."""
+    more = STEPS // steps
+    return {"steps": steps, "rounds": size.rounds * more, "replan_every": 5 * more, "eval_every": size.eval_every * more}
 
 
 METHODS = tuple(methods(SHORT))
@@ -330,9 +339,14 @@ def main() -> None:
         for scale in args.scales or [None]
     ]
     kept = results.Kept(args.results, args.model, only=args.kept)
-    measured = [
-        (settings, kept(functools.partial(run_method, args.data, args.model, **settings), **settings)) for settings in wanted
-    ]
+    measured = []
+    for settings in wanted:
+        try:
+            result = kept(functools.partial(run_method, args.data, args.model, **settings), **settings)
+        except FedgroveError as error:  # at a rate that is too large, clients refuse what the server sends
+            print(*settings.values(), "ended:", error)
+            continue
+        measured.append((settings, result))
     text = table([{**settings, **result} for settings, result in measured if result])
     print(text)
     if args.write:

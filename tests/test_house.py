@@ -26,7 +26,7 @@ LEVELS = [  # rooms from the lowest to the highest: a module imports those of it
     {"engines", "evaluation", "report", "stages"},
     {"centralized", "exports"},
     {"adopt", "export", "run", "split", "tracking"},
-    {"api", "doctor"},
+    {"api", "doctor", "route"},
     {"deploy"},
     {"commands", "cli"},
 ]

@@ -23,13 +23,9 @@ from fedgrove.errors import FedgroveError
 from fedgrove.evaluation.examiner import Examiner, examine_directory, plain
 from fedgrove.evaluation.metrics import read_pairs
 from fedgrove.events import Phase, Several, announce
-from fedgrove.export import find_result
+from fedgrove.export import find_named
 from fedgrove.job.load import load, parse
 from fedgrove.job.tables import Job
-from fedgrove.models.blocks import Decoder
-from fedgrove.models.files import find_model
-from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
-from fedgrove.models.stream import Checkpoint
 from fedgrove.progress import display
 from fedgrove.report.reader import read
 from fedgrove.report.summary import Summary
@@ -192,17 +188,10 @@ def evaluate(
         if value is not None and option not in allowed[measure]:
             raise FedgroveError(f"{option}: --measure {measure} does not use it", "leave it out, or choose another measure")
     metrics: dict[str, dict[str, float]] = {}
-    path = Path(model)
-    folder = find_model(str(find_result(path)) if path.is_dir() else str(model))
+    folder = find_named(model)
     with display(quiet, delay=0) as listener:
         if sources:
-            checkpoint = Checkpoint(folder)
-            decoder = Decoder(checkpoint)
-            check_parameters(decoder)
-            check_finite(checkpoint)
-            check_length(decoder, length, "--length")
-            examiner = Examiner(checkpoint)
-            check_vocabulary(examiner.tokenizer, decoder)
+            examiner = Examiner.of(folder, length)
             for number, source in enumerate(map(Path, sources)):
                 phase = Phase("evaluate", str(source), done=number, total=len(sources))
                 on_progress = announce(listener, phase)

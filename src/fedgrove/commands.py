@@ -1,4 +1,4 @@
-"""Commands that use the pool of a finished run. The modules that do the work are imported when they are first used."""
+"""Commands that use what runs have made. The modules that do the work are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fedgrove.lazy import lazy
-from fedgrove.options import AsJson, By
+from fedgrove.options import AsJson, By, Quiet
 
 if TYPE_CHECKING:
     from fedgrove import adopt as adopting
-    from fedgrove import api
+    from fedgrove import api, progress
+    from fedgrove import route as routes
+    from fedgrove.report import routing as route_report
 else:
-    adopting, api = lazy("adopt"), lazy("api")
+    adopting, api, progress, routes = (lazy(name) for name in ("adopt", "api", "progress", "route"))
+    route_report = lazy("report.routing")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with a pool.")]
 Data = Annotated[list[Path], typer.Option(help="The owner's text; repeatable.")]
@@ -91,4 +94,40 @@ def gate(
     Console().print(table)
 
 
-COMMANDS = (adopt, gate)
+def route(
+    small: Annotated[str, typer.Argument(metavar="SMALL", help="A run folder, a model directory or a hub id.")],
+    large: Annotated[str, typer.Argument(metavar="LARGE", help="The same, of the model for hard questions.")],
+    data: Annotated[list[Path], typer.Option(help="Records that may be escalated; repeatable.")],
+    prompt: Annotated[str, typer.Option(help="How a record becomes a prompt: '{question} '.")],
+    answer: Annotated[str, typer.Option(help="How a record becomes the correct answer: '{answer}'.")],
+    private: Annotated[list[Path] | None, typer.Option(help="Records that never go to LARGE; repeatable.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A possible answer; default: all that occur.")] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="A fraction of all records to escalate; repeatable.", show_default=False)
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt with its label.")] = 512,
+    records: Annotated[int | None, typer.Option(min=1, help="The most records of each file.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measures what it is worth to leave the questions that a small model is least sure of to a large one.
+
+    Confidence is the probability of the chosen label among all labels. Records of --private count in every number, but only the
+    small model answers them. Nothing is sent anywhere: both models run here, one after the other.
+
+    Example: fedgrove route runs/small/model path/to/large --data posts.jsonl --prompt "{text} Topic:" --answer " {label}"
+    """
+    api.hush()
+    with progress.display(quiet) as listener:
+        found = routes.route(
+            small, large, data, prompt=prompt, answer=answer, private=private or (), labels=label or (),
+            shares=share or (), length=length, records=records, listener=listener,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(route_report.plain(found), indent=2))
+        return
+    Console().print(route_report.routing_table(found))
+    print("\n".join(route_report.verdict(found)))
+
+
+COMMANDS = (adopt, gate, route)

@@ -22,6 +22,7 @@ from fedgrove.exports import NOT_KEPT, Source
 from fedgrove.exports.packed import is_packed
 from fedgrove.files import atomic_folder, write_atomically
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.files import find_model
 from fedgrove.models.perplexity import perplexity, perplexity_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.model_card import card_of_form
@@ -130,13 +131,13 @@ def find_source(path: Path) -> Source:
     return Source(path / "model", path)
 
 
-def find_result(path: Path) -> Path:
-    """The model directory of a run folder, or the path itself.
+def find_named(model: str | Path) -> Path:
+    """The directory of a model that a user names: a run folder, a model directory or a hub id.
 
     Raises:
-        FedgroveError: the run has not ended.
+        FedgroveError: the run has not ended, or there is no such model.
     """
-    return find_source(path).model
+    return find_model(str(find_source(Path(model)).model if Path(model).is_dir() else model))
 
 
 def held_out(source: Source) -> Texts:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedgrove.evaluation.metrics import Measured, bootstrap
+from fedgrove.evaluation.metrics.accuracy import Answers, accuracy, answer
 from fedgrove.events import Listener, OnProgress, Phase
 from fedgrove.job.units import ComputeDtype
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.compute import dtype_of
 from fedgrove.models.perplexity import negative_log_likelihoods, perplexity_of
+from fedgrove.models.preconditions import check_finite, check_length, check_parameters, check_vocabulary
 from fedgrove.models.stream import Checkpoint
 
 
@@ -40,6 +42,27 @@ class Examiner:
     def _model(self) -> nn.Module:
         return Decoder(self._checkpoint, self._device, self._dtype).load_all()
 
+    @classmethod
+    def of(cls, model: Path, length: int, device: str = "cpu") -> Examiner:
+        """Opens a model that a user names, with the checks that one has to pass.
+
+        Args:
+            model: a model directory.
+            length: tokens of a window, or of a prompt with its label; ``--length``.
+            device: the torch device.
+
+        Raises:
+            FedgroveError: it is no model that can be measured so; in one line.
+        """
+        checkpoint = Checkpoint(model)
+        decoder = Decoder(checkpoint)
+        check_parameters(decoder)
+        check_finite(checkpoint)
+        check_length(decoder, length, "--length")
+        examiner = cls(checkpoint, device)
+        check_vocabulary(examiner.tokenizer, decoder)
+        return examiner
+
     def perplexity(self, windows: Sequence[Tensor], on_progress: OnProgress) -> dict[str, Measured]:
         """exp of the mean negative log-likelihood; the interval is from resampled windows."""
         each = negative_log_likelihoods(self._decoder, windows, on_progress)
@@ -56,12 +79,14 @@ class Examiner:
     ) -> dict[str, Measured]:
         """The metrics of ``measure``, "accuracy" or "generation", on (prompt, answer) pairs."""
         if measure == "accuracy":
-            from fedgrove.evaluation.metrics.accuracy import accuracy
-
             return accuracy(self._model, self.tokenizer, pairs, labels, length, on_progress)
         from fedgrove.evaluation.metrics.generation import compare, write
 
         return compare(write(self._model, self.tokenizer, pairs, tokens, on_progress))
+
+    def choices(self, pairs: Sequence[tuple[str, str]], labels: Sequence[str], length: int, on_progress: OnProgress) -> Answers:
+        """What the model chooses for each prompt, of all possible answers; see :func:`answer`."""
+        return answer(self._model, self.tokenizer, pairs, labels, length, on_progress)
 
 
 def examine_directory(

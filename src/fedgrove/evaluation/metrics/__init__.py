@@ -60,7 +60,7 @@ def bootstrap(parts: Parts, statistic: Callable[[Sequence[float]], float], seed:
     value = float(statistic([sum(column) for column in zip(*parts, strict=True)]))
     if len(table) < 2:
         return Measured(value)
-    values = [statistic(sums) for sums in (_draws(len(table), np.random.default_rng(seed)) @ table).tolist()]
+    values = [statistic(sums) for sums in (draws(len(table), np.random.default_rng(seed)) @ table).tolist()]
     return Measured(value, *interval(values))
 
 
@@ -80,9 +80,9 @@ def resampled(texts: Sequence[Mapping[Any, Parts]], seed: int = 0) -> dict[Any, 
     means: dict[Any, np.ndarray] = {}
     rng = np.random.default_rng(seed)
     for parts_by_model in texts:
-        draws = _draws(len(next(iter(parts_by_model.values()))), rng)
+        drawn = draws(len(next(iter(parts_by_model.values()))), rng)
         for model, parts in parts_by_model.items():
-            sums = draws @ np.asarray(parts, dtype=np.float64)
+            sums = drawn @ np.asarray(parts, dtype=np.float64)
             means[model] = means.get(model, 0.0) + sums[:, 0] / sums[:, 1] / len(texts)
     return means
 
@@ -93,7 +93,7 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _draws(examples: int, rng: np.random.Generator) -> np.ndarray:
+def draws(examples: int, rng: np.random.Generator) -> np.ndarray:
     """How often each example is in each resample, (1000, examples)."""
     return rng.multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES).astype(np.float64)
 
