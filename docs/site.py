@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 
 from fedgrove import plugins
 from fedgrove.cli import app
-from fedgrove.job.tables import FederatedJob, Job
+from fedgrove.job.federated import FederatedJob
+from fedgrove.job.tables import Job
 from fedgrove.job.units import Table, method_of, quantity
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.rounds.request import Request, request_types

@@ -447,6 +447,17 @@ def test_a_site_that_became_stricter_refuses_what_it_agreed_to() -> None:
     assert refusal(Allow(secure=True), terms(PRUNE), BLOCK) == ("refused", "allow.secure")
 
 
+def test_a_site_works_in_the_stages_that_it_is_named_for() -> None:
+    assert refusal(Allow(), terms({**PRUNE, "clients": ["ash", "birch"]}), BLOCK) is None
+    assert refusal(Allow(), terms({**PRUNE, "clients": ["birch"]}), BLOCK) == ("terms", "clients")
+    others = terms(TUNE, {**TUNE, "length": 16, "clients": ["birch"]})
+    assert refusal(Allow(), others, DescribeYourself(calibrations=(), lengths=(512,))) is None
+    assert refusal(Allow(), others, DescribeYourself(calibrations=(), lengths=(512, 16))) == ("terms", "lengths")
+    two = {**HEAD, "clients": ["ash", "birch"]}
+    assert refusal(Allow(), terms(two), changed(GUESS, limit=2**30 // 2)) is None
+    assert refusal(Allow(), terms(two), changed(GUESS, limit=2**30 // 3)) == ("terms", "limit")
+
+
 def test_what_holds_no_text_is_answered_in_every_job() -> None:
     assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(512,))) is None
     assert refusal(Allow(), terms(TUNE), DescribeYourself(calibrations=(), lengths=(16,))) == ("terms", "lengths")
@@ -468,7 +479,7 @@ def test_under_secure_aggregation_no_client_leaves_its_noise_to_the_server(tmp_p
 
 def refusal(allow: Allow, agreed: Terms, request: Request, summed: int | None = None) -> tuple[str, str] | None:
     try:
-        check(allow, agreed, request, summed)
+        check(allow, agreed, request, "ash", summed)
     except Refusal as error:
         return error.code, error.word
     return None

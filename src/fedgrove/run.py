@@ -150,7 +150,10 @@ def plan_stages(
     for index, config in enumerate(job.stages):
         if model is not decoder.checkpoint:
             decoder = Decoder(model)
-        plan = stage_of(config.kind).plan(index, config, decoder, capabilities, job)
+        own = {client: capabilities[client] for client in capabilities if config.takes_part(client)}
+        if not own:
+            raise FedgroveError(f"stages.{index}.clients: none of them is left")
+        plan = stage_of(config.kind).plan(index, config, decoder, own, job.of_stage(index))
         notes = (*plan.notes, *notes_on_other_stages(job, index), *(notes_on_model if index == 0 else ()))
         plans.append(plan.model_copy(update={"notes": notes}))
         model = plan.reshaped(model)
@@ -159,12 +162,14 @@ def plan_stages(
 
 def ask_capabilities(job: Job, federation: Federation) -> dict[str, Capabilities]:
     """The capabilities of each client, by name. Each client first checks that its text suffices for every stage."""
-    lengths = [config.training_length() for config in job.stages]
     own_samples = {client.name: client.samples for client in job.clients}
     messages = {}
     for client in federation.clients():
-        calibrations = []
+        calibrations, lengths = [], []
         for index, config in enumerate(job.stages):
+            if not config.takes_part(client):
+                continue
+            lengths.append(config.training_length())
             windows = config.calibration_windows()
             if windows is not None:
                 samples = own_samples.get(client) or windows[0]

@@ -15,8 +15,9 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from fedgrove.errors import FedgroveError
+from fedgrove.job.federated import FederatedJob
 from fedgrove.job.stage_config import config_of
-from fedgrove.job.tables import KINDS, FederatedJob, Job
+from fedgrove.job.tables import KINDS, Job
 from fedgrove.job.units import Table
 
 

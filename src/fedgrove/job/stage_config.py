@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Self
+
+from pydantic import Field
 
 from fedgrove import plugins
-from fedgrove.job.units import ComputeDtype, Sparsity, Table
+from fedgrove.job.units import MAX_CLIENTS, ComputeDtype, Name, Sparsity, Table
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
@@ -42,9 +44,18 @@ class StageConfig(Table):
 
     No code outside that folder reads the keys of one kind. What the job, the planner, ``doctor``, a site and the report
     need to know about every kind is given by the methods below.
+
+    Attributes:
+        clients: the names of the clients that take part in the stage; the others go on from its result in the stages that
+            follow. Default: all.
     """
 
     kind: str
+    clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)] = ()
+
+    def takes_part(self, client: str) -> bool:
+        """Whether a client has work in this stage."""
+        return not self.clients or client in self.clients
 
     def refuse_without(self, needs: Mapping[str, str]) -> None:
         """Refuses keys that differ from their defaults and have no effect: whoever sets one expects an effect.
@@ -133,6 +144,21 @@ class StageConfig(Table):
             ValueError: a setting does not fit; begins with the key, such as ``stages.0.trim: …``, and gives the remedy.
         """
 
+    def check_clients(self, job: Job, index: int) -> None:
+        """Refuses clients of the stage that the job does not have, and what would compare all of them.
+
+        Raises:
+            ValueError: begins with the key and gives the remedy.
+        """
+        key, names = f"stages.{index}.clients", [client.name for client in job.clients]
+        for name in self.clients:
+            if name not in names or self.clients.count(name) > 1:
+                what = "there twice" if name in names else "no client of the job"
+                raise ValueError(f"{key}: '{name}' is {what}; name some of {', '.join(names)}")
+        for other in ("alone", "centralized"):
+            if self.clients and getattr(job.evaluate, other):
+                raise ValueError(f"evaluate.{other}: {key} leaves clients out, so there is nothing to compare; set it to false")
+
     def check_only_stage(self, job: Job, index: int) -> None:
         """Refuses a job with other stages, for a kind that fits something to the model as the clients have it.
 
@@ -181,6 +207,7 @@ class Agreed:
         stages: the tables of the job's stages.
         seed: the job's.
         clients: the names of the clients that may take part.
+        client: the site's own name.
         secure: whether sums are computed under secure aggregation.
         alone: whether clients measure their own models (``evaluate.alone``).
         measured_in: the dtype in which they do (``evaluate.compute_dtype``).
@@ -189,6 +216,7 @@ class Agreed:
     stages: Sequence[StageConfig]
     seed: int
     clients: Sequence[str]
+    client: str
     secure: bool
     alone: bool
     measured_in: ComputeDtype | None = None
@@ -196,6 +224,14 @@ class Agreed:
     def seed_of(self, stage: int) -> str:
         """The seed of a stage."""
         return f"{self.seed}/{stage}"
+
+    def of_stage(self, stage: int) -> Agreed:
+        """The same, with the clients of a stage alone."""
+        return replace(self, clients=tuple(filter(self.stages[stage].takes_part, self.clients)))
+
+    def own_stages(self) -> list[tuple[int, StageConfig]]:
+        """The stages in which the site takes part, with their indices."""
+        return [(index, stage) for index, stage in enumerate(self.stages) if stage.takes_part(self.client)]
 
 
 def cut_by(stages: Sequence[StageConfig]) -> Cut | None:

@@ -18,7 +18,6 @@ from fedgrove.job.units import (
     Bytes,
     ComputeDtype,
     Count,
-    CountOrZero,
     Devices,
     File,
     Files,
@@ -305,7 +304,8 @@ class Job(Table):
         for i, stage in enumerate(self.stages):
             if stage.privacy_budget() is not None and self.evaluate.alone:
                 raise ValueError(f"evaluate.alone: the clients' own models have no noise (stages.{i}.epsilon); set it to false")
-            stage.check(self, i)
+            stage.check_clients(self, i)
+            stage.check(self.of_stage(i), i)
         made = {"perplexity", "accuracy", "generation"}.union(*(stage.measures() for stage in self.stages))
         for number, text in enumerate(self.evaluate.data):
             if text.measure not in made:
@@ -330,12 +330,19 @@ class Job(Table):
     def _check_secure(self) -> None:
         if self.evaluate.alone:
             raise ValueError("evaluate.alone: under secure aggregation no client reports its own losses; set it to false")
-        if len(self.clients) < self.privacy.min_group:
-            raise ValueError(
-                f"privacy.min_group: {self.privacy.min_group} clients in a sum, but there are {len(self.clients)}; lower it"
-            )
         for i, stage in enumerate(self.stages):
-            stage.check_secure(self, i)
+            number = len(self.of_stage(i).clients)
+            if number < self.privacy.min_group:
+                where = f" in stages.{i}.clients" if stage.clients else ""
+                raise ValueError(
+                    f"privacy.min_group: {self.privacy.min_group} clients in a sum, but there are {number}{where}; lower it"
+                )
+            stage.check_secure(self.of_stage(i), i)
+
+    def of_stage(self, index: int) -> Job:
+        """The job with the clients of one stage alone."""
+        takes_part = self.stages[index].takes_part
+        return self.model_copy(update={"clients": tuple(client for client in self.clients if takes_part(client.name))})
 
     def together(self, clients: int) -> int:
         """How many of ``clients`` must contribute to a number, so that after dropouts ``privacy.min_group`` remain."""
@@ -345,53 +352,6 @@ class Job(Table):
     def dumps(self) -> str:
         """The job as TOML with defaults filled in and absolute paths, so that it can be read from any folder."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-
-class FederatedClient(Client):
-    """``[[clients]]`` in a federation: only a name; each site sets everything else in its own file."""
-
-    data: tuple[File, ...] = ()
-
-
-class FederatedJob(Job):
-    """A job for the sites of a federation.
-
-    Attributes:
-        result: "server": the model stays on the server, and operators fetch it; "sites": it is also sent to the sites
-            that want it.
-        roster: the number of the roster of the sites' keys, for secure aggregation; `fedgrove federation submit` fills it in.
-    """
-
-    clients: Annotated[tuple[FederatedClient, ...], Field(min_length=1, max_length=MAX_CLIENTS)]
-    result: Literal["server", "sites"] = "server"
-    roster: CountOrZero = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _brings_no_code(cls, value: Any) -> Any:
-        """Looks at the key before its path is looked up, so that nobody learns which paths the server has."""
-        evaluate = value.get("evaluate") if isinstance(value, dict) else None
-        if isinstance(evaluate, dict) and evaluate.get("new"):
-            raise ValueError(
-                "evaluate.new: in a federation no owner's text is at the server; leave it out, and let the owner use "
-                "`fedgrove adopt`"
-            )
-        if isinstance(evaluate, dict) and evaluate.get("tasks_from") is not None:
-            raise ValueError(
-                "evaluate.tasks_from: a folder of tasks is code, and nobody brings code to the server of a federation; leave "
-                "it out, and name tasks that the server allows (tasks in its server.toml)"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _keeps_text_apart(self) -> FederatedJob:
-        if self.evaluate.centralized:
-            raise ValueError("evaluate.centralized: in a federation no text may be put in one place; set it to false")
-        if self.model.endpoint is not None:
-            raise ValueError(
-                "model.endpoint: in a federation each site says where its text goes, as [endpoint] of its site.toml; remove it"
-            )
-        return self
 
 
 def _unique(names: list[str]) -> None:

@@ -27,8 +27,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.escape import printable
 from fedgrove.events import Event, Listener, Phase
 from fedgrove.export import Texts, export
+from fedgrove.job.federated import FederatedJob
 from fedgrove.job.load import load_federated
-from fedgrove.job.tables import FederatedJob
 from fedgrove.models.digest import digests
 from fedgrove.report.stage_reports import stage_files, stage_folders
 from fedgrove.rounds import wire

@@ -23,8 +23,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.escape import printable
 from fedgrove.events import Listener, Message, Phase, from_json
 from fedgrove.files import write_atomically
+from fedgrove.job.federated import FederatedJob
 from fedgrove.job.load import load_federated
-from fedgrove.job.tables import FederatedJob
 
 CAPABILITIES = "capabilities.json"  # the sites' capabilities, from the run that was watched last
 SENT = "sent.json"  # by run: the id of the FLARE job that it was last submitted as

@@ -20,8 +20,9 @@ from fedgrove.client.hidden_states import Calibration
 from fedgrove.client.serve import HARMLESS
 from fedgrove.deploy.flare.files import Allow
 from fedgrove.engines.error_codes import Refusal
+from fedgrove.job.federated import FederatedJob
 from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage, FederatedJob
+from fedgrove.job.tables import KINDS, MAX_STAGES, AnyStage
 from fedgrove.job.units import MAX_CLIENTS, ComputeDtype, CountOrZero, Name, Shares
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.rounds.request import Disclosure, Part, Request
@@ -60,10 +61,9 @@ class Terms(Part):
     clients: Annotated[tuple[Name, ...], Field(max_length=MAX_CLIENTS)]
     roster: CountOrZero = 0
 
-    @property
-    def agreed(self) -> Agreed:
-        """What requests are compared with."""
-        return Agreed(self.stages, self.seed, self.clients, self.secure, self.alone, self.measured_in)
+    def agreed_by(self, site: str) -> Agreed:
+        """What requests to a site are compared with."""
+        return Agreed(self.stages, self.seed, self.clients, site, self.secure, self.alone, self.measured_in)
 
     @property
     def digest(self) -> str:
@@ -126,12 +126,13 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
     return None
 
 
-def check(allow: Allow, terms: Terms, request: Request, summed: int | None = None) -> None:
+def check(allow: Allow, terms: Terms, request: Request, site: str, summed: int | None = None) -> None:
     """Refuses a request that is not part of the job that the site agreed to, or that the site no longer allows.
 
     Args:
         allow: the current settings: ``site.toml`` may have become stricter since the site agreed.
         terms: the terms that the site agreed to.
+        site: its name.
         summed: the smallest number of clients whose masked responses can be summed; None: the response is not masked.
 
     Raises:
@@ -146,6 +147,9 @@ def check(allow: Allow, terms: Terms, request: Request, summed: int | None = Non
     if not 0 <= request.stage < len(terms.stages):
         raise Refusal("terms", "stage")
     stage: StageConfig = terms.stages[request.stage]
+    agreed = terms.agreed_by(site).of_stage(request.stage)
+    if room in KINDS and not stage.takes_part(site):
+        raise Refusal("terms", "clients")
     if room not in KINDS and not request.DISCLOSES <= HARMLESS:
         raise Refusal("terms", "kind")
     if room in KINDS and room != stage.kind:
@@ -155,14 +159,14 @@ def check(allow: Allow, terms: Terms, request: Request, summed: int | None = Non
     for calibration in _calibrations(request):
         if allow.samples is not None and calibration.samples > allow.samples:
             raise Refusal("refused", "allow.samples")
-        field = _calibration_beyond(calibration, request, stage, terms.agreed.seed_of(request.stage))
+        field = _calibration_beyond(calibration, request, stage, agreed.seed_of(request.stage))
         if field is not None:
             raise Refusal("terms", field)
-    field = request.beyond(terms.agreed)
+    field = request.beyond(agreed if room in KINDS else terms.agreed_by(site))
     if field is not None:
         raise Refusal("terms", field)
     if summed is None:
-        summed = 1 if terms.secure else min_survivors(len(terms.clients))
+        summed = 1 if terms.secure else min_survivors(len(agreed.clients))
     if request.adders() > summed:
         raise Refusal("terms", "noise")
 

@@ -12,6 +12,7 @@ from fedgrove.deploy.flare import ledger, policy
 from fedgrove.deploy.flare.exchanges.join import agreed_terms
 from fedgrove.deploy.flare.files import SITE, SiteFile, read
 from fedgrove.deploy.flare.installation import Installation, SiteRequest
+from fedgrove.deploy.flare.kits import name_of
 from fedgrove.deploy.flare.upkeep import RUN_NAME, write_log
 from fedgrove.engines import error_codes
 from fedgrove.engines.error_codes import Refusal
@@ -65,7 +66,7 @@ def _respond(kit: Path, run: str, kind: str, message: bytes, job: Path) -> bytes
         return serve.pack(request, request.respond_at(tensors, site))
     terms = agreed_terms(site)
     summed = None if masking is None else masking.session.quorum
-    policy.check(settings.allow, terms, request, summed)
+    policy.check(settings.allow, terms, request, name_of(kit), summed)
     client = site.client(terms.model, terms.dtype, terms.secure, ledger.releases(kit, terms), terms.shares)
     return serve.respond(request, tensors, masking, client, settings.device)
 

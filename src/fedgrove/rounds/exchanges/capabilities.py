@@ -64,9 +64,9 @@ class DescribeYourself(Request):
             raise WireError(f"it claims {reply.samples} calibration windows, not {self.calibrations[0].samples}")
 
     def beyond(self, job: Agreed) -> str | None:
-        windows = [(index, stage.calibration_windows()) for index, stage in enumerate(job.stages)]
+        windows = [(index, stage.calibration_windows()) for index, stage in job.own_stages()]
         agreed = tuple(Windows(samples=one[0], length=one[1], seed=job.seed_of(index)) for index, one in windows if one)
         if self.calibrations != agreed:
             return "calibrations"
-        lengths = tuple(length for length in (stage.training_length() for stage in job.stages) if length is not None)
+        lengths = tuple(length for length in (stage.training_length() for _, stage in job.own_stages()) if length is not None)
         return "lengths" if self.lengths != lengths else None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from fedgrove.evaluation.rounds import loss_after
 from fedgrove.events import Phase
-from fedgrove.job.tables import FederatedJob
+from fedgrove.job.federated import FederatedJob
 from fedgrove.models.cost import ModelCost
 from fedgrove.rounds.clock import Clock
 from fedgrove.rounds.request import Message

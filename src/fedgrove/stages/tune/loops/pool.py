@@ -174,7 +174,7 @@ class Loop(changes.Loop):
         elif looks == "members" and round_ > self.first:
             windows = self._ask(self._by_loss(round_))
         else:
-            every = [client.name for client in self.federation.job.clients]
+            every = [client.name for client in self.federation.job.of_stage(self.plan.stage).clients]
             gate = job_gate_of(self.pool.gate) if looks == "job" else at_random
             dealt = gate.deal(self.pool, every, str(self.federation.job.seed))
             of = {client: self.plan.clients[client].tokens // self.config.length for client in clients}
