@@ -98,6 +98,7 @@ def methods(size: Size) -> dict[str, dict[str, Any]]:
         "common": seeds,
         "common, rounds of 5": {**seeds, **_shorter(size, 5)},
         "common, rounds of 1": {**seeds, **_shorter(size, 1)},
+        "common, one window": {**seeds, "steps": STEPS * size.batch, "batches": [1]},
         "common, K 64": {**seeds, "seeds": 64},
         "own, K 4096": {**seeds, "aggregation": "own"},
         "own, pro, K 4096": {**seeds, "aggregation": "own", "sampling": "pro"},

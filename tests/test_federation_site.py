@@ -94,6 +94,8 @@ def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
         ({"methods": ("uniform", "lora", "sgd", "flexlora")}, terms(TUNE), "allow.methods"),
         ({"group": 4}, terms(PRUNE), "allow.group"),
         ({"group": 3}, terms(PRUNE, clients=["ash", "ash", "ash"]), "allow.group"),
+        ({"group": 3}, terms(PRUNE, {**TUNE, "clients": ["ash", "birch", "cedar"]}), None),
+        ({"group": 3}, terms(PRUNE, {**TUNE, "clients": ["ash", "birch"]}), "allow.group"),
         ({"secure": True}, terms(PRUNE), "allow.secure"),
         ({"secure": True}, terms(PRUNE, secure=True), None),
         ({"epsilon": 4.0}, terms(PRIVATE, secure=True), None),

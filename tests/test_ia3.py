@@ -25,7 +25,7 @@ from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.parametrizations import Attachment, full, ia3, parametrization_of
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.trainers import sgd
-from small import CLIENTS, LENGTH, Moment, Small, cli, killed, measurements
+from small import CLIENTS, LENGTH, Moment, Small, cli, killed, lines, measurements
 from test_architectures import save
 from test_tune_stage import PRUNE, TUNE, client_of, mean_perplexity, weights
 
@@ -264,9 +264,11 @@ def test_what_travels_is_the_change_so_far_and_what_a_round_changed(
             assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert travelled.keys() == {(round_, direction) for round_ in (0, 1) for direction in ("up", "down")}
     plan = json.loads((tmp_path / "run" / "plan-0-tune.json").read_text())
-    numbers = sum(size.numel() for size in wanted.values())
-    for assignment in plan["clients"].values():
-        assert 3 * numbers < assignment["upload"] == assignment["download"] < 5 * numbers
+    for client, assignment in plan["clients"].items():
+        for key, direction in (("upload", "up"), ("download", "down")):
+            sent = [line["bytes"] for line in lines(tmp_path / "run" / "ledger.jsonl")
+                    if (line["client"], line["direction"], line["round"]) == (client, direction, 1)]  # fmt: skip
+            assert sum(sent) == pytest.approx(assignment[key], rel=0.2), (method, direction)
 
 
 def test_every_client_trains_scales_of_all_linears_and_says_nothing_else(small: Small) -> None:

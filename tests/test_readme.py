@@ -92,7 +92,7 @@ def test_commands_of_the_guides(small: Small, tmp_path: Path, monkeypatch: pytes
             result = CliRunner().invoke(app, words[1:])
             assert result.exit_code == 0, f"{page.name}: {line}\n{result.output}"
             ran.add(words[1])
-    assert ran == {"doctor", "plan", "run", "report", "export", "split", "adopt", "gate"}
+    assert ran == {"doctor", "plan", "run", "report", "export", "split", "adopt", "gate", "route"}
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == Path("runs/first/model/model.safetensors").read_bytes()
 
 

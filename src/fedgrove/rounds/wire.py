@@ -47,6 +47,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHANGE, WEIGHT = "change/", "weight/"  # tensors of a response: what is summed, and its weight
 PART_BYTES = 1024  # of a tensor's parts, at most nine, in the index of a safetensors file
+INDEX_BYTES = 68  # of a part, in that index
 TRIAL = 1 << 16  # bytes of a part that are compressed first; if they do not shrink, the part is not compressed
 
 
@@ -88,6 +89,17 @@ def pack(tensors: Mapping[str, Tensor], info: Info) -> bytes:
     pieces["header"] = np.frombuffer(header, np.uint8)
     message: bytes = save({"checksum": _checksum(pieces), **pieces})
     return message
+
+
+def framing(specs: Mapping[str, tuple[torch.Size, torch.dtype]]) -> int:
+    """About how many bytes of a message are not values: the tensors' rows in the header, and the index of their parts.
+
+    Args:
+        specs: shape and dtype by name, of tensors without many zeros.
+    """
+    rows = [{"name": name, "dtype": _NAMES[dtype], "shape": list(shape)} for name, (shape, dtype) in specs.items()]
+    parts = sum(dtype.itemsize for _, dtype in specs.values())
+    return len(json.dumps(rows, separators=(",", ":"))) + INDEX_BYTES * parts
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], Info]:

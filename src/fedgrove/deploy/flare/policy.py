@@ -108,7 +108,7 @@ def refused_key(allow: Allow, terms: Terms) -> str | None:
         return "allow.stages"
     if allow.methods != "all" and any(not stage.methods() <= set(allow.methods) for stage in stages):
         return "allow.methods"
-    if len(set(terms.clients)) < allow.group:
+    if any(len(set(filter(stage.takes_part, terms.clients))) < allow.group for stage in stages):
         return "allow.group"
     if allow.secure and not terms.secure:
         return "allow.secure"

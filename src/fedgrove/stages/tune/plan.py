@@ -14,7 +14,7 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.cost import ModelCost
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
-from fedgrove.rounds.request import Disclosure
+from fedgrove.rounds.request import CHANGE, Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.tune import cost as modeled
 from fedgrove.stages.tune import promises
@@ -35,7 +35,7 @@ from fedgrove.stages.tune.holding import (
 )
 from fedgrove.stages.tune.importance import RANK, SKETCH
 from fedgrove.stages.tune.objective import Gradients, pace
-from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
+from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of, trainable_of
 from fedgrove.stages.tune.planners import Problem, planner_of
 
 NOT_MEASURED = Gradients()
@@ -256,6 +256,9 @@ def _assignments(
         up = space.number * method.numbers(cost, held.ranks, config, sent=True)
         if config.precision == "fixed":
             up = 4 * method.numbers(whole, kept, config, sent=True)
+        if method.FORM != "coefficients":
+            up += _framing(config, whole, kept if config.precision == "fixed" else held.ranks)
+            down += _framing(config, cost, received)
         compute = method.compute_seconds(cost, space, budgets[name], held)
         sending = (8 * up / client.uplink if client.uplink else 0.0) + (8 * down / client.downlink if client.downlink else 0.0)
         assignments[name] = Assignment(
@@ -274,6 +277,16 @@ def _assignments(
             forwards=2 * config.steps * chosen.batch if method.FORM == "coefficients" else 0,
         )
     return assignments
+
+
+def _framing(config: Config, cost: ModelCost, ranks: Mapping[str, int]) -> int:
+    """Bytes of a message besides its numbers; much where tensors are as small as those of (IA)³."""
+    shared_a, method, dtype = config.aggregation_method.SHARED_A, trainable_of(config.parametrization), config.dtype
+    return wire.framing({
+        f"{CHANGE}{name}/{part}": spec
+        for name, rank in ranks.items() if rank
+        for part, spec in method.expected(cost.linears[name], rank, getattr(torch, dtype), shared_a).items()
+    })  # fmt: skip
 
 
 def _dealt(config: Config, choices: Mapping[str, ClientConfig], tokens: Mapping[str, int]) -> dict[str, ClientConfig]:
