@@ -54,11 +54,14 @@ WAYS: dict[str, list[tuple[str, int]]] = {  # whose rounds, and how many
 }
 
 
-def measure(data: Path, model: Path, site: str, way: str, seed: int, rounds: float = 1.0) -> dict[str, Any]:
+def measure(
+    data: Path, model: Path, site: str, way: str, seed: int, rounds: float = 1.0, rate: float | None = None
+) -> dict[str, Any]:
     """By record of the others: the loss of its label, and whether it is the likeliest.
 
     Args:
         rounds: a factor of the rounds, for a try.
+        rate: the learning rate; None: that of ``STAGE``.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     records = []
@@ -83,9 +86,10 @@ def measure(data: Path, model: Path, site: str, way: str, seed: int, rounds: flo
         labeled = {"prompt": "{text}\nType:", "answer": " {label}"}
         clients.append({"name": f"{site}-labels", "data": str(folder / f"{site}.jsonl"), **labeled})
         whose = {"text": others, "own text": [site], "labels": [f"{site}-labels"]}
+        stage = STAGE if rate is None else {**STAGE, "learning_rate": rate}
         job = {
             "name": "alternate", "seed": seed, "model": {"path": str(model)}, "clients": clients,
-            "stages": [{**STAGE, "rounds": max(1, round(rounds * n)), "clients": whose[who]} for who, n in WAYS[way]],
+            "stages": [{**stage, "rounds": max(1, round(rounds * n)), "clients": whose[who]} for who, n in WAYS[way]],
         }  # fmt: skip
         tuned = AutoModelForCausalLM.from_pretrained(api.run(job, folder / "run", quiet=True).model, dtype=torch.float32).eval()
         prompts = [f"{one['text']}\nType:" for one in held]
@@ -127,6 +131,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=float, default=1.0, help="a factor of the rounds, for a try")
+    parser.add_argument("--rate", type=float, help="another learning rate")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     parser.add_argument("--model", type=Path, default=tune.MODEL)
     args = parser.parse_args()
@@ -137,6 +142,7 @@ def main() -> None:
     found = {}
     for site, seed, way in itertools.product(args.sites, args.seeds, args.ways):
         settings = {"site": site, "way": way, "seed": seed, "rounds": args.rounds}
+        settings |= {} if args.rate is None else {"rate": args.rate}
         found[site, seed, way] = kept(functools.partial(measure, args.data, args.model, **settings), **settings)
     print(table(found))
 
