@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import page
 import personal
 import results
 import torch
@@ -254,22 +255,21 @@ def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
     return "\n".join(rows).replace("-0.", "−0.")
 
 
-def table_of_newcomers(method: str, seed: int, found: dict[str, dict[str, Any]]) -> str:
+def table_of_newcomers(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each owner who was left out, and a line of how many are better off than with the shared adapter."""
     ways = ("none", "shared", "gate", "shuffled keys", "losses")
-    rows = [f"| owner left out ({method}, seed {seed}) | {' | '.join(ways)} | choice | forward passes | seconds |"]
+    rows = [f"| owner left out | {' | '.join(ways)} | choice | forward passes | seconds |"]
     rows += ["|---" * (len(ways) + 4) + "|"]
     for owner, of in found.items():
         numbers = " | ".join(f"{of['losses'][way]:.3f}" for way in ways)
         rows.append(
             f"| {owner} | {numbers} | {of['choice']['gate']} | {of['forwards']['gate']} | {of['seconds']['gate']:.1f} |"
         )
+    rows.append("")
     for way in ways[2:]:
         gains = [of["losses"]["shared"] - of["losses"][way] for of in found.values()]
-        better = sum(gain > 0 for gain in gains)
-        rows.append(
-            f"{way}: better than shared for {better} of {len(gains)} owners, {sum(gains) / len(gains):+.3f} in the mean"
-        )
+        better, mean = sum(gain > 0 for gain in gains), sum(gains) / len(gains)
+        rows.append(f"- {way}: better than shared for {better} of {len(gains)} owners, by {mean:+.3f} nats in the mean")
     return "\n".join(rows).replace("-0.", "−0.")
 
 
@@ -290,6 +290,7 @@ def main() -> None:
         help="owners of kinds who come after the run, one at a time; none: all",
     )
     parser.add_argument("--in-pairs", action="store_true", help="with --leave-out: two owners of different kinds at a time")
+    parser.add_argument("--write", action="store_true", help="write the table of --leave-out into docs/benchmarks.md, too")
     parser.add_argument("--pools", type=Path, help="where the pools of --leave-out are kept")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -304,7 +305,10 @@ def main() -> None:
                 settings = {"method": method, "seed": seed, "owner": owner, "in_pairs": args.in_pairs, **args.changes}
                 measure = functools.partial(leave_out, args.data, args.model, args.pools, **settings)
                 of_owners[owner] = kept(measure, leave_out=True, **settings)
-            print(table_of_newcomers(method, seed, of_owners))
+            text = table_of_newcomers(of_owners)
+            print(text)
+            if args.write:
+                page.write("newcomers", text)
         return
     for case, seed, method in itertools.product(args.cases, args.seeds, args.methods):
         settings = {"case": case, "method": method, "seed": seed, **args.changes}

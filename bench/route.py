@@ -1,6 +1,6 @@
 """What it is worth to leave hard questions to a larger model: a smaller one made of the same model decides by its confidence.
 
-    .venv/bin/python bench/route.py --model SMOLLM2 --data ../shared/data --results route.jsonl
+    .venv/bin/python bench/route.py --model SMOLLM2 --data ../shared/data --results bench/route.jsonl --write
 
 Four owners make the model smaller, as in bench/prompts.py, whose tasks these are: half of the weights zero (SparseGPT, pooled),
 or a tenth of the MLP channels cut. Then both models answer held-out records. One thread.
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import page
 import prompts
 import results
 import torch
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=SMALLER, default=list(SMALLER))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--test", type=int, default=240, help="held-out records at most")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -89,6 +91,8 @@ def main() -> None:
         settings = {"task": task, "way": way, "seed": seed, "test": args.test}
         found[task, way, seed] = keep(lambda of=settings: measure(args.model, args.data, **of), route=True, **settings)
     print(table(found))
+    if args.write:
+        page.write("route", table(found))
 
 
 if __name__ == "__main__":
