@@ -32,7 +32,7 @@ from fedgrove.engines.flare import ENDED
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
-from small import ROOT, Small, cli, complaint, wait_until
+from small import ROOT, Small, cli, complaint, lines, wait_until
 from test_head import files as labeled  # noqa: F401
 from test_head import guessing
 from test_prompt import files  # noqa: F401
@@ -139,6 +139,18 @@ def test_a_head_is_that_of_the_in_process_engine_and_sites_say_whether_they_have
     fetched = run_with_answers(federation, "head", changes)
     for file in ("head.json", "head/head.safetensors"):
         assert (fetched / file).read_bytes() == (here / file).read_bytes()
+
+
+def test_each_stage_is_the_work_of_its_own_sites(federation: Running, small: Small) -> None:
+    adapters = {"kind": "tune", "method": "lora", "rounds": 1, "steps": 2, "length": 16, "batches": [2], "bits": [32]}
+    turns = [{**adapters, "clients": ["ash", "birch"]}, {**adapters, "clients": ["birch", "cedar"]}]
+    here = small.undisturbed(stages=turns)
+    assert federation.run("turns", Lines(), stages=turns) is None
+    fetched = federation.fetch("turns")
+    model = Path("model") / "model.safetensors"
+    assert (fetched / model).read_bytes() == (here / model).read_bytes()
+    asked = {(line["stage"], line["client"]) for line in lines(fetched / "ledger.jsonl") if line["kind"] == "tune/train"}
+    assert asked == {(stage, client) for stage, turn in enumerate(turns) for client in turn["clients"]}
 
 
 def test_a_kit_starts_as_a_service_or_in_a_container(federation: Running, tmp_path: Path) -> None:

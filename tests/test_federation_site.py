@@ -96,6 +96,7 @@ def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
         ({"group": 3}, terms(PRUNE, clients=["ash", "ash", "ash"]), "allow.group"),
         ({"group": 3}, terms(PRUNE, {**TUNE, "clients": ["ash", "birch", "cedar"]}), None),
         ({"group": 3}, terms(PRUNE, {**TUNE, "clients": ["ash", "birch"]}), "allow.group"),
+        ({"group": 3}, terms(PRUNE, {**TUNE, "clients": ["birch"]}), None),
         ({"secure": True}, terms(PRUNE), "allow.secure"),
         ({"secure": True}, terms(PRUNE, secure=True), None),
         ({"epsilon": 4.0}, terms(PRIVATE, secure=True), None),
@@ -118,7 +119,7 @@ def terms(*stages: dict[str, Any], **changes: Any) -> Terms:
     ],
 )
 def test_a_job_beyond_what_a_site_allows_is_refused_by_the_key(allow: dict[str, Any], wanted: Terms, key: str | None) -> None:
-    assert refused_key(Allow(**allow), wanted) == key
+    assert refused_key(Allow(**allow), wanted, "ash") == key
 
 
 def test_a_stage_that_does_not_hold_together_is_no_terms() -> None:

@@ -115,7 +115,7 @@ class Allow(Table):
     Attributes:
         stages: the allowed kinds of stages.
         methods: the allowed pruners, aggregations, allocations, scores and tuning methods by name; "all", or a list.
-        group: the fewest sites of a job that this site takes part in.
+        group: the fewest sites of a stage that this site takes part in.
         secure: respond only under secure aggregation.
         epsilon: respond only with differential privacy, with at most this ε for all stages of a job together, and only
             if this site's response alone, or its masked share of a sum, has the noise.

@@ -101,14 +101,15 @@ def terms_of(job: FederatedJob, digests: Mapping[str, str]) -> Terms:
     )
 
 
-def refused_key(allow: Allow, terms: Terms) -> str | None:
-    """The first key of ``[allow]`` that forbids the job; None: the site allows it."""
+def refused_key(allow: Allow, terms: Terms, site: str) -> str | None:
+    """The first key of ``[allow]`` that forbids the job; None: the site allows it. ``allow.group`` is about its own stages."""
     stages: tuple[StageConfig, ...] = terms.stages
+    groups = [set(filter(stage.takes_part, terms.clients)) for stage in stages if stage.takes_part(site)]
     if any(stage.kind not in allow.stages for stage in stages):
         return "allow.stages"
     if allow.methods != "all" and any(not stage.methods() <= set(allow.methods) for stage in stages):
         return "allow.methods"
-    if any(len(set(filter(stage.takes_part, terms.clients))) < allow.group for stage in stages):
+    if any(len(group) < allow.group for group in groups):
         return "allow.group"
     if allow.secure and not terms.secure:
         return "allow.secure"
@@ -138,7 +139,7 @@ def check(allow: Allow, terms: Terms, request: Request, site: str, summed: int |
     Raises:
         Refusal: names the key of ``[allow]``, or the field of the request.
     """
-    key = refused_key(allow, terms)
+    key = refused_key(allow, terms, site)
     if key is not None:
         raise Refusal("refused", key)
     room = request.KIND.partition("/")[0]

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from fedgrove.deploy.flare import ledger
 from fedgrove.deploy.flare.files import model_folder
 from fedgrove.deploy.flare.installation import Declared, Installation, SiteRequest, roster_number, torch_dtype
+from fedgrove.deploy.flare.kits import name_of
 from fedgrove.deploy.flare.leftovers import AGREED
 from fedgrove.deploy.flare.policy import Digest, Terms, refused_key, terms_of
 from fedgrove.engines.error_codes import Refusal
@@ -57,7 +58,7 @@ class JoinRun(SiteRequest):
         (kit / "log").mkdir(exist_ok=True)
         (kit / CLOCK).write_text(json.dumps({"server": self.clock, "here": time.time()}), encoding="utf-8")
         terms = self._terms(site)
-        key = refused_key(settings.allow, terms)
+        key = refused_key(settings.allow, terms, name_of(kit))
         if key is not None:
             raise Refusal("refused", key)
         if terms.secure:
