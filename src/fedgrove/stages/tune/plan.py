@@ -256,7 +256,7 @@ def _assignments(
         up = space.number * method.numbers(cost, held.ranks, config, sent=True)
         if config.precision == "fixed":
             up = 4 * method.numbers(whole, kept, config, sent=True)
-        if method.FORM != "coefficients":
+        if method.FORM == "tensors":  # factors are large beside their framing, and a planner's deadline does not count it
             up += _framing(config, whole, kept if config.precision == "fixed" else held.ranks)
             down += _framing(config, cost, received)
         compute = method.compute_seconds(cost, space, budgets[name], held)
