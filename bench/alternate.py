@@ -25,21 +25,21 @@ import random
 import tempfile
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import guesses
 import results
 import torch
 import tune
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.evaluation.metrics import interval, resampled
-from fedgrove.files import read_lines
 from fedgrove.models.labels import score_labels
 
 SITES = ("GARD", "GHR", "NIDDK")  # that have labels in turn
-FEWEST_OF_LABEL, FEWEST, MEASURED = 15, 30, 20
+MEASURED = 20  # records of each owner
 TOKENS, LENGTH = 48, 64
 STAGE = {
     "kind": "tune", "planner": "uniform", "method": "lora", "ranks": [8], "bits": [32], "batches": [4], "length": LENGTH,
@@ -64,19 +64,18 @@ def measure(
         rate: the learning rate; None: that of ``STAGE``.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
-    records = []
-    for one in itertools.chain(*(read_lines(data / "medquad" / f"{part}.jsonl") for part in ("train", "test"))):
-        ids = tokenizer(one["answer"], add_special_tokens=False).input_ids[:TOKENS]
-        records.append({"text": tokenizer.decode(ids), "label": one["type"], "source": one["source"]})
+    records = guesses.answers(data)
+    for one in records:
+        one["text"] = tokenizer.decode(tokenizer(one["text"], add_special_tokens=False).input_ids[:TOKENS])
     types = Counter(one["label"] for one in records if one["source"] == site)
-    labels = sorted(label for label, number in types.items() if number >= FEWEST_OF_LABEL)
+    labels = sorted(label for label, number in types.items() if number >= guesses.FEWEST_OF_LABEL)
     with tempfile.TemporaryDirectory() as name:
         folder, held, others = Path(name), [], []
         for source in sorted({one["source"] for one in records}):
             own = [one for one in records if one["source"] == source and one["label"] in labels]
             random.Random(f"{seed}/{source}").shuffle(own)
             if source != site:
-                if len(own) < FEWEST:
+                if len(own) < guesses.FEWEST:
                     continue
                 held += own[: len(own) // 3][:MEASURED]
                 own = own[len(own) // 3 :]
@@ -114,13 +113,9 @@ def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
         if way != "labels" and (alone := found.get((site, seed, "labels"))):
             means = resampled([{key: [(loss, 1.0) for loss in one["losses"]] for key, one in (("of", of), ("alone", alone))}])
             low, high = interval(means["of"] - means["alone"])
-            apart = f"{_mean(of['losses']) - _mean(alone['losses']):+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append(f"| {site} | {seed} | {way} | {_mean(of['losses']):.3f} | {apart} | {_mean(of['right']):.1%} |")
+            apart = f"{mean(of['losses']) - mean(alone['losses']):+.3f} ({low:+.3f} to {high:+.3f})"
+        rows.append(f"| {site} | {seed} | {way} | {mean(of['losses']):.3f} | {apart} | {mean(of['right']):.1%} |")
     return "\n".join(rows).replace("-0.", "−0.").replace("-1.", "−1.").replace("-2.", "−2.")
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def main() -> None:
@@ -135,8 +130,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     parser.add_argument("--model", type=Path, default=tune.MODEL)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     torch.set_num_threads(1)
     kept = results.Kept(args.results, args.model)
     found = {}

@@ -23,7 +23,6 @@ from typing import Any
 import owners
 import torch
 from results import Kept
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.data.sources import DEFAULT_TEMPLATE
@@ -54,8 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     with tempfile.TemporaryDirectory() as folder:
         files = dict(owners.plain_files(given.data, Path(folder)))
         kept = Kept(RESULTS, given.model)

@@ -26,7 +26,6 @@ from owners import plain_files
 from results import Kept
 from structured import NEW, PROMPT, seconds_of
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.job.tables import Job
@@ -75,8 +74,7 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     text = speed(given) if given.speed else quality(given)
     print(text)
     if given.write:

@@ -66,6 +66,12 @@ class Problem:
         return solve(moments, self.head, self.ridge, self.labels)
 
 
+def answers(data: Path) -> list[dict[str, str]]:
+    """Every answer of MedQuAD, the type of its question as its label, and the web site that it is from."""
+    every = [one for part in ("train", "test") for one in read_lines(data / "medquad" / f"{part}.jsonl")]
+    return [{"text": one["answer"], "label": one["type"], "source": one["source"]} for one in every]
+
+
 def accuracy(head: Head, records: Records) -> float:
     """In percent."""
     return 100 * heads.right(*head, *records)
@@ -152,8 +158,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.features.mkdir(parents=True, exist_ok=True)
     stored = args.features / f"medquad-{args.model.name}.safetensors"
-    lines = [one for part in ("train", "test") for one in read_lines(args.data / "medquad" / f"{part}.jsonl")]
-    every = [{"text": one["answer"], "label": one["type"], "source": one["source"]} for one in lines]
+    every = answers(args.data)
     file = args.features / "medquad.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in every), encoding="utf-8")
     posts = heads.Posts(args.model, file, sorted({one["label"] for one in every}), stored, None)

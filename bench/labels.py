@@ -27,7 +27,6 @@ import torch
 import tune
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.files import read_lines
@@ -156,8 +155,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     torch.set_num_threads(1)
     wanted = [{"method": method, "seed": seed} for seed, method in itertools.product(args.seeds, args.methods)]
     kept = results.Kept(args.results, tune.MODEL)

@@ -27,7 +27,6 @@ import torch
 from experts import GROVE, LENGTH, OWNERS, save, train, upcycled
 from results import Kept
 from torch import Tensor
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.client.windows import training_windows
@@ -65,8 +64,7 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     with tempfile.TemporaryDirectory() as folder:
         text = table(given, Path(folder))
     print(text)

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import tune
 from results import Kept
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.files import read_lines
@@ -113,8 +112,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     torch.set_num_threads(1)
     wanted = [
         {"case": case, "pull": pull, "seed": seed} for pull, case, seed in itertools.product(args.pulls, args.cases, args.seeds)

@@ -37,7 +37,6 @@ import personal
 import results
 import torch
 import tune
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.adopt import adopt
@@ -298,8 +297,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table of --leave-out into docs/benchmarks.md, too")
     parser.add_argument("--pools", type=Path, help="where the pools of --leave-out are kept")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     torch.set_num_threads(1)
     kept = results.Kept(args.results, args.model)
     found = {}

@@ -18,7 +18,6 @@ import page
 import prompts
 import results
 import torch
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.report.routing import plain
@@ -82,8 +81,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=240, help="held-out records at most")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     torch.set_num_threads(1)
     keep = results.Kept(args.results, args.model)
     found = {}

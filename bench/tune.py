@@ -34,7 +34,6 @@ import numpy as np
 import page
 import results
 import torch
-from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.files import read_lines
@@ -363,8 +362,7 @@ def main() -> None:
     parser.add_argument("--page", help="the name of the place in docs/benchmarks.md", default="tune")
     parser.add_argument("--write", action="store_true", help="write the table to docs/benchmarks.md")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    api.hush()
     torch.set_num_threads(1)
     wanted = [
         {

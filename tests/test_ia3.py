@@ -265,6 +265,7 @@ def test_what_travels_is_the_change_so_far_and_what_a_round_changed(
     assert travelled.keys() == {(round_, direction) for round_ in (0, 1) for direction in ("up", "down")}
     plan = json.loads((tmp_path / "run" / "plan-0-tune.json").read_text())
     for client, assignment in plan["clients"].items():
+        assert assignment["upload"] == assignment["download"]
         for key, direction in (("upload", "up"), ("download", "down")):
             sent = [line["bytes"] for line in lines(tmp_path / "run" / "ledger.jsonl")
                     if (line["client"], line["direction"], line["round"]) == (client, direction, 1)]  # fmt: skip

@@ -148,7 +148,8 @@ def check(allow: Allow, terms: Terms, request: Request, site: str, summed: int |
     if not 0 <= request.stage < len(terms.stages):
         raise Refusal("terms", "stage")
     stage: StageConfig = terms.stages[request.stage]
-    agreed = terms.agreed_by(site).of_stage(request.stage)
+    whole = terms.agreed_by(site)
+    agreed = whole.of_stage(request.stage)
     if room in KINDS and not stage.takes_part(site):
         raise Refusal("terms", "clients")
     if room not in KINDS and not request.DISCLOSES <= HARMLESS:
@@ -163,7 +164,7 @@ def check(allow: Allow, terms: Terms, request: Request, site: str, summed: int |
         field = _calibration_beyond(calibration, request, stage, agreed.seed_of(request.stage))
         if field is not None:
             raise Refusal("terms", field)
-    field = request.beyond(agreed if room in KINDS else terms.agreed_by(site))
+    field = request.beyond(agreed if room in KINDS else whole)
     if field is not None:
         raise Refusal("terms", field)
     if summed is None:
