@@ -3,10 +3,11 @@
     .venv/bin/python bench/prompts.py --model SMOLLM2 --data ../shared/data --results prompts.jsonl
 
 Tasks: which of four newsgroups a post of 64 tokens is from, and PubMedQA's yes, no or maybe. Records are dealt by label
-(Dirichlet 0.5). An owner draws eight records a round. Soft prompts are given 800 scores a record set, words 600; "random" is
-the best of 20 prompts drawn like those of words, on as many records. Accuracy is that of held-out records; intervals of a
-difference are paired bootstraps over these records. Every run is the product's, in one thread; results are kept, so a run that
-was stopped goes on.
+(Dirichlet 0.5; of newsgroups also evenly, and one group to each owner). An owner draws eight records a round. Soft prompts are
+given 800 scores a record set, words 600, words that owners edit and vote for 288, on twice the records; "random" is the best of
+20 prompts drawn like those of words, on as many records. Words are scored in bfloat16. Accuracy is that of held-out records;
+intervals of a difference are paired bootstraps over these records. Every run is the product's, in one thread; results are
+kept, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from fedgrove.evaluation.metrics import interval, resampled
 from fedgrove.files import read_lines
 from fedgrove.split import _by_dirichlet
 
-OWNERS, ALPHA, RECORDS = 4, 0.5, 8
+OWNERS, RECORDS = 4, 8
+ALPHAS = {"": 0.5, "dealt evenly": 1e6, "one group each": 0.0}  # of a task, after a comma
 GROUPS = {"sci.med": "medicine", "sci.space": "space", "rec.autos": "cars", "talk.politics.guns": "guns"}
 TASKS: dict[str, dict[str, Any]] = {
     "newsgroups": {
@@ -42,7 +44,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "start": "\nAnswer (yes, no or maybe):", "field": "decision",
     },
 }  # fmt: skip
-WORDS = {"method": "categories", "tokens": 6, "choices": 50}
+WORDS = {"method": "categories", "tokens": 6, "choices": 50, "compute_dtype": "bfloat16"}
 WAYS: dict[str, dict[str, Any]] = {  # with as many scores of each record set: rounds · population, and 41 in a round alone
     "pooled": {"rounds": 40, "population": 20},
     "local": {"aggregation": "local", "rounds": 20, "generations": 8, "population": 5},
@@ -51,16 +53,22 @@ WAYS: dict[str, dict[str, Any]] = {  # with as many scores of each record set: r
     },
     "mean": {"aggregation": "mean", "rounds": 20, "generations": 8, "population": 5},
     "words": {**WORDS, "rounds": 30, "population": 20},
+    "votes": {
+        "method": "tokens", "rounds": 6, "population": 10, "generations": 4, "tokens": 5, "records": 2 * RECORDS,
+        "compute_dtype": "bfloat16",
+    },
     "random": {**WORDS, "rounds": 1, "population": 20, "records": 30 * RECORDS},
 }  # fmt: skip
+TASKS |= {f"newsgroups, {how}": TASKS["newsgroups"] for how in ALPHAS if how}
 PROMPTS = ("no_prompt", "start_prompt", "found_prompt")
 
 
 def deal(task: str, data: Path, folder: Path, seed: int, test: int | None) -> dict[str, Path]:
     """A file of records for each owner, and "test"."""
-    about, files = TASKS[task], {}
+    name, _, how = task.partition(", ")
+    about, files, alpha = TASKS[task], {}, ALPHAS[how]
     for part in ("train", "test"):
-        rows = read_lines(data / task / f"{part}.jsonl")
+        rows = read_lines(data / name / f"{part}.jsonl")
         rows = [{**row, "label": GROUPS.get(row[about["field"]], row[about["field"]])} for row in rows]
         rows = [row for row in rows if row["label"] in about["labels"]]
         rng = np.random.default_rng([seed, len(rows)])
@@ -68,7 +76,11 @@ def deal(task: str, data: Path, folder: Path, seed: int, test: int | None) -> di
         if part == "test":
             files["test"] = _write(folder / "test.jsonl", [rows[i] for i in sorted(order)[:test] or order])
             continue
-        dealt = _by_dirichlet(order, [row["label"] for row in rows], OWNERS, ALPHA, rng)
+        labels = [row["label"] for row in rows]
+        if alpha:
+            dealt = _by_dirichlet(order, labels, OWNERS, alpha, rng)
+        else:
+            dealt = [[i for i in order if labels[i] == label] for label in about["labels"]]
         for number, owned in enumerate(one for one in dealt if one):
             files[f"owner-{number}"] = _write(folder / f"owner-{number}.jsonl", [rows[i] for i in owned])
     return files
@@ -148,7 +160,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups and pubmedqa")
     parser.add_argument("--results", type=Path, help="a JSON-lines file for results")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["newsgroups", "pubmedqa"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a try")

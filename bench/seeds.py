@@ -33,7 +33,7 @@ import resource
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +164,16 @@ def kinds(data: Path, folder: Path, seed: int) -> Task:
 
 
 def run_method(
-    data: Path, model: Path, task: str, method: str, seed: int, scale: float | None, long: bool = False
+    data: Path, model: Path, task: str, method: str, seed: int, scale: float | None, long: bool = False, **changes: int
 ) -> dict[str, Any]:
     """Held-out loss before and after every round, with the bytes so far.
 
     Args:
         scale: multiplies the measured learning rate of "seeds"; None: as it is.
         long: the size of the trial.
+        changes: of that size.
     """
-    size = LONG if long else SHORT
+    size = replace(LONG if long else SHORT, **changes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measured = functools.partial(run, model=model, task=task_of(task, data, folder, seed, size), seed=seed, size=size)
@@ -314,6 +315,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=sorted(TEMPLATES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--long", action="store_true", help="eight clients, a thousand steps, only answers")
+    parser.add_argument("--clients", type=int, help="how many instead")
+    parser.add_argument("--rounds", type=int, help="how many instead")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scales", nargs="+", type=float, help="multiples of the measured learning rate to try")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
@@ -334,8 +337,9 @@ def main() -> None:
         settings = (args.steps, args.rate, args.perturbation, args.held)
         print(json.dumps({"seeds": _peak(stepped, args.model, args.data, 128, *settings)}))
         return
+    changes = {key: value for key in ("clients", "rounds") if (value := getattr(args, key)) is not None}
     wanted = [
-        {"task": task, "method": method, "seed": seed, "scale": scale, "long": args.long}
+        {"task": task, "method": method, "seed": seed, "scale": scale, "long": args.long, **changes}
         for task, seed, method in itertools.product(args.tasks, args.seeds, args.methods)
         for scale in args.scales or [None]
     ]

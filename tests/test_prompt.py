@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedgrove import api
 from fedgrove.api import with_prompt
 from fedgrove.client.local_client import LocalClient
 from fedgrove.data.tokens import encode
@@ -136,6 +137,16 @@ def test_scores_are_those_of_plain_forwards(
     monkeypatch.setattr("fedgrove.stages.prompt.scoring.TOGETHER", 1)
     for one, again in zip(found, score(decoder, of, prompts, place), strict=True):
         torch.testing.assert_close(one, again, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_scores_nearly_alike_and_holds_half(small: Small, files: Mapping[str, Path]) -> None:
+    """Clients compute in the stage's dtype, and held-out records are measured in that of [evaluate]."""
+    jobs = [job(files), job(files, compute_dtype="bfloat16", evaluate__compute_dtype="bfloat16")]
+    found = [measurements(small.undisturbed(**one)) for one in jobs]
+    assert found[0] != found[1]
+    assert found[1][0, 0, None, "best"] == pytest.approx(found[0][0, 0, None, "best"], abs=0.1)
+    memory = [api.plan(small.job(f"dtype-{i}", **one), quiet=True)[0].clients["ash"].memory for i, one in enumerate(jobs)]
+    assert memory[1] - 2**24 == (memory[0] - 2**24) // 2
 
 
 def test_without_a_prompt_labels_score_as_in_the_measure_accuracy(small: Small, files: Mapping[str, Path]) -> None:

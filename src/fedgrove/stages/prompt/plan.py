@@ -101,7 +101,7 @@ def make_plan(index: int, config: Config, decoder: Decoder, capabilities: Mappin
     passed = scores * each + (times * config.length if config.place == "end" else 0)
     scored = config.rounds * scores * config.records + FINALISTS * config.records_in(config.rounds)
     parameters = count_parameters(decoder)
-    memory = _memory(decoder, parameters, min(max(CHUNK, passed), config.records * passed))
+    memory = _memory(config, decoder, parameters, min(max(CHUNK, passed), config.records * passed))
     operations = 2 * (config.rounds + 1) * config.records * passed * parameters
     upload, download = _traffic(config, task)
     assignments = {}
@@ -164,14 +164,15 @@ def _discloses(config: Config) -> frozenset[Disclosure]:
     return found
 
 
-def _memory(decoder: Decoder, parameters: int, tokens: int) -> int:
+def _memory(stage: Config, decoder: Decoder, parameters: int, tokens: int) -> int:
     """Bytes: the ends and a block, the hidden states of tokens before and after it, a group's activations, and logits."""
     config = decoder.checkpoint.config.get_text_config()
     of_block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
     ends = parameters - of_block * len(decoder)
     widest = max(decoder.read_shape(decoder.linear_name(0, name))[0] for name in decoder.block_names(0))
     activations = 2 * tokens * config.hidden_size + 4 * TOGETHER * widest + 3 * ROWS * config.vocab_size
-    return int(4 * (ends + of_block + activations) + 2**24)
+    width = 2 if stage.compute_dtype == "bfloat16" else 4
+    return int(width * (ends + of_block + activations) + 2**24)
 
 
 def _traffic(config: Config, task: Task) -> tuple[int, int]:

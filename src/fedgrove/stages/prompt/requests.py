@@ -11,7 +11,7 @@ from torch import Tensor
 from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import decoder_of
 from fedgrove.job.stage_config import Agreed
-from fedgrove.job.units import Length, Name, Positive, Word
+from fedgrove.job.units import ComputeDtype, Length, Name, Positive, Word
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.continuations import embed
 from fedgrove.rounds.request import Part, Request
@@ -34,6 +34,7 @@ from fedgrove.stages.prompt.subspace import soft_prompts
 
 CANDIDATES = "candidates"  # a tensor of a request
 LARGEST = 2.0**20  # |entry| of a point of the subspace
+AS_IN_THE_JOB = ("method", "aggregation", "labels", "score", "compute_dtype", "place", "length")
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -55,8 +56,7 @@ class PromptRequest(Request):
     """A request about prompts and a client's records.
 
     Attributes:
-        method, aggregation: names.
-        labels, score, place, length: as in the job.
+        method, aggregation, labels, score, compute_dtype, place, length: as in the job.
         records: how many of the client's are drawn.
         seed: of the stage.
         subspace: of soft prompts; None: candidates are token ids.
@@ -66,6 +66,7 @@ class PromptRequest(Request):
     aggregation: Name
     labels: Labels
     score: Score
+    compute_dtype: ComputeDtype | None = None
     place: Place
     length: Length
     records: Number
@@ -82,7 +83,7 @@ class PromptRequest(Request):
 
     def decoder(self, client: LocalClient, device: str) -> Decoder:
         """The client's model."""
-        return decoder_of(client, device)
+        return decoder_of(client, device, self.compute_dtype)
 
     def check_candidates(self, candidates: Tensor | None, decoder: Decoder, client: LocalClient) -> Tensor:
         """The candidates as they came.
@@ -132,7 +133,7 @@ class PromptRequest(Request):
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
-        for key in ("method", "aggregation", "labels", "score", "place", "length"):
+        for key in AS_IN_THE_JOB:
             if getattr(self, key) != getattr(config, key):
                 return key
         if self.records != config.records_in(self.round):

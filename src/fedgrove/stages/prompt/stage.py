@@ -19,6 +19,7 @@ from fedgrove.events import Phase
 from fedgrove.files import write_atomically
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.compute import dtype_of
 from fedgrove.models.continuations import embed
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
@@ -37,7 +38,7 @@ from fedgrove.stages.prompt.lexicon import embeddings_of
 from fedgrove.stages.prompt.methods import Found
 from fedgrove.stages.prompt.plan import Plan, make_plan
 from fedgrove.stages.prompt.records import Records, read_records
-from fedgrove.stages.prompt.requests import CANDIDATES, prompts_of
+from fedgrove.stages.prompt.requests import AS_IN_THE_JOB, CANDIDATES, prompts_of
 from fedgrove.stages.prompt.scoring import MOST_LOSS, Prompt, costs, losses, right, score
 from fedgrove.stages.prompt.searching import subspace_of, task_of
 
@@ -274,9 +275,8 @@ class _Stage:
                 self.run_folder.log(self.plan.stage, round_, client, name, value)
 
     def _common(self, round_: int) -> dict[str, Any]:
-        keys = ("method", "aggregation", "labels", "score", "place", "length")
         return {
-            "stage": self.plan.stage, "round": round_, **{key: getattr(self.config, key) for key in keys},
+            "stage": self.plan.stage, "round": round_, **{key: getattr(self.config, key) for key in AS_IN_THE_JOB},
             "records": self.config.records_in(round_), "seed": self.seed, "subspace": self.subspace,
         }  # fmt: skip
 
@@ -297,7 +297,9 @@ class _Stage:
             prompts[START] = Prompt(embed(self.decoder, torch.tensor(self.task.start)), written=True)
         prompts[FOUND] = prompt
         on_progress = self.run_folder.phase(Phase("evaluate", "the prompt", stage=self.plan.stage, text=text))
-        scores = score(self.decoder, records, list(prompts.values()), self.config.place, on_progress)
+        dtype = dtype_of(self.job.evaluate.compute_dtype, self.federation.device)
+        decoder = Decoder(self.decoder.checkpoint, self.federation.device, dtype) if dtype else self.decoder
+        scores = score(decoder, records, list(prompts.values()), self.config.place, on_progress)
         values = right(scores, records) if self.config.labels else losses(scores, records).nan_to_num(MOST_LOSS, MOST_LOSS)
         for place, name in enumerate(prompts):
             measured = mean(values[:, place].double().tolist())
