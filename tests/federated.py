@@ -15,11 +15,10 @@ import psutil
 import pytest
 import tomli_w
 
-import forks
 from fedgrove.deploy.flare import kits, node, operator
 from fedgrove.deploy.flare.files import FEDERATION, Federation, read
 from fedgrove.events import Event, Listener, Message, Phase, Responded
-from small import CLIENTS, FORKED_JOBS, Small, cli, wait_until
+from small import CLIENTS, Small, cli, forked_jobs, wait_until
 
 OPERATOR = "ops@example.org"
 MODEL = "small-model"
@@ -163,7 +162,6 @@ class Running:
 
     def start(self, **environments: dict[str, str]) -> None:
         """Starts everybody, and waits until the server has heard of all."""
-        forks.run(int)  # the processes of jobs find it running
         with environment(**environments.get("server", {})):
             node.start(self.server)
         for name in self.names:
@@ -244,7 +242,7 @@ def within(seconds: float) -> Iterator[None]:
 def environment(**changes: str) -> Iterator[None]:
     """What the kits' processes are started with."""
     before = dict(os.environ)
-    os.environ.update({"PYTHONPATH": FORKED_JOBS, "OMP_NUM_THREADS": "1", **changes})
+    os.environ.update({"PYTHONPATH": forked_jobs(), "OMP_NUM_THREADS": "1", **changes})
     try:
         yield
     finally:

@@ -109,13 +109,22 @@ def _read(connection: socket.socket) -> int:
     return number
 
 
-def _connected() -> socket.socket:
+def start() -> Path:
+    """Starts the server if no other worker has; gives its socket.
+
+    To be called before a process that is no worker may need it: that one has other variables than the session.
+    """
     if VARIABLE not in os.environ:  # outside of pytest, as in a benchmark; the server sees when this process has ended
         open_session()
     address = Path(os.environ[VARIABLE])
     with FileLock(f"{address}.lock"):
         if not address.exists():
             _start(address)
+    return address
+
+
+def _connected() -> socket.socket:
+    address = start()
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(LONGEST)
     connection.connect(str(address))
@@ -123,6 +132,7 @@ def _connected() -> socket.socket:
 
 
 def _start(address: Path) -> None:
+    assert ENVIRONMENT, "a process that is no worker would give the session's processes its own variables"
     here = Path(__file__)
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(here), str(address), address.name]

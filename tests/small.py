@@ -39,7 +39,6 @@ CLIENTS = ("ash", "birch", "cedar")
 LENGTH = 16
 SAMPLES = 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-FORKED_JOBS = os.pathsep.join(str(ROOT / folder) for folder in ("tests/forked_jobs", "src"))  # PYTHONPATH, see sitecustomize.py
 # Its runner would make the command anew for every call, which takes longer than some of the calls.
 typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
@@ -347,6 +346,12 @@ def _forked(call: Callable[[], None], kill_after: Callable[[], None] | None = No
         out, err = Path(folder) / "out", Path(folder) / "err"
         status = forks.run(partial(_child, call, out, err), kill_after)
         return status, out.read_text(errors="replace"), err.read_text(errors="replace")
+
+
+def forked_jobs() -> str:
+    """The PYTHONPATH of processes whose Python processes are forked as well; see forked_jobs/sitecustomize.py."""
+    forks.start()
+    return os.pathsep.join(str(ROOT / folder) for folder in ("tests/forked_jobs", "src"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fedgrove.evaluation.metrics.harness import harness
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.labels import score_labels
 from fedgrove.models.stream import Checkpoint
-from small import FORKED_JOBS, Small, cli, complaint, lines, measurements
+from small import Small, cli, complaint, forked_jobs, lines, measurements
 from test_report import Page
 
 PROMPTS = ["The river is", "A small tree", "He said that", "Once upon a", "In the garden", "She had no"]
@@ -159,7 +159,7 @@ def test_what_is_hard_for_both_models_cancels_in_their_difference() -> None:
 def test_a_job_measures_answers_and_speed_before_and_after(
     small: Small, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", FORKED_JOBS)
+    monkeypatch.setenv("PYTHONPATH", forked_jobs())
     asked = {"path": str(questions), "prompt": "{q}", "answer": " {a}"}
     data = [
         str(small.texts["held-0"]),
