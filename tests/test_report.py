@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 
 class Page(HTMLParser):
-    """A page taken apart: tags must be balanced, and every id may be there once."""
+    """A page taken apart: tags must be balanced, every id may be there once, and charts have the marks of their legends."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -55,6 +55,8 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         assert not self.open, f"left open: {self.open}"
+        for shown, drawn in self._charts():
+            assert shown <= drawn, f"a legend shows what its chart does not have: {shown - drawn}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -79,6 +81,18 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
         if "style" not in self.open:
             self.words.append(data)
+
+    def _charts(self) -> Iterator[tuple[set[tuple[str, str]], set[tuple[str, str]]]]:
+        """The marks in each chart's legend, and those below it."""
+        marks: tuple[set[tuple[str, str]], set[tuple[str, str]]] = (set(), set())
+        for tag, attrs in [*self.tags, ("figure", {})]:
+            if tag == "figure":
+                yield marks
+                marks, below = (set(), set()), False
+            if attrs.get("role") == "img":
+                below = True
+            if tag in ("circle", "line", "rect"):
+                marks[below].add((tag, attrs.get("class") or ""))
 
     @property
     def text(self) -> str:

@@ -74,7 +74,7 @@ def perplexity_chart(summary: Summary) -> Chart | None:
     if summary.centralized:
         legend.append(("target", "centralized"))
     if summary.owned:
-        legend.append(("alone", "the text's owner, alone"))
+        legend.append(("owner", "the text's owner, alone"))
     if summary.alone:
         legend.append(
             ("alone", "clients alone, mean and range" if many else "other clients, alone" if summary.owned else "clients alone")
