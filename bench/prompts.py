@@ -8,6 +8,11 @@ given 800 scores a record set, words 600, words that owners edit and vote for 28
 20 prompts drawn like those of words, on as many records. Words are scored in bfloat16. Accuracy is that of held-out records;
 intervals of a difference are paired bootstraps over these records. Every run is the product's, in one thread; results are
 kept, so a run that was stopped goes on.
+
+    .venv/bin/python bench/prompts.py --model FOLDER --data ../shared/data --memory
+
+``--memory`` measures this instead: the peak memory of scoring one round's candidates on an owner's posts and of measuring
+perplexity (four windows of 128 tokens), each in its own process, in float32.
 """
 
 from __future__ import annotations
@@ -25,14 +30,19 @@ import numpy as np
 import page
 import results
 import torch
+from seeds import evaluated, peak
 from transformers.utils import logging
 
 from fedgrove import api
 from fedgrove.evaluation.metrics import interval, resampled
 from fedgrove.files import read_lines
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.stream import Checkpoint
 from fedgrove.split import _by_dirichlet
+from fedgrove.stages.prompt.records import read_records
+from fedgrove.stages.prompt.scoring import Prompt, losses, score
 
-OWNERS, RECORDS = 4, 8
+OWNERS, RECORDS, POPULATION, TOKENS = 4, 8, 20, 8
 ALPHAS = {"": 0.5, "dealt evenly": 1e6, "one group each": 0.0}  # of a task, after a comma
 GROUPS = {"sci.med": "medicine", "sci.space": "space", "rec.autos": "cars", "talk.politics.guns": "guns"}
 TASKS: dict[str, dict[str, Any]] = {
@@ -46,18 +56,18 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WORDS = {"method": "categories", "tokens": 6, "choices": 50, "compute_dtype": "bfloat16"}
 WAYS: dict[str, dict[str, Any]] = {  # with as many scores of each record set: rounds · population, and 41 in a round alone
-    "pooled": {"rounds": 40, "population": 20},
+    "pooled": {"rounds": 40, "population": POPULATION},
     "local": {"aggregation": "local", "rounds": 20, "generations": 8, "population": 5},
     "local, Eq. 7": {
         "aggregation": "local", "rounds": 10, "generations": 8, "population": 5, "against_overfitting": 0.5,
     },
     "mean": {"aggregation": "mean", "rounds": 20, "generations": 8, "population": 5},
-    "words": {**WORDS, "rounds": 30, "population": 20},
+    "words": {**WORDS, "rounds": 30, "population": POPULATION},
     "votes": {
         "method": "tokens", "rounds": 6, "population": 10, "generations": 4, "tokens": 5, "records": 2 * RECORDS,
         "compute_dtype": "bfloat16",
     },
-    "random": {**WORDS, "rounds": 1, "population": 20, "records": 30 * RECORDS},
+    "random": {**WORDS, "rounds": 1, "population": POPULATION, "records": 30 * RECORDS},
 }  # fmt: skip
 TASKS |= {f"newsgroups, {how}": TASKS["newsgroups"] for how in ALPHAS if how}
 PROMPTS = ("no_prompt", "start_prompt", "found_prompt")
@@ -129,6 +139,21 @@ def measure(model: Path, data: Path, task: str, way: dict[str, Any], seed: int, 
         }
 
 
+def scored(model: Path, data: Path) -> dict[str, float]:
+    """Scores a round's soft prompts on eight posts."""
+    about = TASKS["newsgroups"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = deal("newsgroups", data, Path(folder), 0, RECORDS)
+        decoder = Decoder(Checkpoint(model), dtype=torch.float32)
+        labels = tuple(f" {label}" for label in about["labels"])
+        tokenizer = decoder.checkpoint.tokenizer()
+        records = read_records([files["test"]], about["prompt"], " {label}", labels, tokenizer, about["length"])
+        generator = torch.Generator().manual_seed(0)
+        width = decoder.checkpoint.config.get_text_config().hidden_size
+        prompts = [Prompt(torch.randn(TOKENS, width, generator=generator), written=False) for _ in range(POPULATION)]
+        return {"loss": float(losses(score(decoder, records, prompts, "end"), records).mean())}
+
+
 def difference(one: list[float], other: list[float]) -> tuple[float, float]:
     """The 95 % interval of the difference of two accuracies on the same records."""
     means = resampled([{"one": [(n, 1.0) for n in one], "other": [(n, 1.0) for n in other]}])
@@ -166,10 +191,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a try")
     parser.add_argument("--test", type=int, help="fewer held-out records, for a try")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument("--set", nargs="*", default=[], help="keys of the stage, such as spread=0.1, for a try")
     args = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if args.memory:
+        both = peak(evaluated, args.model, args.data, 128), peak(scored, args.model, args.data)
+        print(json.dumps(dict(zip(("evaluate", "score"), both, strict=True))))
+        return
     keep = results.Kept(args.results, args.model)
     changes = {key: json.loads(value) for key, _, value in (one.partition("=") for one in args.set)}
     found = {}

@@ -261,7 +261,7 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _peak(function: Any, *args: Any) -> dict[str, float]:
+def peak(function: Any, *args: Any) -> dict[str, float]:
     """What a function returns, and the peak memory in MB of a new process that calls it."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found: dict[str, float] = pool.apply(_measured, (function, *args))
@@ -333,9 +333,9 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     if args.memory:
-        print(json.dumps({"evaluate": _peak(evaluated, args.model, args.data, 128)}))
+        print(json.dumps({"evaluate": peak(evaluated, args.model, args.data, 128)}))
         settings = (args.steps, args.rate, args.perturbation, args.held)
-        print(json.dumps({"seeds": _peak(stepped, args.model, args.data, 128, *settings)}))
+        print(json.dumps({"seeds": peak(stepped, args.model, args.data, 128, *settings)}))
         return
     changes = {key: value for key in ("clients", "rounds") if (value := getattr(args, key)) is not None}
     wanted = [
