@@ -145,6 +145,17 @@ def test_no_file_is_long() -> None:
     assert not long
 
 
+def test_no_text_shows_the_name_of_a_variable() -> None:
+    """A line of a text over several lines that lacks its f."""
+    shown = re.compile(r"(?<!\{)\{[a-z_.]+\}")
+    for file in SOURCE.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.JoinedStr) and "{{" not in (ast.get_source_segment(text, node) or ""):
+                parts = [part.value for part in node.values if isinstance(part, ast.Constant)]
+                assert not any(shown.search(part) for part in parts), f"{file.relative_to(SOURCE)}:{node.lineno}"
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package, to which methods are added."""

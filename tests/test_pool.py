@@ -478,6 +478,25 @@ def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Sma
     assert files_of(tmp_path / "two") == files_of(run), "as if the job had never named it"
 
 
+def test_groups_with_noise_in_every_step_promise_what_one_adapter_does(small: Small, tmp_path: Path) -> None:
+    """Every owner trains one member with all its windows, as many steps as without a pool, with its own noise."""
+    pytest.importorskip("dp_accounting")
+    noisy = {"epsilon": 8.0, "delta": 1e-3, "eval_every": 1}
+    whole = small.undisturbed(stages=tune(GROUPS, **noisy))
+    notes = [
+        json.loads((run / "plan-0-tune.json").read_text())["notes"]
+        for run in (whole, small.undisturbed(stages=tune(None, **noisy)))
+    ]
+    assert notes[0][0] == notes[1][0]
+    assert "with this window, or with a window in its place that has no gradient), towards everybody" in notes[0][0]
+    other = tmp_path / "other"
+    assert cli("run", small.job("again", stages=tune(GROUPS, **noisy)), "--out", other, "--quiet")[0] == 0
+    members = [[load_file(file) for file in sorted((run / "pool").glob("member-*.safetensors"))] for run in (whole, other)]
+    assert len(members[0]) == 2
+    for one, two in zip(*members, strict=True):
+        assert not any(torch.equal(one[name], two[name]) for name in one), "noise repeats"
+
+
 # Mistakes
 
 
@@ -492,6 +511,9 @@ def test_an_owner_who_is_kept_out_of_a_run_is_shown_what_it_would_get(small: Sma
         (GROUPS, {**SCALES, "method": "full"}, ("pool", 'set method = "lora" or "ia3"')),
         (GROUPS, {**SCALES, "method": "seeds", "bits": None}, ("pool", 'set method = "lora" or "ia3"')),
         (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
+        (MIXTURE, {"epsilon": 8.0}, ("stages.0", "epsilon", "gets no noise", 'set gate = "groups"')),
+        ({"gate": "losses"}, {"epsilon": 8.0}, ("stages.0", "epsilon", 'set gate = "groups"')),
+        (GROUPS, {"epsilon": 8.0, "dp_unit": "client", "precision": "fixed"}, ("epsilon", 'set dp_unit = "window"')),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),
         ({**GROUPS, "groups": {"wood": ["ash", "oak"]}}, {}, ("stages.0.pool.groups.wood", "'oak' is no client")),

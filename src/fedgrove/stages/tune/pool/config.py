@@ -95,9 +95,15 @@ def check_stage(config: Config) -> None:
         raise ValueError('pool: a mixture of members is one adapter only if all share A; set aggregation = "ffa_lora"')
     if not planner_of(config.planner).EQUAL_RANKS:
         raise ValueError(f'pool: planner "{config.planner}" plans for one adapter; set method = "lora"')
-    for key in ("personal", "personal_experts", "epsilon"):
+    for key in ("personal", "personal_experts"):
         if getattr(config, key):
             raise ValueError(f"pool: it has no {key} yet; leave one of them out")
+    if config.epsilon is not None and pool.method.LOOKS != "job":
+        raise ValueError(
+            f'epsilon: gate "{pool.gate}" of the pool looks at text, and what it learns gets no noise; set gate = "groups"'
+        )
+    if config.epsilon is not None and config.dp_unit == "client":
+        raise ValueError('epsilon: in a pool it protects windows, not clients; set dp_unit = "window"')
 
 
 def check_clients(config: Config, job: Job, index: int) -> None:
