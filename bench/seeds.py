@@ -51,6 +51,7 @@ from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.stream import Checkpoint
+from fedgrove.stages.tune.seeds.moving import Weights
 from fedgrove.stages.tune.seeds.offsets import Offsets
 from fedgrove.stages.tune.seeds.steps import Steps
 from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
@@ -295,9 +296,8 @@ def stepped(model: Path, data: Path, length: int, steps: int, rate: float, epsil
     whole = in_memory(sum(rows * columns for rows, columns in map(decoder.read_shape, decoder.linear_names())))
     windows = _windows(model, data, 4 * steps + held, length)
     with tempfile.TemporaryDirectory() as folder:
-        sided = TwoSided(
-            decoder, Offsets(Path(folder), "0/0", whole), torch.zeros(steps, dtype=torch.int64), "0/0", whole=whole
-        )
+        moving = Weights(Offsets(Path(folder), "0/0", whole), "0/0")
+        sided = TwoSided(decoder, moving, torch.zeros(steps, dtype=torch.int64), whole=whole)
         before = sided.losses(windows[:held], windows[:held], 0, (0.0,))[0] if held else torch.zeros(1)
         begun = time.monotonic()
         work = Work(windows[held:], windows[held:], 0, "s")

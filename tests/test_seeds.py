@@ -27,6 +27,7 @@ from fedgrove.stages.tune.aggregation import Drawing, common, own
 from fedgrove.stages.tune.exchanges.seeds import COEFFICIENTS, DIFFERENCES, Measure, Step, Took
 from fedgrove.stages.tune.fixed_point import ClientNoise
 from fedgrove.stages.tune.seeds import offsets, steps, two_sided
+from fedgrove.stages.tune.seeds.moving import Weights, moving_of
 from fedgrove.stages.tune.seeds.offsets import LARGEST, UNIT, Offsets
 from fedgrove.stages.tune.seeds.steps import Steps
 from fedgrove.stages.tune.seeds.two_sided import TwoSided
@@ -119,17 +120,18 @@ def test_steps_add_up_to_the_same_bits_in_any_order(tmp_path: Path) -> None:
 def test_a_weight_is_rounded_once_and_a_mask_keeps_its_zeros() -> None:
     weight = torch.tensor([0.0, 1.0, -0.5, 2.0**-20], dtype=torch.bfloat16)
     offset = torch.tensor([2**30, 2**38, 1, -(2**20)])  # 2⁻¹⁰, 1/4, nothing, what is there
-    assert offsets.merged(weight, offset, masked=False).tolist() == [2.0**-10, 1.25, -0.5, 0.0]
-    assert offsets.merged(weight, offset, masked=True).tolist() == [0.0, 1.25, -0.5, 2.0**-20]
+    after = offsets.moved(weight, offset, weight.dtype)
+    assert after.tolist() == [2.0**-10, 1.25, -0.5, 0.0]
+    assert offsets.masked_merge(weight, after).tolist() == [0.0, 1.25, -0.5, 2.0**-20]
 
 
 # Losses on both sides
 
 
-def two_sided_of(small: Small, folder: Path, whole: bool = True, **changes: Any) -> TwoSided:
+def two_sided_of(small: Small, folder: Path, whole: bool = True, rank: int = 0, **changes: Any) -> TwoSided:
     decoder = Decoder(Checkpoint(small.model, torch.float32))
-    given = {"coefficients": torch.zeros(4, dtype=torch.int64), "seed": "0/0", **changes}
-    return TwoSided(decoder, Offsets(folder, "0/0", whole), whole=whole, **given)
+    given = {"coefficients": torch.zeros(4, dtype=torch.int64), **changes}
+    return TwoSided(decoder, moving_of(Offsets(folder, "0/0", whole), "0/0", rank), whole=whole, **given)
 
 
 def windows(number: int = 3) -> tuple[Tensor, Tensor]:
@@ -228,7 +230,7 @@ def test_steps_that_are_not_finite_are_skipped_and_three_in_a_row_stop(small: Sm
 
     def train(*at: int) -> Any:
         decoder = Decoder(Checkpoint(small.model, torch.float32))
-        model = Broken(decoder, Offsets(tmp_path, "0/0", True), torch.zeros(5, dtype=torch.int64), "0/0", whole=True)
+        model = Broken(decoder, Weights(Offsets(tmp_path, "0/0", True), "0/0"), torch.zeros(5, dtype=torch.int64), whole=True)
         model.at = at
         settings = Steps(tuple(range(5)), 1, 1e-3, 2**-9, 2**30)
         return zeroth_order.train(model, work_of(*windows()), settings), model

@@ -11,13 +11,13 @@ from fedgrove.exports import Source, require
 from fedgrove.exports.int8 import USE, losses, quantize
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
+from fedgrove.stages.tune.frozen import NF4_BLOCK
 
 __all__ = ["EXACT", "USE", "WHAT", "losses", "write"]
 
 WHAT = "linears in 4 bits (NF4)"
 EXACT = False
 RELATION = "quantized"
-BLOCK = 64
 
 
 def write(source: Source, out: Path) -> None:
@@ -31,9 +31,9 @@ def write(source: Source, out: Path) -> None:
     decoder = Decoder(Checkpoint(source.model))
     for name in decoder.linear_names():
         num_in = decoder.read_shape(name)[1]
-        if num_in % BLOCK:
+        if num_in % NF4_BLOCK:
             raise FedgroveError(
-                f"--to nf4: {name} has {num_in} inputs, and bitsandbytes needs a multiple of {BLOCK}", "use int8"
+                f"--to nf4: {name} has {num_in} inputs, and bitsandbytes needs a multiple of {NF4_BLOCK}", "use int8"
             )
     settings = {
         "load_in_4bit": True,

@@ -84,9 +84,9 @@ def window_statement(epsilon: float, delta: float, length: int, steps: int, clip
     """
     return (
         f"({epsilon:g}, {delta:g})-differential privacy of one window of {length} tokens of one client (the same text with "
-        f"this window, or with a window in its place that has no {clipped}), towards everybody, server included, for this stage "
-        f"of this run: {steps} steps, in each of which a window takes part with probability batch / windows, independent of "
-        f"the others (Poisson), its {clipped} clipped to a norm of {clip_norm:g}. It assumes that each client adds its own "
+        f"this window, or with a window in its place that has no {clipped}), towards everybody, server included, for this "
+        f"stage of this run: {steps} steps, in each of which a window takes part with probability batch / windows, independent "
+        f"of the others (Poisson), its {clipped} clipped to a norm of {clip_norm:g}. It assumes that each client adds its own "
         "noise, with Gaussian samples in double precision. It does not cover a text that fills several windows, the number of "
         "tokens of a client (each client reports it), other stages or other runs."
     )

@@ -27,19 +27,17 @@ from fedgrove.job.units import (
     method_of,
 )
 from fedgrove.stages.tune.aggregation import PACKAGE as AGGREGATIONS
-from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of, seed_aggregation_of
+from fedgrove.stages.tune.aggregation import Aggregation, aggregation_of
 from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Planner, planner_of
 from fedgrove.stages.tune.pool.config import Pool, check_clients, check_stage
+from fedgrove.stages.tune.seeds.keys import AUTO, check_directions
 from fedgrove.stages.tune.seeds.offsets import MOST_DIRECTIONS
 from fedgrove.stages.tune.trainers import Trainer, trainer_of
 from fedgrove.stages.tune.unused import OF_FEDPIPE, OF_PRIVACY, check_unused
 
 if TYPE_CHECKING:
     from fedgrove.job.tables import Job
-
-
-AUTO = "auto"  # of a key that clients measure
 
 
 class Config(StageConfig):
@@ -50,11 +48,13 @@ class Config(StageConfig):
         planner: who gets what: "fedpipe" gives each client a configuration of its own; "uniform" gives all clients the one that
             the weakest can hold. Default: "fedpipe" for "lora", else "uniform".
         parametrization: what is trained: "lora", low-rank adapters; "ia3", a scale for each output channel; "full", the
-            weights; "seeds", the weights along random directions, without a backward pass.
+            weights; "seeds", the weights along random directions, without a backward pass; "adapter_seeds", low-rank adapters
+            along random directions, on a model that may have 8 or 4 bits.
         trainer: how a client trains: "sgd", or "dp_sgd" with noise. Default: "dp_sgd" if ``epsilon`` protects windows,
-            else "sgd"; for "seeds", "dp_zeroth_order" and "zeroth_order".
-        aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", "common" for "seeds", else
-            "fedavg".
+            else "sgd"; for "seeds", "dp_zeroth_order" and "zeroth_order". For "seeds" there is "directional", too: clients with
+            enough memory send exact slopes, by a backward pass, and all others differences of losses.
+        aggregation: what the server makes of the clients' changes. Default: "flexlora" for "lora", "common" for "seeds" and
+            "adapter_seeds", else "fedavg".
         method: a short form: the name of a planner, or of a parametrization with the planner "uniform".
         rounds: how often the clients train and the server combines their changes.
         steps: optimizer steps of each client in a round. Of "fedpipe": those of the slowest client from which the default
@@ -63,11 +63,13 @@ class Config(StageConfig):
             take ``steps``. Default: 8 times ``steps`` for "fedpipe".
         length: tokens in a window.
         batches: batch sizes, in windows, that a client may get. "uniform" gives the largest to all.
-        ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold.
-        bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4.
-        learning_rate: of the clients' optimizer. Default: 1e-3; with "ffa_lora" 1e-2. "auto", the default of "seeds" and only
-            for it: 1/4 divided by the trace of the curvature, and slopes of windows that are far from the others are clipped;
-            both are measured before the first round and after every ``replan_every``.
+        ranks: ranks that a linear may get besides 0. "uniform" gives all clients the largest that everyone can hold;
+            "adapter_seeds" takes the largest. Default there: 8.
+        bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4. "adapter_seeds"
+            rounds only weights to 8 bits, and computes in float32; default there: 32.
+        learning_rate: of the clients' optimizer. Default: 1e-3; with "ffa_lora" 1e-2. "auto", the default of "seeds" and
+            "adapter_seeds" and only for these: 1/4 divided by the trace of the curvature, and slopes of windows that are far
+            from the others are clipped; both are measured before the first round and after every ``replan_every``.
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.
         optimizer: the clients'; its state is reset in every round.
         max_grad_norm: clips a client's gradient to this norm; 0: no clipping.
@@ -96,10 +98,11 @@ class Config(StageConfig):
         max_change: scale a client's change of a round down to this multiple of the round's median, if three clients or more
             send floats; fixed-point numbers have a fixed bound instead (see :mod:`fedgrove.stages.tune.fixed_point`).
         seeds: number of directions in the whole stage; 0: new ones in every round. Default: 4096 for aggregation "own", 0 for
-            "common". Only "seeds".
-        sampling: how aggregation "own" draws directions: "even", or "pro", those with large slopes more often. Only "seeds".
+            "common". Only "seeds" and "adapter_seeds".
+        sampling: how aggregation "own" draws directions: "even", or "pro", those with large slopes more often. Only "seeds" and
+            "adapter_seeds".
         perturbation: ε, how far along a direction a client measures the loss, on both sides. "auto": the largest whose slopes
-            differ by less than 1 % from those at half of it, which the clients measure. Only "seeds".
+            differ by less than 1 % from those at half of it, which the clients measure. Only "seeds" and "adapter_seeds".
         personal: the fraction of its windows that each client holds out, to choose which adapter it keeps for itself: the
             shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none. It chooses
             by half of them, and reports losses on the other half.
@@ -211,7 +214,7 @@ class Config(StageConfig):
         if self.learning_rate == AUTO and "perturbation" not in what.KEYS:
             raise ValueError(f'learning_rate: parametrization "{self.parametrization}" cannot measure it; set a number')
         if what.FORM == "coefficients":
-            self._check_directions()
+            check_directions(self)
         if planner.NEEDS_RANKS and not what.RANKED:
             raise ValueError(f'planner "{self.planner}" chooses ranks, and "{self.parametrization}" has none; use "uniform"')
         if self.max_steps and not planner.CHOOSES_STEPS:
@@ -236,24 +239,6 @@ class Config(StageConfig):
         elif self.trainer_method.PRIVATE:
             raise ValueError(f'trainer "{self.trainer}" adds noise: set epsilon as well')
         return self
-
-    def _check_directions(self) -> None:
-        takes = seed_aggregation_of(self.aggregation)
-        if takes.BOUNDED and not self.seeds:
-            some = takes.DEFAULTS["seeds"]
-            raise ValueError(f'seeds: aggregation "{self.aggregation}" draws from a number of them; set it, such as {some}')
-        if not self.seeds and self.rounds * self.steps > MOST_DIRECTIONS:
-            raise ValueError(
-                f"seeds: {self.rounds} rounds of {self.steps} steps take more than {MOST_DIRECTIONS} directions, "
-                f"whose sums would not be exact; lower rounds or steps, or set seeds = {MOST_DIRECTIONS}"
-            )
-        if self.sampling not in takes.SAMPLINGS:
-            raise ValueError(f'sampling: aggregation "{self.aggregation}" takes {" or ".join(takes.SAMPLINGS)} only')
-        for key in ("learning_rate", "perturbation"):
-            if self.epsilon is not None and getattr(self, key) == AUTO:
-                raise ValueError(
-                    f"epsilon: {key} would be measured on text without noise; set a number, measured on public text"
-                )
 
     def _check_private(self, what: Parametrization, planner: Planner) -> None:
         if planner.NEEDS_IMPORTANCE:

@@ -15,6 +15,8 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder, as_matrix
 from fedgrove.models.linears import linears
 
+NF4_BLOCK = 64  # entries of a weight that have one scale
+
 _kept: WeakKeyDictionary[Decoder, tuple[Hashable, nn.Module]] = WeakKeyDictionary()
 
 
@@ -37,8 +39,9 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
     """Loads a decoder's full model, frozen, with weights of ``bits`` bits; the decoder itself stays without weights.
 
     32 and 16 mean float32 and bfloat16 for all weights. 8 (LLM.int8) and 4 (NF4) are bitsandbytes' formats for the
-    linears of the blocks; all other weights are bfloat16. Both formats represent zero exactly, so pruned weights stay
-    zero.
+    linears of the blocks; all other weights are bfloat16, and on a CPU also a linear that should have 4 bits and whose number
+    of inputs is no multiple of ``NF4_BLOCK``: there bitsandbytes' product is another matrix's. Both formats represent zero
+    exactly, so pruned weights stay zero.
 
     Args:
         bits: 32, 16, 8 or 4.
@@ -49,8 +52,8 @@ def load(decoder: Decoder, bits: int) -> nn.Module:
     _kept.clear()  # there is memory for one model
     decoder = decoder.again()
     dtype = torch.float32 if bits == 32 else torch.bfloat16
-    if bits < 16 and importlib.util.find_spec("bitsandbytes") is None:
-        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or remove it from bits")
+    if bits < 16:
+        require_bitsandbytes(bits)
 
     def quantize(block: nn.Module) -> None:
         for name, module in linears(block).items():
@@ -68,6 +71,8 @@ def _quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.d
 
     weight = as_matrix(module, cast(Tensor, module.weight).data).contiguous()
     num_out, num_in = weight.shape
+    if bits == 4 and device.type == "cpu" and num_in % NF4_BLOCK:
+        return module
     has_bias = getattr(module, "bias", None) is not None
     if bits == 8:
         small = bitsandbytes.nn.Linear8bitLt(num_in, num_out, has_bias, has_fp16_weights=False, device="meta")
@@ -78,6 +83,16 @@ def _quantized(module: nn.Module, bits: int, dtype: torch.dtype, device: torch.d
     if has_bias:
         small.bias = nn.Parameter(cast(Tensor, module.bias).data, requires_grad=False)
     return cast(nn.Module, small.to(device))
+
+
+def require_bitsandbytes(bits: int) -> None:
+    """Checks that bitsandbytes, an optional extra, is installed.
+
+    Raises:
+        FedgroveError: it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FedgroveError(f'bits = {bits} needs bitsandbytes: pip install "fedgrove[quantize]"', "or remove it from bits")
 
 
 def hush() -> None:

@@ -14,10 +14,11 @@ from fedgrove.errors import FedgroveError
 from fedgrove.models.cost import ModelCost
 from fedgrove.rounds import wire
 from fedgrove.rounds.capabilities import SPEED, Capabilities
-from fedgrove.rounds.request import CHANGE, Disclosure
+from fedgrove.rounds.request import Disclosure
 from fedgrove.stages import base
 from fedgrove.stages.tune import cost as modeled
 from fedgrove.stages.tune import promises
+from fedgrove.stages.tune.assignments import Assignment, assignments_of
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
@@ -29,46 +30,15 @@ from fedgrove.stages.tune.holding import (
     Chosen,
     check_group,
     check_mixture,
-    choosing_bytes,
     costs_of,
     numbers_held,
 )
 from fedgrove.stages.tune.importance import RANK, SKETCH
 from fedgrove.stages.tune.objective import Gradients, pace
-from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of, trainable_of
+from fedgrove.stages.tune.parametrizations import Parametrization, parametrization_of
 from fedgrove.stages.tune.planners import Problem, planner_of
 
 NOT_MEASURED = Gradients()
-
-
-class Assignment(base.Assignment):
-    """One client's part in each round.
-
-    Attributes:
-        bits: of each frozen weight.
-        batch: windows of an optimizer step.
-        micro: windows computed at once on each device (the micro-batch).
-        ranks: by linear, for those that the client trains; 1 for parametrizations without ranks.
-        tokens: of the client's text: its weight in the sum.
-        download: bytes in a round; ``upload`` is also of one round.
-        compute: seconds of computation in a round; ``seconds`` also contains download and upload.
-        steps: optimizer steps of a round.
-        devices: number of devices that share the windows of a step.
-        forwards: forward passes of one window in a round, if there is no backward pass; else 0.
-        experts: of every block that has any, how many experts the client holds; None: the model has none.
-    """
-
-    bits: int
-    batch: int
-    micro: int
-    ranks: dict[str, int]
-    tokens: int
-    download: int
-    compute: float
-    steps: int
-    devices: int = 1
-    forwards: int = 0
-    experts: int | None = None
 
 
 class Plan(base.Plan):
@@ -166,7 +136,7 @@ def make_plan(
     """
     method, planner = parametrization_of(config.parametrization), planner_of(config.planner)
     for name, shape in cost.linears.items():
-        if method.RANKED and config.ranks[-1] > min(shape):
+        if "ranks" not in method.UNUSED and config.ranks[-1] > min(shape):
             raise FedgroveError(
                 f"stages.{index}.ranks: {config.ranks[-1]} is too large for {name} ({shape[0]}×{shape[1]})",
                 f"give {min(min(shape) for shape in cost.linears.values())} at most",
@@ -198,7 +168,7 @@ def make_plan(
     space = SearchSpace(
         config.bits, config.batches, config.ranks, config.steps, rank if planner.NEEDS_IMPORTANCE else 0, number
     )
-    assignments = _assignments(config, method, cost, costs, space, budgets, capabilities, configs, kept)
+    assignments = assignments_of(config, method, cost, costs, space, budgets, capabilities, configs, kept)
     measured = 0.0
     if planner.NEEDS_IMPORTANCE:
         measured = len(config.planning_rounds) * max(importance_seconds(assignments, config, costs, capabilities).values())
@@ -227,66 +197,6 @@ def make_plan(
         experts=None if cost.experts is None else cost.experts.routing.experts,
         min_group=min(min_group, len(assignments)),
     )
-
-
-def _assignments(
-    config: Config,
-    method: Parametrization,
-    whole: ModelCost,
-    costs: Mapping[str, ModelCost],
-    space: SearchSpace,
-    budgets: Mapping[str, Budget],
-    capabilities: Mapping[str, Capabilities],
-    configs: Mapping[str, ClientConfig],
-    kept: Mapping[str, int],
-) -> dict[str, Assignment]:
-    """The assignments: each client's configuration and its cost.
-
-    Args:
-        whole: cost of the model; costs: by client, of the model as it holds it.
-        kept: by linear, the largest rank of any client, which determines the download.
-    """
-    assignments = {}
-    for name, chosen in configs.items():
-        client, cost = capabilities[name], costs[name]
-        walks = bool(config.personal_experts)  # to choose, text passes through the whole model, block by block
-        held = replace(chosen, ranks={linear: rank for linear, rank in chosen.ranks.items() if linear in cost.linears})
-        received = {linear: rank for linear, rank in kept.items() if rank and linear in cost.linears}
-        down = space.number * method.numbers(cost, received, config, sent=False)
-        up = space.number * method.numbers(cost, held.ranks, config, sent=True)
-        if config.precision == "fixed":
-            up = 4 * method.numbers(whole, kept, config, sent=True)
-        if method.FORM == "tensors":  # factors are large beside their framing, and a planner's deadline does not count it
-            up += _framing(config, whole, kept if config.precision == "fixed" else held.ranks)
-            down += _framing(config, cost, received)
-        compute = method.compute_seconds(cost, space, budgets[name], held)
-        sending = (8 * up / client.uplink if client.uplink else 0.0) + (8 * down / client.downlink if client.downlink else 0.0)
-        assignments[name] = Assignment(
-            bits=chosen.bits,
-            batch=chosen.batch,
-            micro=chosen.micro,
-            ranks={linear: chosen.ranks[linear] for linear in whole.linears if linear in chosen.ranks},
-            tokens=client.tokens.get(config.length, 0),
-            memory=max(math.ceil(method.memory(cost, space, held)), choosing_bytes(whole) if walks or cost is not whole else 0),
-            upload=math.ceil(up),
-            download=math.ceil(down),
-            compute=round(compute, 6),
-            seconds=round(compute + sending, 3),
-            steps=chosen.steps or config.steps,
-            devices=client.devices,
-            forwards=2 * config.steps * chosen.batch if method.FORM == "coefficients" else 0,
-        )
-    return assignments
-
-
-def _framing(config: Config, cost: ModelCost, ranks: Mapping[str, int]) -> int:
-    """Bytes of a message besides its numbers; much where tensors are as small as those of (IA)³."""
-    shared_a, method, dtype = config.aggregation_method.SHARED_A, trainable_of(config.parametrization), config.dtype
-    return wire.framing({
-        f"{CHANGE}{name}/{part}": spec
-        for name, rank in ranks.items() if rank
-        for part, spec in method.expected(cost.linears[name], rank, getattr(torch, dtype), shared_a).items()
-    })  # fmt: skip
 
 
 def _dealt(config: Config, choices: Mapping[str, ClientConfig], tokens: Mapping[str, int]) -> dict[str, ClientConfig]:

@@ -134,6 +134,8 @@ def _ranks(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
     linears, values = len(plan["importance"]), list(assignment["ranks"].values())
     if assignment.get("forwards"):
         return f"{assignment['forwards']:,} forwards in {len(values)}"
+    if "LOSS_DIFFERENCES" in plan.get("discloses", ()):
+        return f"exact slopes in {len(values)}"
     experts = [] if plan.get("experts") is None else [_held(plan, assignment)]
     if not ranked(plan):
         return ", ".join([f"{trained(plan)} in {len(values)}", *experts])

@@ -15,16 +15,19 @@ from fedgrove.client import server_weights
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.units import MAX_CLIENTS, MOST, Count, Linears, Name, NonNegative, Positive
+from fedgrove.job.units import MAX_CLIENTS, MOST, Count, CountOrZero, Linears, Name, NonNegative, Positive
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune import training
 from fedgrove.stages.tune.aggregation import Drawing, SeedAggregation, seed_aggregation_of
 from fedgrove.stages.tune.client_model import TrainingRequest
-from fedgrove.stages.tune.config import AUTO, Config
+from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.fixed_point import ClientNoise
+from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.received import check_linears
+from fedgrove.stages.tune.seeds.keys import AUTO
+from fedgrove.stages.tune.seeds.moving import moving_of
 from fedgrove.stages.tune.seeds.offsets import LARGEST, MOST_DIRECTIONS, Offsets
 from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_LOSS, Steps, Taken, limit_for, whole
 from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
@@ -35,6 +38,7 @@ COEFFICIENTS, CHANCES = "coefficients", "chances"  # tensors of a request
 DIFFERENCES, CURVES, SIZES = f"{CHANGE}differences", f"{CHANGE}curves", f"{CHANGE}sizes"  # tensors of a response
 MEASURED = 8  # directions along which the curvature is measured: its standard error is about a tenth
 PERTURBATIONS = tuple(2.0**-k for k in range(6, 13))  # that "auto" chooses from
+PER_ADAPTER = 16.0  # times as large for the entries of B
 PROBES = 2**40  # the first direction that is measured along: no step goes along it
 
 
@@ -61,11 +65,13 @@ class AlongDirections(TrainingRequest):
         batch: windows of a step.
         clients: how many clients get the request, which bounds what each may send.
         masked: the linears whose zeros stay zero.
+        rank: of the adapters that move; 0: the weights do.
     """
 
     batch: Count
     clients: Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
     masked: Linears
+    rank: CountOrZero = 0
 
     def model(self, tensors: Tensors, client: LocalClient, device: str) -> tuple[TwoSided, Tensor, Tensor]:
         """The model after the steps so far, and this client's windows.
@@ -85,9 +91,12 @@ class AlongDirections(TrainingRequest):
         def check(name: str, before: Tensor, after: Tensor) -> None:
             server_weights.check_growth(name, before.float(), after, client)
 
-        whole_model = in_memory(sum(rows * columns for rows, columns in map(decoder.read_shape, decoder.linear_names())))
-        offsets = Offsets(client.folder / f"offsets-{self.stage}", self.seed, whole_model)
-        return TwoSided(decoder, offsets, coefficients, self.seed, self.masked, check, whole_model), ids, labels
+        shapes = list(map(decoder.read_shape, decoder.linear_names()))
+        if any(self.rank > min(shape) for shape in shapes):
+            raise client.error("the server sent a rank that is larger than a linear allows; refused")
+        whole_model = in_memory(sum(rows * columns for rows, columns in shapes))
+        moving = moving_of(Offsets(client.folder / f"offsets-{self.stage}", self.seed, whole_model), self.seed, self.rank)
+        return TwoSided(decoder, moving, coefficients, self.masked, check, whole_model, self.bits), ids, labels
 
     def check_tensors(self, tensors: Tensors, names: set[str], client: LocalClient) -> None:
         """Refuses a request with other tensors than these."""
@@ -103,6 +112,8 @@ class AlongDirections(TrainingRequest):
             return "batches"
         if self.clients > len(job.clients):  # what others may send would not fit the sum
             return "clients"
+        if self.rank != rank_of(config):
+            return "ranks"
         return super().beyond(job)
 
 
@@ -114,7 +125,8 @@ class Step(AlongDirections):
     L₊ − L₋ in multiples of 2⁻²⁴.
 
     Attributes:
-        aggregation, trainer: names.
+        aggregation: its name.
+        trainer: that of this client: the job's, or its fallback.
         seeds: number of directions in the stage; 0: new ones in every round.
         steps: of the round.
         seen: how many windows this client trained on in earlier rounds.
@@ -128,7 +140,7 @@ class Step(AlongDirections):
     KIND: ClassVar[str] = "tune/seeds/step"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.LOSS_DIFFERENCES, Disclosure.LOSS})
     REPLY: ClassVar[type[Reply]] = Took
-    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "batch", "seen", "windows.noise"})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "tokens", "batch", "seen", "trainer", "windows.noise"})
 
     aggregation: Name
     trainer: Name
@@ -243,16 +255,18 @@ class Step(AlongDirections):
         config = job.stages[self.stage]
         assert isinstance(config, Config)
         asked = {
-            "aggregation": self.aggregation, "trainer": self.trainer, "seeds": self.seeds, "steps": self.steps,
+            "aggregation": self.aggregation, "seeds": self.seeds, "steps": self.steps,
             "says_loss": self.says_loss,
         }  # fmt: skip
         agreed = {
-            "aggregation": config.aggregation, "trainer": config.trainer, "seeds": config.seeds, "steps": config.steps,
+            "aggregation": config.aggregation, "seeds": config.seeds, "steps": config.steps,
             "says_loss": config.epsilon is None and not job.secure,
         }  # fmt: skip
         if config.learning_rate != AUTO:
             asked |= {"learning_rate": self.learning_rate, "max_slope": self.max_slope}
             agreed |= {"learning_rate": config.learning_rate_in(self.round), "max_slope": 0.0}
+        if self.trainer not in (config.trainer, config.trainer_method.FALLBACK):
+            return "trainer"
         if self.perturbation not in perturbations_of(config):
             return "perturbation"
         differs = next((key for key in asked if asked[key] != agreed[key]), None)
@@ -340,9 +354,16 @@ class Measure(AlongDirections):
         return "directions" if self.directions != MEASURED else super().beyond(job)
 
 
+def rank_of(config: Config) -> int:
+    """The rank of the adapters that move; 0: the weights do."""
+    return config.ranks[-1] if parametrization_of(config.parametrization).FROZEN else 0
+
+
 def perturbations_of(config: Config) -> tuple[float, ...]:
-    """The distances that :class:`Measure` asks for."""
-    return PERTURBATIONS if isinstance(config.perturbation, str) else (config.perturbation,)
+    """The distances that :class:`Measure` asks for; larger ones for adapters, of which one unit moves a weight less."""
+    if not isinstance(config.perturbation, str):
+        return (config.perturbation,)
+    return tuple(PER_ADAPTER * one for one in PERTURBATIONS) if rank_of(config) else PERTURBATIONS
 
 
 def measuring_rounds(config: Config) -> range:

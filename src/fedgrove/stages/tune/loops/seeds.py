@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.request import CHANGE, Message
 from fedgrove.stages.tune.aggregation import seed_aggregation_of
 from fedgrove.stages.tune.changes import State
-from fedgrove.stages.tune.config import AUTO
 from fedgrove.stages.tune.exchanges.seeds import (
     CHANCES,
     COEFFICIENTS,
@@ -30,9 +29,14 @@ from fedgrove.stages.tune.exchanges.seeds import (
     measuring_rounds,
     measuring_share,
     perturbations_of,
+    rank_of,
 )
+from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.parametrizations.seeds import Coefficients, none
-from fedgrove.stages.tune.seeds.offsets import LARGEST, Offsets, merged
+from fedgrove.stages.tune.peft_adapter import write_lora
+from fedgrove.stages.tune.seeds.keys import AUTO
+from fedgrove.stages.tune.seeds.moving import Adapters, Linear, moving_of
+from fedgrove.stages.tune.seeds.offsets import LARGEST, Offsets, masked_merge
 from fedgrove.stages.tune.seeds.steps import choose_perturbation, coefficient, curvature, slope_limit
 from fedgrove.stages.tune.tuning import Tuning
 
@@ -48,6 +52,8 @@ class Loop(Tuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.aggregation = seed_aggregation_of(self.config.aggregation)
+        offsets = Offsets(self.run.path / "work" / f"stage-{self.plan.stage}" / "offsets", self.seed)
+        self._moving = moving_of(offsets, self.seed, rank_of(self.config))
 
     def prepare(self, round_: int, again: bool) -> None:
         """Measures what the job calls "auto": the perturbation once, the curvature repeatedly: it grows."""
@@ -160,6 +166,7 @@ class Loop(Tuning):
             "batch": assignment.batch,
             "clients": len(self.plan.clients),
             "masked": self.masked,
+            "rank": rank_of(self.config),
         }
 
     def _step(self, client: str, round_: int) -> Step:
@@ -169,7 +176,7 @@ class Loop(Tuning):
         return Step(
             **self._along(client, round_),
             aggregation=config.aggregation,
-            trainer=config.trainer,
+            trainer=self.plan.clients[client].trainer,
             seeds=config.seeds,
             steps=config.steps,
             seen=self.state.seen.get(client, 0),
@@ -184,13 +191,29 @@ class Loop(Tuning):
     def merge(self, folder: Path) -> None:
         """Replays all steps, one file per block; the sum of the steps so far is kept in the run folder."""
         steps = self.state.states[NAME].live
-        offsets = Offsets(self.run.path / "work" / f"stage-{self.plan.stage}" / "offsets", self.seed)
         for block in range(len(self.decoder)):
             result = {}
-            for linear, stored in self.decoder.block_names(block).items():
-                name = f"{self.decoder.prefix}.{block}.{linear}"
-                if name != self.decoder.linear_name(block, linear):
-                    continue  # an earlier block shares the weight
-                before = self.model.read(stored)
-                result[stored] = merged(before, offsets.at(stored, before.shape, steps.c), name in self.masked)
+            for linear in self._linears(block):
+                after = self._moving.weight(linear, steps.c, linear.weight.dtype)
+                result[linear.stored] = masked_merge(linear.weight, after) if linear.name in self.masked else after
             save_tensors(result, folder / f"block-{block:04d}.safetensors")
+
+    def write_adapter(self) -> Path | None:
+        """Where adapters move, writes them as a LoRA adapter; None if the weights do, or if there was no step."""
+        if not isinstance(self._moving, Adapters):
+            return None
+        steps, job, out = self.state.states[NAME].live, self.federation.job, self.run.path / "adapter"
+        changes: dict[str, Factors] = {
+            linear.name: self._moving.factors(linear, steps.c)
+            for block in range(len(self.decoder))
+            for linear in self._linears(block)
+        }
+        title, pruned, changed = f"{job.name}: adapter", bool(self.masked), self.model.is_changed()
+        return out if write_lora(out, self.decoder, changes, job.model.name, title, pruned, changed) else None
+
+    def _linears(self, block: int) -> Iterator[Linear]:
+        """The linears of a block as they were before the stage, without those whose weight an earlier block shares."""
+        for linear, stored in self.decoder.block_names(block).items():
+            name = f"{self.decoder.prefix}.{block}.{linear}"
+            if name == self.decoder.linear_name(block, linear):
+                yield Linear(name, stored, self.decoder.model.get_submodule(name), self.model.read(stored))

@@ -89,7 +89,8 @@ def check_stage(config: Config) -> None:
     """
     pool = config.pool
     assert pool is not None
-    if not parametrization_of(config.parametrization).FROZEN:
+    what = parametrization_of(config.parametrization)
+    if not what.FROZEN or what.FORM == "coefficients":
         raise ValueError('pool: every member would be a whole model; set method = "lora" or "ia3"')
     if mixable_of(config.parametrization).IN_COMMON and not config.aggregation_method.SHARED_A:
         raise ValueError('pool: a mixture of members is one adapter only if all share A; set aggregation = "ffa_lora"')

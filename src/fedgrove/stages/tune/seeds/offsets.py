@@ -100,7 +100,6 @@ def moved(weight: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def merged(weight: Tensor, offset: Tensor, masked: bool) -> Tensor:
-    """The weight with all steps, rounded once to its dtype; if ``masked``, zeros stay, and no other weight becomes zero."""
-    result = moved(weight, offset, weight.dtype)
-    return torch.where((weight == 0) | (result == 0), weight, result) if masked else result
+def masked_merge(before: Tensor, after: Tensor) -> Tensor:
+    """The weight with all steps, with the zeros that it had; and no other weight becomes zero."""
+    return torch.where((before == 0) | (after == 0), before, after)

@@ -3,13 +3,15 @@
 Blocks pass one after the other, as in :mod:`fedgrove.models.perplexity`: a block's weight is made once from the stored
 weight and the steps so far, then W + side·z for each side, and let go. MeZO (arXiv 2305.17333) changes the weights in
 place three times a step instead; in half precision they do not come back to what they were. Here stored weights are never
-changed, and every W + side·z is rounded once to the dtype of computation, float32.
+changed, and every W + side·z is rounded once to the dtype of computation, float32. A model in 8 or 4 bits is kept in memory,
+and a block of it at a time is written out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import cast
 
 import torch
@@ -17,9 +19,9 @@ from torch import Tensor, nn
 
 from fedgrove import heap
 from fedgrove.data.windows import IGNORED
-from fedgrove.models.blocks import Call, Decoder
-from fedgrove.models.signs import direction_like, key_of
-from fedgrove.stages.tune.seeds.offsets import Offsets, moved
+from fedgrove.models.blocks import Call, Decoder, as_matrix
+from fedgrove.stages.tune.seeds.moving import Linear, Moving
+from fedgrove.stages.tune.seeds.quantized import Quantized
 
 IN_MEMORY = 2**28  # bytes of weights and offsets up to which a model is kept in memory, because it is then twice as fast
 PER_WEIGHT = 12  # bytes of a linear's entry that is kept in memory: float32, and the int64 of its offset
@@ -37,11 +39,12 @@ class TwoSided:
 
     Args:
         decoder: the model before the stage, computing in float32.
-        offsets: the sum of the steps, tensor by tensor.
+        moving: what moves.
         coefficients: (directions,) int64, where the model starts.
         masked: names of the linears whose zeros stay zero.
         check: called once for every linear, when it is first made; may raise.
         whole: keep the full model in memory.
+        bits: of the weights that stay as they are; with 8 and 4 the full model is in memory.
 
     Attributes:
         coefficients: where the model is now; see :meth:`move`.
@@ -50,22 +53,19 @@ class TwoSided:
     def __init__(
         self,
         decoder: Decoder,
-        offsets: Offsets,
+        moving: Moving,
         coefficients: Tensor,
-        seed: str,
         masked: Sequence[str] = (),
         check: CheckWeight | None = None,
         whole: bool = False,
+        bits: int = 32,
     ):
         self.coefficients = coefficients.clone()
-        self._decoder, self._offsets, self._seed = decoder, offsets, seed
+        self._decoder, self._moving = decoder, moving
         self._masked, self._check = frozenset(masked), check
-        self._stored: dict[str, Tensor] = {}  # by name in the checkpoint, if the full model is in memory
-        if whole:
-            decoder.load_all()
-            for index in range(len(decoder)):
-                for name, stored in decoder.block_names(index).items():
-                    self._stored[stored] = cast(Tensor, decoder.blocks[index].get_submodule(name).weight).detach()
+        self._stored: dict[str, Tensor | Quantized] = {}  # by name in the checkpoint, if the full model is in memory
+        if whole or bits < 16:
+            self._load(bits)
 
     def move(self, direction: int, coefficient: int) -> None:
         """Adds to the coefficient of a direction; the weights follow when they are next used."""
@@ -105,9 +105,45 @@ class TwoSided:
                 found[side, i] = self._loss(windows[i], labels[i], state)
         return found
 
+    def slopes(self, ids: Tensor, labels: Tensor, directions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The exact derivative of the loss along each direction, by one backward pass of each window.
+
+        All weights and their gradients are in memory, in float32.
+
+        Args:
+            ids, labels: as in :meth:`losses`.
+
+        Returns:
+            (directions,) float64, the sum over windows; and each window's mean loss per token, (windows,) float64. A window
+            whose loss is not finite adds nothing.
+        """
+        model = self._decoder.load_all() if not self._stored else self._decoder.model
+        every = (one for index, block in enumerate(self._decoder.blocks) for one in self._linears(index, block))
+        linears = list({one.stored: one for one in every}.values())  # those that share a weight are one module
+        for linear in linears:
+            cast(nn.Linear, linear.module).weight = nn.Parameter(self._with_steps(linear))
+        self._check = None
+        found = torch.zeros(len(ids), dtype=torch.float64)
+        with torch.enable_grad():
+            for i in range(len(ids)):
+                logits = model(input_ids=ids[i : i + 1].to(self._decoder.device), use_cache=False).logits[0, :-1]
+                loss = self._mean_loss(logits, labels[i])
+                found[i] = float(loss)
+                if bool(torch.isfinite(loss)) and loss.requires_grad:
+                    torch.autograd.backward(loss)
+        total = torch.zeros(len(directions), dtype=torch.float64)
+        for linear in linears:
+            gradient = cast(nn.Linear, linear.module).weight.grad
+            if gradient is not None:
+                if linear.name in self._masked:
+                    gradient.masked_fill_(linear.weight == 0, 0)
+                total += self._moving.slopes(linear, gradient, directions)
+            _put(linear.module, linear.weight.to("meta") if self._stored else linear.weight)
+        return total, found
+
     def flush(self) -> None:
         """Writes the offsets to disk, where the next request finds them."""
-        self._offsets.flush()
+        self._moving.offsets.flush()
 
     @contextmanager
     def _block(self, index: int) -> Iterator[nn.Module]:
@@ -123,40 +159,76 @@ class TwoSided:
         """Replaces the hidden states of every side by those after a block."""
         weights = self._weights(index, block, direction)
         for side, states in sides:
-            for module, weight, signs in weights:
-                _put(module, torch.add(weight, signs, alpha=side))
+            for linear, weight, z in weights:
+                _put(linear.module, torch.add(weight, z, alpha=side))
             for i, state in enumerate(states):
                 states[i] = self._decoder.run(block, state, calls[index])
+        if self._stored:
+            for linear, _, _ in weights:
+                _put(linear.module, linear.weight.to("meta"))  # else the whole model would be there a second time
 
-    def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[nn.Linear, Tensor, Tensor]]:
-        """For every linear of a block: its module, its weight with all steps, float32, and z."""
+    def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[Linear, Tensor, Tensor]]:
+        """For every linear of a block: as it was, its weight with all steps, float32, and z."""
         weights = []
-        for name, stored in self._decoder.block_names(index).items():
-            linear = self._decoder.linear_name(index, name)
-            module = cast(nn.Linear, block.get_submodule(name))
-            before = self._stored.get(stored, module.weight.detach())
-            weight = moved(before, self._offsets.at(stored, before.shape, self.coefficients), torch.float32)
-            signs = direction_like(key_of(self._seed, stored), direction, before).to(before.device)
+        for linear in self._linears(index, block):
+            weight = self._with_steps(linear)
+            z = self._moving.along(linear, direction)
             if self._stored:
-                signs = signs.float()  # adds faster than int8, but takes four times the memory
-            if linear in self._masked:
-                weight.masked_fill_(before == 0, 0)
-                signs.masked_fill_(before == 0, 0)
-            if self._check is not None:
-                self._check(linear, before, weight)
-            _put(module, weight)  # frees the stored weight, unless the full model is in memory
-            weights.append((module, weight, signs))
+                z = z.float()  # adds faster than int8, but takes four times the memory
+            if linear.name in self._masked:
+                z.masked_fill_(linear.weight == 0, 0)
+            _put(linear.module, weight)  # frees the stored weight, unless the full model is in memory
+            weights.append((linear, weight, z))
         return weights
 
+    def _with_steps(self, linear: Linear) -> Tensor:
+        """A weight with all steps, float32, in the checkpoint's layout."""
+        weight = self._moving.weight(linear, self.coefficients, torch.float32)
+        if linear.name in self._masked:
+            weight.masked_fill_(linear.weight == 0, 0)
+        if self._check is not None:
+            self._check(linear.name, linear.weight, weight)
+        return weight
+
+    def _linears(self, index: int, block: nn.Module) -> Iterator[Linear]:
+        """The linears of a block, as they were before the stage; of one that is kept in few bits, in float32."""
+        for name, stored in self._decoder.block_names(index).items():
+            module = cast(nn.Linear, block.get_submodule(name))
+            before = self._stored.get(stored, module.weight.detach())
+            if isinstance(before, Quantized):
+                before = as_matrix(module, before.matrix()).to(self._decoder.device)
+            yield Linear(self._decoder.linear_name(index, name), stored, module, before)
+
+    def _load(self, bits: int) -> None:
+        """Keeps the full model in memory, its linears' weights apart from the modules."""
+        places = count()
+
+        def keep(block: nn.Module) -> None:
+            for name, stored in self._decoder.block_names(next(places)).items():
+                module = cast(nn.Linear, block.get_submodule(name))
+                if stored not in self._stored:
+                    weight = module.weight.detach()
+                    self._stored[stored] = weight if bits >= 16 else Quantized(as_matrix(module, weight), bits)
+                _put(module, module.weight.detach().to("meta"))
+
+        self._decoder.load_all(keep)
+
     def _loss(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> float:
-        wanted = labels[1:]
-        learnt = int((wanted != IGNORED).sum())
-        if not learnt:
-            return 0.0
-        logits = self._decoder.logits(ids, hidden)[0, :-1].float()
-        total = nn.functional.cross_entropy(logits, wanted.to(logits.device), ignore_index=IGNORED, reduction="sum")
-        return float(total) / learnt
+        if not bool((labels[1:] != IGNORED).any()):
+            return 0.0  # no logits are needed
+        return float(self._mean_loss(self._decoder.logits(ids, hidden)[0, :-1], labels))
+
+    @staticmethod
+    def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the tokens of a window that have a label; 0 if none has.
+
+        Args:
+            logits: (length − 1, vocabulary), of the tokens that another one follows.
+        """
+        wanted = labels[1:].to(logits.device)
+        total = nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
+        return total / (wanted != IGNORED).sum().clamp(min=1)
 
 
-def _put(module: nn.Linear, weight: Tensor) -> None:
+def _put(module: nn.Module, weight: Tensor) -> None:
     module.weight = nn.Parameter(weight, requires_grad=False)

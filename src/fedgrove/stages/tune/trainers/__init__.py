@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from fedgrove import plugins
+from fedgrove.models.cost import ModelCost
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.training import Work
 
@@ -17,9 +18,14 @@ class Trainer(Protocol):
     Attributes:
         PRIVATE: whether it adds noise, so that training is differentially private for single windows of text.
         TAKES: the forms of change that it trains; see :mod:`fedgrove.stages.tune.aggregation`.
+        WITHOUT_GRADIENTS: whether there is no backward pass.
+        FALLBACK: the trainer of clients whose memory is too small for this one, whose numbers add up with its own; None: such
+            clients are left out.
     """
 
     PRIVATE: bool
+    WITHOUT_GRADIENTS: bool
+    FALLBACK: str | None
     TAKES: frozenset[Form]
 
     def train(self, model: Any, work: Work, settings: Any) -> Any:
@@ -43,7 +49,28 @@ class Trainer(Protocol):
         ...
 
 
+class Demanding(Trainer, Protocol):
+    """The contract of a trainer that has a ``FALLBACK``."""
+
+    def memory(self, cost: ModelCost) -> float:
+        """Bytes at the peak of training, without the process itself."""
+        ...
+
+    def compute_seconds(self, cost: ModelCost, windows: int, speed: float) -> float:
+        """Seconds of computation in a round of so many windows.
+
+        Args:
+            speed: floating-point operations per second.
+        """
+        ...
+
+
 METHOD = Trainer
+
+
+def demanding_of(name: str) -> Demanding:
+    """Loads a trainer that has a ``FALLBACK``."""
+    return cast(Demanding, plugins.load(PACKAGE, name, Demanding))
 
 
 def trainer_of(name: str) -> Trainer:

@@ -13,6 +13,8 @@ from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.training import Settings, Work, loss_sum, make_optimizer, trained_parameters
 
 PRIVATE = True
+WITHOUT_GRADIENTS = False
+FALLBACK: str | None = None
 TAKES: frozenset[Form] = frozenset({"factors", "tensors"})
 
 

@@ -18,6 +18,8 @@ from fedgrove.stages.tune.seeds.two_sided import TwoSided
 from fedgrove.stages.tune.training import Work
 
 PRIVATE = True
+WITHOUT_GRADIENTS = True
+FALLBACK: str | None = None
 TAKES: frozenset[Form] = frozenset({"coefficients"})
 
 

@@ -26,6 +26,8 @@ from fedgrove.stages.tune.training import (
 )
 
 PRIVATE = False
+WITHOUT_GRADIENTS = False
+FALLBACK: str | None = None
 TAKES: frozenset[Form] = frozenset({"factors", "tensors"})
 
 

@@ -14,6 +14,8 @@ from fedgrove.stages.tune.seeds.two_sided import TwoSided
 from fedgrove.stages.tune.training import NotFinite, Work, draw
 
 PRIVATE = False
+WITHOUT_GRADIENTS = True
+FALLBACK: str | None = None
 TAKES: frozenset[Form] = frozenset({"coefficients"})
 MOST_SKIPPED = 3  # steps in a row
 
