@@ -4,10 +4,11 @@
 
 Tasks: which of four newsgroups a post of 64 tokens is from, and PubMedQA's yes, no or maybe. Records are dealt by label
 (Dirichlet 0.5; of newsgroups also evenly, and one group to each owner). An owner draws eight records a round. Soft prompts are
-given 800 scores a record set, words 600, words that owners edit and vote for 288, on twice the records; "random" is the best of
-20 prompts drawn like those of words, on as many records. All but "pooled" are scored in bfloat16. Accuracy is that of held-out
-records; intervals of a difference are paired bootstraps over these records. Every run is the product's, in one thread; results
-are kept, so a run that was stopped goes on.
+given 800 scores a record set, words, which begin without a written prompt, 600, on half of the records, and words that owners
+edit and vote for 288, on twice the records; "random" is the best of 20 prompts drawn like those of words, on as many records as
+these in all. All but "pooled" are scored in bfloat16. Accuracy is that of held-out records; intervals of a difference are
+paired bootstraps over these records. Every run is the product's, in one thread; results are kept, so a run that was stopped
+goes on.
 
     .venv/bin/python bench/prompts.py --model FOLDER --data ../shared/data --memory
 
@@ -55,7 +56,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FASTER = {"compute_dtype": "bfloat16"}
-WORDS = {"method": "categories", "tokens": 6, "choices": 50, **FASTER}
+WORDS = {"method": "categories", "tokens": 6, "choices": 50, "start": None, **FASTER}
 WAYS: dict[str, dict[str, Any]] = {  # with as many scores of each record set: rounds · population, and 41 in a round alone
     "pooled": {"rounds": 40, "population": POPULATION},
     "pooled, twice the records": {"rounds": 40, "population": POPULATION, "records": 2 * RECORDS, **FASTER},
@@ -64,12 +65,12 @@ WAYS: dict[str, dict[str, Any]] = {  # with as many scores of each record set: r
         "aggregation": "local", "rounds": 10, "generations": 8, "population": 5, "against_overfitting": 0.5, **FASTER,
     },
     "mean": {"aggregation": "mean", "rounds": 20, "generations": 8, "population": 5, **FASTER},
-    "words": {**WORDS, "rounds": 30, "population": POPULATION},
+    "words": {**WORDS, "rounds": 30, "population": POPULATION, "records": RECORDS // 2},
     "votes": {
         "method": "tokens", "rounds": 6, "population": 10, "generations": 4, "tokens": 5, "records": 2 * RECORDS,
         **FASTER,
     },
-    "random": {**WORDS, "rounds": 1, "population": POPULATION, "records": 30 * RECORDS},
+    "random": {**WORDS, "rounds": 1, "population": POPULATION, "records": 15 * RECORDS},
 }  # fmt: skip
 TASKS |= {f"newsgroups, {how}": TASKS["newsgroups"] for how in ALPHAS if how}
 PROMPTS = ("no_prompt", "start_prompt", "found_prompt")
@@ -169,9 +170,14 @@ def table(found: dict[tuple[str, str, int], dict[str, Any]]) -> list[str]:
     for task, way in dict.fromkeys((task, way) for task, way, _ in found):
         runs = [one for (*which, _), one in found.items() if which == [task, way]]
         right = [one["right"] for one in runs]
-        accuracies = [f"{statistics.mean(statistics.mean(one[name]) for one in right):.1%}" for name in PROMPTS]
+        known = [name for name in PROMPTS if name in right[0]]
+        means = {name: statistics.mean(statistics.mean(one[name]) for one in right) for name in known}
+        accuracies = [f"{means[name]:.1%}" if name in means else "" for name in PROMPTS]
         above = []
         for other in PROMPTS[:2]:
+            if other not in known:
+                above.append("")
+                continue
             clear = sum(difference(one["found_prompt"], one[other])[0] > 0 for one in right)
             above.append(f"{clear} of {len(right)}")
         first = runs[0]
@@ -179,6 +185,18 @@ def table(found: dict[tuple[str, str, int], dict[str, Any]]) -> list[str]:
         traffic = [f"{first['up']:,}", f"{first['down']:,}", f"{first['scores']:,.0f}", f"{cost:.3f}"]
         rows.append(f"| {task} | {way} | {' | '.join([*accuracies, *above, *traffic])} |")
     return rows
+
+
+def against(found: dict[tuple[str, str, int], dict[str, Any]], way: str, other: str) -> list[str]:
+    """A line for each task and seed: how much more often the prompt of one way is right than that of another."""
+    lines = []
+    for (task, name, seed), one in found.items():
+        if name == way and (task, other, seed) in found:
+            pair = one["right"]["found_prompt"], found[task, other, seed]["right"]["found_prompt"]
+            low, high = difference(*pair)
+            gain = statistics.mean(pair[0]) - statistics.mean(pair[1])
+            lines.append(f"{task}, seed {seed}: {way} against {other}: {gain:+.1%} ({low:+.1%} to {high:+.1%})")
+    return lines
 
 
 def main() -> None:
@@ -216,7 +234,7 @@ def main() -> None:
             test=args.test,
         )
     text = "\n".join(table(found))
-    print(text)
+    print("\n".join([text, *against(found, "words", "random"), *against(found, "pooled", "local")]))
     if args.write:
         page.write("prompts", text)
 
