@@ -39,7 +39,7 @@ class Disclosure(Enum):
     COMPONENT_SUMS = "for each component of a mixture its weight in the text, and the sums of its features and their squares"
     LIKELIHOODS = "how many windows of its text have each likelihood under a mixture"
     MEMBERS = "how many of its windows each adapter of a pool trains on"
-    LOSS_DIFFERENCES = "for each direction one number, the difference of the loss on its text between the model's two sides"
+    LOSS_DIFFERENCES = "for each direction one number, how its loss changes along it, by two losses or by a gradient"
     CURVATURE = "for a few directions how its loss differs and curves along them"
     LOSS = "its mean training loss of each round"
     HELD_OUT_LOSSES = "losses on text that it held out for itself, and whether it keeps a result of its own"
