@@ -159,16 +159,16 @@ class TwoSided:
         """Replaces the hidden states of every side by those after a block."""
         weights = self._weights(index, block, direction)
         for side, states in sides:
-            for linear, weight, z in weights:
-                _put(linear.module, torch.add(weight, z, alpha=side))
+            for module, weight, z in weights:
+                _put(module, torch.add(weight, z, alpha=side))
             for i, state in enumerate(states):
                 states[i] = self._decoder.run(block, state, calls[index])
         if self._stored:
-            for linear, _, _ in weights:
-                _put(linear.module, linear.weight.to("meta"))  # else the whole model would be there a second time
+            for module, weight, _ in weights:
+                _put(module, weight.to("meta"))  # else the whole model would be there a second time
 
-    def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[Linear, Tensor, Tensor]]:
-        """For every linear of a block: as it was, its weight with all steps, float32, and z."""
+    def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        """For every linear of a block: its module, its weight with all steps, float32, and z."""
         weights = []
         for linear in self._linears(index, block):
             weight = self._with_steps(linear)
@@ -178,7 +178,7 @@ class TwoSided:
             if linear.name in self._masked:
                 z.masked_fill_(linear.weight == 0, 0)
             _put(linear.module, weight)  # frees the stored weight, unless the full model is in memory
-            weights.append((linear, weight, z))
+            weights.append((linear.module, weight, z))
         return weights
 
     def _with_steps(self, linear: Linear) -> Tensor:
