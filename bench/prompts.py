@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a try")
     parser.add_argument("--test", type=int, help="fewer held-out records, for a try")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what the file of results holds")
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
     parser.add_argument("--set", nargs="*", default=[], help="keys of the stage, such as spread=0.1, for a try")
     args = parser.parse_args()
@@ -220,12 +221,12 @@ def main() -> None:
         both = peak(evaluated, args.model, args.data, 128), peak(scored, args.model, args.data)
         print(json.dumps(dict(zip(("evaluate", "score"), both, strict=True))))
         return
-    keep = results.Kept(args.results, args.model)
+    keep = results.Kept(args.results, args.model, only=args.kept)
     changes = {key: json.loads(value) for key, _, value in (one.partition("=") for one in args.set)}
     found = {}
     for task, way, seed in itertools.product(args.tasks, args.ways, args.seeds):
         stage = {**WAYS[way], **({"rounds": args.rounds} if args.rounds and WAYS[way]["rounds"] > 1 else {}), **changes}
-        found[task, way, seed] = keep(
+        result = keep(
             lambda task=task, stage=stage, seed=seed: measure(args.model, args.data, task, stage, seed, args.test),
             task=task,
             way=way,
@@ -233,6 +234,8 @@ def main() -> None:
             seed=seed,
             test=args.test,
         )
+        if result is not None:
+            found[task, way, seed] = result
     text = "\n".join(table(found))
     print("\n".join([text, *against(found, "words", "random"), *against(found, "pooled", "local")]))
     if args.write:
