@@ -24,7 +24,7 @@ from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
-from fedgrove.stages.tune.exchanges.seeds import measuring_rounds, measuring_share, perturbations_of
+from fedgrove.stages.tune.exchanges.seeds import measuring_rounds, measuring_share, perturbations_of, rank_of
 from fedgrove.stages.tune.holding import (
     NOTHING_CHOSEN,
     Chosen,
@@ -136,7 +136,7 @@ def make_plan(
     """
     method, planner = parametrization_of(config.parametrization), planner_of(config.planner)
     for name, shape in cost.linears.items():
-        if "ranks" not in method.UNUSED and config.ranks[-1] > min(shape):
+        if (method.RANKED or rank_of(config)) and config.ranks[-1] > min(shape):
             raise FedgroveError(
                 f"stages.{index}.ranks: {config.ranks[-1]} is too large for {name} ({shape[0]}×{shape[1]})",
                 f"give {min(min(shape) for shape in cost.linears.values())} at most",

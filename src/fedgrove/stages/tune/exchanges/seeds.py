@@ -355,8 +355,9 @@ class Measure(AlongDirections):
 
 
 def rank_of(config: Config) -> int:
-    """The rank of the adapters that move; 0: the weights do."""
-    return config.ranks[-1] if parametrization_of(config.parametrization).FROZEN else 0
+    """The rank of the adapters that move along directions; 0: the weights do, or nothing moves along directions."""
+    what = parametrization_of(config.parametrization)
+    return config.ranks[-1] if what.FORM == "coefficients" and what.FROZEN else 0
 
 
 def perturbations_of(config: Config) -> tuple[float, ...]:
