@@ -150,10 +150,14 @@ def _saved_bytes(cost: ModelCost, bits: int, columns: Any, rank: Any) -> Any:
     return 4 * cost.length * (columns + rank)
 
 
-def full_memory(cost: ModelCost, micro: int) -> float:
-    """Bytes at the peak of full fine-tuning of the linears, in float32, without the process itself."""
+def full_memory(cost: ModelCost, micro: int, per_weight: int = PER_TUNED) -> float:
+    """Bytes at the peak where every weight of the linears has a gradient, in float32, without the process itself.
+
+    Args:
+        per_weight: bytes of a weight, with its gradient and what an optimizer keeps.
+    """
     inputs = _inputs(cost)
-    tuned = cost.parameters * (PER_TUNED - 4)
+    tuned = cost.parameters * (per_weight - 4)
     return weight_bytes(cost, 32) + tuned + micro * (activation_bytes(cost, 32) + 4 * cost.length * inputs)
 
 
@@ -202,9 +206,13 @@ def seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientC
 
 
 def full_compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, batch: int) -> float:
-    """Seconds of computation in a round of full fine-tuning; the weights' gradients add two operations per weight and token."""
-    windows = space.steps * each_device(batch, budget)
-    return windows * (window_operations(cost) + 2 * cost.length * cost.multiplied) / budget.speed
+    """Seconds of computation in a round of full fine-tuning."""
+    return space.steps * each_device(batch, budget) * full_operations(cost) / budget.speed
+
+
+def full_operations(cost: ModelCost) -> float:
+    """:func:`window_operations` with the weights' gradients, which take two more per weight and token."""
+    return window_operations(cost) + 2 * cost.length * cost.multiplied
 
 
 def upload(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:

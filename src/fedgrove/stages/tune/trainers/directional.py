@@ -22,6 +22,7 @@ PRIVATE = False
 WITHOUT_GRADIENTS = False
 FALLBACK: str | None = "zeroth_order"
 TAKES: frozenset[Form] = frozenset({"coefficients"})
+PER_WEIGHT = 12  # bytes
 
 
 def train(model: TwoSided, work: Work, settings: Steps) -> Taken:
@@ -53,12 +54,10 @@ def train(model: TwoSided, work: Work, settings: Steps) -> Taken:
 
 
 def memory(cost: ModelCost) -> float:
-    """Float32 weights as they were and as they are, their gradients, and the activations of one window."""
-    inputs = sum(cost.uses(name) * columns for name, (_, columns) in cost.linears.items())
-    weights = costs.weight_bytes(cost, 32) + 8 * cost.parameters
-    return weights + costs.activation_bytes(cost, 32) + 4 * cost.length * inputs
+    """Each weight as it was and as it is, and its gradient, with the activations of one window."""
+    return costs.full_memory(cost, 1, PER_WEIGHT)
 
 
 def compute_seconds(cost: ModelCost, windows: int, speed: float) -> float:
     """A backward pass takes the time of two forward passes."""
-    return windows * (costs.window_operations(cost) + 2 * cost.length * cost.multiplied) / speed
+    return windows * costs.full_operations(cost) / speed
