@@ -128,7 +128,7 @@ class TwoSided:
             for i in range(len(ids)):
                 logits = model(input_ids=ids[i : i + 1].to(self._decoder.device), use_cache=False).logits[0, :-1]
                 loss = self._mean_loss(logits, labels[i])
-                found[i] = float(loss)
+                found[i] = loss.detach()
                 if bool(torch.isfinite(loss)) and loss.requires_grad:
                     torch.autograd.backward(loss)
         total = torch.zeros(len(directions), dtype=torch.float64)
