@@ -95,9 +95,9 @@ class Config(StageConfig):
         labels: all possible answers, written exactly as the answers, spaces included. The loss is then the cross entropy among
             them. Default: answers are free text, and the loss is that of an answer's tokens, their mean.
         score: "loss", or "correct": how many records get the right label. Default: "loss", and "correct" for votes.
-        compute_dtype: the dtype in which clients score prompts: "float32"; "bfloat16", twice as fast on CPUs with instructions
-            for it, with losses that are less exact; or "auto", which is "bfloat16" on such a CPU (clients may then differ).
-            Default: "float32" on a CPU, the model's own dtype on a GPU.
+        compute_dtype: the dtype in which clients score prompts: "float32"; "bfloat16", faster on CPUs with instructions for it,
+            with losses that are less exact; or "auto", which is "bfloat16" on such a CPU (clients may then differ). Default:
+            "float32" on a CPU, the model's own dtype on a GPU.
         place: of the prompt. "end": after the record's text, so that a text passes through the model once for all candidates.
             "front": before it, where peft's prompt tuning has it.
         length: tokens of a record's text with its answer; a longer text is cut off from the left.
