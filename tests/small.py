@@ -193,6 +193,13 @@ class Small:
             self._runs[key] = out
         return self._runs[key]
 
+    def continued(self, out: Path, moment: Moment, **changes: Any) -> Path:
+        """The run folder of a job that was killed at a moment, in a process of its own, and continued in this one."""
+        job = self.job("continued", **changes)
+        killed("run", job, "--out", out, "--quiet", moment=moment)
+        assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
+        return out
+
 
 class Meddling:
     """An engine between the rounds and a real one, which changes some clients' responses of one kind."""

@@ -25,7 +25,7 @@ from fedgrove.stages.tune.factors import Factors
 from fedgrove.stages.tune.parametrizations import Attachment, full, ia3, parametrization_of
 from fedgrove.stages.tune.server_optimizers import ServerOptimizerState, step
 from fedgrove.stages.tune.trainers import sgd
-from small import CLIENTS, LENGTH, Moment, Small, cli, killed, lines, measurements
+from small import CLIENTS, LENGTH, Moment, Small, cli, lines, measurements
 from test_architectures import save
 from test_tune_stage import PRUNE, TUNE, client_of, mean_perplexity, weights
 
@@ -215,10 +215,7 @@ def test_momentum_goes_on_and_a_rate_takes_part_of_the_way(form: str) -> None:
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, method: str, moment: Moment) -> None:
     """Also what a server optimizer remembers."""
     stages = [PRUNE, {**IA3, "method": method, "rounds": 3, "server_optimizer": "adam", "server_lr": 0.01, "eval_every": 1}]
-    whole = small.undisturbed(stages=stages)
-    job, out = small.job("resumed", stages=stages), tmp_path / "run"
-    killed("run", job, "--out", out, "--quiet", moment=moment)
-    assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
+    whole, out = small.undisturbed(stages=stages), small.continued(tmp_path / "run", moment, stages=stages)
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(whole).items())
     assert measurements(out) == measurements(whole)
     assert (out / "plan-1-tune.json").read_bytes() == (whole / "plan-1-tune.json").read_bytes()

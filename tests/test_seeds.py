@@ -32,7 +32,7 @@ from fedgrove.stages.tune.seeds.offsets import LARGEST, UNIT, Offsets
 from fedgrove.stages.tune.seeds.steps import Steps
 from fedgrove.stages.tune.seeds.two_sided import TwoSided
 from fedgrove.stages.tune.trainers import dp_zeroth_order, zeroth_order
-from small import CLIENTS, LENGTH, Moment, Small, cli, complaint, killed, lines, measurements, result
+from small import CLIENTS, LENGTH, Moment, Small, complaint, lines, measurements, result
 from test_tune_private import SECURE, Recorder, run
 from test_tune_stage import PRUNE, client_of, mean_perplexity, weights
 
@@ -417,10 +417,7 @@ def test_zeros_of_a_pruned_model_stay(small: Small) -> None:
 ])  # fmt: skip
 def test_a_killed_stage_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: Moment) -> None:
     stages = [PRUNE, {**SEEDS, "steps": 1, "learning_rate": "auto", "replan_every": 1, "eval_every": 1}]
-    whole = small.undisturbed(stages=stages)
-    job, out = small.job("resumed", stages=stages), tmp_path / "run"
-    killed("run", job, "--out", out, "--quiet", moment=moment)
-    assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
+    whole, out = small.undisturbed(stages=stages), small.continued(tmp_path / "run", moment, stages=stages)
     assert result(out) == result(whole) | {"job.toml": result(out)["job.toml"]}
 
 

@@ -26,7 +26,7 @@ from fedgrove.stages.tune.objective import MOST_NOISE, NOISE, Gradients, Progres
 from fedgrove.stages.tune.plan import Plan, even, make_plan, progress
 from fedgrove.stages.tune.speeds import BOUND, corrected
 from fedgrove.stages.tune.training import Settings, loss_sum
-from small import Moment, Small, cli, killed, measurements
+from small import Moment, Small, cli, measurements
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
 SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
@@ -282,9 +282,7 @@ def test_prediction_and_outcome_are_in_the_metrics_and_the_report(small: Small) 
     Moment("open", "*/metrics.jsonl", "cut", count=20),
 ])  # fmt: skip
 def test_a_killed_stage_learns_the_same_of_its_rounds(small: Small, tmp_path: Path, moment: Moment) -> None:
-    whole, job, out = small.undisturbed(**GAINS), small.job("gains", **GAINS), tmp_path / "run"
-    killed("run", job, "--out", out, "--quiet", moment=moment)
-    assert cli("run", job, "--out", out, "--resume", "--quiet")[0] == 0
+    whole, out = small.undisturbed(**GAINS), small.continued(tmp_path / "run", moment, **GAINS)
     assert measurements(out) == measurements(whole)
     assert (out / "plan-0-tune.json").read_bytes() == (whole / "plan-0-tune.json").read_bytes()
     weights, wanted = (load_file(run / "model" / "model.safetensors") for run in (out, whole))
