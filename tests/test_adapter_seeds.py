@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,19 @@ def test_a_mistake_is_one_line_that_names_the_key(small: Small, change: dict[str
     line = complaint("plan", small.job("mistaken", stages=[{**ADAPTERS, **change}], evaluate={}))
     assert "stages.0" in line
     assert says in line, line
+
+
+def test_the_memory_that_a_client_is_said_to_lack_is_enough_for_the_bits_of_the_job(small: Small, grove: Path) -> None:
+    def planned(memory: str) -> tuple[int, str, str]:
+        clients = [{**one, "memory": memory} for one in small.spec()["clients"]]
+        changes = {"model__path": str(grove), "evaluate": {}, "clients": clients}
+        return cli("plan", small.job("tight", stages=[{**ADAPTERS, "bits": [8]}], **changes))
+
+    status, _, line = planned("1MiB")
+    assert status == 2
+    need = re.search(r"two forward passes need ([\d,]+) MiB of memory, but it has 1 MiB", " ".join(line.split()))
+    assert need, line
+    assert planned(f"{need[1].replace(',', '')}MiB")[0] == 0
 
 
 def test_a_client_refuses_a_rank_that_no_adapter_has(small: Small, tmp_path: Path) -> None:

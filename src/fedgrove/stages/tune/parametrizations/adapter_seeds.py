@@ -19,9 +19,9 @@ from fedgrove.stages.tune import cost as costs
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.cost import Budget, ClientConfig, SearchSpace
 from fedgrove.stages.tune.parametrizations import seeds
-from fedgrove.stages.tune.parametrizations.seeds import change_of, none, numbers, shortage
+from fedgrove.stages.tune.parametrizations.seeds import change_of, none, numbers, too_little
 
-__all__ = ["change_of", "none", "numbers", "shortage"]
+__all__ = ["change_of", "none", "numbers"]
 
 FORM: Form = seeds.FORM
 LOOP = seeds.LOOP
@@ -58,3 +58,8 @@ def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config:
     """As of "seeds"; the products B·A of the steps so far and of the direction take two operations for each weight and rank."""
     products = 4 * space.ranks[-1] * max(cost.multiplied, cost.parameters)
     return seeds.compute_seconds(cost, space, budget, config) + space.steps * products / budget.speed
+
+
+def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
+    """Even inference needs too much memory, at whichever of the allowed precisions needs least."""
+    return too_little(min(memory(cost, space, one) for one in configurations(space, cost, space.batches[-1])), budget)

@@ -125,7 +125,11 @@ def numbers(cost: ModelCost, ranks: Mapping[str, int], config: Config, sent: boo
 
 def shortage(cost: ModelCost, space: SearchSpace, budget: Budget) -> str:
     """Even inference needs too much memory."""
-    need = memory(cost, space, ClientConfig(32, space.batches[-1], 1, {}))
+    return too_little(memory(cost, space, ClientConfig(32, space.batches[-1], 1, {})), budget)
+
+
+def too_little(need: float, budget: Budget) -> str:
+    """The message for a client with less memory than two forward passes need, and the remedy."""
     return (
         f"two forward passes need {mebibytes(need, enough=True)} of memory, but it has {mebibytes(budget.memory)} "
         "(clients.memory); lower length"
