@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,12 @@ class _Stage:
             for text, prompt, answer in labeled(self.job.evaluate, MEASURE)
         }
 
+    @cached_property
+    def measured_with(self) -> Decoder:
+        """The model in the dtype in which held-out records are measured."""
+        dtype = dtype_of(self.job.evaluate.compute_dtype, self.federation.device)
+        return Decoder(self.decoder.checkpoint, self.federation.device, dtype) if dtype else self.decoder
+
     def measure(self, text: str, records: Records, prompt: Prompt) -> None:
         """Logs how good no prompt, the start and the prompt that was found are on a held-out text, unless they are logged."""
         if (None, None, f"{FOUND}/{text}") in self.logged:
@@ -297,9 +304,7 @@ class _Stage:
             prompts[START] = Prompt(embed(self.decoder, torch.tensor(self.task.start)), written=True)
         prompts[FOUND] = prompt
         on_progress = self.run_folder.phase(Phase("evaluate", "the prompt", stage=self.plan.stage, text=text))
-        dtype = dtype_of(self.job.evaluate.compute_dtype, self.federation.device)
-        decoder = Decoder(self.decoder.checkpoint, self.federation.device, dtype) if dtype else self.decoder
-        scores = score(decoder, records, list(prompts.values()), self.config.place, on_progress)
+        scores = score(self.measured_with, records, list(prompts.values()), self.config.place, on_progress)
         values = right(scores, records) if self.config.labels else losses(scores, records).nan_to_num(MOST_LOSS, MOST_LOSS)
         for place, name in enumerate(prompts):
             measured = mean(values[:, place].double().tolist())
