@@ -100,8 +100,8 @@ class Adapters:
 
     def weight(self, linear: Linear, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         factors = self.factors(linear, coefficients)
-        product = as_matrix(linear.module, factors.b.double() @ factors.a.double())
-        return (linear.weight.double() + product.to(linear.weight.device)).to(dtype)
+        product = as_matrix(linear.module, factors.b.double() @ factors.a.double()).to(linear.weight.device)
+        return product.add_(linear.weight).to(dtype)  # in place: a large weight is not in memory three times in float64
 
     def along(self, linear: Linear, direction: int) -> Tensor:
         """float32."""
