@@ -32,7 +32,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.models.features import Features, pooled_states, projection, typical
 from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds.aggregator.moments import Moments
-from fedgrove.split import _by_dirichlet
+from fedgrove.split import by_dirichlet
 from fedgrove.stages.head.heads import Linear, head_of
 from fedgrove.stages.head.records import hold_out, read_labeled
 from fedgrove.stages.head.solving import TooFew, solve
@@ -100,7 +100,7 @@ def compare(
     """All accuracies of one way to deal the posts."""
     features, truth = posts
     rng = np.random.default_rng(seed)
-    dealt = [part for part in _by_dirichlet(range(len(truth)), [labels[i] for i in truth], OWNERS, alpha, rng) if len(part) > 4]
+    dealt = [part for part in by_dirichlet(range(len(truth)), [labels[i] for i in truth], OWNERS, alpha, rng) if len(part) > 4]
     owners = []
     for part in dealt:
         index = torch.tensor(sorted(part))

@@ -3,8 +3,11 @@
     .venv/bin/python bench/pool.py --data ../shared/data --results pool.jsonl
 
 *kinds*: eight owners, two each of MedQuAD, E2E, the Rust book and Shakespeare, with 80 % and 20 % of its text. *iid*: the same
-text dealt at random. A fifth of every owner's records is held out before anything is trained, and on that fifth it is measured.
-Every method has the same start, windows and optimizer steps. With a pool, an owner has the mixture that its own training text
+text dealt at random. *mixed*: the same text of four owners who have each kind, in unequal parts (Dirichlet 0.5). *newsgroups*:
+posts of twenty groups, dealt to eight owners by group (Dirichlet 0.1 or 0.3). A fifth of every owner's records is held out
+before anything is trained, and on that fifth it is measured. Every method has the same start, windows and optimizer steps.
+"shared, then alone": half of the rounds together, and then each owner goes on alone. "keys, rank 2": four members of a quarter
+of the rank, so that all of them are as large as one adapter. With a pool, an owner has the mixture that its own training text
 gets: by its windows of each member. The interval is a paired bootstrap over each owner's windows; a gain is negative.
 
     .venv/bin/python bench/pool.py --data ../shared/data --results pool.jsonl --leave-out --pools pools --methods keys
@@ -14,6 +17,11 @@ the pools, which stay in the folder ``--pools`` and are trained once. "shuffled 
 keys have changed places; what the gate gains has to be lost with it. With ``--together pair`` two owners of different kinds are
 left out at a time, so that half as many pools are trained; with ``--together kind`` the two of a kind, so that their text is
 like nothing that the pool knows.
+
+    .venv/bin/python bench/pool.py --data ../shared/data --streams --seeds 0 1 2 3 4 5 6 7 8 9
+
+``--streams`` trains nothing: which owners gate "similar" puts together, without and with noise, as the share of the 28 pairs of
+owners that are together or apart as their kinds are.
 """
 
 from __future__ import annotations
@@ -43,16 +51,24 @@ from fedgrove.adopt import adopt
 from fedgrove.data.windows import training_windows
 from fedgrove.files import read_lines
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.features import pooled_states, typical
 from fedgrove.models.stream import Checkpoint
 from fedgrove.options import By
+from fedgrove.privacy.accounting import noise_of_part
+from fedgrove.privacy.gaussian import GaussianMechanism
+from fedgrove.split import by_dirichlet
 from fedgrove.stages.tune.frozen import load
+from fedgrove.stages.tune.gates import similar
 from fedgrove.stages.tune.personal import losses
-from fedgrove.stages.tune.pool.features import STATE
+from fedgrove.stages.tune.pool.config import Pool as Settings
+from fedgrove.stages.tune.pool.features import CENTER, SCALE, STATE, layers_of, numbers_of
 from fedgrove.stages.tune.pool.finished import Pool
 from fedgrove.stages.tune.pool.newcomers import few_windows
+from fedgrove.stages.tune.pool.scale import at_random, direction, unit
 
 LENGTH, MEMBERS = 64, 4
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
+FEWEST = 10  # records of an owner: with fewer there is none to hold out and train on
 STAGE = {
     "kind": "tune", "planner": "uniform", "parametrization": "lora", "aggregation": "ffa_lora", "rounds": 6, "steps": 8,
     "length": LENGTH, "batches": [4], "ranks": [8], "bits": [32], "learning_rate": 4e-3,
@@ -66,8 +82,13 @@ TOGETHER = {  # owners who are left out at the same time
     ),
     "kind": tuple({f"{kind}-large", f"{kind}-small"} for kind in KINDS),
 }  # fmt: skip
-METHODS = ("base", "shared", "alone", "groups", "random", "losses", "mixture", "similar", "keys")
-CASES = ("kinds", "iid")
+EPSILONS = (None, 8.0, 4.0, 2.0, 1.0)
+TOGETHER_FIRST = "shared, then alone"
+METHODS = (
+    "base", "shared", "alone", TOGETHER_FIRST, "groups", "random", "losses", "mixture", "similar", "keys", "keys, rank 2",
+)  # fmt: skip
+ALPHAS = {"mixed": (4, 0.5), "newsgroups 0.1": (8, 0.1), "newsgroups 0.3": (8, 0.3)}  # owners, and how evenly labels are dealt
+CASES = ("kinds", "iid", *ALPHAS)
 Parts = dict[str, list[tuple[float, int]]]  # by owner, the loss of each held-out window and its predicted tokens
 
 
@@ -75,11 +96,19 @@ def deal(case: str, data: Path, folder: Path, seed: int) -> dict[str, tuple[Path
     """By owner, the file that it trains on and the one that it holds out."""
     folder.mkdir()
     texts: dict[str, list[str]] = {}
-    for kind in KINDS:
-        records = [json.dumps({"text": text}) for text in personal.records_of(kind, data)]
-        random.Random(f"{seed}/{kind}").shuffle(records)
-        records = records[:RECORDS]
-        texts[f"{kind}-large"], texts[f"{kind}-small"] = records[: RECORDS * 4 // 5], records[RECORDS * 4 // 5 :]
+    if case in ALPHAS:
+        labels, records = zip(*_labeled(case, data, seed), strict=True)
+        number, alpha = ALPHAS[case]
+        dealt = by_dirichlet(range(len(records)), labels, number, alpha, np.random.default_rng(seed))
+        for which, part in enumerate(dealt):
+            lines = [records[i] for i in part]
+            random.Random(f"{seed}/{which}").shuffle(lines)
+            if len(lines) >= FEWEST:
+                texts[f"owner-{which}"] = lines
+    else:
+        for kind in KINDS:
+            records = _records(kind, data, seed)
+            texts[f"{kind}-large"], texts[f"{kind}-small"] = records[: RECORDS * 4 // 5], records[RECORDS * 4 // 5 :]
     if case == "iid":
         every = [line for lines in texts.values() for line in lines]
         random.Random(f"{seed}/iid").shuffle(every)
@@ -94,25 +123,50 @@ def deal(case: str, data: Path, folder: Path, seed: int) -> dict[str, tuple[Path
     return found
 
 
+def _records(kind: str, data: Path, seed: int) -> list[str]:
+    """Lines of a file of one kind of text, in random order."""
+    records = [json.dumps({"text": text}) for text in personal.records_of(kind, data)]
+    random.Random(f"{seed}/{kind}").shuffle(records)
+    return records[:RECORDS]
+
+
+def _labeled(case: str, data: Path, seed: int) -> list[tuple[str, str]]:
+    """Each record's label, by which it is dealt, and its line."""
+    if case == "mixed":
+        return [(kind, line) for kind in KINDS for line in _records(kind, data, seed)]
+    rows = read_lines(data / "newsgroups" / "train.jsonl")
+    random.Random(seed).shuffle(rows)
+    return [(row["label"], json.dumps({"text": row["text"]})) for row in rows[: RECORDS * len(KINDS)]]
+
+
 def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: Any) -> dict[str, Any]:
     """The losses of every owner's own text, and the bytes of the ledger."""
     with tempfile.TemporaryDirectory() as name:
         files = deal(case, data, Path(name) / "data", seed)
-        train = functools.partial(_train, Path(name), model, seed, changes)
+        train = functools.partial(_train, Path(name), seed=seed, changes=changes)
         measure = functools.partial(_measure, tokenizer=_tokenizer(model))
         if method == "base":
             return {"parts": {owner: measure(model, held) for owner, (_, held) in files.items()}, "bytes": 0}
-        if method == "alone":
-            runs = {owner: train(owner, {owner: of}) for owner, of in files.items()}
+        if method in ("alone", TOGETHER_FIRST):
+            start, sent = model, 0
+            if method == TOGETHER_FIRST:
+                rounds = int(changes.get("rounds", STAGE["rounds"]))
+                first = _train(Path(name), "shared", model, files, seed=seed, changes={**changes, "rounds": rounds // 2})
+                start, sent = first / "model", _sent(first)
+                train = functools.partial(train, changes={**changes, "rounds": rounds - rounds // 2})
+            runs = {owner: train(owner, start, {owner: of}) for owner, of in files.items()}
             parts = {owner: measure(runs[owner] / "model", held) for owner, (_, held) in files.items()}
-            return {"parts": parts, "bytes": 0}
+            return {"parts": parts, "bytes": sent}
         if method == "shared":
-            done = train("shared", files)
+            done = train("shared", model, files)
             return {
                 "parts": {owner: measure(done / "model", held) for owner, (_, held) in files.items()},
                 "bytes": _sent(done),
             }
-        done = train(method, files, _pool(method, list(files)))
+        gate, _, rank = method.partition(", rank ")
+        if rank:
+            train = functools.partial(train, changes={**changes, "ranks": [int(rank)]})
+        done = train(gate, model, files, _pool(gate, list(files)))
         pool = Pool.read(done)
         decoder = pool.model()
         parts = {}
@@ -145,7 +199,7 @@ def leave_out(
         settings = json.dumps([results.fingerprint(model), method, seed, sorted(out), changes], sort_keys=True)
         kept = pools / hashlib.sha256(settings.encode()).hexdigest()[:16]
         if not (kept / "pool").is_dir():
-            done = _train(folder, model, seed, changes, method, files, _pool(method, list(files)))
+            done = _train(folder, method, model, files, _pool(method, list(files)), seed=seed, changes=changes)
             shutil.copytree(done / "pool", kept / "pool")
         pool, tokenizer = Pool.read(kept), _tokenizer(model)
         decoder = pool.model(str(model))
@@ -162,6 +216,41 @@ def leave_out(
                 way: pool.losses(decoder, pool.mix(of) if of else {}, _windows(held, tokenizer)) for way, of in weights.items()
             }
         return {**found, "losses": means(parts), "weights": {way: list(of) for way, of in weights.items()}}
+
+
+def streams(data: Path, model: Path, seed: int) -> dict[str, float]:
+    """By ε of the stage (δ 1e-5; "none"), the share of pairs of the owners of *kinds* about which gate "similar" is right."""
+    decoder, tokenizer, settings = Decoder(Checkpoint(model)), _tokenizer(model), Settings(gate="similar", members=MEMBERS)
+    layers, prefix = layers_of(settings.blocks, len(decoder)), min(settings.prefix, LENGTH)
+    center, scale = typical(decoder, layers, prefix, str(seed))
+    numbers = {}
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        for owner, (train, _) in deal("kinds", data, Path(name) / "data", seed).items():
+            ids, _ = training_windows([train], {"text": "{text}"}, tokenizer, LENGTH)
+            states = pooled_states(decoder, list(ids[:, :prefix]), layers, "mean")
+            numbers[owner] = numbers_of(states, {CENTER: center, SCALE: scale}, layers, str(seed))
+    found = {}
+    for epsilon in EPSILONS:
+        along = at_random(next(iter(numbers.values())).shape[1], settings.size, str(seed))
+        sums = [unit(of, along).sum(0) for of in numbers.values()]
+        if epsilon is not None:
+            mechanism = GaussianMechanism(1.0, noise_of_part(epsilon, 1e-5), adders=1)
+            sums = [mechanism.add_share(total) for total in sums]
+        directions = torch.cat([direction(total) for total in sums])
+        owners = [one[None] for one in directions - directions.mean(0)]
+        state = similar.begin(settings, settings.size, str(seed))
+        for _ in range(settings.fit_rounds):
+            each = [similar.observe(one, state) for one in owners]
+            total = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
+            state, _ = similar.settle(state, total)
+        state = similar.finish(state, total, 1)
+        members = [int(similar.weights(one, state).argmax()) for one in owners]
+        pairs = itertools.combinations(
+            [(owner.partition("-")[0], member) for owner, member in zip(numbers, members, strict=True)], 2
+        )
+        right = [(one[0] == other[0]) == (one[1] == other[1]) for one, other in pairs]
+        found[str(epsilon or "none")] = sum(right) / len(right)
+    return found
 
 
 def _weights(pool: Pool, decoder: Decoder, train: Path) -> list[float]:
@@ -190,12 +279,13 @@ def _pool(method: str, owners: list[str]) -> dict[str, Any]:
 
 def _train(
     folder: Path,
-    model: Path,
-    seed: int,
-    changes: dict[str, Any],
     name: str,
+    model: Path,
     files: dict[str, tuple[Path, Path]],
     pool: dict[str, Any] | None = None,
+    *,
+    seed: int,
+    changes: dict[str, Any],
 ) -> Path:
     stage = {**STAGE, **{key: value for key, value in changes.items() if key in STAGE}}
     stage = {key: value for key, value in stage.items() if value is not None}  # such as ranks of (IA)³, which has none
@@ -293,6 +383,7 @@ def main() -> None:
         choices=OWNERS,
         help="owners of kinds who come after the run, one at a time; none: all",
     )
+    parser.add_argument("--streams", action="store_true", help="which owners are found to be alike, instead")
     parser.add_argument("--together", choices=TOGETHER, help="with --leave-out: two owners at a time")
     parser.add_argument("--write", action="store_true", help="write the table of --leave-out into docs/benchmarks.md, too")
     parser.add_argument("--pools", type=Path, help="where the pools of --leave-out are kept")
@@ -301,6 +392,13 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = results.Kept(args.results, args.model)
     found = {}
+    if args.streams:
+        every = [kept(functools.partial(streams, args.data, args.model, seed), streams=True, seed=seed) for seed in args.seeds]
+        print("| ε of the stage | pairs right, mean | all right |", "|---|---|---|", sep="\n")
+        for epsilon in every[0]:
+            of = [one[epsilon] for one in every]
+            print(f"| {epsilon} | {sum(of) / len(of):.0%} | {sum(one == 1 for one in of)} of {len(of)} |")
+        return
     if args.leave_out is not None:
         for seed, method in itertools.product(args.seeds, args.methods):
             of_owners = {}
@@ -314,6 +412,8 @@ def main() -> None:
                 page.write("newcomers", text)
         return
     for case, seed, method in itertools.product(args.cases, args.seeds, args.methods):
+        if method == "groups" and case != "kinds":
+            continue  # nobody knows them
         settings = {"case": case, "method": method, "seed": seed, **args.changes}
         found[case, seed, method] = kept(functools.partial(run, args.data, args.model, **settings), **settings)
     print(table(found))

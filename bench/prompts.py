@@ -39,7 +39,7 @@ from fedgrove.evaluation.metrics import interval, resampled
 from fedgrove.files import read_lines
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
-from fedgrove.split import _by_dirichlet
+from fedgrove.split import by_dirichlet
 from fedgrove.stages.prompt.records import read_records
 from fedgrove.stages.prompt.scoring import Prompt, losses, score
 
@@ -91,7 +91,7 @@ def deal(task: str, data: Path, folder: Path, seed: int, test: int | None) -> di
             continue
         labels = [row["label"] for row in rows]
         if alpha:
-            dealt = _by_dirichlet(order, labels, OWNERS, alpha, rng)
+            dealt = by_dirichlet(order, labels, OWNERS, alpha, rng)
         else:
             dealt = [[i for i in order if labels[i] == label] for label in about["labels"]]
         for number, owned in enumerate(one for one in dealt if one):

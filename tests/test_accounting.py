@@ -52,6 +52,20 @@ def test_many_steps_without_sampling_are_one_gaussian(monkeypatch: pytest.Monkey
     assert min(asked) == 1.0, "what less noise spends takes seconds to count"
 
 
+def test_a_release_besides_training_takes_its_part_of_the_budget() -> None:
+    epsilon, delta, rate, steps = 4.0, 1e-5, 0.05, 40
+    besides = accounting.noise_of_part(epsilon, delta)
+    assert besides == accounting.gaussian_noise_multiplier(1.0, 2.5e-6)
+    alone, noise = (accounting.dp_sgd_noise_multiplier(epsilon, delta, rate, steps, one) for one in (None, besides))
+    assert noise > alone
+    assert accounting.dp_sgd_keeps(noise, epsilon, delta, rate, steps, besides)
+    assert not accounting.dp_sgd_keeps(alone, epsilon, delta, rate, steps, besides)
+    whole = accounting.dp_sgd_noise_multiplier(epsilon, delta, 1.0, steps, besides)
+    both = 1 / math.sqrt(steps / whole**2 + 1 / besides**2)  # Gaussians compose to one
+    assert both == pytest.approx(accounting.gaussian_noise_multiplier(epsilon, delta))
+    assert accounting.dp_sgd_epsilon(whole, delta, 1.0, steps, besides) == pytest.approx(epsilon, rel=2e-3)
+
+
 def test_noise_below_the_least_is_refused_without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "dp_sgd_epsilon", lambda *arguments: pytest.fail("this takes minutes"))
     assert not accounting.dp_sgd_keeps(0.01, 1.0, 1e-5, 0.1, 4)

@@ -39,7 +39,7 @@ from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.dealing import divide
 from fedgrove.stages.tune.pool.finished import Pool as FinishedPool
 from fedgrove.stages.tune.pool.fitting import Fit
-from fedgrove.stages.tune.pool.scale import CLIP, CODE
+from fedgrove.stages.tune.pool.scale import CLIP, CODE, direction, unit
 from fedgrove.stages.tune.state import TuningState
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_architectures import save
@@ -161,12 +161,15 @@ def test_a_key_without_windows_begins_again_beside_the_largest() -> None:
 def test_similar_owners_go_to_one_member_with_all_their_windows() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = 2 * torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1, 0]]
-    owners = [CODE.decode(CODE.encode(kind + torch.randn(30, 4, generator=generator, dtype=torch.float64))) for kind in kinds]
+    windows = [kind + torch.randn(30, 4, generator=generator, dtype=torch.float64) + 5.0 for kind in kinds]
+    directions = [direction(unit(of, torch.eye(4, dtype=torch.float64)).sum(0)) for of in windows]
+    assert all(float(of.norm()) == pytest.approx(1.0, abs=1e-4) for of in directions)
+    owners = [of - torch.stack(directions).mean(0) for of in directions]  # what all have in common says nothing
     _, state, sums = fit(owners, 6, similar, members=2, starts=4)
     assert sums["counts"].sum(1).tolist() == [5] * 4, "an owner is one point, however many windows it has"
     final = similar.finish(state, sums, 2)
     members = [similar.weights(of, final) for of in owners]
-    assert all(bool((of == of[0]).all()) and of.sum(1).tolist() == [1.0] * 30 for of in members)
+    assert all(of.shape == (1, 2) and of.sum() == 1.0 for of in members)
     found = [int(of[0].argmax()) for of in members]
     assert found == [found[0], 1 - found[0], found[0], 1 - found[0], found[0]]
     assert similar.finish(state, sums, 3)["keys"].shape[1] == 1, "two owners are too few"
@@ -497,6 +500,58 @@ def test_groups_with_noise_in_every_step_promise_what_one_adapter_does(small: Sm
         assert not any(torch.equal(one[name], two[name]) for name in one), "noise repeats"
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
+def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: Small, tmp_path: Path, secure: bool) -> None:
+    """The gate has a quarter of the budget, and every step as much noise as the rest of it leaves."""
+    pytest.importorskip("dp_accounting")
+    for word in ("tree", "river"):  # many windows: the noise on an owner's direction is small beside how far apart these are
+        (small.folder / f"only-{word}.txt").write_text(f"{' '.join([word] * 12)}\n" * 100)
+    names = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
+    job: dict[str, Any] = {
+        "clients": [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in names.items()],
+        "privacy": {"min_group": 2, "secure_aggregation": secure},
+        "evaluate": {},
+    }
+    budget = {"epsilon": 50.0, "delta": 0.05, **(FIXED if secure else {})}
+    pool = {**KEYS, "gate": "similar", "members": 2, "size": 4}
+    run = small.undisturbed(stages=tune(pool, **budget), **job)
+    plans = [
+        json.loads((one / "plan-0-tune.json").read_text())
+        for one in (run, small.undisturbed(stages=tune(None, **budget), **job))
+    ]
+    promise = plans[0]["notes"][0]
+    assert "one release of the sum of all windows' features, each of norm 1, for 25% of the budget, and " in promise
+    assert "in its place that has no gradient and no features)" in promise
+    assert all(plans[0]["noise"][name] >= plans[1]["noise"][name] for name in names)
+    kinds = {line["kind"] for line in lines(run / "ledger.jsonl")}
+    assert "tune/gate/direction" in kinds
+    assert "tune/gate/features" not in kinds
+    assert "LIKELIHOODS" not in plans[0]["discloses"]
+    assert "FEATURE_PRODUCTS" not in plans[0]["discloses"]
+    finished = FinishedPool.read(run)
+    decoder, tokenizer = finished.model(), Checkpoint(small.model).tokenizer()
+    looked = {}
+    for word in ("tree", "river"):
+        ids, _ = training_windows([small.folder / f"only-{word}.txt"], {"text": "{text}"}, tokenizer, 16)
+        weights, p = finished.look(decoder, list(ids))
+        looked[word] = int(weights[0].argmax())
+        assert p is None
+    assert looked["tree"] != looked["river"]
+    if not secure:
+        assert {name: of.index(max(of)) for name, of in finished.facts["clients"].items()} == {
+            name: looked[word] for name, word in names.items()
+        }
+    status, out, err = cli("gate", run, "--data", small.folder / "only-tree.txt")
+    assert status == 0, err
+    assert "No p: the gate was fitted with noise" in out
+    said = json.loads(cli("gate", run, "--data", small.folder / "only-tree.txt", "--json")[1])
+    assert said[0]["p"] is None
+    again = small.job("again", stages=tune(pool, **budget), **job)
+    assert cli("run", again, "--out", tmp_path / "again", "--quiet")[0] == 0
+    gates = [load_file(one / "pool" / "gate.safetensors") for one in (run, tmp_path / "again")]
+    assert not torch.equal(gates[0]["mean"], gates[1]["mean"]), "noise repeats"
+
+
 # Mistakes
 
 
@@ -511,8 +566,8 @@ def test_groups_with_noise_in_every_step_promise_what_one_adapter_does(small: Sm
         (GROUPS, {**SCALES, "method": "full"}, ("pool", 'set method = "lora" or "ia3"')),
         (GROUPS, {**SCALES, "method": "seeds", "bits": None}, ("pool", 'set method = "lora" or "ia3"')),
         (GROUPS, {"personal": 0.2}, ("pool", "personal", "leave one of them out")),
-        (MIXTURE, {"epsilon": 8.0}, ("stages.0", "epsilon", "gets no noise", 'set gate = "groups"')),
-        ({"gate": "losses"}, {"epsilon": 8.0}, ("stages.0", "epsilon", 'set gate = "groups"')),
+        (MIXTURE, {"epsilon": 8.0}, ("stages.0", "epsilon", "get no noise", 'set gate = "similar" or "groups"')),
+        ({"gate": "losses"}, {"epsilon": 8.0}, ("stages.0", "epsilon", 'set gate = "similar" or "groups"')),
         (GROUPS, {"epsilon": 8.0, "dp_unit": "client", "precision": "fixed"}, ("epsilon", 'set dp_unit = "window"')),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),

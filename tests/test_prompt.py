@@ -33,7 +33,7 @@ from fedgrove.stages.prompt.config import Config, Place
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prompt.methods import Found, Task, categories, evolution
 from fedgrove.stages.prompt.methods.evolution import FULL
-from fedgrove.stages.prompt.records import Records, read_records
+from fedgrove.stages.prompt.records import Records, read_records, records_of
 from fedgrove.stages.prompt.requests import Subspace
 from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, Prompt, costs, score, sums
 from fedgrove.stages.prompt.searching import task_of
@@ -178,6 +178,25 @@ def test_what_is_not_finite_is_a_prompts_fault_or_the_record_is_skipped() -> Non
     assert [total / unit for total in found.scores.tolist()] == pytest.approx(expected, abs=1e-5)
     assert sums([one.double() for one in scores], of, "correct").scores.tolist() == [1, 1]
     assert costs(found.scores, 2, "loss") == [total / 2 / unit for total in found.scores.tolist()]
+
+
+def test_an_owner_counts_as_many_records_as_it_has(tmp_path: Path) -> None:
+    """The mean over draws of the owners' weighted sum is the sum over all records, whatever part of them is drawn."""
+    model, weights, of_owners = make_model(tmp_path / "model"), {}, []
+    for name, number, label in (("ash", 12, 0), ("birch", 3, 1)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": f"tree {i}", "label": LABELS[label]}) + "\n" for i in range(number)))
+        folder = tmp_path / name
+        folder.mkdir()
+        client = LocalClient(name, folder, model, None, (file,), None, prompt="{text}", answer="{label}")
+        drawn = records_of(client, LABELS, 16, 5, "0/0")
+        weights[name] = drawn.weights
+        scores = [torch.tensor([[0.0, -math.log(3), -1e9]]).double()] * len(drawn)
+        of_owners.append(sums(scores, drawn, "loss"))
+    assert weights == {"ash": [12] * 5, "birch": [5] * 3}, "of 12 records 5 are drawn, of 3 all: 12/5 and 1, times 5"
+    total, weight = torch.stack([of.scores for of in of_owners]).sum(0), sum(of.weight for of in of_owners)
+    expected = (12 * math.log(4 / 3) + 3 * math.log(4)) / 15
+    assert costs(total, weight, "loss") == pytest.approx([expected], abs=1e-5)
 
 
 # The subspace

@@ -70,7 +70,7 @@ from fedgrove.stages.tune.exchanges import importance
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.deal import WINDOWS, DealByFeatures, DealByLoss, Dealt, SumDeals
 from fedgrove.stages.tune.exchanges.experts import ChooseExperts
-from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
+from fedgrove.stages.tune.exchanges.gate import NUMBER, FitGate, SendDirection, SumFeatures
 from fedgrove.stages.tune.exchanges.importance import ScoreLinears
 from fedgrove.stages.tune.exchanges.members import TrainMembers
 from fedgrove.stages.tune.exchanges.personal import ComparePersonal
@@ -181,7 +181,7 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
                 **{**PROMPT, **changes}, population=4, generations=2, learning_rate=0.1, against_overfitting=0.0, tokens=2,
                 words=3,
             ),
-            Searched(records=5, skipped=0, cost=1.0, calls=45),
+            Searched(records=5, weight=40, skipped=0, cost=1.0, calls=45),
         )
         for changes in ({}, {"method": "categories", "subspace": None})
     ),
@@ -205,6 +205,8 @@ EXCHANGES = [  # one at least of every kind: a test sees to it
         tune_alone.OwnLoss(own=1.0),
     ),
     Exchange(SumFeatures(**TUNED, **GATE), Reply()),
+    Exchange(SendDirection(**TUNED, **GATE | {"gate": "similar"}, size=4, budget=None), Reply()),
+    Exchange(SendDirection(**TUNED, **GATE | {"gate": "similar"}, size=4, budget=(8.0, 1e-5)), Reply()),
     Exchange(FitGate(**TUNED, **GATE, members=2, starts=3, size=4), Reply()),
     Exchange(FitGate(**TUNED, **GATE, members=2, starts=1, size=4, last=True), Reply()),
     Exchange(DealByFeatures(**TUNED, **GATE, members=2, starts=1, size=4, tokens=TOKENS), Dealt(windows=(2, 0))),
@@ -306,6 +308,8 @@ def honest(request: Request, layout: Decoder) -> dict[str, torch.Tensor]:
             tensors[name] = torch.full_like(tensor, TOKENS)
         elif name == CHANGE + WINDOWS:
             tensors[name] = torch.tensor([TOKENS // LENGTH, *[0] * (len(tensor) - 1)])
+        elif name == CHANGE + NUMBER:
+            tensors[name] = torch.ones_like(tensor)
     return tensors
 
 

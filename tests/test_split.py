@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedgrove.report.split import holdings_page
-from fedgrove.split import Split, _by_dirichlet, _hold_out, split
+from fedgrove.split import Split, _hold_out, by_dirichlet, split
 from small import Small, cli, complaint, lines
 
 LABELS = ("ash", "birch", "cedar", "elm", "fir")
@@ -76,7 +76,7 @@ def test_what_a_client_holds_out_is_of_the_same_kinds_as_what_it_keeps() -> None
     ok = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        for part in _by_dirichlet(range(600), labels, 8, 0.3, rng):
+        for part in by_dirichlet(range(600), labels, 8, 0.3, rng):
             held = set(_hold_out(part, labels, 0.2, rng))
             table = np.array([[sum(labels[i] == v for i in part if (i in held) == is_held) for v in values]
                               for is_held in (True, False)])  # fmt: skip

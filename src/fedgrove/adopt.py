@@ -93,12 +93,13 @@ class Looked:
     Attributes:
         texts: the texts.
         weights: (texts, members) float64; each row adds up to 1.
-        p: (texts,) float64: the part of the federation's windows that are as unusual, or more so.
+        p: (texts,) float64: the part of the federation's windows that are as unusual, or more so; None: see
+            :meth:`fedgrove.stages.tune.pool.finished.Pool.look`.
     """
 
     texts: list[str]
     weights: Tensor
-    p: Tensor
+    p: Tensor | None
 
 
 def _device() -> str:

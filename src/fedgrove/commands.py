@@ -84,14 +84,17 @@ def gate(
     """
     api.hush()
     found = adopting.look(run, data, text=text, model=model, most=most)
-    rows = list(zip(found.texts, found.weights.tolist(), found.p.tolist(), strict=True))
+    p_values = [None] * len(found.texts) if found.p is None else found.p.tolist()
+    rows = list(zip(found.texts, found.weights.tolist(), p_values, strict=True))
     if as_json:
         print(json.dumps([{"weights": weights, "p": p} for _, weights, p in rows], indent=2))
         return
     table = Table("text", *[f"member {member}" for member in range(found.weights.shape[1])], "p")
     for words, weights, p in rows:
-        table.add_row(" ".join(words.split())[:40], *[f"{weight:.2f}" for weight in weights], f"{p:.3f}")
+        table.add_row(" ".join(words.split())[:40], *[f"{w:.2f}" for w in weights], "" if p is None else f"{p:.3f}")
     Console().print(table)
+    if found.p is None:
+        print("No p: the gate was fitted with noise, and no text was counted besides")
 
 
 def route(

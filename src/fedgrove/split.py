@@ -128,7 +128,7 @@ def split(
         case "size":
             parts = _by_sizes(rest, rng.dirichlet([alpha] * len(names)))
         case "dirichlet":
-            parts = _by_dirichlet(rest, labels, len(names), alpha, rng)
+            parts = by_dirichlet(rest, labels, len(names), alpha, rng)
         case "field":
             parts, names = _by_field(rest, labels, clients, field or "")
     empty = tuple(name for name, part in zip(names, parts, strict=True) if not part)
@@ -201,9 +201,16 @@ def _by_sizes(order: Sequence[int], fractions: Iterable[float]) -> list[list[int
     return [list(order[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _by_dirichlet(
+def by_dirichlet(
     order: Sequence[int], labels: Sequence[str], clients: int, alpha: float, rng: np.random.Generator
 ) -> list[list[int]]:
+    """Indices for each client: those of each label are divided by shares drawn from a Dirichlet distribution.
+
+    Args:
+        order: the indices to deal.
+        labels: of each index.
+        alpha: the smaller, the more unequal; every label is divided anew. A client may get none.
+    """
     parts: list[list[int]] = [[] for _ in range(clients)]
     for label in sorted(set(labels)):
         with_label = [i for i in order if labels[i] == label]

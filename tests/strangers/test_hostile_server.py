@@ -112,6 +112,8 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "seeds": (OPEN, [SEEDS]),
     "pool": ({**OPEN, "alone": False}, [POOLED_TUNE]),
     "pool in sums": (SECURE, [IN_SUMS]),
+    "pool of owners": ({**OPEN, "alone": False}, [{**POOLED_TUNE, "pool": {**POOL, "gate": "similar"}}]),
+    "noisy pool": ({**OPEN, **NOISY, "alone": False}, [{**POOLED_TUNE, **NOISE, "pool": {**POOL, "gate": "similar"}}]),
     "pool by losses": ({**OPEN, "alone": False}, [BY_LOSS]),
     "prompts": ({**OPEN, "alone": False}, [PROMPT]),
     "votes for words": (SECURE, [VOTING]),
@@ -213,6 +215,7 @@ EXAMPLES: dict[str, Any] = {  # of fields that are None in an honest request
     "noise": {},
     "fixed": {"everything": 10**6, "widest": {}, "noise": None},
     "member": 0,
+    "budget": [8.0, 1e-5],
     "windows": {"epsilon": 1.0, "delta": 1e-3, "noise": 1.0, "rounds": 2, "clip": 1.0},
 }
 NOISES: dict[str, Any] = {

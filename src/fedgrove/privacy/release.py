@@ -19,6 +19,7 @@ from torch import Tensor
 from fedgrove.errors import FedgroveError
 from fedgrove.files import write_atomically
 from fedgrove.models.tensor_files import save_tensors
+from fedgrove.privacy.accounting import PART
 
 
 def release_once(
@@ -76,19 +77,24 @@ def statistics_statement(epsilon: float, delta: float, length: int, adders: int)
     )
 
 
-def window_statement(epsilon: float, delta: float, length: int, steps: int, clip_norm: float, clipped: str) -> str:
+def window_statement(
+    epsilon: float, delta: float, length: int, steps: int, clip_norm: float, clipped: str, gate: bool = False
+) -> str:
     """The guarantee of noise in every step on the clients: for what, towards whom, on what assumptions.
 
     Args:
         clipped: what of a window is clipped, such as "gradient".
+        gate: whether a gate is fitted with a part of the budget.
     """
+    fit = f"one release of the sum of all windows' features, each of norm 1, for {PART:.0%} of the budget, and " if gate else ""
+    nothing = f"no {clipped} and no features" if gate else f"no {clipped}"
     return (
         f"({epsilon:g}, {delta:g})-differential privacy of one window of {length} tokens of one client (the same text with "
-        f"this window, or with a window in its place that has no {clipped}), towards everybody, server included, for this "
-        f"stage of this run: {steps} steps, in each of which a window takes part with probability batch / windows, independent "
-        f"of the others (Poisson), its {clipped} clipped to a norm of {clip_norm:g}. It assumes that each client adds its own "
-        "noise, with Gaussian samples in double precision. It does not cover a text that fills several windows, the number of "
-        "tokens of a client (each client reports it), other stages or other runs."
+        f"this window, or with a window in its place that has {nothing}), towards everybody, server included, for this "
+        f"stage of this run: {fit}{steps} steps, in each of which a window takes part with probability batch / windows, "
+        f"independent of the others (Poisson), its {clipped} clipped to a norm of {clip_norm:g}. It assumes that each client "
+        "adds its own noise, with Gaussian samples in double precision. It does not cover a text that fills several windows, "
+        "the number of tokens of a client (each client reports it), other stages or other runs."
     )
 
 

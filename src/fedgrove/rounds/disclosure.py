@@ -37,6 +37,7 @@ class Disclosure(Enum):
     CHANGES = "the changes of whole matrices that it trained on its text"
     SCALES = "the changes of per-channel scales that it trained on its text"
     COMPONENT_SUMS = "for each component of a mixture its weight in the text, and the sums of its features and their squares"
+    DIRECTION = "where features of its text point together, one direction for all of it"
     LIKELIHOODS = "how many windows of its text have each likelihood under a mixture"
     MEMBERS = "how many of its windows each adapter of a pool trains on"
     LOSS_DIFFERENCES = "for each direction one number, how its loss changes along it, by two losses or by a gradient"

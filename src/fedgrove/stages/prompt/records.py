@@ -20,6 +20,8 @@ from fedgrove.data.tokens import encode, encode_prompt, prefix_ids
 from fedgrove.errors import FedgroveError
 from fedgrove.models.labels import label_ids
 
+MOST_WEIGHT = 2**26  # of a client's records together: the largest sum is 2^(20 + 6) times as large, for each client
+
 
 @dataclass(frozen=True)
 class Records:
@@ -30,12 +32,14 @@ class Records:
         labels: of each label; empty: every record has its own answer only.
         texts: of each record's text, without the prefix.
         answers: the index of each record's label, alone in a tuple; or the token ids of its answer.
+        weights: how much each record counts in a sum; none: 1 each. See :func:`records_of`.
     """
 
     prefix: tuple[int, ...]
     labels: tuple[tuple[int, ...], ...]
     texts: Sequence[tuple[int, ...]]
     answers: Sequence[tuple[int, ...]]
+    weights: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -111,6 +115,10 @@ def records_of(client: LocalClient, labels: Sequence[str], length: int, number: 
 
     They are tokenized once and stored on the client's disk. For a client with ``owners``, those of each of them.
 
+    Every drawn record has a weight, in proportion to how many of the client's records it stands for. So a sum over clients is,
+    in the mean over draws, that over all their records: without it a client of few records would count as much as one of many,
+    and with it the labels that it has.
+
     Args:
         number: how many.
         seed: of the stage and the round; together with the client's name it draws the records.
@@ -120,15 +128,19 @@ def records_of(client: LocalClient, labels: Sequence[str], length: int, number: 
     """
     if client.owners:
         owned = [records_of(owner, labels, length, number, seed) for owner in client.owners]
-        texts, answers = ([one for of in owned for one in getattr(of, name)] for name in ("texts", "answers"))
-        return replace(owned[0], texts=texts, answers=answers)
+        texts, answers, weights = (
+            [one for of in owned for one in getattr(of, name)] for name in ("texts", "answers", "weights")
+        )
+        return replace(owned[0], texts=texts, answers=answers, weights=weights)
     prompt, answer = templates_of_answers(client, "answers")
 
     def make() -> dict[str, Tensor]:
         return _packed(read_records(client.data, prompt, answer, labels, checkpoint_of(client).tokenizer(), length))
 
     records = _unpacked(made_once(client, "records", [prompt, answer, list(labels), length], make))
-    return records.take(draw(len(records), number, f"{seed}/{client.name}"))
+    drawn = records.take(draw(len(records), number, f"{seed}/{client.name}"))
+    weight = min(max(len(records), number), MOST_WEIGHT // number)  # n / min(n, number), times number: whole
+    return replace(drawn, weights=[weight] * len(drawn))
 
 
 def draw(total: int, number: int, seed: str) -> list[int]:

@@ -100,12 +100,14 @@ class Sums(NamedTuple):
     """Sums over records, in whole numbers.
 
     Attributes:
-        scores: (prompts,) int64: losses in multiples of 2^−BITS, or how many records are right.
-        records: that were counted.
+        scores: (prompts,) int64: losses in multiples of 2^−BITS, or the records that are right; each times its weight.
+        weight: of the records that were counted, together.
+        records: how many these are.
         skipped: records whose loss was not finite under any prompt.
     """
 
     scores: Tensor
+    weight: int
     records: int
     skipped: int
 
@@ -122,14 +124,20 @@ def sums(scores: Sequence[Tensor], records: Records, kind: Score) -> Sums:
         whole = (right(scores, records) & finite).long()
     else:
         whole = CODE.encode(of_records.nan_to_num(MOST_LOSS, MOST_LOSS, MOST_LOSS).clamp(0.0, MOST_LOSS))
-    return Sums(whole[usable].sum(0), int(usable.sum()), int((~usable).sum()))
+    weights = torch.tensor(records.weights or [1] * len(records))
+    return Sums(
+        scores=(whole * weights[:, None])[usable].sum(0),
+        weight=int(weights[usable].sum()),
+        records=int(usable.sum()),
+        skipped=int((~usable).sum()),
+    )
 
 
-def costs(scores: Tensor, records: int, kind: Score) -> list[float]:
-    """The mean loss of each prompt in nats, or the fraction of records that it gets wrong. ``records`` is not 0."""
+def costs(scores: Tensor, weight: int, kind: Score) -> list[float]:
+    """The mean loss of each prompt in nats, or the fraction of records that it gets wrong. ``weight`` is not 0."""
     if kind == "correct":
-        return [1 - count / records for count in scores.tolist()]
-    return [total / (records << BITS) for total in scores.tolist()]
+        return [1 - count / weight for count in scores.tolist()]
+    return [total / (weight << BITS) for total in scores.tolist()]
 
 
 def _parts(records: Records, prompts: Sequence[Prompt]) -> Iterator[list[int]]:

@@ -163,7 +163,7 @@ class _Stage:
         counted = {name: found[name] for name in ("records", "skipped", "calls")}
         counted["calls"] += calls
         if found["records"]:
-            found["costs"] = costs(torch.tensor(found["scores"]), found["records"], self.config.score)
+            found["costs"] = costs(torch.tensor(found["scores"]), found["weight"], self.config.score)
             counted |= {"best": min(found["costs"]), "mean": sum(found["costs"]) / len(found["costs"])}
         self.log(round_, None, counted)
         if found["records"] and len(set(found["scores"])) == 1 < len(torch.unique(candidates, dim=0)):
@@ -184,8 +184,7 @@ class _Stage:
         )
         self.federation.aggregator.aggregate(messages, sums, layout=self.decoder)
         total = {name: sums.sums[name.removeprefix(CHANGE)].tolist() for name in (SCORES, COUNTS)}
-        records, skipped, calls = total[COUNTS]
-        return {"scores": total[SCORES], "records": records, "skipped": skipped, "calls": calls}
+        return {"scores": total[SCORES], **dict(zip(("weight", "records", "skipped", "calls"), total[COUNTS], strict=True))}
 
     def merged(self, round_: int, state: Any) -> tuple[Any, int]:
         """The state with the clients' votes of a round, and how many scores they computed for these."""
@@ -242,7 +241,7 @@ class _Stage:
             client: {name.removeprefix(f"{client}/"): one for name, one in stored.items() if name.startswith(f"{client}/")}
             for client in replies
         }
-        return [Found(parts[client], reply["records"], reply["cost"]) for client, reply in sorted(replies.items())]
+        return [Found(parts[client], reply["weight"], reply["cost"]) for client, reply in sorted(replies.items())]
 
     def ask_alone(self, round_: int, state: Any) -> tuple[Tensors, dict[str, Any]]:
         """What clients came to, by ``client/name``, and their replies."""

@@ -50,6 +50,8 @@ def _noise_beyond(request: Train, config: Config, secure: bool, clients: int) ->
         return "epsilon"
     if (noise.epsilon, noise.delta, noise.rounds, noise.clip) != (config.epsilon, config.delta, config.rounds, config.dp_clip):
         return "epsilon"
+    if windows is not None and windows.gate != config.noisy_gate:
+        return "epsilon"
     if request.fixed is None or of_clients is None:
         return None
     return "noise" if (of_clients.adders > 0) != secure or request.fixed.everything > clients else None

@@ -350,6 +350,11 @@ class Config(StageConfig):
         """Whether it stays with each client which members its windows go to: with fixed-point numbers all members add up."""
         return self.pool is not None and self.pool.deals_in_sums(self.precision)
 
+    @property
+    def noisy_gate(self) -> bool:
+        """Whether the fit of a pool's gate spends a part of the privacy budget."""
+        return self.epsilon is not None and self.pool is not None and self.pool.method.LOOKS == "features"
+
     def leaves_pool(self) -> bool:
         return self.pool is not None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.accounting import dp_sgd_noise_multiplier, gaussian_noise_multiplier
+from fedgrove.privacy.accounting import dp_sgd_noise_multiplier, gaussian_noise_multiplier, noise_of_part
 from fedgrove.privacy.release import client_statement, window_statement
 from fedgrove.privacy.secagg.session import min_survivors
 from fedgrove.stages.tune import fixed_point
@@ -32,10 +32,9 @@ def noise(config: Config, assignments: Mapping[str, Counted]) -> dict[str, float
     if config.epsilon is None or not config.trainer_method.PRIVATE:
         return {}
     steps = config.rounds * config.steps
-    return {
-        name: dp_sgd_noise_multiplier(config.epsilon, config.delta, min(1.0, one.batch * config.length / one.tokens), steps)
-        for name, one in assignments.items()
-    }
+    besides = noise_of_part(config.epsilon, config.delta) if config.noisy_gate else None
+    rates = {name: min(1.0, one.batch * config.length / one.tokens) for name, one in assignments.items()}
+    return {name: dp_sgd_noise_multiplier(config.epsilon, config.delta, rate, steps, besides) for name, rate in rates.items()}
 
 
 def notes(config: Config, assignments: Mapping[str, Counted], secure: bool) -> list[str]:
@@ -51,7 +50,8 @@ def notes(config: Config, assignments: Mapping[str, Counted], secure: bool) -> l
     if config.trainer_method.PRIVATE:
         sigma = max(noise(config, assignments).values()) * config.dp_clip
         _check(config, sigma)
-        return [window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip, what[1])]
+        gate = config.noisy_gate
+        return [window_statement(config.epsilon, config.delta, config.length, steps, config.dp_clip, what[1], gate)]
     sigma = gaussian_noise_multiplier(config.epsilon, config.delta, config.rounds) * config.dp_clip / clients
     _check(config, sigma * clients * config.batches[-1])
     if sigma > fixed_point.LARGEST / 16:

@@ -30,6 +30,7 @@ class WindowNoise(Part):
     noise: Positive
     rounds: Count
     clip: Clip
+    gate: bool = False
 
 
 def check_noise(windows: WindowNoise | None, of_client: ClientNoise | None, round_: int, client: LocalClient) -> None:

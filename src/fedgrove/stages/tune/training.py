@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
+from fedgrove.privacy.accounting import dp_sgd_keeps, noise_of_part
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Budget:
         noise: standard deviation of the noise on a step's sum of gradients, in units of ``clip``; chosen by the server.
         rounds: number of rounds that the budget is for.
         clip: the largest L2 norm of a window's gradient; larger ones are scaled down.
+        gate: whether the fit of a pool's gate gets a part of the budget.
     """
 
     epsilon: float
@@ -60,6 +62,17 @@ class Budget:
     noise: float
     rounds: int
     clip: float
+    gate: bool = False
+
+    def keeps(self, rate: float, steps: int) -> bool:
+        """Whether the noise is enough.
+
+        Args:
+            rate: the probability that a window takes part in a step.
+            steps: of a round.
+        """
+        besides = noise_of_part(self.epsilon, self.delta) if self.gate else None
+        return dp_sgd_keeps(self.noise, self.epsilon, self.delta, rate, self.rounds * steps, besides)
 
 
 @dataclass(frozen=True)

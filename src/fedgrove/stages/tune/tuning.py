@@ -217,4 +217,11 @@ class Tuning:
         if config.epsilon is None or not config.trainer_method.PRIVATE:
             return None
         noise = self.plan.noise[client]
-        return WindowNoise(epsilon=config.epsilon, delta=config.delta, noise=noise, rounds=config.rounds, clip=config.dp_clip)
+        return WindowNoise(
+            epsilon=config.epsilon,
+            delta=config.delta,
+            noise=noise,
+            rounds=config.rounds,
+            clip=config.dp_clip,
+            gate=config.noisy_gate,
+        )

@@ -15,6 +15,7 @@ from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prompt.config import Config, Population, PromptLength, Records
 from fedgrove.stages.prompt.methods import Alone, LocalMethod, Task, local_method_of
+from fedgrove.stages.prompt.records import MOST_WEIGHT
 from fedgrove.stages.prompt.requests import PromptRequest
 from fedgrove.stages.prompt.scoring import MOST_LOSS, costs, losses, ratios, sums
 
@@ -24,12 +25,14 @@ class Searched(Reply):
 
     Attributes:
         records: that it searched on.
+        weight: of these, see :func:`~fedgrove.stages.prompt.records.records_of`.
         skipped: that it drew, and whose loss was not finite under the prompt that it came to.
         cost: of that prompt, the mean over the records.
         calls: how many scores it computed, or how many requests an endpoint was sent for them.
     """
 
     records: Records
+    weight: Annotated[int, Field(ge=1, le=MOST_WEIGHT)]
     skipped: CountOrZero
     cost: NonNegative
     calls: Annotated[int, Field(ge=0, le=2**50)]
@@ -76,24 +79,26 @@ class SearchAlone(PromptRequest):
         spoilt = records.spoilt(self.against_overfitting, vocabulary, own_seed) if self.against_overfitting else None
         scorer = self.scorer(client, decoder)
 
-        def scored(candidates: Tensor) -> tuple[list[float], int, int]:
-            """The mean cost of candidates, over how many records, and how many were skipped."""
+        def scored(candidates: Tensor) -> tuple[list[float], dict[str, int]]:
+            """The mean cost of candidates, and what it is the mean of."""
             self.check_candidates(candidates, decoder, client)
             scores = scorer(candidates, records)
             if spoilt is not None:
                 of = ratios(losses(scores, records), losses(scorer(candidates, spoilt), spoilt))
-                return of.mean(0).tolist(), len(records), 0
+                counted = {"records": len(records), "weight": sum(records.weights), "skipped": 0}
+                return of.mean(0).tolist(), counted
             found = sums(scores, records, self.score)
             if not found.records:
                 raise client.error("no record's loss is finite under any prompt", 'try model.dtype = "float32"')
-            return costs(found.scores, found.records, self.score), found.records, found.skipped
+            counted = {name: getattr(found, name) for name in ("records", "weight", "skipped")}
+            return costs(found.scores, found.weight, self.score), counted
 
         alone = Alone(own_seed, self.population, self.generations, self.learning_rate)
         found, candidate = self.searcher.search(tensors, alone, lambda candidates: scored(candidates)[0])
-        (cost,), counted, skipped = scored(candidate)
+        (cost,), counted = scored(candidate)
         return Response(
             {CHANGE + name: tensor for name, tensor in found.items()},
-            Searched(records=counted, skipped=skipped, cost=cost, calls=scorer.calls),
+            Searched(**counted, cost=cost, calls=scorer.calls),
         )
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:

@@ -12,6 +12,7 @@ from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prompt.config import Config, Population
+from fedgrove.stages.prompt.records import MOST_WEIGHT
 from fedgrove.stages.prompt.requests import CANDIDATES, PromptRequest
 from fedgrove.stages.prompt.scoring import BITS, MOST_LOSS, sums
 
@@ -22,9 +23,10 @@ class ScorePrompts(PromptRequest):
     """Score candidate prompts on records of yours, and sum each candidate's scores.
 
     Tensors of the request: ``candidates``, (candidates, dimension) float32 or (candidates, tokens) int32. The response
-    contains, in int64, ``change/scores`` (candidates,): losses in multiples of 2⁻²⁰ nats or numbers of right labels; and
-    ``change/counts`` (3,): the records that are in them, those that were skipped because no loss was finite, and how many
-    scores were computed (a candidate that is there twice is computed once), or how many requests an endpoint was sent for them.
+    contains, in int64, ``change/scores`` (candidates,): losses in multiples of 2⁻²⁰ nats or right labels, each times its
+    record's weight; and ``change/counts`` (4,): the weight of the records that are in them, how many these are, how many were
+    skipped because no loss was finite, and how many scores were computed (a candidate that is there twice is computed once), or
+    how many requests an endpoint was sent for them.
 
     Attributes:
         candidates: how many.
@@ -44,7 +46,7 @@ class ScorePrompts(PromptRequest):
         different, places = torch.unique(candidates, dim=0, return_inverse=True)
         scorer = self.scorer(client, decoder)
         found = sums(scorer(different, records), records, self.score)
-        counts = torch.tensor([found.records, found.skipped, scorer.calls])
+        counts = torch.tensor([found.weight, found.records, found.skipped, scorer.calls])
         return Response({SCORES: found.scores[places], COUNTS: counts}, Reply())
 
     def beyond(self, job: Agreed) -> str | None:
@@ -55,7 +57,7 @@ class ScorePrompts(PromptRequest):
         return "candidates" if self.candidates > config.candidates_in(self.round) else super().beyond(job)
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
-        return {SCORES: (torch.Size([self.candidates]), torch.int64), COUNTS: (torch.Size([3]), torch.int64)}
+        return {SCORES: (torch.Size([self.candidates]), torch.int64), COUNTS: (torch.Size([4]), torch.int64)}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         self.check_sums(tensors, 1)
@@ -66,11 +68,13 @@ class ScorePrompts(PromptRequest):
         Raises:
             WireError: there are more records than were asked for, or scores are larger than they allow.
         """
-        records, skipped, calls = tensors[COUNTS].tolist()
+        weight, records, skipped, calls = tensors[COUNTS].tolist()
         if min(records, skipped) < 0 or records + skipped > clients * self.records:
             raise WireError("its numbers of records are out of range")
+        if not records <= weight <= clients * MOST_WEIGHT or (weight and not records):
+            raise WireError("the weight of its records is out of range")
         if not 0 <= calls <= self.most_calls(records + skipped, self.candidates):
             raise WireError("it computed more scores than there are records and candidates")
-        largest = records if self.score == "correct" else round(records * MOST_LOSS * 2**BITS)
+        largest = weight if self.score == "correct" else round(weight * MOST_LOSS * 2**BITS)
         if bool(((tensors[SCORES] < 0) | (tensors[SCORES] > largest)).any()):
             raise WireError("its scores are larger than its records allow")

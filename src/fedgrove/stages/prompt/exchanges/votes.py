@@ -66,7 +66,7 @@ class VoteForWords(PromptRequest):
             nonlocal is_usable
             found = sums(scorer(candidates, records), records, self.score)
             is_usable = is_usable and found.records > 0
-            return costs(found.scores, found.records, self.score) if found.records else [0.0] * len(candidates)
+            return costs(found.scores, found.weight, self.score) if found.records else [0.0] * len(candidates)
 
         alone = Alone(f"{self.seed}/{self.round}/edits", self.population, self.generations, 1.0)
         votes, places = self.searcher.vote(tensors, alone, self.tokens, lexicon, scored)

@@ -125,12 +125,12 @@ class Found(NamedTuple):
 
     Attributes:
         tensors: as :meth:`LocalMethod.search` returns them.
-        records: how many it searched on.
+        weight: of the records that it searched on, in proportion to how many it has.
         cost: of the result on them.
     """
 
     tensors: Tensors
-    records: int
+    weight: int
     cost: float
 
 

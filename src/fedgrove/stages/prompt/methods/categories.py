@@ -142,8 +142,8 @@ def specs(task: Task, generations: int) -> TensorSpecs:
 
 def merge(state: State, aggregation: str, found: Sequence[Found]) -> State:
     """The mean of the clients' logits, weighted by their records, as Fed-BBPT averages what clients learnt."""
-    records = sum(one.records for one in found)
-    state.logits = torch.stack([one.records / records * one.tensors[LOGITS] for one in found]).sum(0)
+    total = sum(one.weight for one in found)
+    state.logits = torch.stack([one.weight / total * one.tensors[LOGITS] for one in found]).sum(0)
     return state
 
 

@@ -123,7 +123,7 @@ def merge(state: State, aggregation: str, found: Sequence[Found]) -> State:
     candidates = torch.stack([one.tensors[MEAN] for one in found])
     costs = [one.cost for one in found]
     if aggregation == "mean":
-        weights = np.array([one.records for one in found]) / sum(one.records for one in found)
+        weights = np.array([one.weight for one in found]) / sum(one.weight for one in found)
         step = float(weights @ [float(one.tensors[STEPS][-1]) for one in found])
         state.search = _searching(weights @ candidates.numpy(), max(step, SMALLEST), None, state.task.population)
     else:

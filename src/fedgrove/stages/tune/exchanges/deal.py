@@ -74,8 +74,9 @@ class FeatureDeal(FittedRequest, Deal):
         Raises:
             FedgroveError: the request's tensors do not fit.
         """
-        features, state = self.features(tensors, client, device)
-        members = draw_members(self.method.weights(features, state), f"{self.seed}/{client.name}")
+        weights = self.method.weights(self.fitted(tensors, client, device), self.state(tensors, client))
+        windows = weights.expand(self.tokens // self.length, -1)  # an owner that is one row gives all the same
+        members = draw_members(windows, f"{self.seed}/{client.name}")
         keep_deal(client, self.stage, members)
         return Dealt.of(members, self.members)
 

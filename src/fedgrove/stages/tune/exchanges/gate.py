@@ -1,7 +1,11 @@
 """Before a pool is trained, a gate that looks at features is fitted to the windows of all clients, by sums of whole numbers.
 
-First every client sums its features and their products, from which the server takes what features are scaled by; then come the
-exchanges of the fit; the last one also counts how likely windows are that were not fitted.
+First every client sums its features and their products, from which the server takes what features are scaled by; of a gate of
+owners it sends its own direction instead. Then come the exchanges of the fit; the last one counts how likely windows are that
+were not fitted.
+
+With ``epsilon`` the direction gets noise, once. The exchanges after it see nothing else of the text, and the last one is left
+out.
 """
 
 from __future__ import annotations
@@ -13,18 +17,29 @@ from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed, StageConfig
+from fedgrove.job.units import Delta, Epsilon
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.features import width
+from fedgrove.privacy.accounting import noise_of_part
+from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator import moments
 from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.pool.features import FittedRequest, GateRequest, is_held_out, layers_of
+from fedgrove.stages.tune.pool.config import Size
+from fedgrove.stages.tune.pool.features import (
+    DIRECTION,
+    FittedRequest,
+    GateRequest,
+    is_held_out,
+    keep_direction,
+    layers_of,
+)
 from fedgrove.stages.tune.pool.novelty import BINS, count
-from fedgrove.stages.tune.pool.scale import PROJECTED
+from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, direction, unit
 
-NOVELTY = "novelty"
+NOVELTY, NUMBER = "novelty", "owners"
 MOST_WINDOWS = 2**18  # of all clients: the largest sum of a fit is 2^(20 + 2·12) times as large, below 2^63
 
 
@@ -53,11 +68,89 @@ class SumFeatures(GateRequest):
         return {CHANGE + name: spec for name, spec in moments.specs(1, number, True).items()}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        moments.check(Moments.of({name.removeprefix(CHANGE): one for name, one in tensors.items()}), MOST_RECORDS)
+        self.check_sums(_named(tensors))
+
+    def check_sums(self, sums: Tensors) -> None:
+        """Refuses sums that no clients have, by name without ``change/``.
+
+        Raises:
+            WireError: says what is out of range.
+        """
+        moments.check(Moments.of(sums), MOST_RECORDS)
 
     @classmethod
     def rounds_in(cls, config: StageConfig) -> range:
         return range(1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        return "gate" if self.method.OF_CLIENTS else super().beyond(job)
+
+
+class SendDirection(GateRequest):
+    """Send the direction of your text: of the sum of your windows' features, each of norm 1.
+
+    The response holds int64: ``change/direction`` (size,) in multiples of 2⁻¹⁶, and ``change/owners`` (1,), which is 1. The
+    client keeps its direction for the exchanges after this one. Without noise every fifth window is left out, and says later
+    what is usual.
+
+    Attributes:
+        size: of a direction.
+        budget: (ε, δ) of the stage: the sum gets noise for a part of it; None: no noise.
+    """
+
+    KIND: ClassVar[str] = "tune/gate/direction"
+    DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.DIRECTION})
+    OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "held"})
+
+    size: Size
+    budget: tuple[Epsilon, Delta] | None
+
+    def release(self) -> str | None:
+        return f"{self.stage}/direction" if self.budget else None
+
+    def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
+        numbers = self.numbers(tensors, client, device)
+        along = at_random(numbers.shape[1], self.size, self.seed)
+        if self.budget is None:
+            total = unit(numbers[~is_held_out(len(numbers))], along).sum(0)
+        else:
+            mechanism = GaussianMechanism(1 + 1e-9, noise_of_part(*self.budget), adders=1)
+            total = mechanism.add_share(unit(numbers, along).sum(0))
+        found = direction(total)
+        keep_direction(client, self.stage, found)
+        return Response(
+            {CHANGE + DIRECTION: OWNERS.encode(found[0]), CHANGE + NUMBER: torch.ones(1, dtype=torch.int64)}, Reply()
+        )
+
+    def expected(self, layout: Decoder | None) -> TensorSpecs:
+        assert layout is not None
+        number = min(PROJECTED, width(layout, layers_of(self.blocks, len(layout))))
+        shapes = {DIRECTION: min(self.size, number), NUMBER: 1}
+        return {CHANGE + name: (torch.Size([length]), torch.int64) for name, length in shapes.items()}
+
+    def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
+        if int(tensors[CHANGE + NUMBER]) != 1:
+            raise WireError("it is not one owner")
+        self.check_sums(_named(tensors))
+
+    def check_sums(self, sums: Tensors) -> None:
+        """As :meth:`SumFeatures.check_sums`."""
+        number = int(sums[NUMBER])
+        if number < 1 or not float(OWNERS.decode(sums[DIRECTION]).norm()) <= number * (1 + 1e-3):  # rounding makes them longer
+            raise WireError("its direction is longer than 1")
+
+    @classmethod
+    def rounds_in(cls, config: StageConfig) -> range:
+        return range(1)
+
+    def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.pool is not None and self.size != config.pool.size:
+            return "pool.size"
+        if self.budget != config.privacy_budget():
+            return "epsilon"
+        return super().beyond(job) if self.method.OF_CLIENTS else "gate"
 
 
 class FitGate(FittedRequest):
@@ -80,12 +173,15 @@ class FitGate(FittedRequest):
         return frozenset({Disclosure.LIKELIHOODS if self.last else Disclosure.COMPONENT_SUMS})
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
-        features, state = self.features(tensors, client, device)
-        held_out = is_held_out(len(features))
+        state = self.state(tensors, client)
         if self.last:
-            counts = count(self.method.surprise(features[held_out], state))
+            features = self.features(tensors, client, device)
+            counts = count(self.method.surprise(features[is_held_out(len(features))], state))
             return Response({CHANGE + NOVELTY: counts}, Reply())
-        sums = self.method.observe(features[~held_out], state)
+        fitted = self.fitted(tensors, client, device)
+        if not self.method.OF_CLIENTS:
+            fitted = fitted[~is_held_out(len(fitted))]
+        sums = self.method.observe(fitted, state)
         return Response({CHANGE + name: value for name, value in sums.items()}, Reply())
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
@@ -95,14 +191,10 @@ class FitGate(FittedRequest):
         return {CHANGE + name: spec for name, spec in specs.items()}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        self.check_sums({name.removeprefix(CHANGE): tensor for name, tensor in tensors.items()})
+        self.check_sums(_named(tensors))
 
-    def check_sums(self, sums: dict[str, Tensor]) -> None:
-        """Refuses sums that no clients have, by name without ``change/``.
-
-        Raises:
-            WireError: says what is out of range.
-        """
+    def check_sums(self, sums: Tensors) -> None:
+        """As :meth:`SumFeatures.check_sums`."""
         if not self.last:
             self.method.check(sums, MOST_WINDOWS)
         elif bool((sums[NOVELTY] < 0).any()) or bool((sums[NOVELTY] > MOST_WINDOWS).any()):
@@ -117,5 +209,11 @@ class FitGate(FittedRequest):
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]
         assert isinstance(config, Config)
+        if self.last and config.noisy_gate:
+            return "epsilon"
         starts = 1 if self.last or config.pool is None else config.pool.starts
         return "pool.starts" if self.starts != starts else super().beyond(job)
+
+
+def _named(tensors: Tensors) -> dict[str, Tensor]:
+    return {name.removeprefix(CHANGE): tensor for name, tensor in tensors.items()}

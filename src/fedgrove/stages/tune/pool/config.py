@@ -28,8 +28,8 @@ class Pool(Table):
 
     Attributes:
         gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
-            "similar", the mean direction of all windows of an owner; "groups", what the job says of the owners; "losses", the
-            member of the lowest loss; "random", the seed.
+            "similar", the direction of all windows of an owner together; "groups", what the job says of the owners; "losses",
+            the member of the lowest loss; "random", the seed.
         members: number of adapters. With ``groups`` it is their number.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".
@@ -99,9 +99,10 @@ def check_stage(config: Config) -> None:
     for key in ("personal", "personal_experts"):
         if getattr(config, key):
             raise ValueError(f"pool: it has no {key} yet; leave one of them out")
-    if config.epsilon is not None and pool.method.LOOKS != "job":
+    if config.epsilon is not None and pool.method.LOOKS != "job" and not (pool.method.OF_CLIENTS and config.noisy_gate):
         raise ValueError(
-            f'epsilon: gate "{pool.gate}" of the pool looks at text, and what it learns gets no noise; set gate = "groups"'
+            f'epsilon: gate "{pool.gate}" of the pool looks at single windows or at losses, which get no noise; set gate = '
+            '"similar" or "groups"'
         )
     if config.epsilon is not None and config.dp_unit == "client":
         raise ValueError('epsilon: in a pool it protects windows, not clients; set dp_unit = "window"')

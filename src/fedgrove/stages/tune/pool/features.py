@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedgrove.client.local_client import LocalClient
@@ -13,15 +14,17 @@ from fedgrove.client.windows import made_once
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Length, Name
 from fedgrove.models.features import Features, pooled_states, projection, width
+from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Tensors
 from fedgrove.stages.tune.client_model import TuneRequest
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.gates import FeatureGate, feature_gate_of
 from fedgrove.stages.tune.pool.config import Blocks, Members, Size, Starts
-from fedgrove.stages.tune.pool.scale import PROJECTED, scaled
+from fedgrove.stages.tune.pool.scale import PROJECTED, scaled, unit
 
 CENTER, SCALE = "center", "scale"  # tensors of a request, see Features
 MEAN, ALONG = "mean", "along"  # see pool.scale
+DIRECTION = "direction"  # of an owner
 STATE = "state/"  # prefix of the tensors of a gate's state
 HELD_OUT = 5  # every fifth window is not fitted: by these a new text is judged
 
@@ -45,6 +48,23 @@ def numbers_of(states: Tensor, tensors: Tensors, layers: tuple[int, ...], seed: 
     """Pooled hidden states (windows, states) -> (windows, at most ``PROJECTED``) float64."""
     matrix = projection(states.shape[1], PROJECTED, seed)
     return Features(layers, "mean", tensors[CENTER], tensors[SCALE], matrix).of(states)
+
+
+def features_of(numbers: Tensor, tensors: Tensors, of_clients: bool) -> Tensor:
+    """What a gate looks at of windows: (windows, numbers) -> (windows, size) float64.
+
+    Args:
+        tensors: ``mean`` and ``along``.
+        of_clients: whether it is a gate of owners.
+    """
+    if of_clients:
+        return unit(numbers, tensors[ALONG]) - tensors[MEAN]
+    return scaled(numbers, tensors[MEAN], tensors[ALONG])
+
+
+def keep_direction(client: LocalClient, stage: int, direction: Tensor) -> None:
+    """Stores an owner's direction, (1, size), on its own disk: with noise it is never computed again."""
+    save_tensors({DIRECTION: direction}, client.folder / f"direction-{stage}.safetensors")
 
 
 class GateRequest(TuneRequest):
@@ -100,7 +120,9 @@ class GateRequest(TuneRequest):
 
 
 class FittedRequest(GateRequest):
-    """A request that brings a gate's state: ``state/NAME``, and the ``mean`` (numbers,) and ``along`` (numbers, features).
+    """A request that brings a gate's state: ``state/NAME``, and the ``mean`` and ``along`` (numbers, size).
+
+    ``mean`` is that of all windows (numbers,), or of a gate of owners that of all owners (size,).
 
     Attributes:
         members, starts, size: of the state.
@@ -110,22 +132,47 @@ class FittedRequest(GateRequest):
     starts: Starts
     size: Size
 
-    def features(self, tensors: Tensors, client: LocalClient, device: str) -> tuple[Tensor, Tensors]:
-        """Features of the client's windows (windows, size), and the gate's state.
+    def features(self, tensors: Tensors, client: LocalClient, device: str) -> Tensor:
+        """What the gate looks at of the client's windows, (windows, size).
 
         Raises:
             FedgroveError: the request's tensors do not fit.
         """
         numbers = self.numbers(tensors, client, device)
-        _need(tensors, MEAN, torch.Size([numbers.shape[1]]), torch.float64, client)
+        of_clients = self.method.OF_CLIENTS
+        _need(tensors, MEAN, torch.Size([self.size if of_clients else numbers.shape[1]]), torch.float64, client)
         _need(tensors, ALONG, torch.Size([numbers.shape[1], self.size]), torch.float64, client)
+        return features_of(numbers, tensors, of_clients)
+
+    def fitted(self, tensors: Tensors, client: LocalClient, device: str) -> Tensor:
+        """What the gate is fitted to and deals by: as :meth:`features`, or of a gate of owners one row, (1, size).
+
+        Raises:
+            FedgroveError: the request's tensors do not fit, or the owner has no direction.
+        """
+        if not self.method.OF_CLIENTS:
+            return self.features(tensors, client, device)
+        self.model_and_windows(client, device)  # refuses a request that does not fit them
+        _need(tensors, MEAN, torch.Size([self.size]), torch.float64, client)
+        file = client.folder / f"direction-{self.stage}.safetensors"
+        stored: Tensor | None = load_file(file)[DIRECTION] if file.is_file() else None
+        if stored is None or stored.shape != (1, self.size):
+            raise client.error("its working files are gone; continue the run with --resume")
+        return stored - tensors[MEAN]
+
+    def state(self, tensors: Tensors, client: LocalClient) -> Tensors:
+        """The gate's state.
+
+        Raises:
+            FedgroveError: it does not fit.
+        """
         specs = self.method.specs(self.members, self.starts, self.size)
         for name, (shape, dtype) in specs.items():
             _need(tensors, STATE + name, shape, dtype, client)
         state = {name: tensors[STATE + name] for name in specs}
         if not self.method.is_valid(state):
             raise client.error("the state of a gate that came is none that a fit has; refused")
-        return scaled(numbers, tensors[MEAN], tensors[ALONG]), state
+        return state
 
     def beyond(self, job: Agreed) -> str | None:
         config = job.stages[self.stage]

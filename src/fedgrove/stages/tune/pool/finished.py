@@ -27,10 +27,10 @@ from fedgrove.stages.tune.parametrizations import Attachment, Mixable, mixable_o
 from fedgrove.stages.tune.personal import Windows, losses
 from fedgrove.stages.tune.pool.card import FACTS, GATE
 from fedgrove.stages.tune.pool.config import Pool as Settings
-from fedgrove.stages.tune.pool.features import ALONG, MEAN, STATE, layers_of, numbers_of
+from fedgrove.stages.tune.pool.features import ALONG, MEAN, STATE, features_of, layers_of, numbers_of
 from fedgrove.stages.tune.pool.members import Member, mixture, read_members
 from fedgrove.stages.tune.pool.novelty import p_values
-from fedgrove.stages.tune.pool.scale import scaled
+from fedgrove.stages.tune.pool.scale import direction, unit
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,15 @@ class Pool:
         total = sum(self.facts["windows"])
         return [number / total for number in self.facts["windows"]]
 
-    def look(self, decoder: Decoder, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def look(self, decoder: Decoder, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """What the gate says of texts of one owner.
 
         Args:
             texts: (tokens,) token ids each; their first ``prefix`` tokens are looked at.
 
         Returns:
-            Weights (texts, members), and p-values (texts,): the part of the federation's windows that are as unusual or more.
+            Weights (texts, members), and p-values (texts,): the part of the federation's windows that are as unusual or more;
+            None: they were not counted, as the gate was fitted with noise.
 
         Raises:
             FedgroveError: the gate looks at no text.
@@ -127,9 +128,12 @@ class Pool:
         prefix = min(self.settings.prefix, self.facts["length"])
         states = pooled_states(decoder, [ids[:prefix] for ids in texts], layers, "mean")
         numbers = numbers_of(states, self.gate, layers, self.facts["seed"])
-        features = scaled(numbers, self.gate[MEAN], self.gate[ALONG])
         state = {name.removeprefix(STATE): value for name, value in self.gate.items() if name.startswith(STATE)}
-        return gate.weights(features, state), p_values(gate.surprise(features, state), self.gate[NOVELTY])
+        features = features_of(numbers, self.gate, gate.OF_CLIENTS)
+        fitted = direction(unit(numbers, self.gate[ALONG]).sum(0)) - self.gate[MEAN] if gate.OF_CLIENTS else features
+        weights = gate.weights(fitted, state).expand(len(texts), -1)
+        known = self.gate.get(NOVELTY)
+        return weights, None if known is None else p_values(gate.surprise(features, state), known)
 
     def mix(self, weights: Sequence[float]) -> dict[str, Any]:
         """The members' mixture, one adapter; without weights that are 0."""

@@ -14,19 +14,21 @@ from fedgrove.errors import FedgroveError
 from fedgrove.events import Phase
 from fedgrove.models.features import typical
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.rounds.aggregator import moments
 from fedgrove.rounds.aggregator.integers import IntegerSums
-from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments
-from fedgrove.rounds.request import Message, Request
-from fedgrove.stages.tune.exchanges.gate import NOVELTY, FitGate, SumFeatures
+from fedgrove.rounds.aggregator.moments import Moments
+from fedgrove.rounds.request import Message
+from fedgrove.stages.tune.exchanges.gate import NOVELTY, NUMBER, FitGate, SendDirection, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.pool.card import GATE
 from fedgrove.stages.tune.pool.config import Pool
-from fedgrove.stages.tune.pool.features import ALONG, CENTER, MEAN, SCALE, STATE, layers_of
-from fedgrove.stages.tune.pool.scale import directions
+from fedgrove.stages.tune.pool.features import ALONG, CENTER, DIRECTION, MEAN, SCALE, STATE, layers_of
+from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions
 from fedgrove.stages.tune.tuning import Tuning
 
 ENOUGH = 1e-4  # nats of a window: a fit that gains less has ended
+
+
+Exchange = SumFeatures | SendDirection | FitGate
 
 
 class Fit:
@@ -42,7 +44,7 @@ class Fit:
         self._folder = tuning.run.path / "work" / f"stage-{tuning.plan.stage}"
 
     def run(self, enough: Callable[[dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
-        """Tensors of the fitted gate: those of :func:`fields_of`'s requests, and ``novelty``, a histogram.
+        """Tensors of the fitted gate: those of :func:`fields_of`'s requests, and without noise ``novelty``, a histogram.
 
         Args:
             enough: given the tensors of a gate, which members stay, (members,) bool; asked again until all do.
@@ -61,11 +63,12 @@ class Fit:
         while enough is not None and not bool((stays := enough(tensors)).all()):
             kept = self._gate.kept(_state(tensors), stays)
             tensors = tensors | {STATE + name: value for name, value in kept.items()}
-        round_ = len(facts["likelihoods"]) + 1
-        novelty = self._sum(lambda common: FitGate(**common, **fields_of(tensors), last=True), tensors, round_)
-        fitted = tensors | {NOVELTY: novelty[NOVELTY]}
-        save_tensors(fitted, final, {"facts": json.dumps(facts)})
-        return fitted
+        if not self._tuning.config.noisy_gate:
+            round_ = len(facts["likelihoods"]) + 1
+            novelty = self._sum(lambda common: FitGate(**common, **fields_of(tensors), last=True), tensors, round_)
+            tensors[NOVELTY] = novelty[NOVELTY]
+        save_tensors(tensors, final, {"facts": json.dumps(facts)})
+        return tensors
 
     def _begin(self) -> None:
         """What features are scaled by, from their sums, and the state of the first exchange."""
@@ -74,16 +77,28 @@ class Fit:
         layers = layers_of(pool.blocks, len(tuning.decoder))
         center, scale = typical(tuning.decoder, layers, min(pool.prefix, tuning.config.length), tuning.seed)
         tensors = {CENTER: center, SCALE: scale}
-        sums = self._sum(lambda common: SumFeatures(**common), tensors, 0)
-        found = Moments.of(sums)
-        if found.records < pool.members:
-            raise FedgroveError(
-                f"stages.{tuning.plan.stage}.pool.members: {pool.members}, but {found.records} windows are fitted",
-                "lower members or length",
-            )
-        mean, along = directions(found, pool.size)
+        mean, along = self._of_owners(tensors) if self._gate.OF_CLIENTS else self._of_windows(tensors)
         state = self._gate.begin(pool, along.shape[1], tuning.seed)
         self._write(0, tensors | {MEAN: mean, ALONG: along.contiguous()}, state, [], False)
+
+    def _of_windows(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``along`` of a gate that looks at windows."""
+        pool = self._pool
+        found = Moments.of(self._sum(lambda common: SumFeatures(**common), tensors, 0))
+        if found.records < pool.members:
+            raise FedgroveError(
+                f"stages.{self._tuning.plan.stage}.pool.members: {pool.members}, but {found.records} windows are fitted",
+                "lower members or length",
+            )
+        return directions(found, pool.size)
+
+    def _of_owners(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same of a gate of owners: the mean of their directions, and the projection."""
+        pool, tuning = self._pool, self._tuning
+        budget = tuning.config.privacy_budget()
+        sums = self._sum(lambda common: SendDirection(**common, size=pool.size, budget=budget), tensors, 0)
+        numbers = min(PROJECTED, len(tensors[CENTER]))
+        return OWNERS.decode(sums[DIRECTION]) / sums[NUMBER], at_random(numbers, pool.size, tuning.seed)
 
     def _step(self, tensors: dict[str, Tensor], likelihoods: list[float]) -> None:
         tuning, pool, round_ = self._tuning, self._pool, len(likelihoods) + 1
@@ -95,21 +110,14 @@ class Fit:
             state = self._gate.finish(state, sums, tuning.plan.min_group)
         self._write(round_, tensors, state, [*likelihoods, likelihood], done)
 
-    def _sum(self, request: Callable[[dict[str, Any]], Request], tensors: dict[str, Tensor], round_: int) -> dict[str, Tensor]:
+    def _sum(self, request: Callable[[dict[str, Any]], Exchange], tensors: dict[str, Tensor], round_: int) -> dict[str, Tensor]:
         tuning, pool = self._tuning, self._pool
         gate = {"gate": pool.gate, "blocks": pool.blocks, "prefix": pool.prefix}
         messages = {
             client: Message(request({**self._common(client, round_), **gate}), tensors) for client in tuning.plan.clients
         }
-        first = next(iter(messages.values())).request
-
-        def check(total: dict[str, Tensor], _: Any) -> None:
-            if isinstance(first, FitGate):
-                first.check_sums(total)
-            else:
-                moments.check(Moments.of(total), MOST_RECORDS)
-
-        sums = IntegerSums(check)
+        any_one = request({**self._common(min(messages), round_), **gate})
+        sums = IntegerSums(lambda total, replies: any_one.check_sums(total))
         tuning.federation.aggregator.aggregate(messages, sums, layout=tuning.decoder)
         return sums.sums
 

@@ -84,7 +84,8 @@ def choose(pool: Pool, decoder: Decoder, windows: Windows, by: By | None = None,
         else:
             weights, p = pool.look(decoder, list(ids))
             candidates[MIXTURE] = weights.mean(0).tolist()
-            unlike, forwards = float((p < LIKE_NOTHING).double().mean()), len(ids)
+            forwards = len(ids)
+            unlike = None if p is None else float((p < LIKE_NOTHING).double().mean())
         chosen_by, reported = (ids[::2], labels[::2]), (ids[1::2], labels[1::2])
         parts = {}
         for name, of in candidates.items():

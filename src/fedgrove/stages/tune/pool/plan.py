@@ -10,7 +10,7 @@ from fedgrove.rounds.request import Disclosure
 from fedgrove.stages.base import names_of
 from fedgrove.stages.tune.config import Config
 from fedgrove.stages.tune.exchanges.deal import DealByFeatures
-from fedgrove.stages.tune.exchanges.gate import FitGate, SumFeatures
+from fedgrove.stages.tune.exchanges.gate import FitGate, SendDirection, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
 from fedgrove.stages.tune.parametrizations import mixable_of
 from fedgrove.stages.tune.plan import Plan
@@ -48,13 +48,15 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
             raise FedgroveError(
                 f"{at}.members: {pool.members}, but all clients have {windows} windows", "lower members or length"
             )
-        disclosed |= SumFeatures.DISCLOSES | FitGate.DISCLOSES
+        disclosed |= SendDirection.DISCLOSES if pool.method.OF_CLIENTS else SumFeatures.DISCLOSES
+        disclosed |= {Disclosure.COMPONENT_SUMS} if config.noisy_gate else FitGate.DISCLOSES
         number = min(PROJECTED, width(decoder, layers_of(pool.blocks, len(decoder))))
+        once = min(pool.size, number) + 1 if pool.method.OF_CLIENTS else (number + 1) * (number + 2) // 2
         sums = feature_gate_of(pool.gate).sums(pool.members, pool.starts, min(pool.size, number))
         each = 8 * sum(shape.numel() for shape, _ in sums.values())
         notes = [
-            f"To fit the gate, every client sends {(number + 1) * (number + 2) // 2 * 8:,} bytes once and {each:,} bytes up to "
-            f"{pool.fit_rounds} times, before any training."
+            f"To fit the gate, every client sends {once * 8:,} bytes once and {each:,} bytes up to {pool.fit_rounds} times, "
+            "before any training."
         ]
     known = names_of(frozenset(disclosed))
     plan = plan.model_copy(update={"discloses": known, "notes": (*plan.notes, *notes)})

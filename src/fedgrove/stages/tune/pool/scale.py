@@ -1,13 +1,17 @@
-"""The features that a gate looks at, from those of :mod:`fedgrove.models.features`: centered, uncorrelated, in whole numbers.
+"""The features that a gate looks at, from those of :mod:`fedgrove.models.features`.
 
-Directions are the principal ones of all windows' covariance, which clients sum as whole numbers; each is scaled to variance 1.
+Of windows they are centered, uncorrelated and in whole numbers: the principal directions of all windows' covariance, which
+clients sum as whole numbers, each scaled to variance 1. Of an owner as a whole they are the direction of the sum of its
+windows' features, each scaled to norm 1, in a random projection; and relative to the mean of all owners' directions.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from fedgrove.models.features import projection
 from fedgrove.rounds.aggregator.fixed_point import FixedPoint
 from fedgrove.rounds.aggregator.moments import Moments
 
@@ -16,6 +20,7 @@ CODE = FixedPoint(BITS)
 CLIP = 16  # standard deviations
 PROJECTED = 256  # hidden states are projected to so many numbers before their products are summed
 TOGETHER = 64  # windows are computed in multiples of these: none is in the rest of a vectorized loop, which may round otherwise
+OWNERS = FixedPoint(16)  # of an owner's direction, as it travels
 LEAST = 1e-6  # variance of a direction that is used, as a fraction of the largest
 
 
@@ -31,3 +36,19 @@ def directions(moments: Moments, size: int) -> tuple[Tensor, Tensor]:
 def scaled(numbers: Tensor, mean: Tensor, along: Tensor) -> Tensor:
     """(windows, numbers) -> (windows, size) float64, clipped, and rounded to multiples of 2⁻⁸."""
     return CODE.decode(CODE.encode(((numbers - mean) @ along).clamp(-CLIP, CLIP)))
+
+
+def at_random(numbers: int, size: int, seed: str) -> Tensor:
+    """The projection of an owner's features, the same at every client: (numbers, at most ``size``) float64."""
+    found = projection(numbers, size, f"{seed}/owners")
+    return torch.eye(numbers, dtype=torch.float64) if found is None else found
+
+
+def unit(numbers: Tensor, along: Tensor) -> Tensor:
+    """Each window's direction: (windows, numbers) -> (windows, size) float64, of norm 1."""
+    return normalize(numbers @ along, dim=1)
+
+
+def direction(total: Tensor) -> Tensor:
+    """An owner's direction from the sum of its windows': (size,) -> (1, size) float64, as it travels."""
+    return OWNERS.decode(OWNERS.encode(normalize(total, dim=0)))[None]

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.accounting import dp_sgd_keeps
 from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.training import Settings, Work, loss_sum, make_optimizer, trained_parameters
@@ -39,7 +38,7 @@ def train(model: nn.Module, work: Work, settings: Settings) -> None:
     budget, ids, labels = work.budget, work.ids, work.labels
     assert budget is not None
     rate = min(1.0, settings.batch / len(ids))
-    if not dp_sgd_keeps(budget.noise, budget.epsilon, budget.delta, rate, budget.rounds * settings.steps):
+    if not budget.keeps(rate, settings.steps):
         raise FedgroveError(f"noise of {budget.noise:g} is too little for epsilon = {budget.epsilon:g}; training refused")
     mechanism = GaussianMechanism(budget.clip, budget.noise, adders=1)
     parameters = trained_parameters(model)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from fedgrove.errors import FedgroveError
-from fedgrove.privacy.accounting import dp_sgd_keeps
 from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.seeds.steps import LOSS_BITS, Steps, Taken
@@ -39,7 +38,7 @@ def train(model: TwoSided, work: Work, settings: Steps) -> Taken:
     budget, epsilon = work.budget, settings.perturbation
     assert budget is not None
     rate = min(1.0, settings.batch / len(work.ids))
-    if not dp_sgd_keeps(budget.noise, budget.epsilon, budget.delta, rate, budget.rounds * len(settings.directions)):
+    if not budget.keeps(rate, len(settings.directions)):
         raise FedgroveError(f"noise of {budget.noise:g} is too little for epsilon = {budget.epsilon:g}; training refused")
     mechanism = GaussianMechanism(budget.clip, budget.noise, adders=1, weight=2 * epsilon, bits=LOSS_BITS)
     differences = []
