@@ -21,7 +21,7 @@ like nothing that the pool knows.
     .venv/bin/python bench/pool.py --data ../shared/data --streams --seeds 0 1 2 3 4 5 6 7 8 9
 
 ``--streams`` trains nothing: which owners gate "similar" puts together, without and with noise, as the share of the 28 pairs of
-owners that are together or apart as their kinds are.
+owners that are together or apart as their kinds are; and how many members it finds by itself (*kinds* has four, *iid* one).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from fedgrove.stages.tune.pool.config import Pool as Settings
 from fedgrove.stages.tune.pool.features import CENTER, SCALE, STATE, layers_of, numbers_of
 from fedgrove.stages.tune.pool.finished import Pool
 from fedgrove.stages.tune.pool.newcomers import few_windows
-from fedgrove.stages.tune.pool.scale import at_random, direction, unit
+from fedgrove.stages.tune.pool.scale import at_random, directions_of, unit
 
 LENGTH, MEMBERS = 64, 4
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
@@ -218,39 +218,57 @@ def leave_out(
         return {**found, "losses": means(parts), "weights": {way: list(of) for way, of in weights.items()}}
 
 
-def streams(data: Path, model: Path, seed: int) -> dict[str, float]:
-    """By ε of the stage (δ 1e-5; "none"), the share of pairs of the owners of *kinds* about which gate "similar" is right."""
-    decoder, tokenizer, settings = Decoder(Checkpoint(model)), _tokenizer(model), Settings(gate="similar", members=MEMBERS)
+def streams(data: Path, model: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """By ε of the stage (δ 1e-5; "none"), what gate "similar" finds.
+
+    Returns:
+        ``right``: the share of pairs of the owners of *kinds* about which it is right; ``kinds`` and ``iid``: how many members
+        it finds by itself.
+    """
+    settings = Settings(gate="similar", members=MEMBERS)
+    by_itself = Settings(gate="similar", members="auto")
+    numbers = {case: _numbers(case, data, model, settings, seed) for case in ("kinds", "iid")}
+    found: dict[str, dict[str, Any]] = {}
+    for epsilon in EPSILONS:
+        members = _members(list(numbers["kinds"].values()), settings, epsilon, seed)
+        owners = [(owner.partition("-")[0], member) for owner, member in zip(numbers["kinds"], members, strict=True)]
+        right = [(one[0] == other[0]) == (one[1] == other[1]) for one, other in itertools.combinations(owners, 2)]
+        alone = {case: len(set(_members(list(of.values()), by_itself, epsilon, seed))) for case, of in numbers.items()}
+        found[str(epsilon or "none")] = {"right": sum(right) / len(right), **alone}
+    return found
+
+
+def _numbers(case: str, data: Path, model: Path, settings: Settings, seed: int) -> dict[str, torch.Tensor]:
+    """Features of every owner's training windows before a gate scales them."""
+    decoder, tokenizer = Decoder(Checkpoint(model)), _tokenizer(model)
     layers, prefix = layers_of(settings.blocks, len(decoder)), min(settings.prefix, LENGTH)
     center, scale = typical(decoder, layers, prefix, str(seed))
     numbers = {}
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        for owner, (train, _) in deal("kinds", data, Path(name) / "data", seed).items():
+        for owner, (train, _) in deal(case, data, Path(name) / "data", seed).items():
             ids, _ = training_windows([train], {"text": "{text}"}, tokenizer, LENGTH)
             states = pooled_states(decoder, list(ids[:, :prefix]), layers, "mean")
             numbers[owner] = numbers_of(states, {CENTER: center, SCALE: scale}, layers, str(seed))
-    found = {}
-    for epsilon in EPSILONS:
-        along = at_random(next(iter(numbers.values())).shape[1], settings.size, str(seed))
-        sums = [unit(of, along).sum(0) for of in numbers.values()]
-        if epsilon is not None:
-            mechanism = GaussianMechanism(1.0, noise_of_part(epsilon, 1e-5), adders=1)
-            sums = [mechanism.add_share(total) for total in sums]
-        directions = torch.cat([direction(total) for total in sums])
-        owners = [one[None] for one in directions - directions.mean(0)]
-        state = similar.begin(settings, settings.size, str(seed))
-        for _ in range(settings.fit_rounds):
-            each = [similar.observe(one, state) for one in owners]
-            total = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
-            state, _ = similar.settle(state, total)
-        state = similar.finish(state, total, 1)
-        members = [int(similar.weights(one, state).argmax()) for one in owners]
-        pairs = itertools.combinations(
-            [(owner.partition("-")[0], member) for owner, member in zip(numbers, members, strict=True)], 2
-        )
-        right = [(one[0] == other[0]) == (one[1] == other[1]) for one, other in pairs]
-        found[str(epsilon or "none")] = sum(right) / len(right)
-    return found
+    return numbers
+
+
+def _members(owners: list[torch.Tensor], settings: Settings, epsilon: float | None, seed: int) -> list[int]:
+    """The member of each owner."""
+    along = at_random(owners[0].shape[1], settings.size, str(seed))
+    parts = 1 if isinstance(settings.members, int) else 2
+    totals = [torch.stack([half.sum(0) for half in unit(of, along).tensor_split(parts)]) for of in owners]
+    if epsilon is not None:
+        mechanism = GaussianMechanism(1.0, noise_of_part(epsilon, 1e-5), adders=1)
+        totals = [mechanism.add_share(total) for total in totals]
+    directions = torch.stack([directions_of(total) for total in totals])
+    rows = list(directions - directions.mean(0))
+    state = similar.begin(settings, settings.size, str(seed))
+    for _ in range(settings.fit_rounds):
+        each = [similar.observe(of, state) for of in rows]
+        sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
+        state, _ = similar.settle(state, sums)
+    state = similar.finish(state, sums, 1)
+    return [int(similar.weights(of, state).argmax()) for of in rows]
 
 
 def _weights(pool: Pool, decoder: Decoder, train: Path) -> list[float]:
@@ -394,10 +412,13 @@ def main() -> None:
     found = {}
     if args.streams:
         every = [kept(functools.partial(streams, args.data, args.model, seed), streams=True, seed=seed) for seed in args.seeds]
-        print("| ε of the stage | pairs right, mean | all right |", "|---|---|---|", sep="\n")
+        print("| ε of the stage | pairs right | all right | members found: kinds | iid |", "|---|---|---|---|---|", sep="\n")
         for epsilon in every[0]:
             of = [one[epsilon] for one in every]
-            print(f"| {epsilon} | {sum(of) / len(of):.0%} | {sum(one == 1 for one in of)} of {len(of)} |")
+            right = sum(one["right"] for one in of) / len(of)
+            exact = sum(one["right"] == 1 for one in of)
+            counts = [", ".join(str(one[case]) for one in of) for case in ("kinds", "iid")]
+            print(f"| {epsilon} | {right:.0%} | {exact} of {len(of)} | {counts[0]} | {counts[1]} |")
         return
     if args.leave_out is not None:
         for seed, method in itertools.product(args.seeds, args.methods):

@@ -39,7 +39,7 @@ from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.dealing import divide
 from fedgrove.stages.tune.pool.finished import Pool as FinishedPool
 from fedgrove.stages.tune.pool.fitting import Fit
-from fedgrove.stages.tune.pool.scale import CLIP, CODE, direction, unit
+from fedgrove.stages.tune.pool.scale import CLIP, CODE, directions_of, unit
 from fedgrove.stages.tune.state import TuningState
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_architectures import save
@@ -162,7 +162,7 @@ def test_similar_owners_go_to_one_member_with_all_their_windows() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = 2 * torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1, 0]]
     windows = [kind + torch.randn(30, 4, generator=generator, dtype=torch.float64) + 5.0 for kind in kinds]
-    directions = [direction(unit(of, torch.eye(4, dtype=torch.float64)).sum(0)) for of in windows]
+    directions = [directions_of(unit(of, torch.eye(4, dtype=torch.float64)).sum(0, keepdim=True)) for of in windows]
     assert all(float(of.norm()) == pytest.approx(1.0, abs=1e-4) for of in directions)
     owners = [of - torch.stack(directions).mean(0) for of in directions]  # what all have in common says nothing
     _, state, sums = fit(owners, 6, similar, members=2, starts=4)
@@ -173,6 +173,56 @@ def test_similar_owners_go_to_one_member_with_all_their_windows() -> None:
     found = [int(of[0].argmax()) for of in members]
     assert found == [found[0], 1 - found[0], found[0], 1 - found[0], found[0]]
     assert similar.finish(state, sums, 3)["keys"].shape[1] == 1, "two owners are too few"
+
+
+@pytest.mark.parametrize(("kinds", "fewest", "found"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (3, 3, 1)])
+def test_as_many_members_as_there_are_kinds_of_owners(kinds: int, fewest: int, found: int) -> None:
+    """Seven owners, each with two halves of its text; a half says of the other one what owners of a kind have in common."""
+    generator = torch.Generator().manual_seed(1)
+    of_kinds = 3 * torch.eye(16, dtype=torch.float64)[:kinds]
+    owners = []
+    for owner in range(7):
+        windows = of_kinds[owner % kinds] + torch.randn(80, 16, generator=generator, dtype=torch.float64) + 1.0
+        halves = unit(windows, torch.eye(16, dtype=torch.float64)).tensor_split(2)
+        owners.append(directions_of(torch.stack([half.sum(0) for half in halves])))
+    assert all(of.shape == (3, 16) for of in owners)
+    mean = torch.stack(owners).mean(0)
+    rows = [of - mean for of in owners]
+    state = similar.begin(pooled("similar", members="auto", starts=4), 16, "0/0")
+    assert similar.is_valid(state)
+    assert keys.used(state).sum(1).tolist() == [number for number in range(1, 9) for _ in range(4)]
+    for _ in range(8):
+        each = [similar.observe(of, state) for of in rows]
+        sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
+        similar.check(sums, 7)
+        state, _ = similar.settle(state, sums)
+        assert similar.is_valid(state)
+    final = similar.finish(state, sums, fewest)
+    members = [int(similar.weights(of, final).argmax()) for of in rows]
+    assert final["keys"].shape[1] == found
+    assert len(set(members)) == found
+    if fewest == 1:
+        assert all(member == members[owner % kinds] for owner, member in enumerate(members))
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
+def test_a_pool_finds_its_number_of_members(small: Small, secure: bool) -> None:
+    for word in ("tree", "river"):
+        (small.folder / f"only-{word}.txt").write_text(f"{' '.join([word] * 12)}\n" * 20)
+    names = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
+    job: dict[str, Any] = {
+        "clients": [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in names.items()],
+        "privacy": {"min_group": 2, "secure_aggregation": secure},
+        "evaluate": {},
+    }
+    pool = {**KEYS, "gate": "similar", "members": "auto"}
+    runs = [small.undisturbed(stages=tune(one, **FIXED), **job) for one in (pool, pool | {"members": 2})]
+    facts = [FinishedPool.read(run).facts for run in runs]
+    assert [of["members"] for of in facts] == [2, 2]
+    assert facts[0]["windows"] in (facts[1]["windows"], facts[1]["windows"][::-1])
+    plan = json.loads((runs[0] / "plan-0-tune.json").read_text())
+    assert "all of at most 8 members" in " ".join(plan["notes"])
+    assert "a pool of as many as there are kinds by similar" in (runs[0] / "report.html").read_text()
 
 
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
@@ -559,6 +609,8 @@ def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: 
     ("pool", "stage", "words"),
     [
         ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar")),
+        ({"gate": "keys", "members": "auto"}, {}, ("stages.0.pool", 'members: gate "keys" does not find their number; give')),
+        ({"gate": "similar", "members": "auto", "starts": 9}, {}, ("stages.0.pool", "starts: 8 at most")),
         ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),
         ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),
         ({**MIXTURE, "members": 64}, {}, ("stages.0.pool.members: 64, but all clients have 59 windows",)),

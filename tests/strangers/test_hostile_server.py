@@ -112,7 +112,7 @@ JOBS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what a site 
     "seeds": (OPEN, [SEEDS]),
     "pool": ({**OPEN, "alone": False}, [POOLED_TUNE]),
     "pool in sums": (SECURE, [IN_SUMS]),
-    "pool of owners": ({**OPEN, "alone": False}, [{**POOLED_TUNE, "pool": {**POOL, "gate": "similar"}}]),
+    "pool of owners": ({**OPEN, "alone": False}, [{**POOLED_TUNE, "pool": {**POOL, "gate": "similar", "members": "auto"}}]),
     "noisy pool": ({**OPEN, **NOISY, "alone": False}, [{**POOLED_TUNE, **NOISE, "pool": {**POOL, "gate": "similar"}}]),
     "pool by losses": ({**OPEN, "alone": False}, [BY_LOSS]),
     "prompts": ({**OPEN, "alone": False}, [PROMPT]),

@@ -47,7 +47,8 @@ ADAPTER = Words("adapter", "an adapter", "own best", "After the same steps alone
 def describe(config: Mapping[str, Any]) -> str:
     """Such as "tune lora, planner fedpipe, aggregation flexlora"."""
     pool = config.get("pool")
-    of = f", a pool of {pool['members']} by {pool['gate']}" if pool else ""
+    number = pool and ("as many as there are kinds" if pool["members"] == "auto" else pool["members"])
+    of = f", a pool of {number} by {pool['gate']}" if pool else ""
     return f"tune {config.get('parametrization')}, planner {config.get('planner')}, aggregation {config.get('aggregation')}{of}"
 
 

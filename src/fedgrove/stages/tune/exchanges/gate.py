@@ -27,17 +27,17 @@ from fedgrove.rounds.aggregator.moments import MOST_RECORDS, Moments
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
 from fedgrove.stages.tune.config import Config
-from fedgrove.stages.tune.pool.config import Size
+from fedgrove.stages.tune.pool.config import AUTO, Size
 from fedgrove.stages.tune.pool.features import (
     DIRECTION,
     FittedRequest,
     GateRequest,
     is_held_out,
-    keep_direction,
+    keep_directions,
     layers_of,
 )
 from fedgrove.stages.tune.pool.novelty import BINS, count
-from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, direction, unit
+from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions_of, unit
 
 NOVELTY, NUMBER = "novelty", "owners"
 MOST_WINDOWS = 2**18  # of all clients: the largest sum of a fit is 2^(20 + 2·12) times as large, below 2^63
@@ -89,12 +89,14 @@ class SumFeatures(GateRequest):
 class SendDirection(GateRequest):
     """Send the direction of your text: of the sum of your windows' features, each of norm 1.
 
-    The response holds int64: ``change/direction`` (size,) in multiples of 2⁻¹⁶, and ``change/owners`` (1,), which is 1. The
-    client keeps its direction for the exchanges after this one. Without noise every fifth window is left out, and says later
-    what is usual.
+    The response holds int64: ``change/direction`` (1 or 3, size) in multiples of 2⁻¹⁶, and ``change/owners`` (1,), which is 1.
+    The client keeps its direction for the exchanges after this one. Without noise every fifth window is left out, and says
+    later what is usual.
 
     Attributes:
         size: of a direction.
+        halves: whether those of both halves of the text follow, first and last windows: they say how many kinds of owners there
+            are. A window is in one of them, so noise on the halves is enough.
         budget: (ε, δ) of the stage: the sum gets noise for a part of it; None: no noise.
     """
 
@@ -103,6 +105,7 @@ class SendDirection(GateRequest):
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "held"})
 
     size: Size
+    halves: bool
     budget: tuple[Epsilon, Delta] | None
 
     def release(self) -> str | None:
@@ -111,22 +114,20 @@ class SendDirection(GateRequest):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         numbers = self.numbers(tensors, client, device)
         along = at_random(numbers.shape[1], self.size, self.seed)
-        if self.budget is None:
-            total = unit(numbers[~is_held_out(len(numbers))], along).sum(0)
-        else:
-            mechanism = GaussianMechanism(1 + 1e-9, noise_of_part(*self.budget), adders=1)
-            total = mechanism.add_share(unit(numbers, along).sum(0))
-        found = direction(total)
-        keep_direction(client, self.stage, found)
-        return Response(
-            {CHANGE + DIRECTION: OWNERS.encode(found[0]), CHANGE + NUMBER: torch.ones(1, dtype=torch.int64)}, Reply()
-        )
+        fitted = numbers if self.budget else numbers[~is_held_out(len(numbers))]
+        totals = torch.stack([part.sum(0) for part in unit(fitted, along).tensor_split(2 if self.halves else 1)])
+        if self.budget:
+            totals = GaussianMechanism(1 + 1e-9, noise_of_part(*self.budget), adders=1).add_share(totals)
+        found = directions_of(totals)
+        keep_directions(client, self.stage, found)
+        one = torch.ones(1, dtype=torch.int64)
+        return Response({CHANGE + DIRECTION: OWNERS.encode(found), CHANGE + NUMBER: one}, Reply())
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
         number = min(PROJECTED, width(layout, layers_of(self.blocks, len(layout))))
-        shapes = {DIRECTION: min(self.size, number), NUMBER: 1}
-        return {CHANGE + name: (torch.Size([length]), torch.int64) for name, length in shapes.items()}
+        shapes = {DIRECTION: (3 if self.halves else 1, min(self.size, number)), NUMBER: (1,)}
+        return {CHANGE + name: (torch.Size(shape), torch.int64) for name, shape in shapes.items()}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         if int(tensors[CHANGE + NUMBER]) != 1:
@@ -136,7 +137,8 @@ class SendDirection(GateRequest):
     def check_sums(self, sums: Tensors) -> None:
         """As :meth:`SumFeatures.check_sums`."""
         number = int(sums[NUMBER])
-        if number < 1 or not float(OWNERS.decode(sums[DIRECTION]).norm()) <= number * (1 + 1e-3):  # rounding makes them longer
+        lengths = OWNERS.decode(sums[DIRECTION]).norm(dim=1)
+        if number < 1 or not bool((lengths <= number * (1 + 1e-3)).all()):  # rounding makes them longer
             raise WireError("its direction is longer than 1")
 
     @classmethod
@@ -148,6 +150,8 @@ class SendDirection(GateRequest):
         assert isinstance(config, Config)
         if config.pool is not None and self.size != config.pool.size:
             return "pool.size"
+        if config.pool is not None and self.halves != (config.pool.members == AUTO):
+            return "pool.members"
         if self.budget != config.privacy_budget():
             return "epsilon"
         return super().beyond(job) if self.method.OF_CLIENTS else "gate"
@@ -211,7 +215,7 @@ class FitGate(FittedRequest):
         assert isinstance(config, Config)
         if self.last and config.noisy_gate:
             return "epsilon"
-        starts = 1 if self.last or config.pool is None else config.pool.starts
+        starts = 1 if self.last or config.pool is None else config.pool.side_by_side
         return "pool.starts" if self.starts != starts else super().beyond(job)
 
 

@@ -104,6 +104,6 @@ class TrainMembers(Train):
         return pooled_rounds(config)
 
     def members_beyond(self, config: Config) -> str | None:
-        if not config.deals_in_sums or config.pool is None or self.members > config.pool.members:
+        if not config.deals_in_sums or config.pool is None or self.members > config.pool.most:
             return "members"
         return "member" if self.member is not None or self.dealt else None

@@ -368,7 +368,7 @@ class Train(TrainingRequest):
     def members_beyond(self, config: Config) -> str | None:
         """Whether it trains a member of a pool that the job does not have, or in a round that trains one adapter."""
         pool = config.pool
-        members = 0 if pool is None or self.round < pool.common_rounds(config.rounds) else pool.members
+        members = 0 if pool is None or self.round < pool.common_rounds(config.rounds) else pool.most
         if (self.member is not None) != bool(members) or (self.member or 0) >= max(1, members):
             return "member"
         if config.deals_in_sums and members:

@@ -31,11 +31,13 @@ class Gate(Protocol):
     Attributes:
         LOOKS: at what.
         OF_CLIENTS: whether a client trains one member with all its text; else each of its windows goes to a member.
+        CHOOSES: whether it finds the number of members (``members = "auto"``).
         KEYS: keys of the table ``pool`` that only some gates use, this one among them.
     """
 
     LOOKS: Looks
     OF_CLIENTS: bool
+    CHOOSES: bool
     KEYS: frozenset[str]
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LOOKS: Looks = "job"
 OF_CLIENTS = True
+CHOOSES = False
 KEYS = frozenset({"groups"})
 
 

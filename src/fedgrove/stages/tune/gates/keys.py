@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOOKS: Looks = "features"
 OF_CLIENTS = False
+CHOOSES = False
 KEYS = frozenset({"blocks", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of a cosine, after the binary point
@@ -32,7 +33,7 @@ ASIDE = 0.1  # how far beside the largest key one without windows begins again
 
 def begin(pool: Pool, size: int, seed: str) -> Tensors:
     """Directions drawn alike from all, the same at every client."""
-    keys = normal((pool.starts, pool.members, size), f"{seed}/gate")
+    keys = normal((pool.starts, pool.most, size), f"{seed}/gate")
     return {"keys": _unit(keys)}
 
 
@@ -42,13 +43,19 @@ def specs(members: int, starts: int, size: int) -> TensorSpecs:
 
 
 def is_valid(state: Tensors) -> bool:
-    """Keys are unit vectors."""
-    return bool(((state["keys"].square().sum(2) - 1).abs() < 1e-6).all())
+    """Keys are unit vectors, or zeros after the first: no key."""
+    squares, is_used = state["keys"].square().sum(2), used(state)
+    return bool(((squares - 1).abs() < 1e-6)[is_used].all()) and bool(is_used[:, 0].all())
+
+
+def used(state: Tensors) -> Tensor:
+    """Which keys there are: (starts, members) bool."""
+    return (state["keys"] != 0).any(2)
 
 
 def observe(features: Tensor, state: Tensors) -> Tensors:
     """How many windows each key has, the sum of their directions, and of their cosines, for each start."""
-    cosines, unit = _cosines(features, state)
+    cosines, unit = cosines_of(features, state)
     best, chosen = cosines.max(1)
     one_hot = torch.nn.functional.one_hot(chosen, state["keys"].shape[1]).transpose(1, 2)
     counts = one_hot.sum(2)
@@ -84,18 +91,22 @@ def settle(state: Tensors, sums: Tensors) -> tuple[Tensors, float]:
     moved = CODE.decode(sums["sums"])
     some = moved.square().sum(2) > 0
     keys[some] = moved[some]
-    for start, member in (~some).nonzero().tolist():
+    for start, member in (~some & used(state)).nonzero().tolist():
         aside = normal((keys.shape[2],), f"{start}/{member}")
         keys[start, member] = _unit(keys[start, int(counts[start].argmax())]) + ASIDE * _unit(aside)
-    return {"keys": _unit(keys)}, float(_means(sums).max())
+    return {"keys": _unit(keys)}, float(means(sums["cosines"], sums).max())
 
 
 def finish(state: Tensors, sums: Tensors, fewest: int) -> Tensors:
     """The best start's keys that enough clients hold, at least the one of most windows."""
-    best = int(_means(sums).argmax())
-    members = sums["holders"][best] >= fewest
-    members[sums["counts"][best].argmax()] = True
-    return kept({"keys": state["keys"][best][None]}, members)
+    return held(state, sums, fewest, int(means(sums["cosines"], sums).argmax()))
+
+
+def held(state: Tensors, sums: Tensors, fewest: int, start: int) -> Tensors:
+    """The keys of a start that enough clients hold, at least the one of most windows."""
+    members = sums["holders"][start] >= fewest
+    members[sums["counts"][start].argmax()] = True
+    return kept({"keys": state["keys"][start][None]}, members)
 
 
 def kept(state: Tensors, members: Tensor) -> Tensors:
@@ -105,17 +116,20 @@ def kept(state: Tensors, members: Tensor) -> Tensors:
 
 def weights(features: Tensor, state: Tensors) -> Tensor:
     """1 for the nearest key."""
-    cosines, _ = _cosines(features, state)
+    cosines, _ = cosines_of(features, state)
     return torch.nn.functional.one_hot(cosines[0].argmax(0), cosines.shape[1]).double()
 
 
 def surprise(features: Tensor, state: Tensors) -> Tensor:
     """1 − the cosine to the nearest key."""
-    return 1 - _cosines(features, state)[0][0].amax(0)
+    return 1 - cosines_of(features, state)[0][0].amax(0)
 
 
-def _cosines(features: Tensor, state: Tensors) -> tuple[Tensor, Tensor]:
-    """(starts, members, windows), and the windows' directions (windows, size); added up feature by feature."""
+def cosines_of(features: Tensor, state: Tensors) -> tuple[Tensor, Tensor]:
+    """(starts, members, windows), and the windows' directions (windows, size); added up feature by feature.
+
+    Where there is no key, it is farther than any.
+    """
     number, keys = len(features), state["keys"]
     columns = torch.nn.functional.pad(features.T, (0, -number % TOGETHER))
     squares, dots = torch.zeros(columns.shape[1], dtype=torch.float64), torch.zeros(*keys.shape[:2], columns.shape[1]).double()
@@ -123,13 +137,14 @@ def _cosines(features: Tensor, state: Tensors) -> tuple[Tensor, Tensor]:
         squares = squares + columns[feature] * columns[feature]
         dots = dots + columns[feature] * keys[:, :, feature, None]
     length = squares.sqrt().clamp_min(1e-9)
-    return (dots / length)[:, :, :number], (columns / length).T[:number]
+    cosines = torch.where(used(state)[:, :, None], dots / length, -2.0)
+    return cosines[:, :, :number], (columns / length).T[:number]
 
 
 def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-9)
 
 
-def _means(sums: Tensors) -> Tensor:
-    """The mean cosine of each start."""
-    return sums["cosines"].double() * 2.0**-BITS / sums["counts"].double().sum(1)
+def means(cosines: Tensor, sums: Tensors) -> Tensor:
+    """The mean over windows of a sum of cosines, of each start."""
+    return cosines.double() * 2.0**-BITS / sums["counts"].double().sum(1)

@@ -12,6 +12,7 @@ from fedgrove.stages.tune.gates import Looks
 
 LOOKS: Looks = "members"
 OF_CLIENTS = True
+CHOOSES = False
 KEYS = frozenset({"windows"})
 
 

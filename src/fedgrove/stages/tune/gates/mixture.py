@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LOOKS: Looks = "features"
 OF_CLIENTS = False
+CHOOSES = False
 KEYS = frozenset({"blocks", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of γ and of a log-likelihood, after the binary point
@@ -41,9 +42,9 @@ def begin(pool: Pool, size: int, seed: str) -> Tensors:
 
     All clients begin with the same, so components cannot be swapped between them.
     """
-    shape = (pool.starts, pool.members, size)
+    shape = (pool.starts, pool.most, size)
     means = normal(shape, f"{seed}/gate")
-    shares = torch.full(shape[:2], 1 / pool.members, dtype=torch.float64)
+    shares = torch.full(shape[:2], 1 / pool.most, dtype=torch.float64)
     return {"means": means, "variances": torch.ones(shape, dtype=torch.float64), "shares": shares}
 
 

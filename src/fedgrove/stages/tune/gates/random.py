@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 LOOKS: Looks = "job"
 OF_CLIENTS = True
+CHOOSES = False
 KEYS: frozenset[str] = frozenset()
 
 
@@ -20,4 +21,4 @@ def deal(pool: Pool, clients: Sequence[str], seed: str) -> dict[str, int]:
     """The clients in an order that depends on the seed, one after the other to the members."""
     order = sorted(clients)
     random.Random(f"{seed}/gate").shuffle(order)
-    return {client: place % pool.members for place, client in enumerate(order)}
+    return {client: place % pool.most for place, client in enumerate(order)}

@@ -179,7 +179,7 @@ class Loop(changes.Loop):
             dealt = gate.deal(self.pool, every, str(self.federation.job.seed))
             of = {client: self.plan.clients[client].tokens // self.config.length for client in clients}
             windows = {
-                client: tuple(of[client] if member == dealt[client] else 0 for member in range(self.pool.members))
+                client: tuple(of[client] if member == dealt[client] else 0 for member in range(self.pool.most))
                 for client in clients
             }
         self.run.write_json(f"work/stage-{self.plan.stage}/deal-{round_:04d}.json", windows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from fedgrove.stages.tune.config import Config
 
 MOST_MEMBERS = 64
+AUTO = "auto"
+MOST_TRIED = 8  # members that "auto" tries
 Members = Annotated[int, Field(ge=1, le=MOST_MEMBERS)]
-Starts = Annotated[int, Field(ge=1, le=64)]
+MOST_STARTS = 64
+Starts = Annotated[int, Field(ge=1, le=MOST_STARTS)]
 Blocks = Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=16)]
 Size = Annotated[int, Field(ge=1, le=128)]
 FitRounds = Annotated[int, Field(ge=1, le=1000)]
@@ -30,7 +33,8 @@ class Pool(Table):
         gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
             "similar", the direction of all windows of an owner together; "groups", what the job says of the owners; "losses",
             the member of the lowest loss; "random", the seed.
-        members: number of adapters. With ``groups`` it is their number.
+        members: number of adapters. With ``groups`` it is their number. "auto", only with gate "similar": as many as there are
+            kinds of owners that one half of their text tells of the other half, at most eight.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".
         blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
@@ -43,7 +47,7 @@ class Pool(Table):
     """
 
     gate: Annotated[str, method_of("stages.tune.gates")] = "keys"
-    members: Members = 4
+    members: Members | Literal["auto"] = 4
     common: Fraction = 0.3
     groups: Annotated[dict[Name, tuple[Name, ...]], Field(max_length=MOST_MEMBERS, default_factory=dict)]
     blocks: Blocks = (0.25, 0.5, 0.75)
@@ -67,6 +71,26 @@ class Pool(Table):
                 raise ValueError(f'{key}: gate "{self.gate}" does not use it; leave it out')
         return self
 
+    @model_validator(mode="after")
+    def _finds_their_number(self) -> Self:
+        if self.members != AUTO:
+            return self
+        if not self.method.CHOOSES:
+            raise ValueError(f'members: gate "{self.gate}" does not find their number; give one')
+        if self.side_by_side > MOST_STARTS:
+            raise ValueError(f"starts: {MOST_STARTS // MOST_TRIED} at most for each number of members that is tried; lower it")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The largest number of members."""
+        return self.members if isinstance(self.members, int) else MOST_TRIED
+
+    @property
+    def side_by_side(self) -> int:
+        """How many fits are made at once."""
+        return self.starts * (self.most if self.members == AUTO else 1)
+
     @property
     def method(self) -> Gate:
         """The module of the gate."""
@@ -74,7 +98,7 @@ class Pool(Table):
 
     def deals_in_sums(self, precision: str) -> bool:
         """See :attr:`fedgrove.stages.tune.config.Config.deals_in_sums`."""
-        return self.method.LOOKS == "features" and self.members > 1 and precision == "fixed"
+        return self.method.LOOKS == "features" and self.most > 1 and precision == "fixed"
 
     def common_rounds(self, rounds: int) -> int:
         """How many of a stage's rounds all train one adapter."""
@@ -123,7 +147,7 @@ def check_clients(config: Config, job: Job, index: int) -> None:
             dealt = job_gate_of(pool.gate).deal(pool, clients, str(job.seed))
         except ValueError as error:
             raise ValueError(f"{at}.{error}") from error
-    if pool.method.OF_CLIENTS and pool.members > len(clients):
+    if pool.method.OF_CLIENTS and isinstance(pool.members, int) and pool.members > len(clients):
         raise ValueError(
             f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
             "lower it"
@@ -135,7 +159,7 @@ def check_clients(config: Config, job: Job, index: int) -> None:
             f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '
             'use gate = "keys"'
         )
-    for member in range(pool.members):
+    for member in range(pool.most):
         number = sum(one == member for one in dealt.values())
         if number < job.together(number):
             raise ValueError(

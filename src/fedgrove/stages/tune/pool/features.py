@@ -58,13 +58,13 @@ def features_of(numbers: Tensor, tensors: Tensors, of_clients: bool) -> Tensor:
         of_clients: whether it is a gate of owners.
     """
     if of_clients:
-        return unit(numbers, tensors[ALONG]) - tensors[MEAN]
+        return unit(numbers, tensors[ALONG]) - tensors[MEAN][:1]
     return scaled(numbers, tensors[MEAN], tensors[ALONG])
 
 
-def keep_direction(client: LocalClient, stage: int, direction: Tensor) -> None:
-    """Stores an owner's direction, (1, size), on its own disk: with noise it is never computed again."""
-    save_tensors({DIRECTION: direction}, client.folder / f"direction-{stage}.safetensors")
+def keep_directions(client: LocalClient, stage: int, directions: Tensor) -> None:
+    """Stores an owner's direction, (1 or 3, size), on its own disk: with noise it is never computed again."""
+    save_tensors({DIRECTION: directions}, client.folder / f"direction-{stage}.safetensors")
 
 
 class GateRequest(TuneRequest):
@@ -122,7 +122,8 @@ class GateRequest(TuneRequest):
 class FittedRequest(GateRequest):
     """A request that brings a gate's state: ``state/NAME``, and the ``mean`` and ``along`` (numbers, size).
 
-    ``mean`` is that of all windows (numbers,), or of a gate of owners that of all owners (size,).
+    ``mean`` is that of all windows (numbers,), or of a gate of owners that of all owners (1 or 3, size): of their text, and of
+    both halves of it.
 
     Attributes:
         members, starts, size: of the state.
@@ -140,12 +141,15 @@ class FittedRequest(GateRequest):
         """
         numbers = self.numbers(tensors, client, device)
         of_clients = self.method.OF_CLIENTS
-        _need(tensors, MEAN, torch.Size([self.size if of_clients else numbers.shape[1]]), torch.float64, client)
+        if of_clients:
+            self._check_mean(tensors, client)
+        else:
+            _need(tensors, MEAN, torch.Size([numbers.shape[1]]), torch.float64, client)
         _need(tensors, ALONG, torch.Size([numbers.shape[1], self.size]), torch.float64, client)
         return features_of(numbers, tensors, of_clients)
 
     def fitted(self, tensors: Tensors, client: LocalClient, device: str) -> Tensor:
-        """What the gate is fitted to and deals by: as :meth:`features`, or of a gate of owners one row, (1, size).
+        """What the gate is fitted to and deals by: as :meth:`features`, or of a gate of owners its own rows, (1 or 3, size).
 
         Raises:
             FedgroveError: the request's tensors do not fit, or the owner has no direction.
@@ -153,12 +157,18 @@ class FittedRequest(GateRequest):
         if not self.method.OF_CLIENTS:
             return self.features(tensors, client, device)
         self.model_and_windows(client, device)  # refuses a request that does not fit them
-        _need(tensors, MEAN, torch.Size([self.size]), torch.float64, client)
+        rows = self._check_mean(tensors, client)
         file = client.folder / f"direction-{self.stage}.safetensors"
         stored: Tensor | None = load_file(file)[DIRECTION] if file.is_file() else None
-        if stored is None or stored.shape != (1, self.size):
+        if stored is None or stored.shape != (rows, self.size):
             raise client.error("its working files are gone; continue the run with --resume")
         return stored - tensors[MEAN]
+
+    def _check_mean(self, tensors: Tensors, client: LocalClient) -> int:
+        """How many rows the mean of a gate of owners has."""
+        rows = 3 if len(tensors.get(MEAN, ())) == 3 else 1
+        _need(tensors, MEAN, torch.Size([rows, self.size]), torch.float64, client)
+        return rows
 
     def state(self, tensors: Tensors, client: LocalClient) -> Tensors:
         """The gate's state.
@@ -180,7 +190,7 @@ class FittedRequest(GateRequest):
         pool = config.pool
         if pool is None:
             return "pool"
-        if self.members > pool.members:
+        if self.members > pool.most:
             return "pool.members"
         return "pool.size" if self.size > pool.size else super().beyond(job)
 

@@ -30,7 +30,7 @@ from fedgrove.stages.tune.pool.config import Pool as Settings
 from fedgrove.stages.tune.pool.features import ALONG, MEAN, STATE, features_of, layers_of, numbers_of
 from fedgrove.stages.tune.pool.members import Member, mixture, read_members
 from fedgrove.stages.tune.pool.novelty import p_values
-from fedgrove.stages.tune.pool.scale import direction, unit
+from fedgrove.stages.tune.pool.scale import directions_of, unit
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ class Pool:
         numbers = numbers_of(states, self.gate, layers, self.facts["seed"])
         state = {name.removeprefix(STATE): value for name, value in self.gate.items() if name.startswith(STATE)}
         features = features_of(numbers, self.gate, gate.OF_CLIENTS)
-        fitted = direction(unit(numbers, self.gate[ALONG]).sum(0)) - self.gate[MEAN] if gate.OF_CLIENTS else features
+        fitted = features
+        if gate.OF_CLIENTS:
+            fitted = directions_of(unit(numbers, self.gate[ALONG]).sum(0, keepdim=True)) - self.gate[MEAN][:1]
         weights = gate.weights(fitted, state).expand(len(texts), -1)
         known = self.gate.get(NOVELTY)
         return weights, None if known is None else p_values(gate.surprise(features, state), known)

@@ -20,7 +20,7 @@ from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.exchanges.gate import NOVELTY, NUMBER, FitGate, SendDirection, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.pool.card import GATE
-from fedgrove.stages.tune.pool.config import Pool
+from fedgrove.stages.tune.pool.config import AUTO, Pool
 from fedgrove.stages.tune.pool.features import ALONG, CENTER, DIRECTION, MEAN, SCALE, STATE, layers_of
 from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions
 from fedgrove.stages.tune.tuning import Tuning
@@ -85,9 +85,9 @@ class Fit:
         """``mean`` and ``along`` of a gate that looks at windows."""
         pool = self._pool
         found = Moments.of(self._sum(lambda common: SumFeatures(**common), tensors, 0))
-        if found.records < pool.members:
+        if found.records < pool.most:
             raise FedgroveError(
-                f"stages.{self._tuning.plan.stage}.pool.members: {pool.members}, but {found.records} windows are fitted",
+                f"stages.{self._tuning.plan.stage}.pool.members: {pool.most}, but {found.records} windows are fitted",
                 "lower members or length",
             )
         return directions(found, pool.size)
@@ -95,8 +95,8 @@ class Fit:
     def _of_owners(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The same of a gate of owners: the mean of their directions, and the projection."""
         pool, tuning = self._pool, self._tuning
-        budget = tuning.config.privacy_budget()
-        sums = self._sum(lambda common: SendDirection(**common, size=pool.size, budget=budget), tensors, 0)
+        budget, halves = tuning.config.privacy_budget(), pool.members == AUTO
+        sums = self._sum(lambda common: SendDirection(**common, size=pool.size, halves=halves, budget=budget), tensors, 0)
         numbers = min(PROJECTED, len(tensors[CENTER]))
         return OWNERS.decode(sums[DIRECTION]) / sums[NUMBER], at_random(numbers, pool.size, tuning.seed)
 

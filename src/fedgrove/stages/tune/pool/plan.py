@@ -14,7 +14,7 @@ from fedgrove.stages.tune.exchanges.gate import FitGate, SendDirection, SumFeatu
 from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
 from fedgrove.stages.tune.parametrizations import mixable_of
 from fedgrove.stages.tune.plan import Plan
-from fedgrove.stages.tune.pool.config import Pool
+from fedgrove.stages.tune.pool.config import AUTO, Pool
 from fedgrove.stages.tune.pool.features import layers_of
 from fedgrove.stages.tune.pool.newcomers import check_new
 from fedgrove.stages.tune.pool.scale import PROJECTED
@@ -41,18 +41,19 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         notes = _alone(plan, pool, job)
     else:
         disclosed |= DealByFeatures.DISCLOSES
-        notes = [f"Every client gets all {pool.members} members before every round, to measure them on {pool.windows} windows."]
+        notes = [f"Every client gets all {pool.most} members before every round, to measure them on {pool.windows} windows."]
     if pool.method.LOOKS == "features":
         windows = sum(one.tokens for one in plan.clients.values()) // length
-        if windows < pool.members:
+        if isinstance(pool.members, int) and windows < pool.members:
             raise FedgroveError(
                 f"{at}.members: {pool.members}, but all clients have {windows} windows", "lower members or length"
             )
         disclosed |= SendDirection.DISCLOSES if pool.method.OF_CLIENTS else SumFeatures.DISCLOSES
         disclosed |= {Disclosure.COMPONENT_SUMS} if config.noisy_gate else FitGate.DISCLOSES
         number = min(PROJECTED, width(decoder, layers_of(pool.blocks, len(decoder))))
-        once = min(pool.size, number) + 1 if pool.method.OF_CLIENTS else (number + 1) * (number + 2) // 2
-        sums = feature_gate_of(pool.gate).sums(pool.members, pool.starts, min(pool.size, number))
+        rows = 3 if pool.members == AUTO else 1
+        once = rows * min(pool.size, number) + 1 if pool.method.OF_CLIENTS else (number + 1) * (number + 2) // 2
+        sums = feature_gate_of(pool.gate).sums(pool.most, pool.side_by_side, min(pool.size, number))
         each = 8 * sum(shape.numel() for shape, _ in sums.values())
         notes = [
             f"To fit the gate, every client sends {once * 8:,} bytes once and {each:,} bytes up to {pool.fit_rounds} times, "
@@ -67,20 +68,21 @@ def _of_all_members(plan: Plan, pool: Pool, rounds: int) -> Plan:
     """The plan if every client gets and sends all members: of a round that trains them, the longest kind."""
     clients = {}
     for client, one in plan.clients.items():
-        links, more = plan.capabilities[client], pool.members - 1
+        links, more = plan.capabilities[client], pool.most - 1
         sending = sum(
             8 * more * number / speed for number, speed in ((one.upload, links.uplink), (one.download, links.downlink)) if speed
         )
         clients[client] = one.model_copy(
             update={
-                "upload": pool.members * one.upload,
-                "download": pool.members * one.download,
+                "upload": pool.most * one.upload,
+                "download": pool.most * one.download,
                 "seconds": round(one.seconds + sending, 3),
             }
         )
     slower = max(one.seconds for one in clients.values()) - max(one.seconds for one in plan.clients.values())
     first = pool.common_rounds(rounds)
-    note = f"From round {first} on every client gets and sends all {pool.members} members: which it trains stays with it."
+    some = f"all of at most {pool.most}" if pool.members == AUTO else f"all {pool.most}"
+    note = f"From round {first} on every client gets and sends {some} members: which it trains stays with it."
     total = round(plan.total + (rounds - first) * slower, 3)
     return plan.model_copy(update={"clients": clients, "total": total, "notes": (*plan.notes, note)})
 

@@ -49,6 +49,11 @@ def unit(numbers: Tensor, along: Tensor) -> Tensor:
     return normalize(numbers @ along, dim=1)
 
 
-def direction(total: Tensor) -> Tensor:
-    """An owner's direction from the sum of its windows': (size,) -> (1, size) float64, as it travels."""
-    return OWNERS.decode(OWNERS.encode(normalize(total, dim=0)))[None]
+def directions_of(totals: Tensor) -> Tensor:
+    """An owner's direction from the sum of its windows', as it travels: (1, size) float64.
+
+    Args:
+        totals: (1, size); or (2, size), the sums of both halves, whose directions then follow: (3, size).
+    """
+    every = totals if len(totals) == 1 else torch.cat([totals.sum(0, keepdim=True), totals])
+    return OWNERS.decode(OWNERS.encode(normalize(every, dim=1)))
