@@ -37,7 +37,7 @@ from fedgrove.stages.tune.personal import losses
 from fedgrove.stages.tune.pool.config import Pool as Settings
 from fedgrove.stages.tune.pool.features import CENTER, SCALE, is_held_out, layers_of, numbers_of
 from fedgrove.stages.tune.pool.novelty import count, p_values
-from fedgrove.stages.tune.pool.scale import directions, scaled
+from fedgrove.stages.tune.pool.scale import own_products, scaled, that_tell_apart
 
 LENGTH = 64
 KNOWN, NEW = (
@@ -95,12 +95,13 @@ def judged(known: list[Tensor], fresh: list[Tensor], new: dict[str, Tensor], gat
     """Fits a gate to the owners' numbers and judges fresh and new ones.
 
     Args:
-        known: of each owner, (windows, numbers).
+        known: of each kind, the windows of an owner, (windows, numbers).
     """
     method, settings = feature_gate_of(gate), Settings(gate=gate, members=4)  # type: ignore[call-arg]
-    every = torch.cat([of[~is_held_out(len(of))] for of in known])
-    moments = Moments.over(every, torch.zeros(len(every), dtype=torch.int64), 1, products=True)
-    mean, along = directions(moments, settings.size)
+    fitted = [of[~is_held_out(len(of))] for of in known]
+    each = [Moments.over(of, torch.zeros(len(of), dtype=torch.int64), 1, products=True) for of in fitted]
+    own = torch.stack([own_products(of) for of in each]).sum(0)
+    mean, along = that_tell_apart(functools.reduce(Moments.plus, each), own, settings.size, len(known), settings.most)
     owners = [scaled(of, mean, along) for of in known]
     state = method.begin(settings, along.shape[1], str(seed))
     for _ in range(settings.fit_rounds):

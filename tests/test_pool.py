@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from fedgrove.job.load import load, load_federated
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.secagg.keys import make_credentials
+from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.rounds.aggregator.secure import SecureAggregator
 from fedgrove.rounds.federation import Federation
 from fedgrove.rounds.request import Tensors
@@ -39,7 +41,7 @@ from fedgrove.stages.tune.pool.config import Pool
 from fedgrove.stages.tune.pool.dealing import divide
 from fedgrove.stages.tune.pool.finished import Pool as FinishedPool
 from fedgrove.stages.tune.pool.fitting import Fit
-from fedgrove.stages.tune.pool.scale import CLIP, CODE, directions_of, unit
+from fedgrove.stages.tune.pool.scale import CLIP, CODE, between_owners, directions, directions_of, own_products, scaled, unit
 from fedgrove.stages.tune.state import TuningState
 from small import CLIENTS, Moment, Small, cli, complaint, killed, lines, make_model, measurements
 from test_architectures import save
@@ -148,6 +150,34 @@ def test_keys_are_spherical_k_means_and_their_cosine_never_falls() -> None:
         centers = torch.nn.functional.normalize(torch.stack([x[nearest == member].sum(0) for member in range(3)]))
     torch.testing.assert_close(state["keys"][0], centers, rtol=0, atol=2e-3)
     assert torch.equal(keys.weights(x, state).argmax(1), (x @ centers.T).argmax(1))
+
+
+def test_directions_between_owners_tell_kinds_apart_that_all_windows_together_do_not() -> None:
+    """Two kinds differ along one of 32 numbers, where nothing varies much, and owners have them in unequal parts."""
+    generator = torch.Generator().manual_seed(4)
+    owners, kinds = [], []
+    for owner in range(6):
+        of = (torch.rand(200, generator=generator) < (0.1, 0.3, 0.9, 0.7, 0.2, 0.8)[owner]).long()
+        numbers = torch.randn(200, 32, generator=generator, dtype=torch.float64) * torch.linspace(3, 0.5, 32).double()
+        numbers[:, 30] += torch.where(of == 1, 2.0, -2.0)
+        owners.append(CODE.decode(CODE.encode(numbers)))
+        kinds.append(of)
+    each = [Moments.over(of, torch.zeros(200, dtype=torch.int64), 1, products=True) for of in owners]
+    every, own = functools.reduce(Moments.plus, each), torch.stack([own_products(of) for of in each]).sum(0)
+    found = {}
+    for which, (mean, along) in {"owners": between_owners(every, own, 5, 6), "windows": directions(every, 5)}.items():
+        seen = [scaled(of, mean, along) for of in owners]
+        _, state, sums = fit(seen, 10, keys, members=2, starts=4)
+        final = keys.finish(state, sums, 1)
+        of_windows = torch.cat([keys.weights(of, final).argmax(1) for of in seen])
+        share = float((of_windows == torch.cat(kinds)).double().mean())
+        found[which] = max(share, 1 - share)
+    _, along = between_owners(every, own, 5, 6)
+    assert along.shape == (32, 1), "along the others the owners' means are as far apart as by chance"
+    inside = torch.cat([of - of.mean(0) for of in owners]) @ along
+    assert float(inside.var(0).max()) < 1.0, "the ridge makes them a little narrower"
+    assert float(inside.var(0).min()) > 0.6
+    assert found["owners"] > 0.9 > 0.7 > found["windows"]
 
 
 def test_a_key_without_windows_begins_again_beside_the_largest() -> None:
@@ -609,6 +639,7 @@ def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: 
     ("pool", "stage", "words"),
     [
         ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar")),
+        ({"gate": "similar", "members": 2, "directions": "windows"}, {}, ("pool", "directions", "does not use it")),
         ({"gate": "keys", "members": "auto"}, {}, ("stages.0.pool", 'members: gate "keys" does not find their number; give')),
         ({"gate": "similar", "members": "auto", "starts": 9}, {}, ("stages.0.pool", "starts: 8 at most")),
         ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),

@@ -37,9 +37,9 @@ from fedgrove.stages.tune.pool.features import (
     layers_of,
 )
 from fedgrove.stages.tune.pool.novelty import BINS, count
-from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions_of, unit
+from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions_of, own_products, unit
 
-NOVELTY, NUMBER = "novelty", "owners"
+NOVELTY, NUMBER, OWN = "novelty", "owners", "own"
 MOST_WINDOWS = 2**18  # of all clients: the largest sum of a fit is 2^(20 + 2·12) times as large, below 2^63
 
 
@@ -47,12 +47,18 @@ class SumFeatures(GateRequest):
     """Sum the features of your windows in the frozen model, and their squares and products.
 
     The response holds int64: ``change/counts`` (1,), ``change/sums`` (1, features), ``change/squares`` and ``change/products``;
-    see :class:`~fedgrove.rounds.aggregator.moments.Moments`.
+    see :class:`~fedgrove.rounds.aggregator.moments.Moments`. With ``between`` also ``change/own``, see
+    :func:`fedgrove.stages.tune.pool.scale.own_products`.
+
+    Attributes:
+        between: whether directions between owners are sought.
     """
 
     KIND: ClassVar[str] = "tune/gate/features"
     DISCLOSES: ClassVar[frozenset[Disclosure]] = frozenset({Disclosure.COMPONENT_SUMS, Disclosure.FEATURE_PRODUCTS})
     OWN_FIELDS: ClassVar[frozenset[str] | None] = frozenset({"bits", "held"})
+
+    between: bool
 
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         numbers = self.numbers(tensors, client, device)
@@ -60,12 +66,16 @@ class SumFeatures(GateRequest):
         if len(numbers) > MOST_WINDOWS:
             raise client.error(f"it has {len(numbers)} windows, but at most {MOST_WINDOWS} can be summed", "raise length")
         found = Moments.over(numbers, torch.zeros(len(numbers), dtype=torch.int64), 1, products=True)
-        return Response({CHANGE + name: tensor for name, tensor in found.tensors().items()}, Reply())
+        sums = found.tensors() | ({OWN: own_products(found)} if self.between else {})
+        return Response({CHANGE + name: tensor for name, tensor in sums.items()}, Reply())
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
         number = min(PROJECTED, width(layout, layers_of(self.blocks, len(layout))))
-        return {CHANGE + name: spec for name, spec in moments.specs(1, number, True).items()}
+        specs = moments.specs(1, number, True)
+        if self.between:
+            specs = {**specs, OWN: (torch.Size([number * (number + 1) // 2]), torch.int64)}
+        return {CHANGE + name: spec for name, spec in specs.items()}
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
         self.check_sums(_named(tensors))
@@ -76,13 +86,24 @@ class SumFeatures(GateRequest):
         Raises:
             WireError: says what is out of range.
         """
-        moments.check(Moments.of(sums), MOST_RECORDS)
+        found = Moments.of(sums)
+        moments.check(found, MOST_RECORDS)
+        if self.between:
+            squares = found.squares.double()
+            rows, columns = torch.triu_indices(len(squares), len(squares))
+            largest = (squares[rows] * squares[columns]).sqrt() * (1 + 1e-9) + MOST_WINDOWS  # each owner rounds
+            if bool((sums[OWN].double().abs() > largest).any()):
+                raise WireError("its own sums' products are larger than its squares allow")
 
     @classmethod
     def rounds_in(cls, config: StageConfig) -> range:
         return range(1)
 
     def beyond(self, job: Agreed) -> str | None:
+        config = job.stages[self.stage]
+        assert isinstance(config, Config)
+        if config.pool is not None and self.between != (config.pool.directions == "owners"):
+            return "pool.directions"
         return "gate" if self.method.OF_CLIENTS else super().beyond(job)
 
 

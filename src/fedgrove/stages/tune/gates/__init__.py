@@ -59,10 +59,10 @@ class JobGate(Gate, Protocol):
 class FeatureGate(Gate, Protocol):
     """A gate that is fitted to the features of all clients' windows, by sums of whole numbers.
 
-    Features (windows, size) float64 have mean 0, variance 1 and no correlation over all windows, are clipped to ±16 and rounded
-    to multiples of 2⁻⁸. A gate ``OF_CLIENTS`` gets one row for each owner instead, see :mod:`fedgrove.stages.tune.pool.scale`,
-    and of windows their directions relative to the same mean. A state is tensors by name, (starts, members, …) each. During the
-    fit starts are fitted side by side.
+    Features (windows, size) float64 have mean 0 and no correlation over all windows, a variance of 1 (within owners, or over
+    all windows), are clipped to ±16 and rounded to multiples of 2⁻⁸. A gate ``OF_CLIENTS`` gets one row for each owner
+    instead, see :mod:`fedgrove.stages.tune.pool.scale`, and of windows their directions relative to the same mean. A state is
+    tensors by name, (starts, members, …) each. During the fit starts are fitted side by side.
     """
 
     def begin(self, pool: Pool, size: int, seed: str) -> Tensors:

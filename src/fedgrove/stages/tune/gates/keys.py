@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "features"
 OF_CLIENTS = False
 CHOOSES = False
-KEYS = frozenset({"blocks", "size", "prefix", "starts", "fit_rounds"})
+KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of a cosine, after the binary point
 HOLDS = 0.01  # a client holds a key that has this part of its windows

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "features"
 OF_CLIENTS = False
 CHOOSES = False
-KEYS = frozenset({"blocks", "size", "prefix", "starts", "fit_rounds"})
+KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of γ and of a log-likelihood, after the binary point
 LEAST_VARIANCE = 0.01  # of a component, where that of all windows is 1
@@ -38,7 +38,7 @@ PRIOR_STEPS = 50
 
 
 def begin(pool: Pool, size: int, seed: str) -> Tensors:
-    """Means drawn from the distribution of all windows, which has mean 0 and variance 1; the same variances and shares.
+    """Means drawn around 0, the mean of all windows, with variance 1; the same variances and shares.
 
     All clients begin with the same, so components cannot be swapped between them.
     """

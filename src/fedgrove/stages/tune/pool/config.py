@@ -39,7 +39,10 @@ class Pool(Table):
         groups: which clients belong together, by the group's name. Only gate "groups".
         blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
             look at features, as all that follow.
-        size: number of features, the principal directions of all windows.
+        directions: which features: "owners", those that tell the owners' windows apart. Where these are fewer than tell so many
+            members apart, as with "windows": the principal ones of all windows, which do not depend on who has which. Not
+            gate "similar".
+        size: number of features, at most.
         prefix: tokens of a window that the gate looks at, from its beginning; at most all.
         starts: how many fits are made side by side; the best one is kept.
         fit_rounds: the most exchanges of a fit.
@@ -51,6 +54,7 @@ class Pool(Table):
     common: Fraction = 0.3
     groups: Annotated[dict[Name, tuple[Name, ...]], Field(max_length=MOST_MEMBERS, default_factory=dict)]
     blocks: Blocks = (0.25, 0.5, 0.75)
+    directions: Literal["owners", "windows"] = "owners"
     size: Size = 16
     prefix: Length = 64
     starts: Starts = 8
@@ -65,7 +69,7 @@ class Pool(Table):
 
     @model_validator(mode="after")
     def _uses_its_keys(self) -> Self:
-        special = {"groups", "blocks", "size", "prefix", "starts", "fit_rounds", "windows"}
+        special = {"groups", "blocks", "directions", "size", "prefix", "starts", "fit_rounds", "windows"}
         for key in sorted(special - self.method.KEYS):
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f'{key}: gate "{self.gate}" does not use it; leave it out')

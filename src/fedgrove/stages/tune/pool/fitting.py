@@ -17,12 +17,12 @@ from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.integers import IntegerSums
 from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.rounds.request import Message
-from fedgrove.stages.tune.exchanges.gate import NOVELTY, NUMBER, FitGate, SendDirection, SumFeatures
+from fedgrove.stages.tune.exchanges.gate import NOVELTY, NUMBER, OWN, FitGate, SendDirection, SumFeatures
 from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.pool.card import GATE
 from fedgrove.stages.tune.pool.config import AUTO, Pool
 from fedgrove.stages.tune.pool.features import ALONG, CENTER, DIRECTION, MEAN, SCALE, STATE, layers_of
-from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions
+from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions, that_tell_apart
 from fedgrove.stages.tune.tuning import Tuning
 
 ENOUGH = 1e-4  # nats of a window: a fit that gains less has ended
@@ -83,13 +83,16 @@ class Fit:
 
     def _of_windows(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """``mean`` and ``along`` of a gate that looks at windows."""
-        pool = self._pool
-        found = Moments.of(self._sum(lambda common: SumFeatures(**common), tensors, 0))
+        pool, owners = self._pool, len(self._tuning.plan.clients)
+        sums = self._sum(lambda common: SumFeatures(**common, between=pool.directions == "owners"), tensors, 0)
+        found = Moments.of(sums)
         if found.records < pool.most:
             raise FedgroveError(
                 f"stages.{self._tuning.plan.stage}.pool.members: {pool.most}, but {found.records} windows are fitted",
                 "lower members or length",
             )
+        if OWN in sums:
+            return that_tell_apart(found, sums[OWN], pool.size, owners, pool.most)
         return directions(found, pool.size)
 
     def _of_owners(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         number = min(PROJECTED, width(decoder, layers_of(pool.blocks, len(decoder))))
         rows = 3 if pool.members == AUTO else 1
         once = rows * min(pool.size, number) + 1 if pool.method.OF_CLIENTS else (number + 1) * (number + 2) // 2
+        if not pool.method.OF_CLIENTS and pool.directions == "owners":
+            once += number * (number + 1) // 2
         sums = feature_gate_of(pool.gate).sums(pool.most, pool.side_by_side, min(pool.size, number))
         each = 8 * sum(shape.numel() for shape, _ in sums.values())
         notes = [
