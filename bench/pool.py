@@ -19,9 +19,12 @@ left out at a time, so that half as many pools are trained; with ``--together ki
 like nothing that the pool knows.
 
     .venv/bin/python bench/pool.py --data ../shared/data --streams --seeds 0 1 2 3 4 5 6 7 8 9
+    .venv/bin/python bench/pool.py --data ../shared/data --sorted --seeds 0 1 2
 
 ``--streams`` trains nothing: which owners gate "similar" puts together, without and with noise, as the share of the 28 pairs of
 owners that are together or apart as their kinds are; and how many members it finds by itself (*kinds* has four, *iid* one).
+``--sorted`` likewise: the share of training windows that gates put with the kind that most windows of their member are of, by
+directions between owners and by principal ones; of *kinds* and *mixed*.
 """
 
 from __future__ import annotations
@@ -56,15 +59,25 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.options import By
 from fedgrove.privacy.accounting import noise_of_part
 from fedgrove.privacy.gaussian import GaussianMechanism
+from fedgrove.rounds.aggregator.moments import Moments
 from fedgrove.split import by_dirichlet
 from fedgrove.stages.tune.frozen import load
-from fedgrove.stages.tune.gates import similar
+from fedgrove.stages.tune.gates import feature_gate_of, similar
 from fedgrove.stages.tune.personal import losses
 from fedgrove.stages.tune.pool.config import Pool as Settings
 from fedgrove.stages.tune.pool.features import CENTER, SCALE, STATE, layers_of, numbers_of
 from fedgrove.stages.tune.pool.finished import Pool
+from fedgrove.stages.tune.pool.fitting import ENOUGH
 from fedgrove.stages.tune.pool.newcomers import few_windows
-from fedgrove.stages.tune.pool.scale import at_random, directions_of, unit
+from fedgrove.stages.tune.pool.scale import (
+    at_random,
+    directions,
+    directions_of,
+    own_products,
+    scaled,
+    that_tell_apart,
+    unit,
+)
 
 LENGTH, MEMBERS = 64, 4
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
@@ -238,18 +251,78 @@ def streams(data: Path, model: Path, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _numbers(case: str, data: Path, model: Path, settings: Settings, seed: int) -> dict[str, torch.Tensor]:
-    """Features of every owner's training windows before a gate scales them."""
+def sorting(data: Path, model: Path, seed: int) -> dict[str, float]:
+    """By case, gate and directions, the share of windows that are with their kind."""
+    found = {}
+    for case in ("kinds", "mixed"):
+        settings = Settings(gate="keys", members=MEMBERS)
+        numbers = _numbers(case, data, model, settings, seed, by_kind=True)
+        owners: dict[str, list[torch.Tensor]] = {}
+        kinds: dict[str, list[int]] = {}
+        for name, of in numbers.items():
+            owner, _, kind = name.partition("/")
+            owners.setdefault(owner, []).append(of)
+            kinds.setdefault(owner, []).extend([KINDS.index(kind)] * len(of))
+        every = [torch.cat(of) for of in owners.values()]
+        truth = torch.cat([torch.tensor(of) for of in kinds.values()])
+        each = [Moments.over(of, torch.zeros(len(of), dtype=torch.int64), 1, products=True) for of in every]
+        moments, own = functools.reduce(Moments.plus, each), torch.stack([own_products(of) for of in each]).sum(0)
+        along = {
+            "owners": that_tell_apart(moments, own, settings.size, len(every), MEMBERS),
+            "windows": directions(moments, settings.size),
+        }
+        for gate, (which, (mean, axes)) in itertools.product(("keys", "mixture"), along.items()):
+            members = torch.cat(_sorted(gate, [scaled(of, mean, axes) for of in every], settings, seed))
+            right = sum(int(torch.bincount(truth[members == one]).max()) for one in members.unique().tolist())
+            found[f"{case}, {gate}, {which}"] = right / len(truth)
+    return found
+
+
+def _sorted(gate: str, owners: list[torch.Tensor], settings: Settings, seed: int) -> list[torch.Tensor]:
+    """The member that each of the owners' windows gets most of."""
+    method = feature_gate_of(gate)
+    state, before = method.begin(settings, owners[0].shape[1], str(seed)), -float("inf")
+    for _ in range(settings.fit_rounds):
+        each = [method.observe(of, state) for of in owners]
+        sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
+        state, now = method.settle(state, sums)
+        if now - before < ENOUGH:
+            break
+        before = now
+    state = method.finish(state, sums, 1)
+    return [method.weights(of, state).argmax(1) for of in owners]
+
+
+def _numbers(
+    case: str, data: Path, model: Path, settings: Settings, seed: int, by_kind: bool = False
+) -> dict[str, torch.Tensor]:
+    """Features of every owner's training windows before a gate scales them; by owner, or by "owner/kind"."""
     decoder, tokenizer = Decoder(Checkpoint(model)), _tokenizer(model)
     layers, prefix = layers_of(settings.blocks, len(decoder)), min(settings.prefix, LENGTH)
     center, scale = typical(decoder, layers, prefix, str(seed))
     numbers = {}
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        for owner, (train, _) in deal(case, data, Path(name) / "data", seed).items():
+        files = {owner: train for owner, (train, _) in deal(case, data, Path(name) / "data", seed).items()}
+        if by_kind:
+            of = {line: kind for kind in KINDS for line in _records(kind, data, seed)}
+            files = {part: file for owner, file in files.items() for part, file in _by_kind(owner, file, of).items()}
+        for owner, train in files.items():
             ids, _ = training_windows([train], {"text": "{text}"}, tokenizer, LENGTH)
             states = pooled_states(decoder, list(ids[:, :prefix]), layers, "mean")
             numbers[owner] = numbers_of(states, {CENTER: center, SCALE: scale}, layers, str(seed))
     return numbers
+
+
+def _by_kind(owner: str, file: Path, kind_of: dict[str, str]) -> dict[str, Path]:
+    """Files of an owner's records of each kind, by "owner/kind"."""
+    parts: dict[str, list[str]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        parts.setdefault(kind_of[line], []).append(line)
+    found = {}
+    for kind, lines in parts.items():
+        found[f"{owner}/{kind}"] = file.with_name(f"{file.stem}-{kind}.jsonl")
+        found[f"{owner}/{kind}"].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return found
 
 
 def _members(owners: list[torch.Tensor], settings: Settings, epsilon: float | None, seed: int) -> list[int]:
@@ -260,8 +333,8 @@ def _members(owners: list[torch.Tensor], settings: Settings, epsilon: float | No
     if epsilon is not None:
         mechanism = GaussianMechanism(1.0, noise_of_part(epsilon, 1e-5), adders=1)
         totals = [mechanism.add_share(total) for total in totals]
-    directions = torch.stack([directions_of(total) for total in totals])
-    rows = list(directions - directions.mean(0))
+    pointing = torch.stack([directions_of(total) for total in totals])
+    rows = list(pointing - pointing.mean(0))
     state = similar.begin(settings, settings.size, str(seed))
     for _ in range(settings.fit_rounds):
         each = [similar.observe(of, state) for of in rows]
@@ -410,6 +483,7 @@ def main() -> None:
         help="owners of kinds who come after the run, one at a time; none: all",
     )
     parser.add_argument("--streams", action="store_true", help="which owners are found to be alike, instead")
+    parser.add_argument("--sorted", action="store_true", help="which windows are found to be alike, instead")
     parser.add_argument("--together", choices=TOGETHER, help="with --leave-out: two owners at a time")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     parser.add_argument("--pools", type=Path, help="where the pools of --leave-out are kept")
@@ -418,6 +492,12 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = results.Kept(args.results, args.model)
     found = {}
+    if args.sorted:
+        every = [kept(functools.partial(sorting, args.data, args.model, seed), sorted=True, seed=seed) for seed in args.seeds]
+        print("| text, gate, directions | windows with their kind, each seed |", "|---|---|", sep="\n")
+        for which in every[0]:
+            print(f"| {which} | {', '.join(f'{one[which]:.1%}' for one in every)} |")
+        return
     if args.streams:
         every = [kept(functools.partial(streams, args.data, args.model, seed), streams=True, seed=seed) for seed in args.seeds]
         print("| ε of the stage | pairs right | all right | members found: kinds | iid |", "|---|---|---|---|---|", sep="\n")
