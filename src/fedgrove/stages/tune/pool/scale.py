@@ -70,7 +70,7 @@ def between_owners(moments: Moments, own: Tensor, size: int, owners: int) -> tup
     between = of_means - torch.outer(mean, mean)
     within = moments.covariance() - between
     values, vectors = torch.linalg.eigh(within + RIDGE * within.diagonal().mean() * torch.eye(width, dtype=torch.float64))
-    white = vectors / values.sqrt()
+    white = vectors / values.clamp_min(2.0 ** (-2 * MOMENT_BITS)).sqrt()  # features are rounded to that
     apart, along = torch.linalg.eigh(white.T @ between @ white)
     few = math.sqrt(width / moments.records)
     by_chance = (few + math.sqrt(owners / moments.records)) ** 2 / (1 - few) ** 2 if few < 1 else math.inf
