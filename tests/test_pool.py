@@ -255,6 +255,21 @@ def test_a_pool_finds_its_number_of_members(small: Small, secure: bool) -> None:
     assert "a pool of as many as there are kinds by similar" in (runs[0] / "report.html").read_text()
 
 
+@pytest.mark.parametrize("gate", ["keys", "similar"])
+@pytest.mark.parametrize("precision", ["float32", "fixed"])
+def test_owners_who_are_all_alike_train_one_member(small: Small, gate: str, precision: str) -> None:
+    names = ("ash", "birch", "cedar", "date")
+    lines_ = [line for file in small.texts.values() for line in file.read_text(encoding="utf-8").splitlines()]
+    clients = []
+    for number, name in enumerate(names):
+        file = small.folder / f"alike-{name}.txt"
+        file.write_text("\n".join(lines_[number::4]), encoding="utf-8")
+        clients.append({"name": name, "data": str(file)})
+    pool = {**KEYS, "gate": gate, "members": "auto"}
+    run = small.undisturbed(stages=tune(pool, precision=precision), clients=clients, evaluate={})
+    assert FinishedPool.read(run).facts["members"] == 1
+
+
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
     """FedGMM's server: the weighted mean of the owners' own means and of their own variances (reference of its code)."""
     owners = shifted()
@@ -640,7 +655,8 @@ def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: 
     [
         ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar")),
         ({"gate": "similar", "members": 2, "directions": "windows"}, {}, ("pool", "directions", "does not use it")),
-        ({"gate": "keys", "members": "auto"}, {}, ("stages.0.pool", 'members: gate "keys" does not find their number; give')),
+        ({"gate": "losses", "members": "auto"}, {}, ("pool", 'members: gate "losses" does not find their number; give one')),
+        ({"gate": "keys", "members": "auto", "directions": "windows"}, {}, ("pool", "do not tell how many there are")),
         ({"gate": "similar", "members": "auto", "starts": 9}, {}, ("stages.0.pool", "starts: 8 at most")),
         ({"gate": "random", "members": 4}, {}, ("stages.0.pool.members", "3 clients", "lower it")),
         ({"gate": "losses", "members": 5}, {}, ("stages.0.pool.members", "3 clients")),

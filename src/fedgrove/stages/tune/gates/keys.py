@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOOKS: Looks = "features"
 OF_CLIENTS = False
-CHOOSES = False
+CHOOSES = True
 KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of a cosine, after the binary point

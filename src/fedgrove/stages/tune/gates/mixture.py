@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOOKS: Looks = "features"
 OF_CLIENTS = False
-CHOOSES = False
+CHOOSES = True
 KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of γ and of a log-likelihood, after the binary point

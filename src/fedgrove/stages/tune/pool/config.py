@@ -33,8 +33,9 @@ class Pool(Table):
         gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
             "similar", the direction of all windows of an owner together; "groups", what the job says of the owners; "losses",
             the member of the lowest loss; "random", the seed.
-        members: number of adapters. With ``groups`` it is their number. "auto", only with gate "similar": as many as there are
-            kinds of owners that one half of their text tells of the other half, at most eight.
+        members: number of adapters. With ``groups`` it is their number. "auto", only with gates that look at features: as many
+            as there are kinds of text, at most eight. With "similar", as many kinds of owners as one half of their text tells
+            of the other half; with the others, one more than there are directions that tell owners apart.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".
         blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
@@ -81,6 +82,8 @@ class Pool(Table):
             return self
         if not self.method.CHOOSES:
             raise ValueError(f'members: gate "{self.gate}" does not find their number; give one')
+        if self.directions == "windows":
+            raise ValueError('members: directions = "windows" do not tell how many there are; give a number')
         if self.side_by_side > MOST_STARTS:
             raise ValueError(f"starts: {MOST_STARTS // MOST_TRIED} at most for each number of members that is tried; lower it")
         return self
@@ -93,7 +96,7 @@ class Pool(Table):
     @property
     def side_by_side(self) -> int:
         """How many fits are made at once."""
-        return self.starts * (self.most if self.members == AUTO else 1)
+        return self.starts * (self.most if self.members == AUTO and self.method.OF_CLIENTS else 1)
 
     @property
     def method(self) -> Gate:

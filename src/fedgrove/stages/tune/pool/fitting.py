@@ -22,7 +22,7 @@ from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.pool.card import GATE
 from fedgrove.stages.tune.pool.config import AUTO, Pool
 from fedgrove.stages.tune.pool.features import ALONG, CENTER, DIRECTION, MEAN, SCALE, STATE, layers_of
-from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions, that_tell_apart
+from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, between_owners, directions, that_tell_apart
 from fedgrove.stages.tune.tuning import Tuning
 
 ENOUGH = 1e-4  # nats of a window: a fit that gains less has ended
@@ -77,12 +77,15 @@ class Fit:
         layers = layers_of(pool.blocks, len(tuning.decoder))
         center, scale = typical(tuning.decoder, layers, min(pool.prefix, tuning.config.length), tuning.seed)
         tensors = {CENTER: center, SCALE: scale}
-        mean, along = self._of_owners(tensors) if self._gate.OF_CLIENTS else self._of_windows(tensors)
+        if self._gate.OF_CLIENTS:
+            mean, along = self._of_owners(tensors)
+        else:
+            mean, along, pool = self._of_windows(tensors)
         state = self._gate.begin(pool, along.shape[1], tuning.seed)
         self._write(0, tensors | {MEAN: mean, ALONG: along.contiguous()}, state, [], False)
 
-    def _of_windows(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``along`` of a gate that looks at windows."""
+    def _of_windows(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Pool]:
+        """``mean`` and ``along`` of a gate that looks at windows, and the pool with its number of members."""
         pool, owners = self._pool, len(self._tuning.plan.clients)
         sums = self._sum(lambda common: SumFeatures(**common, between=pool.directions == "owners"), tensors, 0)
         found = Moments.of(sums)
@@ -91,9 +94,12 @@ class Fit:
                 f"stages.{self._tuning.plan.stage}.pool.members: {pool.most}, but {found.records} windows are fitted",
                 "lower members or length",
             )
-        if OWN in sums:
-            return that_tell_apart(found, sums[OWN], pool.size, owners, pool.most)
-        return directions(found, pool.size)
+        if OWN not in sums:
+            return *directions(found, pool.size), pool
+        if pool.members == AUTO:  # between as many kinds there is one direction fewer
+            between = between_owners(found, sums[OWN], pool.size, owners)[1].shape[1]
+            pool = pool.model_copy(update={"members": min(pool.most, between + 1)})
+        return *that_tell_apart(found, sums[OWN], pool.size, owners, pool.most), pool
 
     def _of_owners(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The same of a gate of owners: the mean of their directions, and the projection."""
