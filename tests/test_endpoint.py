@@ -397,7 +397,7 @@ def test_answers_without_a_label_are_wrong_and_the_run_says_so(
 
 
 def ask(small: Small, folder: Path, url: str, score: Score = "loss", **endpoint: Any) -> list[int]:
-    """The counts in a client's response to a request: records, skipped ones, calls."""
+    """The counts in a client's response to a request: records' weight, records, skipped ones, calls."""
     records(small, folder)
     request = ScorePrompts(
         stage=0, method="categories", aggregation="pooled", labels=LABELS, score=score, place="end", length=16, records=2,
@@ -531,7 +531,7 @@ def test_the_time_limit_is_one_for_the_whole_answer(
 def test_a_busy_endpoint_is_asked_again_after_a_pause(small: Small, plain: Served, tmp_path: Path) -> None:
     busy = iter([(429, {"Retry-After": "0"}, b""), (503, {}, b""), (429, {"Retry-After": "never"}, b"")])
     plain.instead = lambda body: next(busy, None)
-    assert ask(small, tmp_path, plain.url) == [2, 0, 6]
+    assert ask(small, tmp_path, plain.url) == [6, 2, 0, 6]
     assert len(plain.asked) == 6
 
 
@@ -545,7 +545,7 @@ def test_a_connection_that_was_closed_while_it_was_idle_is_opened_again(
         self.close_connection = True  # without saying so
 
     monkeypatch.setattr(_Handler, "end_headers", end_headers)
-    assert ask(small, tmp_path, plain.url, parallel=1) == [2, 0, 6]
+    assert ask(small, tmp_path, plain.url, parallel=1) == [6, 2, 0, 6]
 
 
 def test_a_key_is_sent_and_said_nowhere(small: Small, plain: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,7 +557,7 @@ def test_a_key_is_sent_and_said_nowhere(small: Small, plain: Served, tmp_path: P
     assert "sesame" not in str(failure(small, tmp_path, plain.url, key=KEY))
     monkeypatch.setenv(KEY, "sesame")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert ask(small, tmp_path, plain.url, key=KEY, model="grove") == [2, 0, 6]
+    assert ask(small, tmp_path, plain.url, key=KEY, model="grove") == [6, 2, 0, 6]
     assert plain.seen["Authorization"] == "Bearer sesame"
     assert plain.asked[-1]["model"] == "grove"
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"sesame" in file.read_bytes()]

@@ -71,6 +71,7 @@ from fedgrove.run import check_model, local_clients, make_plans
 from fedgrove.runfolder import RunFolder
 from fedgrove.stages.prune.calibration_pass import windows_at_once
 from fedgrove.stages.prune.recipe import Recipe
+from fedgrove.stages.tune import training
 from fedgrove.stages.tune.exchanges.base import KeepWeights
 from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.fixed_point import ClientNoise, FixedPointChanges
@@ -450,7 +451,7 @@ def test_with_noise_for_a_client_a_loss_that_is_not_finite_is_a_change_of_zeros(
 def test_with_noise_for_a_window_a_loss_that_is_not_finite_is_a_gradient_of_zeros(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(dp_sgd, "dp_sgd_keeps", lambda *facts: True)
+    monkeypatch.setattr(training, "dp_sgd_keeps", lambda *facts: True)
     monkeypatch.setattr(dp_sgd, "loss_sum", odd_loss(kind))
     model = torch.nn.Linear(2, 2)
     model.forward = lambda input_ids, use_cache: SimpleNamespace(logits=model.weight[input_ids])  # type: ignore[assignment]
