@@ -63,7 +63,12 @@ class FeatureGate(Gate, Protocol):
     all windows), are clipped to ±16 and rounded to multiples of 2⁻⁸. A gate ``OF_CLIENTS`` gets one row for each owner
     instead, see :mod:`fedgrove.stages.tune.pool.scale`, and of windows their directions relative to the same mean. A state is
     tensors by name, (starts, members, …) each. During the fit starts are fitted side by side.
+
+    Attributes:
+        SAYS: what the second value of :meth:`settle` is, in words, with a place for it.
     """
+
+    SAYS: str
 
     def begin(self, pool: Pool, size: int, seed: str) -> Tensors:
         """The state before the first exchange.
@@ -98,7 +103,10 @@ class FeatureGate(Gate, Protocol):
         ...
 
     def settle(self, state: Tensors, sums: Tensors) -> tuple[Tensors, float]:
-        """One step of the fit, and the mean log-likelihood of a window, in nats, of the best start before it."""
+        """One step of the fit, and how well the best start fitted before it, as ``SAYS`` names it.
+
+        The fit ends when that rises no more.
+        """
         ...
 
     def finish(self, state: Tensors, sums: Tensors, fewest: int) -> Tensors:

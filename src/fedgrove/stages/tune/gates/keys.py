@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "features"
 OF_CLIENTS = False
 CHOOSES = True
+SAYS = "a mean cosine of {:.2f}"
 KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of a cosine, after the binary point

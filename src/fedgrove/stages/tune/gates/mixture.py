@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "features"
 OF_CLIENTS = False
 CHOOSES = True
+SAYS = "a mean log-likelihood of {:.2f} nats"
 KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of γ and of a log-likelihood, after the binary point

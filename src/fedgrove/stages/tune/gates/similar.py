@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "features"
 OF_CLIENTS = True
 CHOOSES = True
+SAYS = keys.SAYS
 KEYS = keys.KEYS - {"directions"}
 
 TELLS = 0.5  # the least mean cosine of a half and the key of the other half; of owners who are all alike, it is near 0
