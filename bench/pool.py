@@ -24,7 +24,7 @@ like nothing that the pool knows.
 ``--streams`` trains nothing: which owners gate "similar" puts together, without and with noise, as the share of the 28 pairs of
 owners that are together or apart as their kinds are; and how many members it finds by itself (*kinds* has four, *iid* one).
 ``--sorted`` likewise: the share of training windows that gates put with the kind that most windows of their member are of, by
-directions between owners and by principal ones; of *kinds* and *mixed*.
+directions between owners and by principal ones, and how many directions tell owners apart; of *kinds*, *mixed* and *iid*.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ from fedgrove.stages.tune.pool.fitting import ENOUGH
 from fedgrove.stages.tune.pool.newcomers import few_windows
 from fedgrove.stages.tune.pool.scale import (
     at_random,
+    between_owners,
     directions,
     directions_of,
     own_products,
@@ -252,9 +253,9 @@ def streams(data: Path, model: Path, seed: int) -> dict[str, dict[str, Any]]:
 
 
 def sorting(data: Path, model: Path, seed: int) -> dict[str, float]:
-    """By case, gate and directions, the share of windows that are with their kind."""
-    found = {}
-    for case in ("kinds", "mixed"):
+    """By case, gate and directions, the share of windows with their kind; by case, how many directions tell owners apart."""
+    found: dict[str, float] = {}
+    for case in ("kinds", "mixed", "iid"):
         settings = Settings(gate="keys", members=MEMBERS)
         numbers = _numbers(case, data, model, settings, seed, by_kind=True)
         owners: dict[str, list[torch.Tensor]] = {}
@@ -271,6 +272,7 @@ def sorting(data: Path, model: Path, seed: int) -> dict[str, float]:
             "owners": that_tell_apart(moments, own, settings.size, len(every), MEMBERS),
             "windows": directions(moments, settings.size),
         }
+        found[case] = between_owners(moments, own, settings.size, len(every))[1].shape[1]
         for gate, (which, (mean, axes)) in itertools.product(("keys", "mixture"), along.items()):
             members = torch.cat(_sorted(gate, [scaled(of, mean, axes) for of in every], settings, seed))
             right = sum(int(torch.bincount(truth[members == one]).max()) for one in members.unique().tolist())
@@ -496,7 +498,8 @@ def main() -> None:
         every = [kept(functools.partial(sorting, args.data, args.model, seed), sorted=True, seed=seed) for seed in args.seeds]
         print("| text, gate, directions | windows with their kind, each seed |", "|---|---|", sep="\n")
         for which in every[0]:
-            print(f"| {which} | {', '.join(f'{one[which]:.1%}' for one in every)} |")
+            shown = "{:.1%}" if "," in which else "{} directions between owners"
+            print(f"| {which} | {', '.join(shown.format(one[which]) for one in every)} |")
         return
     if args.streams:
         every = [kept(functools.partial(streams, args.data, args.model, seed), streams=True, seed=seed) for seed in args.seeds]
