@@ -6,9 +6,9 @@ Tasks: which of four newsgroups a post of 64 tokens is from, and PubMedQA's yes,
 (Dirichlet 0.5; of newsgroups also evenly, and one group to each owner). An owner draws eight records a round, in all tasks but
 the first four. Soft prompts are given 800 scores a record set, words, which begin without a written prompt, 600, on half of the
 records, and words that owners edit and vote for 288, on twice the records; "random" is the best of 20 prompts drawn like those
-of words, on as many records as these in all. Prompts are scored in bfloat16. Accuracy is that of held-out records; intervals of
-a difference are paired bootstraps over these records. Every run is the product's, in one thread; results are kept, so a run that
-was stopped goes on.
+of words, on as many records as these in all. Prompts are scored in bfloat16. Accuracy is that of held-out records; intervals
+of a difference are paired bootstraps over these records. Every run is the product's, in one thread; results are kept, so a run
+that was stopped goes on.
 
     .venv/bin/python bench/prompts.py --model FOLDER --data ../shared/data --memory
 
