@@ -19,7 +19,6 @@ from fedgrove.report.sheet import Column, Table
 from fedgrove.report.summary import PERPLEXITY, Outcome, Stage, Summary
 from fedgrove.report.terminal import client_table, fill, megabytes, seconds
 from fedgrove.report.words import listed, plural, size
-from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.objective import GAINED, PREDICTED
 from fedgrove.stages.tune.speeds import CORRECTED
 
@@ -153,11 +152,8 @@ def _held(plan: Mapping[str, Any], assignment: Mapping[str, Any]) -> str:
 
 def _pool_says(pool: Mapping[str, Any]) -> str:
     """What the pool is, and what can be done with it."""
-    fit = pool.get("likelihoods")
-    how = ""
-    if fit:
-        says = feature_gate_of(pool["pool"]["gate"]).SAYS.format(fit[-1])
-        how = f" The gate was fitted in {plural(len(fit), 'exchange')}, to {says}."
+    fitted = pool.get("fitted_to")
+    how = f" The gate was fitted in {plural(len(pool['likelihoods']), 'exchange')}, to {fitted}." if fitted else ""
     return (
         f"The result is the mean of {plural(pool['members'], 'adapter')}, the members of a pool, weighted by the windows that "
         f"each was trained on (gate {pool['pool']['gate']}).{how} The members are in pool/; fedgrove adopt gives an owner a "

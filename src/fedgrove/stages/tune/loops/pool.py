@@ -41,7 +41,7 @@ from fedgrove.stages.tune.exchanges.deal import (
 from fedgrove.stages.tune.exchanges.gate import NOVELTY
 from fedgrove.stages.tune.exchanges.members import TrainMembers
 from fedgrove.stages.tune.exchanges.train import Train
-from fedgrove.stages.tune.gates import job_gate_of
+from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
 from fedgrove.stages.tune.gates import random as at_random
 from fedgrove.stages.tune.loops import changes
 from fedgrove.stages.tune.parametrizations import Mixable, mixable_of
@@ -161,7 +161,10 @@ class Loop(changes.Loop):
             "digests": digests(self.model),
             "pool": self.pool.model_dump(mode="json"),
         }
-        return facts | ({"likelihoods": likelihoods_of(self._work)} if self.pool.method.LOOKS == "features" else {})
+        if self.pool.method.LOOKS != "features":
+            return facts
+        fit = likelihoods_of(self._work)
+        return facts | {"likelihoods": fit, "fitted_to": feature_gate_of(self.pool.gate).SAYS.format(fit[-1])}
 
     def _deal(self, round_: int) -> dict[str, tuple[int, ...]]:
         """How many windows of each client each member gets in this round."""
