@@ -257,7 +257,7 @@ def test_a_pool_finds_its_number_of_members(small: Small, secure: bool) -> None:
 
 @pytest.mark.parametrize("gate", ["keys", "similar"])
 @pytest.mark.parametrize("precision", ["float32", "fixed"])
-def test_owners_who_are_all_alike_train_one_member(small: Small, gate: str, precision: str) -> None:
+def test_owners_who_are_all_alike_train_one_member(small: Small, tmp_path: Path, gate: str, precision: str) -> None:
     names = ("ash", "birch", "cedar", "date")
     lines_ = [line for file in small.texts.values() for line in file.read_text(encoding="utf-8").splitlines()]
     clients = []
@@ -266,8 +266,11 @@ def test_owners_who_are_all_alike_train_one_member(small: Small, gate: str, prec
         file.write_text("\n".join(lines_[number::4]), encoding="utf-8")
         clients.append({"name": name, "data": str(file)})
     pool = {**KEYS, "gate": gate, "members": "auto"}
-    run = small.undisturbed(stages=tune(pool, precision=precision), clients=clients, evaluate={})
-    assert FinishedPool.read(run).facts["members"] == 1
+    job, out = small.job("alike", stages=tune(pool, precision=precision), clients=clients, evaluate={}), tmp_path / "run"
+    status, _, told = cli("run", job, "--out", out)
+    assert status == 0, told
+    assert "the gate tells no kinds of text apart, so the pool has one member" in told
+    assert FinishedPool.read(out).facts["members"] == 1
 
 
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:

@@ -47,6 +47,7 @@ from fedgrove.stages.tune.loops import changes
 from fedgrove.stages.tune.parametrizations import Mixable, mixable_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.card import GATE, write_card
+from fedgrove.stages.tune.pool.config import AUTO
 from fedgrove.stages.tune.pool.dealing import steps_of
 from fedgrove.stages.tune.pool.fitting import Fit, fields_of, likelihoods_of
 from fedgrove.stages.tune.pool.members import Member, mixture, write_members
@@ -137,6 +138,8 @@ class Loop(changes.Loop):
             self.run.message("tune: all rounds are common: there is no pool; lower pool.common")
             return
         members = self.members or self._read(self.config.rounds - 1)
+        if self.pool.members == AUTO and len(members) == 1:
+            self.run.message("tune: the gate tells no kinds of text apart, so the pool has one member")
         folder, facts = self.run.path / "pool", self._facts(len(members))
         with atomic_folder(folder, replace=True) as partial:
             write_members(self.method, partial, [_changes(member) for member in members])
