@@ -235,16 +235,23 @@ def test_as_many_members_as_there_are_kinds_of_owners(kinds: int, fewest: int, f
         assert all(member == members[owner % kinds] for owner, member in enumerate(members))
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
-def test_a_pool_finds_its_number_of_members(small: Small, secure: bool) -> None:
+OF_WORD = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
+
+
+def of_two_kinds(small: Small, rows: int, secure: bool) -> dict[str, Any]:
+    """Changes of a job: four owners, each with one word over and over, two of them with the same one."""
     for word in ("tree", "river"):
-        (small.folder / f"only-{word}.txt").write_text(f"{' '.join([word] * 12)}\n" * 20)
-    names = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
-    job: dict[str, Any] = {
-        "clients": [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in names.items()],
+        (small.folder / f"only-{word}.txt").write_text(f"{' '.join([word] * 12)}\n" * rows)
+    return {
+        "clients": [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in OF_WORD.items()],
         "privacy": {"min_group": 2, "secure_aggregation": secure},
         "evaluate": {},
     }
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
+def test_a_pool_finds_its_number_of_members(small: Small, secure: bool) -> None:
+    job = of_two_kinds(small, 20, secure)
     pool = {**KEYS, "gate": "similar", "members": "auto"}
     runs = [small.undisturbed(stages=tune(one, **FIXED), **job) for one in (pool, pool | {"members": 2})]
     facts = [FinishedPool.read(run).facts for run in runs]
@@ -602,14 +609,7 @@ def test_groups_with_noise_in_every_step_promise_what_one_adapter_does(small: Sm
 def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: Small, tmp_path: Path, secure: bool) -> None:
     """The gate has a quarter of the budget, and every step as much noise as the rest of it leaves."""
     pytest.importorskip("dp_accounting")
-    for word in ("tree", "river"):  # many windows: the noise on an owner's direction is small beside how far apart these are
-        (small.folder / f"only-{word}.txt").write_text(f"{' '.join([word] * 12)}\n" * 100)
-    names = {"ash": "tree", "birch": "river", "cedar": "tree", "date": "river"}
-    job: dict[str, Any] = {
-        "clients": [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in names.items()],
-        "privacy": {"min_group": 2, "secure_aggregation": secure},
-        "evaluate": {},
-    }
+    names, job = OF_WORD, of_two_kinds(small, 100, secure)  # many windows: noise is small beside how far apart the kinds are
     budget = {"epsilon": 50.0, "delta": 0.05, **(FIXED if secure else {})}
     pool = {**KEYS, "gate": "similar", "members": 2, "size": 4}
     run = small.undisturbed(stages=tune(pool, **budget), **job)

@@ -19,7 +19,6 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.job.stage_config import Agreed, StageConfig
 from fedgrove.job.units import Delta, Epsilon
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.features import width
 from fedgrove.privacy.accounting import noise_of_part
 from fedgrove.privacy.gaussian import GaussianMechanism
 from fedgrove.rounds.aggregator import moments
@@ -34,10 +33,10 @@ from fedgrove.stages.tune.pool.features import (
     GateRequest,
     is_held_out,
     keep_directions,
-    layers_of,
+    numbers_in,
 )
 from fedgrove.stages.tune.pool.novelty import BINS, count
-from fedgrove.stages.tune.pool.scale import OWNERS, PROJECTED, at_random, directions_of, own_products, unit
+from fedgrove.stages.tune.pool.scale import OWNERS, at_random, directions_of, own_products, unit
 
 NOVELTY, NUMBER, OWN = "novelty", "owners", "own"
 MOST_WINDOWS = 2**18  # of all clients: the largest sum of a fit is 2^(20 + 2·12) times as large, below 2^63
@@ -71,7 +70,7 @@ class SumFeatures(GateRequest):
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
-        number = min(PROJECTED, width(layout, layers_of(self.blocks, len(layout))))
+        number = numbers_in(layout, self.blocks)
         specs = moments.specs(1, number, True)
         if self.between:
             specs = {**specs, OWN: (torch.Size([number * (number + 1) // 2]), torch.int64)}
@@ -146,7 +145,7 @@ class SendDirection(GateRequest):
 
     def expected(self, layout: Decoder | None) -> TensorSpecs:
         assert layout is not None
-        number = min(PROJECTED, width(layout, layers_of(self.blocks, len(layout))))
+        number = numbers_in(layout, self.blocks)
         shapes = {DIRECTION: (3 if self.halves else 1, min(self.size, number)), NUMBER: (1,)}
         return {CHANGE + name: (torch.Size(shape), torch.int64) for name, shape in shapes.items()}
 

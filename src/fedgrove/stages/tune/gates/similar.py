@@ -51,7 +51,7 @@ def observe(features: Tensor, state: Tensors) -> Tensors:
     """As of ``keys``, of one point, the owner; and ``judged``, the cosine of one half of it and the other half's key.
 
     Args:
-        features: (1, size), or (3, size) with the directions of both halves after that of all: then the first one is the point.
+        features: (1, size), or (3, size) with the directions of both halves after that of all: the first half is the point.
     """
     if len(features) == 1:
         found = keys.observe(features, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fedgrove.client.local_client import LocalClient
 from fedgrove.client.windows import made_once
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Length, Name
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.features import Features, pooled_states, projection, width
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.request import Tensors
@@ -64,7 +66,29 @@ def features_of(numbers: Tensor, tensors: Tensors, of_clients: bool) -> Tensor:
 
 def keep_directions(client: LocalClient, stage: int, directions: Tensor) -> None:
     """Stores an owner's direction, (1 or 3, size), on its own disk: with noise it is never computed again."""
-    save_tensors({DIRECTION: directions}, client.folder / f"direction-{stage}.safetensors")
+    save_tensors({DIRECTION: directions}, _directions_file(client, stage))
+
+
+def kept_directions(client: LocalClient, stage: int, shape: tuple[int, int]) -> Tensor:
+    """What :func:`keep_directions` stored.
+
+    Raises:
+        FedgroveError: the client has stored none, or of another shape.
+    """
+    file = _directions_file(client, stage)
+    stored: Tensor | None = load_file(file)[DIRECTION] if file.is_file() else None
+    if stored is None or stored.shape != shape:
+        raise client.error("its working files are gone; continue the run with --resume")
+    return stored
+
+
+def _directions_file(client: LocalClient, stage: int) -> Path:
+    return client.folder / f"direction-{stage}.safetensors"
+
+
+def numbers_in(decoder: Decoder, blocks: Sequence[float]) -> int:
+    """How many numbers there are of a window before a gate takes directions of them."""
+    return min(PROJECTED, width(decoder, layers_of(blocks, len(decoder))))
 
 
 class GateRequest(TuneRequest):
@@ -158,11 +182,7 @@ class FittedRequest(GateRequest):
             return self.features(tensors, client, device)
         self.model_and_windows(client, device)  # refuses a request that does not fit them
         rows = self._check_mean(tensors, client)
-        file = client.folder / f"direction-{self.stage}.safetensors"
-        stored: Tensor | None = load_file(file)[DIRECTION] if file.is_file() else None
-        if stored is None or stored.shape != (rows, self.size):
-            raise client.error("its working files are gone; continue the run with --resume")
-        return stored - tensors[MEAN]
+        return kept_directions(client, self.stage, (rows, self.size)) - tensors[MEAN]
 
     def _check_mean(self, tensors: Tensors, client: LocalClient) -> int:
         """How many rows the mean of a gate of owners has."""

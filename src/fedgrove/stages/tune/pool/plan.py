@@ -5,7 +5,6 @@ from __future__ import annotations
 from fedgrove.errors import FedgroveError
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.features import width
 from fedgrove.rounds.request import Disclosure
 from fedgrove.stages.base import names_of
 from fedgrove.stages.tune.config import Config
@@ -15,9 +14,8 @@ from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
 from fedgrove.stages.tune.parametrizations import mixable_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.config import AUTO, Pool
-from fedgrove.stages.tune.pool.features import layers_of
+from fedgrove.stages.tune.pool.features import numbers_in
 from fedgrove.stages.tune.pool.newcomers import check_new
-from fedgrove.stages.tune.pool.scale import PROJECTED
 
 
 def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
@@ -50,7 +48,7 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
             )
         disclosed |= SendDirection.DISCLOSES if pool.method.OF_CLIENTS else SumFeatures.DISCLOSES
         disclosed |= {Disclosure.COMPONENT_SUMS} if config.noisy_gate else FitGate.DISCLOSES
-        number = min(PROJECTED, width(decoder, layers_of(pool.blocks, len(decoder))))
+        number = numbers_in(decoder, pool.blocks)
         rows = 3 if pool.members == AUTO else 1
         once = rows * min(pool.size, number) + 1 if pool.method.OF_CLIENTS else (number + 1) * (number + 2) // 2
         if not pool.method.OF_CLIENTS and pool.directions == "owners":
