@@ -101,16 +101,25 @@ def sorting(data: Path, model: Path, seed: int) -> dict[str, float]:
 def _sorted(gate: str, owners: list[torch.Tensor], settings: Settings, seed: int) -> list[torch.Tensor]:
     """The member that each of the owners' windows gets most of."""
     method = feature_gate_of(gate)
+    state = fitted(method, settings, owners, seed, ENOUGH)
+    return [method.weights(of, state).argmax(1) for of in owners]
+
+
+def fitted(method: Any, settings: Settings, owners: list[torch.Tensor], seed: int, enough: float | None = None) -> Any:
+    """The state of a gate that is fitted to what it looks at of owners, in one process.
+
+    Args:
+        enough: a gain with less than which the fit ends; None: it takes all its rounds.
+    """
     state, before = method.begin(settings, owners[0].shape[1], str(seed)), -float("inf")
     for _ in range(settings.fit_rounds):
         each = [method.observe(of, state) for of in owners]
         sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
         state, now = method.settle(state, sums)
-        if now - before < ENOUGH:
+        if enough is not None and now - before < enough:
             break
         before = now
-    state = method.finish(state, sums, 1)
-    return [method.weights(of, state).argmax(1) for of in owners]
+    return method.finish(state, sums, 1)
 
 
 def _numbers(
@@ -155,12 +164,7 @@ def _members(owners: list[torch.Tensor], settings: Settings, epsilon: float | No
         totals = [mechanism.add_share(total) for total in totals]
     pointing = torch.stack([directions_of(total) for total in totals])
     rows = list(pointing - pointing.mean(0))
-    state = similar.begin(settings, settings.size, str(seed))
-    for _ in range(settings.fit_rounds):
-        each = [similar.observe(of, state) for of in rows]
-        sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
-        state, _ = similar.settle(state, sums)
-    state = similar.finish(state, sums, 1)
+    state = fitted(similar, settings, rows, seed)
     return [int(similar.weights(of, state).argmax()) for of in rows]
 
 

@@ -16,6 +16,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import gates
 import personal
 import results
 import torch
@@ -103,12 +104,7 @@ def judged(known: list[Tensor], fresh: list[Tensor], new: dict[str, Tensor], gat
     own = torch.stack([own_products(of) for of in each]).sum(0)
     mean, along = that_tell_apart(functools.reduce(Moments.plus, each), own, settings.size, len(known), settings.most)
     owners = [scaled(of, mean, along) for of in known]
-    state = method.begin(settings, along.shape[1], str(seed))
-    for _ in range(settings.fit_rounds):
-        each = [method.observe(of[~is_held_out(len(of))], state) for of in owners]
-        sums = {name: torch.stack([one[name] for one in each]).sum(0) for name in each[0]}
-        state, _ = method.settle(state, sums)
-    state = method.finish(state, sums, 1)
+    state = gates.fitted(method, settings, [scaled(of, mean, along) for of in fitted], seed)
     usual = count(torch.cat([method.surprise(of[is_held_out(len(of))], state) for of in owners]))
     score = functools.partial(_surprise, method, state, mean, along)
     of_fresh = score(torch.cat(fresh))
