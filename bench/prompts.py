@@ -53,6 +53,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "pubmedqa": {
         "labels": ["yes", "no", "maybe"], "prompt": "{context}\nQuestion: {question}", "length": 194,
         "start": "\nAnswer (yes, no or maybe):", "field": "decision", "records": RECORDS // 2,
+        "votes": {"tokens": 9},  # as many as the start has
     },
 }  # fmt: skip
 FASTER = {"compute_dtype": "bfloat16"}
@@ -225,7 +226,12 @@ def main() -> None:
     changes = {key: json.loads(value) for key, _, value in (one.partition("=") for one in args.set)}
     found = {}
     for task, way, seed in itertools.product(args.tasks, args.ways, args.seeds):
-        stage = {**WAYS[way], **({"rounds": args.rounds} if args.rounds and WAYS[way]["rounds"] > 1 else {}), **changes}
+        stage = {
+            **WAYS[way],
+            **TASKS[task].get(way, {}),
+            **({"rounds": args.rounds} if args.rounds and WAYS[way]["rounds"] > 1 else {}),
+            **changes,
+        }
         result = keep(
             lambda task=task, stage=stage, seed=seed: measure(args.model, args.data, task, stage, seed, args.test),
             task=task,

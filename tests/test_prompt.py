@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages.prompt.config import Config, Place
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
-from fedgrove.stages.prompt.methods import Found, Task, categories, evolution
+from fedgrove.stages.prompt.methods import Alone, Found, Task, categories, evolution
 from fedgrove.stages.prompt.methods.evolution import FULL
 from fedgrove.stages.prompt.records import Records, read_records, records_of
 from fedgrove.stages.prompt.requests import Subspace
@@ -274,16 +276,43 @@ def test_the_server_of_fedbpt_follows_equation_6() -> None:
         Found({"mean": m, "steps": s}, n, c) for m, s, n, c in zip(means, steps, (1, 2, 3, 4), (0.1, 3, 0.2, 4), strict=True)
     ]
     local = evolution.merge(evolution.begin(task), "local", found)
-    expected = 2 * math.sqrt((0.9**2 + 1.1**2 + 1.0**2 + 2.0**2) / (2 * 5))
-    assert float(evolution.share(local)["step"]) == pytest.approx(expected)
-    by_hand = cmaes.CMA(mean=shared["mean"].numpy(), sigma=1.0, population_size=4, seed=0)
+    of_the_means = 2 * math.sqrt((0.9**2 + 1.1**2 + 1.0**2 + 2.0**2) / (2 * 5))
+    by_hand = cmaes.CMA(mean=shared["mean"].numpy(), sigma=of_the_means, population_size=4, seed=0)
     by_hand.tell(list(zip(means.numpy(), [one.cost for one in found], strict=True)))
-    np.testing.assert_array_equal(local.search.mean, by_hand.mean)
-    small_steps = [one._replace(tensors={**one.tensors, "steps": steps[0] / 100}) for one in found]
-    assert float(evolution.share(evolution.merge(local, "local", small_steps))["step"]) == evolution.SMALLEST
+    np.testing.assert_allclose(local.search.mean, by_hand.mean, rtol=1e-6)
+    np.testing.assert_allclose(local.search._C, by_hand._C, rtol=1e-6)
+    assert float(evolution.share(local)["step"]) == pytest.approx(max(by_hand._sigma / of_the_means, evolution.SMALLEST))
+    narrow = evolution.begin(task)
+    narrow.search._sigma = evolution.SMALLEST / 2
+    assert float(evolution.share(evolution.merge(narrow, "local", found))["step"]) == evolution.SMALLEST
     mean = evolution.merge(evolution.begin(task), "mean", found)
     np.testing.assert_allclose(mean.search.mean, (means.T @ torch.tensor([0.1, 0.2, 0.3, 0.4]).double()).numpy())
     assert float(evolution.share(mean)["step"]) == pytest.approx(0.1 * 1.1 + 0.2 * 5 + 0.3 * 2 + 0.4 * 7)
+
+
+@pytest.mark.parametrize("dimension", [8, 64])
+@pytest.mark.parametrize("aggregation", ["local", "mean"])
+def test_searching_alone_for_many_rounds_does_not_diverge(aggregation: str, dimension: int) -> None:
+    """Four clients whose costs are the distances to points that are a little apart."""
+    generator = torch.Generator().manual_seed(0)
+    aims = torch.randn(dimension, generator=generator) + 0.3 * torch.randn(4, dimension, generator=generator)
+
+    def costs(candidates: torch.Tensor, aim: torch.Tensor) -> list[float]:
+        return [float((one - aim).square().mean()) for one in candidates]
+
+    def from_all(mean: torch.Tensor) -> float:
+        return statistics.mean(costs(mean[None], aim)[0] for aim in aims)
+
+    state = evolution.begin(Task("0/0", 5, 2, dimension))
+    for round_ in range(40):
+        shared, found = evolution.share(state), []
+        for number, aim in enumerate(aims):
+            alone = Alone(f"0/0/{round_}/{number}", 5, 8, 1.0)
+            tensors, reached = evolution.search(shared, alone, partial(costs, aim=aim))
+            found.append(Found(tensors, 1, costs(reached, aim)[0]))
+        state = evolution.merge(state, aggregation, found)
+    mean = evolution.share(state)["mean"].float()
+    assert from_all(mean) < from_all(torch.zeros(dimension))
 
 
 def test_the_policy_gradient_is_unbiased_and_the_released_one_is_not() -> None:

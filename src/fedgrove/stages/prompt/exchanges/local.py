@@ -16,7 +16,7 @@ from fedgrove.rounds.wire import WireError
 from fedgrove.stages.prompt.config import Config, Population, PromptLength, Records
 from fedgrove.stages.prompt.methods import Alone, LocalMethod, Task, local_method_of
 from fedgrove.stages.prompt.records import MOST_WEIGHT
-from fedgrove.stages.prompt.requests import PromptRequest
+from fedgrove.stages.prompt.requests import LARGEST, PromptRequest
 from fedgrove.stages.prompt.scoring import MOST_LOSS, costs, losses, ratios, sums
 
 
@@ -81,6 +81,8 @@ class SearchAlone(PromptRequest):
 
         def scored(candidates: Tensor) -> tuple[list[float], dict[str, int]]:
             """The mean cost of candidates, and what it is the mean of."""
+            if not bool((candidates.abs() <= LARGEST).all()):
+                raise client.error("its own search for a prompt diverged", "try fewer generations, or a smaller spread")
             self.check_candidates(candidates, decoder, client)
             scores = scorer(candidates, records)
             if spoilt is not None:
@@ -112,7 +114,7 @@ class SearchAlone(PromptRequest):
             raise WireError("its cost is larger than the largest loss")
 
     def check(self, tensors: Tensors, reply: Reply, layout: Decoder | None) -> None:
-        if any(bool((tensor.abs() > 2.0**20).any()) for tensor in tensors.values()):
+        if any(bool((tensor.abs() > LARGEST).any()) for tensor in tensors.values()):
             raise WireError("what it came to is out of range")
 
     def beyond(self, job: Agreed) -> str | None:

@@ -114,11 +114,13 @@ def specs(task: Task, generations: int) -> TensorSpecs:
 
 
 def merge(state: State, aggregation: str, found: Sequence[Found]) -> State:
-    """FedBPT: the clients' means are a generation of the server's CMA-ES, and σ follows from theirs (Eq. 6). Or their mean.
+    """FedBPT: the clients' means are a generation of the server's CMA-ES, whose σ follows from theirs (Eq. 6). Or their mean.
 
-    Eq. 6 has the better half of the clients, and divides by λ, their population; the released code sums over all clients. Its
-    floor of σ never takes effect; here it does. "mean" weights by records and begins each round with C = 1; its σ is the
-    mean of the clients' last ones, with the same floor.
+    Eq. 6 has the better half of the clients, and divides by λ, their population; the released code sums over all clients. It is
+    the σ of what the clients came to, after generations of steps, so it is larger than the σ of one generation, and no client
+    begins with it: as in the released code they begin with the σ of the round before times the factor by which the server's
+    grew. The floor of the released code never takes effect; here it does. "mean" weights by records and begins each round with
+    C = 1; its σ is the mean of the clients' last ones, with the same floor.
     """
     candidates = torch.stack([one.tensors[MEAN] for one in found])
     costs = [one.cost for one in found]
@@ -127,13 +129,15 @@ def merge(state: State, aggregation: str, found: Sequence[Found]) -> State:
         step = float(weights @ [float(one.tensors[STEPS][-1]) for one in found])
         state.search = _searching(weights @ candidates.numpy(), max(step, SMALLEST), None, state.task.population)
     else:
-        if len(found) != state.search.population_size:
-            spread, step = _spread(state.search)
-            state.search = _searching(state.search.mean, step, spread, len(found))
-        state.search.tell(list(zip(candidates.numpy(), costs, strict=True)))
+        spread, before = _spread(state.search)
         better = sorted(range(len(found)), key=costs.__getitem__)[: max(1, len(found) // 2)]
         squares = sum(float(found[i].tensors[STEPS].square().sum()) for i in better)
-        state.search._sigma = max(2 * math.sqrt(squares / (len(better) * state.task.population)), SMALLEST)
+        step = 2 * math.sqrt(squares / (len(better) * state.task.population))
+        if len(found) != state.search.population_size:
+            state.search = _searching(state.search.mean, step, spread, len(found))
+        state.search._sigma = step
+        state.search.tell(list(zip(candidates.numpy(), costs, strict=True)))
+        state.search._sigma = max(before * _spread(state.search)[1] / step, SMALLEST)
     return _with_best(state, candidates.float(), costs)
 
 
