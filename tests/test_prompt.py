@@ -32,6 +32,7 @@ from fedgrove.models.stream import Checkpoint
 from fedgrove.rounds import wire
 from fedgrove.rounds.disclosure import Disclosure
 from fedgrove.stages.prompt.config import Config, Place
+from fedgrove.stages.prompt.exchanges.local import SearchAlone
 from fedgrove.stages.prompt.exchanges.score import ScorePrompts
 from fedgrove.stages.prompt.methods import Alone, Found, Task, categories, evolution
 from fedgrove.stages.prompt.methods.evolution import FULL
@@ -282,6 +283,13 @@ def test_the_server_of_fedbpt_follows_equation_6() -> None:
     np.testing.assert_allclose(local.search.mean, by_hand.mean, rtol=1e-6)
     np.testing.assert_allclose(local.search._C, by_hand._C, rtol=1e-6)
     assert float(evolution.share(local)["step"]) == pytest.approx(max(by_hand._sigma / of_the_means, evolution.SMALLEST))
+    without_steps = [one._replace(tensors={**one.tensors, "steps": 0 * steps[0]}) for one in found]
+    floored = evolution.merge(evolution.begin(task), "local", without_steps)
+    at_the_floor = cmaes.CMA(mean=shared["mean"].numpy(), sigma=evolution.SMALLEST, population_size=4, seed=0)
+    at_the_floor.tell(list(zip(means.numpy(), [one.cost for one in found], strict=True)))
+    np.testing.assert_allclose(floored.search.mean, at_the_floor.mean, rtol=1e-6)
+    grown = at_the_floor._sigma / evolution.SMALLEST
+    assert float(evolution.share(floored)["step"]) == pytest.approx(max(grown, evolution.SMALLEST))
     narrow = evolution.begin(task)
     narrow.search._sigma = evolution.SMALLEST / 2
     assert float(evolution.share(evolution.merge(narrow, "local", found))["step"]) == evolution.SMALLEST
@@ -437,6 +445,20 @@ def test_clients_search_alone_and_the_server_combines(
     page = (run / "report.html").read_text(encoding="utf-8")
     assert Disclosure.OWN_PROMPTS.sentence in page.replace("&#39;", "'")
     assert "every client searched alone" in page
+
+
+def test_a_search_of_its_own_that_diverges_is_named(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:
+    client = LocalClient("ash", tmp_path, small.model, None, (files["ash"],), None, prompt="{text}", answer=" {label}")
+    request = SearchAlone(
+        stage=0, aggregation="local", method="evolution", labels=LABELS, score="loss", place="end", length=16, records=2,
+        seed="0/0", subspace=Subspace(dimension=3, scale=0.1, base=(1, 2)), population=4, generations=2, learning_rate=1.0,
+        against_overfitting=0.0, tokens=2, words=0,
+    )  # fmt: skip
+    far = torch.full((3,), evolution.LARGEST).double()
+    begin = {"mean": far, "spread": torch.eye(3).double(), "step": torch.tensor([evolution.LARGEST]).double()}
+    with pytest.raises(FedgroveError, match="client 'ash': its own search for a prompt diverged") as caught:
+        request.respond(begin, client, "cpu")
+    assert "smaller spread" in str(caught.value.remedy)
 
 
 def test_candidates_that_the_model_does_not_have_are_refused(small: Small, files: Mapping[str, Path], tmp_path: Path) -> None:

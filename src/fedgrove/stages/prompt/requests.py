@@ -51,6 +51,10 @@ class Subspace(Part):
     scale: Positive
     base: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MOST_TOKENS)]
 
+    def reaches(self, points: Tensor) -> bool:
+        """Whether all points are of a size that a search comes to, and finite."""
+        return bool((points.abs() <= LARGEST).all())
+
 
 class PromptRequest(Request):
     """A request about prompts and a client's records.
@@ -99,7 +103,7 @@ class PromptRequest(Request):
             raise client.error("the candidate prompts that came are too many, or of another size; refused")
         vocabulary = decoder.checkpoint.config.get_text_config().vocab_size
         if self.subspace is not None:
-            fits = bool((candidates.abs() <= LARGEST).all()) and max(self.subspace.base) < vocabulary
+            fits = self.subspace.reaches(candidates) and max(self.subspace.base) < vocabulary
         else:
             fits = are_ids(candidates, vocabulary)
         if not fits:

@@ -81,7 +81,7 @@ class SearchAlone(PromptRequest):
 
         def scored(candidates: Tensor) -> tuple[list[float], dict[str, int]]:
             """The mean cost of candidates, and what it is the mean of."""
-            if not bool((candidates.abs() <= LARGEST).all()):
+            if self.subspace is not None and not self.subspace.reaches(candidates):
                 raise client.error("its own search for a prompt diverged", "try fewer generations, or a smaller spread")
             self.check_candidates(candidates, decoder, client)
             scores = scorer(candidates, records)

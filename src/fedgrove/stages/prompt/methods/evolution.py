@@ -132,7 +132,7 @@ def merge(state: State, aggregation: str, found: Sequence[Found]) -> State:
         spread, before = _spread(state.search)
         better = sorted(range(len(found)), key=costs.__getitem__)[: max(1, len(found) // 2)]
         squares = sum(float(found[i].tensors[STEPS].square().sum()) for i in better)
-        step = 2 * math.sqrt(squares / (len(better) * state.task.population))
+        step = max(2 * math.sqrt(squares / (len(better) * state.task.population)), SMALLEST)  # a client may send zeros
         if len(found) != state.search.population_size:
             state.search = _searching(state.search.mean, step, spread, len(found))
         state.search._sigma = step
