@@ -32,6 +32,7 @@ import guesses
 import results
 import torch
 import tune
+from arguments import existing_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedgrove import api
@@ -121,14 +122,14 @@ def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
 def main() -> None:
     """Runs what is not in the file of results, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with medquad")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with medquad")
     parser.add_argument("--sites", nargs="+", default=list(SITES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", type=float, default=1.0, help="a factor of the rounds, for a try")
     parser.add_argument("--rate", type=float, help="another learning rate")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     args = parser.parse_args()
     api.hush()
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from typing import Any
 
 import owners
 import torch
+from arguments import existing_folder
 from results import Kept
 
 from fedgrove import api
@@ -41,7 +42,7 @@ Result = dict[str, dict[str, Any]]  # by owner: λ, and the perplexity of the th
 def main() -> None:
     """Runs what is not kept, and prints a table for each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
     parser.add_argument("--model", default=str(owners.GROVE), help="a folder; the shipped model if left out")
     parser.add_argument("--pruner", default="sparsegpt")
     parser.add_argument("--sparsity", type=float, default=0.5)

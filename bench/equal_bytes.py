@@ -22,6 +22,7 @@ from typing import Any
 
 import page
 import torch
+from arguments import existing_folder
 from owners import plain_files
 from results import Kept
 from structured import NEW, PROMPT, seconds_of
@@ -55,8 +56,8 @@ for attempt in range(repeats + 1):
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
-    arguments.add_argument("--model", type=Path, required=True, help="a folder")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--model", type=existing_folder, required=True, help="a folder")
     arguments.add_argument("--runs", type=Path, default=Path("runs/equal-bytes"), help="a folder for the runs")
     arguments.add_argument("--samples", type=int, default=8, help="calibration windows of each owner")
     arguments.add_argument("--length", type=int, default=512, help="tokens of these windows, and of held-out ones")

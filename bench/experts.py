@@ -21,6 +21,7 @@ from typing import Any
 import owners
 import page
 import torch
+from arguments import existing_folder
 from results import Kept
 from structured import GROVE, carry_out
 from torch import Tensor
@@ -39,7 +40,7 @@ ROWS = {"REAP": "reap", "frequency": "frequency", "at random": "drawn"}
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--steps", type=int, default=100, help="of training the mixture, 4 × 256 tokens each")
     arguments.add_argument("--noise", type=float, default=0.1, help="of the copies, as a fraction of the weights' deviation")
     arguments.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of the experts that goes")

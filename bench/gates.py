@@ -23,6 +23,7 @@ import pool
 import results
 import torch
 import tune
+from arguments import existing_folder
 
 from fedgrove import api
 from fedgrove.data.windows import training_windows
@@ -171,13 +172,13 @@ def _members(owners: list[torch.Tensor], settings: Settings, epsilon: float | No
 def main() -> None:
     """Runs what is not in the file of results, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=existing_folder, required=True)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--streams", action="store_true", help="which owners are found to be alike")
     which.add_argument("--sorted", action="store_true", help="which windows are found to be alike")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     args = parser.parse_args()
     api.hush()
     torch.set_num_threads(1)

@@ -27,6 +27,7 @@ import heads
 import page
 import torch
 import tune
+from arguments import existing_folder
 from torch import Tensor
 from transformers.utils import logging
 
@@ -148,9 +149,9 @@ def same_site(problem: Problem) -> str:
 def main() -> None:
     """Computes hidden states once and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with medquad")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with medquad")
     parser.add_argument("--features", type=Path, required=True, help="a folder for hidden states, which are computed once")
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     parser.add_argument("--head", choices=heads.HEADS, default="ridge")
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     args = parser.parse_args()

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import tune
+from arguments import existing_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -144,9 +145,9 @@ def choose(posts: Posts, labels: list[str], head: str, size: int | None) -> tupl
 def main() -> None:
     """Computes hidden states once, chooses layers, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with newsgroups")
     parser.add_argument("--features", type=Path, required=True, help="a folder for hidden states, which are computed once")
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     parser.add_argument("--train", type=int, help="so many training posts, drawn; default: all")
     parser.add_argument("--test", type=int, help="so many test posts, drawn; default: all")
     parser.add_argument("--size", type=int, help="features after the projection; default: none")

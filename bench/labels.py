@@ -25,6 +25,7 @@ import page
 import results
 import torch
 import tune
+from arguments import existing_folder
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -149,7 +150,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with newsgroups")
     parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")

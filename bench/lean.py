@@ -16,13 +16,14 @@ import llmc
 import page
 import shapes
 import torch
+from arguments import existing_folder
 
 IMPORTS = "import fedgrove.run; from transformers import LlamaForCausalLM"
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="folder with wikitext2-valid.txt")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="folder with wikitext2-valid.txt")
     arguments.add_argument("--shape", choices=shapes.SHAPES, default="1.1b")
     arguments.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 22, 32])
     arguments.add_argument("--pruner", default="sparsegpt")

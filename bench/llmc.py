@@ -27,6 +27,7 @@ import page
 import shapes
 import tomli_w
 import torch
+from arguments import existing_folder
 
 from fedgrove.data.windows import calibration_windows, evaluation_windows
 from fedgrove.models.blocks import Decoder
@@ -60,9 +61,11 @@ class Result:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rival", type=Path, required=True, help="a Python that has llmcompressor")
-    arguments.add_argument("--data", type=Path, required=True, help="folder with wikitext2-valid.txt and wikitext2-test.txt")
     arguments.add_argument(
-        "--model", type=Path, help="what is timed, a model directory; default: 160 million random parameters"
+        "--data", type=existing_folder, required=True, help="folder with wikitext2-valid.txt and wikitext2-test.txt"
+    )
+    arguments.add_argument(
+        "--model", type=existing_folder, help="what is timed, a model directory; default: 160 million random parameters"
     )
     arguments.add_argument("--trained", type=Path, default=shapes.TOKENIZER, help="whose perplexity is measured")
     arguments.add_argument("--dtype", default="float32", help="of the random checkpoint; the rival computes in it")

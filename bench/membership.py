@@ -24,6 +24,7 @@ from typing import Any
 
 import page
 import torch
+from arguments import existing_folder
 from results import Kept
 from torch import Tensor
 from transformers.utils import logging
@@ -56,7 +57,7 @@ NOISE: dict[str, dict[str, Any]] = {  # by method, besides epsilon
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--epsilons", type=float, nargs="*", default=[0.5, 2.0, 8.0])
     arguments.add_argument("--method", choices=("lora", "seeds"), default="lora")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

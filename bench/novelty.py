@@ -21,6 +21,7 @@ import personal
 import results
 import torch
 import tune
+from arguments import existing_folder
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -151,8 +152,8 @@ def trial(data: Path, model: Path, folder: Path, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Runs what is not in the file of results, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--data", type=existing_folder, required=True)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     parser.add_argument("--features", type=Path, required=True, help="where features are kept")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the split, and of the fit")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")

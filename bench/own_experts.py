@@ -24,6 +24,7 @@ from typing import Any
 import owners
 import page
 import torch
+from arguments import existing_folder
 from experts import GROVE, LENGTH, OWNERS, save, train, upcycled
 from results import Kept
 from torch import Tensor
@@ -52,7 +53,7 @@ Losses = list[float]  # of each held-out window, the mean over its tokens
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--steps", type=int, default=60, help="of training the mixture, 4 × 256 tokens each")
     arguments.add_argument("--rounds", type=int, default=4, help="of tuning, 4 steps of 2 windows each")
     arguments.add_argument("--noise", type=float, default=0.1, help="of the copies, as a fraction of the weights' deviation")

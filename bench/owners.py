@@ -28,6 +28,7 @@ from typing import Any
 
 import page
 import torch
+from arguments import existing_folder
 from results import Kept
 from transformers.utils import logging
 
@@ -115,7 +116,7 @@ MENDED = ", mended"
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--model", default=str(GROVE), help="a folder; the shipped model if left out")
     arguments.add_argument("--table", choices=TABLES, default="aggregations")
     arguments.add_argument("--rows", nargs="+", help="only the rows that contain one of these words")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import tune
+from arguments import existing_folder
 from results import Kept
 
 from fedgrove import api
@@ -106,7 +107,7 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs all cases and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=existing_folder, required=True)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--pulls", nargs="+", type=float, default=[0.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -40,6 +40,7 @@ import personal
 import results
 import torch
 import tune
+from arguments import existing_folder
 
 from fedgrove import api
 from fedgrove.adopt import adopt
@@ -331,13 +332,13 @@ def table_of_newcomers(found: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Runs what is not in the file of results, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=existing_folder, required=True)
     parser.add_argument("--cases", nargs="+", default=["kinds"], choices=CASES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--changes", type=json.loads, default={}, help="keys of the stage, or else of its pool, as JSON")
     parser.add_argument("--results", type=Path, help="a JSON-lines file: what stands there is not run again")
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     parser.add_argument(
         "--leave-out",
         nargs="*",

@@ -31,6 +31,7 @@ import numpy as np
 import page
 import results
 import torch
+from arguments import existing_folder
 from seeds import evaluated, peak
 from transformers.utils import logging
 
@@ -203,8 +204,8 @@ def against(found: dict[tuple[str, str, int], dict[str, Any]], way: str, other: 
 def main() -> None:
     """Measures what is not kept yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups and pubmedqa")
+    parser.add_argument("--model", type=existing_folder, required=True)
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with newsgroups and pubmedqa")
     parser.add_argument("--results", type=Path, help="a JSON-lines file for results")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["newsgroups", "pubmedqa"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))

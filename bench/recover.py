@@ -19,6 +19,7 @@ from typing import Any
 
 import page
 import torch
+from arguments import existing_folder
 from owners import plain_files
 from results import Kept
 from transformers.utils import logging
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
     arguments.add_argument("--model", required=True, help="a folder")
     arguments.add_argument("--sparsity", type=float, default=0.5)
     arguments.add_argument("--pruner", default="alps")

@@ -30,6 +30,7 @@ import page
 import psutil
 import tomli_w
 import torch
+from arguments import existing_folder
 from llmc import OURS
 
 from fedgrove.data.sources import DEFAULT_TEMPLATE
@@ -45,8 +46,8 @@ RANK, RATE = 8, 1e-3
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
-    arguments.add_argument("--model", type=Path, default=owners.GROVE)
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--model", type=existing_folder, default=owners.GROVE)
     arguments.add_argument("--flower", type=Path, help="a Python that has flwr, ray, torch, transformers and peft")
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--steps", type=int, default=2)

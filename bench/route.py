@@ -18,6 +18,7 @@ import page
 import prompts
 import results
 import torch
+from arguments import existing_folder
 
 from fedgrove import api
 from fedgrove.report.routing import plain
@@ -72,8 +73,8 @@ def table(found: dict[tuple[str, str, int], dict[str, Any]]) -> str:
 def main() -> None:
     """Measures what is not kept yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups and pubmedqa")
+    parser.add_argument("--model", type=existing_folder, required=True)
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with newsgroups and pubmedqa")
     parser.add_argument("--results", type=Path, help="a JSON-lines file for results")
     parser.add_argument("--tasks", nargs="+", choices=LENGTH, default=list(LENGTH))
     parser.add_argument("--ways", nargs="+", choices=SMALLER, default=list(SMALLER))

@@ -41,6 +41,7 @@ import page
 import results
 import torch
 import tune
+from arguments import existing_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -315,7 +316,7 @@ def stepped(model: Path, data: Path, length: int, steps: int, rate: float, epsil
 def main() -> None:
     """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with medquad, e2e and the others")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with medquad, e2e and the others")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=sorted(TEMPLATES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--long", action="store_true", help="eight clients, a thousand steps, only answers")
@@ -327,7 +328,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into docs/benchmarks.md, too")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what the file of results holds")
     parser.add_argument("--memory", action="store_true", help="measure memory and seconds of --model instead")
-    parser.add_argument("--model", type=Path, default=tune.MODEL)
+    parser.add_argument("--model", type=existing_folder, default=tune.MODEL)
     parser.add_argument("--steps", type=int, default=2, help="with --memory")
     parser.add_argument("--rate", type=float, default=1e-5, help="with --memory")
     parser.add_argument("--perturbation", type=float, default=2**-9, help="with --memory")

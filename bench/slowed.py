@@ -25,6 +25,7 @@ from typing import Any
 import page
 import psutil
 import tune
+from arguments import existing_folder
 from transformers.utils import logging
 
 from fedgrove.deploy.flare.node import running
@@ -147,7 +148,7 @@ def points(
 def main() -> None:
     """Runs both methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups, medquad and e2e")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with newsgroups, medquad and e2e")
     parser.add_argument("--task", choices=sorted(tune.TEXTS), default="medquad")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--setting", type=int, choices=range(len(tune.GRID)), default=3, help="place in the grid")

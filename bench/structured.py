@@ -29,6 +29,7 @@ from typing import Any
 import owners
 import page
 import torch
+from arguments import existing_folder
 from results import Kept
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -93,12 +94,12 @@ ALONE = "cut alone, fisher, mean of the eight models"
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("part", choices=["speed", "quality", "cuts"])
-    arguments.add_argument("--data", type=Path, help="the folder with the owners' texts, for quality and cuts")
+    arguments.add_argument("--data", type=existing_folder, help="the folder with the owners' texts, for quality and cuts")
     arguments.add_argument("--share", type=float, default=0.25, help="of channels and of heads that goes")
     arguments.add_argument("--models", type=Path, help="a folder for speed's two models, which are made if they are not there")
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--windows", type=int, default=2, help="held-out windows of 512 tokens of each owner")
-    arguments.add_argument("--model", type=Path, default=GROVE, help="for cuts")
+    arguments.add_argument("--model", type=existing_folder, default=GROVE, help="for cuts")
     arguments.add_argument("--shares", type=float, nargs="+", default=[0.15, 0.25, 0.4], help="for cuts")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="for cuts")
     arguments.add_argument("--owners", type=int, default=len(owners.OWNERS), help="how many of them, for cuts")

@@ -18,6 +18,7 @@ from typing import Any
 
 import owners
 import torch
+from arguments import existing_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,8 +42,8 @@ Sums = dict[str, Tensor]  # block/linear: Σ x xᵀ of its input
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True, help="the folder with the owners' texts")
-    arguments.add_argument("--model", type=Path, default=owners.GROVE)
+    arguments.add_argument("--data", type=existing_folder, required=True, help="the folder with the owners' texts")
+    arguments.add_argument("--model", type=existing_folder, default=owners.GROVE)
     arguments.add_argument("--sums", type=Path, required=True, help="a safetensors file; made if it does not exist")
     arguments.add_argument("--solve", nargs="+", required=True, help="PRUNER/TARGET/DAMPING each")
     arguments.add_argument("--own", type=float, default=input_statistics.OWN)

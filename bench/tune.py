@@ -34,6 +34,7 @@ import numpy as np
 import page
 import results
 import torch
+from arguments import existing_folder
 
 from fedgrove import api
 from fedgrove.files import read_lines
@@ -341,7 +342,7 @@ def reached(runs: list[dict[str, Any]], best: dict[int, dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with newsgroups, medquad and e2e")
+    parser.add_argument("--data", type=existing_folder, required=True, help="the folder with newsgroups, medquad and e2e")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TEXTS), default=sorted(TEXTS))
     parser.add_argument("--methods", nargs="+", default=[*ROUNDS, "uniform"], choices=[*ROUNDS, "uniform"])
     parser.add_argument(
@@ -352,7 +353,7 @@ def main() -> None:
         "--settings", nargs="+", type=int, default=[*range(len(GRID))], choices=range(len(GRID)), help="places in the grid"
     )
     parser.add_argument("--rate", type=float, default=RATES["fedpipe"], help="the learning rate of FedPipe and uniform LoRA")
-    parser.add_argument("--model", type=Path, default=MODEL, help="a folder; the shipped model if left out")
+    parser.add_argument("--model", type=existing_folder, default=MODEL, help="a folder; the shipped model if left out")
     parser.add_argument("--clients", type=int, choices=CARDS, default=CLIENTS)
     parser.add_argument("--alike", action="store_true", help="all clients have the same memory and speed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

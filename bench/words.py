@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from arguments import existing_folder
 
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.stream import Checkpoint
@@ -40,8 +41,8 @@ START = "\nTopic:"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=existing_folder, required=True)
+    parser.add_argument("--data", type=existing_folder, required=True)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--records", type=int, default=32)
     parser.add_argument("--held-out", type=int, default=80)
