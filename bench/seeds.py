@@ -103,6 +103,8 @@ def methods(size: Size) -> dict[str, dict[str, Any]]:
         "common, one window": {**seeds, "steps": STEPS * size.batch, "batches": [1]},
         "common, K 64": {**seeds, "seeds": 64},
         "common, exact slopes": {**seeds, "trainer": "directional"},
+        "common, v_proj": {**seeds, "target_modules": ["v_proj"]},
+        "common, v_proj, down_proj": {**seeds, "target_modules": ["v_proj", "down_proj"]},
         "adapters": {**seeds, "method": "adapter_seeds"},
         "adapters, 4 bits": {**seeds, "method": "adapter_seeds", "bits": [4]},
         "adapters, exact slopes": {**seeds, "method": "adapter_seeds", "trainer": "directional"},

@@ -155,6 +155,35 @@ def test_losses_are_those_of_plain_transformers_with_moved_weights(small: Small,
         torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_linears_that_are_no_targets_stay_as_they_are(small: Small, tmp_path: Path, whole: bool) -> None:
+    """In losses, and in slopes by a backward pass; the other linears move as they do without targets."""
+    targets = ("self_attn.v_proj", "down_proj")
+    model = two_sided_of(small, tmp_path / "offsets", whole, targets=targets)
+    model.move(1, round(0.05 / UNIT))
+    ids, labels = windows()
+    sides, slopes = (0.0, 0.02, -0.02), model.slopes(ids, labels, (2,))[0]
+    names = [
+        name for name in Decoder(Checkpoint(small.model)).linear_names().values() if "v_proj" in name or "down_proj" in name
+    ]
+    plain = AutoModelForCausalLM.from_pretrained(small.model, dtype=torch.float32)
+    start = {name: plain.get_parameter(name).detach().clone() for name in names}
+    assert len(names) == 4
+    for side, found in zip(sides, model.losses(ids, labels, 2, sides), strict=True):
+        for name in names:
+            weight, key = plain.get_parameter(name), noise.key_of("0/0", name)
+            moved = 0.05 * noise.direction_like(key, 1, weight) + side * noise.direction_like(key, 2, weight)
+            weight.data = start[name] + moved
+        losses = [plain(input_ids=i[None], labels=w[None]).loss for i, w in zip(ids, labels, strict=True)]
+        wanted = torch.tensor([float(one.detach()) for one in losses], dtype=torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        if side == 0:
+            gradients = torch.autograd.grad(sum(losses), [plain.get_parameter(name) for name in names])
+            signs = [noise.direction_like(noise.key_of("0/0", name), 2, start[name]) for name in names]
+            along = sum(float((one * z).sum()) for one, z in zip(gradients, signs, strict=True))
+            assert float(slopes) == pytest.approx(along, rel=1e-3)
+
+
 def test_block_by_block_from_disk_gives_the_bits_of_the_model_in_memory(small: Small, tmp_path: Path) -> None:
     ids, labels = windows()
     losses = []
@@ -306,6 +335,16 @@ def test_a_stage_lowers_the_loss_and_the_model_loads_anywhere(small: Small) -> N
     assert {one["forwards"] for one in plan["clients"].values()} == {16}
     page = (run / "report.html").read_text()
     assert "Loss against the bytes" in page
+
+
+@pytest.mark.parametrize("change", [{}, {"method": "adapter_seeds", "bits": [8], "ranks": [2]}])
+def test_only_targets_move_in_a_stage(small: Small, change: dict[str, Any]) -> None:
+    run = small.undisturbed(stages=[{**SEEDS, **change, "target_modules": ["v_proj", "1.mlp.down_proj"]}], **FLOAT)
+    before, after = load_file(small.model / "model.safetensors"), weights(run)
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {
+        f"model.layers.{linear}.weight" for linear in ("0.self_attn.v_proj", "1.self_attn.v_proj", "1.mlp.down_proj")
+    }
 
 
 def test_published_seeds_are_federated_averaging_of_the_clients_models(small: Small, tmp_path: Path) -> None:
@@ -503,6 +542,7 @@ def test_a_clients_slopes_are_clipped_as_one_vector_before_its_noise(
         ({"method": "ia3", "perturbation": "auto", "learning_rate": "auto"}, "cannot measure it; set a number"),
         ({"epsilon": 1.0, "learning_rate": "auto"}, "epsilon: learning_rate would be measured on text without noise"),
         ({"perturbation": 0}, "perturbation"),
+        ({"target_modules": "v_proj"}, "target_modules: "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_key(small: Small, change: dict[str, Any], says: str) -> None:
@@ -519,6 +559,9 @@ def test_a_mistake_that_a_plan_or_a_run_finds_is_one_line(small: Small, tmp_path
     line = complaint("run", tiny, "--out", tmp_path / "tiny")
     assert "at perturbation = 1e-12 no loss differs" in line
     assert "raise perturbation" in line
+    other = small.job("other", stages=[{**SEEDS, "target_modules": ["v_proj", "proj"]}], evaluate={})
+    line = complaint("plan", other)
+    assert "stages.0.target_modules: no linear of the model is called proj; choose from down_proj, " in line
     wild = small.job("wild", stages=[{**SEEDS, "learning_rate": 1e9, "steps": 6}], **FLOAT)
     line = complaint("run", wild, "--out", tmp_path / "wild")
     assert "lower learning_rate" in line
@@ -544,6 +587,13 @@ def test_a_client_refuses_a_model_that_no_stage_makes(
     tokens = training_windows(client, LENGTH)[0].numel()
     with pytest.raises(FedgroveError, match=says):
         step_request(tokens=tokens).respond(tensors, client, "cpu")
+
+
+def test_a_client_refuses_targets_that_its_model_does_not_have(small: Small, tmp_path: Path) -> None:
+    client = clients_of(small, tmp_path, **FLOAT)[0]
+    request = step_request(tokens=training_windows(client, LENGTH)[0].numel(), target_modules=("v_proj", "x_proj"))
+    with pytest.raises(FedgroveError, match="names linears that its model does not have"):
+        request.respond(start(1), client, "cpu")
 
 
 @pytest.mark.parametrize("change", [{"seeds": 2**17}, {"perturbation": 0.0}, {"clients": 0}, {"learning_rate": math.inf}])

@@ -130,6 +130,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 File = Annotated[Path, BeforeValidator(_named), AfterValidator(_existing)]
 Files = Annotated[tuple[File, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Targets = Annotated[tuple[Name, ...], Field(max_length=64)]  # linears, by the ends of their names
 Template = Annotated[str | None, AfterValidator(_template)]
 Sparsity = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Bits = Literal[32, 16, 8, 4]

@@ -24,6 +24,7 @@ from fedgrove.job.units import (
     NonNegative,
     Positive,
     Sparsity,
+    Targets,
     method_of,
 )
 from fedgrove.stages.tune.aggregation import PACKAGE as AGGREGATIONS
@@ -103,6 +104,8 @@ class Config(StageConfig):
             "adapter_seeds".
         perturbation: ε, how far along a direction a client measures the loss, on both sides. "auto": the largest whose slopes
             differ by less than 1 % from those at half of it, which the clients measure. Only "seeds" and "adapter_seeds".
+        target_modules: the linears that move, by the ends of their names, as in PEFT, such as ["v_proj", "down_proj"]. Default:
+            all of the blocks. Only "seeds" and "adapter_seeds".
         personal: the fraction of its windows that each client holds out, to choose which adapter it keeps for itself: the
             shared one or the best of its own (on its own disk; see :mod:`fedgrove.stages.tune.personal`). 0: none. It chooses
             by half of them, and reports losses on the other half.
@@ -157,6 +160,7 @@ class Config(StageConfig):
     seeds: Annotated[int, Field(ge=0, le=MOST_DIRECTIONS)] = 0
     sampling: Literal["even", "pro"] = "even"
     perturbation: Positive | Literal["auto"] = "auto"
+    target_modules: Targets = ()
     personal: HeldOut = 0.0
     personal_pull: NonNegative = 0.0
     hold_experts: Literal["fit", "all"] = "fit"

@@ -25,6 +25,7 @@ from fedgrove.stages.tune.loops import loop_of
 from fedgrove.stages.tune.parametrizations import parametrization_of
 from fedgrove.stages.tune.plan import Plan, even, make_plan
 from fedgrove.stages.tune.pool.plan import with_pool
+from fedgrove.stages.tune.seeds.targets import check_targets
 from fedgrove.stages.tune.state import TuningState
 from fedgrove.stages.tune.tuning import pruned_linears
 
@@ -33,6 +34,7 @@ TYPICAL_RANK = 8  # for ``fedgrove doctor``
 
 def plan(index: int, config: Config, decoder: Decoder, capabilities: Mapping[str, Capabilities], job: Job) -> Plan:
     """See :func:`fedgrove.stages.tune.plan.make_plan`; all linears have the same importance until it is measured."""
+    check_targets(index, config.target_modules, decoder)
     zeros = any(stage.makes_zeros() for stage in job.stages[:index]) or bool(pruned_linears(decoder))
     cost = measure_cost(decoder, config.length, zeros)
     secure = job.privacy.secure_aggregation

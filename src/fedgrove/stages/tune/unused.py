@@ -10,7 +10,7 @@ from fedgrove.stages.tune.planners import planner_of
 if TYPE_CHECKING:
     from fedgrove.stages.tune.config import Config
 
-OF_SEEDS = frozenset({"seeds", "sampling", "perturbation"})  # keys of parametrizations without gradients
+OF_SEEDS = frozenset({"seeds", "sampling", "perturbation", "target_modules"})  # keys of parametrizations without gradients
 OF_FEDPIPE = frozenset({"deadline", "upload_price", "replan_off"})  # keys of planners that choose steps
 OF_PRIVACY = frozenset({"delta", "dp_unit", "dp_clip"})  # without epsilon no noise is added
 

@@ -15,7 +15,7 @@ from fedgrove.client import server_weights
 from fedgrove.client.local_client import LocalClient
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed, StageConfig
-from fedgrove.job.units import MAX_CLIENTS, MOST, Count, CountOrZero, Linears, Name, NonNegative, Positive
+from fedgrove.job.units import MAX_CLIENTS, MOST, Count, CountOrZero, Linears, Name, NonNegative, Positive, Targets
 from fedgrove.models.blocks import Decoder
 from fedgrove.rounds.request import CHANGE, Disclosure, Reply, Response, Tensors, TensorSpecs
 from fedgrove.rounds.wire import WireError
@@ -30,6 +30,7 @@ from fedgrove.stages.tune.seeds.keys import AUTO
 from fedgrove.stages.tune.seeds.moving import moving_of
 from fedgrove.stages.tune.seeds.offsets import LARGEST, MOST_DIRECTIONS, Offsets
 from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_LOSS, Steps, Taken, limit_for, whole
+from fedgrove.stages.tune.seeds.targets import is_target
 from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
 from fedgrove.stages.tune.train_settings import WindowNoise, check_noise
 from fedgrove.stages.tune.trainers import trainer_of
@@ -65,12 +66,14 @@ class AlongDirections(TrainingRequest):
         batch: windows of a step.
         clients: how many clients get the request, which bounds what each may send.
         masked: the linears whose zeros stay zero.
+        target_modules: the linears that move, by the ends of their names; empty: all.
         rank: of the adapters that move; 0: the weights do.
     """
 
     batch: Count
     clients: Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
     masked: Linears
+    target_modules: Targets = ()
     rank: CountOrZero = 0
 
     def model(self, tensors: Tensors, client: LocalClient, device: str) -> tuple[TwoSided, Tensor, Tensor]:
@@ -86,7 +89,10 @@ class AlongDirections(TrainingRequest):
             raise client.error("the server sent coefficients of another shape or dtype; refused")
         if bool((coefficients.abs() > LARGEST).any()):
             raise client.error("the server sent a coefficient that no stage makes; refused")
-        check_linears(self.masked, decoder.linear_names(), client)
+        names = decoder.linear_names()
+        check_linears(self.masked, names, client)
+        if not all(any(is_target(name, (one,)) for name in names) for one in self.target_modules):
+            raise client.error("the request names linears that its model does not have; refused")
 
         def check(name: str, before: Tensor, after: Tensor) -> None:
             server_weights.check_growth(name, before.float(), after, client)
@@ -96,7 +102,8 @@ class AlongDirections(TrainingRequest):
             raise client.error("the server sent a rank that is larger than a linear allows; refused")
         whole_model = in_memory(sum(rows * columns for rows, columns in shapes))
         moving = moving_of(Offsets(client.folder / f"offsets-{self.stage}", self.seed, whole_model), self.seed, self.rank)
-        return TwoSided(decoder, moving, coefficients, self.masked, check, whole_model, self.bits), ids, labels
+        model = TwoSided(decoder, moving, coefficients, self.masked, check, whole_model, self.bits, self.target_modules)
+        return model, ids, labels
 
     def check_tensors(self, tensors: Tensors, names: set[str], client: LocalClient) -> None:
         """Refuses a request with other tensors than these."""
@@ -114,6 +121,8 @@ class AlongDirections(TrainingRequest):
             return "clients"
         if self.rank != rank_of(config):
             return "ranks"
+        if self.target_modules != config.target_modules:
+            return "target_modules"
         return super().beyond(job)
 
 

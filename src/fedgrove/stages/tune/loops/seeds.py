@@ -38,6 +38,7 @@ from fedgrove.stages.tune.seeds.keys import AUTO
 from fedgrove.stages.tune.seeds.moving import Adapters, Linear, moving_of
 from fedgrove.stages.tune.seeds.offsets import LARGEST, Offsets, masked_merge
 from fedgrove.stages.tune.seeds.steps import choose_perturbation, coefficient, curvature, slope_limit
+from fedgrove.stages.tune.seeds.targets import is_target
 from fedgrove.stages.tune.tuning import Tuning
 
 NAME = "all"  # of the one state that all linears share
@@ -166,6 +167,7 @@ class Loop(Tuning):
             "batch": assignment.batch,
             "clients": len(self.plan.clients),
             "masked": self.masked,
+            "target_modules": self.config.target_modules,
             "rank": rank_of(self.config),
         }
 
@@ -212,8 +214,8 @@ class Loop(Tuning):
         return out if write_lora(out, self.decoder, changes, job.model.name, title, pruned, changed) else None
 
     def _linears(self, block: int) -> Iterator[Linear]:
-        """The linears of a block as they were before the stage, without those whose weight an earlier block shares."""
+        """The linears of a block that move, as they were before the stage; of those that share a weight, the first."""
         for linear, stored in self.decoder.block_names(block).items():
             name = f"{self.decoder.prefix}.{block}.{linear}"
-            if name == self.decoder.linear_name(block, linear):
+            if name == self.decoder.linear_name(block, linear) and is_target(name, self.config.target_modules):
                 yield Linear(name, stored, self.decoder.model.get_submodule(name), self.model.read(stored))

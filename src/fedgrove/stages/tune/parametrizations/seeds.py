@@ -38,7 +38,7 @@ TRAINERS = ("zeroth_order", "dp_zeroth_order")
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": "auto", "precision": "fixed", "steps": 20, "batches": (4,), "length": 128, "replan_every": 5,
 }  # fmt: skip
-KEYS = frozenset({"seeds", "sampling", "perturbation"})
+KEYS = frozenset({"seeds", "sampling", "perturbation", "target_modules"})
 UNUSED = frozenset({
     "ranks", "bits", "optimizer", "max_grad_norm", "alpha", "deadline", "upload_price", "importance_steps", "proximal",
     "partition", "precision", "max_change", "hold_experts", "expert_value", "personal_experts",

@@ -9,7 +9,7 @@ and a block of it at a time is written out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import cast
@@ -22,6 +22,7 @@ from fedgrove.data.windows import IGNORED
 from fedgrove.models.blocks import Call, Decoder, as_matrix
 from fedgrove.stages.tune.seeds.moving import Linear, Moving
 from fedgrove.stages.tune.seeds.quantized import Quantized
+from fedgrove.stages.tune.seeds.targets import is_target
 
 IN_MEMORY = 2**28  # bytes of weights and offsets up to which a model is kept in memory, because it is then twice as fast
 PER_WEIGHT = 12  # bytes of a linear's entry that is kept in memory: float32, and the int64 of its offset
@@ -45,6 +46,7 @@ class TwoSided:
         check: called once for every linear, when it is first made; may raise.
         whole: keep the full model in memory.
         bits: of the weights that stay as they are; with 8 and 4 the full model is in memory.
+        targets: the linears that move, by the ends of their names; empty: all.
 
     Attributes:
         coefficients: where the model is now; see :meth:`move`.
@@ -59,10 +61,11 @@ class TwoSided:
         check: CheckWeight | None = None,
         whole: bool = False,
         bits: int = 32,
+        targets: Collection[str] = (),
     ):
         self.coefficients = coefficients.clone()
         self._decoder, self._moving = decoder, moving
-        self._masked, self._check = frozenset(masked), check
+        self._masked, self._check, self._targets = frozenset(masked), check, targets
         self._stored: dict[str, Tensor | Quantized] = {}  # by name in the checkpoint, if the full model is in memory
         if whole or bits < 16:
             self._load(bits)
@@ -120,7 +123,10 @@ class TwoSided:
         model = self._decoder.load_all() if not self._stored else self._decoder.model
         every = (one for index, block in enumerate(self._decoder.blocks) for one in self._linears(index, block))
         linears = list({one.stored: one for one in every}.values())  # those that share a weight are one module
+        moving = [linear for linear in linears if is_target(linear.name, self._targets)]
         for linear in linears:
+            _put(linear.module, linear.weight.float())
+        for linear in moving:
             cast(nn.Linear, linear.module).weight = nn.Parameter(self._with_steps(linear))
         self._check = None
         found = torch.zeros(len(ids), dtype=torch.float64)
@@ -132,12 +138,13 @@ class TwoSided:
                 if bool(torch.isfinite(loss)) and loss.requires_grad:
                     torch.autograd.backward(loss)
         total = torch.zeros(len(directions), dtype=torch.float64)
-        for linear in linears:
+        for linear in moving:
             gradient = cast(nn.Linear, linear.module).weight.grad
             if gradient is not None:
                 if linear.name in self._masked:
                     gradient.masked_fill_(linear.weight == 0, 0)
                 total += self._moving.slopes(linear, gradient, directions)
+        for linear in linears:
             _put(linear.module, linear.weight.to("meta") if self._stored else linear.weight)
         return total, found
 
@@ -160,17 +167,20 @@ class TwoSided:
         weights = self._weights(index, block, direction)
         for side, states in sides:
             for module, weight, z in weights:
-                _put(module, torch.add(weight, z, alpha=side))
+                _put(module, weight if z is None else torch.add(weight, z, alpha=side))
             for i, state in enumerate(states):
                 states[i] = self._decoder.run(block, state, calls[index])
         if self._stored:
             for module, weight, _ in weights:
                 _put(module, weight.to("meta"))  # else the whole model would be there a second time
 
-    def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
-        """For every linear of a block: its module, its weight with all steps, float32, and z."""
-        weights = []
+    def _weights(self, index: int, block: nn.Module, direction: int) -> list[tuple[nn.Module, Tensor, Tensor | None]]:
+        """For every linear of a block: its module, its weight with all steps, float32, and z; None if it does not move."""
+        weights: list[tuple[nn.Module, Tensor, Tensor | None]] = []
         for linear in self._linears(index, block):
+            if not is_target(linear.name, self._targets):
+                weights.append((linear.module, linear.weight.float(), None))
+                continue
             weight = self._with_steps(linear)
             z = self._moving.along(linear, direction)
             if self._stored:
