@@ -8,7 +8,8 @@ posts of twenty groups, dealt to eight owners by group (Dirichlet 0.1 or 0.3). A
 before anything is trained, and on that fifth it is measured. Every method has the same start, windows and optimizer steps.
 "shared, then alone": half of the rounds together, and then each owner goes on alone. "keys, rank 2": four members of a quarter
 of the rank, so that all of them are as large as one adapter. With a pool, an owner has the mixture that its own training text
-gets: by its windows of each member. The interval is a paired bootstrap over each owner's windows; a gain is negative.
+gets: by its windows of each member. "each window": every held-out window has the mixture that the gate gives for its first
+tokens (the pool's ``prefix``). The interval is a paired bootstrap over each owner's windows; a gain is negative.
 
     .venv/bin/python bench/pool.py --data ../shared/data --results pool.jsonl --leave-out --pools pools --methods keys
 
@@ -73,8 +74,10 @@ TOGETHER = {  # owners who are left out at the same time
     "kind": tuple({f"{kind}-large", f"{kind}-small"} for kind in KINDS),
 }  # fmt: skip
 TOGETHER_FIRST = "shared, then alone"
+EACH_WINDOW = ", each window"
 METHODS = (
     "base", "shared", "alone", TOGETHER_FIRST, "groups", "random", "losses", "mixture", "similar", "keys", "keys, rank 2",
+    "keys, each window", "mixture, each window",
 )  # fmt: skip
 ALPHAS = {"mixed": (4, 0.5), "newsgroups 0.1": (8, 0.1), "newsgroups 0.3": (8, 0.3)}  # owners, and how evenly labels are dealt
 CASES = ("kinds", "iid", *ALPHAS)
@@ -152,6 +155,7 @@ def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: A
                 "parts": {owner: measure(done / "model", held) for owner, (_, held) in files.items()},
                 "bytes": _sent(done),
             }
+        each_window, method = method.endswith(EACH_WINDOW), method.removesuffix(EACH_WINDOW)
         gate, _, rank = method.partition(", rank ")
         if rank:
             train = functools.partial(train, changes={**changes, "ranks": [int(rank)]})
@@ -161,9 +165,15 @@ def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: A
         parts = {}
         for owner, (_, held) in files.items():
             windows = pool.facts["clients"][owner]
-            mixed = pool.mix([number / sum(windows) for number in windows])
+            weights = [number / sum(windows) for number in windows]
             with torch.no_grad():
-                parts[owner] = pool.losses(decoder, mixed, _windows(held, _tokenizer(model)))
+                ids, labels = _windows(held, _tokenizer(model))
+                if each_window:
+                    mixtures = [pool.mix(of) for of in pool.look(decoder, list(ids))[0].tolist()]
+                    one_by_one = zip(mixtures, ids.split(1), labels.split(1), strict=True)
+                    parts[owner] = [pool.losses(decoder, mixed, (one, label))[0] for mixed, one, label in one_by_one]
+                else:
+                    parts[owner] = pool.losses(decoder, pool.mix(weights), (ids, labels))
         return {"parts": parts, "bytes": _sent(done), "windows": pool.facts["clients"], "fit": pool.facts.get("likelihoods")}
 
 

@@ -221,7 +221,27 @@ def test_a_slope_is_the_gradient_along_the_direction(small: Small, tmp_path: Pat
         second = torch.autograd.grad(slope, parameters, retain_graph=True)
         curves.append(sum(float((h * z).sum()) for h, z in zip(second, signs, strict=True)))
         total = (above + below - 2 * center).sum()[None]
-        assert steps.curvature(total, len(ids), epsilon) == pytest.approx(curves[-1], rel=0.05)
+        assert steps.curvature(total.repeat(2), len(ids), epsilon) == pytest.approx(curves[-1], rel=0.05)
+
+
+def test_the_curvature_is_a_standard_error_above_the_mean() -> None:
+    """Sums over directions of 4 windows each: 1, 1, 1 and 9 in the mean of a window."""
+    sums = torch.tensor([4, 4, 4, 36]) * 2**24 / 2**8
+    assert steps.curvature(sums.long(), 4, 2**-4) == pytest.approx(3 + 4 / math.sqrt(4))
+
+
+def test_each_direction_is_measured_with_windows_of_its_own(small: Small, tmp_path: Path) -> None:
+    client = clients_of(small, tmp_path, **FLOAT)[0]
+    ids, labels = training_windows(client, LENGTH)
+    asked = step_request(tokens=ids.numel())
+    common = {key: getattr(asked, key) for key in Measure.model_fields.keys() & Step.model_fields.keys()}
+    request = Measure(**common, perturbations=(2**-6,), directions=3)
+    found = request.respond(start(0), client, "cpu").tensors["change/curves"]
+    model = two_sided_of(small, tmp_path / "model", masked=asked.masked)
+    batches = training.draw(ids, labels, request.batch, 0, f"{request.seed}/{client.name}/measure/0")
+    for probe in range(3):
+        center, above, below = steps.whole(model.losses(*next(batches), 2**40 + probe, (0.0, 2**-6, -(2**-6))))
+        assert int(found[0, probe]) == int((above + below - 2 * center).sum())
 
 
 def test_the_largest_perturbation_within_a_percent_is_chosen() -> None:

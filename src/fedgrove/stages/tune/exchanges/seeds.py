@@ -37,7 +37,7 @@ from fedgrove.stages.tune.trainers import trainer_of
 
 COEFFICIENTS, CHANCES = "coefficients", "chances"  # tensors of a request
 DIFFERENCES, CURVES, SIZES = f"{CHANGE}differences", f"{CHANGE}curves", f"{CHANGE}sizes"  # tensors of a response
-MEASURED = 8  # directions along which the curvature is measured: its standard error is about a tenth
+MEASURED = 8  # directions along which the curvature is measured, each with windows of its own
 PERTURBATIONS = tuple(2.0**-k for k in range(6, 13))  # that "auto" chooses from
 PER_ADAPTER = 16.0  # times as large for the entries of B
 PROBES = 2**40  # the first direction that is measured along: no step goes along it
@@ -296,7 +296,7 @@ class Step(AlongDirections):
 
 
 class Measure(AlongDirections):
-    """Measure along a few directions, at several distances, how your loss differs and curves.
+    """Measure along a few directions, at several distances, how your loss differs and curves, each with other windows.
 
     The response contains ``change/differences``, ``change/sizes`` and ``change/curves``, (perturbations, directions) int64:
     sums over windows of L₊ − L₋, of |L₊ − L₋| and of L₊ + L₋ − 2 L₀ in multiples of 2⁻²⁴, where losses that are not finite
@@ -317,12 +317,13 @@ class Measure(AlongDirections):
     def respond(self, tensors: Tensors, client: LocalClient, device: str) -> Response:
         self.check_tensors(tensors, {COEFFICIENTS}, client)
         model, ids, labels = self.model(tensors, client, device)
-        batch = next(training.draw(ids, labels, self.batch, 0, f"{self.seed}/{client.name}/measure"))
+        # Windows of its own for each direction: the curvature differs more between windows than between directions.
+        batches = training.draw(ids, labels, self.batch, 0, f"{self.seed}/{client.name}/measure/{self.round}")
         sides = [0.0, *(sign * one for one in self.perturbations for sign in (1, -1))]
         shape = len(self.perturbations), self.directions
         sums = {name: torch.zeros(shape, dtype=torch.int64) for name in (DIFFERENCES, SIZES, CURVES)}
         for probe in range(self.directions):
-            found = model.losses(*batch, PROBES + probe, sides)
+            found = model.losses(*next(batches), PROBES + probe, sides)
             finite = torch.isfinite(found)
             center, above, below = (
                 whole(found.nan_to_num(0.0, 0.0, 0.0))[rows] for rows in (slice(1), slice(1, None, 2), slice(2, None, 2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -122,10 +123,14 @@ def choose_perturbation(perturbations: tuple[float, ...], differences: Tensor) -
 
 
 def curvature(total: Tensor, windows: int, perturbation: float) -> float:
-    """The trace of the Hessian: the mean over directions of (L₊ + L₋ − 2 L₀)/ε² (Hutchinson's estimator, with signs).
+    """An upper estimate of the trace of the Hessian: its mean over directions and windows, plus one standard error.
+
+    The mean of (L₊ + L₋ − 2 L₀)/ε² along signs is the trace (Hutchinson). A few windows have most of it, so a sample often has
+    too little, and a rate that follows from that undoes more than one that is somewhat too low.
 
     Args:
-        total: (directions,) sums of L₊ + L₋ − 2 L₀ in units of 2⁻²⁴, over all clients.
-        windows: of all clients.
+        total: (directions,) sums of L₊ + L₋ − 2 L₀ in units of 2⁻²⁴, over all clients; two directions at least.
+        windows: of all clients, other ones for each direction.
     """
-    return math.fsum(total.double().tolist()) * 2.0**-LOSS_BITS / (len(total) * windows * perturbation**2)
+    of_each = [float(one) * 2.0**-LOSS_BITS / (windows * perturbation**2) for one in total.tolist()]
+    return statistics.fmean(of_each) + statistics.stdev(of_each) / math.sqrt(len(of_each))
