@@ -69,7 +69,7 @@ class Config(StageConfig):
         bits: precisions of the frozen weights that a client may get; 32 and 16 are floats, 8 is int8, 4 is NF4. "adapter_seeds"
             rounds only weights to 8 bits, and computes in float32; default there: 32.
         learning_rate: of the clients' optimizer. Default: 1e-3; with "ffa_lora" 1e-2. "auto", the default of "seeds" and
-            "adapter_seeds" and only for these: 1/4 divided by the trace of the curvature plus its standard error, and slopes of
+            "adapter_seeds" and only for these: 1/8 divided by the trace of the curvature plus its standard error, and slopes of
             windows that are far from the others are clipped; both are measured before the first round and after every
             ``replan_every``.
         lr_schedule: "linear" lowers the learning rate to a tenth over the rounds.

@@ -43,8 +43,8 @@ from fedgrove.stages.tune.tuning import Tuning
 
 NAME = "all"  # of the one state that all linears share
 # Of the rate that is best without noise, 1/trace. Slopes of a sample of windows have noise, which costs the square of the rate:
-# at 1/2 the loss of E2E's answers rose.
-STABLE = 0.25
+# at 1/2 the loss of E2E's answers rose, at 1/4 that of newsgroups. 1/8 is within a factor of two of the best on four corpora.
+STABLE = 0.125
 
 
 class Loop(Tuning):
@@ -81,14 +81,18 @@ class Loop(Tuning):
         if config.learning_rate == AUTO:
             windows, row = sum(requests[client].batch for client in heard), perturbations.index(chosen)
             trace = curvature(curves[row], windows, chosen)
-            if not trace > 0:
+            if trace > 0:
+                measured["learning_rate"] = STABLE / trace
+                measured["max_slope"] = slope_limit(sizes[row], windows, chosen)
+            elif "learning_rate" in self.state.measured:  # a sample of windows can miss those that curve
+                measured = self.state.measured
+                self.run.message("the loss does not curve upwards on these windows; the learning rate stays")
+            else:
                 raise FedgroveError(
                     f"stage {self.plan.stage}: learning_rate cannot be measured, because the loss does not curve upwards "
                     f"({trace:.3g})",
                     "set learning_rate, such as 1e-4",
                 )
-            measured["learning_rate"] = STABLE / trace
-            measured["max_slope"] = slope_limit(sizes[row], windows, chosen)
         self.state.measured = measured
         self.state.clock += clock.slowest(heard)
         self.state.metrics += [(None, f"measured/{key}", value) for key, value in sorted(measured.items())]
