@@ -30,7 +30,7 @@ from fedgrove.stages.tune.seeds.keys import AUTO
 from fedgrove.stages.tune.seeds.moving import moving_of
 from fedgrove.stages.tune.seeds.offsets import LARGEST, MOST_DIRECTIONS, Offsets
 from fedgrove.stages.tune.seeds.steps import LOSS_BITS, MOST_LOSS, Steps, Taken, limit_for, whole
-from fedgrove.stages.tune.seeds.targets import is_target
+from fedgrove.stages.tune.seeds.targets import unknown_target
 from fedgrove.stages.tune.seeds.two_sided import TwoSided, in_memory
 from fedgrove.stages.tune.train_settings import WindowNoise, check_noise
 from fedgrove.stages.tune.trainers import trainer_of
@@ -91,7 +91,7 @@ class AlongDirections(TrainingRequest):
             raise client.error("the server sent a coefficient that no stage makes; refused")
         names = decoder.linear_names()
         check_linears(self.masked, names, client)
-        if not all(any(is_target(name, (one,)) for name in names) for one in self.target_modules):
+        if unknown_target(self.target_modules, names) is not None:
             raise client.error("the request names linears that its model does not have; refused")
 
         def check(name: str, before: Tensor, after: Tensor) -> None:

@@ -18,6 +18,11 @@ def is_target(linear: str, targets: Collection[str]) -> bool:
     return not targets or any(f".{linear}".endswith(f".{target}") for target in targets)
 
 
+def unknown_target(targets: Collection[str], linears: Collection[str]) -> str | None:
+    """The first target that no linear has; None if there is none."""
+    return next((one for one in targets if not any(is_target(name, (one,)) for name in linears)), None)
+
+
 def check_targets(index: int, targets: Collection[str], decoder: Decoder) -> None:
     """Refuses targets that no linear of a model has.
 
@@ -28,9 +33,9 @@ def check_targets(index: int, targets: Collection[str], decoder: Decoder) -> Non
         FedgroveError: names the target, and the ends that there are.
     """
     names = decoder.linear_names()
-    for target in targets:
-        if not any(is_target(name, (target,)) for name in names):
-            ends = sorted({name.rpartition(".")[2] for name in names})
-            raise FedgroveError(
-                f"stages.{index}.target_modules: no linear of the model is called {target}", f"choose from {', '.join(ends)}"
-            )
+    unknown = unknown_target(targets, names)
+    if unknown is not None:
+        ends = sorted({name.rpartition(".")[2] for name in names})
+        raise FedgroveError(
+            f"stages.{index}.target_modules: no linear of the model is called {unknown}", f"choose from {', '.join(ends)}"
+        )
