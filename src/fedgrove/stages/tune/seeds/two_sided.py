@@ -123,11 +123,9 @@ class TwoSided:
         model = self._decoder.load_all() if not self._stored else self._decoder.model
         every = (one for index, block in enumerate(self._decoder.blocks) for one in self._linears(index, block))
         linears = list({one.stored: one for one in every}.values())  # those that share a weight are one module
-        moving = [linear for linear in linears if is_target(linear.name, self._targets)]
         for linear in linears:
-            _put(linear.module, linear.weight.float())
-        for linear in moving:
-            cast(nn.Linear, linear.module).weight = nn.Parameter(self._with_steps(linear))
+            weight = nn.Parameter(self._with_steps(linear), requires_grad=is_target(linear.name, self._targets))
+            cast(nn.Linear, linear.module).weight = weight
         self._check = None
         found = torch.zeros(len(ids), dtype=torch.float64)
         with torch.enable_grad():
@@ -138,13 +136,12 @@ class TwoSided:
                 if bool(torch.isfinite(loss)) and loss.requires_grad:
                     torch.autograd.backward(loss)
         total = torch.zeros(len(directions), dtype=torch.float64)
-        for linear in moving:
+        for linear in linears:
             gradient = cast(nn.Linear, linear.module).weight.grad
             if gradient is not None:
                 if linear.name in self._masked:
                     gradient.masked_fill_(linear.weight == 0, 0)
                 total += self._moving.slopes(linear, gradient, directions)
-        for linear in linears:
             _put(linear.module, linear.weight.to("meta") if self._stored else linear.weight)
         return total, found
 
@@ -178,21 +175,21 @@ class TwoSided:
         """For every linear of a block: its module, its weight with all steps, float32, and z; None if it does not move."""
         weights: list[tuple[nn.Module, Tensor, Tensor | None]] = []
         for linear in self._linears(index, block):
-            if not is_target(linear.name, self._targets):
-                weights.append((linear.module, linear.weight.float(), None))
-                continue
-            weight = self._with_steps(linear)
-            z = self._moving.along(linear, direction)
-            if self._stored:
-                z = z.float()  # adds faster than int8, but takes four times the memory
-            if linear.name in self._masked:
-                z.masked_fill_(linear.weight == 0, 0)
+            weight, z = self._with_steps(linear), None
+            if is_target(linear.name, self._targets):
+                z = self._moving.along(linear, direction)
+                if self._stored:
+                    z = z.float()  # adds faster than int8, but takes four times the memory
+                if linear.name in self._masked:
+                    z.masked_fill_(linear.weight == 0, 0)
             _put(linear.module, weight)  # frees the stored weight, unless the full model is in memory
             weights.append((linear.module, weight, z))
         return weights
 
     def _with_steps(self, linear: Linear) -> Tensor:
-        """A weight with all steps, float32, in the checkpoint's layout."""
+        """A weight with all steps, if it moves, float32, in the checkpoint's layout."""
+        if not is_target(linear.name, self._targets):
+            return linear.weight.float()
         weight = self._moving.weight(linear, self.coefficients, torch.float32)
         if linear.name in self._masked:
             weight.masked_fill_(linear.weight == 0, 0)
