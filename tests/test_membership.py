@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.models.stream import Checkpoint
 from fedgrove.privacy.accounting import dp_sgd_noise_multiplier
 from fedgrove.privacy.membership import advantage, bound
@@ -67,9 +68,7 @@ def test_who_was_learnt_from_is_told_by_its_loss_unless_noise_hides_it(small: Sm
     def attacked(epsilon: float | None) -> float:
         model = learnt(small, inside, epsilon)
         with torch.no_grad():
-            losses = [
-                torch.tensor([training.loss_sum(model, one[None], one[None]) for one in part]) for part in (inside, outside)
-            ]
+            losses = [torch.tensor([loss_sum(model, one[None], one[None]) for one in part]) for part in (inside, outside)]
         return advantage(*losses)
 
     assert attacked(None) > 0.8

@@ -102,7 +102,7 @@ def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     """The logits of a model that runs block by block."""
     decoder = Decoder(checkpoint)
     *_, (_, _, hidden) = walk(decoder, [ids], len(decoder))
-    return decoder.logits(ids, hidden)
+    return decoder.head(hidden[0])[None]
 
 
 def with_one_part(folder: Path) -> nn.Module:

@@ -10,7 +10,8 @@ import random
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -307,22 +308,31 @@ def test_a_triplets_score_takes_its_scale_whole_and_the_mean_of_its_vectors() ->
 def test_a_linear_that_cannot_change_the_loss_has_no_importance() -> None:
     """Of two linears one ends in a dead branch: its adapters get no gradient, and so no score."""
 
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.dead = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return cast(torch.Tensor, hidden + self.used(hidden) + 0.0 * self.dead(hidden))
+
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = torch.nn.Embedding(50, 16)
-            self.used, self.dead, self.head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 50)
+            self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50)
+            self.blocks = torch.nn.ModuleList([Block()])
 
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-            hidden = self.embed(input_ids)
-            hidden = hidden + self.used(hidden) + 0.0 * self.dead(hidden)
-            return type("Output", (), {"logits": self.head(hidden)})()
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.head
+
+        def forward(self, input_ids: torch.Tensor, **_: bool) -> object:
+            return SimpleNamespace(logits=self.head(self.blocks[0](self.embed(input_ids))))
 
     torch.manual_seed(0)
     model = Model().requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids = torch.randint(0, 50, (4, 8))
-    shapes = {"used": (16, 16), "dead": (16, 16)}
+    shapes = {"blocks.0.used": (16, 16), "blocks.0.dead": (16, 16)}
     scores = measure(model, shapes, iter([(ids, ids)] * 4), Settings(4, 4, 2, 1e-2), "0", (2, 4)).scores
     assert scores[0] > 0
     assert scores[1] == 0

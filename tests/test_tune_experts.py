@@ -24,6 +24,7 @@ from fedgrove.models.expert_cut import KeptExperts, check_kept, routing_of
 from fedgrove.models.expert_sums import blocks_with_experts
 from fedgrove.models.experts import TYPES
 from fedgrove.models.held import HeldDecoder, write_reduced
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds import wire
@@ -36,7 +37,7 @@ from fedgrove.stages.tune.exchanges.experts import chosen, own_sums
 from fedgrove.stages.tune.exchanges.train import Train
 from fedgrove.stages.tune.routed import TOKENS, Counted, check_tokens, fractions
 from fedgrove.stages.tune.train_settings import Training
-from fedgrove.stages.tune.training import draw, loss_sum
+from fedgrove.stages.tune.training import draw
 from small import CLIENTS, LENGTH, Meddling, Moment, Small, cli, complaint, killed, lines, measurements
 from test_architectures import plain, same_bits, tensors_of
 from test_expert_cut import EXPERTS, forced, mixture, routers, some_kept

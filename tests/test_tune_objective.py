@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from fedgrove.job.tables import Client
 from fedgrove.models.cost import ModelCost
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.report.page import write_report
 from fedgrove.rounds.capabilities import Capabilities
 from fedgrove.rounds.request import CHANGE
@@ -25,7 +27,7 @@ from fedgrove.stages.tune.importance import RANK, coherence, kept_by_ranks, meas
 from fedgrove.stages.tune.objective import MOST_NOISE, NOISE, Gradients, Progress, is_off, pace
 from fedgrove.stages.tune.plan import Plan, even, make_plan, progress
 from fedgrove.stages.tune.speeds import BOUND, corrected
-from fedgrove.stages.tune.training import Settings, loss_sum
+from fedgrove.stages.tune.training import Settings
 from small import Moment, Small, cli, measurements
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
@@ -74,22 +76,26 @@ def test_what_is_measured_is_the_gradient_of_the_weights() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.linear, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(16, 12), torch.nn.Linear(12, 50)
+            self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(12, 50)
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 12)])
 
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-            return type("Output", (), {"logits": self.head(self.linear(self.embed(input_ids)))})()
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.head
+
+        def forward(self, input_ids: torch.Tensor, **_: bool) -> object:
+            return SimpleNamespace(logits=self.head(self.blocks[0](self.embed(input_ids))))
 
     torch.manual_seed(0)
     model = Model().requires_grad_(False)
     ids = torch.randint(0, 50, (6, 8))
-    got = measure(model, {"linear": (12, 16)}, iter([(ids, ids)]), Settings(1, 6, 6, 1e-2), "0", (2, 4, 8))
-    model.linear.weight.requires_grad_(True)
-    gradients = torch.stack([torch.autograd.grad(loss_sum(model, one[None], one[None]), model.linear.weight)[0] for one in ids])
-    left, right = initial_a("linear/P", RANK, 12, "0"), initial_a("linear/Q", RANK, 16, "0")
+    got = measure(model, {"blocks.0": (12, 16)}, iter([(ids, ids)]), Settings(1, 6, 6, 1e-2), "0", (2, 4, 8))
+    weight = cast(torch.nn.Parameter, model.blocks[0].weight).requires_grad_(True)
+    gradients = torch.stack([torch.autograd.grad(loss_sum(model, one[None], one[None]), weight)[0] for one in ids])
+    left, right = initial_a("blocks.0/P", RANK, 12, "0"), initial_a("blocks.0/Q", RANK, 16, "0")
     projected = torch.einsum("ko,woi,ki->wk", left, gradients, right).double()
     wanted = coherence(float(projected.square().sum()), float(projected.sum(0).square().sum()), 6)
     assert float(got.coherence) == pytest.approx(wanted, rel=1e-3)
-    sketch = gradients.sum(0) @ initial_a("linear/directions", 8, 16, "0").T
+    sketch = gradients.sum(0) @ initial_a("blocks.0/directions", 8, 16, "0").T
     torch.testing.assert_close(got.kept[0], kept_by_ranks(sketch, (2, 4, 8)), rtol=1e-3, atol=1e-4)
 
 

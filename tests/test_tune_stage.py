@@ -26,6 +26,7 @@ from fedgrove.job.load import load
 from fedgrove.job.tables import Job
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import measure_cost
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.models.stream import Checkpoint
 from fedgrove.report.page import write_report
 from fedgrove.rounds import wire
@@ -184,13 +185,13 @@ def test_what_was_trained_under_the_mask_is_what_is_merged(small: Small, bits: i
     lora.attach(model, starts, Attachment(dict.fromkeys(starts, 2.0), masks))
     ids = torch.randint(0, 4000, (4, 16))
     sgd.train_on(model, training.draw(ids, ids, 4, 0, "0"), training.Settings(3, 4, 2, 0.05))
-    adapted = training.loss_sum(model, ids, ids)
+    adapted = loss_sum(model, ids, ids)
     trained = lora.detach(model, list(starts), {})
     plain = frozen.load(Decoder(Checkpoint(small.model)), bits)
     for name, weight in weights_.items():
         change = trained[name].product() + starts[name].rest.product()
         plain.get_submodule(name).weight.data = lora.merge_dense(weight, change * masks[name], masked=True)
-    torch.testing.assert_close(adapted, training.loss_sum(plain, ids, ids))
+    torch.testing.assert_close(adapted, loss_sum(plain, ids, ids))
 
 
 def test_the_adapter_gives_plain_peft_the_logits_of_the_merged_model(small: Small) -> None:
@@ -231,7 +232,7 @@ def test_one_local_step_is_one_centralized_step_on_the_pooled_text(small: Small)
         for (ids, labels), name in zip(windows, CLIENTS, strict=True):
             drawn, wanted = next(training.draw(ids, labels, number, 0, f"0/0/{name}"))
             share = tokens[name] / total / (number * 15)
-            (training.loss_sum(model, drawn, wanted) * share).backward()
+            (loss_sum(model, drawn, wanted) * share).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:

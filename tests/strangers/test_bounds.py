@@ -26,6 +26,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.shareable import Shareable
 from pydantic import ValidationError
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedgrove.client import serve
 from fedgrove.client.hidden_states import Calibration
@@ -453,8 +454,8 @@ def test_with_noise_for_a_window_a_loss_that_is_not_finite_is_a_gradient_of_zero
 ) -> None:
     monkeypatch.setattr(training, "dp_sgd_keeps", lambda *facts: True)
     monkeypatch.setattr(dp_sgd, "loss_sum", odd_loss(kind))
-    model = torch.nn.Linear(2, 2)
-    model.forward = lambda input_ids, use_cache: SimpleNamespace(logits=model.weight[input_ids])  # type: ignore[assignment]
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 8)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
     before = [parameter.clone() for parameter in model.parameters()]
     ids = torch.zeros(3, 4, dtype=torch.int64)
     budget = Budget(epsilon=8.0, delta=1e-6, noise=0.0, rounds=1, clip=1.0)

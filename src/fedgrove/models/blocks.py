@@ -22,15 +22,18 @@ from fedgrove.models.experts import legacy_name, unfuse
 from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.positions import positions
 from fedgrove.models.pretrained import hollow_model, without_weights
+from fedgrove.models.replaced_blocks import (
+    BlocksReached,
+    Call,
+    head_of,
+    hidden_of,
+    logits_of_a_token,
+    replaced_blocks,
+    wrapping_of,
+)
 from fedgrove.models.shared import uses_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block, positional and by keyword, besides the hidden states
-
-
-class _BlocksReached(Exception):
-    """Not an error: ends a forward pass when all blocks have been called."""
 
 
 class Decoder:
@@ -193,6 +196,8 @@ class Decoder:
         """
         self._check_ids(ids)
         hidden, calls = self.begin(input_ids=ids.to(self.device), use_cache=False)
+        if hidden.shape[:2] != ids.shape:  # ProphetNet has several for each, CPM-Ant some of a prompt besides
+            raise self._other_type("does not have one vector of hidden states for each token")
         self._calls = (ids.shape[0], ids.shape[1]), calls
         return hidden, calls
 
@@ -211,11 +216,12 @@ class Decoder:
                 first.append(hidden)
             calls.append(call)
             if index == len(self.blocks) - 1:
-                raise _BlocksReached
+                raise BlocksReached
             return hidden
 
         self._fill_ends(head=False)
-        with self._replaced_blocks(record, self._wrapping()), torch.no_grad(), suppress(_BlocksReached):
+        wrap = self._wrapping()
+        with replaced_blocks(self.blocks, lambda *block: wrap(record(*block))), torch.no_grad(), suppress(BlocksReached):
             self.model(**inputs)
         return first[0], calls
 
@@ -252,18 +258,20 @@ class Decoder:
 
     def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         """The output of a loaded block; differentiable under ``torch.enable_grad``."""
-        result = block(hidden, *call[0], **call[1])
-        return cast(Tensor, result[0] if isinstance(result, tuple | list) else result)
+        return hidden_of(block(hidden, *call[0], **call[1]))
 
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The logits from the last block's output: (1, tokens, vocabulary); differentiable as in :meth:`run`."""
+    def head(self, hidden: Tensor) -> Tensor:
+        """The logits (tokens, vocabulary) from the last block's output (tokens, width); differentiable as in :meth:`run`.
 
-        def skip(index: int, _: Tensor, call: Call) -> Tensor:
-            return hidden
-
+        A token's logits depend on its own row only, so that any rows can be given.
+        """
         self._fill_ends(head=True)
-        with self._replaced_blocks(skip, self._wrapping()):
-            return cast(Tensor, self.model(input_ids=ids.to(self.device), use_cache=False, return_dict=True).logits)
+        return head_of(self.model, self.blocks, self._wrapping())(hidden)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits of a token."""
+        return logits_of_a_token(self.model)
 
     def _wrapping(self) -> Callable[[Tensor], Any]:
         """Makes of hidden states what a block returns: the tensor, or a tuple that begins with it.
@@ -278,37 +286,15 @@ class Decoder:
             with self.zeroed(0, hidden.dtype) as block:
                 result = type(block).forward(block, hidden, *call[0], **call[1])
             found.append(result)
-            first = result[0] if isinstance(result, tuple | list) else result
+            first: Any = hidden_of(result)
             if not isinstance(first, Tensor) or first.shape != hidden.shape:
                 raise self._other_type("has blocks that do not turn one tensor of hidden states into another")
-            raise _BlocksReached
+            raise BlocksReached
 
-        with self._replaced_blocks(run, lambda hidden: hidden), torch.no_grad(), suppress(_BlocksReached):
+        with replaced_blocks(self.blocks, run), torch.no_grad(), suppress(BlocksReached):
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
-        others = (None,) * (len(found[0]) - 1) if isinstance(found[0], tuple | list) else None
-        self._wrap = (lambda hidden: hidden) if others is None else (lambda hidden: (hidden, *others))
+        self._wrap = wrapping_of(found[0])
         return self._wrap
-
-    @contextmanager
-    def _replaced_blocks(
-        self, function: Callable[[int, Tensor, Call], Tensor], wrap: Callable[[Tensor], Any]
-    ) -> Iterator[None]:
-        """Calls ``function`` instead of the blocks; the model's code still prepares masks and positions."""
-
-        def replacement(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                return wrap(function(index, hidden, (args[1:], kwargs)))
-
-            return forward
-
-        for index, block in enumerate(self.blocks):
-            block.forward = replacement(index)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
 
     def _fill_ends(self, head: bool, dtype: torch.dtype | None = None) -> None:
         """Loads the modules outside the blocks that are not loaded yet; the head only if ``head``."""

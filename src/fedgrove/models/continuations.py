@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from fedgrove.errors import FedgroveError
-from fedgrove.models.blocks import Call, Decoder
+from fedgrove.models.blocks import Decoder
+from fedgrove.models.replaced_blocks import Call
 
 KNOWN = (DynamicLayer, DynamicSlidingWindowLayer)  # what a block keeps is its keys and values
 ROWS = 64  # of hidden states whose logits are in memory at once
@@ -79,7 +80,7 @@ def log_probabilities(decoder: Decoder, states: Tensor, targets: Tensor) -> Tens
     found = []
     for rows, ids in zip(torch.split(states, ROWS), torch.split(targets, ROWS), strict=True):
         with torch.no_grad():
-            logits = decoder.logits(torch.zeros(1, len(rows), dtype=torch.int64), rows[None])[0]
+            logits = decoder.head(rows)
         found.append(logits.float().log_softmax(-1).gather(1, ids.to(logits.device)).cpu())
     return torch.cat(found)
 

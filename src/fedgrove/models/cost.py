@@ -14,7 +14,10 @@ from fedgrove.models.expert_cut import Routing, has_row_per_expert, routing_of
 from fedgrove.models.experts import expert_of, expert_place, experts_in
 
 if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
-    from fedgrove.models.blocks import Call, Decoder
+    from fedgrove.models.blocks import Decoder
+    from fedgrove.models.replaced_blocks import Call
+
+LOGITS_AT_ONCE = 2**25  # with what their loss needs besides, half a gigabyte in float32
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class ModelCost:
         linears: (out, in) of each linear that can be tuned.
         others: number of entries of all other weights.
         width: of the hidden states.
-        vocabulary: number of logits.
+        vocabulary: number of logits of a token.
         num_blocks: number of decoder blocks.
         saved: number of activations that a block without adapters saves for the backward pass of one window; measured.
         length: tokens of a window.
@@ -85,6 +88,10 @@ class ModelCost:
         """How many times a token passes through a linear."""
         return self.passes.get(linear, 1)
 
+    def logits(self, windows: int = 1) -> int:
+        """How many are in memory at the same time (:mod:`fedgrove.models.next_tokens`)."""
+        return self.vocabulary * min(windows * self.length, tokens_at_once(self.vocabulary))
+
     def holding(self, number: int, names: Collection[str] | None = None) -> ModelCost:
         """The same model with ``number`` experts in each block that has any.
 
@@ -103,6 +110,11 @@ class ModelCost:
             others=self.others - gone * self.experts.per_expert,
             passes={name: reach if expert_of(name) else uses for name, uses in self.passes.items() if name in names},
         )
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens have logits at the same time."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
 
 
 def count_parameters(decoder: Decoder) -> int:

@@ -124,7 +124,7 @@ def _states(
     texts = [ids[None] for ids in windows]
     for passed, record, hidden in walk(decoder, texts, max(wanted), on_progress):
         if passed in wanted:
-            states = hidden if passed < len(decoder) else _last(decoder, texts[record], hidden)
+            states = hidden if passed < len(decoder) else _last(decoder, hidden)
             yield wanted.index(passed), record, states[0]
 
 
@@ -132,7 +132,7 @@ class _Reached(Exception):
     """Not an error: ends a forward pass when the model's own head is called."""
 
 
-def _last(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
+def _last(decoder: Decoder, hidden: Tensor) -> Tensor:
     """What the model's own head reads, from the last block's output: transformers' ``last_hidden_state``."""
     found: list[Tensor] = []
 
@@ -143,7 +143,7 @@ def _last(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
     hook = cast(Any, decoder.model).get_output_embeddings().register_forward_pre_hook(record)
     try:
         with suppress(_Reached):
-            decoder.logits(ids, hidden)
+            decoder.head(hidden[0])
     finally:
         hook.remove()
     return found[0]

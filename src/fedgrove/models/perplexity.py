@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedgrove.events import OnProgress
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.next_tokens import head_loss, next_of
 from fedgrove.models.walk import walk
 
 
@@ -36,9 +37,8 @@ def negative_log_likelihoods(
     each: list[tuple[float, int]] = []
     for passed, i, hidden in walk(decoder, windows, len(decoder), on_progress):
         if passed == len(decoder):
-            logits = decoder.logits(windows[i], hidden)[0, :-1].float()
-            target = windows[i][0, 1:].to(logits.device)
-            each.append((float(torch.nn.functional.cross_entropy(logits, target, reduction="sum")), target.numel()))
+            ids = windows[i].long()
+            each.append((float(head_loss(decoder.head, hidden[0], next_of(ids), decoder.vocabulary)), ids.numel() - 1))
     return each
 
 

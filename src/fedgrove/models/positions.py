@@ -9,7 +9,6 @@ from transformers import PretrainedConfig
 
 _NAMES = re.compile(r"pos|wpe", re.IGNORECASE)
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")
-_SHIFTED = ("prophetnet",)  # reads one position ahead
 _BUILT = ("mpt",)  # builds its biases for as many tokens as config.json says
 
 
@@ -31,7 +30,7 @@ def positions(model: nn.Module, config: PretrainedConfig) -> tuple[int | None, b
     ]
     tables += [len(buffer) for name, buffer in model.named_buffers() if _is_table(name.rpartition(".")[2], buffer)]
     if tables:
-        return min(tables) - (config.model_type in _SHIFTED), True
+        return min(tables), True
     text_config = config.get_text_config()
     limits = [value for key in _LIMITS if isinstance(value := getattr(text_config, key, None), int) and value > 0]
     return (limits[0], config.model_type in _BUILT) if limits else (None, False)

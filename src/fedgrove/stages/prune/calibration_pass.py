@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fedgrove.input_statistics.shared_inputs import shared_inputs
 from fedgrove.input_statistics.statistics import InputStatistics, StatisticsKind
-from fedgrove.models.blocks import Call, Decoder
+from fedgrove.models.blocks import Decoder
 from fedgrove.models.linears import linears
+from fedgrove.models.replaced_blocks import Call
 
 TOKENS_AT_ONCE = 512  # in a float32 batch: larger batches take more memory and are hardly faster on a CPU
 

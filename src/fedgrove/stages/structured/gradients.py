@@ -11,7 +11,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from fedgrove.models.blocks import Call, Decoder, as_matrix
+from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.next_tokens import head_loss, next_of
+from fedgrove.models.replaced_blocks import Call
 from fedgrove.models.width import CoupledLinears, columns_by_group, family_of, group_sums, rows_by_group, width_of
 
 Weigh = Callable[[Tensor], Tensor]
@@ -146,8 +148,7 @@ def _loss_gradient(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
     """The gradient of L with respect to the last block's output; L is summed over the predicted tokens of the window."""
     with torch.enable_grad():
         hidden.requires_grad_()
-        logits = decoder.logits(ids, hidden)[0, :-1].float()
-        loss = nn.functional.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="sum")
+        loss = head_loss(decoder.head, hidden[0], next_of(ids), decoder.vocabulary)
         return torch.autograd.grad(loss, hidden)[0]
 
 

@@ -113,19 +113,20 @@ def working_bytes(cost: ModelCost, bits: int, masked: bool) -> float:
     return largest * (12 if masked else {8: 2 + 4 + 4, 4: 2}.get(bits, 0))
 
 
-def activation_bytes(cost: ModelCost, bits: int) -> float:
-    """Bytes of one window at the peak, without adapters: the blocks' saved activations and the logits."""
+def activation_bytes(cost: ModelCost, bits: int, windows: int) -> float:
+    """Bytes of some windows at the peak, without adapters: the blocks' saved activations, and logits."""
     number = 4 if bits == 32 else 2
-    logits = cost.length * cost.vocabulary * (LOGIT + (0 if bits == 32 else number))
+    logits = cost.logits(windows) * (LOGIT + (0 if bits == 32 else number))
     inputs = _inputs(cost) if bits == 8 else 0  # int8 saves the input of every linear
-    return number * (cost.num_blocks * cost.saved + cost.length * inputs) + logits
+    window = cost.num_blocks * cost.saved + cost.length * (inputs + cost.width)
+    return windows * number * window + logits
 
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     """Bytes at the peak of training, without the process itself and without what the C library keeps of freed memory."""
     rest = 4 * space.rest * cost.widths
     total = weight_bytes(cost, config.bits) + rest + working_bytes(cost, config.bits, cost.masked)
-    total += config.micro * activation_bytes(cost, config.bits)
+    total += activation_bytes(cost, config.bits, config.micro)
     for name, rank in config.ranks.items():
         if rank:
             rows, columns = cost.linears[name]
@@ -158,7 +159,7 @@ def full_memory(cost: ModelCost, micro: int, per_weight: int = PER_TUNED) -> flo
     """
     inputs = _inputs(cost)
     tuned = cost.parameters * (per_weight - 4)
-    return weight_bytes(cost, 32) + tuned + micro * (activation_bytes(cost, 32) + 4 * cost.length * inputs)
+    return weight_bytes(cost, 32) + tuned + activation_bytes(cost, 32, micro) + micro * 4 * cost.length * inputs
 
 
 def window_operations(cost: ModelCost) -> float:

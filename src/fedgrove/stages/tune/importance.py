@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.stages.tune.factors import initial_a
-from fedgrove.stages.tune.training import Settings, loss_sum, pieces
+from fedgrove.stages.tune.training import Settings, pieces
 
 RANK = 4  # of the adapters that are trained only for the score
 SKETCH = 16  # directions in which a linear's gradient is seen; what a higher rank would keep is not told apart

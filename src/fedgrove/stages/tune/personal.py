@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from fedgrove.data.windows import IGNORED, spread, with_labels
 from fedgrove.evaluation.held_out import Parts
 from fedgrove.job.units import MOST_HELD_OUT
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.stages.tune.changes import Change, Start
 from fedgrove.stages.tune.parametrizations import Trainable
-from fedgrove.stages.tune.training import loss_sum, pieces
+from fedgrove.stages.tune.training import pieces
 
 Windows = tuple[Tensor, Tensor]
 

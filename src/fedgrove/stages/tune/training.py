@@ -1,4 +1,4 @@
-"""What every trainer shares: the settings of a round, batches of windows, the loss."""
+"""What every trainer shares: the settings of a round, batches of windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
 from fedgrove.privacy.accounting import dp_sgd_keeps, noise_of_part
 
@@ -103,16 +102,6 @@ def pieces(ids: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Ten
     """Splits a batch into parts of at most ``size`` windows."""
     for start in range(0, len(ids), size):
         yield ids[start : start + size], labels[start : start + size]
-
-
-def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """−Σ log p over the tokens whose label is not ``IGNORED``, each given the tokens before it; a float32 scalar."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), use_cache=False).logits
-    wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # copies less than shifting the logits
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), wanted.flatten().to(device), ignore_index=IGNORED, reduction="sum"
-    )
 
 
 def draw(ids: Tensor, labels: Tensor, batch: int, seen: int, seed: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,7 +18,8 @@ from fedgrove.client.windows import calibration_windows, decoder_of
 from fedgrove.errors import FedgroveError
 from fedgrove.job.stage_config import Agreed
 from fedgrove.job.units import Index, Name, Positive
-from fedgrove.models.blocks import Call, Decoder, as_matrix
+from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.replaced_blocks import Call
 from fedgrove.models.tensor_files import save_tensors
 from fedgrove.rounds.aggregator.fixed_point import OutOfRange
 from fedgrove.rounds.aggregator.trimmed import TrimmedSum

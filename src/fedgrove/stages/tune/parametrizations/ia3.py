@@ -194,12 +194,12 @@ def configurations(space: SearchSpace, cost: ModelCost, batch: int) -> list[Clie
 
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
-    """Bytes of the frozen weights and trained scales, and per window of activations and of every linear's output."""
+    """Bytes of the frozen weights and trained scales, and of windows their activations and every linear's output."""
     scales = sum(rows for rows, _ in cost.linears.values())
     outputs = sum(cost.uses(name) * rows for name, (rows, _) in cost.linears.items())
-    window = costs.activation_bytes(cost, config.bits) + 4 * cost.length * outputs
+    windows = costs.activation_bytes(cost, config.bits, config.micro) + config.micro * 4 * cost.length * outputs
     frozen = costs.weight_bytes(cost, config.bits) + costs.working_bytes(cost, config.bits, masked=False)
-    return frozen + costs.PER_TUNED * scales + config.micro * window
+    return frozen + costs.PER_TUNED * scales + windows
 
 
 def compute_seconds(cost: ModelCost, space: SearchSpace, budget: Budget, config: ClientConfig) -> float:

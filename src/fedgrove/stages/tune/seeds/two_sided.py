@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from fedgrove import heap
 from fedgrove.data.windows import IGNORED
-from fedgrove.models.blocks import Call, Decoder, as_matrix
+from fedgrove.models.blocks import Decoder, as_matrix
+from fedgrove.models.next_tokens import head_loss, loss_sum, next_of
+from fedgrove.models.replaced_blocks import Call
 from fedgrove.stages.tune.seeds.moving import Linear, Moving
 from fedgrove.stages.tune.seeds.quantized import Quantized
 from fedgrove.stages.tune.seeds.targets import is_target
@@ -105,7 +107,7 @@ class TwoSided:
         self._check = None
         for side, states in enumerate(hidden):
             for i, state in enumerate(states):
-                found[side, i] = self._loss(windows[i], labels[i], state)
+                found[side, i] = self._loss(labels[i : i + 1], state)
         return found
 
     def slopes(self, ids: Tensor, labels: Tensor, directions: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -130,8 +132,7 @@ class TwoSided:
         found = torch.zeros(len(ids), dtype=torch.float64)
         with torch.enable_grad():
             for i in range(len(ids)):
-                logits = model(input_ids=ids[i : i + 1].to(self._decoder.device), use_cache=False).logits[0, :-1]
-                loss = self._mean_loss(logits, labels[i])
+                loss = loss_sum(model, ids[i : i + 1], labels[i : i + 1]) / _learnt(labels[i])
                 found[i] = loss.detach()
                 if bool(torch.isfinite(loss)) and loss.requires_grad:
                     torch.autograd.backward(loss)
@@ -220,21 +221,15 @@ class TwoSided:
 
         self._decoder.load_all(keep)
 
-    def _loss(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> float:
-        if not bool((labels[1:] != IGNORED).any()):
-            return 0.0  # no logits are needed
-        return float(self._mean_loss(self._decoder.logits(ids, hidden)[0, :-1], labels))
+    def _loss(self, labels: Tensor, hidden: Tensor) -> float:
+        """The mean over the tokens of a window that have a label; 0 if none has."""
+        total = head_loss(self._decoder.head, hidden[0], next_of(labels), self._decoder.vocabulary)
+        return float(total / _learnt(labels[0]))
 
-    @staticmethod
-    def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the tokens of a window that have a label; 0 if none has.
 
-        Args:
-            logits: (length − 1, vocabulary), of the tokens that another one follows.
-        """
-        wanted = labels[1:].to(logits.device)
-        total = nn.functional.cross_entropy(logits.float(), wanted, ignore_index=IGNORED, reduction="sum")
-        return total / (wanted != IGNORED).sum().clamp(min=1)
+def _learnt(labels: Tensor) -> int:
+    """How many tokens of a window have a loss, but at least 1."""
+    return max(1, int((labels[1:] != IGNORED).sum()))
 
 
 def _put(module: nn.Module, weight: Tensor) -> None:

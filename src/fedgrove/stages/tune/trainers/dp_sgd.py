@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
 from fedgrove.errors import FedgroveError
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.privacy.gaussian import GaussianMechanism, poisson_sample
 from fedgrove.stages.tune.aggregation import Form
-from fedgrove.stages.tune.training import Settings, Work, loss_sum, make_optimizer, trained_parameters
+from fedgrove.stages.tune.training import Settings, Work, make_optimizer, trained_parameters
 
 PRIVATE = True
 WITHOUT_GRADIENTS = False

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.data.windows import IGNORED
+from fedgrove.models.next_tokens import loss_sum
 from fedgrove.stages.tune.aggregation import Form
 from fedgrove.stages.tune.training import (
     GradientMasks,
@@ -19,7 +20,6 @@ from fedgrove.stages.tune.training import (
     Settings,
     Work,
     draw,
-    loss_sum,
     make_optimizer,
     pieces,
     trained_parameters,

@@ -1,0 +1,106 @@
+"""The loss of the next tokens, with few logits in memory at a time.
+
+The logits of four windows of 1,024 tokens and a vocabulary of 128,256 are 2 GB in float32, and the loss and its gradient need
+three times as much again: more than a model of a billion weights. Here logits are made for some tokens at a time. Where a
+gradient is wanted it is computed together with the loss, and only that of the hidden states is kept, so that nothing is
+computed twice. Tokens that have no loss get no logits.
+
+The idea is that of fused linear cross-entropy (Hsu et al., Liger Kernel, arXiv 2410.10989). Ours: no kernel of its own, and
+logits come from the model's own code behind its last block, whatever that does with them (norms, caps, scales).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedgrove.data.windows import IGNORED
+from fedgrove.models.cost import tokens_at_once
+from fedgrove.models.linears import find_blocks
+from fedgrove.models.replaced_blocks import (
+    BlocksReached,
+    Call,
+    head_of,
+    hidden_of,
+    logits_of_a_token,
+    replaced_blocks,
+    wrapping_of,
+)
+
+Head = Callable[[Tensor], Tensor]  # hidden states after the last block (tokens, width) -> logits (tokens, vocabulary)
+
+
+def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """−Σ log p over the tokens whose label is not ``IGNORED``, each given the tokens before it.
+
+    Args:
+        model: of transformers. What comes after its blocks has no trained parameters: it gets no gradient.
+        ids, labels: (windows, length) int64.
+
+    Returns:
+        A float32 scalar; differentiable once, by everything trained that is in the blocks or before them.
+    """
+    _, blocks = find_blocks(model)
+    ids = ids.to(next(model.parameters()).device)
+    results: list[Any] = []
+    last = blocks[-1]
+
+    def run(_: int, hidden: Tensor, call: Call) -> Any:
+        results.append(type(last).forward(last, hidden, *call[0], **call[1]))
+        raise BlocksReached
+
+    try:
+        with replaced_blocks(blocks[-1:], run):
+            model(input_ids=ids, use_cache=False)
+    except BlocksReached:
+        pass
+    head = head_of(model, blocks, wrapping_of(results[0]))
+    return head_loss(head, hidden_of(results[0]).flatten(0, 1), next_of(labels), logits_of_a_token(model))
+
+
+def next_of(labels: Tensor) -> Tensor:
+    """The label of the token after each: of (windows, length) those of all windows in a row, ``IGNORED`` at a window's end."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+def head_loss(head: Head, hidden: Tensor, wanted: Tensor, vocabulary: int) -> Tensor:
+    """−Σ log p(wanted), a float32 scalar; differentiable once by the hidden states.
+
+    Args:
+        head: makes logits.
+        hidden: after the last block, (tokens, width).
+        wanted: the token after each, (tokens,) int64; ``IGNORED``: it has no loss.
+        vocabulary: the number of logits of a token.
+    """
+    learnt = wanted != IGNORED
+    wanted = wanted[learnt].to(hidden.device)
+    hidden = hidden[learnt.to(hidden.device)]
+    return cast(Tensor, _Loss.apply(hidden, head, wanted, tokens_at_once(vocabulary)))  # type: ignore[no-untyped-call]
+
+
+class _Loss(torch.autograd.Function):
+    """Computes the gradient in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, head: Head, wanted: Tensor, at_once: int) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+        for begin in range(0, len(hidden), at_once):
+            some = slice(begin, begin + at_once)
+            with torch.set_grad_enabled(gradient is not None):
+                part = hidden[some].detach().requires_grad_(gradient is not None)
+                loss = nn.functional.cross_entropy(head(part).float(), wanted[some], reduction="sum")
+                if gradient is not None:
+                    gradient[some] = torch.autograd.grad(loss, part)[0]
+            total += loss.detach()
+        if gradient is not None:
+            context.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * slopes[0], None, None, None
