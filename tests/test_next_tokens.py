@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from decoders import save_small, windows
+from fedgrove import heap
 from fedgrove.data.windows import IGNORED
 from fedgrove.models import cost
 from fedgrove.models.blocks import Decoder
@@ -93,6 +94,20 @@ def test_a_model_is_as_it_was_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         loss_sum(model, ids + 4096, ids)
     assert torch.equal(loss_sum(model, ids, ids), before)
+
+
+def test_freed_memory_is_released_a_few_times_in_a_pass_that_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded("llama", tmp_path)
+    released: list[None] = []
+    monkeypatch.setattr(heap, "release_freed_memory", lambda: released.append(None))
+    long, short = torch.zeros(8, 32, dtype=torch.int64), torch.zeros(8, 31, dtype=torch.int64)
+    for _ in range(2):
+        loss_sum(model, long, long)
+    assert len(released) == 2 * 3  # of three blocks
+    loss_sum(model, short, short)
+    with torch.no_grad():
+        loss_sum(model, long, long)
+    assert len(released) == 2 * 3
 
 
 def test_evaluation_has_as_few_logits(tmp_path: Path, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
