@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,18 +98,21 @@ def test_a_model_is_as_it_was_after_an_error(tmp_path: Path) -> None:
     assert torch.equal(loss_sum(model, ids, ids), before)
 
 
-def test_freed_memory_is_released_a_few_times_in_a_pass_that_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = loaded("llama", tmp_path)
-    released: list[None] = []
-    monkeypatch.setattr(heap, "release_freed_memory", lambda: released.append(None))
-    long, short = torch.zeros(8, 32, dtype=torch.int64), torch.zeros(8, 31, dtype=torch.int64)
-    for _ in range(2):
-        loss_sum(model, long, long)
-    assert len(released) == 2 * 3  # of three blocks
-    loss_sum(model, short, short)
-    with torch.no_grad():
-        loss_sum(model, long, long)
-    assert len(released) == 2 * 3
+@pytest.mark.parametrize(
+    ("limit", "available", "released"), [(None, 90, 0), (None, 20, 3), (10**15, 90, 0), (10**15, 20, 3), (10**6, 90, 3)]
+)
+def test_freed_memory_is_released_before_each_block_if_memory_is_tight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, available: int, released: int
+) -> None:
+    model, ids = loaded("llama", tmp_path), windows()[0]
+    calls: list[None] = []
+    monkeypatch.setattr(heap, "release_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=100, available=available))
+    with heap.limited(limit):
+        loss_sum(model, ids, ids)
+        with torch.no_grad():
+            loss_sum(model, ids, ids)  # keeps no activations
+    assert len(calls) == released
 
 
 def test_evaluation_has_as_few_logits(tmp_path: Path, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import ValidationError
 
+from fedgrove import heap
 from fedgrove.client.local_client import LocalClient
 from fedgrove.escape import MAX_WORD, printable
 from fedgrove.privacy.release import release_once
@@ -61,7 +62,7 @@ def respond(
     if masking is not None:
         masking.check(client, request, tensors)
     release = request.release()
-    with torch.no_grad():
+    with torch.no_grad(), heap.limited(client.capabilities.get("memory")):
         if release is None:
             response = request.respond(tensors, client, device)
         else:  # a noisy response is made once and then repeated

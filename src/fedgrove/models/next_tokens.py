@@ -32,9 +32,6 @@ from fedgrove.models.replaced_blocks import (
     wrapping_of,
 )
 
-RELEASES = 4  # of freed memory in a forward pass; more do not help more
-FEWEST_TOKENS = 256  # of a forward pass with releases; with fewer there is little to gain
-
 Head = Callable[[Tensor], Tensor]  # hidden states after the last block (tokens, width) -> logits (tokens, vocabulary)
 
 
@@ -57,31 +54,25 @@ def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
         results.append(type(last).forward(last, hidden, *call[0], **call[1]))
         raise BlocksReached
 
-    with _without_holes(blocks, ids), replaced_blocks(blocks[-1:], run), suppress(BlocksReached):
+    with _memory_watched(blocks, ids), replaced_blocks(blocks[-1:], run), suppress(BlocksReached):
         model(input_ids=ids, use_cache=False)
     head = head_of(model, blocks, wrapping_of(results[0]))
     return head_loss(head, hidden_of(results[0]).flatten(0, 1), next_of(labels), logits_of_a_token(model))
 
 
 @contextmanager
-def _without_holes(blocks: Sequence[nn.Module], ids: Tensor) -> Iterator[None]:
-    """Within it the memory that a forward pass frees is returned to the system, a few times in a pass.
+def _memory_watched(blocks: Sequence[nn.Module], ids: Tensor) -> Iterator[None]:
+    """Within it a forward pass releases freed memory before a block if memory is tight.
 
-    glibc does not reuse what was freed for an aligned tensor of the same size, so that holes remain among the activations
-    that a backward pass needs: two thirds as much again with SmolLM2 and four windows of 512 tokens.
+    Between the activations that the backward pass needs there are holes, which are not used again.
     """
-    every = -(-len(blocks) // RELEASES)
-    large = torch.is_grad_enabled() and ids.device.type == "cpu" and ids.numel() >= FEWEST_TOKENS
-    hooks = [block.register_forward_pre_hook(_release) for block in blocks[::every] if large]
+    grows = torch.is_grad_enabled() and ids.device.type == "cpu"
+    hooks = [block.register_forward_pre_hook(lambda *_: heap.release_if_tight()) for block in blocks if grows]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _release(*_: Any) -> None:
-    heap.release_freed_memory()
 
 
 def next_of(labels: Tensor) -> Tensor:
