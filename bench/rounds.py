@@ -54,6 +54,7 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--length", type=int, default=128)
     arguments.add_argument("--runs", type=int, default=3)
+    arguments.add_argument("--memory", help="a clients' memory, such as '1800 MiB': fedgrove runs with it, too")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     given = arguments.parse_args()
@@ -66,8 +67,11 @@ def main() -> None:
         settings = [str(given.model.resolve()), str(batches), str(given.rounds), str(given.threads)]
         tools = {}
         for bits, named in ((32, ""), (16, ", bfloat16")):
-            job = str(job_file(files, given, work, bits))
-            tools[f"fedgrove{named}"] = [sys.executable, "-c", OURS, "run", job, "--quiet", "--out"]
+            ours = [sys.executable, "-c", OURS, "run", "--quiet"]
+            tools[f"fedgrove{named}"] = [*ours, str(job_file(files, given, work, bits)), "--out"]
+            if given.memory:
+                limited = f"fedgrove{named}, clients with {given.memory}"
+                tools[limited] = [*ours, str(job_file(files, given, work, bits, given.memory)), "--out"]
             tools[f"plain peft loop{named}"] = [sys.executable, str(HERE / "rounds_peft.py"), *settings, str(bits)]
         if given.flower:
             tools["Flower's simulation"] = [str(given.flower), str(HERE / "rounds_flower.py"), *settings, "32"]
@@ -99,19 +103,20 @@ def batches_of(file: Path, client: str, given: argparse.Namespace) -> list[list[
     return [batch.tolist() for batch, _ in itertools.islice(drawn, given.rounds * given.steps)]
 
 
-def job_file(files: dict[str, Path], given: argparse.Namespace, work: Path, bits: int) -> Path:
+def job_file(files: dict[str, Path], given: argparse.Namespace, work: Path, bits: int, memory: str | None = None) -> Path:
     stage = {
         "kind": "tune", "method": "lora", "aggregation": "fedit", "rounds": given.rounds, "steps": given.steps,
         "length": given.length, "batches": [given.batch], "ranks": [RANK], "bits": [bits], "alpha": 2 * RANK,
         "learning_rate": RATE, "precision": "float32",
     }  # fmt: skip
+    limit = {"memory": memory} if memory else {}
     job: dict[str, Any] = {
         "name": "rounds",
         "model": {"path": str(given.model.resolve()), "dtype": "float32" if bits == 32 else "bfloat16"},
-        "clients": [{"name": client, "data": str(files[client])} for client in CLIENTS],
+        "clients": [{"name": client, "data": str(files[client]), **limit} for client in CLIENTS],
         "stages": [stage],
     }
-    file = work / f"job-{bits}.toml"
+    file = work / f"job-{bits}-{memory}.toml"
     file.write_text(tomli_w.dumps(job), encoding="utf-8")
     return file
 
