@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from decoders import save_small, windows
 from fedgrove import heap
+from fedgrove.api import run
 from fedgrove.data.windows import IGNORED
 from fedgrove.models import cost
 from fedgrove.models.blocks import Decoder
@@ -21,6 +23,7 @@ from fedgrove.models.cost import ModelCost, tokens_at_once
 from fedgrove.models.next_tokens import loss_sum
 from fedgrove.models.perplexity import negative_log_likelihood
 from fedgrove.models.stream import Checkpoint
+from small import Small
 
 # With caps and scales of logits, a norm of their own, learnt positions, several returned values, experts.
 KINDS = ("llama", "gemma2", "granite", "cohere", "modernbert-decoder", "gpt2", "opt", "mixtral", "mpt")
@@ -113,6 +116,21 @@ def test_freed_memory_is_released_before_each_block_if_memory_is_tight(
         with torch.no_grad():
             loss_sum(model, ids, ids)  # keeps no activations
     assert len(calls) == released
+
+
+def test_a_client_is_held_to_the_memory_that_it_says_it_has(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited, limits = heap.limited, set[int | None]()
+
+    def note(memory: int | None) -> AbstractContextManager[None]:
+        limits.add(memory)
+        return limited(memory)
+
+    monkeypatch.setattr(heap, "limited", note)
+    stage = {"kind": "tune", "rounds": 1, "steps": 1, "length": 24, "batches": [1], "ranks": [2], "bits": [32]}
+    run(small.spec(clients__1__memory="1GiB", stages=[stage], evaluate={}), out=tmp_path / "run", quiet=True)
+    assert limits == {None, 2**30}
 
 
 def test_evaluation_has_as_few_logits(tmp_path: Path, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
