@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,16 @@ class Line(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = torch.nn.Parameter(torch.zeros(6, 6))
+        self.head, block = (torch.nn.Linear(6, 6, bias=False).requires_grad_(False) for _ in range(2))
+        self.blocks = torch.nn.ModuleList([block])
+        for linear in (self.head, block):
+            torch.nn.init.eye_(linear.weight)
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        return type("Output", (), {"logits": self.table[input_ids]})
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, **_: bool) -> Any:
+        return SimpleNamespace(logits=self.head(self.blocks[0](self.table[input_ids])))
 
 
 def test_no_window_moves_a_step_by_more_than_the_bound_and_the_noise_is_that_of_the_promise(

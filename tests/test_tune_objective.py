@@ -77,7 +77,7 @@ def test_what_is_measured_is_the_gradient_of_the_weights() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.embed, self.head = torch.nn.Embedding(50, 16), torch.nn.Linear(12, 50)
-            self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 12)])
+            self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(16, 12))])
 
         def get_output_embeddings(self) -> torch.nn.Module:
             return self.head
@@ -88,14 +88,14 @@ def test_what_is_measured_is_the_gradient_of_the_weights() -> None:
     torch.manual_seed(0)
     model = Model().requires_grad_(False)
     ids = torch.randint(0, 50, (6, 8))
-    got = measure(model, {"blocks.0": (12, 16)}, iter([(ids, ids)]), Settings(1, 6, 6, 1e-2), "0", (2, 4, 8))
-    weight = cast(torch.nn.Parameter, model.blocks[0].weight).requires_grad_(True)
+    got = measure(model, {"blocks.0.0": (12, 16)}, iter([(ids, ids)]), Settings(1, 6, 6, 1e-2), "0", (2, 4, 8))
+    weight = cast(torch.nn.Parameter, model.get_submodule("blocks.0.0").weight).requires_grad_(True)
     gradients = torch.stack([torch.autograd.grad(loss_sum(model, one[None], one[None]), weight)[0] for one in ids])
-    left, right = initial_a("blocks.0/P", RANK, 12, "0"), initial_a("blocks.0/Q", RANK, 16, "0")
+    left, right = initial_a("blocks.0.0/P", RANK, 12, "0"), initial_a("blocks.0.0/Q", RANK, 16, "0")
     projected = torch.einsum("ko,woi,ki->wk", left, gradients, right).double()
     wanted = coherence(float(projected.square().sum()), float(projected.sum(0).square().sum()), 6)
     assert float(got.coherence) == pytest.approx(wanted, rel=1e-3)
-    sketch = gradients.sum(0) @ initial_a("blocks.0/directions", 8, 16, "0").T
+    sketch = gradients.sum(0) @ initial_a("blocks.0.0/directions", 8, 16, "0").T
     torch.testing.assert_close(got.kept[0], kept_by_ranks(sketch, (2, 4, 8)), rtol=1e-3, atol=1e-4)
 
 

@@ -39,7 +39,8 @@ def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     """−Σ log p over the tokens whose label is not ``IGNORED``, each given the tokens before it.
 
     Args:
-        model: of transformers. What comes after its blocks has no trained parameters: it gets no gradient.
+        model: of transformers. Hooks are on what is in its blocks, not on blocks. What comes after them has no trained
+            parameters: it gets no gradient.
         ids, labels: (windows, length) int64.
 
     Returns:
