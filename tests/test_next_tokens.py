@@ -144,6 +144,16 @@ def test_evaluation_has_as_few_logits(tmp_path: Path, rows: list[int], monkeypat
 
 def test_a_plan_counts_as_many_logits_as_there_are() -> None:
     of = ModelCost({}, others=1, width=8, vocabulary=2**20, num_blocks=1, saved=1, length=24)
-    assert tokens_at_once(2**20) == 32
-    assert [of.logits(windows) for windows in (1, 2, 3)] == [24 * 2**20, 32 * 2**20, 32 * 2**20]
-    assert tokens_at_once(2**40) == 1
+    assert [tokens_at_once(2**20, length) for length in (24, 32, 33)] == [24, 32, 32]
+    assert of.logits == 24 * 2**20
+    assert tokens_at_once(2**40, 24) == 1
+
+
+def test_no_more_tokens_than_a_window_has_pass_through_a_head(tmp_path: Path) -> None:
+    """GPT-2 has no positions for all tokens of five windows."""
+    model = loaded("gpt2", tmp_path)
+    ids = torch.randint(2, 4096, (5, 32), generator=torch.Generator().manual_seed(0))
+    assert cast(Any, model).config.n_positions < ids.numel()
+    logits = cast(Any, model)(input_ids=ids, use_cache=False).logits
+    plain = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(loss_sum(model, ids, ids), plain, rtol=1e-5, atol=0)

@@ -88,9 +88,10 @@ class ModelCost:
         """How many times a token passes through a linear."""
         return self.passes.get(linear, 1)
 
-    def logits(self, windows: int = 1) -> int:
+    @property
+    def logits(self) -> int:
         """How many are in memory at the same time (:mod:`fedgrove.models.next_tokens`)."""
-        return self.vocabulary * min(windows * self.length, tokens_at_once(self.vocabulary))
+        return self.vocabulary * tokens_at_once(self.vocabulary, self.length)
 
     def holding(self, number: int, names: Collection[str] | None = None) -> ModelCost:
         """The same model with ``number`` experts in each block that has any.
@@ -112,9 +113,9 @@ class ModelCost:
         )
 
 
-def tokens_at_once(vocabulary: int) -> int:
-    """How many tokens have logits at the same time."""
-    return max(1, LOGITS_AT_ONCE // vocabulary)
+def tokens_at_once(vocabulary: int, length: int) -> int:
+    """How many tokens have logits at the same time; at most those of a window."""
+    return max(1, min(length, LOGITS_AT_ONCE // vocabulary))
 
 
 def count_parameters(decoder: Decoder) -> int:

@@ -58,7 +58,7 @@ def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     with _memory_watched(blocks, ids), replaced_blocks(blocks[-1:], run), suppress(BlocksReached):
         model(input_ids=ids, use_cache=False)
     head = head_of(model, blocks, wrapping_of(results[0]))
-    return head_loss(head, hidden_of(results[0]).flatten(0, 1), next_of(labels), logits_of_a_token(model))
+    return head_loss(head, hidden_of(results[0]), labels, logits_of_a_token(model))
 
 
 @contextmanager
@@ -76,24 +76,19 @@ def _memory_watched(blocks: Sequence[nn.Module], ids: Tensor) -> Iterator[None]:
             hook.remove()
 
 
-def next_of(labels: Tensor) -> Tensor:
-    """The label of the token after each: of (windows, length) those of all windows in a row, ``IGNORED`` at a window's end."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-
-
-def head_loss(head: Head, hidden: Tensor, wanted: Tensor, vocabulary: int) -> Tensor:
-    """−Σ log p(wanted), a float32 scalar; differentiable once by the hidden states.
+def head_loss(head: Head, hidden: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """:func:`loss_sum` from the hidden states after the last block, by which it is differentiable once.
 
     Args:
-        head: makes logits.
-        hidden: after the last block, (tokens, width).
-        wanted: the token after each, (tokens,) int64; ``IGNORED``: it has no loss.
+        head: makes logits; of at most ``length`` tokens at once, for which the model has positions.
+        hidden: (windows, length, width).
+        labels: (windows, length) int64.
         vocabulary: the number of logits of a token.
     """
+    wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).to(hidden.device)
     learnt = wanted != IGNORED
-    wanted = wanted[learnt].to(hidden.device)
-    hidden = hidden[learnt.to(hidden.device)]
-    return cast(Tensor, _Loss.apply(hidden, head, wanted, tokens_at_once(vocabulary)))  # type: ignore[no-untyped-call]
+    at_once = tokens_at_once(vocabulary, labels.shape[1])
+    return cast(Tensor, _Loss.apply(hidden[learnt], head, wanted[learnt], at_once))  # type: ignore[no-untyped-call]
 
 
 class _Loss(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgrove.events import OnProgress
 from fedgrove.models.blocks import Decoder
-from fedgrove.models.next_tokens import head_loss, next_of
+from fedgrove.models.next_tokens import head_loss
 from fedgrove.models.walk import walk
 
 
@@ -38,7 +38,7 @@ def negative_log_likelihoods(
     for passed, i, hidden in walk(decoder, windows, len(decoder), on_progress):
         if passed == len(decoder):
             ids = windows[i].long()
-            each.append((float(head_loss(decoder.head, hidden[0], next_of(ids), decoder.vocabulary)), ids.numel() - 1))
+            each.append((float(head_loss(decoder.head, hidden, ids, decoder.vocabulary)), ids.numel() - 1))
     return each
 
 

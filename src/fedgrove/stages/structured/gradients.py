@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.next_tokens import head_loss, next_of
+from fedgrove.models.next_tokens import head_loss
 from fedgrove.models.replaced_blocks import Call
 from fedgrove.models.width import CoupledLinears, columns_by_group, family_of, group_sums, rows_by_group, width_of
 
@@ -148,7 +148,7 @@ def _loss_gradient(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
     """The gradient of L with respect to the last block's output; L is summed over the predicted tokens of the window."""
     with torch.enable_grad():
         hidden.requires_grad_()
-        loss = head_loss(decoder.head, hidden[0], next_of(ids), decoder.vocabulary)
+        loss = head_loss(decoder.head, hidden, ids, decoder.vocabulary)
         return torch.autograd.grad(loss, hidden)[0]
 
 

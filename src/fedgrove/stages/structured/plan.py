@@ -160,7 +160,7 @@ def make_plan(
         work += 2 * forward
     if config.narrows:
         gradients = 2 * in_linears if score_of(config.score).PER_WEIGHT else 0  # of a block's weights, and products with them
-        memory = max(memory, 4 * (cost.others + max(block + gradients + 3 * cost.saved, 5 * cost.logits())) + 2**24)
+        memory = max(memory, 4 * (cost.others + max(block + gradients + 3 * cost.saved, 5 * cost.logits)) + 2**24)
         num_groups = sum(len(set(blocks)) * getattr(before, kind) for kind, blocks in firsts.items())
         of_names = 1300 * len(decoder)  # measured on the shipped model, as are the bytes of a number
         upload += (8 if secure else 4) * num_groups + of_names

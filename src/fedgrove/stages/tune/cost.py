@@ -116,7 +116,7 @@ def working_bytes(cost: ModelCost, bits: int, masked: bool) -> float:
 def activation_bytes(cost: ModelCost, bits: int, windows: int) -> float:
     """Bytes of some windows at the peak, without adapters: the blocks' saved activations, and logits."""
     number = 4 if bits == 32 else 2
-    logits = cost.logits(windows) * (LOGIT + (0 if bits == 32 else number))
+    logits = cost.logits * (LOGIT + (0 if bits == 32 else number))
     inputs = _inputs(cost) if bits == 8 else 0  # int8 saves the input of every linear
     window = cost.num_blocks * cost.saved + cost.length * (inputs + cost.width)
     return windows * number * window + logits

@@ -104,7 +104,7 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     block = max(cost.multiplied, cost.parameters) / cost.num_blocks
     kept = PER_WEIGHT * cost.parameters if in_memory(cost.parameters) else 4 * block
     states = 4 * 2 * config.batch * 2 * cost.length * cost.width
-    window = 4 * cost.saved + cost.logits() * 12
+    window = 4 * cost.saved + cost.logits * 12
     return kept + 9 * block + 12 * max(sizes) + 4 * cost.others + states + window
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedgrove import heap
 from fedgrove.data.windows import IGNORED
 from fedgrove.models.blocks import Decoder, as_matrix
-from fedgrove.models.next_tokens import head_loss, loss_sum, next_of
+from fedgrove.models.next_tokens import head_loss, loss_sum
 from fedgrove.models.replaced_blocks import Call
 from fedgrove.stages.tune.seeds.moving import Linear, Moving
 from fedgrove.stages.tune.seeds.quantized import Quantized
@@ -223,7 +223,7 @@ class TwoSided:
 
     def _loss(self, labels: Tensor, hidden: Tensor) -> float:
         """The mean over the tokens of a window that have a label; 0 if none has."""
-        total = head_loss(self._decoder.head, hidden[0], next_of(labels), self._decoder.vocabulary)
+        total = head_loss(self._decoder.head, hidden, labels, self._decoder.vocabulary)
         return float(total / _learnt(labels[0]))
 
 
