@@ -22,15 +22,7 @@ from fedgrove.models.experts import legacy_name, unfuse
 from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.positions import positions
 from fedgrove.models.pretrained import hollow_model, without_weights
-from fedgrove.models.replaced_blocks import (
-    BlocksReached,
-    Call,
-    head_of,
-    hidden_of,
-    logits_of_a_token,
-    replaced_blocks,
-    wrapping_of,
-)
+from fedgrove.models.replaced_blocks import BlocksReached, Call, Head, hidden_of, replaced_blocks, wrapping_of
 from fedgrove.models.shared import uses_of
 from fedgrove.models.stream import Checkpoint
 from fedgrove.models.ties import resolve_ties
@@ -260,18 +252,11 @@ class Decoder:
         """The output of a loaded block; differentiable under ``torch.enable_grad``."""
         return hidden_of(block(hidden, *call[0], **call[1]))
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """The logits (tokens, vocabulary) from the last block's output (tokens, width); differentiable as in :meth:`run`.
-
-        A token's logits depend on its own row only, so that any rows can be given.
-        """
-        self._fill_ends(head=True)
-        return head_of(self.model, self.blocks, self._wrapping())(hidden)
-
     @property
-    def vocabulary(self) -> int:
-        """The number of logits of a token."""
-        return logits_of_a_token(self.model)
+    def head(self) -> Head:
+        """What comes after the last block, loaded; differentiable as in :meth:`run`."""
+        self._fill_ends(head=True)
+        return Head(self.model, self.blocks, self._wrapping())
 
     def _wrapping(self) -> Callable[[Tensor], Any]:
         """Makes of hidden states what a block returns: the tensor, or a tuple that begins with it.

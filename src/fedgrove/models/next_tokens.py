@@ -11,7 +11,7 @@ logits come from the model's own code behind its last block, whatever that does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -22,17 +22,7 @@ from fedgrove import heap
 from fedgrove.data.windows import IGNORED
 from fedgrove.models.cost import tokens_at_once
 from fedgrove.models.linears import find_blocks
-from fedgrove.models.replaced_blocks import (
-    BlocksReached,
-    Call,
-    head_of,
-    hidden_of,
-    logits_of_a_token,
-    replaced_blocks,
-    wrapping_of,
-)
-
-Head = Callable[[Tensor], Tensor]  # hidden states after the last block (tokens, width) -> logits (tokens, vocabulary)
+from fedgrove.models.replaced_blocks import BlocksReached, Call, Head, hidden_of, replaced_blocks, wrapping_of
 
 
 def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
@@ -57,8 +47,7 @@ def loss_sum(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
 
     with _memory_watched(blocks, ids), replaced_blocks(blocks[-1:], run), suppress(BlocksReached):
         model(input_ids=ids, use_cache=False)
-    head = head_of(model, blocks, wrapping_of(results[0]))
-    return head_loss(head, hidden_of(results[0]), labels, logits_of_a_token(model))
+    return head_loss(Head(model, blocks, wrapping_of(results[0])), hidden_of(results[0]), labels)
 
 
 @contextmanager
@@ -76,18 +65,17 @@ def _memory_watched(blocks: Sequence[nn.Module], ids: Tensor) -> Iterator[None]:
             hook.remove()
 
 
-def head_loss(head: Head, hidden: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+def head_loss(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
     """:func:`loss_sum` from the hidden states after the last block, by which it is differentiable once.
 
     Args:
         head: makes logits; of at most ``length`` tokens at once, for which the model has positions.
         hidden: (windows, length, width).
         labels: (windows, length) int64.
-        vocabulary: the number of logits of a token.
     """
     wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).to(hidden.device)
     learnt = wanted != IGNORED
-    at_once = tokens_at_once(vocabulary, labels.shape[1])
+    at_once = tokens_at_once(head.vocabulary, labels.shape[1])
     return cast(Tensor, _Loss.apply(hidden[learnt], head, wanted[learnt], at_once))  # type: ignore[no-untyped-call]
 
 

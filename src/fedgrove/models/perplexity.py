@@ -38,7 +38,7 @@ def negative_log_likelihoods(
     for passed, i, hidden in walk(decoder, windows, len(decoder), on_progress):
         if passed == len(decoder):
             ids = windows[i].long()
-            each.append((float(head_loss(decoder.head, hidden, ids, decoder.vocabulary)), ids.numel() - 1))
+            each.append((float(head_loss(decoder.head, hidden, ids)), ids.numel() - 1))
     return each
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -55,21 +56,27 @@ def wrapping_of(result: Any) -> Callable[[Tensor], Any]:
     return lambda hidden: (hidden, *others)
 
 
-def head_of(model: nn.Module, blocks: Sequence[nn.Module], wrap: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """What a model does after its last block: of its output (tokens, width) the logits (tokens, vocabulary).
+@dataclass(frozen=True)
+class Head:
+    """What a model does after its last block: makes logits (tokens, vocabulary) of its output (tokens, width).
 
-    Args:
+    A token's logits depend on its own row only, so that any rows can be given.
+
+    Attributes:
+        model, blocks: the model, and its blocks, which are not run.
         wrap: makes of hidden states what a block returns.
     """
 
-    def head(hidden: Tensor) -> Tensor:
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    wrap: Callable[[Tensor], Any]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)  # no block reads their embedding
-        with replaced_blocks(blocks, lambda *_: wrap(hidden[None])):
-            return cast(Tensor, model(input_ids=ids, use_cache=False, return_dict=True).logits[0])
+        with replaced_blocks(self.blocks, lambda *_: self.wrap(hidden[None])):
+            return cast(Tensor, self.model(input_ids=ids, use_cache=False, return_dict=True).logits[0])
 
-    return head
-
-
-def logits_of_a_token(model: nn.Module) -> int:
-    """How many there are, which can be more than the tokenizer has tokens."""
-    return int(cast(Any, model).get_output_embeddings().weight.shape[0])
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits of a token, which can be more than the tokenizer has tokens."""
+        return int(cast(Any, self.model).get_output_embeddings().weight.shape[0])

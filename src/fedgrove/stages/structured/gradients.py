@@ -148,7 +148,7 @@ def _loss_gradient(decoder: Decoder, ids: Tensor, hidden: Tensor) -> Tensor:
     """The gradient of L with respect to the last block's output; L is summed over the predicted tokens of the window."""
     with torch.enable_grad():
         hidden.requires_grad_()
-        loss = head_loss(decoder.head, hidden, ids, decoder.vocabulary)
+        loss = head_loss(decoder.head, hidden, ids)
         return torch.autograd.grad(loss, hidden)[0]
 
 

@@ -223,7 +223,7 @@ class TwoSided:
 
     def _loss(self, labels: Tensor, hidden: Tensor) -> float:
         """The mean over the tokens of a window that have a label; 0 if none has."""
-        total = head_loss(self._decoder.head, hidden, labels, self._decoder.vocabulary)
+        total = head_loss(self._decoder.head, hidden, labels)
         return float(total / _learnt(labels[0]))
 
 
