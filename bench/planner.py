@@ -33,7 +33,8 @@ def model_cost() -> ModelCost:
     block = dict.fromkeys(("q", "k", "v", "o"), (WIDTH, WIDTH))
     block |= {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
     shapes = {f"{i}.{name}": shape for i in range(BLOCKS) for name, shape in block.items()}
-    return ModelCost(shapes, 2 * WORDS * WIDTH, WIDTH, WORDS, BLOCKS, LENGTH * (12 * WIDTH + 4 * INNER), LENGTH)
+    saved = LENGTH * (12 * WIDTH + 4 * INNER)
+    return ModelCost(shapes, 2 * WORDS * WIDTH, WIDTH, WORDS, BLOCKS, saved, LENGTH, 2 * saved)
 
 
 def capabilities(kinds: int) -> dict[str, Capabilities]:

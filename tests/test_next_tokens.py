@@ -143,7 +143,7 @@ def test_evaluation_has_as_few_logits(tmp_path: Path, rows: list[int], monkeypat
 
 
 def test_a_plan_counts_as_many_logits_as_there_are() -> None:
-    of = ModelCost({}, others=1, width=8, vocabulary=2**20, num_blocks=1, saved=1, length=24)
+    of = ModelCost({}, others=1, width=8, vocabulary=2**20, num_blocks=1, saved=1, length=24, saved_half=2)
     assert [tokens_at_once(2**20, length) for length in (24, 32, 33)] == [24, 32, 32]
     assert of.logits == 24 * 2**20
     assert tokens_at_once(2**40, 24) == 1

@@ -41,7 +41,7 @@ from fedgrove.stages.tune.trainers import sgd
 from fedgrove.stages.tune.training import Settings
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
-SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
+SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32, saved_half=40_000)
 GRID = SearchSpace(bits=(16, 8, 4), batches=(1, 2, 4), ranks=(2, 4, 8), steps=3, rest=8)
 
 
@@ -195,7 +195,8 @@ def seven_billion() -> tuple[ModelCost, dict[str, float]]:
     shapes = {f"{block}.{name}": shape for block in range(32) for name, shape in one.items()}
     rng = random.Random(0)
     raw = {name: rng.random() ** 3 for name in shapes}
-    sizes = ModelCost(shapes, 2 * 32000 * width, width, 32000, 32, 512 * (12 * width + 4 * inner), 512)
+    saved = 512 * (12 * width + 4 * inner)
+    sizes = ModelCost(shapes, 2 * 32000 * width, width, 32000, 32, saved, 512, 2 * saved)
     return sizes, {name: value / sum(raw.values()) for name, value in raw.items()}
 
 

@@ -31,7 +31,7 @@ from fedgrove.stages.tune.training import Settings
 from small import Moment, Small, cli, measurements
 
 SHAPES = {"q": (64, 64), "up": (160, 64), "down": (64, 160)}
-SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32)
+SIZES = ModelCost(SHAPES, others=9000, width=64, vocabulary=100, num_blocks=1, saved=20_000, length=32, saved_half=40_000)
 STAGE: dict[str, Any] = {
     "kind": "tune", "method": "fedpipe", "rounds": 3, "steps": 2, "length": 16, "batches": [1, 4], "ranks": [2, 4],
     "bits": [32], "learning_rate": 0.01,

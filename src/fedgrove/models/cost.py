@@ -47,6 +47,7 @@ class ModelCost:
         num_blocks: number of decoder blocks.
         saved: number of activations that a block without adapters saves for the backward pass of one window; measured.
         length: tokens of a window.
+        saved_half: bytes of these activations where a block computes in bfloat16; measured, as norms save float32 even then.
         masked: whether the linears are pruned, so that the products of the factors are computed and masked.
         passes: for some linears, how many times a token passes through each: more than once if blocks share it, and for that of
             an expert the average over experts.
@@ -60,6 +61,7 @@ class ModelCost:
     num_blocks: int
     saved: int
     length: int
+    saved_half: int
     masked: bool = False
     passes: Mapping[str, float] = field(default_factory=dict)
     experts: Experts | None = None
@@ -129,16 +131,14 @@ def count_parameters(decoder: Decoder) -> int:
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     """Counts a model's weights, and measures the activations that one of its blocks saves for a window's backward pass.
 
-    Measured in float32 on a CPU wherever the decoder computes, so that a plan does not depend on the server's device. Where
-    only some blocks have experts, one of either kind is measured. Routers are taken to be even.
+    Measured on a CPU wherever the decoder computes, so that a plan does not depend on the server's device. Where only some
+    blocks have experts, one of either kind is measured. Routers are taken to be even.
     """
     shapes = decoder.linear_shapes()
     decoder = decoder.again("cpu")
     config = decoder.checkpoint.config.get_text_config()
-    hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
     sparse = [index for index, block in enumerate(decoder.blocks) if experts_in(block) is not None]
-    dense = [index for index in range(len(decoder)) if index not in sparse]
-    saved = sum(len(kind) * _saved(decoder, kind[0], hidden, calls[kind[0]]) for kind in (sparse, dense) if kind)
+    saved = _saved(decoder, length, sparse)
     experts, passes = _experts_of(decoder, sparse), dict[str, float]()
     if experts is not None:
         reach = experts.routing.per_token / experts.routing.experts
@@ -151,26 +151,35 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         num_blocks=len(decoder),
-        saved=-(-saved // len(decoder)),
+        saved=-(-saved // 4),
         length=length,
+        saved_half=_saved(decoder.again("cpu", torch.bfloat16), length, sparse),
         masked=masked,
         passes=passes,
         experts=experts,
     )
 
 
-def _saved(decoder: Decoder, index: int, hidden: Tensor, call: Call) -> int:
-    """The number of activations that a block saves for the backward pass of one window."""
-    saved: dict[int, int] = {}  # entries of each storage; not of weights, which are saved too but take no more memory
+def _saved(decoder: Decoder, length: int, sparse: list[int]) -> int:
+    """The bytes that an average block saves for the backward pass of one window, in the decoder's dtype."""
+    hidden, calls = decoder.embed(torch.zeros(1, length, dtype=torch.int64))
+    dense = [index for index in range(len(decoder)) if index not in sparse]
+    total = sum(len(kind) * _saved_by(decoder, kind[0], hidden, calls[kind[0]]) for kind in (sparse, dense) if kind)
+    return -(-total // len(decoder))
+
+
+def _saved_by(decoder: Decoder, index: int, hidden: Tensor, call: Call) -> int:
+    """The bytes that a block saves for the backward pass of one window."""
+    saved: dict[int, int] = {}  # of each storage; not of weights, which are saved too but take no more memory
 
     def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes() // 4
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with (
-        decoder.zeroed(index) as block,
+        decoder.zeroed(index, hidden.dtype) as block,
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
     ):

@@ -99,33 +99,41 @@ def weight_bytes(cost: ModelCost, bits: int) -> float:
     return cost.parameters * bits / 8 + scales + masks + cost.others * other
 
 
-def working_bytes(cost: ModelCost, bits: int, masked: bool) -> float:
-    """Bytes that a backward pass takes for a moment for one linear, of the largest one.
+def working_bytes(cost: ModelCost, bits: int, windows: int, masked: bool = False) -> float:
+    """Bytes taken for a moment, while all activations are saved: by logits or by one linear, whichever takes more.
 
-    A quantized weight is written out in bfloat16. On a CPU int8 also takes two float32 copies of it, to multiply it by its
+    In the forward pass a linear's adapter takes its product and the product times the scale, in float32. In the backward pass
+    a quantized weight is written out in bfloat16. On a CPU int8 also takes two float32 copies of it, to multiply it by its
     rows' scales. Where the product of the factors is masked, there are in float32 the weight's gradient, the product, and a
     copy of the mask or of the weight.
 
     Args:
+        windows: computed at once.
         masked: whether the product of the factors is masked.
     """
     largest = max((rows * columns for rows, columns in cost.linears.values()), default=0)
-    return largest * (12 if masked else {8: 2 + 4 + 4, 4: 2}.get(bits, 0))
+    weight = largest * (12 if masked else {8: 2 + 4 + 4, 4: 2}.get(bits, 0))
+    widest = max((rows for rows, _ in cost.linears.values()), default=0)
+    products = 0 if masked else windows * cost.length * widest * 2 * 4
+    return max(weight, products, logit_bytes(cost, bits))
+
+
+def logit_bytes(cost: ModelCost, bits: int) -> float:
+    """Bytes of logits, and of what their loss takes besides, at the peak."""
+    return cost.logits * (LOGIT + (0 if bits == 32 else 2))
 
 
 def activation_bytes(cost: ModelCost, bits: int, windows: int) -> float:
-    """Bytes of some windows at the peak, without adapters: the blocks' saved activations, and logits."""
-    number = 4 if bits == 32 else 2
-    logits = cost.logits * (LOGIT + (0 if bits == 32 else number))
+    """Bytes of the activations that all blocks save of some windows, without adapters."""
+    number, saved = (4, 4 * cost.saved) if bits == 32 else (2, cost.saved_half)
     inputs = _inputs(cost) if bits == 8 else 0  # int8 saves the input of every linear
-    window = cost.num_blocks * cost.saved + cost.length * (inputs + cost.width)
-    return windows * number * window + logits
+    return windows * (cost.num_blocks * saved + number * cost.length * (inputs + cost.width))
 
 
 def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     """Bytes at the peak of training, without the process itself and without what the C library keeps of freed memory."""
     rest = 4 * space.rest * cost.widths
-    total = weight_bytes(cost, config.bits) + rest + working_bytes(cost, config.bits, cost.masked)
+    total = weight_bytes(cost, config.bits) + rest + working_bytes(cost, config.bits, config.micro, cost.masked)
     total += activation_bytes(cost, config.bits, config.micro)
     for name, rank in config.ranks.items():
         if rank:
@@ -159,7 +167,8 @@ def full_memory(cost: ModelCost, micro: int, per_weight: int = PER_TUNED) -> flo
     """
     inputs = _inputs(cost)
     tuned = cost.parameters * (per_weight - 4)
-    return weight_bytes(cost, 32) + tuned + activation_bytes(cost, 32, micro) + micro * 4 * cost.length * inputs
+    saved = activation_bytes(cost, 32, micro) + micro * 4 * cost.length * inputs
+    return weight_bytes(cost, 32) + tuned + saved + logit_bytes(cost, 32)
 
 
 def window_operations(cost: ModelCost) -> float:

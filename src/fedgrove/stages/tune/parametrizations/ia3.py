@@ -198,7 +198,7 @@ def memory(cost: ModelCost, space: SearchSpace, config: ClientConfig) -> float:
     scales = sum(rows for rows, _ in cost.linears.values())
     outputs = sum(cost.uses(name) * rows for name, (rows, _) in cost.linears.items())
     windows = costs.activation_bytes(cost, config.bits, config.micro) + config.micro * 4 * cost.length * outputs
-    frozen = costs.weight_bytes(cost, config.bits) + costs.working_bytes(cost, config.bits, masked=False)
+    frozen = costs.weight_bytes(cost, config.bits) + costs.working_bytes(cost, config.bits, config.micro)
     return frozen + costs.PER_TUNED * scales + windows
 
 
