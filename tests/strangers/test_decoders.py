@@ -17,6 +17,7 @@ from decoders import LENGTH, plain_perplexity, save_small, small_config, windows
 from fedgrove.api import run
 from fedgrove.errors import FedgroveError
 from fedgrove.models.blocks import Decoder
+from fedgrove.models.cost import measure_cost
 from fedgrove.models.linears import find_blocks, linears
 from fedgrove.models.perplexity import perplexity
 from fedgrove.models.positions import positions
@@ -47,6 +48,12 @@ def decoder_of(folder: Path) -> Decoder:
 def test_a_type_is_measured_as_plain_transformers_measures_it(kind: str, tmp_path: Path) -> None:
     folder = save_small(kind, tmp_path)
     assert perplexity(decoder_of(folder), windows()) == pytest.approx(plain_perplexity(folder), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_of_a_type_activations_are_measured_in_32_and_16_bits(kind: str, tmp_path: Path) -> None:
+    cost = measure_cost(decoder_of(save_small(kind, tmp_path)), 16, masked=False)
+    assert 2 * cost.saved * 0.7 < cost.saved_half < 4 * cost.saved * 1.3
 
 
 @pytest.mark.parametrize(
