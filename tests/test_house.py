@@ -29,6 +29,7 @@ LEVELS = [  # rooms from the lowest to the highest: a module imports those of it
     {"api", "doctor", "route"},
     {"deploy"},
     {"commands", "cli"},
+    {"__main__"},
 ]
 
 

@@ -88,7 +88,8 @@ def test_it_works_where_it_is_installed_from_the_wheel(wheel: Path, tmp_path: Pa
     # What it needs comes from here, without what only its .pth files bring: the checkout that is installed in edit mode.
     others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (packages / "others.pth").write_text("\n".join(others) + "\n")
-    assert call(command, "--version", cwd=tmp_path) == f"fedgrove {PROJECT['version']}\n"
+    for way in ([command], [python, "-m", "fedgrove"]):
+        assert call(*way, "--version", cwd=tmp_path) == f"fedgrove {PROJECT['version']}\n"
     assert call(python, "-c", "import fedgrove; print(fedgrove.__file__)", cwd=tmp_path) == f"{packages}/fedgrove/__init__.py\n"
     call(command, "init", "job", cwd=tmp_path)
     assert "[model]" in (tmp_path / "job" / "job.toml").read_text(encoding="utf-8")
