@@ -55,7 +55,8 @@ SEEDS = {
 }  # fmt: skip
 POOL = {
     "kind": "tune", "method": "lora", "aggregation": "ffa_lora", "rounds": 2, "steps": 2, "length": 16, "batches": [1],
-    "ranks": [2], "bits": [32], "pool": {"members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
+    "ranks": [2], "bits": [32],
+    "pool": {"gate": "keys", "members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
 }  # fmt: skip
 
 

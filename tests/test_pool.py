@@ -79,6 +79,13 @@ def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool:
     assert {key: value for key, value in without.items() if key[3] != "clock"}.items() <= with_pool.items()
 
 
+def test_a_pool_finds_its_number_of_members_if_its_gate_can() -> None:
+    assert (Pool().gate, Pool().members, Pool(gate="keys").members) == ("similar", "auto", "auto")
+    assert [Pool(gate=gate).members for gate in ("losses", "random")] == [4, 4]
+    assert Pool(gate="keys", directions="windows").members == 4
+    assert Pool(gate="groups", groups={"wood": ("ash",), "other": ("cedar",)}).members == 2
+
+
 # The mixture
 
 

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = ROOT / "src" / "fedgrove" / "demo"
 POOL = {
     "kind": "tune", "method": "lora", "rounds": 2, "steps": 1, "length": 16, "batches": [1], "ranks": [2], "bits": [32],
-    "pool": {"members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
+    "pool": {"gate": "keys", "members": 2, "common": 0.5, "starts": 2, "fit_rounds": 2, "size": 4, "prefix": 8},
 }  # fmt: skip
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgrove import plugins
 from fedgrove.job.units import Count, Fraction, Length, Name, Table, method_of
-from fedgrove.stages.tune.gates import Gate, gate_of, job_gate_of
+from fedgrove.stages.tune.gates import PACKAGE, Gate, gate_of, job_gate_of
 from fedgrove.stages.tune.parametrizations import mixable_of, parametrization_of
 from fedgrove.stages.tune.planners import planner_of
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST_MEMBERS = 64
 AUTO = "auto"
+NOT_FOUND = 4  # members of a gate that does not find their number, if the job says nothing
 MOST_TRIED = 8  # members that "auto" tries
 Members = Annotated[int, Field(ge=1, le=MOST_MEMBERS)]
 MOST_STARTS = 64
@@ -27,15 +29,16 @@ FitRounds = Annotated[int, Field(ge=1, le=1000)]
 
 
 class Pool(Table):
-    """``pool = { gate = "keys", members = 4 }``: several adapters in a stage "tune", and a gate that gives texts to them.
+    """``pool = { gate = "similar" }``: several adapters in a stage "tune", and a gate that gives texts to them.
 
     Attributes:
-        gate: what decides which member a text gets: "keys", directions of windows' features; "mixture", Gaussians of them;
-            "similar", the direction of all windows of an owner together; "groups", what the job says of the owners; "losses",
-            the member of the lowest loss; "random", the seed.
+        gate: what decides which member a text gets: "similar", the direction of all windows of an owner together; "keys",
+            directions of single windows' features; "mixture", Gaussians of them; "groups", what the job says of the owners;
+            "losses", the member of the lowest loss; "random", the seed.
         members: number of adapters. With ``groups`` it is their number. "auto", only with gates that look at features: as many
             as there are kinds of text, at most eight. With "similar", as many kinds of owners as one half of their text tells
-            of the other half; with the others, one more than there are directions that tell owners apart.
+            of the other half; with the others, one more than there are directions that tell owners apart. Where "auto"
+            cannot be, the default is 4.
         common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
         groups: which clients belong together, by the group's name. Only gate "groups".
         blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
@@ -50,8 +53,8 @@ class Pool(Table):
         windows: how many of its windows a client measures all members on, before every round. Only gate "losses".
     """
 
-    gate: Annotated[str, method_of("stages.tune.gates")] = "keys"
-    members: Members | Literal["auto"] = 4
+    gate: Annotated[str, method_of("stages.tune.gates")] = "similar"
+    members: Members | Literal["auto"] = "auto"
     common: Fraction = 0.3
     groups: Annotated[dict[Name, tuple[Name, ...]], Field(max_length=MOST_MEMBERS, default_factory=dict)]
     blocks: Blocks = (0.25, 0.5, 0.75)
@@ -64,9 +67,14 @@ class Pool(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _count_groups(cls, value: Any) -> Any:
-        groups = value.get("groups") if isinstance(value, dict) else None
-        return {"members": len(groups), **value} if isinstance(groups, dict) and groups else value
+    def _default_members(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "members" in value:
+            return value
+        groups, gate = value.get("groups"), value.get("gate", cls.model_fields["gate"].default)
+        if isinstance(groups, dict) and groups:
+            return {**value, "members": len(groups)}
+        chooses = gate in plugins.names(PACKAGE) and gate_of(gate).CHOOSES and value.get("directions") != "windows"
+        return value if chooses else {**value, "members": NOT_FOUND}
 
     @model_validator(mode="after")
     def _uses_its_keys(self) -> Self:
