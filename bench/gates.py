@@ -48,6 +48,7 @@ from fedgrove.stages.tune.pool.scale import (
     unit,
 )
 
+MEMBERS = 4  # as many as there are kinds
 EPSILONS = (None, 8.0, 4.0, 2.0, 1.0)
 
 
@@ -58,7 +59,7 @@ def streams(data: Path, model: Path, seed: int) -> dict[str, dict[str, Any]]:
         ``right``: the share of pairs of the owners of *kinds* about which it is right; ``kinds`` and ``iid``: how many members
         it finds by itself.
     """
-    settings = Settings(gate="similar", members=pool.MEMBERS)
+    settings = Settings(gate="similar", members=MEMBERS)
     by_itself = Settings(gate="similar", members="auto")
     numbers = {case: _numbers(case, data, model, settings, seed) for case in ("kinds", "iid")}
     found: dict[str, dict[str, Any]] = {}
@@ -75,7 +76,7 @@ def sorting(data: Path, model: Path, seed: int) -> dict[str, float]:
     """By case, gate and directions, the share of windows with their kind; by case, how many directions tell owners apart."""
     found: dict[str, float] = {}
     for case in ("kinds", "mixed", "iid"):
-        settings = Settings(gate="keys", members=pool.MEMBERS)
+        settings = Settings(gate="keys", members=MEMBERS)
         numbers = _numbers(case, data, model, settings, seed, by_kind=True)
         owners: dict[str, list[torch.Tensor]] = {}
         kinds: dict[str, list[int]] = {}
@@ -88,7 +89,7 @@ def sorting(data: Path, model: Path, seed: int) -> dict[str, float]:
         each = [Moments.over(of, torch.zeros(len(of), dtype=torch.int64), 1, products=True) for of in every]
         moments, own = functools.reduce(Moments.plus, each), torch.stack([own_products(of) for of in each]).sum(0)
         along = {
-            "owners": that_tell_apart(moments, own, settings.size, len(every), pool.MEMBERS),
+            "owners": that_tell_apart(moments, own, settings.size, len(every), MEMBERS),
             "windows": directions(moments, settings.size),
         }
         found[case] = between_owners(moments, own, settings.size, len(every))[1].shape[1]

@@ -6,12 +6,13 @@
 text dealt at random. *mixed*: the same text of four owners who have each kind, in unequal parts (Dirichlet 0.5). *newsgroups*:
 posts of twenty groups, dealt to eight owners by group (Dirichlet 0.1 or 0.3). A fifth of every owner's records is held out
 before anything is trained, and on that fifth it is measured. Every method has the same start, windows and optimizer steps.
-"shared, then alone": half of the rounds together, and then each owner goes on alone. "keys, rank 2": four members of a quarter
-of the rank, so that all of them are as large as one adapter. With a pool, an owner has the mixture that its own training text
-gets: by its windows of each member. "each window": every held-out window has the mixture that the gate gives for its first
-tokens (the pool's ``prefix``). The interval is a paired bootstrap over each owner's windows; a gain is negative.
+"shared, then alone": half of the rounds together, and then each owner goes on alone. A gate finds the number of members if it
+can; "4 members": that many. "rank 2": members of a quarter of the rank, so that four of them are as large as one adapter. With
+a pool, an owner has the mixture that its own training text gets: by its windows of each member. "each window": every held-out
+window has the mixture that the gate gives for its first tokens (the pool's ``prefix``). The interval is a paired bootstrap over
+each owner's windows; a gain is negative.
 
-    .venv/bin/python bench/pool.py --data ../shared/data --results pool.jsonl --leave-out --pools pools --methods keys
+    .venv/bin/python bench/pool.py --data ../shared/data --leave-out --pools pools --methods "keys, 4 members"
 
 Each owner of *kinds* is left out once, and gets a mixture of the others' pool by `adopt`: only forward passes, besides training
 the pools, which stay in the folder ``--pools`` and are trained once. "shuffled keys": the mixture that the gate gives when its
@@ -57,7 +58,7 @@ from fedgrove.stages.tune.pool.features import STATE
 from fedgrove.stages.tune.pool.finished import Pool
 from fedgrove.stages.tune.pool.newcomers import few_windows
 
-LENGTH, MEMBERS = 64, 4
+LENGTH = 64
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
 FEWEST = 10  # records of an owner: with fewer there is none to hold out and train on
 STAGE = {
@@ -74,10 +75,10 @@ TOGETHER = {  # owners who are left out at the same time
     "kind": tuple({f"{kind}-large", f"{kind}-small"} for kind in KINDS),
 }  # fmt: skip
 TOGETHER_FIRST = "shared, then alone"
-EACH_WINDOW = ", each window"
 METHODS = (
-    "base", "shared", "alone", TOGETHER_FIRST, "groups", "random", "losses", "mixture", "similar", "keys", "keys, rank 2",
-    "keys, each window", "mixture, each window",
+    "base", "shared", "alone", TOGETHER_FIRST, "groups", "random", "losses", "mixture", "similar", "keys",
+    "mixture, 4 members", "similar, 4 members", "keys, 4 members", "keys, 4 members, rank 2",
+    "keys, 4 members, each window", "mixture, 4 members, each window",
 )  # fmt: skip
 ALPHAS = {"mixed": (4, 0.5), "newsgroups 0.1": (8, 0.1), "newsgroups 0.3": (8, 0.3)}  # owners, and how evenly labels are dealt
 CASES = ("kinds", "iid", *ALPHAS)
@@ -155,11 +156,9 @@ def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: A
                 "parts": {owner: measure(done / "model", held) for owner, (_, held) in files.items()},
                 "bytes": _sent(done),
             }
-        each_window, method = method.endswith(EACH_WINDOW), method.removesuffix(EACH_WINDOW)
-        gate, _, rank = method.partition(", rank ")
-        if rank:
-            train = functools.partial(train, changes={**changes, "ranks": [int(rank)]})
-        done = train(gate, model, files, _pool(gate, list(files)))
+        if "rank 2" in method:
+            train = functools.partial(train, changes={**changes, "ranks": [2]})
+        done = train("pool", model, files, _pool(method, list(files)))
         pool = Pool.read(done)
         decoder = pool.model()
         parts = {}
@@ -168,7 +167,7 @@ def run(data: Path, model: Path, case: str, method: str, seed: int, **changes: A
             weights = [number / sum(windows) for number in windows]
             with torch.no_grad():
                 ids, labels = _windows(held, _tokenizer(model))
-                if each_window:
+                if "each window" in method:
                     mixtures = [pool.mix(of) for of in pool.look(decoder, list(ids))[0].tolist()]
                     one_by_one = zip(mixtures, ids.split(1), labels.split(1), strict=True)
                     parts[owner] = [pool.losses(decoder, mixed, (one, label))[0] for mixed, one, label in one_by_one]
@@ -232,12 +231,12 @@ def _shuffled(pool: Pool) -> Pool:
 
 
 def _pool(method: str, owners: list[str]) -> dict[str, Any]:
-    pool: dict[str, Any] = {"gate": method}
+    pool: dict[str, Any] = {"gate": method.partition(",")[0]}
     if method == "groups":
         kinds = sorted({owner.partition("-")[0] for owner in owners})
         pool["groups"] = {kind: [owner for owner in owners if owner.startswith(f"{kind}-")] for kind in kinds}
-    else:
-        pool["members"] = MEMBERS
+    elif "4 members" in method:
+        pool["members"] = 4
     return pool
 
 
