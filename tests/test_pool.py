@@ -285,6 +285,7 @@ def test_owners_who_are_all_alike_train_one_member(small: Small, tmp_path: Path,
     assert status == 0, told
     assert "the gate tells no kinds of text apart, so the pool has one member" in told
     assert FinishedPool.read(out).facts["members"] == 1
+    assert "one adapter was trained, as without a pool" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_averaging_the_owners_covariances_as_the_source_does_is_no_m_step() -> None:
