@@ -89,16 +89,16 @@ class Fit:
         pool, owners = self._pool, len(self._tuning.plan.clients)
         sums = self._sum(lambda common: SumFeatures(**common, between=pool.directions == "owners"), tensors, 0)
         found = Moments.of(sums)
-        if found.records < pool.most:
+        if isinstance(pool.members, int) and found.records < pool.members:
             raise FedgroveError(
-                f"stages.{self._tuning.plan.stage}.pool.members: {pool.most}, but {found.records} windows are fitted",
+                f"stages.{self._tuning.plan.stage}.pool.members: {pool.members}, but {found.records} windows are fitted",
                 "lower members or length",
             )
         if OWN not in sums:
             return *directions(found, pool.size), pool
         if pool.members == AUTO:  # between as many kinds there is one direction fewer
             between = between_owners(found, sums[OWN], pool.size, owners)[1].shape[1]
-            pool = pool.model_copy(update={"members": min(pool.most, between + 1)})
+            pool = pool.model_copy(update={"members": min(pool.most, between + 1, found.records)})
         return *that_tell_apart(found, sums[OWN], pool.size, owners, pool.most), pool
 
     def _of_owners(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

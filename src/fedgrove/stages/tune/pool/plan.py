@@ -61,27 +61,35 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         ]
     known = names_of(frozenset(disclosed))
     plan = plan.model_copy(update={"discloses": known, "notes": (*plan.notes, *notes)})
-    return _of_all_members(plan, pool, config.rounds) if config.deals_in_sums else plan
+    return _of_all_members(plan, pool, config.rounds, job.privacy.min_group) if config.deals_in_sums else plan
 
 
-def _of_all_members(plan: Plan, pool: Pool, rounds: int) -> Plan:
-    """The plan if every client gets and sends all members: of a round that trains them, the longest kind."""
-    clients = {}
+def _of_all_members(plan: Plan, pool: Pool, rounds: int, fewest: int) -> Plan:
+    """The plan if every client gets and sends all members: of a round that trains them, the longest kind.
+
+    Args:
+        fewest: clients that a member has.
+    """
+    most, clients = pool.most, {}
+    if pool.method.OF_CLIENTS:  # each has one member only
+        most = min(most, len(plan.clients) // fewest)
+    if most <= 1:
+        return plan
     for client, one in plan.clients.items():
-        links, more = plan.capabilities[client], pool.most - 1
+        links, more = plan.capabilities[client], most - 1
         sending = sum(
             8 * more * number / speed for number, speed in ((one.upload, links.uplink), (one.download, links.downlink)) if speed
         )
         clients[client] = one.model_copy(
             update={
-                "upload": pool.most * one.upload,
-                "download": pool.most * one.download,
+                "upload": most * one.upload,
+                "download": most * one.download,
                 "seconds": round(one.seconds + sending, 3),
             }
         )
     slower = max(one.seconds for one in clients.values()) - max(one.seconds for one in plan.clients.values())
     first = pool.common_rounds(rounds)
-    some = f"all of at most {pool.most}" if pool.members == AUTO else f"all {pool.most}"
+    some = f"all of at most {most}" if pool.members == AUTO or most < pool.most else f"all {most}"
     note = f"From round {first} on every client gets and sends {some} members: which it trains stays with it."
     total = round(plan.total + (rounds - first) * slower, 3)
     return plan.model_copy(update={"clients": clients, "total": total, "notes": (*plan.notes, note)})
