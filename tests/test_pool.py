@@ -269,6 +269,11 @@ def test_a_pool_finds_its_number_of_members(small: Small, secure: bool) -> None:
     assert "a pool of as many as there are kinds by similar" in (runs[0] / "report.html").read_text()
 
 
+def test_a_gate_that_finds_the_number_needs_no_more_windows_than_there_are(small: Small) -> None:
+    run = small.undisturbed(stages=tune({**KEYS, "members": "auto"}), **of_two_kinds(small, 2, False))
+    assert FinishedPool.read(run).facts["members"] == 1
+
+
 @pytest.mark.parametrize("gate", ["keys", "similar"])
 @pytest.mark.parametrize("precision", ["float32", "fixed"])
 def test_owners_who_are_all_alike_train_one_member(small: Small, tmp_path: Path, gate: str, precision: str) -> None:
