@@ -60,6 +60,7 @@ from fedgrove.stages.tune.pool.newcomers import few_windows
 
 LENGTH = 64
 RECORDS, MEASURED = 320, 40  # records of each kind; held-out windows of each owner that are measured at most
+ROUNDING = 1e-3  # nats: one adapter for all is measured merged into bfloat16 weights, a member of a pool beside them
 FEWEST = 10  # records of an owner: with fewer there is none to hold out and train on
 STAGE = {
     "kind": "tune", "planner": "uniform", "parametrization": "lora", "aggregation": "ffa_lora", "rounds": 6, "steps": 8,
@@ -313,7 +314,7 @@ def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
         if method != "shared" and all((case, seed, "shared") in found for seed in of):
             gains = [gain(one["parts"], found[case, seed, "shared"]["parts"]) for seed, one in of.items()]
             apart = ", ".join(f"{middle:+.3f}" for middle, _, _ in gains)
-            sure = f"{sum(high < 0 for *_, high in gains)} of {len(gains)}"
+            sure = f"{sum(high < -ROUNDING for *_, high in gains)} of {len(gains)}"
         sent = sum(one["bytes"] for one in of.values()) / len(of) / 1e6
         rows.append(f"| {case} | {method} | {mean:.3f} | {worst:.3f} | {apart} | {sure} | {sent:.1f} |")
     return "\n".join(rows).replace("-0.", "−0.")
@@ -382,7 +383,7 @@ def main() -> None:
     text = table(found)
     print(text)
     if args.write:
-        page.write("pools", text)
+        page.write("pools" if args.cases == ["kinds"] else "other-pools", text)
 
 
 if __name__ == "__main__":
