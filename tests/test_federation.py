@@ -32,6 +32,8 @@ from fedgrove.engines.flare import ENDED
 from fedgrove.errors import FedgroveError
 from fedgrove.export import export
 from fedgrove.job.load import load_federated
+from fedgrove.plugins import names
+from fedgrove.stages.tune.gates import PACKAGE as GATES
 from small import ROOT, Small, cli, complaint, lines, wait_until
 from test_head import files as labeled  # noqa: F401
 from test_head import guessing
@@ -102,6 +104,23 @@ def test_the_model_is_that_of_the_in_process_engine_bit_for_bit(federation: Runn
     assert not (federation.sites["birch"] / "results").exists(), "birch did not want it"
     for kit in federation.sites.values():
         assert not list((kit / "work").glob("demo-*")), "no hidden states are left behind"
+
+
+def test_every_gate_of_a_pool_is_that_of_the_in_process_engine(federation: Running, small: Small) -> None:
+    special: dict[str, dict[str, object]] = {
+        "groups": {"groups": {"wood": ["ash", "birch"], "other": ["cedar"]}},
+        "losses": {"members": 2, "windows": 1},
+        "mixture": {"members": 2, "starts": 1, "fit_rounds": 1, "size": 4, "prefix": 8},
+        "random": {"members": 2},
+        "similar": {"members": 2, "starts": 1, "fit_rounds": 1, "size": 4, "prefix": 8},
+    }
+    assert {"keys", *special} == set(names(GATES)), "keys are in the job above"
+    gates = [{"gate": gate, "common": 0.0, **more} for gate, more in special.items()]
+    changes = {"stages": [{**POOL, "rounds": 1, "steps": 1, "pool": pool} for pool in gates], "evaluate__alone": False}
+    assert federation.run("gates", Lines(), **changes, result="sites") is None
+    here, fetched = small.undisturbed(**changes), federation.fetch("gates")
+    for file in ("model/model.safetensors", "pool/member-0.safetensors", "pool/gate.safetensors"):
+        assert (fetched / file).read_bytes() == (here / file).read_bytes()
 
 
 def run_with_answers(federation: Running, name: str, changes: dict[str, Any]) -> Path:
