@@ -154,7 +154,7 @@ def _pool_says(pool: Mapping[str, Any]) -> str:
     """What the pool is, and what can be done with it."""
     fitted = pool.get("fitted_to")
     how = f" The gate was fitted in {plural(len(pool['likelihoods']), 'exchange')}, to {fitted}." if fitted else ""
-    if pool["members"] == 1:
+    if pool["members"] == 1 and pool["pool"]["members"] == "auto":
         return f"Gate {pool['pool']['gate']} tells no kinds of text apart: one adapter was trained, as without a pool.{how}"
     return (
         f"The result is the mean of {plural(pool['members'], 'adapter')}, the members of a pool, weighted by the windows that "

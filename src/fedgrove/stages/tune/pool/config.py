@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MOST_MEMBERS = 64
 AUTO = "auto"
-NOT_FOUND = 4  # members of a gate that does not find their number, if the job says nothing
+DEFAULT_MEMBERS = 4  # of a gate that does not find their number
 MOST_TRIED = 8  # members that "auto" tries
 Members = Annotated[int, Field(ge=1, le=MOST_MEMBERS)]
 MOST_STARTS = 64
@@ -74,7 +74,7 @@ class Pool(Table):
         if isinstance(groups, dict) and groups:
             return {**value, "members": len(groups)}
         chooses = gate in plugins.names(PACKAGE) and gate_of(gate).CHOOSES and value.get("directions") != "windows"
-        return value if chooses else {**value, "members": NOT_FOUND}
+        return value if chooses else {**value, "members": DEFAULT_MEMBERS}
 
     @model_validator(mode="after")
     def _uses_its_keys(self) -> Self:
