@@ -155,7 +155,10 @@ def _pool_says(pool: Mapping[str, Any]) -> str:
     fitted = pool.get("fitted_to")
     how = f" The gate was fitted in {plural(len(pool['likelihoods']), 'exchange')}, to {fitted}." if fitted else ""
     if pool["members"] == 1 and pool["pool"]["members"] == "auto":
-        return f"Gate {pool['pool']['gate']} tells no kinds of text apart: one adapter was trained, as without a pool.{how}"
+        return (
+            f"Gate {pool['pool']['gate']} tells no kinds of text apart that enough clients have (privacy.min_group): one "
+            f"adapter was trained, as without a pool.{how}"
+        )
     return (
         f"The result is the mean of {plural(pool['members'], 'adapter')}, the members of a pool, weighted by the windows that "
         f"each was trained on (gate {pool['pool']['gate']}).{how} The members are in pool/; fedgrove adopt gives an owner a "

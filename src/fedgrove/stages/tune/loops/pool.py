@@ -139,7 +139,8 @@ class Loop(changes.Loop):
             return
         members = self.members or self._read(self.config.rounds - 1)
         if self.pool.members == AUTO and len(members) == 1:
-            self.run.message("tune: the gate tells no kinds of text apart, so the pool has one member")
+            shared = f"that {self.plan.min_group} clients or more have (privacy.min_group)"
+            self.run.message(f"tune: the gate tells no kinds of text apart {shared}, so the pool has one member")
         folder, facts = self.run.path / "pool", self._facts(len(members))
         with atomic_folder(folder, replace=True) as partial:
             write_members(self.method, partial, [_changes(member) for member in members])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgrove.job.tables import Job
-from fedgrove.report.words import file_name
+from fedgrove.report.words import file_name, plural
 
 FACTS, GATE = "pool.json", "gate.safetensors"  # files of a pool
 README = """---
@@ -17,7 +17,7 @@ base_model: {base}
 ---
 # {title}
 
-{members} adapters of one model, and a gate ("{gate}") that says how much of each a text gets. `member-K.safetensors` has what
+{members} of one model, and a gate ("{gate}") that says how much of each a text gets. `member-K.safetensors` has what
 member K has for itself, so that a weighted sum of members is again one adapter: of LoRA the B, with every scale multiplied in,
 while all share the A in `common.safetensors`; of (IA)³ all scales, as the difference from one.
 
@@ -36,7 +36,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], job: Job) -> None:
     text = README.format(
         base=base,
         title=f"{job.name}: pool",
-        members=facts["members"],
+        members=plural(facts["members"], "adapter"),
         gate=facts["pool"]["gate"],
         windows=", ".join(f"{number:,}" for number in facts["windows"]),
     )
