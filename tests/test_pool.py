@@ -563,6 +563,32 @@ def test_a_newcomer_gets_the_member_that_suits_its_text(small: Small, tmp_path: 
     assert "no such group" in complaint("adopt", run, "--data", new, "--out", tmp_path / "x", "--group", "sea")
 
 
+def test_a_newcomer_of_owners_who_are_alike_gets_the_best_member_and_hears_how_unusual_it_is(
+    small: Small, tmp_path: Path
+) -> None:
+    job = of_two_kinds(small, 20, False)
+    run = small.undisturbed(stages=tune({**KEYS, "gate": "similar", "members": 2}, steps=6, learning_rate=0.03), **job)
+    found = {}
+    for by in ((), ("--by", "losses"), ("--by", "gate")):
+        given = (
+            "adopt",
+            run,
+            "--data",
+            small.folder / "only-river.txt",
+            "--out",
+            tmp_path / f"mine{len(found)}",
+            *by,
+            "--json",
+        )
+        status, out, err = cli(*given)
+        assert status == 0, err
+        found[by[-1] if by else ""] = json.loads(out)
+    assert found[""]["weights"] == found["losses"]["weights"] == found["gate"]["weights"]
+    assert found[""]["choice"].startswith("member")
+    assert (found[""]["unlike"], found["losses"]["unlike"]) == (found["gate"]["unlike"], None)
+    assert [one["forwards"] / one["windows"] for one in found.values()] == [5, 4, 4]
+
+
 def test_a_gate_tells_weights_and_how_unusual_texts_are(small: Small, tmp_path: Path) -> None:
     run = small.undisturbed(stages=tune(MIXTURE), model__dtype="float32")  # on the disk it is bfloat16
     status, out, err = cli("gate", run, "--data", small.texts["ash"], "--json")

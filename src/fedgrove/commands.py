@@ -32,7 +32,9 @@ def adopt(
     run: Run,
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder of the adapter.")],
-    by: Annotated[By | None, typer.Option(help="gate: the gate's weights; losses: the best member.")] = None,
+    by: Annotated[
+        By | None, typer.Option(help="gate: the gate's weights; losses: the best member. Default: by the gate.")
+    ] = None,
     group: Annotated[str | None, typer.Option(help="The owner's group, if the gate is groups.")] = None,
     text: Text = None,
     prompt: Annotated[str | None, typer.Option(help="How a record becomes a prompt: '{question} '.")] = None,

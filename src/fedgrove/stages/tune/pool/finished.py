@@ -109,6 +109,11 @@ class Pool:
         total = sum(self.facts["windows"])
         return [number / total for number in self.facts["windows"]]
 
+    @property
+    def gives_one_member(self) -> bool:
+        """Whether an owner gets one member as a whole, and no mixture: then losses choose among members as well as the gate."""
+        return not self.gate or feature_gate_of(self.settings.gate).OF_CLIENTS
+
     def look(self, decoder: Decoder, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """What the gate says of texts of one owner.
 

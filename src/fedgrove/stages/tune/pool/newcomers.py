@@ -75,17 +75,18 @@ def choose(pool: Pool, decoder: Decoder, windows: Windows, by: By | None = None,
     began, forwards, unlike = time.monotonic(), 0, None
     ids, labels = windows
     candidates: dict[str, Sequence[float]] = {NONE: (), SHARED: pool.shares}
-    number = len(pool.members)
+    number, by_losses = len(pool.members), by is By.losses or (by is None and pool.gives_one_member)
     with torch.no_grad():
         if group is not None:
             candidates[f"member {_member(pool, group)}"] = _only(_member(pool, group), number)
-        elif by is By.losses or (by is None and not pool.gate):
+        elif by_losses:
             candidates |= {f"member {member}": _only(member, number) for member in range(number)}
-        else:
+        if group is None and (by is By.gate or (by is None and pool.gate)):
             weights, p = pool.look(decoder, list(ids))
-            candidates[MIXTURE] = weights.mean(0).tolist()
             forwards = len(ids)
             unlike = None if p is None else float((p < LIKE_NOTHING).double().mean())
+            if not by_losses:
+                candidates[MIXTURE] = weights.mean(0).tolist()
         chosen_by, reported = (ids[::2], labels[::2]), (ids[1::2], labels[1::2])
         parts = {}
         for name, of in candidates.items():
