@@ -570,17 +570,8 @@ def test_a_newcomer_of_owners_who_are_alike_gets_the_best_member_and_hears_how_u
     run = small.undisturbed(stages=tune({**KEYS, "gate": "similar", "members": 2}, steps=6, learning_rate=0.03), **job)
     found = {}
     for by in ((), ("--by", "losses"), ("--by", "gate")):
-        given = (
-            "adopt",
-            run,
-            "--data",
-            small.folder / "only-river.txt",
-            "--out",
-            tmp_path / f"mine{len(found)}",
-            *by,
-            "--json",
-        )
-        status, out, err = cli(*given)
+        mine = tmp_path / f"mine{len(found)}"
+        status, out, err = cli("adopt", run, "--data", small.folder / "only-river.txt", "--out", mine, *by, "--json")
         assert status == 0, err
         found[by[-1] if by else ""] = json.loads(out)
     assert found[""]["weights"] == found["losses"]["weights"] == found["gate"]["weights"]

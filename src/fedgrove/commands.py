@@ -33,7 +33,8 @@ def adopt(
     data: Data,
     out: Annotated[Path, typer.Option(help="The folder of the adapter.")],
     by: Annotated[
-        By | None, typer.Option(help="gate: the gate's weights; losses: the best member. Default: by the gate.")
+        By | None,
+        typer.Option(help="gate: the gate's weights, the default if it looks at single windows; losses: the best member."),
     ] = None,
     group: Annotated[str | None, typer.Option(help="The owner's group, if the gate is groups.")] = None,
     text: Text = None,

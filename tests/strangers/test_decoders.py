@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 from decoders import LENGTH, plain_perplexity, save_small, small_config, windows
 from fedgrove.api import run
 from fedgrove.errors import FedgroveError
+from fedgrove.models import cost
 from fedgrove.models.blocks import Decoder
 from fedgrove.models.cost import measure_cost
 from fedgrove.models.linears import find_blocks, linears
@@ -50,10 +51,20 @@ def test_a_type_is_measured_as_plain_transformers_measures_it(kind: str, tmp_pat
     assert perplexity(decoder_of(folder), windows()) == pytest.approx(plain_perplexity(folder), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "mixtral", "phi3"])
+def test_activations_in_16_bits_are_those_of_all_tokens_though_measured_on_few(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_of(save_small(kind, tmp_path))
+    few = measure_cost(decoder, 64, masked=False).saved_half
+    monkeypatch.setattr(cost, "FEW", 64)
+    assert few == pytest.approx(measure_cost(decoder, 64, masked=False).saved_half, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", MEASURED)
 def test_of_a_type_activations_are_measured_in_32_and_16_bits(kind: str, tmp_path: Path) -> None:
-    cost = measure_cost(decoder_of(save_small(kind, tmp_path)), 16, masked=False)
-    assert 2 * cost.saved * 0.7 < cost.saved_half < 4 * cost.saved * 1.3
+    found = measure_cost(decoder_of(save_small(kind, tmp_path)), 16, masked=False)
+    assert 2 * found.saved * 0.7 < found.saved_half < 4 * found.saved * 1.3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # whoever reads a job need not wait for transformers
     from fedgrove.models.blocks import Decoder
     from fedgrove.models.replaced_blocks import Call
 
+FEW = 32  # tokens that bfloat16 activations are measured on: some processors take seven times as long for them
 LOGITS_AT_ONCE = 2**25  # with what their loss needs besides, half a gigabyte in float32
 
 
@@ -131,14 +133,14 @@ def count_parameters(decoder: Decoder) -> int:
 def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
     """Counts a model's weights, and measures the activations that one of its blocks saves for a window's backward pass.
 
-    Measured on a CPU wherever the decoder computes, so that a plan does not depend on the server's device. Where only some
-    blocks have experts, one of either kind is measured. Routers are taken to be even.
+    Measured on a CPU wherever the decoder computes, so that a plan does not depend on the server's device; in bfloat16 on few
+    tokens. Where only some blocks have experts, one of either kind is measured. Routers are taken to be even.
     """
     shapes = decoder.linear_shapes()
     decoder = decoder.again("cpu")
     config = decoder.checkpoint.config.get_text_config()
     sparse = [index for index, block in enumerate(decoder.blocks) if experts_in(block) is not None]
-    saved = _saved(decoder, length, sparse)
+    saved, half = _saved(decoder, length, sparse), decoder.again("cpu", torch.bfloat16)
     experts, passes = _experts_of(decoder, sparse), dict[str, float]()
     if experts is not None:
         reach = experts.routing.per_token / experts.routing.experts
@@ -153,11 +155,18 @@ def measure_cost(decoder: Decoder, length: int, masked: bool) -> ModelCost:
         num_blocks=len(decoder),
         saved=-(-saved // 4),
         length=length,
-        saved_half=_saved(decoder.again("cpu", torch.bfloat16), length, sparse),
+        saved_half=_saved(half, length, sparse) if length <= FEW else _from_few(half, length, sparse),
         masked=masked,
         passes=passes,
         experts=experts,
     )
+
+
+def _from_few(decoder: Decoder, length: int, sparse: list[int]) -> int:
+    """:func:`_saved` from ``FEW`` tokens and half of them: it grows with the tokens and, in some attentions, their square."""
+    once, twice = (_saved(decoder, tokens, sparse) for tokens in (FEW // 2, FEW))
+    parts = length / (FEW // 2)
+    return math.ceil(parts * once + parts * (parts - 1) / 2 * (twice - 2 * once))
 
 
 def _saved(decoder: Decoder, length: int, sparse: list[int]) -> int:
