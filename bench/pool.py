@@ -77,7 +77,7 @@ TOGETHER = {  # owners who are left out at the same time
 }  # fmt: skip
 TOGETHER_FIRST = "shared, then alone"
 METHODS = (
-    "base", "shared", "alone", TOGETHER_FIRST, "groups", "random", "losses", "mixture", "similar", "keys",
+    "base", "shared", "alone", TOGETHER_FIRST, "groups", "random", "losses", "mixture", "similar", "keys", "user_centric",
     "mixture, 4 members", "similar, 4 members", "keys, 4 members", "keys, 4 members, rank 2",
     "keys, 4 members, each window", "mixture, 4 members, each window",
 )  # fmt: skip

@@ -112,11 +112,14 @@ def test_every_gate_of_a_pool_is_that_of_the_in_process_engine(federation: Runni
         "losses": {"members": 2, "windows": 1},
         "mixture": {"members": 2, "starts": 1, "fit_rounds": 1, "size": 4, "prefix": 8},
         "random": {"members": 2},
+        "user_centric": {},
         "similar": {"members": 2, "starts": 1, "fit_rounds": 1, "size": 4, "prefix": 8},
     }
     assert {"keys", *special} == set(names(GATES)), "keys are in the job above"
-    gates = [{"gate": gate, "common": 0.0, **more} for gate, more in special.items()]
-    changes = {"stages": [{**POOL, "rounds": 1, "steps": 1, "pool": pool} for pool in gates], "evaluate__alone": False}
+    gates = [{"gate": gate, **({} if gate == "user_centric" else {"common": 0.0}), **more} for gate, more in special.items()]
+    rounds = [2 if pool["gate"] == "user_centric" else 1 for pool in gates]
+    stages = [{**POOL, "rounds": number, "steps": 1, "pool": pool} for number, pool in zip(rounds, gates, strict=True)]
+    changes = {"stages": stages, "evaluate__alone": False}
     assert federation.run("gates", Lines(), **changes, result="sites") is None
     here, fetched = small.undisturbed(**changes), federation.fetch("gates")
     for file in ("model/model.safetensors", "pool/member-0.safetensors", "pool/gate.safetensors"):

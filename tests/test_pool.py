@@ -52,6 +52,7 @@ TUNE = {
 }  # fmt: skip
 SCALES = {"method": "ia3", "aggregation": None, "ranks": None, "learning_rate": 0.05}
 MIXTURE = {"gate": "mixture", "members": 2, "common": 0.34, "size": 3, "prefix": 8, "starts": 2, "fit_rounds": 4}
+OWN: dict[str, Any] = {"gate": "user_centric"}
 GROUPS = {"gate": "groups", "common": 0.34, "groups": {"wood": ["ash", "birch"], "other": ["cedar"]}}
 
 
@@ -447,11 +448,21 @@ def files_of(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("moment", "secure"),
-    [("*/gate-0002.safetensors", False), ("*/member-0001-01.safetensors", False), ("*/member-0001-00.safetensors", True)],
+    ("pool", "moment", "secure"),
+    [
+        (MIXTURE, "*/gate-0002.safetensors", False),
+        (MIXTURE, "*/member-0001-01.safetensors", False),
+        (KEYS, "*/member-0001-00.safetensors", True),
+        (OWN, "*/owners-0001.safetensors", False),
+        (OWN, "*/member-0001-02.safetensors", False),
+        (OWN, "*/changes-0002.safetensors", False),
+        (OWN, "*/pool", False),
+    ],
 )
-def test_a_killed_pool_goes_on_to_the_same_bits(small: Small, tmp_path: Path, moment: str, secure: bool) -> None:
-    changes: dict[str, Any] = {"stages": tune(MIXTURE)}
+def test_a_killed_pool_goes_on_to_the_same_bits(
+    small: Small, tmp_path: Path, pool: dict[str, Any], moment: str, secure: bool
+) -> None:
+    changes: dict[str, Any] = {"stages": tune(pool, rounds=3)}
     if secure:
         changes = {"stages": tune(KEYS, **FIXED), "evaluate": {}, "privacy": {"secure_aggregation": True, "min_group": 3}}
     whole = small.undisturbed(**changes)
@@ -686,7 +697,11 @@ def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: 
 @pytest.mark.parametrize(
     ("pool", "stage", "words"),
     [
-        ({**GROUPS, "gate": "group"}, {}, ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar")),
+        (
+            {**GROUPS, "gate": "group"},
+            {},
+            ("stages.0.pool.gate", "groups, keys, losses, mixture, random, similar, user_centric"),
+        ),
         ({"gate": "similar", "members": 2, "directions": "windows"}, {}, ("pool", "directions", "does not use it")),
         ({"gate": "losses", "members": "auto"}, {}, ("pool", 'members: gate "losses" does not find their number; give one')),
         ({"gate": "keys", "members": "auto", "directions": "windows"}, {}, ("pool", "do not tell how many there are")),
@@ -703,6 +718,9 @@ def test_owners_who_are_alike_are_found_with_noise_on_one_direction_each(small: 
         (GROUPS, {"epsilon": 8.0, "dp_unit": "client", "precision": "fixed"}, ("epsilon", 'set dp_unit = "window"')),
         ({**MIXTURE, "groups": {"wood": ["ash"]}}, {}, ("pool", "groups", "does not use it")),
         ({"gate": "groups"}, {}, ("stages.0.pool.groups", "who belongs together")),
+        ({**OWN, "members": 3}, {}, ("pool", 'members: gate "user_centric" has one for each client; leave members out')),
+        ({**OWN, "common": 0.5}, {}, ("pool", 'common: gate "user_centric" does not use it')),
+        (OWN, {**SCALES, "server_optimizer": "adam"}, ("stages.0", "leave server_optimizer and server_lr out")),
         ({**GROUPS, "groups": {"wood": ["ash", "oak"]}}, {}, ("stages.0.pool.groups.wood", "'oak' is no client")),
         ({**GROUPS, "groups": {"wood": ["ash"], "other": ["ash"]}}, {}, ("'ash' is in a group already",)),
         ({**GROUPS, "groups": {"wood": ["ash", "birch"]}}, {}, ("client 'cedar' is in no group",)),
@@ -756,6 +774,8 @@ def test_secure_aggregation_takes_gates_whose_members_add_up_over_enough_clients
     line = complaint("plan", small.job("bad", stages=tune(GROUPS, precision="fixed"), **secure))
     assert "privacy.min_group" in line
     assert "make groups larger" in line
+    line = complaint("plan", small.job("bad", stages=tune(OWN, precision="fixed"), **secure))
+    assert "weighs what each client has changed, and a sum hides that" in line
 
 
 def test_what_cannot_be_adopted_is_refused(small: Small, tmp_path: Path) -> None:

@@ -68,8 +68,9 @@ class FloatRound:
         folder: Path,
         experts: ExpertRules | None = None,
     ):
-        self._method, self._aggregation, self._states, self._assigned, self._seed = method, aggregation, states, assigned, seed
-        self._shapes, self._bounds, self._folder = shapes, bounds, folder
+        self.states, self.shapes, self.ranks = states, shapes, ranks
+        self._method, self._aggregation, self._assigned, self._seed = method, aggregation, assigned, seed
+        self._bounds, self._folder = bounds, folder
         self.sums = {name: aggregation.sums(states[name], ranks[name]) for name in states}
         self.losses: dict[str, float] = {}
         self._loss = WeightedSum()
@@ -172,7 +173,7 @@ class FloatRound:
     def _change(self, client: str, name: str, parts: Tensors, scale: float) -> Any:
         """What a client sent of a linear, its difference from the start scaled."""
         rank = self._assigned[client][name]
-        own = self._aggregation.begin(self._states[name], rank).own
+        own = self._aggregation.begin(self.states[name], rank).own
         change = self._method.received(parts, own, rank, name, self._seed)
         if scale == 1:
             return change
@@ -185,5 +186,5 @@ class FloatRound:
 
     def _own(self, name: str, rank: int) -> Any:
         """The factors that a client of this rank started from."""
-        own = self._aggregation.begin(self._states[name], rank).own
-        return self._method.start(own.parts(), {}, self._shapes[name], rank, name, self._seed).own
+        own = self._aggregation.begin(self.states[name], rank).own
+        return self._method.start(own.parts(), {}, self.shapes[name], rank, name, self._seed).own

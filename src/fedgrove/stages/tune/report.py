@@ -159,6 +159,12 @@ def _pool_says(pool: Mapping[str, Any]) -> str:
             f"Gate {pool['pool']['gate']} tells no kinds of text apart that enough clients have (privacy.min_group): one "
             f"adapter was trained, as without a pool.{how}"
         )
+    if "weights" in pool:
+        return (
+            "Every client has a member of the pool: the changes of all clients, each weighed by what it is worth to that "
+            f"client (gate {pool['pool']['gate']}). The result is the mean of the members, weighted by the windows of each "
+            "client. The members are in pool/."
+        )
     return (
         f"The result is the mean of {plural(pool['members'], 'adapter')}, the members of a pool, weighted by the windows that "
         f"each was trained on (gate {pool['pool']['gate']}).{how} The members are in pool/; fedgrove adopt gives an owner a "
@@ -167,7 +173,11 @@ def _pool_says(pool: Mapping[str, Any]) -> str:
 
 
 def _pool_table(stage: Stage, pool: Mapping[str, Any]) -> Table:
-    """How many windows of each client each member got."""
+    """How many windows of each client each member got, or how much of each client's change."""
+    if "weights" in pool:
+        columns = [Column("client"), *(Column(client, "{:.0%}".format) for client in pool["weights"])]
+        rows = [[client, *weights] for client, weights in pool["weights"].items()]
+        return Table(f"stage-{stage.number}-pool", "How much of what each client changed its member has", columns, rows)
     columns = [Column("client"), *(Column(f"member {member}", "{:,}".format) for member in range(pool["members"]))]
     rows = [[client, *windows] for client, windows in pool["clients"].items()] or [["all together", *pool["windows"]]]
     return Table(f"stage-{stage.number}-pool", "Windows of each client that each member is trained on", columns, rows)

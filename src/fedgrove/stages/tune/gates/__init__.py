@@ -1,9 +1,11 @@
 """Gates of a pool: how much of each member a piece of text gets. A new gate is a new file here, named as in the job.
 
 A pool has several adapters, its members. What a gate looks at (``LOOKS``) decides which contract its file fulfils: at what the
-job says of the owners (:class:`JobGate`), at features of windows in the frozen model (:class:`FeatureGate`), or at the members'
-losses (:class:`LossGate`). Of a window it looks at the first tokens (``prefix``). An owner's weights come from its own text;
-who measures weights window by window has to leave these tokens out of the loss, or the gate has seen what is predicted.
+job says of the owners (:class:`JobGate`), at features of windows in the frozen model (:class:`FeatureGate`), at the members'
+losses (:class:`LossGate`), or at what the owners' training changes (:class:`ChangeGate`).
+
+Of a window a gate looks at the first tokens (``prefix``). An owner's weights come from its own text; who measures weights of
+single windows has to leave these tokens out of the loss, or the gate has seen what is predicted.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:  # the stage's table names its gate, so it imports this packag
     from fedgrove.stages.tune.pool.config import Pool
 
 PACKAGE = "stages.tune.gates"
-Looks = Literal["job", "features", "members"]
+Looks = Literal["job", "features", "members", "changes"]
 
 
 class Gate(Protocol):
@@ -142,6 +144,21 @@ class LossGate(Gate, Protocol):
         ...
 
 
+class ChangeGate(Gate, Protocol):
+    """A gate that gives each owner a member, and says after every round which part of each owner's change goes into it."""
+
+    def weights(self, products: Tensor, squares: Tensor, rounds: Tensor, windows: Tensor) -> Tensor:
+        """How much of each owner's mean change per round each owner gets: (owners, owners) float64; every row adds up to 1.
+
+        Args:
+            products: of the owners' changes, each summed over its rounds, the inner products: (owners, owners) float64.
+            squares: the squared norms of an owner's changes of single rounds, summed: (owners,) float64.
+            rounds: how many rounds each owner was in: (owners,) int64.
+            windows: of each owner, (owners,) float64.
+        """
+        ...
+
+
 def normal(shape: tuple[int, ...], seed: str) -> Tensor:
     """Gaussian numbers from a seed, float64, the same on every machine."""
     digest = hashlib.sha256(seed.encode()).digest()
@@ -150,7 +167,7 @@ def normal(shape: tuple[int, ...], seed: str) -> Tensor:
 
 
 METHOD = Gate
-CONTRACTS: Mapping[Looks, Any] = {"job": JobGate, "features": FeatureGate, "members": LossGate}
+CONTRACTS: Mapping[Looks, Any] = {"job": JobGate, "features": FeatureGate, "members": LossGate, "changes": ChangeGate}
 
 
 def gate_of(name: str) -> Gate:
@@ -173,3 +190,8 @@ def feature_gate_of(name: str) -> FeatureGate:
 def loss_gate_of(name: str) -> LossGate:
     """Loads a gate that looks at losses."""
     return cast(LossGate, plugins.load(PACKAGE, name, LossGate))
+
+
+def change_gate_of(name: str) -> ChangeGate:
+    """Loads a gate that looks at what training changes."""
+    return cast(ChangeGate, plugins.load(PACKAGE, name, ChangeGate))

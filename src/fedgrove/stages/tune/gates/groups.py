@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "job"
 OF_CLIENTS = True
 CHOOSES = False
-KEYS = frozenset({"groups"})
+KEYS = frozenset({"common", "groups"})
 
 
 def deal(pool: Pool, clients: Sequence[str], seed: str) -> dict[str, int]:

@@ -25,7 +25,7 @@ LOOKS: Looks = "features"
 OF_CLIENTS = False
 CHOOSES = True
 SAYS = "a mean cosine of {:.2f}"
-KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
+KEYS = frozenset({"common", "blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of a cosine, after the binary point
 HOLDS = 0.01  # a client holds a key that has this part of its windows

@@ -13,7 +13,7 @@ from fedgrove.stages.tune.gates import Looks
 LOOKS: Looks = "members"
 OF_CLIENTS = True
 CHOOSES = False
-KEYS = frozenset({"windows"})
+KEYS = frozenset({"common", "windows"})
 
 
 def choose(losses: Sequence[float]) -> int:

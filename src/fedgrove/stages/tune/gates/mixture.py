@@ -29,7 +29,7 @@ LOOKS: Looks = "features"
 OF_CLIENTS = False
 CHOOSES = True
 SAYS = "a mean log-likelihood of {:.2f} nats"
-KEYS = frozenset({"blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
+KEYS = frozenset({"common", "blocks", "directions", "size", "prefix", "starts", "fit_rounds"})
 
 BITS = 20  # of γ and of a log-likelihood, after the binary point
 LEAST_VARIANCE = 0.01  # of a component, where that of all windows is 1

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LOOKS: Looks = "job"
 OF_CLIENTS = True
 CHOOSES = False
-KEYS: frozenset[str] = frozenset()
+KEYS = frozenset({"common"})
 
 
 def deal(pool: Pool, clients: Sequence[str], seed: str) -> dict[str, int]:

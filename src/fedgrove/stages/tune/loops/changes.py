@@ -108,59 +108,73 @@ class Loop(Planning):
         requests = {client: self._request(client, round_) for client in sorted(plan.clients)}
         messages = {client: Message(request, self._start(client)) for client, request in requests.items()}
         clock = self._clock({client: assignment.compute for client, assignment in plan.clients.items()})
-        if self.config.precision == "fixed":
-            heard = self._sum_fixed(requests, messages, clock)
-        else:
-            heard = self._sum_floats(messages, clock)
+        sums = self._sums(requests)
+        heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
+        self._settle(sums, heard, clock)
         for client in heard:
             state.seen[client] = state.seen.get(client, 0) + requests[client].training.steps * plan.clients[client].batch
         state.clock += clock.slowest(heard)
         state.metrics.append((None, "clock", state.clock))
         self.keep_time(heard, clock)
 
-    def _sum_floats(self, messages: Mapping[str, Message], clock: Clock) -> list[str]:
-        plan, config, state = self.plan, self.config, self.state
-        shapes = {name: self.decoder.read_shape(name) for name in plan.tuned()}
-        old = {name: state.state_of(name, shape) for name, shape in shapes.items()}
-        ranks = {name: [one.ranks[name] for one in plan.clients.values() if name in one.ranks] for name in shapes}
-        assigned = {client: one.ranks for client, one in plan.clients.items()}
-        bounds = Bounds(config.max_change, config.most_tokens)
-        folder = self.run.path / "work" / "changes"
-        sums = FloatRound(self.method, self.aggregation, old, shapes, ranks, assigned, self.seed, bounds, folder, self._rules())
-        heard = list(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
+    def _sums(self, requests: Mapping[str, Train]) -> FloatRound | FixedRound:
+        """What the responses to these requests are added up in."""
+        if self.config.precision == "fixed":
+            return FixedRound(requests, self._rules())
+        shapes = {name: self.decoder.read_shape(name) for name in self.plan.tuned()}
+        clients = {client: self.plan.clients[client].ranks for client in requests}
+        return FloatRound(
+            self.method,
+            self.aggregation,
+            {name: self.state.state_of(name, shape) for name, shape in shapes.items()},
+            shapes,
+            {name: [ranks[name] for ranks in clients.values() if name in ranks] for name in shapes},
+            clients,
+            self.seed,
+            Bounds(self.config.max_change, self.config.most_tokens),
+            self.run.path / "work" / "changes",
+            self._rules(),
+        )
+
+    def _settle(self, sums: FloatRound | FixedRound, heard: list[str], clock: Clock) -> None:
+        """Brings the state to the end of a round, from what was added up."""
+        if isinstance(sums, FixedRound):
+            self._settle_fixed(sums, heard, clock)
+        else:
+            self._settle_floats(sums, heard, clock)
+
+    def _settle_floats(self, sums: FloatRound, heard: list[str], clock: Clock) -> None:
+        state = self.state
         for client in heard:
             if client in sums.losses:
                 state.metrics.append((client, "loss", sums.losses[client]))
             state.metrics.append((client, "seconds", clock.spent[client]))
         for client in sums.finish():
-            self.run.message(f"{client}: its change is more than {config.max_change:g} times the median; it was scaled down")
-        for name, shape in shapes.items():
+            self.run.message(
+                f"{client}: its change is more than {self.config.max_change:g} times the median; it was scaled down"
+            )
+        for name, old in sums.states.items():
             if name in sums.unchanged:
                 continue
-            rank = max(ranks[name])
+            rank = max(sums.ranks[name])
             if self.method.RANKED:
-                rank = max(rank, old[name].live.rank)
+                rank = max(rank, old.live.rank)
             try:
-                new = self.aggregation.finish(old[name], sums.sums[name], Options(rank, config.partition))
+                new = self.aggregation.finish(old, sums.sums[name], Options(rank, self.config.partition))
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # of NaN or infinity; torch exports it in docs
                 raise self._diverged(name) from error
-            self._step(name, shape, old[name], new, rank)
+            self._step(name, sums.shapes[name], old, new, rank)
         loss = sums.loss()
         if loss is not None:
             state.metrics.append((None, "loss", loss))
-        return heard
 
-    def _sum_fixed(self, requests: Mapping[str, Train], messages: Mapping[str, Message], clock: Clock) -> list[str]:
+    def _settle_fixed(self, sums: FixedRound, heard: list[str], clock: Clock) -> None:
         """Adds the mean of the clients' differences to the state that they started from."""
-        state = self.state
-        sums = FixedRound(requests, self._rules())
-        heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
-        means = sums.means(heard)
+        state, means = self.state, sums.means(heard)
         self._take(means)
         state.metrics += [(client, "seconds", clock.spent[client]) for client in heard]
         if LOSS in means:
             state.metrics.append((None, "loss", float(means[LOSS])))
-        return heard
 
     def _take(self, means: Mapping[str, Tensor]) -> None:
         """Adds the means of the clients' differences, ``<linear>/<part>``, to the state."""

@@ -1,9 +1,11 @@
 """Rounds of a pool: first all train one adapter, then each member of the pool is trained by the clients that have text for it.
 
 A member's round is an ordinary one of :mod:`fedgrove.stages.tune.loops.changes` with fewer clients: the same sum, aggregation
-and weights. A client divides its steps among its members as its windows are, so a pool costs it no more steps than one adapter.
-With fixed-point numbers all members are trained in one exchange, and which of them a client trains stays with it
-(:mod:`fedgrove.stages.tune.exchanges.members`): the server has only sums over all clients.
+and weights. Where each client trains one member, one exchange trains all of them. A client divides its steps among its members
+as its windows are, so a pool costs it no more steps than one adapter. With fixed-point numbers and a gate of features one
+exchange trains all members, too, and which of them a client trains stays with it
+(:mod:`fedgrove.stages.tune.exchanges.members`): the server has only sums over all clients. With gate "user_centric" each client
+has a member, which after every round becomes a weighted sum of what all have changed so far.
 
 After each round the state of the stage is the mean of the members, weighted by their windows: the model for whoever has no
 weights of its own.
@@ -11,54 +13,40 @@ weights of its own.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedgrove.events import Phase
 from fedgrove.files import atomic_folder
 from fedgrove.models.digest import digests
-from fedgrove.rounds.aggregator.integers import IntegerSums
+from fedgrove.rounds.aggregator.apart import Apart
 from fedgrove.rounds.request import Message
 from fedgrove.stages.tune.changes import State
-from fedgrove.stages.tune.exchanges.deal import (
-    TRAINERS,
-    WINDOWS,
-    DealByFeatures,
-    DealByLoss,
-    Dealt,
-    FeatureDeal,
-    SumDeals,
-    check_deals,
-)
-from fedgrove.stages.tune.exchanges.gate import NOVELTY
 from fedgrove.stages.tune.exchanges.members import TrainMembers
 from fedgrove.stages.tune.exchanges.train import Train
-from fedgrove.stages.tune.gates import feature_gate_of, job_gate_of
-from fedgrove.stages.tune.gates import random as at_random
-from fedgrove.stages.tune.loops import changes
+from fedgrove.stages.tune.fixed_round import FixedRound
+from fedgrove.stages.tune.float_round import FloatRound
+from fedgrove.stages.tune.gates import feature_gate_of
 from fedgrove.stages.tune.parametrizations import Mixable, mixable_of
 from fedgrove.stages.tune.plan import Plan
 from fedgrove.stages.tune.pool.card import GATE, write_card
 from fedgrove.stages.tune.pool.config import AUTO
 from fedgrove.stages.tune.pool.dealing import steps_of
-from fedgrove.stages.tune.pool.fitting import Fit, fields_of, likelihoods_of
+from fedgrove.stages.tune.pool.deals import TOGETHER, Dealing
+from fedgrove.stages.tune.pool.fitting import likelihoods_of
 from fedgrove.stages.tune.pool.members import Member, mixture, write_members
 from fedgrove.stages.tune.pool.newcomers import evaluate_new
+from fedgrove.stages.tune.pool.weighing import Changes
 from fedgrove.stages.tune.routed import ExpertRules, places_of_members
 from fedgrove.stages.tune.state import Measurement, TuningState
 
-TOGETHER = ""  # instead of a client's name, where only the sum over clients is known
 
-
-class Loop(changes.Loop):
+class Loop(Dealing):
     """See :class:`fedgrove.stages.tune.tuning.Tuning`."""
 
     method: Mixable
@@ -66,12 +54,8 @@ class Loop(changes.Loop):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.method = mixable_of(self.config.parametrization)
-        assert self.config.pool is not None
-        self.pool = self.config.pool
-        self.first = self.pool.common_rounds(self.config.rounds)
-        self.members: list[TuningState] = []
         self.member: int | None = None  # that is trained
-        self.windows: dict[str, tuple[int, ...]] = {}  # by client or ``TOGETHER``, how many each member gets
+        self.changes: Changes | None = None  # of every client, for gate "user_centric"
 
     def prepare(self, round_: int, again: bool) -> None:
         """Before a round in which members are trained: the members, and each client's windows for them."""
@@ -86,6 +70,10 @@ class Loop(changes.Loop):
         if not self.members:
             number = len(next(iter(self.windows.values())))
             self.members = [self._copy() for _ in range(number)]
+        if self._weighs and self.changes is None:
+            begun, before = round_ > self.first, self._file_of_changes(round_ - 1)
+            none = Changes.none(self.method, len(self.members))
+            self.changes = Changes.read(self.method, before) if begun else none
 
     def train_round(self, round_: int) -> None:
         """One round of every member; then the mean of all."""
@@ -93,8 +81,10 @@ class Loop(changes.Loop):
             return super().train_round(round_)
         if self.config.deals_in_sums:
             super().train_round(round_)
+        elif self._at_once:
+            self._train_at_once(round_)
         else:
-            self._train_apart(round_)
+            self._train_one_by_one(round_)
         shared = self.state
         mass = [float(sum(windows[number] for windows in self.windows.values())) for number in range(len(self.members))]
         shares = [one / sum(mass) for one in mass]
@@ -105,7 +95,60 @@ class Loop(changes.Loop):
             member.write(self._file(round_, number))
         return None
 
-    def _train_apart(self, round_: int) -> None:
+    @property
+    def _at_once(self) -> bool:
+        """Whether one exchange trains all members: where each client trains one, and its change may be seen."""
+        return self.pool.method.OF_CLIENTS and not self.federation.job.privacy.secure_aggregation
+
+    def _train_at_once(self, round_: int) -> None:
+        """A round of all members in one exchange; each client trains one of them."""
+        shared, before = self.state, [_changes(member) for member in self.members]
+        requests: dict[str, Train] = {}
+        messages, sums, of_client = dict[str, Message](), list[FloatRound | FixedRound](), dict[str, int]()
+        for number, member in enumerate(self.members):
+            member.plan, member.metrics = self._plan_of(shared.plan, number), []
+            with self._as_member(number):
+                of = {client: self._request(client, round_) for client in sorted(member.plan.clients)}
+                messages |= {client: Message(request, self._start(client)) for client, request in of.items()}
+                sums.append(self._sums(of))
+            requests |= of
+            of_client |= dict.fromkeys(of, number)
+        clock = self._clock({client: one.compute for client, one in shared.plan.clients.items()})
+        apart = Apart({client: sums[number] for client, number in of_client.items()})
+        messages = dict(sorted(messages.items()))
+        heard = sorted(self.federation.aggregator.aggregate(messages, apart, layout=self.decoder, clock=clock))
+        said: list[tuple[int, Measurement]] = []
+        for number, member in enumerate(self.members):
+            of_member = [client for client in heard if of_client[client] == number]
+            if of_member:
+                with self._as_member(number):
+                    self._settle(sums[number], of_member, clock)
+            for client in of_member:
+                steps, batch = requests[client].training.steps, member.plan.clients[client].batch
+                member.seen[client] = member.seen.get(client, 0) + steps * batch
+            said += _with_tokens(member)
+        shared.clock += clock.slowest(heard)
+        shared.metrics += _together(said, shared.clock)
+        if self._weighs:
+            self._weigh(round_, before, [of_client[client] for client in heard])
+
+    def _weigh(self, round_: int, before: Sequence[Member], heard: Collection[int]) -> None:
+        """Makes each member the weighted sum of what all clients have changed so far.
+
+        Args:
+            before: the members as they were sent.
+            heard: the members whose client has responded.
+        """
+        assert self.changes is not None
+        for number in heard:
+            self.changes.add(number, before[number], _changes(self.members[number]))
+        for member, weights in zip(self.members, self.changes.weights(self.pool.gate, self.windows), strict=True):
+            for name, change in self.changes.weighted(weights, round_ - self.first + 1).items():
+                shape = self.decoder.read_shape(name)
+                member.put(name, shape, State(change, self.method.none(shape)))
+        self.changes.write(self._file_of_changes(round_))
+
+    def _train_one_by_one(self, round_: int) -> None:
         """A round of each member with the clients that have windows for it, one after the other."""
         shared = self.state
         said: list[tuple[int, Measurement]] = []  # with the tokens that count for it
@@ -116,8 +159,7 @@ class Loop(changes.Loop):
                 self.run.phase(phase)
                 with self._as_member(number):
                     super().train_round(round_)
-                tokens = {client: one.tokens for client, one in member.plan.clients.items()}
-                said += [(sum(tokens.values()) if one[0] is None else tokens[one[0]], one) for one in member.metrics]
+                said += _with_tokens(member)
             shared.clock = member.clock
         shared.metrics += _together(said, shared.clock)
 
@@ -138,7 +180,7 @@ class Loop(changes.Loop):
             self.run.message("tune: all rounds are common: there is no pool; lower pool.common")
             return
         members = self.members or self._read(self.config.rounds - 1)
-        if self.pool.members == AUTO and len(members) == 1:
+        if self.pool.members == AUTO and len(members) == 1 and not self._weighs:
             shared = f"that {self.plan.min_group} clients or more have (privacy.min_group)"
             self.run.message(f"tune: the gate tells no kinds of text apart {shared}, so the pool has one member")
         folder, facts = self.run.path / "pool", self._facts(len(members))
@@ -152,7 +194,7 @@ class Loop(changes.Loop):
     def _facts(self, number: int) -> dict[str, Any]:
         windows = self._dealt(self.config.rounds - 1)
         mass = [sum(of[member] for of in windows.values()) for member in range(number)]
-        facts = {
+        facts: dict[str, Any] = {
             "stage": self.plan.stage,
             "members": number,
             "windows": mass,
@@ -165,108 +207,13 @@ class Loop(changes.Loop):
             "digests": digests(self.model),
             "pool": self.pool.model_dump(mode="json"),
         }
+        if self._weighs:
+            last = self.changes or Changes.read(self.method, self._file_of_changes(self.config.rounds - 1))
+            facts["weights"] = dict(zip(self._every, last.weights(self.pool.gate, windows), strict=True))
         if self.pool.method.LOOKS != "features":
             return facts
         fit = likelihoods_of(self._work)
         return facts | {"likelihoods": fit, "fitted_to": feature_gate_of(self.pool.gate).SAYS.format(fit[-1])}
-
-    def _deal(self, round_: int) -> dict[str, tuple[int, ...]]:
-        """How many windows of each client each member gets in this round."""
-        looks, clients = self.pool.method.LOOKS, list(self.plan.clients)
-        if self.config.deals_in_sums:
-            windows = self._deal_in_sums(round_)
-        elif looks == "features":
-            fitted = Fit(self, self.pool, self._common).run()
-            windows = self._ask(self._by_features(DealByFeatures, round_, fitted))
-        elif looks == "members" and round_ > self.first:
-            windows = self._ask(self._by_loss(round_))
-        else:
-            every = [client.name for client in self.federation.job.of_stage(self.plan.stage).clients]
-            gate = job_gate_of(self.pool.gate) if looks == "job" else at_random
-            dealt = gate.deal(self.pool, every, str(self.federation.job.seed))
-            of = {client: self.plan.clients[client].tokens // self.config.length for client in clients}
-            windows = {
-                client: tuple(of[client] if member == dealt[client] else 0 for member in range(self.pool.most))
-                for client in clients
-            }
-        self.run.write_json(f"work/stage-{self.plan.stage}/deal-{round_:04d}.json", windows)
-        return windows
-
-    def _dealt(self, round_: int) -> dict[str, tuple[int, ...]]:
-        """What :meth:`_deal` found for the latest round up to this one."""
-        files = [file for file in sorted(self._work.glob("deal-*.json")) if file.stem <= f"deal-{round_:04d}"]
-        found: dict[str, tuple[int, ...]] = json.loads(files[-1].read_text(encoding="utf-8"))
-        return found
-
-    def _deal_in_sums(self, round_: int) -> dict[str, tuple[int, ...]]:
-        """How many windows of all clients together each member gets."""
-        self.run.phase(Phase("tune", "dealing text to the members of the pool", stage=self.plan.stage))
-        fitted = Fit(self, self.pool, self._common).run(partial(self._of_enough_clients, round_))
-        if not self.windows:  # the gate was fitted before the run was killed
-            self._of_enough_clients(round_, fitted)
-        return self.windows
-
-    def _of_enough_clients(self, round_: int, fitted: Mapping[str, Tensor]) -> Tensor:
-        """Lets clients deal their windows, and says which members stay, (members,) bool.
-
-        All do if enough clients would train each: else the sum of a member's changes would be that of a few. If not, one of
-        those goes, and its windows go to others.
-        """
-        of = {client: one.tokens // self.config.length for client, one in self.plan.clients.items()}
-        found = IntegerSums(lambda sums, heard: check_deals(sums, sum(of[client] for client in heard), len(heard)))
-        messages = self._by_features(SumDeals, round_, fitted, steps=self.config.steps)
-        self.federation.aggregator.aggregate(messages, found, layout=self.decoder, clock=self._clock({}))
-        windows, few = found.sums[WINDOWS], found.sums[TRAINERS] < self.federation.job.together(len(of))
-        self.windows = {TOGETHER: tuple(windows.tolist())}
-        stays = torch.ones_like(few)
-        if len(few) > 1 and bool(few.any()):
-            stays[torch.where(few, windows, windows.sum() + 1).argmin()] = False
-        return stays
-
-    def _by_features(
-        self, kind: type[FeatureDeal], round_: int, fitted: Mapping[str, Tensor], **fields: Any
-    ) -> dict[str, Message]:
-        """Requests to deal windows by a fitted gate."""
-        tensors = {name: value for name, value in fitted.items() if name != NOVELTY}
-        gate: dict[str, Any] = {"gate": self.pool.gate, "blocks": self.pool.blocks, "prefix": self.pool.prefix}
-        gate |= fields_of(tensors) | fields
-        return {
-            client: Message(kind(**self._common(client, round_), **gate, tokens=one.tokens), tensors)
-            for client, one in self.plan.clients.items()
-        }
-
-    def _by_loss(self, round_: int) -> dict[str, Message]:
-        """Requests to measure the members."""
-        tensors = {
-            f"member-{number}/{name}/{part}": value.float().contiguous()
-            for number, member in enumerate(self.members)
-            for name, state in member.states.items()
-            for part, value in state.total().parts().items()
-        }
-        return {
-            client: Message(
-                DealByLoss(
-                    **self._common(client, round_),
-                    gate=self.pool.gate,
-                    members=len(self.members),
-                    windows=self.pool.windows,
-                    micro=one.micro,
-                    parametrization=self.config.parametrization,
-                    masked=self.masked,
-                    tokens=one.tokens,
-                ),
-                tensors,
-            )
-            for client, one in self.plan.clients.items()
-        }
-
-    def _ask(self, messages: Mapping[str, Message]) -> dict[str, tuple[int, ...]]:
-        self.run.phase(Phase("tune", "dealing text to the members of the pool", stage=self.plan.stage))
-        windows = {}
-        for client, _, reply in self.federation.collect(messages, clock=self._clock({})):
-            assert isinstance(reply, Dealt)
-            windows[client] = reply.windows
-        return windows
 
     def _request(self, client: str, round_: int) -> Train:
         request = super()._request(client, round_)
@@ -328,12 +275,11 @@ class Loop(changes.Loop):
         state = self.state
         return TuningState(state.plan, dict(state.states), dict(state.optimizer), dict(state.seen), shapes=dict(state.shapes))
 
-    @property
-    def _work(self) -> Path:
-        return self.run.path / "work" / f"stage-{self.plan.stage}"
-
     def _file(self, round_: int, member: int) -> Path:
         return self._work / f"member-{round_:04d}-{member:02d}.safetensors"
+
+    def _file_of_changes(self, round_: int) -> Path:
+        return self._work / f"owners-{round_:04d}.safetensors"
 
     def _read(self, round_: int) -> list[TuningState]:
         """The members after a round."""
@@ -343,6 +289,12 @@ class Loop(changes.Loop):
 def _changes(state: TuningState) -> Member:
     """The change of each linear: all of it is trained, as no client trains a part."""
     return {name: of.live for name, of in state.states.items()}
+
+
+def _with_tokens(member: TuningState) -> list[tuple[int, Measurement]]:
+    """A member's measurements of a round, each with the tokens that it is of."""
+    tokens = {client: one.tokens for client, one in member.plan.clients.items()}
+    return [(sum(tokens.values()) if one[0] is None else tokens[one[0]], one) for one in member.metrics]
 
 
 def _together(said: list[tuple[int, Measurement]], clock: float) -> list[Measurement]:

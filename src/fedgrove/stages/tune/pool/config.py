@@ -33,13 +33,15 @@ class Pool(Table):
 
     Attributes:
         gate: what decides which member a text gets: "similar", the direction of all windows of an owner together; "keys",
-            directions of single windows' features; "mixture", Gaussians of them; "groups", what the job says of the owners;
-            "losses", the member of the lowest loss; "random", the seed.
-        members: number of adapters. With ``groups`` it is their number. "auto", only with gates that look at features: as many
-            as there are kinds of text, at most eight. With "similar", as many kinds of owners as one half of their text tells
-            of the other half; with the others, one more than there are directions that tell owners apart. Where "auto"
-            cannot be, the default is 4.
-        common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin.
+            directions of single windows' features; "mixture", Gaussians of them; "user_centric", every owner has a member, into
+            which the changes of owners who are alike go; "groups", what the job says of the owners; "losses", the member of the
+            lowest loss; "random", the seed.
+        members: number of adapters. With ``groups`` it is their number, with "user_centric" that of the clients. "auto", only
+            with gates that look at features: as many as there are kinds of text, at most eight. With "similar", as many kinds
+            of owners as one half of their text tells of the other half; with the others, one more than there are directions
+            that tell owners apart. Where "auto" cannot be, the default is 4.
+        common: the fraction of the rounds in which everybody first trains one adapter, from which the members then begin. Not
+            gate "user_centric".
         groups: which clients belong together, by the group's name. Only gate "groups".
         blocks: how deep in the model the features are taken, as fractions of its blocks: 0 are the embeddings. Only gates that
             look at features, as all that follow.
@@ -78,7 +80,7 @@ class Pool(Table):
 
     @model_validator(mode="after")
     def _uses_its_keys(self) -> Self:
-        special = {"groups", "blocks", "directions", "size", "prefix", "starts", "fit_rounds", "windows"}
+        special = {"common", "groups", "blocks", "directions", "size", "prefix", "starts", "fit_rounds", "windows"}
         for key in sorted(special - self.method.KEYS):
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f'{key}: gate "{self.gate}" does not use it; leave it out')
@@ -87,18 +89,22 @@ class Pool(Table):
     @model_validator(mode="after")
     def _finds_their_number(self) -> Self:
         if self.members != AUTO:
+            if self.method.LOOKS == "changes":
+                raise ValueError(f'members: gate "{self.gate}" has one for each client; leave members out')
             return self
         if not self.method.CHOOSES:
             raise ValueError(f'members: gate "{self.gate}" does not find their number; give one')
         if self.directions == "windows":
             raise ValueError('members: directions = "windows" do not tell how many there are; give a number')
-        if self.side_by_side > MOST_STARTS:
+        if self.method.LOOKS == "features" and self.side_by_side > MOST_STARTS:
             raise ValueError(f"starts: {MOST_STARTS // MOST_TRIED} at most for each number of members that is tried; lower it")
         return self
 
     @property
     def most(self) -> int:
         """The largest number of members."""
+        if self.method.LOOKS == "changes":
+            return MOST_MEMBERS
         return self.members if isinstance(self.members, int) else MOST_TRIED
 
     @property
@@ -117,7 +123,7 @@ class Pool(Table):
 
     def common_rounds(self, rounds: int) -> int:
         """How many of a stage's rounds all train one adapter."""
-        return round(self.common * rounds)
+        return 0 if self.method.LOOKS == "changes" else round(self.common * rounds)
 
 
 def check_stage(config: Config) -> None:
@@ -138,10 +144,16 @@ def check_stage(config: Config) -> None:
     for key in ("personal", "personal_experts"):
         if getattr(config, key):
             raise ValueError(f"pool: it has no {key} yet; leave one of them out")
-    if config.epsilon is not None and pool.method.LOOKS != "job" and not (pool.method.OF_CLIENTS and config.noisy_gate):
+    sees_text = pool.method.LOOKS in ("features", "members")
+    if config.epsilon is not None and sees_text and not (pool.method.OF_CLIENTS and config.noisy_gate):
         raise ValueError(
             f'epsilon: gate "{pool.gate}" of the pool looks at single windows or at losses, which get no noise; set gate = '
             '"similar" or "groups"'
+        )
+    if pool.method.LOOKS == "changes" and (config.server_optimizer != "average" or config.server_lr is not None):
+        raise ValueError(
+            f'server_optimizer: gate "{pool.gate}" of the pool itself makes members of what clients change; leave '
+            "server_optimizer and server_lr out"
         )
     if config.epsilon is not None and config.dp_unit == "client":
         raise ValueError('epsilon: in a pool it protects windows, not clients; set dp_unit = "window"')
@@ -167,8 +179,18 @@ def check_clients(config: Config, job: Job, index: int) -> None:
             f'{at}.members: gate "{pool.gate}" gives each client one of {pool.members}, but there are {len(clients)} clients; '
             "lower it"
         )
+    if pool.method.LOOKS == "changes" and len(clients) > pool.most:
+        raise ValueError(
+            f'{at}.gate: "{pool.gate}" has a member for each of {len(clients)} clients, and a pool {pool.most} at most; use '
+            'gate = "similar"'
+        )
     if not job.privacy.secure_aggregation or pool.method.LOOKS == "features":
         return
+    if pool.method.LOOKS == "changes":
+        raise ValueError(
+            f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" weighs what each client has changed, and a sum hides that; '
+            'use gate = "similar"'
+        )
     if pool.method.LOOKS == "members":
         raise ValueError(
             f'privacy.secure_aggregation: {at}.gate: "{pool.gate}" has the server know which members a client trains; '

@@ -37,6 +37,8 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
     disclosed = {Disclosure[name] for name in plan.discloses}
     if pool.method.LOOKS == "job":
         notes = _alone(plan, pool, job)
+    elif pool.method.LOOKS == "changes":
+        notes = ["Every client gets a member of its own, and whoever gets the pool gets what each client's text has taught."]
     else:
         disclosed |= DealByFeatures.DISCLOSES
         notes = [f"Every client gets all {pool.most} members before every round, to measure them on {pool.windows} windows."]

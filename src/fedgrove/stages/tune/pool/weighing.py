@@ -1,0 +1,105 @@
+"""What each owner has changed in all rounds so far, of which every member of gate "user_centric" is a weighted sum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedgrove.models.tensor_files import save_tensors
+from fedgrove.stages.tune.gates import change_gate_of
+from fedgrove.stages.tune.parametrizations import Mixable
+from fedgrove.stages.tune.pool.members import Member, mixture
+from fedgrove.stages.tune.received import by_linear
+
+
+@dataclass
+class Changes:
+    """What each owner has changed in all rounds so far.
+
+    Attributes:
+        method: the module of the parametrization.
+        sums: by owner and linear.
+        squares: by owner, the squared norms of its changes of single rounds, summed.
+        rounds: by owner, how many rounds it was in.
+    """
+
+    method: Mixable
+    sums: list[Member]
+    squares: list[float]
+    rounds: list[int]
+
+    @classmethod
+    def none(cls, method: Mixable, owners: int) -> Changes:
+        """Before the first round."""
+        return cls(method, [{} for _ in range(owners)], [0.0] * owners, [0] * owners)
+
+    def add(self, owner: int, before: Member, after: Member) -> None:
+        """Adds what an owner changed in a round."""
+        change = mixture(self.method, [after, before], [1.0, -1.0])
+        self.sums[owner] = mixture(self.method, [self.sums[owner], change], [1.0, 1.0])
+        self.squares[owner] += float(self._products([change]))
+        self.rounds[owner] += 1
+
+    def products(self) -> Tensor:
+        """The inner products of the owners' changes: (owners, owners) float64."""
+        return self._products(self.sums)
+
+    def weights(self, gate: str, windows: Mapping[str, Sequence[int]]) -> list[list[float]]:
+        """By owner, how much of each owner's mean change it gets.
+
+        Args:
+            gate: its name.
+            windows: by client, how many each member gets.
+        """
+        of_member = torch.tensor([sum(column) for column in zip(*windows.values(), strict=True)], dtype=torch.float64)
+        squares, rounds = torch.tensor(self.squares, dtype=torch.float64), torch.tensor(self.rounds)
+        found: list[list[float]] = change_gate_of(gate).weights(self.products(), squares, rounds, of_member).tolist()
+        return found
+
+    def weighted(self, weights: Sequence[float], rounds: int) -> Member:
+        """Σ weight · mean change of a round, for so many rounds."""
+        scales = [weight * rounds / max(1, own) for weight, own in zip(weights, self.rounds, strict=True)]
+        return mixture(self.method, self.sums, scales)
+
+    def _products(self, members: Sequence[Member]) -> Tensor:
+        """In the numbers that are trained; what all members have in common does not count."""
+        total = torch.zeros(len(members), len(members), dtype=torch.float64)
+        for name in sorted({name for member in members for name in member}):
+            parts = [self._trained(member[name]) if name in member else {} for member in members]
+            for part in sorted({part for one in parts for part in one}):
+                length = max(one[part].numel() for one in parts if part in one)
+                rows = [one[part].double().flatten() if part in one else torch.zeros(length).double() for one in parts]
+                total += torch.stack(rows) @ torch.stack(rows).T
+        return total
+
+    def _trained(self, change: Any) -> dict[str, Tensor]:
+        return {part: value for part, value in change.parts().items() if part not in self.method.IN_COMMON}
+
+    def write(self, file: Path) -> None:
+        """Writes one safetensors file, atomically."""
+        tensors = {
+            f"{owner}/{name}/{part}": value.contiguous()
+            for owner, member in enumerate(self.sums)
+            for name, change in member.items()
+            for part, value in change.parts().items()
+        }
+        save_tensors(tensors, file, {"facts": json.dumps({"squares": self.squares, "rounds": self.rounds})})
+
+    @classmethod
+    def read(cls, method: Mixable, file: Path) -> Changes:
+        """Reads what :meth:`write` wrote."""
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads(opened.metadata()["facts"])
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        sums = list[Member]()
+        for owner in range(len(facts["rounds"])):
+            of = by_linear(tensors, str(owner))
+            sums.append({name: method.change_of(parts) for name, parts in of.items()})
+        return cls(method, sums, facts["squares"], facts["rounds"])
