@@ -204,12 +204,13 @@ def leave_out(
         decoder = pool.model(str(model))
         weights: dict[str, Sequence[float]] = {"none": (), "shared": pool.shares}
         found: dict[str, Any] = {"forwards": {}, "seconds": {}, "choice": {}}
-        for by in By:
+        for by in By if pool.gate else (By.losses,):
             got = adopt(kept, [train], folder / by, by=by, text="{text}", model=str(model))
             found["forwards"][by], found["seconds"][by], found["choice"][by] = got.forwards, got.seconds, got.choice
             found["unlike"] = found.get("unlike", got.unlike)
             weights[by] = got.weights if by is By.losses else _weights(pool, decoder, train)
-        weights["shuffled keys"] = _weights(_shuffled(pool), decoder, train)
+        if pool.gate:
+            weights["shuffled keys"] = _weights(_shuffled(pool), decoder, train)
         with torch.no_grad():
             parts = {
                 way: pool.losses(decoder, pool.mix(of) if of else {}, _windows(held, tokenizer)) for way, of in weights.items()
@@ -322,16 +323,20 @@ def table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
 
 def table_of_newcomers(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row for each owner who was left out, and a line of how many are better off than with the shared adapter."""
-    ways = ("none", "shared", "gate", "shuffled keys", "losses")
-    unlike = sum(of["unlike"] for of in found.values()) / len(found)
+    first = next(iter(found.values()))
+    ways = [way for way in ("none", "shared", "gate", "shuffled keys", "losses") if way in first["losses"]]
+    by = "gate" if "gate" in first["choice"] else "losses"
     rows = [f"| owner left out | {' | '.join(ways)} | choice | forward passes | seconds |"]
     rows += ["|---" * (len(ways) + 4) + "|"]
     for owner, of in found.items():
         numbers = " | ".join(f"{of['losses'][way]:.3f}" for way in ways)
-        rows.append(
-            f"| {owner} | {numbers} | {of['choice']['gate']} | {of['forwards']['gate']} | {of['seconds']['gate']:.1f} |"
-        )
-    rows += ["", f"- windows that are like nothing in the pool: {unlike:.0%} in the mean (5 % expected of text that it knows)"]
+        rows.append(f"| {owner} | {numbers} | {of['choice'][by]} | {of['forwards'][by]} | {of['seconds'][by]:.1f} |")
+    if first["unlike"] is not None:
+        unlike = sum(of["unlike"] for of in found.values()) / len(found)
+        rows += [
+            "",
+            f"- windows that are like nothing in the pool: {unlike:.0%} in the mean (5 % expected of text that it knows)",
+        ]
     for way in ways[2:]:
         gains = [of["losses"]["shared"] - of["losses"][way] for of in found.values()]
         better, mean = sum(gain > 0 for gain in gains), sum(gains) / len(gains)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 pytest.importorskip("nvflare", reason="the extra fedgrove[flare] is not installed")
 
@@ -124,6 +125,16 @@ def test_every_gate_of_a_pool_is_that_of_the_in_process_engine(federation: Runni
     here, fetched = small.undisturbed(**changes), federation.fetch("gates")
     for file in ("model/model.safetensors", "pool/member-0.safetensors", "pool/gate.safetensors"):
         assert (fetched / file).read_bytes() == (here / file).read_bytes()
+
+
+def test_a_gate_is_fitted_with_noise_in_a_federation(federation: Running) -> None:
+    pytest.importorskip("dp_accounting")
+    pool = {"gate": "similar", "members": 2, "common": 0.0, "starts": 1, "fit_rounds": 1, "size": 4, "prefix": 8}
+    stage = {**POOL, "rounds": 1, "steps": 1, "epsilon": 8.0, "delta": 1e-3, "pool": pool}
+    assert federation.run("noise", Lines(), stages=[stage], evaluate__alone=False, result="sites") is None
+    fetched = federation.fetch("noise")
+    assert "novelty" not in load_file(fetched / "pool" / "gate.safetensors"), "how unusual text is would need more noise"
+    assert (fetched / "pool" / "member-0.safetensors").is_file()
 
 
 def run_with_answers(federation: Running, name: str, changes: dict[str, Any]) -> Path:

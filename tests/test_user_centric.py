@@ -167,6 +167,12 @@ def test_owners_of_other_text_keep_it_to_themselves(small: Small) -> None:
     assert "How much of what each client changed its member has" in page
 
 
+def test_a_plan_says_that_two_rounds_are_few(small: Small) -> None:
+    two, three = (cli("plan", small.job("few", stages=tune(OWN, rounds=rounds)))[1] for rounds in (2, 3))
+    assert "two rounds have to show who is like whom" in " ".join(two.split())
+    assert "who is like whom" not in " ".join(three.split())
+
+
 def test_windows_can_be_protected_with_noise_in_every_step(small: Small) -> None:
     pytest.importorskip("dp_accounting")
     run = small.undisturbed(stages=tune(OWN, epsilon=8.0, delta=1e-3))

@@ -17,6 +17,8 @@ from fedgrove.stages.tune.pool.config import AUTO, Pool
 from fedgrove.stages.tune.pool.features import numbers_in
 from fedgrove.stages.tune.pool.newcomers import check_new
 
+FEW_ROUNDS = 3  # two show who is like whom, and then one can begin from that
+
 
 def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
     """The plan of a stage that trains a pool.
@@ -39,6 +41,10 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         notes = _alone(plan, pool, job)
     elif pool.method.LOOKS == "changes":
         notes = ["Every client gets a member of its own, and whoever gets the pool gets what each client's text has taught."]
+        if config.rounds < FEW_ROUNDS:
+            notes.append(
+                f"rounds = {config.rounds}: two rounds have to show who is like whom, so all clients get about the same; raise it."
+            )
     else:
         disclosed |= DealByFeatures.DISCLOSES
         notes = [f"Every client gets all {pool.most} members before every round, to measure them on {pool.windows} windows."]
