@@ -43,7 +43,7 @@ def with_pool(plan: Plan, pool: Pool, decoder: Decoder, job: Job) -> Plan:
         notes = ["Every client gets a member of its own, and whoever gets the pool gets what each client's text has taught."]
         if config.rounds < FEW_ROUNDS:
             notes.append(
-                f"rounds = {config.rounds}: two rounds have to show who is like whom, so all clients get about the same; raise it."
+                f"rounds = {config.rounds}: two show who is like whom, and until then all clients get about the same; raise it."
             )
     else:
         disclosed |= DealByFeatures.DISCLOSES
