@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class FixedRound(IntegerSums):
         super().__init__(lambda sums, replies: check_fixed(*_split(sums), places, 1.0, len(replies)))
         self._requests, self._places, self._min_group = requests, places, experts.min_group if experts else 1
 
-    def means(self, clients: list[str]) -> dict[str, Tensor]:
+    def means(self, clients: Sequence[str]) -> dict[str, Tensor]:
         """The weighted mean of the differences, ``<linear>/<part>`` -> float64, and of ``loss`` if it was sent.
 
         Each column is averaged over the clients that train it, and an expert by its tokens; experts that too few clients
@@ -53,7 +53,7 @@ class FixedRound(IntegerSums):
                 means[name] = fixed_point.mean(total, counted.of(place))
         return means
 
-    def _weight(self, linear: str, total: Tensor, clients: list[str]) -> Tensor | float:
+    def _weight(self, linear: str, total: Tensor, clients: Sequence[str]) -> Tensor | float:
         weights = {client: self._requests[client].weight for client in clients}
         if not linear or not next(iter(self._requests.values())).method.RANKED:
             return sum(weights.values())

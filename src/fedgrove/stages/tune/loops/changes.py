@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,7 @@ class Loop(Planning):
         clock = self._clock({client: assignment.compute for client, assignment in plan.clients.items()})
         sums = self._sums(requests)
         heard = sorted(self.federation.aggregator.aggregate(messages, sums, layout=self.decoder, clock=clock))
-        self._settle(sums, heard, clock)
-        for client in heard:
-            state.seen[client] = state.seen.get(client, 0) + requests[client].training.steps * plan.clients[client].batch
+        self._settle(requests, sums, heard, clock)
         state.clock += clock.slowest(heard)
         state.metrics.append((None, "clock", state.clock))
         self.keep_time(heard, clock)
@@ -136,14 +134,17 @@ class Loop(Planning):
             self._rules(),
         )
 
-    def _settle(self, sums: FloatRound | FixedRound, heard: list[str], clock: Clock) -> None:
-        """Brings the state to the end of a round, from what was added up."""
+    def _settle(self, requests: Mapping[str, Train], sums: FloatRound | FixedRound, heard: Sequence[str], clock: Clock) -> None:
+        """Brings the state to the end of a round, from what was added up of these clients."""
+        seen = self.state.seen
+        for client in heard:
+            seen[client] = seen.get(client, 0) + requests[client].training.steps * self.plan.clients[client].batch
         if isinstance(sums, FixedRound):
             self._settle_fixed(sums, heard, clock)
         else:
             self._settle_floats(sums, heard, clock)
 
-    def _settle_floats(self, sums: FloatRound, heard: list[str], clock: Clock) -> None:
+    def _settle_floats(self, sums: FloatRound, heard: Sequence[str], clock: Clock) -> None:
         state = self.state
         for client in heard:
             if client in sums.losses:
@@ -168,7 +169,7 @@ class Loop(Planning):
         if loss is not None:
             state.metrics.append((None, "loss", loss))
 
-    def _settle_fixed(self, sums: FixedRound, heard: list[str], clock: Clock) -> None:
+    def _settle_fixed(self, sums: FixedRound, heard: Sequence[str], clock: Clock) -> None:
         """Adds the mean of the clients' differences to the state that they started from."""
         state, means = self.state, sums.means(heard)
         self._take(means)

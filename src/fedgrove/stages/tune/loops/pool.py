@@ -103,34 +103,29 @@ class Loop(Dealing):
     def _train_at_once(self, round_: int) -> None:
         """A round of all members in one exchange; each client trains one of them."""
         shared, before = self.state, [_changes(member) for member in self.members]
-        requests: dict[str, Train] = {}
-        messages, sums, of_client = dict[str, Message](), list[FloatRound | FixedRound](), dict[str, int]()
+        requests, sums = list[dict[str, Train]](), list[FloatRound | FixedRound]()  # by member
+        messages, apart = dict[str, Message](), dict[str, FloatRound | FixedRound]()
         for number, member in enumerate(self.members):
             member.plan, member.metrics = self._plan_of(shared.plan, number), []
             with self._as_member(number):
-                of = {client: self._request(client, round_) for client in sorted(member.plan.clients)}
-                messages |= {client: Message(request, self._start(client)) for client, request in of.items()}
-                sums.append(self._sums(of))
-            requests |= of
-            of_client |= dict.fromkeys(of, number)
+                requests.append({client: self._request(client, round_) for client in sorted(member.plan.clients)})
+                messages |= {client: Message(request, self._start(client)) for client, request in requests[-1].items()}
+                sums.append(self._sums(requests[-1]))
+            apart |= dict.fromkeys(requests[-1], sums[-1])
         clock = self._clock({client: one.compute for client, one in shared.plan.clients.items()})
-        apart = Apart({client: sums[number] for client, number in of_client.items()})
         messages = dict(sorted(messages.items()))
-        heard = sorted(self.federation.aggregator.aggregate(messages, apart, layout=self.decoder, clock=clock))
+        heard = sorted(self.federation.aggregator.aggregate(messages, Apart(apart), layout=self.decoder, clock=clock))
         said: list[tuple[int, Measurement]] = []
         for number, member in enumerate(self.members):
-            of_member = [client for client in heard if of_client[client] == number]
+            of_member = [client for client in heard if client in requests[number]]
             if of_member:
                 with self._as_member(number):
-                    self._settle(sums[number], of_member, clock)
-            for client in of_member:
-                steps, batch = requests[client].training.steps, member.plan.clients[client].batch
-                member.seen[client] = member.seen.get(client, 0) + steps * batch
+                    self._settle(requests[number], sums[number], of_member, clock)
             said += _with_tokens(member)
         shared.clock += clock.slowest(heard)
         shared.metrics += _together(said, shared.clock)
         if self._weighs:
-            self._weigh(round_, before, [of_client[client] for client in heard])
+            self._weigh(round_, before, [number for number, of in enumerate(requests) if of.keys() & set(heard)])
 
     def _weigh(self, round_: int, before: Sequence[Member], heard: Collection[int]) -> None:
         """Makes each member the weighted sum of what all clients have changed so far.
