@@ -1,7 +1,7 @@
 """Eight owners of very different text prune one model and keep models of their own: what `personal` is worth to each of them.
 
     .venv/bin/python bench/dial.py --data ../shared/data
-    .venv/bin/python bench/dial.py --data ../shared/data --model smollm2 --compute-dtype bfloat16 --seeds 0
+    .venv/bin/python bench/dial.py --data ../shared/data --model smollm2 --compute-dtype bfloat16 --windows 4
 
 Owners and texts are those of bench/owners.py. Three models are measured on held-out text of every owner: what the owner prunes
 alone, the shared one, and its own, which it chose by windows of its own text. λ is the part of the others' sums that it chose.
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--personal", type=float, default=0.5, help="held-out windows, as a fraction of samples")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens of each owner, to measure on")
-    parser.add_argument("--compute-dtype", default="float32")
+    parser.add_argument("--compute-dtype", default="float32", help="to prune and to measure in")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -84,6 +84,7 @@ def measure(files: dict[str, Path], given: Any, seed: int, folder: Path) -> Resu
                 "data": [{"name": owner, "path": str(files[f"{owner}-heldout"])} for owner in owners.OWNERS],
                 "windows": given.windows,
                 "length": owners.LENGTH,
+                "compute_dtype": given.compute_dtype,
                 "alone": True,
             },
         }
@@ -99,7 +100,7 @@ def measure(files: dict[str, Path], given: Any, seed: int, folder: Path) -> Resu
                 "chosen": chosen,
                 "alone": perplexities(summary.windows(summary.alone_stage, owner)),
                 "shared": shared,
-                "personal": shared if chosen == 1 else measured(own, files, given.windows),
+                "personal": shared if chosen == 1 else measured(own, files, given),
             }
     return found
 
@@ -112,9 +113,9 @@ def perplexities(windows: Any) -> dict[str, float]:
     }
 
 
-def measured(model: Path, files: dict[str, Path], number: int) -> dict[str, float]:
+def measured(model: Path, files: dict[str, Path], given: Any) -> dict[str, float]:
     """Perplexity of a model on the held-out text of each owner."""
-    decoder = Decoder(Checkpoint(model))
+    decoder, number = Decoder(Checkpoint(model), "cpu", getattr(torch, given.compute_dtype)), given.windows
     tokenizer = decoder.checkpoint.tokenizer()
     return {
         owner: round(
