@@ -20,7 +20,7 @@ from fedgrove.stages.tune.gates.user_centric import least, on_simplex, weights
 from fedgrove.stages.tune.parametrizations import mixable_of
 from fedgrove.stages.tune.pool.finished import Pool
 from fedgrove.stages.tune.pool.weighing import Changes
-from small import CLIENTS, Meddling, Moment, Small, cli, killed
+from small import CLIENTS, Meddling, Moment, Small, cli, complaint, killed
 from test_pool import OWN, SCALES, tune
 
 
@@ -171,6 +171,22 @@ def test_a_plan_says_that_two_rounds_are_few(small: Small) -> None:
     two, three = (cli("plan", small.job("few", stages=tune(OWN, rounds=rounds)))[1] for rounds in (2, 3))
     assert "two show who is like whom" in " ".join(two.split())
     assert "who is like whom" not in " ".join(three.split())
+
+
+def test_an_owner_gets_its_own_member_and_a_newcomer_the_best_one(small: Small, tmp_path: Path) -> None:
+    small.one_word("tree", "river", "tree")
+    words = {"ash": "tree", "birch": "river", "cedar": "tree"}
+    clients = [{"name": name, "data": str(small.folder / f"only-{word}.txt")} for name, word in words.items()]
+    run = small.undisturbed(stages=tune(OWN, rounds=4, learning_rate=0.03), clients=clients, evaluate={})
+    river = small.folder / "only-river.txt"
+    status, out, err = cli("adopt", run, "--data", river, "--out", tmp_path / "own", "--group", "birch", "--json")
+    assert status == 0, err
+    assert json.loads(out)["weights"] == [0.0, 1.0, 0.0]
+    status, out, err = cli("adopt", run, "--data", river, "--out", tmp_path / "new", "--json")
+    assert status == 0, err
+    assert json.loads(out)["choice"] == "member 1"
+    line = complaint("adopt", run, "--data", river, "--out", tmp_path / "x", "--group", "oak")
+    assert "no such group; choose one of ash, birch, cedar" in line
 
 
 def test_windows_can_be_protected_with_noise_in_every_step(small: Small) -> None:

@@ -42,7 +42,7 @@ def adopt(
         out: the folder of the adapter; an existing one is refused.
         by: ``gate``: the weights that the gate gives its text, one candidate; ``losses``: every member is a candidate. Default:
             the gate, if it looks at single windows.
-        group: the owner's group, for gate "groups": its member is the candidate.
+        group: the owner's group, for gate "groups", or a client of the run, for "user_centric": its member is the candidate.
         model: the model that the pool was trained on; default: that of the job.
         text, prompt, answer: how a record becomes text; see the job's ``clients``.
 

@@ -36,7 +36,9 @@ def adopt(
         By | None,
         typer.Option(help="gate: the gate's weights, the default if it looks at single windows; losses: the best member."),
     ] = None,
-    group: Annotated[str | None, typer.Option(help="The owner's group, if the gate is groups.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="The owner's group, if the gate is groups; a client of the run, if it is user_centric.")
+    ] = None,
     text: Text = None,
     prompt: Annotated[str | None, typer.Option(help="How a record becomes a prompt: '{question} '.")] = None,
     answer: Annotated[str | None, typer.Option(help="How a record becomes the answer: '{answer}'.")] = None,

@@ -110,6 +110,11 @@ class Pool:
         return [number / total for number in self.facts["windows"]]
 
     @property
+    def groups(self) -> list[str]:
+        """Whose member each one is, if that is known: a group's, or a client's."""
+        return list(self.facts["weights"]) if "weights" in self.facts else sorted(self.settings.groups)
+
+    @property
     def gives_one_member(self) -> bool:
         """Whether an owner gets one member as a whole, and no mixture: then losses choose among members as well as the gate."""
         return not self.gate or feature_gate_of(self.settings.gate).OF_CLIENTS

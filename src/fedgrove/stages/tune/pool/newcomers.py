@@ -173,7 +173,7 @@ def _templates(owner: Client) -> dict[str, str | None]:
 
 
 def _member(pool: Pool, group: str) -> int:
-    groups = sorted(pool.settings.groups)
+    groups = pool.groups
     if group not in groups:
         known = f"choose one of {', '.join(groups)}" if groups else "leave --group out: the pool has none"
         raise FedgroveError(f"--group {group}: no such group", known)
