@@ -20,7 +20,7 @@ from fedgrove.stages.tune.gates.user_centric import least, on_simplex, weights
 from fedgrove.stages.tune.parametrizations import mixable_of
 from fedgrove.stages.tune.pool.finished import Pool
 from fedgrove.stages.tune.pool.weighing import Changes
-from small import CLIENTS, Meddling, Moment, Small, cli, complaint, killed
+from small import CLIENTS, Heard, Meddling, Moment, Small, cli, complaint, killed
 from test_pool import OWN, SCALES, tune
 
 
@@ -193,6 +193,24 @@ def test_windows_can_be_protected_with_noise_in_every_step(small: Small) -> None
     pytest.importorskip("dp_accounting")
     run = small.undisturbed(stages=tune(OWN, epsilon=8.0, delta=1e-3))
     assert len(Pool.read(run).members) == len(CLIENTS)
+
+
+def test_a_liar_is_scaled_down_by_name_and_others_get_little_of_it(small: Small, tmp_path: Path) -> None:
+    def lie(tensors: dict[str, Tensor], reply: dict[str, Any]) -> None:
+        generator = torch.Generator().manual_seed(len(heard.lines))
+        for name in sorted(tensors):
+            tensors[name] = torch.randn(tensors[name].shape, generator=generator).to(tensors[name].dtype)
+
+    heard, out = Heard(), tmp_path / "run"
+    job = load(small.job("lies", stages=tune(OWN, rounds=4)))
+    run = RunFolder(out, job, listener=heard)
+    try:
+        server.run_job(job, Meddling(server.local_engine(job, out / "clients"), "tune/train", change=lie), run)
+    finally:
+        run.close()
+    assert any(line.startswith("birch: its change is more than 4 times the median") for line in heard.lines)
+    of = Pool.read(out).facts["weights"]
+    assert max(of["ash"][1], of["cedar"][1]) < 0.15
 
 
 def test_a_client_that_never_responds_gets_what_the_others_have_learnt_and_gives_nothing(small: Small, tmp_path: Path) -> None:

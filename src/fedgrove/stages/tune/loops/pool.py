@@ -135,8 +135,10 @@ class Loop(Dealing):
             heard: the members whose client has responded.
         """
         assert self.changes is not None
-        for number in heard:
-            self.changes.add(number, before[number], _changes(self.members[number]))
+        round_of = {number: (before[number], _changes(self.members[number])) for number in heard}
+        for number in self.changes.add(round_of, self.config.max_change):
+            most = f"{self.config.max_change:g} times the median"
+            self.run.message(f"{self._every[number]}: its change is more than {most}; it was scaled down")
         for member, weights in zip(self.members, self.changes.weights(self.pool.gate, self.windows), strict=True):
             for name, change in self.changes.weighted(weights, round_ - self.first + 1).items():
                 shape = self.decoder.read_shape(name)

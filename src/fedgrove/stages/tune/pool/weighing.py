@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.models.tensor_files import save_tensors
+from fedgrove.stages.tune.float_round import FEW
 from fedgrove.stages.tune.gates import change_gate_of
 from fedgrove.stages.tune.parametrizations import Mixable
 from fedgrove.stages.tune.pool.members import Member, mixture
@@ -40,12 +42,22 @@ class Changes:
         """Before the first round."""
         return cls(method, [{} for _ in range(owners)], [0.0] * owners, [0] * owners)
 
-    def add(self, owner: int, before: Member, after: Member) -> None:
-        """Adds what an owner changed in a round."""
-        change = mixture(self.method, [after, before], [1.0, -1.0])
-        self.sums[owner] = mixture(self.method, [self.sums[owner], change], [1.0, 1.0])
-        self.squares[owner] += float(self._products([change]))
-        self.rounds[owner] += 1
+    def add(self, members: Mapping[int, tuple[Member, Member]], max_change: float) -> list[int]:
+        """Adds what owners changed in a round; returns those whose change was scaled down.
+
+        Args:
+            members: by owner, before and after the round.
+            max_change: a change is at most this multiple of the median norm; of few owners, no median says what is usual.
+        """
+        changes = {owner: mixture(self.method, [after, before], [1.0, -1.0]) for owner, (before, after) in members.items()}
+        norms = {owner: math.sqrt(float(self._products([change]))) for owner, change in changes.items()}
+        limit = max_change * sorted(norms.values())[(len(norms) - 1) // 2] if len(norms) >= FEW else math.inf
+        for owner, change in changes.items():
+            scale = min(1.0, limit / norms[owner]) if norms[owner] else 1.0
+            self.sums[owner] = mixture(self.method, [self.sums[owner], change], [1.0, scale])
+            self.squares[owner] += (scale * norms[owner]) ** 2
+            self.rounds[owner] += 1
+        return [owner for owner, norm in norms.items() if norm > limit]
 
     def products(self) -> Tensor:
         """The inner products of the owners' changes: (owners, owners) float64."""
