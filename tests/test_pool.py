@@ -80,6 +80,18 @@ def test_a_pool_of_one_is_the_run_without_a_pool_bit_for_bit(small: Small, pool:
     assert {key: value for key, value in without.items() if key[3] != "clock"}.items() <= with_pool.items()
 
 
+def test_a_member_of_one_owner_is_that_owners_run_alone_bit_for_bit(small: Small) -> None:
+    groups = {"gate": "groups", "common": 0.0, "groups": {name: [name] for name in CLIENTS}}
+    pool = FinishedPool.read(small.undisturbed(stages=tune(groups)))
+    for name, member in zip(CLIENTS, pool.members, strict=True):
+        alone = {**groups, "groups": {name: [name]}}
+        run = small.undisturbed(stages=tune(alone), clients=[{"name": name, "data": str(small.texts[name])}])
+        own = FinishedPool.read(run).members[0]
+        assert member.keys() == own.keys()
+        for linear, change in member.items():
+            assert all(torch.equal(part, own[linear].parts()[of]) for of, part in change.parts().items()), (name, linear)
+
+
 def test_a_pool_finds_its_number_of_members_if_its_gate_can() -> None:
     assert (Pool().gate, Pool().members, Pool(gate="keys").members) == ("similar", "auto", "auto")
     assert [Pool(gate=gate).members for gate in ("losses", "random")] == [4, 4]
