@@ -129,6 +129,8 @@ def test_members_are_the_weighted_sums_of_what_owners_have_changed(small: Small,
     killed("run", job, "--out", run, moment=Moment("os.rename", "*/pool"))
     file = run / "work" / "stage-0" / "owners-0002.safetensors"
     changes = Changes.read(mixable_of("ia3" if stage else "lora"), file)
+    kept = {int(one.stem.split("-")[1]) for kind in ("owners", "member") for one in file.parent.glob(f"{kind}-*")}
+    assert kept == {1, 2}, "only those from which a killed run goes on"
     assert cli("run", job, "--out", run, "--resume")[0] == 0
     pool = Pool.read(run)
     of = pool.facts["weights"]

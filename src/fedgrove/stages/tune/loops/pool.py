@@ -93,7 +93,14 @@ class Loop(Dealing):
             shared.put(name, shape, State(change, self.method.none(shape)))
         for number, member in enumerate(self.members):
             member.write(self._file(round_, number))
+        self._forget(round_ - 2)
         return None
+
+    def _forget(self, round_: int) -> None:
+        """Removes the members of a round from which no killed run goes on: with a member for each client they are many."""
+        for pattern in (f"member-{round_:04d}-*.safetensors", self._file_of_changes(round_).name):
+            for file in self._work.glob(pattern):
+                file.unlink()
 
     @property
     def _at_once(self) -> bool:
