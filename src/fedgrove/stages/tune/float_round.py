@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class Bounds:
 
     max_change: float
     most_tokens: int
+
+
+def limit_of(norms: Collection[float], max_change: float) -> float:
+    """The largest norm that a client's change of a round may have, a multiple of the median; of few clients, any."""
+    return max_change * statistics.median_low(norms) if len(norms) >= FEW else math.inf
 
 
 class FloatRound:
@@ -115,8 +121,7 @@ class FloatRound:
             number = torch.stack([reached > 0 for reached in self._reached.values()]).sum(0)
             few = number < self._experts.min_group
             self.unchanged = frozenset(name for name, place in self._experts.places.items() if few[place])
-        norms = sorted(self._norms.values())
-        limit = self._bounds.max_change * norms[(len(norms) - 1) // 2] if len(norms) >= FEW else math.inf
+        limit = limit_of(self._norms.values(), self._bounds.max_change)
         scaled = []
         for client, weight in self._weights.items():
             file = self._folder / f"{client}.safetensors"

@@ -151,9 +151,7 @@ class Loop(Planning):
                 state.metrics.append((client, "loss", sums.losses[client]))
             state.metrics.append((client, "seconds", clock.spent[client]))
         for client in sums.finish():
-            self.run.message(
-                f"{client}: its change is more than {self.config.max_change:g} times the median; it was scaled down"
-            )
+            self._say_scaled(client)
         for name, old in sums.states.items():
             if name in sums.unchanged:
                 continue
@@ -168,6 +166,10 @@ class Loop(Planning):
         loss = sums.loss()
         if loss is not None:
             state.metrics.append((None, "loss", loss))
+
+    def _say_scaled(self, client: str) -> None:
+        most = f"{self.config.max_change:g} times the median"
+        self.run.message(f"{client}: its change is more than {most}; it was scaled down")
 
     def _settle_fixed(self, sums: FixedRound, heard: Sequence[str], clock: Clock) -> None:
         """Adds the mean of the clients' differences to the state that they started from."""

@@ -120,7 +120,6 @@ class Loop(Dealing):
                 sums.append(self._sums(requests[-1]))
             apart |= dict.fromkeys(requests[-1], sums[-1])
         clock = self._clock({client: one.compute for client, one in shared.plan.clients.items()})
-        messages = dict(sorted(messages.items()))
         heard = sorted(self.federation.aggregator.aggregate(messages, Apart(apart), layout=self.decoder, clock=clock))
         said: list[tuple[int, Measurement]] = []
         for number, member in enumerate(self.members):
@@ -144,8 +143,7 @@ class Loop(Dealing):
         assert self.changes is not None
         round_of = {number: (before[number], _changes(self.members[number])) for number in heard}
         for number in self.changes.add(round_of, self.config.max_change):
-            most = f"{self.config.max_change:g} times the median"
-            self.run.message(f"{self._every[number]}: its change is more than {most}; it was scaled down")
+            self._say_scaled(self._every[number])
         for member, weights in zip(self.members, self.changes.weights(self.pool.gate, self.windows), strict=True):
             for name, change in self.changes.weighted(weights, round_ - self.first + 1).items():
                 shape = self.decoder.read_shape(name)

@@ -7,14 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fedgrove.models.tensor_files import save_tensors
-from fedgrove.stages.tune.float_round import FEW
+from fedgrove.stages.tune.float_round import limit_of
 from fedgrove.stages.tune.gates import change_gate_of
 from fedgrove.stages.tune.parametrizations import Mixable
 from fedgrove.stages.tune.pool.members import Member, mixture
@@ -47,21 +46,17 @@ class Changes:
 
         Args:
             members: by owner, before and after the round.
-            max_change: a change is at most this multiple of the median norm; of few owners, no median says what is usual.
+            max_change: see :func:`fedgrove.stages.tune.float_round.limit_of`.
         """
         changes = {owner: mixture(self.method, [after, before], [1.0, -1.0]) for owner, (before, after) in members.items()}
         norms = {owner: math.sqrt(float(self._products([change]))) for owner, change in changes.items()}
-        limit = max_change * sorted(norms.values())[(len(norms) - 1) // 2] if len(norms) >= FEW else math.inf
+        limit = limit_of(norms.values(), max_change)
         for owner, change in changes.items():
             scale = min(1.0, limit / norms[owner]) if norms[owner] else 1.0
             self.sums[owner] = mixture(self.method, [self.sums[owner], change], [1.0, scale])
             self.squares[owner] += (scale * norms[owner]) ** 2
             self.rounds[owner] += 1
         return [owner for owner, norm in norms.items() if norm > limit]
-
-    def products(self) -> Tensor:
-        """The inner products of the owners' changes: (owners, owners) float64."""
-        return self._products(self.sums)
 
     def weights(self, gate: str, windows: Mapping[str, Sequence[int]]) -> list[list[float]]:
         """By owner, how much of each owner's mean change it gets.
@@ -72,7 +67,7 @@ class Changes:
         """
         of_member = torch.tensor([sum(column) for column in zip(*windows.values(), strict=True)], dtype=torch.float64)
         squares, rounds = torch.tensor(self.squares, dtype=torch.float64), torch.tensor(self.rounds)
-        found: list[list[float]] = change_gate_of(gate).weights(self.products(), squares, rounds, of_member).tolist()
+        found: list[list[float]] = change_gate_of(gate).weights(self._products(self.sums), squares, rounds, of_member).tolist()
         return found
 
     def weighted(self, weights: Sequence[float], rounds: int) -> Member:
@@ -81,18 +76,23 @@ class Changes:
         return mixture(self.method, self.sums, scales)
 
     def _products(self, members: Sequence[Member]) -> Tensor:
-        """In the numbers that are trained; what all members have in common does not count."""
+        """Inner products of what is trained, (members, members) float64; what all have in common does not count."""
         total = torch.zeros(len(members), len(members), dtype=torch.float64)
-        for name in sorted({name for member in members for name in member}):
-            parts = [self._trained(member[name]) if name in member else {} for member in members]
-            for part in sorted({part for one in parts for part in one}):
-                length = max(one[part].numel() for one in parts if part in one)
-                rows = [one[part].double().flatten() if part in one else torch.zeros(length).double() for one in parts]
-                total += torch.stack(rows) @ torch.stack(rows).T
+        each = [self._trained(member) for member in members]
+        for key in sorted({key for of in each for key in of}):
+            none = torch.zeros_like(next(of[key] for of in each if key in of))
+            rows = torch.stack([of.get(key, none) for of in each])
+            total += rows @ rows.T
         return total
 
-    def _trained(self, change: Any) -> dict[str, Tensor]:
-        return {part: value for part, value in change.parts().items() if part not in self.method.IN_COMMON}
+    def _trained(self, member: Member) -> dict[tuple[str, str], Tensor]:
+        """By linear and part, (numbers,) float64."""
+        return {
+            (name, part): value.double().flatten()
+            for name, change in member.items()
+            for part, value in change.parts().items()
+            if part not in self.method.IN_COMMON
+        }
 
     def write(self, file: Path) -> None:
         """Writes one safetensors file, atomically."""
